@@ -1,0 +1,339 @@
+"""An experiment and its parts: typed, frozen, checked before anything starts.
+
+A setting has one spelling everywhere: `schedule.cei_threshold` in a preset, in
+`--set schedule.cei_threshold=0.2`, as a Ray Tune key and as an MLflow parameter. The docstring under
+each field is its documentation (`python -m pipelines.train --help-settings` prints them all).
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from entprog.errors import UserError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Part(BaseModel):
+    """What every part of an experiment has in common: frozen, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ClipShape(Part):
+    """Shape of one clip in pixels, the unit that shards hold and batches are made of."""
+
+    frames: int = Field(default=8, ge=1)
+    """Frames in a clip."""
+    height: int = Field(default=96, ge=16, multiple_of=2)
+    """Height in pixels (even: H.264 4:2:0)."""
+    width: int = Field(default=64, ge=16, multiple_of=2)
+    """Width in pixels (even)."""
+    fps: float = Field(default=12.0, gt=0)
+    """Frames per second."""
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.width}x{self.height} at {self.fps:g} fps"
+
+
+class Model(Part):
+    """Which network is trained, from what, with which conditions."""
+
+    family: str = "wan"
+    """Model family: a file of `entprog/models/`."""
+    base: str | None = None
+    """Folder (or hub name) of the pre-trained checkpoint in diffusers format. None: a new network from `init`."""
+    init: dict[str, Any] = {}
+    """Configuration of a new network, the diffusers class's own argument names. Only when `base` is None."""
+    conditions: tuple[Literal["reference", "pose"], ...] = ("reference", "pose")
+    """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
+    vae: str = "auto"
+    """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
+    prompt_embeds: str | None = None
+    """safetensors file with `prompt_embeds` [tokens, dim] shown to text cross-attention. None: zeros."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the forward pass; weights and optimizer state stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute trained blocks' activations in the backward pass."""
+
+
+class Data(Part):
+    """The clips: where they are and how they reach the device."""
+
+    shards: str | None = None
+    """Folder written by `pipelines.prepare`."""
+    shape: ClipShape = ClipShape()
+    """Clip shape; must equal the shards' own."""
+    batch_size: int = Field(default=4, ge=1)
+    """Clips per worker and step."""
+    held_out_clips: int = Field(default=8, ge=1)
+    """Clips of the held-out split on which held-out loss is measured."""
+    held_out_draws: int = Field(default=4, ge=1)
+    """Fixed (timestep, noise) draws per held-out clip."""
+    decode_cpus: float | None = Field(default=None, gt=0)
+    """Logical CPUs for decoding per worker. None: what the cluster has left, shared evenly."""
+    verify: Literal["sha256", "size"] = "sha256"
+    """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
+
+
+class Train(Part):
+    """How long, how fast, on how much hardware."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Stop after this many updates."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Stop after this many charged seconds (training, search and scoring; not evaluation for the record)."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """AdamW learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear learning-rate warm-up from the first step."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the trained parameters' gradient; None: no clipping."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Exponential moving average of trained weights; None: none."""
+    timestep_shift: float = Field(default=1.0, gt=0)
+    """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5)."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds order, noise, timesteps, candidates, new weights."""
+    workers: int = Field(default=1, ge=1)
+    """Ray Train workers (one GPU each, or one CPU process each)."""
+    gpus: Literal["auto", "yes", "no"] = "auto"
+    """`auto`: GPUs if the cluster has any."""
+    threads: int | None = Field(default=None, ge=1)
+    """torch CPU threads per worker. None: cores shared evenly (at least one)."""
+    held_out_every: int = Field(default=50, ge=1)
+    """Steps between held-out losses."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the worker group after a crash, each from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self):
+        if self.steps is None and self.seconds is None:
+            raise ValueError("a run needs an end: set train.steps or train.seconds")
+        return self
+
+
+class Priority(Part):
+    """Which blocks matter first (method: Conditional Entropy Inflation, Ent-Prog §3.2)."""
+
+    kind: Literal["cei"] = "cei"
+    """Priority function."""
+    sign: Literal["signed", "absolute"] = "signed"
+    """`signed` ranks by π (the paper), `absolute` by |π|. Both are reported."""
+    estimator: Literal["std", "elementwise"] = "std"
+    """σ over all elements and draws of a condition (the paper), or mean log σ per element (diagonal Gaussian)."""
+    conditions: int = Field(default=8, ge=1)
+    """Clips whose reference and pose condition the prediction."""
+    draws: int = Field(default=8, ge=2)
+    """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
+    timestep_range: tuple[float, float] = (0.02, 0.98)
+    """Flow timesteps drawn, 0 clean, 1 noise."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+
+class Schedule(Part):
+    """What is trained when (Ent-Prog §3.3-3.4)."""
+
+    kind: Literal["full", "entprog", "linear"] = "entprog"
+    """`full`: all blocks always; `entprog`: the search decides; `linear`: top-m grows evenly with stages."""
+    stages: int = Field(default=3, ge=1)
+    """K, stages of equal budget."""
+    candidates: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Numbers of trained blocks to choose from, as fractions of L."""
+    search_steps: int = Field(default=4, ge=1)
+    """S, steps per candidate in a stage's search."""
+    search_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a stage's budget spent on its search."""
+    efficiency: Literal["paired", "paper"] = "paired"
+    """Loss drop credited to a candidate: across its own step, or the paper's telescoping sum."""
+    backward: Literal["exact", "residual"] = "exact"
+    """How gradient crosses a frozen block: through it, or along its skip connection alone."""
+    cei_threshold: float | None = None
+    """Blocks with priority below this stay frozen until the last stage."""
+    monotone: bool = False
+    """Candidates never shrink from one stage to the next."""
+    outside: Literal["always", "conditions", "never"] = "always"
+    """Parameters outside blocks: all trained, only the condition input layer, or none."""
+    clock: Literal["seconds", "flops"] = "seconds"
+    """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
+
+
+class Tracking(Part):
+    """MLflow."""
+
+    experiment: str = "entprog"
+    """Experiment name."""
+    run_name: str | None = None
+    """Run name. None: preset and schedule."""
+
+
+class Experiment(Part):
+    """Everything a run depends on, beside the code."""
+
+    name: str = "experiment"
+    """Name of the preset it started from."""
+    model: Model = Model()
+    data: Data = Data()
+    train: Train
+    priority: Priority = Priority()
+    schedule: Schedule = Schedule()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _clock_is_repeatable(self):
+        if self.schedule.clock == "flops" and self.train.seconds is not None:
+            raise ValueError(
+                "train.seconds cannot end a run whose schedule.clock is flops: set train.steps, and train.seconds=null"
+            )
+        return self
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → {dotted name: value}. `model.init` stays one value: its names are diffusers' own."""
+    out = {}
+    for name, value in values.items():
+        dotted = prefix + name
+        nested = isinstance(value, Mapping) and dotted != "model.init"
+        out.update(flat(value, dotted + ".") if nested else {dotted: value})
+    return out
+
+
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """{dotted name: JSON value} of every setting, as MLflow and `settings_help` show them."""
+    return flat(experiment.model_dump(mode="json"))
+
+
+def settings_help() -> list[tuple[str, str, Any, str]]:
+    """(dotted name, type, default, meaning) of every setting, read from the classes above."""
+
+    def rows(part: type[Part], prefix: str):
+        for name, field in part.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+                yield from rows(field.annotation, f"{prefix}{name}.")
+            else:
+                kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+                default = "required" if field.is_required() else field.default
+                yield prefix + name, kind, default, (field.description or "").strip()
+
+    return list(rows(Experiment, ""))
+
+
+def close_to(wrong: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)' for the nearest name, or ''."""
+    names = list(names)
+    found = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    if not found:  # `cei_threshold` alone, or under another part
+        found = [n for n in names if n.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """['a.b=1', …] → {'a': {'b': 1}}; values are YAML.
+
+    Raises UserError for a pair without '=' or a value that is not YAML.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {pair!r} has no value: write it as name=value, e.g. schedule.stages=3")
+        try:
+            value = yaml.safe_load(text)
+            if isinstance(value, str):
+                value = _number_or_text(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {name}: {text!r} is not a YAML value ({str(error).splitlines()[0]})") from None
+        node = out
+        *parents, leaf = name.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {name}: {parent} was already given a value in this command")
+        node[leaf] = value
+    return out
+
+
+def _number_or_text(text: str) -> float | str:
+    """YAML 1.1 reads '1e-4' as text; a person means a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, part by part. `model.init` is replaced whole by an empty mapping."""
+    out = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping) and value
+        out[name] = merge(out[name], value) if both else value
+    return out
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A settings file: a YAML (or JSON) mapping. Raises UserError if it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no such settings file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read settings file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"settings file {path} is not a mapping of settings")
+    return values
+
+
+def presets(folder: Path) -> dict[str, Path]:
+    """{name: file} of the presets in a folder."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_preset(name: str, folder: Path) -> dict[str, Any]:
+    """A preset over the one that it `extends`, if any. Raises UserError for an unknown name."""
+    known = presets(folder)
+    if name not in known:
+        raise UserError(f"unknown preset {name!r}{close_to(name, known)}; there are: {', '.join(known)}")
+    values = read_yaml(known[name])
+    parent = values.pop("extends", None)
+    return {**(merge(read_preset(parent, folder), values) if parent else values), "name": name}
+
+
+def build(values: Mapping[str, Any]) -> Experiment:
+    """A checked Experiment from nested values.
+
+    Raises UserError with one line for the first wrong name (and the close match) or wrong value.
+    """
+    known = [name for name, *_ in settings_help()]
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"unknown setting {name}{close_to(name, known)}") from None
+        if first["type"] == "missing" and name == "train":
+            raise UserError("a run needs an end: set train.steps or train.seconds") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and "." not in name:
+            raise UserError(message) from None
+        setting = next((k for k in known if name == k or name.startswith(k + ".")), name)
+        raise UserError(f"setting {setting}: {message[:1].lower()}{message[1:]}, given {first['input']!r}") from None
+
+
+def digest(*values: Any) -> str:
+    """Short stable hash of JSON values: for keys of tables and checks of equality between ranks."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,65 @@
+"""Model families. One file a family, named as `model.family` names it; a file is a family when it has
+
+    CLASS: str                                    the diffusers class of its network (config.json `_class_name`)
+    load(settings: config.Model, device="cpu", seed=0) -> Denoiser
+                                                  the base (or a new network from `init`), its input layer widened
+                                                  with zeros for conditions it lacks; UserError for a wrong folder
+and registers its block classes with `entprog.blocks.bypass`.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from entprog.clips import Clips, Latents
+from entprog.config import close_to
+from entprog.errors import UserError
+
+
+class Denoiser(Protocol):
+    """A network with everything that turns clips into its inputs and its output into a loss.
+
+    Timesteps are flow times t in 0..1: 0 is the clean clip, 1 is noise; x_t = (1 - t)·x_0 + t·ε.
+    """
+
+    network: nn.Module
+    """What is trained; its blocks are found by `entprog.blocks.blocks`."""
+
+    def encode(self, clips: Clips) -> Latents:
+        """Clips → latents and conditions on the network's device, no gradient."""
+
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        """ε̂ of the paper in this family's parametrisation (velocity ε - x_0 for Wan): [B, C, F', H', W'].
+
+        noisy [B, C, F', H', W'], t float [B].
+        """
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, F', H', W'] → video float [B, F, 3, H, W] in -1..1."""
+
+    def outside(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters outside blocks: {"conditions": the condition input layer, "rest": all others}."""
+
+    def save(self, folder) -> None:
+        """A diffusers folder (network, VAE if any, scheduler) with `entprog.json` beside; `load` reads it back."""
+
+
+def families() -> list[str]:
+    """Names of the families there are."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if hasattr(_family(m.name), "CLASS")]
+
+
+def family(name: str) -> ModuleType:
+    """The family's module. Raises UserError for an unknown name."""
+    known = families()
+    if name not in known:
+        raise UserError(f"unknown model.family {name!r}{close_to(name, known)}; there are: {', '.join(known)}")
+    return _family(name)
+
+
+def _family(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,180 @@
+"""What every job has in common: its options, its result file, its exit status, its Ray.
+
+Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no stack trace).
+"""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from entprog import config
+from entprog.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+console = Console(highlight=False, soft_wrap=True)
+
+Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(config.presets(PRESETS))}.")]
+ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
+
+
+def app(help: str) -> typer.Typer:
+    """A command line of one job."""
+    return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def experiment(preset: str | None, files: list[Path] | None, pairs: list[str] | None, **options) -> config.Experiment:
+    """The experiment that the command line asks for: preset < config files < options < --set.
+
+    `options` are nested settings that a job's own options stand for (None values are left out).
+    Raises UserError for any wrong name or value.
+    """
+    values = config.read_preset(preset, PRESETS) if preset else {}
+    for path in files or []:
+        values = config.merge(values, config.read_yaml(path))
+    values = config.merge(values, _without_none(options))
+    return config.build(config.merge(values, config.parse_overrides(pairs or [])))
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _without_none(v) if isinstance(v, dict) else v for k, v in options.items()}
+    return {k: v for k, v in nested.items() if v is not None and v != {}}
+
+
+def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, verbose: bool = False) -> None:
+    """Do the work; leave `output/result.json` with its figures; end the process with the right exit status.
+
+    `work` returns the job's own figures. With `output` None (a dry run) nothing is written.
+    """
+    started = time.time()
+    record = {"job": job, "status": "done", "command": shlex.join(_command()), "commit": commit()}
+    try:
+        if output is not None:
+            writable(output)
+        record |= work()
+        status = 0
+    except UserError as error:
+        console.print(f"[red]error:[/red] {str(error)}", markup=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        record |= {"status": "interrupted", "error": "interrupted by the person (Ctrl-C)"}
+        status = 1
+    except Exception as error:  # failed at work: the reason in one line, the trace in a file
+        record |= {"status": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:2000]}
+        status = 1
+        trace = traceback.format_exc()
+        if output is not None:
+            (output / "error.log").write_text(trace)
+        if verbose or output is None:
+            console.print(trace, markup=False)
+        where = f" (trace: {output / 'error.log'})" if output is not None else ""
+        console.print(f"[red]failed:[/red] {record['error'].split('. ')[0][:300]}{where}")
+    record["seconds"] = round(time.time() - started, 3)
+    if output is not None:
+        write_json(output / "result.json", record)
+    if status:
+        raise typer.Exit(status)
+
+
+def _command() -> list[str]:
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", *(["-m", main.name] if main else sys.argv[:1]), *sys.argv[1:]]
+
+
+def commit() -> str:
+    """Commit of this checkout (with '+' when it has changes), or the installed version."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"v{importlib.metadata.version('entprog')}"
+
+
+def writable(folder: Path) -> None:
+    """Make the output folder. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output folder {folder}: {error.strerror}; choose another --output"
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(scratch, path)
+
+
+def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
+    """A small table of final figures on the terminal."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)
+
+
+@contextmanager
+def ray_cluster(cpus: int, *, verbose: bool = False):
+    """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
+
+    A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
+    both wait for ever. If this process has joined a Ray already, that one is used and left running.
+    """
+    import logging
+
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    import ray
+    from ray.data import DataContext
+
+    if ray.is_initialized():
+        yield ray
+        return
+    quiet = {} if verbose else {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address="auto" if os.environ["RAY_ADDRESS"] == "auto" else None, **quiet)
+        except ConnectionError:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: start one, or unset it"
+            ) from None
+    else:
+        memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            object_store_memory=memory,
+            include_dashboard=False,
+            **quiet,
+        )
+    DataContext.get_current().enable_progress_bars = verbose
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
