@@ -1,0 +1,249 @@
+"""Shards: clips in Parquet files, an open format that any tool reads (`docs/shards.md` documents it).
+
+A dataset folder holds `dataset.json`, `train/*.parquet` and `held_out/*.parquet`; one row is one clip.
+Typed columns and encoded media as bytes: nothing is ever unpickled. Every page carries a checksum that is
+checked on reading, every file a sha256 in `dataset.json`, so that a damaged byte is found, and found early.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from entprog.config import ClipShape, digest
+from entprog.errors import UserError
+
+FORMAT = "entprog-shards-1"
+POINTS = 33
+POSE = {"kind": "blazepose33", "points": POINTS, "values": ["x", "y", "visibility"]}
+CLIPS_PER_ROW_GROUP = 8
+SPLITS = ("train", "held_out")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_sha256", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("fps", pa.float64(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("source_height", pa.int32(), nullable=False),
+        pa.field("source_width", pa.int32(), nullable=False),
+        pa.field("crop_left", pa.int32(), nullable=False),
+        pa.field("crop_top", pa.int32(), nullable=False),
+        pa.field("crop_width", pa.int32(), nullable=False),
+        pa.field("crop_height", pa.int32(), nullable=False),
+        pa.field("visibility", pa.float32(), nullable=False),
+        pa.field("reference_s", pa.float64(), nullable=False),
+        pa.field("reference", pa.binary(), nullable=False),
+        pa.field("pose", pa.list_(pa.float32()), nullable=False),
+        pa.field("video", pa.binary(), nullable=False),
+    ]
+)
+"""Columns of one clip. In a file `pose` is a fixed-size list of frames*33*3 float32 (see `schema`)."""
+
+_MEDIA = ("reference", "video")  # already compressed: zstd would only cost time
+_UNIQUE = ("clip_id", "pose", *_MEDIA)  # a dictionary of values that never repeat would hold everything twice
+_OTHERS = [name for name in SCHEMA.names if name not in _UNIQUE]
+
+
+class DamagedShardError(UserError):
+    """A shard that cannot be read as what it should be. The message names the file, the row and what to do."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard file as `dataset.json` lists it."""
+
+    file: str
+    """Path inside the dataset's folder, with '/'."""
+    clips: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards, as its `dataset.json` describes it."""
+
+    folder: Path
+    shape: ClipShape
+    splits: dict[str, tuple[ShardInfo, ...]]
+    """Shards by split (`train`, `held_out`), in the order that `index` counts them."""
+    settings: dict[str, Any]
+    """What it was prepared with."""
+    fingerprint: str
+    """Hash over split names and shard hashes: equal for equal clips, wherever the folder lies."""
+
+    def clips(self, split: str) -> int:
+        """Number of clips of a split (0 if there is no such split)."""
+        return sum(shard.clips for shard in self.splits.get(split, ()))
+
+
+def schema(frames: int) -> pa.Schema:
+    """SCHEMA with `pose` as a fixed-size list for clips of that many frames."""
+    place = SCHEMA.get_field_index("pose")
+    return SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * POINTS * 3), nullable=False))
+
+
+def write_shard(folder: Path, file: str, rows: Sequence[Mapping[str, Any]], shape: ClipShape) -> ShardInfo:
+    """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes.
+
+    Each row has every column of SCHEMA; `pose` is a float32 array [frames, 33, 3].
+    Raises ValueError for a row of another shape.
+    """
+    for row in rows:
+        given = (row["frames"], row["height"], row["width"], np.shape(row["pose"]))
+        due = (shape.frames, shape.height, shape.width, (shape.frames, POINTS, 3))
+        if given != due:
+            raise ValueError(f"clip {row['clip_id']} has (frames, height, width, pose) {given}, the shard {due}")
+    flat = [{**row, "pose": np.asarray(row["pose"], np.float32).ravel()} for row in rows]
+    table = pa.Table.from_pylist(flat, schema=schema(shape.frames))
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    pq.write_table(
+        table,
+        scratch,
+        row_group_size=CLIPS_PER_ROW_GROUP,
+        compression={name: "NONE" if name in _MEDIA else "ZSTD" for name in _leaves(table.schema)},
+        use_dictionary=_OTHERS,
+        write_statistics=_OTHERS,
+        write_page_checksum=True,
+    )
+    info = ShardInfo(file, len(rows), scratch.stat().st_size, sha256(scratch))
+    scratch.replace(path)
+    return info
+
+
+def _leaves(of: pa.Schema) -> list[str]:
+    """Parquet's own column paths: a list's values are a column one level down."""
+    return [f"{field.name}.list.element" if pa.types.is_nested(field.type) else field.name for field in of]
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_dataset(
+    folder: Path, shape: ClipShape, splits: Mapping[str, Iterable[ShardInfo]], settings: Mapping[str, Any]
+) -> Dataset:
+    """Write `dataset.json`, the last file of a dataset: a folder without it is not one."""
+    record = {
+        "format": FORMAT,
+        "shape": shape.model_dump(),
+        "pose": POSE,
+        "color": {"matrix": "bt709", "range": "limited", "pixels": "yuv420p"},
+        "splits": {name: [asdict(shard) for shard in splits[name]] for name in SPLITS},
+        "settings": dict(settings),
+    }
+    scratch = folder / "dataset.json.tmp"
+    scratch.write_text(json.dumps(record, indent=2) + "\n")
+    scratch.replace(folder / "dataset.json")
+    return read_dataset(folder)
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """A dataset's description; no shard is opened. Raises UserError if the folder does not hold one."""
+    folder = Path(folder)
+    again = "prepare it with python -m pipelines.prepare"
+    if not folder.is_dir():
+        raise UserError(f"no such folder of shards: {folder}; {again}")
+    try:
+        record = json.loads((folder / "dataset.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a finished dataset (it has no dataset.json): {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder}/dataset.json ({error}): {again} again") from None
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{folder}/dataset.json has format {found!r}, this version reads {FORMAT!r}: {again} again")
+    try:
+        if record["pose"]["points"] != POINTS:
+            raise UserError(f"{folder} holds poses of {record['pose']['points']} points, this version reads {POINTS}")
+        splits = {name: tuple(ShardInfo(**shard) for shard in shards) for name, shards in record["splits"].items()}
+        shape = ClipShape(**record["shape"])
+        settings = record["settings"]
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{folder}/dataset.json is damaged ({reason}): {again} again") from None
+    root = folder.resolve()
+    for shard in (shard for shards in splits.values() for shard in shards):
+        if not (root / shard.file).resolve().is_relative_to(root):
+            raise UserError(f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}; {again} again")
+    fingerprint = digest({name: [shard.sha256 for shard in shards] for name, shards in splits.items()})
+    return Dataset(folder, shape, splits, settings, fingerprint)
+
+
+def verify(dataset: Dataset, how: Literal["sha256", "size"] = "sha256") -> None:
+    """Check every shard: its size, and with `sha256` every byte. Raises UserError naming the first bad one."""
+    for shard in (shard for shards in dataset.splits.values() for shard in shards):
+        path = dataset.folder / shard.file
+        again = f"restore it, or delete {dataset.folder} and prepare it again"
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DamagedShardError(f"shard {path} is missing ({error.strerror}): {again}") from None
+        if size != shard.bytes:
+            raise DamagedShardError(
+                f"damaged shard {path}: {size} bytes where dataset.json says {shard.bytes}; {again}"
+            )
+        if how == "sha256" and (found := sha256(path)) != shard.sha256:
+            told = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
+            raise DamagedShardError(f"damaged shard {path}: {told}; {again}")
+
+
+def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
+    """(file inside the dataset's folder, row) of every clip of a split, in the dataset's own order."""
+    return [(shard.file, row) for shard in dataset.splits.get(split, ()) for row in range(shard.clips)]
+
+
+def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Clips of one shard in the order asked for, reading only the row groups and columns needed.
+
+    `pose` comes as a float32 array [frames, 33, 3], media as bytes. Page checksums are verified.
+    Raises DamagedShardError naming the file and the row.
+    """
+    wanted = list(rows)
+    names = list(columns or SCHEMA.names)
+    at = wanted[0] if wanted else 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+            groups: dict[int, list[dict[str, Any]]] = {}
+            for at in wanted:
+                if not 0 <= at < starts[-1]:
+                    raise IndexError(f"it has {starts[-1]} rows")
+                group = int(np.searchsorted(starts, at, side="right")) - 1
+                if group not in groups:
+                    groups[group] = _rows(file.read_row_group(group, columns=names), names)
+            place = [int(np.searchsorted(starts, row, side="right")) - 1 for row in wanted]
+            return [dict(groups[g][row - starts[g]]) for g, row in zip(place, wanted, strict=True)]
+    except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
+        reason = " ".join(f"{error}".split())[:200]
+        told = f"damaged shard {path}, row {at}: {reason}"
+        raise DamagedShardError(
+            f"{told}; check it against dataset.json's sha256 and restore or prepare it again"
+        ) from None
+
+
+def _rows(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
+    """An Arrow table's rows, `pose` as arrays (never through Python floats)."""
+    values = {name: table.column(name).to_pylist() for name in names if name != "pose"}
+    if "pose" in names:
+        pose = table.column("pose").combine_chunks()
+        values["pose"] = pose.flatten().to_numpy().reshape(len(table), -1, POINTS, 3)
+    return [{name: values[name][i] for name in names} for i in range(len(table))]
