@@ -136,7 +136,7 @@ class Priority(Part):
     """σ over all elements and draws of a condition (the paper), or mean log σ per element (diagonal Gaussian)."""
     conditions: int = Field(default=8, ge=1)
     """Clips whose reference and pose condition the prediction."""
-    draws: int = Field(default=8, ge=2)
+    draws: int = Field(default=8, ge=4)
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
     """Flow timesteps drawn, 0 clean, 1 noise."""

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from entprog import config
@@ -26,6 +27,7 @@ from entprog.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(config.presets(PRESETS))}.")]
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
@@ -70,7 +72,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         record |= work()
         status = 0
     except UserError as error:
-        console.print(f"[red]error:[/red] {str(error)}", markup=True)
+        complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         record |= {"status": "interrupted", "error": "interrupted by the person (Ctrl-C)"}
@@ -82,14 +84,19 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         if output is not None:
             (output / "error.log").write_text(trace)
         if verbose or output is None:
-            console.print(trace, markup=False)
+            errors.print(trace, markup=False)
         where = f" (trace: {output / 'error.log'})" if output is not None else ""
-        console.print(f"[red]failed:[/red] {record['error'].split('. ')[0][:300]}{where}")
+        complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
     if output is not None:
         write_json(output / "result.json", record)
     if status:
         raise typer.Exit(status)
+
+
+def complain(what: str, message: str) -> None:
+    """One line on standard error."""
+    errors.print(f"[red]{what}:[/red] {escape(message)}")
 
 
 def _command() -> list[str]:
@@ -116,16 +123,14 @@ def writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to output folder {folder}: {error.strerror}; choose another --output"
-        ) from None
+        raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:

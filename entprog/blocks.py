@@ -1,0 +1,185 @@
+"""Blocks: residual units that can be skipped, frozen or trained as one.
+
+*A block is a module that we know how to bypass.* `bypass` is at once the rule by which blocks are found, the
+skip itself and the extension point: a model family registers its block classes, nothing else.
+
+    @bypass.register
+    def _(module: WanTransformerBlock, hidden_states, *args, **kwargs):
+        return hidden_states
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Backward = Literal["exact", "residual"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual unit and its name in the network."""
+
+    name: str
+    module: nn.Module
+
+
+@functools.singledispatch
+def bypass(module: nn.Module, *args, **kwargs):
+    """What the network would see if the block were not there: its input, or its shortcut's output.
+
+    Takes what the block's forward takes and returns what it returns (a tensor, or a tuple of streams).
+    Register one function per block class.
+    """
+    raise TypeError(
+        f"{type(module).__name__} is not a block: register a bypass for it with @entprog.blocks.bypass.register"
+    )
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a bypass is registered for the module's class."""
+    return bypass.dispatch(type(module)) is not bypass.dispatch(object)
+
+
+def blocks(network: nn.Module) -> list[Block]:
+    """The outermost modules that have a bypass, in order of definition. Raises TypeError if there is none."""
+    found: list[Block] = []
+
+    def walk(name: str, module: nn.Module) -> None:
+        if is_block(module):
+            found.append(Block(name, module))
+            return
+        for child_name, child in module.named_children():
+            walk(f"{name}.{child_name}" if name else child_name, child)
+
+    walk("", network)
+    if not found:
+        raise TypeError(
+            f"no blocks in {type(network).__name__}: register a bypass for its block class with "
+            "@entprog.blocks.bypass.register"
+        )
+    return found
+
+
+def execution_order(found: Iterable[Block], run: Callable[[], Any]) -> list[Block]:
+    """The blocks in the order in which `run` first calls them (definition order is not execution order in a UNet)."""
+    order: list[Block] = []
+
+    def noting(block: Block):
+        original = block.module.forward
+
+        def forward(*args, **kwargs):
+            if block not in order:
+                order.append(block)
+            return original(*args, **kwargs)
+
+        return forward
+
+    with replaced({block.module: noting(block) for block in found}), torch.no_grad():
+        run()
+    return order
+
+
+@contextmanager
+def replaced(forwards: dict[nn.Module, Callable]):
+    """Other forward functions for some modules; on leaving, everything is as it was."""
+    nothing = object()
+    before = {module: module.__dict__.get("forward", nothing) for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is nothing:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+@contextmanager
+def skipped(*some: Block):
+    """The network as if the blocks were not there (skip(b), Ent-Prog §3.2); restored bit for bit on leaving."""
+    with replaced({block.module: functools.partial(bypass, block.module) for block in some}):
+        yield
+
+
+class _AlongBypass(torch.autograd.Function):
+    """y = x + stop_grad(f(x)) with the forward's exact bits: runs the block without a graph, keeps nothing for it,
+    and hands the gradient of its output to its bypass."""
+
+    @staticmethod
+    def forward(ctx, run: Callable[[], Any], *shortcuts: torch.Tensor):
+        return run()  # grad mode is off here: no graph, no saved activations
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+def _residual_forward(module: nn.Module) -> Callable:
+    original = _own_forward(module)
+
+    def forward(*args, **kwargs):
+        run = functools.partial(original, *args, **kwargs)
+        shortcut = bypass(module, *args, **kwargs)
+        if isinstance(shortcut, tuple):
+            return _AlongBypass.apply(run, *shortcut)
+        return _AlongBypass.apply(run, shortcut)
+
+    return forward
+
+
+def _checkpointed_forward(module: nn.Module) -> Callable:
+    original = _own_forward(module)
+
+    def forward(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+    return forward
+
+
+def _own_forward(module: nn.Module) -> Callable:
+    return type(module).forward.__get__(module)
+
+
+def unfreeze(
+    network: nn.Module,
+    found: Iterable[Block],
+    trainable: Collection[str],
+    outside: Iterable[nn.Parameter],
+    backward: Backward = "exact",
+    checkpointing: bool = False,
+) -> list[nn.Parameter]:
+    """Train the named blocks and the `outside` parameters, freeze everything else; returns what is trained.
+
+    backward: how gradient crosses a frozen block. "exact": through it. "residual": along its bypass alone,
+    ∂y/∂x := ∂bypass/∂x, so that the block's branch runs without a graph and keeps no activations (cf. DropBP,
+    arXiv 2402.17812).
+    checkpointing: recompute activations in the backward pass; frozen blocks in residual mode have none to recompute.
+
+    Raises KeyError for a name that is not a block.
+    """
+    found = list(found)
+    unknown = set(trainable) - {block.name for block in found}
+    if unknown:
+        raise KeyError(f"not blocks of this network: {sorted(unknown)}")
+    network.requires_grad_(False)
+    for block in found:
+        block.module.__dict__.pop("forward", None)
+        trained = block.name in trainable
+        block.module.requires_grad_(trained)
+        if not trained and backward == "residual":
+            block.module.forward = _residual_forward(block.module)
+        elif checkpointing:
+            block.module.forward = _checkpointed_forward(block.module)
+    for parameter in outside:
+        parameter.requires_grad_(True)
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,0 +1,83 @@
+"""The few things ranks must agree on, over torch.distributed; all are the identity in a single process."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from entprog.config import digest
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = 64 * 2**20) -> None:
+    """Average the gradients that exist over ranks, in flattened buckets.
+
+    Correct for a trained set that changes at any step, where DistributedDataParallel wrapped once is not: only
+    the trained parameters' bytes go over the wire. Every rank must train the same parameters (see `agree`).
+    """
+    _, ranks = world()
+    if ranks == 1:
+        return
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None], bucket_bytes):
+        flat = torch._utils._flatten_dense_tensors(bucket)
+        dist.all_reduce(flat)
+        flat.div_(ranks)
+        for gradient, mean in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(mean)
+
+
+def _buckets(tensors: list[torch.Tensor], limit_bytes: int):
+    """Runs of tensors of one type, each within the limit (or one tensor)."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > limit_bytes or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def mean(value: float, device: torch.device | str = "cpu") -> float:
+    """Mean over ranks; the same bits on every rank."""
+    return _reduced(value, device, dist.ReduceOp.SUM) / world()[1] if world()[1] > 1 else value
+
+
+def slowest(seconds: float, device: torch.device | str = "cpu") -> float:
+    """The largest over ranks: a step takes as long as its slowest rank."""
+    return _reduced(seconds, device, dist.ReduceOp.MAX) if world()[1] > 1 else seconds
+
+
+def _reduced(value: float, device: torch.device | str, how) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=how)
+    return tensor.item()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank (our own ranks' plain data, never anything from outside)."""
+    _, ranks = world()
+    if ranks == 1:
+        return [value]
+    out: list[Any] = [None] * ranks
+    dist.all_gather_object(out, value)
+    return out
+
+
+def agree(what: str, value: Any) -> None:
+    """Raises RuntimeError on every rank if any rank holds another value: before ranks drift apart or hang."""
+    seen = gathered(digest(value))
+    if len(set(seen)) > 1:
+        rank, _ = world()
+        raise RuntimeError(f"ranks disagree on {what}: {seen}; rank {rank} holds {json.dumps(value, default=str)}")

@@ -1,0 +1,70 @@
+"""The flow-matching objective: pure functions.
+
+A clip's noise and timestep are functions of (seed, its position in the run) alone: they do not depend on how many
+workers there are, how batches are split, or what was drawn before.
+"""
+
+import torch
+
+_UINT64 = 2**64
+
+
+def flow_pair(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t = (1 - t)·x_0 + t·ε and the velocity v = ε - x_0 that leads there: (noisy, target).
+
+    clean, noise [B, ...]; t [B] in 0..1.
+    """
+    t = t.to(clean).view(-1, *[1] * (clean.ndim - 1))
+    return (1 - t) * clean + t * noise, noise - clean
+
+
+def timesteps(
+    positions: torch.Tensor,
+    seed: int,
+    shift: float = 1.0,
+    distribution: str = "uniform",
+    device: str | torch.device | None = None,
+) -> torch.Tensor:
+    """Flow times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
+
+    distribution: "uniform", or "logit-normal" (t = sigmoid(n), n standard normal: more in the middle).
+    shift s moves t towards noise: t' = s·t / (1 + (s - 1)·t).
+    The same bits on every device.
+    """
+    # 53 bits of the hash, half a step away from both ends.
+    uniform = [((_hash(seed, position, 0) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
+    t = torch.tensor(uniform, dtype=torch.float64)
+    if distribution == "logit-normal":
+        t = torch.special.ndtri(t).sigmoid()
+    elif distribution != "uniform":
+        raise ValueError(f"unknown distribution of timesteps {distribution!r}: uniform or logit-normal")
+    t = shift * t / (1 + (shift - 1) * t)
+    return t.to(device=device or positions.device, dtype=torch.float32)
+
+
+def noise_like(clean: torch.Tensor, positions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal ε [B, ...] for clips at positions int64 [B], drawn on clean's device.
+
+    Equal bits for equal (seed, position) on one kind of device; CPU and GPU generators differ.
+    """
+    generator = torch.Generator(clean.device)
+    noise = torch.empty_like(clean, memory_format=torch.contiguous_format)
+    for row, position in zip(noise, positions.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(_hash(seed, position, 1)))
+    return noise
+
+
+def loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each clip: [B, ...] twice → float32 [B]."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def _hash(*numbers: int) -> int:
+    """64 well-mixed bits of some integers (SplitMix64's finaliser, chained)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % _UINT64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % _UINT64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % _UINT64
+        state ^= state >> 31
+    return state
