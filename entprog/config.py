@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,9 @@ class Part(BaseModel):
     """What every part of an experiment has in common: frozen, no unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+P = TypeVar("P", bound=Part)
 
 
 class ClipShape(Part):
@@ -201,6 +204,47 @@ class Experiment(Part):
         return self
 
 
+class Prepare(Part):
+    """How videos become clips (`pipelines.prepare`)."""
+
+    stride: int | None = Field(default=None, ge=1)
+    """Clip frames between the starts of neighbouring clips of one video. None: half a clip."""
+    margin: float = Field(default=0.15, ge=0, le=2)
+    """Room around the body's outermost points on every side, as a fraction of its larger extent."""
+    point_visibility: float = Field(default=0.5, ge=0, le=1)
+    """A body point counts as visible from this visibility on."""
+    min_visibility: float = Field(default=0.7, ge=0, le=1)
+    """Smallest share of the 33 points visible, averaged over a clip; below: `low_visibility`."""
+    min_inside: float = Field(default=0.95, ge=0, le=1)
+    """Smallest share of a clip's visible points inside its crop; below: `does_not_fit`."""
+    min_scale: float = Field(default=1.0, gt=0)
+    """Fewest source pixels per clip pixel (1: never enlarged); below: `too_small`."""
+    crf: int = Field(default=16, ge=0, le=51)
+    """Quality of the encoded clips (x264): lower is better and larger."""
+    held_out: tuple[str, ...] = ()
+    """Sources held out of training: path inside the input, file name, or file name without its ending."""
+    held_out_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the sources held out when none is named; at least one where there are two."""
+    seed: int = Field(default=0, ge=0)
+    """Decides which sources are held out."""
+    clips_per_shard: int = Field(default=256, ge=1)
+    """Clips in one shard file."""
+
+
+class Shape(Part):
+    """The part of `Data` that preparing decides."""
+
+    shape: ClipShape = ClipShape()
+    """Clip shape."""
+
+
+class Preparation(Part):
+    """Everything that a dataset's clips depend on, beside the videos and the code."""
+
+    data: Shape = Shape()
+    prepare: Prepare = Prepare()
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping → {dotted name: value}. `model.init` stays one value: its names are diffusers' own."""
     out = {}
@@ -216,7 +260,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
     return flat(experiment.model_dump(mode="json"))
 
 
-def settings_help() -> list[tuple[str, str, Any, str]]:
+def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, str]]:
     """(dotted name, type, default, meaning) of every setting, read from the classes above."""
 
     def rows(part: type[Part], prefix: str):
@@ -228,7 +272,7 @@ def settings_help() -> list[tuple[str, str, Any, str]]:
                 default = "required" if field.is_required() else field.default
                 yield prefix + name, kind, default, (field.description or "").strip()
 
-    return list(rows(Experiment, ""))
+    return list(rows(whole, ""))
 
 
 def close_to(wrong: str, names: Iterable[str]) -> str:
@@ -311,14 +355,14 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     return {**(merge(read_preset(parent, folder), values) if parent else values), "name": name}
 
 
-def build(values: Mapping[str, Any]) -> Experiment:
-    """A checked Experiment from nested values.
+def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
+    """A checked Experiment (or another whole made of parts) from nested values.
 
     Raises UserError with one line for the first wrong name (and the close match) or wrong value.
     """
-    known = [name for name, *_ in settings_help()]
+    known = [name for name, *_ in settings_help(whole)]
     try:
-        return Experiment.model_validate(values)
+        return whole.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

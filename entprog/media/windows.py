@@ -1,0 +1,131 @@
+"""Which windows of a video become clips, where the person is cut out, and what is good enough: pure functions.
+
+Times are counted in clip frames (frame i lies i / fps seconds after the video's first). A track is a float32
+array [T, 33, 3] with x, y in 0..1 of the source frame and visibility 0..1; frames without a person are NaN, NaN, 0.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from entprog.media.pose import body_box, found
+
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels of the upright source frame, inside it."""
+
+REASONS = {
+    "not_a_video": "its name does not end as a video's does",
+    "empty": "no bytes in it",
+    "unreadable": "it cannot be opened",
+    "corrupt": "it is damaged, or no video",
+    "no_video_stream": "no picture in it",
+    "no_frames": "no frame in it",
+    "too_short": "shorter than one clip",
+    "nobody": "no person was found",
+    "pose_lost": "the person was found in some frames only",
+    "low_visibility": "too much of the body is hidden or outside the picture",
+    "too_small": "the person has too few pixels",
+    "does_not_fit": "the person does not fit into a crop of this aspect",
+    "error": "something unforeseen went wrong while reading it",
+}
+"""Why an input or a clip is rejected. For an input with several reasons, its clips' most frequent one counts."""
+
+
+def window_starts(total: int, frames: int, stride: int) -> range:
+    """First frames of the windows of `frames` frames, `stride` apart, that lie whole in 0..total."""
+    return range(0, max(0, total - frames + 1), stride)
+
+
+def person_box(
+    points: np.ndarray, height: int, width: int, aspect: float, margin: float, min_visibility: float
+) -> Box | None:
+    """One box around the person through all frames [F, 33, 3] of a source of height × width pixels.
+
+    `aspect` is width / height of the crop, `margin` is added on every side as a fraction of the body's larger
+    extent (landmarks lie inside the body: eyes, not the top of the head). Where the box would reach outside the
+    frame it is moved inside, and shrunk if it is larger than the frame. None: no visible point.
+    """
+    body = body_box(points, min_visibility)
+    if body is None:
+        return None
+    left, right = body[0] * width, body[2] * width
+    top, bottom = body[1] * height, body[3] * height
+    around = 2 * margin * max(right - left, bottom - top)
+    box_height = max(bottom - top + around, (right - left + around) / aspect)
+    box_height = min(box_height, height, width / aspect)
+    pixels_high = int(np.clip(round(box_height), 1, height))
+    pixels_wide = int(np.clip(round(box_height * aspect), 1, width))
+    x = int(np.clip(round((left + right - pixels_wide) / 2), 0, width - pixels_wide))
+    y = int(np.clip(round((top + bottom - pixels_high) / 2), 0, height - pixels_high))
+    return x, y, pixels_wide, pixels_high
+
+
+def to_crop(points: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
+    """Points [..., 3] of a source of height × width pixels → the same points in 0..1 of a crop."""
+    left, top, box_width, box_height = box
+    x = (points[..., 0] * width - left) / box_width
+    y = (points[..., 1] * height - top) / box_height
+    return np.stack([x, y, points[..., 2]], axis=-1).astype(np.float32)
+
+
+def share_inside(points: np.ndarray, min_visibility: float) -> float:
+    """Share of visible points [..., 3], in 0..1 of a crop, that lie inside it; 0 if none is visible."""
+    visible = points[..., 2] >= min_visibility
+    inside = (points[..., :2] >= 0).all(-1) & (points[..., :2] <= 1).all(-1)
+    return float((inside & visible).sum() / visible.sum()) if visible.any() else 0.0
+
+
+def share_visible(points: np.ndarray, min_visibility: float) -> np.ndarray:
+    """Share of points visible in each frame: [F, 33, 3] → float [F]."""
+    return (points[..., 2] >= min_visibility).mean(-1)
+
+
+def pose_verdict(points: np.ndarray, min_visibility: float, min_visible: float) -> str | None:
+    """Why the pose of a window [F, 33, 3] is not good enough, or None."""
+    there = found(points)
+    if not there.any():
+        return "nobody"
+    if not there.all():
+        return "pose_lost"
+    if share_visible(points, min_visibility).mean() < min_visible:
+        return "low_visibility"
+    return None
+
+
+def crop_verdict(
+    in_crop: np.ndarray, box: Box, target_height: int, min_visibility: float, min_inside: float, min_scale: float
+) -> str | None:
+    """Why a crop (points [F, 33, 3] in its coordinates) is not good enough, or None.
+
+    `min_scale`: fewest source pixels per pixel of the clip, so that little is enlarged.
+    """
+    if share_inside(in_crop, min_visibility) < min_inside:
+        return "does_not_fit"
+    if box[3] < min_scale * target_height:
+        return "too_small"
+    return None
+
+
+def reference_frame(track: np.ndarray, window: range, min_visibility: float) -> int:
+    """Frame of the track that shows the person best: most visible points, then the highest mean visibility.
+
+    Outside the clip's window if the person is seen there about as well (within a tenth of the points): a
+    reference out of the clip itself tells what a user's own picture would not.
+    """
+    score = np.where(found(track), np.nan_to_num(share_visible(track, min_visibility)), -1.0)
+    score = score + 1e-3 * np.round(np.nan_to_num(track[..., 2]).mean(-1), 3)
+    outside = np.ones(len(track), bool)
+    outside[window.start : window.stop] = False
+    best = int(score.argmax())
+    if outside.any():
+        best_outside = int(np.where(outside, score, -2.0).argmax())
+        if score[best_outside] >= score[best] - 0.1:
+            return best_outside
+    return best
+
+
+def main_reason(reasons: Iterable[str]) -> str:
+    """The most frequent reason; of equally frequent ones the earlier in REASONS."""
+    count = Counter(reasons)
+    return min(count, key=lambda reason: (-count[reason], list(REASONS).index(reason)))
