@@ -153,6 +153,8 @@ def ray_cluster(cpus: int, *, verbose: bool = False):
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    if not verbose:  # lines of Ray's C++ part, of which a person can make nothing
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     from ray.data import DataContext
 
@@ -179,6 +181,9 @@ def ray_cluster(cpus: int, *, verbose: bool = False):
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        for handler in logging.getLogger("ray.data").handlers:  # its file keeps everything
+            if type(handler).__name__ == "PlainRayHandler":
+                handler.setLevel(logging.CRITICAL)
     try:
         yield ray
     finally:

@@ -26,8 +26,9 @@ from entprog.media import pose, shards, video, windows
 from entprog.media.video import VideoError
 
 SUFFIXES = frozenset(
-    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .h264 .hevc .ivf .m2ts .m2v .m4v .mj2 .mkv .mov .mp4 .mpeg .mpg "
-    ".mts .mxf .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m".split()
+    {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
+    | {".m4v", ".mj2", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb"}
+    | {".ts", ".vob", ".webm", ".wmv", ".y4m"}
 )
 """Endings of file names that are tried as videos. Others are not opened: FFmpeg takes even plain text for a video."""
 
@@ -112,12 +113,13 @@ class _Window:
     reference: bytes = b""
 
 
-def cut(row: Row, settings: Preparation, parts: str, key: str) -> Row:
-    """Third stage: write the source's clips as a part shard, and its ledger beside it; gives the ledger's counts.
+def cut(row: Row, settings: Preparation, parts: str) -> Row:
+    """Third stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
     The ledger file comes last: a part with a ledger is finished and never done again.
     """
     ledger, clips = _cut(row, settings)
+    key = row["key"]
     part = None
     if clips:
         part = shards.write_shard(Path(parts), f"{key}.parquet", clips, settings.data.shape)
