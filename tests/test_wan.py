@@ -13,8 +13,9 @@ from entprog import blocks
 from entprog.clips import Clips
 from entprog.config import ClipShape, Model
 from entprog.errors import UserError
+from entprog.folders import saved
 from entprog.models import families, family
-from entprog.models.wan import load, saved
+from entprog.models.wan import inspect, load
 
 NETWORK = {
     "patch_size": [1, 4, 4],
@@ -324,6 +325,7 @@ def folders(tmp_path_factory):
     broken("partial", lambda f: save_file({"proj_out.bias": torch.zeros(48)}, f / weights, {"format": "pt"}))
     broken("not_json", lambda f: (f / "transformer" / "config.json").write_text("{"))
     broken("foreign_record", lambda f: (f / "entprog.json").write_text('{"format": "x"}'))
+    broken("wrong_shape", lambda f: _edit(f / "transformer" / "config.json", ffn_dim=40))
     broken("bad_record", lambda f: _edit(f / "entprog.json", input_channels=[5]))
     return tmp_path
 
@@ -338,10 +340,10 @@ def _edit(path, **values):
         ({"base": "{}/nowhere"}, "no such folder"),
         ({"base": "{}/empty"}, "no diffusers checkpoint in .* neither config.json nor transformer/config.json"),
         ({"base": "{}/other"}, "holds a CogVideoXTransformer3DModel, not a WanTransformer3DModel; families .*wan"),
-        ({"base": "{}/latents"}, "16 output channels, pixels have 3 channels: give its VAE as model.vae"),
-        ({"base": "{}/truncated"}, "cannot load WanTransformer3DModel"),
-        ({"base": "{}/garbage"}, "cannot load WanTransformer3DModel"),
-        ({"base": "{}/weightless"}, "cannot load WanTransformer3DModel"),
+        ({"base": "{}/latents"}, "16 output channels, pixels have 3 channels: give its own VAE as model.vae"),
+        ({"base": "{}/truncated"}, r"cannot read .*truncated/transformer/.*.safetensors"),
+        ({"base": "{}/garbage"}, r"cannot read .*garbage/transformer/.*.safetensors"),
+        ({"base": "{}/weightless"}, r"has no weights"),
         ({"base": "{}/partial"}, r"\d+ weights are missing from the WanTransformer3DModel"),
         ({"base": "{}/not_json"}, "cannot read"),
         ({"base": "{}/foreign_record"}, "has format 'x'"),
@@ -351,19 +353,24 @@ def _edit(path, **values):
         ({"base": "{}/good", "vae": "{}/other/transformer"}, "needs an AutoencoderKLWan"),
         ({"base": "{}/good", "conditions": ["pose"]}, "trained with reference, pose; add reference"),
         ({"base": "{}/good", "init": {"num_layers": 2}}, "both given"),
+        ({"base": "{}/wrong_shape"}, "cannot load WanTransformer3DModel"),
         ({"base": "{}/good", "prompt_embeds": "{}/none.safetensors"}, "prompt_embeds: cannot read"),
         ({}, "no network: set model.base"),
         ({"init": {"num_layer": 2}}, "model.init.num_layer .did you mean num_layers"),
         ({"init": {"in_channels": 2}}, "computed"),
         ({"init": {**NETWORK, "out_channels": 16}}, "16 output channels"),
-        ({"init": {**NETWORK, "num_layers": "many"}}, "does not describe a network"),
-        ({"init": {**NETWORK, "qk_norm": None, "patch_size": []}}, "does not describe a network"),
+        ({"init": {**NETWORK, "num_layers": "many"}}, "model.init does not describe a WanTransformer3DModel"),
+        ({"init": {**NETWORK, "patch_size": []}}, "patch_size needs 3 numbers"),
     ],
 )
 def test_wrong_settings_give_one_clear_line(folders, settings, message):
     given = {k: v.format(folders) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises(UserError, match=message) as error:
         load(Model(**given))
+    if "WanTransformer3DModel in" not in str(error.value) and "cannot load" not in message:
+        # all but weights that do not fit is seen before weights are read
+        with pytest.raises(UserError, match=message):
+            inspect(Model(**given))
     assert "\n" not in str(error.value)
 
 

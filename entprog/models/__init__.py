@@ -1,6 +1,8 @@
 """Model families. One file a family, named as `model.family` names it; a file is a family when it has
 
     CLASS: str                                    the diffusers class of its network (config.json `_class_name`)
+    inspect(settings: config.Model, shape: ClipShape | None = None)
+                                                  UserError for whatever can be known to be wrong without weights
     load(settings: config.Model, device="cpu", seed=0) -> Denoiser
                                                   the base (or a new network from `init`), its input layer widened
                                                   with zeros for conditions it lacks; UserError for a wrong folder
@@ -9,6 +11,7 @@ and registers its block classes with `entprog.blocks.bypass`.
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -16,7 +19,7 @@ import torch
 from torch import nn
 
 from entprog.clips import Clips, Latents
-from entprog.config import close_to
+from entprog.config import ClipShape, close_to
 from entprog.errors import UserError
 
 
@@ -29,8 +32,20 @@ class Denoiser(Protocol):
     network: nn.Module
     """What is trained; its blocks are found by `entprog.blocks.blocks`."""
 
+    conditions: tuple[str, ...]
+    """What the network sees beside the noisy clip, in the order of its input channels."""
+
+    def check(self, shape: ClipShape) -> None:
+        """Raises UserError if clips of this shape do not fit."""
+
+    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
+        """Clip shape → C, F', H', W' of one clip's latents."""
+
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient."""
+
+    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33, 3]."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation (velocity ε - x_0 for Wan): [B, C, F', H', W'].
@@ -44,8 +59,11 @@ class Denoiser(Protocol):
     def outside(self) -> dict[str, list[nn.Parameter]]:
         """Parameters outside blocks: {"conditions": the condition input layer, "rest": all others}."""
 
-    def save(self, folder) -> None:
-        """A diffusers folder (network, VAE if any, scheduler) with `entprog.json` beside; `load` reads it back."""
+    def save(self, folder: str | Path, shape: ClipShape | None = None, shift: float | None = None, **record) -> None:
+        """A diffusers folder (network, VAE if any, scheduler) with `entprog.json` beside; `load` reads it back.
+
+        shape: the clips it was trained on; shift: timestep shift for sampling; record: JSON values kept beside.
+        """
 
 
 def families() -> list[str]:

@@ -13,11 +13,8 @@ Text cross-attention sees `model.prompt_embeds`, or zeros. Attention over equal 
 they are, so one zero token does what 512 would.
 """
 
-import inspect
+import inspect as python_inspect
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,22 +25,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from entprog import config
+from entprog import config, folders
 from entprog.blocks import bypass
 from entprog.clips import Clips, Latents
 from entprog.config import ClipShape, close_to
 from entprog.errors import UserError
+from entprog.geometry import Geometry
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
 from entprog.models import families, family
 
 CLASS = "WanTransformer3DModel"
-FORMAT = "entprog-model-1"
 CONDITIONS = ("reference", "pose")
 """Order in which new conditions enter the input layer."""
 I2V_TEXT_TOKENS = 512
@@ -116,65 +112,44 @@ class WanDenoiser:
         return self.network.config.out_channels
 
     @property
-    def _compression(self) -> tuple[int, int]:
-        """Clip frames per latent frame (after the first) and pixels per latent row or column."""
-        if self.vae is None:
-            return 1, 1
-        return self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+    def _geometry(self) -> Geometry:
+        return Geometry.of(self.network.config, self.vae and self.vae.config)
 
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit the VAE or the network's patches."""
-        temporal, spatial = self._compression
-        if (shape.frames - 1) % temporal:
-            fewer = shape.frames - (shape.frames - 1) % temporal
-            raise UserError(
-                f"data.shape.frames must be {temporal}n+1 with this VAE, given {shape.frames}: "
-                f"take {fewer} or {fewer + temporal}"
-            )
-        patch = self.network.config.patch_size
-        for name, pixels, unit in (
-            ("height", shape.height, spatial * patch[1]),
-            ("width", shape.width, spatial * patch[2]),
-        ):
-            if pixels % unit:
-                raise UserError(
-                    f"data.shape.{name} must be a multiple of {unit} for this network (VAE {spatial} x patch "
-                    f"{unit // spatial}), given {pixels}"
-                )
-        _, frames, height, width = self.latent_shape(shape)
-        if frames % patch[0]:
-            raise UserError(
-                f"data.shape.frames: {shape.frames} frames are {frames} latent frames, not a multiple of this "
-                f"network's patch of {patch[0]}"
-            )
-        longest = self.network.config.rope_max_seq_len
-        if max(frames // patch[0], height // patch[1], width // patch[2]) > longest:
-            raise UserError(f"data.shape: {shape} is more than {longest} patches along one side, this network's most")
+        self._geometry.check(shape)
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """Clip shape → C, F', H', W' of one clip's latents."""
-        temporal, spatial = self._compression
-        frames = 1 + (shape.frames - 1) // temporal
-        return self.latent_channels, frames, shape.height // spatial, shape.width // spatial
+        return self.latent_channels, *self._geometry.latents(shape)
 
     @torch.no_grad()
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient.
 
-        The VAE's mode is taken, not a sample: latents do not depend on when or where they were computed. The
-        reference is encoded as a clip of one frame and repeated.
+        The VAE's mode is taken, not a sample: latents do not depend on when or where they were computed.
         """
-        device = self.device
-        clean = self._latents(yuv420_to_rgb(clips.video.to(device, non_blocking=True)).transpose(1, 2))
-        conditions = {}
+        planes = clips.video.to(self.device, non_blocking=True)
+        clean = self._latents(yuv420_to_rgb(planes).transpose(1, 2))
+        return Latents(clean, self.condition(clips.reference, clips.pose), clips.position)
+
+    @torch.no_grad()
+    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the network sees beside the noisy clip: {name: float32 [B, C, F', H', W']}, on the network's device.
+
+        reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33, 3] is drawn
+        and encoded as a video.
+        """
+        frames, (height, width) = pose.shape[1], reference.shape[1:3]
+        out = {}
         if "reference" in self.conditions:
-            pixels = clips.reference.to(device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
-            conditions["reference"] = self._latents(pixels.float() / 127.5 - 1).expand_as(clean)
+            pixels = reference.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
+            repeated = self._geometry.latent_frames(frames)
+            out["reference"] = self._latents(pixels.float() / 127.5 - 1).expand(-1, -1, repeated, -1, -1)
         if "pose" in self.conditions:
-            height, width = clips.reference.shape[1:3]
-            drawn = draw(clips.pose.to(device, non_blocking=True), height, width)
-            conditions["pose"] = self._latents(drawn.transpose(1, 2))
-        return Latents(clean, conditions, clips.position)
+            drawn = draw(pose.to(self.device, non_blocking=True), height, width)
+            out["pose"] = self._latents(drawn.transpose(1, 2))
+        return out
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """Velocity ε - x_0, float32 [B, C, F', H', W'], of noisy latents [B, C, F', H', W'] at flow times t [B]."""
@@ -217,12 +192,10 @@ class WanDenoiser:
         timestep shift for sampling; record: JSON values to keep under `provenance`. An existing folder is replaced,
         whole or not at all.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         shape = shape or self.shape
         shift = self.shift if shift is None else shift
         about = {
-            "format": FORMAT,
+            "format": folders.FORMAT,
             "family": "wan",
             "conditions": self.conditions,
             "latent_channels": self.latent_channels,
@@ -232,25 +205,14 @@ class WanDenoiser:
             "shift": shift,
             "provenance": self.provenance | record,
         }
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            scratch.chmod(0o755)
+        with folders.replacing(Path(folder)) as scratch:
             self.network.save_pretrained(scratch / "transformer")
             if self.vae is not None:
                 self.vae.save_pretrained(scratch / "vae")
             FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(scratch / "scheduler")
             if self.text.any():
-                save_file({"prompt_embeds": self.text[0].cpu().contiguous()}, scratch / "prompt_embeds.safetensors")
+                save_file({"prompt_embeds": self.text[0].cpu().contiguous()}, scratch / folders.PROMPT)
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
-            if folder.exists():
-                before = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-                folder.rename(before / folder.name)
-                scratch.rename(folder)
-                shutil.rmtree(before)
-            else:
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def _latents(self, video: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, contiguous."""
@@ -267,101 +229,113 @@ class WanDenoiser:
         return mean, std
 
 
-def load(settings: config.Model, device: str | torch.device = "cpu", seed: int = 0) -> WanDenoiser:
-    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks.
+@dataclass(frozen=True)
+class Source:
+    """What `inspect` found: everything about a network but its weights."""
 
-    seed: of a new network's weights; torch's own random state is left as it was.
+    root: Path | None
+    """Folder of the base; None: a new network."""
+    transformer: Path | None
+    about: dict[str, Any]
+    """The base's `entprog.json`; {} if it has none."""
+    network: WanTransformer3DModel
+    """The base or new network on the meta device, not yet widened: its configuration without its weights."""
+    vae_folder: Path | None
+    """None: pixels."""
+    vae_setting: str
+    """Setting that named the VAE, for messages."""
+    conditions: tuple[str, ...]
+    """In the order of the input channels."""
+    splits: tuple[int, ...]
+    """Input channels, in the groups that are summed apart."""
+    text: torch.Tensor
+    image: torch.Tensor | None
+
+
+def inspect(settings: config.Model, shape: ClipShape | None = None) -> Source:
+    """Everything that can be known before weights are read.
+
     Raises UserError for a folder that is missing, damaged or of another family, a VAE that is missing or does not
-    fit, and wrong names or values in `model.init`.
+    fit, conditions or prompt that do not fit, wrong names or values in `model.init`, and clips that do not fit.
     """
     if settings.base and settings.init:
         raise UserError("model.base and model.init are both given: a base has its own configuration, drop model.init")
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = _root(settings.base, "model.base") if settings.base else None
-    about = saved(root) if root else {}
-    vae = _vae(settings, root, about)
-    channels = vae.config.z_dim if vae is not None else 3
+    root = folders.locate(settings.base, "model.base") if settings.base else None
+    about = folders.saved(root) if root else {}
+    vae_folder, setting = _vae_folder(settings, root, about)
+    vae_config = None
+    if vae_folder is not None:
+        vae_config = _on_meta(AutoencoderKLWan, folders.read_json(vae_folder / "config.json"), setting).config
+        folders.check_weights(vae_folder, setting)
+    channels = vae_config.z_dim if vae_config else 3
+    transformer = None
+    if root:
+        transformer = _transformer_folder(root, settings.base)
+        folders.check_weights(transformer, "model.base")
+        values = folders.read_json(transformer / "config.json")
+    else:
+        values = _new_configuration(settings, channels)
+    network = _on_meta(WanTransformer3DModel, values, "model.base" if root else "model.init")
+    if len(network.config.patch_size) != 3:
+        raise UserError(f"patch_size needs 3 numbers (frames, height, width), given {network.config.patch_size}")
+    outputs = network.config.out_channels or network.config.in_channels
+    if outputs != channels:
+        has = f"this VAE has {channels} latent channels" if vae_config else "pixels have 3 channels"
+        raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
+    conditions, splits = _inputs(network.config.in_channels, about, channels, settings)
+    if shape is not None:
+        Geometry.of(network.config, vae_config).check(shape)
+    text, image = _tokens(network.config, settings, root)
+    return Source(root, transformer, about, network, vae_folder, setting, conditions, splits, text, image)
+
+
+def load(settings: config.Model, device: str | torch.device = "cpu", seed: int = 0) -> WanDenoiser:
+    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks.
+
+    seed: of a new network's weights; torch's own random state is left as it was.
+    Raises UserError as `inspect` does, and for weights that are missing or do not fit.
+    """
+    source = inspect(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if root:
-            network = _pretrained(WanTransformer3DModel, _transformer_folder(root, settings.base), "model.base")
+        if source.transformer is not None:
+            network = folders.pretrained(WanTransformer3DModel, source.transformer, "model.base")
             network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
         else:
-            network = _new(settings, channels)
-    _check_channels(network, vae, channels, settings)
-    conditions = _widen(network, about, channels, settings)
-    text, image = _tokens(network, settings, root)
-    if vae is not None:
+            network = _new(source.network.config)
+    if len(source.splits) > 1:
+        network.patch_embedding = SplitConv3d.of(network.patch_embedding, source.splits)
+        network.register_to_config(in_channels=sum(source.splits))
+    vae = None
+    if source.vae_folder is not None:  # in float32: Wan's VAE loses quality in half precision
+        vae = folders.pretrained(AutoencoderKLWan, source.vae_folder, source.vae_setting)
         vae.requires_grad_(False).eval().to(device)
+    shape = source.about.get("shape")
+    provenance = {"base": settings.base, "init": settings.init}
+    if source.about:
+        provenance["of_base"] = source.about.get("provenance")
     return WanDenoiser(
         network=network.to(device),
         vae=vae,
-        conditions=conditions,
-        text=text.to(device),
-        image=image if image is None else image.to(device),
+        conditions=source.conditions,
+        text=source.text.to(device),
+        image=None if source.image is None else source.image.to(device),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
-        shape=ClipShape(**about["shape"]) if about.get("shape") else None,
-        shift=_shift(root, about),
-        provenance={"base": settings.base, "init": settings.init, "base_provenance": about.get("provenance")}
-        if about
-        else {"base": settings.base, "init": settings.init},
+        shape=ClipShape(**shape) if shape else None,
+        shift=_shift(source.root, source.about),
+        provenance=provenance,
     )
-
-
-def saved(folder: str | Path) -> dict[str, Any]:
-    """A saved checkpoint's `entprog.json`; {} for a foreign one. Raises UserError if it cannot be read."""
-    path = Path(folder) / "entprog.json"
-    if not path.is_file():
-        return {}
-    about = _json(path)
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT!r}")
-    if missing := {"conditions", "latent_channels", "input_channels", "vae", "shape", "shift"} - about.keys():
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    return about
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object")
-    return values
-
-
-def _root(name: str, setting: str) -> Path:
-    """The folder a checkpoint is in: given, or fetched from the hub (safetensors and JSON only)."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        above = folder.resolve().parent
-        beside = (above / "entprog.json").is_file() or (above / "model_index.json").is_file()
-        return above if folder.resolve().name == "transformer" and beside else folder
-    # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
-        raise UserError(f"{setting}: no such folder: {name}")
-    from huggingface_hub import snapshot_download
-
-    weights = [f"{part}*.safetensors" for part in ("diffusion_pytorch_model", "transformer/", "vae/")]
-    configs = [f"{part}*.json" for part in ("diffusion_pytorch_model", "transformer/", "vae/", "scheduler/")]
-    try:
-        files = [*weights, *configs, "config.json", "entprog.json", "model_index.json", "prompt_embeds.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
 
 
 def _transformer_folder(root: Path, given: str) -> Path:
     """The folder with the network's config.json, its class checked."""
-    folder = next((f for f in (root / "transformer", root) if (f / "config.json").is_file()), None)
+    folder = folders.part(root, "transformer")
     if folder is None:
-        raise UserError(
-            f"model.base: no diffusers checkpoint in {given}: neither config.json nor transformer/config.json"
-        )
-    found = _json(folder / "config.json").get("_class_name")
+        missing = "neither config.json nor transformer/config.json"
+        raise UserError(f"model.base: no diffusers checkpoint in {given}: {missing}")
+    found = folders.read_json(folder / "config.json").get("_class_name")
     if found != CLASS:
         known = families()
         other = next((name for name in known if found == family(name).CLASS), None)
@@ -370,73 +344,51 @@ def _transformer_folder(root: Path, given: str) -> Path:
     return folder
 
 
-def _pretrained(cls, folder: Path, setting: str):
-    """A diffusers model of a folder, in float32; every weight must be there and fit."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it would say of the weights is an error here
-    try:
-        model, info = cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(_first_cause(error)).split())[:200]
-        raise UserError(f"{setting}: cannot load {cls.__name__} from {folder}: {reason}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    for keys, problem in (("missing_keys", "are missing from"), ("unexpected_keys", "have no place in")):
-        if wrong := info[keys]:
-            raise UserError(
-                f"{setting}: {len(wrong)} weights {problem} the {cls.__name__} in {folder}, e.g. {min(wrong)}"
-            )
-    return model
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """diffusers wraps what went wrong in up to three errors that say less."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _vae(settings: config.Model, root: Path | None, about: dict[str, Any]) -> AutoencoderKLWan | None:
-    """The VAE that `model.vae` asks for, in float32 (Wan's VAE loses quality in half precision)."""
+def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]) -> tuple[Path | None, str]:
+    """The VAE's folder that `model.vae` asks for (None: pixels), and the setting that named it."""
+    setting = "model.base" if settings.vae == "auto" else "model.vae"
     if settings.vae == "none":
-        return None
+        return None, setting
     if settings.vae == "auto":
-        if root is None or not (root / "vae" / "config.json").is_file():
+        folder = root / "vae" if root and (root / "vae" / "config.json").is_file() else None
+        if folder is None:
             if about.get("vae"):
                 raise UserError(f"model.base: {settings.base} was saved with a VAE, its vae/ folder is missing")
-            return None
-        folder, setting = root / "vae", "model.base"
+            return None, setting
     else:
-        root = _root(settings.vae, "model.vae")
-        folder = next((f for f in (root / "vae", root) if (f / "config.json").is_file()), None)
+        folder = folders.part(folders.locate(settings.vae, "model.vae"), "vae")
         if folder is None:
             raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
-        setting = "model.vae"
-    found = _json(folder / "config.json").get("_class_name")
+    found = folders.read_json(folder / "config.json").get("_class_name")
     if found != "AutoencoderKLWan":
         raise UserError(f"{setting}: {folder} holds a {found}, Wan needs an AutoencoderKLWan")
-    return _pretrained(AutoencoderKLWan, folder, setting)
+    return folder, setting
 
 
-def _new(settings: config.Model, channels: int) -> WanTransformer3DModel:
-    """A network with Wan's own initialisation, except that its last layer is small, not zero: CEI of a prediction
-    that is zero everywhere is undefined."""
-    known = [name for name in inspect.signature(WanTransformer3DModel.__init__).parameters if name != "self"]
+def _new_configuration(settings: config.Model, channels: int) -> dict[str, Any]:
+    known = [name for name in python_inspect.signature(WanTransformer3DModel.__init__).parameters if name != "self"]
     for name in settings.init:
         if name == "in_channels":
             raise UserError("model.init.in_channels is computed from the latents and conditions: leave it out")
         if name not in known:
             raise UserError(f"unknown setting model.init.{name}{close_to(name, known)}")
-    inputs = channels * (1 + len(settings.conditions))
+    return {"out_channels": channels, **settings.init, "in_channels": channels * (1 + len(settings.conditions))}
+
+
+def _on_meta(cls: type, values: dict[str, Any], setting: str):
+    """A network of a configuration without weights: shows whether it is one, and fills in defaults."""
     try:
-        network = WanTransformer3DModel(**{"out_channels": channels, **settings.init, "in_channels": inputs})
-        if len(network.config.patch_size) != 3:
-            raise ValueError(f"patch_size needs 3 numbers (frames, height, width), given {network.config.patch_size}")
+        with torch.device("meta"):
+            return cls.from_config(values)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.init does not describe a network: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{setting} does not describe a {cls.__name__}: {type(error).__name__}: {reason}") from None
+
+
+def _new(configuration: dict[str, Any]) -> WanTransformer3DModel:
+    """A network with Wan's own initialisation, except that its last layer is small, not zero: CEI of a prediction
+    that is zero everywhere is undefined."""
+    network = WanTransformer3DModel.from_config(configuration)
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -451,26 +403,18 @@ def _new(settings: config.Model, channels: int) -> WanTransformer3DModel:
     return network.eval()  # as from_pretrained gives it
 
 
-def _check_channels(network, vae: AutoencoderKLWan | None, channels: int, settings: config.Model) -> None:
-    outputs = network.config.out_channels or network.config.in_channels
-    if outputs != channels:
-        source = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
-        advice = "give the VAE it was trained with" if vae is not None or settings.vae == "none" else "give its VAE"
-        raise UserError(f"the network has {outputs} output channels, {source}: {advice} as model.vae=FOLDER")
-
-
-def _widen(network: WanTransformer3DModel, about: dict[str, Any], channels: int, settings: config.Model):
-    """Give the input layer channels for the conditions it lacks; all conditions in the order of its channels."""
-    layer = network.patch_embedding
+def _inputs(
+    inputs: int, about: dict[str, Any], channels: int, settings: config.Model
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(conditions in the order of the input channels, input channels in groups), those that are new last."""
     wanted = [name for name in CONDITIONS if name in settings.conditions]
     if settings.init:
-        return tuple(wanted)
-    has = list(about.get("conditions", ()))
-    splits = list(about.get("input_channels", [layer.in_channels]))
-    if sum(splits) != layer.in_channels or layer.in_channels < channels * (1 + len(has)):
+        return tuple(wanted), (inputs,)
+    has, splits = about.get("conditions", []), about.get("input_channels", [inputs])
+    if sum(splits) != inputs or inputs < channels * (1 + len(has)):
         raise UserError(
-            f"model.base: {settings.base}'s input layer has {layer.in_channels} channels, which do not fit "
-            f"{channels} latent channels and the conditions it is said to have ({', '.join(has) or 'none'})"
+            f"model.base: {settings.base}'s input layer has {inputs} channels, which do not fit {channels} latent "
+            f"channels and the conditions it is said to have ({', '.join(has) or 'none'})"
         )
     if left_out := [name for name in has if name not in wanted]:
         raise UserError(
@@ -478,25 +422,19 @@ def _widen(network: WanTransformer3DModel, about: dict[str, Any], channels: int,
             "to model.conditions"
         )
     new = [name for name in wanted if name not in has]
-    if new:
-        splits.append(channels * len(new))
-    if len(splits) > 1:
-        network.patch_embedding = SplitConv3d.of(layer, splits)
-        network.register_to_config(in_channels=sum(splits))
-    return (*has, *new)
+    return (*has, *new), (*splits, *[channels * len(new)] * bool(new))
 
 
 def _splits(layer: nn.Conv3d) -> tuple[int, ...]:
     return layer.splits if isinstance(layer, SplitConv3d) else (layer.in_channels,)
 
 
-def _tokens(network, settings: config.Model, root: Path | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _tokens(sizes: Any, settings: config.Model, root: Path | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Text tokens [1, tokens, text_dim], and zero image tokens where the network attends to an image."""
-    sizes = network.config
     sees_image = sizes.added_kv_proj_dim is not None
     path = Path(settings.prompt_embeds).expanduser() if settings.prompt_embeds else None
-    if path is None and root is not None and (root / "prompt_embeds.safetensors").is_file():
-        path = root / "prompt_embeds.safetensors"
+    if path is None and root is not None and (root / folders.PROMPT).is_file():
+        path = root / folders.PROMPT
     text = torch.zeros(1, 1, sizes.text_dim) if path is None else _prompt(path, sizes.text_dim)
     if not sees_image:
         return text, None
@@ -529,5 +467,5 @@ def _shift(root: Path | None, about: dict[str, Any]) -> float:
     if about:
         return float(about["shift"])
     path = root and root / "scheduler" / "scheduler_config.json"
-    values = _json(path) if path and path.is_file() else {}
+    values = folders.read_json(path) if path and path.is_file() else {}
     return float(values.get("flow_shift") or values.get("shift") or 1.0)

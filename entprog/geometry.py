@@ -1,0 +1,59 @@
+"""Which clip shapes fit a network and its VAE, and what latents they give."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from entprog.config import ClipShape
+from entprog.errors import UserError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which clip shapes fit, from the configurations of network and VAE alone."""
+
+    temporal: int
+    """Clip frames per latent frame, after the first."""
+    spatial: int
+    """Pixels per latent row or column."""
+    patch: tuple[int, int, int]
+    """Latent frames, rows and columns of a patch."""
+    longest: int
+    """Most patches along one side."""
+
+    @classmethod
+    def of(cls, network: Any, vae: Any | None) -> "Geometry":
+        """From diffusers configurations; vae None: pixels."""
+        temporal, spatial = (1, 1) if vae is None else (vae.scale_factor_temporal, vae.scale_factor_spatial)
+        return cls(temporal, spatial, tuple(network.patch_size), network.rope_max_seq_len)
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + (frames - 1) // self.temporal
+
+    def latents(self, shape: ClipShape) -> tuple[int, int, int]:
+        """Clip shape → F', H', W'."""
+        return self.latent_frames(shape.frames), shape.height // self.spatial, shape.width // self.spatial
+
+    def check(self, shape: ClipShape) -> None:
+        """Raises UserError if clips of this shape do not fit."""
+        if (shape.frames - 1) % self.temporal:
+            fewer = shape.frames - (shape.frames - 1) % self.temporal
+            raise UserError(
+                f"data.shape.frames must be {self.temporal}n+1 with this VAE, given {shape.frames}: "
+                f"take {fewer} or {fewer + self.temporal}"
+            )
+        for name, pixels, patch in (("height", shape.height, self.patch[1]), ("width", shape.width, self.patch[2])):
+            if pixels % (self.spatial * patch):
+                raise UserError(
+                    f"data.shape.{name} must be a multiple of {self.spatial * patch} for this network "
+                    f"(VAE {self.spatial} x patch {patch}), given {pixels}"
+                )
+        latents = self.latents(shape)
+        if latents[0] % self.patch[0]:
+            raise UserError(
+                f"data.shape.frames: {shape.frames} frames are {latents[0]} latent frames, not a multiple of this "
+                f"network's patch of {self.patch[0]}"
+            )
+        if max(size // patch for size, patch in zip(latents, self.patch, strict=True)) > self.longest:
+            raise UserError(
+                f"data.shape: {shape} is more than {self.longest} patches along one side, this network's most"
+            )
