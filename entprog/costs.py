@@ -71,6 +71,8 @@ def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip)
         return tensor
 
     gradients = [p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
     with flop_counter() as counter:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of_one_clip()

@@ -1,0 +1,283 @@
+"""Train: preset + shards → checkpoint in diffusers format, MLflow run.
+
+python -m pipelines.train --preset demo --shards out/demo/shards --base out/demo/base --output out/run
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from entprog import config, models
+from entprog.config import Experiment
+from entprog.errors import UserError
+from entprog.media import shards
+from pipelines import charts, jobs, launch, worker
+from pipelines.tracking import Tracker, how_to_open, tracking_uri
+
+app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
+
+# Settings that a resumed run may change: they do not touch what is computed.
+FREE = ("train.gpus", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus", "tracking")
+
+
+@app.command()
+def main(
+    preset: jobs.Preset = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="full: plain training; entprog; linear (schedule.kind).")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.")] = Path(
+        "out/train"
+    ),
+    config_file: jobs.ConfigFile = None,
+    set_: jobs.Set = None,
+    dry_run: jobs.DryRun = False,
+    verbose: jobs.Verbose = False,
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", help="Explain every setting, with its default.")
+    ] = False,
+) -> None:
+    """Fine-tune on prepared clips: score blocks, then train the ones that matter.
+
+    Leaves in OUTPUT: model/ (diffusers), checkpoints/, steps.jsonl (a line a step), cei.json and charts, result.json.
+    """
+    if help_settings:
+        rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help()]
+        jobs.show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
+        return
+
+    def work() -> dict[str, Any]:
+        experiment = jobs.experiment(
+            preset,
+            config_file,
+            set_,
+            data={"shards": str(shards) if shards else None},
+            model={"base": base},
+            schedule={"kind": schedule},
+        )
+        if dry_run:
+            return explain(experiment)
+        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+            return run(experiment, output)
+
+    jobs.run("train", None if dry_run else output, work, verbose=verbose)
+
+
+def check(experiment: Experiment) -> shards.Dataset:
+    """What can be checked before anything starts. Raises UserError; returns the data set."""
+    data = experiment.data
+    if not data.shards:
+        raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
+    dataset = shards.read_dataset(Path(data.shards))
+    if dataset.shape != data.shape:
+        raise UserError(
+            f"shards {data.shards} hold clips of {dataset.shape}, the experiment wants {data.shape}: prepare them "
+            "anew, or set data.shape to theirs"
+        )
+    for split in ("train", "held_out"):
+        if dataset.clips(split) == 0:
+            raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
+    if min(data.held_out_clips, dataset.clips("held_out")) < experiment.train.workers:
+        raise UserError(
+            f"{experiment.train.workers} workers need at least as many held-out clips: there are "
+            f"{dataset.clips('held_out')}, data.held_out_clips={data.held_out_clips}"
+        )
+    shards.verify(dataset, data.verify)
+    models.family(experiment.model.family).inspect(experiment.model)
+    return dataset
+
+
+def explain(experiment: Experiment) -> dict[str, Any]:
+    """Print the resolved experiment and the plan of work."""
+    dataset = check(experiment)
+    jobs.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
+    train, schedule = experiment.train, experiment.schedule
+    ends = [f"{train.steps} steps"] * bool(train.steps) + [f"{train.seconds:g} s"] * bool(train.seconds)
+    jobs.console.print(
+        f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
+        f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
+        f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
+        f"({schedule.stages} stages, backward {schedule.backward}, clock {schedule.clock})."
+    )
+    return {"settings": config.settings(experiment)}
+
+
+def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
+    """Hash of all that decides what is computed: a checkpoint belongs to it."""
+    deciding = {k: v for k, v in config.settings(experiment).items() if not k.startswith(FREE) and k != "data.shards"}
+    return config.digest(deciding, dataset.fingerprint)
+
+
+def run(experiment: Experiment, output: Path, *, tables: Path = Path("out/cei"), parent: str | None = None) -> dict:
+    """Train on the connected Ray cluster; returns the figures of result.json.
+
+    tables: where score tables are kept and looked for. parent: MLflow run under which this one is nested.
+    """
+    started = time.time()
+    dataset = check(experiment)
+    key = identity(experiment, dataset)
+    finished = output / "finished.json"
+    if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == key:
+        jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
+        return known["result"]
+    gpus = launch.use_gpus(experiment)
+    uri = tracking_uri()
+    tracker = Tracker.start(
+        output,
+        experiment.tracking.experiment,
+        experiment.tracking.run_name or f"{experiment.name}-{experiment.schedule.kind}",
+        params=config.settings(experiment),
+        tags={
+            "entprog.commit": jobs.commit(),
+            "entprog.data": dataset.fingerprint,
+            "entprog.base": str(experiment.model.base),
+            "entprog.identity": key,
+            "entprog.device": "gpu" if gpus else "cpu",
+        },
+        parent=parent,
+    )
+    settings = {
+        "experiment": experiment.model_dump(mode="json"),
+        "output": str(output.resolve()),
+        "tables": str(tables.resolve()),
+        "identity": key,
+        "tracking": tracker.handle(),
+        "threads": launch.threads(experiment),
+        "decode_cpus": launch.decode_cpus(experiment),
+    }
+    try:
+        with _Display(experiment) as display:
+            result = launch.run_workers(worker.train, settings, experiment, output / "ray", display.heard)
+        steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+        result = _figures(result, steps) | {
+            "identity": key,
+            "mlflow_run_id": tracker.run_id,
+            "model": str(output / "model"),
+            "data": dataset.fingerprint,
+            "wall_s": round(time.time() - started, 3),
+        }
+        _leave_charts(output, steps, tracker, dataset)
+        tracker.summary({k: result[k] for k in ("held_out_loss", "seconds", "search_seconds", "flops")})
+    except BaseException as error:
+        tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.end("FINISHED")
+    jobs.write_json(finished, {"identity": key, "result": result})
+    _show(result, output, uri)
+    return result
+
+
+def _figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    held_out = [(s["step"], s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
+    purposes = result["seconds_by_purpose"]
+    waited = sum(s["wait_s"] for s in steps)
+    return result | {
+        "held_out_loss": held_out[-1][2],
+        "held_out": [{"step": step, "charged_s": s, "loss": loss} for step, s, loss in held_out],
+        "losses": [s["loss"] for s in steps],
+        "seconds": sum(purposes.values()),
+        "search_seconds": purposes["search"],
+        "score_seconds": purposes["score"],
+        "flops": sum(result["flops_by_purpose"].values()),
+        "samples_per_s": result["clips"] / max(purposes["train"] + purposes["search"], 1e-9),
+        "wait_share": waited / max(purposes["train"] + purposes["search"], 1e-9),
+    }
+
+
+def _leave_charts(output: Path, steps: list[dict], tracker: Tracker, dataset: shards.Dataset) -> None:
+    files = [charts.schedule_chart(steps, output / "schedule.png")]
+    if (output / "cei.json").exists():
+        files += [charts.cei_chart(json.loads((output / "cei.json").read_text()), output / "cei.png")]
+        files += [output / "cei.json"]
+    held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
+    files += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
+    sheet = dataset.folder / "contact_sheet.png"
+    for file in [*files, *([sheet] if sheet.exists() else [])]:
+        tracker.artifact(file)
+
+
+def _show(result: dict[str, Any], output: Path, uri: str) -> None:
+    jobs.show(
+        "Training",
+        [
+            ("held-out loss", result["held_out_loss"]),
+            ("steps", result["steps"]),
+            ("charged seconds", result["seconds"]),
+            ("  of them search / scoring", f"{result['search_seconds']:.1f} / {result['score_seconds']:.1f}"),
+            ("samples per second", result["samples_per_s"]),
+            ("waiting for data", f"{result['wait_share']:.0%}"),
+            (f"peak memory ({result['peak_memory_is']})", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
+            ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
+            ("model", str(output / "model")),
+        ],
+        ("figure", "value"),
+    )
+    jobs.console.print(f"Compare runs: {how_to_open(uri)}")
+
+
+class _Display:
+    """Progress on the terminal: a bar where there is one, a line now and then where there is none."""
+
+    def __init__(self, experiment: Experiment):
+        train = experiment.train
+        self.by: Literal["step", "charged_s"] = "step" if train.steps else "charged_s"
+        self.total = train.steps or train.seconds
+        self.blocks = 0
+        self.clips, self.since = 0, time.time()
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=jobs.console,
+            disable=not jobs.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting workers", total=self.total)
+
+    def __enter__(self) -> "_Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def heard(self, item: dict[str, Any]) -> None:
+        if "scored" in item:
+            self.bar.update(self.task, description=f"scoring blocks: condition {item['scored']}/{item['of']}")
+        elif "resumed" in item:
+            self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
+        elif "warning" in item:
+            self.bar.console.print(f"warning: {item['warning']}", markup=False)
+        elif "step" in item:
+            self._step(item["step"])
+
+    def _step(self, step: dict[str, Any]) -> None:
+        self.clips += step["clips"]
+        rate = self.clips / max(time.time() - self.since, 1e-9)
+        doing = f"stage {step['stage'] + 1} {step['phase']}, {len(step['trained'])} blocks"
+        text = f"{doing}, loss {step['loss']:.4f}, {rate:.1f} clips/s"
+        self.bar.update(self.task, completed=step[self.by], description=text)
+        if step["held_out_loss"] is not None:
+            eta = (time.time() - self.since) * (self.total / max(step[self.by], 1e-9) - 1)
+            self.bar.console.print(
+                f"step {step['step']:>6}  held-out loss {step['held_out_loss']:.5f}  {text}  "
+                f"{step['charged_s']:.0f} s charged, ETA {max(eta, 0):.0f} s"
+            )
+        if "decision" in step:
+            decision = step["decision"]
+            found = ", ".join(f"m={e['m']}: {e['value']:.3g}" for e in decision["efficiencies"])
+            self.bar.console.print(
+                f"stage {decision['stage'] + 1}: trains {len(decision['plan']['trainable'])} blocks "
+                f"({decision['reason']}{'; loss drop per cost ' + found if found else ''})"
+            )
+
+
+if __name__ == "__main__":
+    app()

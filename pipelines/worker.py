@@ -1,0 +1,251 @@
+"""What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entprog import cei, checkpoint, config, distributed, models
+from entprog.blocks import Block, blocks
+from entprog.clips import Latents
+from entprog.config import ClipShape, Experiment
+from entprog.errors import UserError
+from entprog.media import shards
+from entprog.state import RunState
+from entprog.training import Step, fit, start
+from pipelines import clips
+from pipelines.jobs import write_json
+from pipelines.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker has at hand once its network and data are open."""
+
+    experiment: Experiment
+    device: torch.device
+    denoiser: models.Denoiser
+    dataset: shards.Dataset
+    held_out: list[Latents]
+    blocks: list[Block]
+    post: Callable[[dict[str, Any]], None]
+    """Tell the driver (rank 0; nothing on the others)."""
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Train loop of `pipelines.train`."""
+    _reporting_mistakes(settings, _train)
+
+
+def score(settings: dict[str, Any]) -> None:
+    """Train loop of `pipelines.score`: the CEI table alone."""
+    _reporting_mistakes(settings, lambda setup, settings: scores(setup, settings).as_json())
+
+
+def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[str, Any]], Any]) -> None:
+    """A person's mistake is told to the driver in one line; anything else is a crash and is retried."""
+    import ray
+
+    rank, world = distributed.world()
+    board = settings["board"]
+
+    def post(item: dict[str, Any]) -> None:
+        if rank == 0:
+            board.post.remote(item)
+
+    setup, mistake = None, None
+    try:
+        setup = _open(settings, post)
+    except UserError as error:
+        mistake = str(error)
+    mistakes = [line for line in distributed.gathered(mistake) if line]
+    if mistakes:
+        post({"user_error": mistakes[0]})
+        return
+    try:
+        result = work(setup, settings)
+    except UserError as error:  # such as a damaged clip: this rank alone may have met it
+        ray.get(board.post.remote({"user_error": str(error)}))
+        if world > 1:
+            raise  # ends the other ranks, which wait for this one
+        return
+    if rank == 0:
+        ray.get(board.post.remote({"result": result}))
+
+
+def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> Setup:
+    import ray.train.torch
+
+    experiment = config.build(settings["experiment"])
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(settings["threads"])
+    dataset = shards.read_dataset(Path(experiment.data.shards))
+    denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
+    denoiser.check(experiment.data.shape)
+    rank, world = distributed.world()
+    data = experiment.data
+    held_out = [
+        denoiser.encode(batch)
+        for batch in clips.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
+    ]
+    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, held_out[0].part(slice(0, 1)))
+    return Setup(experiment, device, denoiser, dataset, held_out, found, post)
+
+
+def scores(setup: Setup, settings: dict[str, Any]) -> cei.ScoreTable:
+    """The CEI table of the base: from the tables' folder if it was ever computed, else computed once and kept there."""
+    experiment = setup.experiment
+    conditions = {"shape": str(experiment.data.shape), "conditions": experiment.model.conditions}
+    key = cei.table_key(
+        setup.denoiser.network, setup.dataset.fingerprint, experiment.priority, [conditions, experiment.train.seed]
+    )
+    kept = Path(settings["tables"]) / f"{key}.json"
+    # Rank 0 alone looks, so that ranks cannot differ in what they find.
+    known = distributed.gathered(json.loads(kept.read_text()) if kept.exists() else None)[0]
+    if known is not None:
+        return cei.ScoreTable.from_json(known)
+    data = experiment.data
+    wanted = -(-experiment.priority.conditions // data.batch_size)
+    source = clips.local_stream(
+        setup.dataset, "train", data.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
+    )
+    batches = [setup.denoiser.encode(next(source)) for _ in range(wanted)]
+    table = cei.cei(
+        setup.denoiser.predict,
+        setup.blocks,
+        batches,
+        experiment.priority,
+        key=key,
+        seed=experiment.train.seed,
+        progress=lambda done, of: setup.post({"scored": done, "of": of}),
+    )
+    if distributed.world()[0] == 0:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, table.as_json())
+    return table
+
+
+def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
+    experiment, denoiser = setup.experiment, setup.denoiser
+    output = Path(settings["output"])
+    rank, _ = distributed.world()
+    table = None if experiment.schedule.kind == "full" else scores(setup, settings)
+    state = start(denoiser.network, experiment)
+    resumed = distributed.gathered(str(checkpoint.newest(output / "checkpoints") or ""))[0]
+    if resumed:
+        checkpoint.load(Path(resumed), denoiser.network, state, settings["identity"])
+        setup.post({"resumed": state.step})
+    log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
+    tracker = Tracker.attach(settings["tracking"]) if rank == 0 else None
+    if rank == 0 and table is not None:
+        write_json(output / "cei.json", table.as_json())
+    steps = fit(denoiser, setup.blocks, partial(_batches, setup, settings), setup.held_out, table, experiment, state)
+    last = None
+    for last in steps:
+        if rank == 0:
+            record = as_record(last)
+            log.add(record)
+            tracker.metrics(last.step, metrics(last))
+            setup.post({"step": record})
+        if last.last or last.step % experiment.train.checkpoint_every == 0:
+            if rank == 0:
+                checkpoint.save(
+                    output / "checkpoints", denoiser.network, state, settings["identity"],
+                    experiment.train.keep_checkpoints,
+                )  # fmt: skip
+                tracker.flush()
+            torch.distributed.barrier()
+    if rank == 0:
+        with torch.no_grad():
+            for name, parameter in denoiser.network.named_parameters():
+                if name in state.ema:
+                    parameter.copy_(state.ema[name])
+        denoiser.save(output / "model", shape=experiment.data.shape)
+        log.close()
+        tracker.close()
+    torch.distributed.barrier()
+    return final(experiment, state)
+
+
+def _batches(setup: Setup, settings: dict[str, Any], shape: ClipShape, position: int) -> Iterator[Latents]:
+    rank, world = distributed.world()
+    experiment = setup.experiment
+    stream = clips.stream(
+        setup.dataset, "train", shape, experiment.data.batch_size, rank, world, position, experiment.train.seed,
+        cpus=settings["decode_cpus"], device=setup.device,
+    )  # fmt: skip
+    try:
+        for batch in stream:
+            yield setup.denoiser.encode(batch)
+    finally:
+        stream.close()
+
+
+def as_record(step: Step) -> dict[str, Any]:
+    """A step as a line of steps.jsonl."""
+    record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision")}
+    record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
+    return record | ({"decision": step.decision.as_json()} if step.decision else {})
+
+
+def metrics(step: Step) -> dict[str, float]:
+    """A step as MLflow metrics."""
+    values = {
+        "loss": step.loss,
+        "learning_rate": step.learning_rate,
+        "gradient_norm": step.gradient_norm,
+        "trained_blocks": step.plan.m,
+        "stage": step.stage,
+        "searching": float(step.phase == "search"),
+        "step_s": step.seconds,
+        "wait_s": step.wait_s,
+        "charged_s": step.charged_s,
+        "flops": step.flops,
+        "samples_per_s": step.clips / max(step.seconds + step.wait_s, 1e-9),
+        "peak_memory_bytes": step.memory_bytes,
+    }
+    if step.held_out_loss is not None:
+        values["held_out_loss"] = step.held_out_loss
+    if step.decision is not None:
+        values["decision/m"] = step.decision.plan.m
+        values["decision/search_cost"] = step.decision.search_cost
+        for efficiency in step.decision.efficiencies:
+            values[f"decision/efficiency_m{efficiency.m}"] = efficiency.value
+    return values
+
+
+def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
+    """What the run came to."""
+    return {
+        "steps": state.step,
+        "clips": state.position,
+        "seconds_by_purpose": vars(state.seconds),
+        "flops_by_purpose": vars(state.flops),
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "peak_memory_is": "allocated on the GPU" if torch.cuda.is_available() else "counted",
+        "decisions": [decision.as_json() for decision in state.decisions],
+    }
+
+
+class StepLog:
+    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are written anew."""
+
+    def __init__(self, path: Path, done: int):
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines()[:done] if json.loads(line)["step"] <= done]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,186 @@
+"""Blocks: found by type, skipped and restored to the bit, frozen for good, gradients as the formulas say."""
+
+import copy
+
+import pytest
+import torch
+from conftest import latents
+from torch import nn
+
+from entprog import costs, objectives
+from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
+
+
+def predict(denoiser, n=2):
+    batch = latents(range(n))
+    return denoiser.predict(batch.clean, torch.linspace(0.2, 0.8, n), batch.conditions)
+
+
+def test_blocks_are_the_transformer_blocks_in_order(found):
+    assert [b.name for b in found] == [f"blocks.{i}" for i in range(6)]
+
+
+def test_unknown_network_says_how_to_register():
+    with pytest.raises(TypeError, match="bypass"):
+        blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+@torch.no_grad()
+def test_every_skip_changes_the_output_and_restoring_is_bit_exact(denoiser, found):
+    before = predict(denoiser)
+    for block in found:
+        with skipped(block):
+            assert not torch.equal(predict(denoiser), before), block.name
+        assert torch.equal(predict(denoiser), before), block.name
+        assert "forward" not in block.module.__dict__
+
+
+@torch.no_grad()
+def test_skipping_equals_deleting_the_blocks(denoiser, found):
+    shorter = copy.deepcopy(denoiser.network)
+    del shorter.blocks[1], shorter.blocks[3]  # 1, and what was 4
+    with skipped(found[1], found[4]):
+        got = predict(denoiser)
+    denoiser.network.blocks = shorter.blocks
+    assert torch.equal(got, predict(denoiser))
+
+
+def test_a_skip_inside_a_residual_freeze_is_undone_too(denoiser, found):
+    unfreeze(denoiser.network, found, ["blocks.5"], [], "residual")
+    before = found[0].module.forward
+    with torch.no_grad(), skipped(found[0]):
+        predict(denoiser)
+    assert found[0].module.forward is before
+
+
+def test_unfreeze_refuses_a_name_that_is_no_block(denoiser, found):
+    with pytest.raises(KeyError, match=r"blocks\.60"):
+        unfreeze(denoiser.network, found, ["blocks.60"], [])
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_forward_bits_do_not_depend_on_what_is_trained(denoiser, found, backward, checkpointing):
+    with torch.no_grad():
+        before = predict(denoiser)
+    unfreeze(denoiser.network, found, ["blocks.1", "blocks.4"], [], backward, checkpointing)
+    assert torch.equal(predict(denoiser).detach(), before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_exact_gradient_of_trained_blocks_is_full_trainings(denoiser, found, checkpointing):
+    predict(denoiser).square().mean().backward()
+    expected = {n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    denoiser.network.zero_grad(set_to_none=True)
+    unfreeze(denoiser.network, found, ["blocks.1", "blocks.4"], [], "exact", checkpointing)
+    predict(denoiser).square().mean().backward()
+    got = {n: p.grad for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    assert got and all(n.startswith(("blocks.1.", "blocks.4.")) for n in got)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_residual_gradient_is_the_formulas(denoiser, found, checkpointing):
+    """Reference: y = x + (f(x) - x).detach() written into the network by hand."""
+    trained = ["blocks.1", "blocks.4"]
+    outside = denoiser.outside()["conditions"]
+    unfreeze(denoiser.network, found, trained, outside, "residual", checkpointing)
+    predict(denoiser).square().mean().backward()
+    got = {n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    denoiser.network.zero_grad(set_to_none=True)
+
+    unfreeze(denoiser.network, found, trained, outside, "exact")
+    for block in found:
+        if block.name not in trained:
+            own = type(block.module).forward.__get__(block.module)
+            block.module.forward = lambda x, *a, own=own, **k: x + (own(x, *a, **k) - x).detach()
+    predict(denoiser).square().mean().backward()
+    expected = {n: p.grad for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_tuple_blocks_and_execution_order():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, y):
+            return x + self.a(y), y + self.b(x)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = Pair(), Pair()
+
+        def forward(self, x):
+            return sum(self.second(*self.first(x, 2 * x)))
+
+    bypass.register(Pair, lambda module, x, y: (x, y))
+    network, x = Network(), torch.randn(2, 3, requires_grad=True)
+    found = blocks(network)
+    assert [b.name for b in execution_order(found, lambda: network(x))] == ["first", "second"]
+    with torch.no_grad(), skipped(*found):
+        assert torch.equal(network(x), x + 2 * x)
+    plain = network(x).detach()
+    unfreeze(network, found, ["first"], [], "residual")
+    out = network(x)
+    assert torch.equal(out.detach(), plain)
+    out.sum().backward()
+    assert network.second.a.weight.grad is None and network.first.a.weight.grad is not None
+
+
+def flops_and_bytes(denoiser, found, trained, backward):
+    parameters = unfreeze(denoiser.network, found, trained, [], backward)
+    batch = latents([0])
+    t = torch.tensor([0.5])
+
+    def loss():
+        return objectives.loss(denoiser.predict(batch.clean, t, batch.conditions), batch.clean).mean()
+
+    return costs.count(denoiser.network, parameters, loss)
+
+
+def test_residual_step_costs_what_the_formula_says(denoiser, found):
+    """Blocks' share of the FLOPs: F·(1 + 2m/L) against full training's 3F, and saved bytes in proportion."""
+    names = [b.name for b in found]
+    full = flops_and_bytes(denoiser, found, names, "exact")
+    none = flops_and_bytes(denoiser, found, [], "exact")
+    for m in (1, 2, 3):
+        scattered = names[:: len(names) // m][:m]
+        cost = flops_and_bytes(denoiser, found, scattered, "residual")
+        # What lies outside blocks costs its forward in every plan; the head passes gradient back in the trained ones.
+        share = (cost.flops - none.flops) / (full.flops - none.flops)
+        assert share == pytest.approx(m / len(names), rel=0.1)
+        assert cost.saved_bytes < full.saved_bytes * (m / len(names) + 0.25)
+
+
+def test_cost_counting_leaves_gradients_alone(denoiser, found):
+    predict(denoiser).mean().backward()
+    before = {n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    flops_and_bytes(denoiser, found, ["blocks.0"], "exact")
+    for name, parameter in denoiser.network.named_parameters():
+        if name in before and parameter.grad is not None:
+            assert torch.equal(parameter.grad, before[name])
+
+
+def test_block_is_found_once_when_nested():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    bypass.register(Inner, lambda module, x: x)
+    bypass.register(Outer, lambda module, x: x)
+    outer = Outer()
+    assert blocks(nn.ModuleDict({"o": outer})) == [Block("o", outer)]

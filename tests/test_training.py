@@ -1,0 +1,177 @@
+"""fit(): frozen parameters never move, a resumed run equals an uninterrupted one, the search keeps to its share."""
+
+import math
+
+import pytest
+import torch
+from conftest import batches, latents, tiny_denoiser, tiny_experiment
+
+from entprog import cei, checkpoint, config
+from entprog.blocks import blocks
+from entprog.errors import UserError
+from entprog.training import fit, start
+
+
+class Run:
+    """A tiny run that can be stopped and resumed."""
+
+    def __init__(self, experiment, folder=None):
+        self.experiment = experiment
+        self.denoiser = tiny_denoiser(experiment)
+        self.found = blocks(self.denoiser.network)
+        conditions = experiment.model.conditions
+        table = cei.cei(self.denoiser.predict, self.found, [latents(range(2), conditions)], experiment.priority)
+        # Scoring is timed; what is compared to the bit must not be.
+        self.table = cei.ScoreTable(**{**vars(table), "seconds": 0.5})
+        self.state = start(self.denoiser.network, experiment)
+        if folder:
+            checkpoint.load(checkpoint.newest(folder), self.denoiser.network, self.state, "id")
+        self.held_out = [latents(range(100, 104), conditions)]
+
+    def steps(self):
+        return fit(
+            self.denoiser, self.found, batches(self.experiment), self.held_out, self.table, self.experiment, self.state
+        )
+
+    def weights(self):
+        return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
+
+
+def comparable(step):
+    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s")}
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_frozen_parameters_never_move(backward):
+    run = Run(tiny_experiment(schedule={"backward": backward, "outside": "conditions"}, train={"weight_decay": 0.1}))
+    before = run.weights()
+    narrow = 0
+    for step in run.steps():
+        after = run.weights()
+        for name in after:
+            moved = not torch.equal(after[name], before[name])
+            trained = name.startswith(("patch_embedding", *(b + "." for b in step.plan.trainable)))
+            assert trained or not moved, (step.step, name)
+        narrow += step.plan.m < len(run.found)
+        before = after
+    assert narrow > 0
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 12, 20])
+def test_resume_equals_no_interruption(tmp_path, stop_at):
+    experiment = tiny_experiment(train={"ema_decay": 0.9})
+    whole = Run(experiment)
+    expected = [comparable(step) for step in whole.steps()]
+
+    first = Run(experiment)
+    got = []
+    for step in first.steps():
+        got.append(comparable(step))
+        if step.step == stop_at:
+            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
+            break
+    second = Run(experiment, tmp_path)
+    got += [comparable(step) for step in second.steps()]
+    assert got == expected
+    for name, tensor in whole.weights().items():
+        assert torch.equal(tensor, second.weights()[name]), name
+    for name, tensor in whole.state.ema.items():
+        assert torch.equal(tensor, second.state.ema[name]), name
+
+
+def test_two_runs_are_bit_identical_on_the_flops_clock():
+    a, b = Run(tiny_experiment()), Run(tiny_experiment())
+    assert [comparable(s) for s in a.steps()] == [comparable(s) for s in b.steps()]
+
+
+def test_every_stage_decides_and_all_costs_are_charged():
+    run = Run(tiny_experiment())
+    steps = list(run.steps())
+    decisions = [s.decision for s in steps if s.decision]
+    assert [d.stage for d in decisions] == [0, 1] == [d.stage for d in run.state.decisions]
+    searched = [s for s in steps if s.phase == "search"]
+    assert len(searched) == 2 * 2 * 2  # stages × candidates × search steps
+    for stage in (0, 1):
+        trained = {s.plan for s in steps if s.stage == stage and s.phase == "train"}
+        assert trained == {decisions[stage].plan}
+    seconds = run.state.seconds
+    assert seconds.score == 0.5 and seconds.search > 0 and seconds.train > 0
+    assert steps[-1].charged_s == seconds.total >= sum(s.seconds for s in steps) + 0.5
+    assert run.state.flops.search > sum(d.search_cost for d in decisions) * 0.99
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_search_keeps_to_its_share(share):
+    run = Run(tiny_experiment(schedule={"search_share": share, "search_steps": 50}, train={"steps": 60}))
+    steps = list(run.steps())
+    full = run.state.flops.train + run.state.flops.search
+    assert run.state.flops.search <= share * full * 1.6 + 1e-9  # the budget is of full training, plans are cheaper
+    for decision in run.state.decisions:
+        budget = share * 30 * _full_step_flops(run)
+        assert decision.search_cost <= budget
+    assert steps[-1].step == 60
+
+
+def _full_step_flops(run):
+    """FLOPs of one full update, from a plain run of one step."""
+    plain = Run(
+        config.build(config.merge(run.experiment.model_dump(), {"train": {"steps": 1}, "schedule": {"kind": "full"}}))
+    )
+    list(plain.steps())
+    return plain.state.flops.train
+
+
+def test_plain_training_is_the_same_path_without_search():
+    experiment = tiny_experiment(schedule={"kind": "full"})
+    run = Run(experiment)
+    steps = list(run.steps())
+    assert {s.plan.m for s in steps} == {6} and {s.phase for s in steps} == {"train"}
+    assert steps[-1].held_out_loss < steps[0].held_out_loss
+
+
+def test_linear_schedule_grows():
+    run = Run(tiny_experiment(schedule={"kind": "linear", "stages": 3}))
+    assert [d.plan.m for d in (s.decision for s in run.steps()) if d] == [2, 4, 6]
+
+
+def test_a_seconds_budget_ends_the_run():
+    experiment = tiny_experiment(train={"steps": None, "seconds": 4.0}, schedule={"clock": "seconds"})
+    run = Run(experiment)
+    steps = list(run.steps())
+    assert steps[-1].last and run.state.seconds.total >= 4.0
+    assert run.state.seconds.total - steps[-1].seconds - steps[-1].wait_s < 4.0 + 1.0
+
+
+def test_a_finished_run_yields_nothing(tmp_path):
+    run = Run(tiny_experiment(train={"steps": 2}))
+    list(run.steps())
+    checkpoint.save(tmp_path, run.denoiser.network, run.state, "id", keep=1)
+    assert list(Run(run.experiment, tmp_path).steps()) == []
+
+
+def test_loss_is_finite_in_bfloat16_with_checkpointing():
+    experiment = tiny_experiment(
+        model={"dtype": "bfloat16", "gradient_checkpointing": True}, schedule={"backward": "residual"}
+    )
+    assert all(math.isfinite(s.loss) for s in Run(experiment).steps())
+
+
+def test_checkpoints_are_whole_pruned_and_guarded(tmp_path):
+    run = Run(tiny_experiment(train={"steps": 4}))
+    for _ in run.steps():
+        checkpoint.save(tmp_path, run.denoiser.network, run.state, "id", keep=2)
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000003", "step-00000004"]
+    (tmp_path / ".step-00000009.partial").mkdir()
+    (tmp_path / "step-00000009").mkdir()  # cut short: no state.json
+    newest = checkpoint.newest(tmp_path)
+    assert newest.name == "step-00000004"
+    with pytest.raises(UserError, match="other settings"):
+        checkpoint.load(newest, run.denoiser.network, run.state, "another")
+    (newest / "network.safetensors").write_bytes(b"\x00" * 10)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(newest, run.denoiser.network, run.state, "id")
+
+
+def test_flops_clock_and_seconds_budget_do_not_mix():
+    with pytest.raises(UserError, match=r"schedule\.clock"):
+        config.build({"train": {"seconds": 5}, "schedule": {"clock": "flops"}})
