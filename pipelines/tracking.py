@@ -65,6 +65,8 @@ def masked(uri: str) -> str:
         parts = urlsplit(uri)
     except ValueError:
         return "***"
+    if "@" not in parts.netloc and not parts.query:
+        return uri  # untouched: putting it together again would lose slashes of sqlite:////
     _, at, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"***{at}{host}" if at else host, query="***" if parts.query else ""))
 
