@@ -245,6 +245,37 @@ class Preparation(Part):
     prepare: Prepare = Prepare()
 
 
+class Generate(Part):
+    """How clips are sampled (`pipelines.generate`)."""
+
+    steps: int = Field(default=20, ge=1)
+    """Euler steps from noise to clip."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the noise that a clip starts from."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance over zeroed conditions; 1: none. Helps networks trained with conditions dropped."""
+    shift: float | None = Field(default=None, gt=0)
+    """Timestep shift: >1 spends more steps on noise. None: the checkpoint's own."""
+    count: int = Field(default=4, ge=1)
+    """Clips of a split, spread evenly over it."""
+    start_s: float = Field(default=0.0, ge=0)
+    """Where the clip starts in a driving video or pose sequence, in seconds."""
+    batch_size: int = Field(default=4, ge=1)
+    """Clips sampled at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the forward pass."""
+    gpus: Literal["auto", "yes", "no"] = "auto"
+    """`auto`: a GPU if there is one."""
+
+
+class Generation(Part):
+    """Everything that a generated clip depends on, beside checkpoint, reference, pose and code."""
+
+    generate: Generate = Generate()
+    prepare: Prepare = Prepare()
+    """Of it `margin` and `point_visibility`: the crop around the person in a driving video or reference image."""
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping → {dotted name: value}. `model.init` stays one value: its names are diffusers' own."""
     out = {}

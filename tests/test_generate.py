@@ -1,0 +1,231 @@
+"""generate, through the real command: tiny checkpoints, real clips."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from entprog.config import ClipShape, Generation, Model
+from entprog.errors import UserError
+from entprog.media import assets, shards, video
+from entprog.models.wan import load
+from pipelines import generate
+from tests.test_wan import NETWORK
+
+SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
+
+
+def command(*arguments, expected=0):
+    """Run the job as a person does; its standard output, or standard error when it is to fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.generate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stderr if expected else done.stdout
+
+
+def row(number, split="held_out"):
+    """A clip of a moving square, and a pose that moves along."""
+    frames = np.full((SHAPE.frames, SHAPE.height, SHAPE.width, 3), 60, np.uint8)
+    points = np.ones((SHAPE.frames, 33, 3), np.float32)
+    points[..., :2] = np.random.default_rng(number).uniform(0.2, 0.8, (33, 2))
+    for i in range(SHAPE.frames):
+        frames[i, 10 : 30 + number, 2 * i : 2 * i + 12] = (200, 80, 40)
+        points[i, :, 0] += i / SHAPE.width
+    zeros = dict.fromkeys(("crop_left", "crop_top", "crop_width", "crop_height", "source_height", "source_width"), 0)
+    return {
+        "clip_id": f"square {number}.mp4#000000",
+        "source": f"square {number}.mp4",
+        "source_sha256": "",
+        "split": split,
+        "caption": "",
+        "start_s": 0.0,
+        "fps": SHAPE.fps,
+        "frames": SHAPE.frames,
+        "height": SHAPE.height,
+        "width": SHAPE.width,
+        **zeros,
+        "visibility": 1.0,
+        "reference_s": 0.0,
+        "reference": png(frames[0]),
+        "pose": points,
+        "video": video.encode(frames, SHAPE.fps),
+    }
+
+
+def png(image):
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint, shards with two held-out clips and one for training, a picture and poses."""
+    folder = tmp_path_factory.mktemp("generate")
+    load(Model(init=NETWORK, vae="none")).save(folder / "run" / "model", shape=SHAPE)
+    held_out = shards.write_shard(folder / "shards", "held_out/0.parquet", [row(0), row(1)], SHAPE)
+    train = shards.write_shard(folder / "shards", "train/0.parquet", [row(2, "train")], SHAPE)
+    shards.write_dataset(folder / "shards", SHAPE, {"train": [train], "held_out": [held_out]}, {})
+    Image.new("RGB", (32, 48), "green").save(folder / "me.png")
+    np.savez(folder / "poses.npz", pose=np.random.default_rng(0).random((9, 33, 3)))
+    return folder
+
+
+def test_clips_of_a_split_by_the_command(made, tmp_path):
+    given = ["--checkpoint", made / "run", "--shards", made / "shards", "--split", "held_out", "--count", 2]
+    out = command(*given, "--steps", 2, "--output", tmp_path, "--set", "generate.batch_size=1")
+    assert "2/2 clips" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["job"], result["status"], len(result["videos"])) == ("generate", "done", 2)
+    assert result["settings"]["generate.steps"] == 2
+    for path, record in zip(result["videos"], result["clips"], strict=True):
+        beside = video.decode_rgb(Path(path).read_bytes())
+        alone, _ = video.read_frames(record["result"], video.clip_times(0, SHAPE.frames, SHAPE.fps))
+        assert len(beside) == SHAPE.frames and beside.shape[2] > 3 * beside.shape[1] * 32 / 48
+        assert alone.shape == (SHAPE.frames, SHAPE.height, SHAPE.width, 3) and alone.std() > 10
+    with Image.open(result["sheet"]) as sheet:
+        assert sheet.width > 200 and np.asarray(sheet).std() > 10
+
+
+def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_path):
+    def bytes_of(name, **settings):
+        chosen = Generation.model_validate({"generate": {"steps": 2, **settings}})
+        paths = {"reference": made / "me.png", "pose": made / "poses.npz"}
+        result = generate.run(made / "run" / "model", tmp_path / name, chosen, **paths)
+        assert len(result["videos"]) == 1
+        return Path(result["clips"][0]["result"]).read_bytes()
+
+    one = bytes_of("one")
+    assert one == bytes_of("same")
+    assert one != bytes_of("seed", seed=1)
+    assert one != bytes_of("later", start_s=0.25)
+    assert one != bytes_of("guided", guidance=3.0)
+
+
+def test_one_named_clip_with_another_reference(made, tmp_path):
+    paths = {"shards": made / "shards", "clip": ["square 2.mp4#000000"], "reference": made / "me.png"}
+    result = generate.run(made / "run", tmp_path, Generation.model_validate({"generate": {"steps": 1}}), **paths)
+    assert [record["clip"] for record in result["clips"]] == ["square 2.mp4#000000"]
+
+
+def test_driving_video_and_picture_of_a_real_person(made, tmp_path):
+    frames, _ = video.read_frames(assets.clip("cam04"), [0.5])
+    Image.fromarray(frames[0]).save(tmp_path / "person.jpg")
+    crop = Generation().prepare
+    points, cut = generate.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=0.2)
+    assert points.shape == (5, 33, 3) and cut.shape == (5, 48, 32, 3)
+    seen = points[..., 2] > 0.5
+    assert seen.mean() > 0.7 and (points[seen][:, :2] > 0).all() and (points[seen][:, :2] < 1).all()
+    # as `prepare` crops: the body fills most of the picture
+    x_y = points[seen][:, :2]
+    assert (x_y.max(0) - x_y.min(0)).max() > 0.6
+    who = generate.reference_image(tmp_path / "person.jpg", SHAPE, crop)
+    assert who.shape == (48, 32, 3) and who.std() > 20
+
+
+def test_picture_without_a_person_is_cut_in_the_middle(tmp_path, capsys):
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 40:60] = 255
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    who = generate.reference_image(tmp_path / "wide.png", SHAPE, Generation().prepare)
+    assert who.shape == (48, 32, 3) and who[:, 10:22].mean() > 240
+    assert "nobody was found" in capsys.readouterr().out
+
+
+def test_turned_picture_is_made_upright(tmp_path):
+    picture = Image.new("RGB", (48, 32))
+    picture.paste("red", (0, 0, 24, 32))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn clockwise to view
+    picture.save(tmp_path / "turned.png", exif=exif)
+    who = generate.reference_image(tmp_path / "turned.png", SHAPE, Generation().prepare)
+    assert who[:20, :, 0].min() == 255 and who[30:, :, 0].max() == 0
+
+
+def test_dry_run_writes_nothing_and_help_explains(made, tmp_path):
+    given = ["--checkpoint", made / "run", "--shards", made / "shards", "--output", tmp_path / "out", "--dry-run"]
+    assert "Would generate 2 clip(s) of 5 frames of 32x48" in command(*given)
+    assert not (tmp_path / "out").exists()
+    assert "--reference" in command("--help")
+
+
+@pytest.fixture(scope="module")
+def wrong(made):
+    """Files that must not be taken, beside the good ones."""
+    load(Model(init=NETWORK, vae="none")).save(made / "shapeless")
+    (made / "empty").mkdir()
+    (made / "text.mp4").write_text("no video")
+    (made / "text.png").write_text("no picture")
+    (made / "text.npz").write_text("no arrays")
+    np.savez(made / "short.npz", pose=np.zeros((2, 33, 3)))
+    np.savez(made / "body25.npz", pose=np.zeros((9, 25, 3)))
+    np.savez(made / "other.npz", keypoints=np.zeros((9, 33, 3)))
+    np.savez(made / "pickled.npz", pose=np.array([{"a": 1}], dtype=object))
+    other = ClipShape(frames=5, height=32, width=32, fps=12)
+    (made / "square_shards").mkdir()
+    shards.write_dataset(made / "square_shards", other, {"train": [], "held_out": []}, {})
+    return made
+
+
+PICTURE = {"reference": "{}/me.png"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint": "{}/nowhere", "shards": "{}/shards"}, "--checkpoint: no such folder"),
+        ({"checkpoint": "{}/empty", "shards": "{}/shards"}, "was not written by pipelines.train"),
+        ({"checkpoint": "{}/shapeless", "shards": "{}/shards"}, "does not say which clips it was trained on"),
+        ({}, "one of --video, --pose and --shards .*; none was given"),
+        ({"pose": "{}/poses.npz", "shards": "{}/shards"}, "--pose and --shards were given"),
+        ({"pose": "{}/poses.npz"}, "--pose needs --reference too"),
+        ({"pose": "{}/poses.npz", **PICTURE, "split": "train"}, "--clip and --split choose among --shards"),
+        ({"shards": "{}/shards", "split": "train", "clip": ["x"]}, "both --clip and --split"),
+        ({"shards": "{}/nowhere"}, "no such folder of shards"),
+        ({"shards": "{}/square_shards"}, "hold clips of 5 frames of 32x32 .* the checkpoint makes 5 frames of 32x48"),
+        ({"shards": "{}/shards", "split": "test"}, "no clips in split 'test' .*held_out .2 clips"),
+        ({"shards": "{}/shards", "clip": ["square 1.mp4"]}, "no clip 'square 1.mp4' .*did you mean square 1.mp4#000"),
+        ({"pose": "{}/nowhere.npz", **PICTURE}, "--pose: no such file"),
+        ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
+        ({"pose": "{}/pickled.npz", **PICTURE}, "--pose: cannot read .*allow_pickle=False"),
+        ({"pose": "{}/short.npz", **PICTURE}, "has 2 frames, a clip from 0 s on needs 5"),
+        ({"pose": "{}/body25.npz", **PICTURE}, r"\[9, 25, 3\], needed is float \[frames, 33, 3\]"),
+        ({"pose": "{}/other.npz", **PICTURE}, "no array named pose, only keypoints"),
+        ({"pose": "{}/poses.npz", "reference": "{}/nowhere.png"}, "--reference: no such file"),
+        ({"pose": "{}/poses.npz", "reference": "{}/text.png"}, "--reference: cannot read .* as a picture"),
+        ({"video": "{}/text.mp4", **PICTURE}, "--video: "),
+        ({"video": "{}/nowhere.mp4", **PICTURE}, "--video: "),
+    ],
+)
+def test_wrong_input_is_one_clear_line(wrong, tmp_path, given, message):
+    given = {"checkpoint": "{}/run", **given}
+    paths = {k: Path(v.format(wrong)) if isinstance(v, str) and "{}" in v else v for k, v in given.items()}
+    with pytest.raises(UserError, match=message) as error:
+        generate.run(output=tmp_path, **paths)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_video_with_nobody_or_too_short(made):
+    crop = Generation().prepare
+    with pytest.raises(UserError, match="nobody was found"):
+        generate.driving_clip(assets.clip("no_face"), SHAPE, crop)
+    with pytest.raises(UserError, match="a clip has 5"):
+        generate.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=1.5)
+
+
+def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):
+    given = ["--checkpoint", made / "run", "--shards", made / "shards", "--output", tmp_path]
+    told = command(*given, "--set", "generate.step=3", expected=2)
+    assert told.strip() == "error: unknown setting generate.step (did you mean generate.steps?)"
+    told = command(*given, "--steps", 0, expected=2)
+    assert told.strip() == "error: setting generate.steps: input should be greater than or equal to 1, given 0"
