@@ -213,6 +213,8 @@ class Prepare(Part):
     """Room around the body's outermost points on every side, as a fraction of its larger extent."""
     point_visibility: float = Field(default=0.5, ge=0, le=1)
     """A body point counts as visible from this visibility on."""
+    min_detected: float = Field(default=0.5, ge=0, le=1)
+    """Smallest share of an unbroken track's frames in which the person detector sees somebody; below: `nobody`."""
     min_visibility: float = Field(default=0.7, ge=0, le=1)
     """Smallest share of the 33 points visible, averaged over a clip; below: `low_visibility`."""
     min_inside: float = Field(default=0.95, ge=0, le=1)

@@ -142,6 +142,25 @@ def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> N
 
 
 @contextmanager
+def stderr_into(path: Path, *, verbose: bool = False):
+    """What C++ libraries write to this process's stderr goes into a file, which is kept only if the work fails."""
+    if verbose:
+        yield
+        return
+    sys.stderr.flush()
+    mine = os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        sys.stderr.flush()
+        os.dup2(mine, 2)
+        os.close(mine)
+
+
+@contextmanager
 def ray_cluster(cpus: int, *, verbose: bool = False):
     """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
 
@@ -153,8 +172,6 @@ def ray_cluster(cpus: int, *, verbose: bool = False):
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    if not verbose:  # lines of Ray's C++ part, of which a person can make nothing
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     from ray.data import DataContext
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -205,29 +206,35 @@ def run(folder: Path, output: Path, settings: Preparation, *, verbose: bool = Fa
     to_do = [row for row in sources if _part(parts, keys[row["file"]]) is None]
     if len(to_do) < len(sources):
         jobs.console.print(f"resuming: {len(sources) - len(to_do)} of {len(sources)} sources are done already")
-    pose.PoseEstimator()  # what is missing is said here, once, and not by every worker
-    with jobs.ray_cluster(cpus=2, verbose=verbose) as ray:
-        _cut_all(ray, to_do, parts, keys, settings)
-        records = {file: _part(parts, key) for file, key in keys.items()}
-        rows = [row for file in sorted(records) for row in (records[file] or {"ledger": ()})["ledger"]]
-        ledger.check(rows, keys)
-        ledger.write(output / "ledger.parquet", rows)
-        figures = ledger.summary(rows)
-        if not figures["clips"]["kept"]:
-            _show(figures)
-            reasons = figures["inputs"]["rejected"]
-            told = ", ".join(f"{reason} {count}" for reason, count in list(reasons.items())[:3])
-            raise UserError(f"no clip could be kept of {len(sources)} files ({told}): see {output / 'ledger.parquet'}")
-        kept = [row["file"] for row in rows if row["kind"] == "input" and row["kept"]]
-        splits = split(kept, held, settings.prepare.held_out_ratio, settings.prepare.seed)
-        plans = shard_plans(rows, splits, keys, settings.prepare.clips_per_shard)
-        written = _pack_all(ray, plans, output, settings)
+    with jobs.stderr_into(output / "prepare.log", verbose=verbose):
+        pose.PoseEstimator()  # what is missing is said here, once, and not by every worker
+        with jobs.ray_cluster(cpus=2, verbose=verbose) as ray:
+            _cut_all(ray, to_do, parts, keys, settings)
+            rows, figures = _account(output, parts, keys)
+            kept = [row["file"] for row in rows if row["kind"] == "input" and row["kept"]]
+            splits = split(kept, held, settings.prepare.held_out_ratio, settings.prepare.seed)
+            plans = shard_plans(rows, splits, keys, settings.prepare.clips_per_shard)
+            written = _pack_all(ray, plans, output, settings)
     ledger.check(rows, keys, sum(shard.clips for infos in written.values() for shard in infos))
     _sheet(output, plans)
     prepared = {"prepare": settings.prepare.model_dump(mode="json"), "inputs": _stamp(sources)}
     shards.write_dataset(output, settings.data.shape, written, prepared)
     shutil.rmtree(parts)
     return _report(output, figures)
+
+
+def _account(output: Path, parts: Path, keys: dict[str, str]) -> tuple[list[Row], Row]:
+    """Write the ledger out of all parts: (its rows, its figures). Raises UserError if nothing was kept at all."""
+    records = {file: _part(parts, key) for file, key in sorted(keys.items())}
+    rows = [row for record in records.values() if record for row in record["ledger"]]
+    ledger.check(rows, keys)
+    ledger.write(output / "ledger.parquet", rows)
+    figures = ledger.summary(rows)
+    if not figures["clips"]["kept"]:
+        _show(figures)
+        told = ", ".join(f"{reason} {count}" for reason, count in list(figures["inputs"]["rejected"].items())[:3])
+        raise UserError(f"no clip could be kept of {len(keys)} files ({told}): see {output / 'ledger.parquet'}")
+    return rows, figures
 
 
 def _claim(output: Path, settings: Preparation) -> None:
@@ -241,8 +248,8 @@ def _claim(output: Path, settings: Preparation) -> None:
 
 def _refuse(output: Path, theirs: Row, mine: Row) -> None:
     theirs, mine = config.flat(theirs), config.flat(mine)
-    name = next(name for name in mine if theirs.get(name) != mine[name])
-    told = f"{name} was {theirs.get(name)}, now {mine[name]}"
+    name = next(name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name))
+    told = f"{name} was {theirs.get(name)}, now {mine.get(name)}"
     raise UserError(f"{output} was prepared with other settings ({told}): choose another --output, or delete it")
 
 
@@ -379,7 +386,7 @@ def _sheet(output: Path, plans: list[Row]) -> None:
         clips = of_source[name]
         for split_name, file, at in [clips[i] for i in sorted({len(clips) // 4, 3 * len(clips) // 4})]:
             (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s", "source"])
-            rows.append((f"{name}  {clip['start_s']:.2f} s  {split_name}", _strip(clip)))
+            rows.append((f"{name}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
     sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
 
 
@@ -391,7 +398,10 @@ def _strip(clip: Row) -> np.ndarray:
     height, width = frames.shape[1:3]
     times = max(1.0, 192 / height)
     size = round(height * times), round(width * times)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pictures this small only wait for each other's threads, up to 50 times as long
     shown = sheet.overlay(np.stack([video.scale(frames[i], size) for i in some]), clip["pose"][some])
+    torch.set_num_threads(threads)
     return np.concatenate([video.scale(reference, size)[None], shown])
 
 

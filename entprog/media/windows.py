@@ -37,6 +37,21 @@ def window_starts(total: int, frames: int, stride: int) -> range:
     return range(0, max(0, total - frames + 1), stride)
 
 
+def without_phantoms(track: np.ndarray, detected: np.ndarray, min_detected: float) -> np.ndarray:
+    """The track without unbroken runs of frames in which the detector hardly ever sees a person.
+
+    The landmark network follows whatever once looked like a person (lettering, a tree) for long, sure of itself;
+    the detector, asked anew frame by frame (bool [T]), does not agree with itself about such a thing.
+    """
+    there = found(track)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]])))
+    out = track.copy()
+    for start, stop in edges.reshape(-1, 2):
+        if detected[start:stop].mean() < min_detected:
+            out[start:stop] = np.nan, np.nan, 0
+    return out
+
+
 def person_box(
     points: np.ndarray, height: int, width: int, aspect: float, margin: float, min_visibility: float
 ) -> Box | None:

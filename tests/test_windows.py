@@ -1,0 +1,124 @@
+"""Clip windows, person crop and quality decisions: what must hold for every input."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entprog.media import windows
+from entprog.media.pose import found
+
+SEEN = 0.5
+
+
+def person(frames: int, box=(0.4, 0.3, 0.6, 0.8), seed: int = 0) -> np.ndarray:
+    """A track of points spread over a box (left, top, right, bottom), all visible."""
+    left, top, right, bottom = box
+    points = np.random.default_rng(seed).uniform((left, top, 0.9), (right, bottom, 1.0), (frames, 33, 3))
+    points[:, 0, :2], points[:, 1, :2] = (left, top), (right, bottom)
+    return points.astype(np.float32)
+
+
+@given(st.integers(0, 200), st.integers(1, 40), st.integers(1, 50))
+def test_windows_lie_inside_and_none_is_missed(total, frames, stride):
+    starts = windows.window_starts(total, frames, stride)
+    assert all(start >= 0 and start + frames <= total for start in starts)
+    assert bool(starts) == (total >= frames)
+    if starts:
+        assert starts[0] == 0 and starts[-1] + stride + frames > total
+
+
+boxes = st.tuples(*[st.floats(-0.2, 1.2)] * 4).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), *map(max, b[:2], b[2:]))
+)
+
+
+@given(boxes, st.integers(1, 3000), st.integers(1, 3000), st.floats(0.3, 3), st.floats(0, 1))
+def test_crop_lies_inside_the_frame_with_the_aspect_of_the_clip(body, height, width, aspect, margin):
+    box = windows.person_box(person(3, body), height, width, aspect, margin, SEEN)
+    left, top, box_width, box_height = box
+    assert left >= 0 and top >= 0 and box_width >= 1 and box_height >= 1
+    assert left + box_width <= width and top + box_height <= height
+    if box_height > 50 and box_width > 50:
+        assert box_width / box_height == pytest.approx(aspect, rel=0.03)
+
+
+@given(st.floats(0.2, 0.7), st.floats(0.2, 0.7), st.floats(0.05, 0.25))
+def test_crop_holds_a_person_who_fits_with_room_around(x, y, size):
+    body = (x, y, x + size, y + size)
+    points = person(8, body)
+    box = windows.person_box(points, 2000, 1000, 0.5, 0.1, SEEN)
+    assert windows.share_inside(windows.to_crop(points, box, 2000, 1000), SEEN) == 1
+
+
+def test_a_person_wider_than_any_crop_does_not_fit():
+    points = person(8, (0.0, 0.4, 1.0, 0.6))
+    box = windows.person_box(points, 360, 640, 64 / 96, 0.1, SEEN)
+    in_crop = windows.to_crop(points, box, 360, 640)
+    assert windows.crop_verdict(in_crop, box, 96, SEEN, 0.95, 1.0) == "does_not_fit"
+
+
+def test_a_person_with_few_pixels_is_too_small():
+    points = person(8)
+    box = windows.person_box(points, 100, 100, 64 / 96, 0.1, SEEN)
+    in_crop = windows.to_crop(points, box, 100, 100)
+    assert windows.crop_verdict(in_crop, box, 96, SEEN, 0.95, 1.0) == "too_small"
+    assert windows.crop_verdict(in_crop, box, 96, SEEN, 0.95, 0.1) is None
+
+
+def test_points_keep_their_place_in_the_picture():
+    points = person(4)
+    box = (100, 50, 200, 300)
+    in_crop = windows.to_crop(points, box, 720, 640)
+    back = in_crop[..., :2] * (200, 300) + (100, 50)
+    np.testing.assert_allclose(back, points[..., :2] * (640, 720), atol=1e-3)
+    np.testing.assert_array_equal(in_crop[..., 2], points[..., 2])
+
+
+def lost(track: np.ndarray, frames) -> np.ndarray:
+    track = track.copy()
+    track[frames] = np.nan, np.nan, 0
+    return track
+
+
+def test_pose_verdicts():
+    good = person(8)
+    hidden = good.copy()
+    hidden[:, 12:, 2] = 0.1
+    assert windows.pose_verdict(good, SEEN, 0.7) is None
+    assert windows.pose_verdict(lost(good, slice(None)), SEEN, 0.7) == "nobody"
+    assert windows.pose_verdict(lost(good, [3]), SEEN, 0.7) == "pose_lost"
+    assert windows.pose_verdict(hidden, SEEN, 0.7) == "low_visibility"
+
+
+def test_a_track_that_the_detector_does_not_confirm_is_nobody():
+    track = lost(person(20), [9])  # frames 0-8 and 10-19
+    detected = np.array([True] * 7 + [False] * 9 + [True] * 4)
+    out = windows.without_phantoms(track, detected, 0.5)
+    assert found(out).tolist() == [True] * 9 + [False] * 11
+    np.testing.assert_array_equal(out[:9], track[:9])
+    assert (out[10:, :, 2] == 0).all()
+
+
+@given(st.integers(8, 60), st.integers(0, 52), st.integers(0, 9))
+def test_reference_is_a_frame_with_the_person_outside_the_clip_where_there_is_one(total, start, seed):
+    start = min(start, total - 8)
+    window = range(start, start + 8)
+    gone = np.random.default_rng(seed).random(total) < 0.5
+    gone[start : start + 8] = False  # a kept clip has its person in every frame
+    track = lost(person(total, seed=seed), gone)
+    at = windows.reference_frame(track, window, SEEN)
+    assert found(track)[at]
+    assert (at not in window) == bool((~gone).sum() > 8)
+
+
+def test_reference_shows_more_of_the_person_than_other_frames():
+    track = person(20)
+    track[:, 20:, 2] = 0.1
+    track[15, :, 2] = 0.9
+    assert windows.reference_frame(track, range(8), SEEN) == 15
+
+
+def test_main_reason_is_the_most_frequent():
+    assert windows.main_reason(["nobody", "pose_lost", "pose_lost"]) == "pose_lost"
+    assert windows.main_reason(["pose_lost", "nobody"]) == "nobody"
