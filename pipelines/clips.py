@@ -9,6 +9,7 @@ position, and no state of an iterator has to be saved.
 import functools
 import io
 import itertools
+import re
 import time
 import zlib
 from collections.abc import Iterator
@@ -278,13 +279,14 @@ def _execute(task, first_task: int, task_rows: int, batch_size: int, clip_bytes:
 
 
 def _open_errors(batches: Iterator) -> Iterator:
-    """Raise the damage that a task found as itself, out of Ray's wrappings."""
+    """Raise the damage that a task found as itself.
+
+    Ray Data wraps what a task raises, and pickling then drops the cause: only its text, one line, comes across.
+    """
     try:
         yield from batches
     except Exception as error:
-        cause = error
-        while cause is not None and not isinstance(cause, shards.DamagedShardError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        found = re.search(rf"{shards.DamagedShardError.__name__}: (.+)", str(error))
+        if found is None:
             raise
-        raise cause from None
+        raise shards.DamagedShardError(found[1]) from None

@@ -1,0 +1,284 @@
+"""The training stream: the same clips in the same order whoever reads them, on real clips and a real Ray."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from entprog.config import ClipShape
+from entprog.errors import UserError
+from entprog.media import assets, color, shards, video
+from pipelines import clips
+
+SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
+BATCH = 3
+
+
+def row(source: str, split: str, start_s: float) -> dict:
+    """A clip of a real video as prepare writes it."""
+    times = video.clip_times(start_s, SHAPE.frames, SHAPE.fps)
+    frames, _ = video.read_frames(assets.clip(source), times, size=(SHAPE.height, SHAPE.width))
+    png = io.BytesIO()
+    Image.fromarray(frames[0]).save(png, "PNG")
+    sizes = {"height": SHAPE.height, "width": SHAPE.width}
+    rng = np.random.default_rng(int(start_s * 1000))
+    return {
+        "clip_id": f"{source}-{start_s:.3f}", "source": f"{source}.mp4", "source_sha256": "0" * 64, "split": split,
+        "caption": "", "start_s": start_s, "fps": SHAPE.fps, "frames": SHAPE.frames, **sizes,
+        **{f"source_{k}": v for k, v in sizes.items()}, **{f"crop_{k}": v for k, v in sizes.items()},
+        "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
+        "pose": rng.random((SHAPE.frames, shards.POINTS, 3), np.float32), "video": video.encode(frames, SHAPE.fps),
+    }  # fmt: skip
+
+
+def write(folder, splits) -> shards.Dataset:
+    """splits: {split: [[row, …] for each shard]}."""
+    infos = {
+        split: [shards.write_shard(folder, f"{split}/{i:05d}.parquet", rows, SHAPE) for i, rows in enumerate(files)]
+        for split, files in splits.items()
+    }
+    return shards.write_dataset(folder, SHAPE, infos, {})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """13 training clips of two sources, 5 held out of a third."""
+    return {
+        "train": [row("cam01", "train", 0.1 * i) for i in range(9)] + [row("walk", "train", 0.3 * i) for i in range(4)],
+        "held_out": [row("cam04", "held_out", 0.2 * i) for i in range(5)],
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(rows, tmp_path_factory):
+    train = rows["train"]  # shards of unequal length, one longer than a row group
+    files = {"train": [train[:9], train[9:11], train[11:]], "held_out": [rows["held_out"]]}
+    return write(tmp_path_factory.mktemp("shards"), files)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    import ray
+
+    ray.init(address="local", num_cpus=4, object_store_memory=500 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def local(dataset, batch=BATCH, **options):
+    return clips.local_stream(dataset, "train", SHAPE, batch, **options)
+
+
+def take(stream, count) -> list:
+    out = [next(stream) for _ in range(count)]
+    stream.close()
+    return out
+
+
+def assert_equal(found, due):
+    assert len(found) == len(due)
+    for one, other in zip(found, due, strict=True):
+        for name in ("position", "video", "reference", "pose"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+# ---- which clip is where ----
+
+
+@given(st.integers(1, 50), st.integers(0, 2**40), st.integers(0, 5))
+def test_each_clip_once_per_epoch(count, seed, epoch):
+    positions = np.arange(epoch * count, (epoch + 1) * count)
+    assert sorted(clips.clips_at(positions, count, seed)) == list(range(count))
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 10**9), st.integers(1, 6))
+def test_ranks_share_each_global_batch_without_gap_or_overlap(batch, world, start, steps):
+    parts = [
+        clips.rank_positions(np.arange(batch * steps), start, batch, rank, world).reshape(steps, batch)
+        for rank in range(world)
+    ]
+    assert np.concatenate(parts, axis=1).ravel().tolist() == list(range(start, start + batch * world * steps))
+
+
+@given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 200), st.integers(0, 40))
+def test_a_clip_depends_on_its_position_alone(count, seed, first, length):
+    whole = clips.clips_at(np.arange(first + length), count, seed)
+    assert clips.clips_at(np.arange(first, first + length), count, seed).tolist() == whole[first:].tolist()
+
+
+def test_epochs_and_seeds_differ():
+    epochs = [clips.permutation(50, 0, epoch).tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in [*epochs, clips.permutation(50, 1, 0).tolist()]}) == 4
+
+
+def test_order_is_what_it_was():
+    """A resumed run, perhaps under a newer numpy, must go on in the same order."""
+    assert clips.permutation(8, 0, 0).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
+    assert clips.permutation(8, 7, 3).tolist() == [4, 3, 5, 6, 0, 7, 1, 2]
+
+
+# ---- decoding ----
+
+
+def test_clips_are_what_was_written(dataset, rows):
+    batch = next(local(dataset, 13))
+    order = clips.clips_at(np.arange(13), 13, 0)
+    for place, clip in enumerate(order):
+        written = rows["train"][clip]
+        assert np.array_equal(batch.pose[place], written["pose"])
+        assert np.array_equal(batch.reference[place], Image.open(io.BytesIO(written["reference"])))
+        shown = (color.yuv420_to_rgb(batch.video[place]).permute(0, 2, 3, 1) + 1) * 127.5
+        assert (shown - torch.tensor(video.decode_rgb(written["video"]))).abs().max() <= 1.01
+    assert (batch.video.dtype, batch.reference.dtype, batch.pose.dtype) == (torch.uint8, torch.uint8, torch.float32)
+
+
+def test_held_out_is_spread_evenly_and_shared(dataset, rows):
+    whole = clips.held_out(dataset, 3, batch_size=2)
+    assert [len(part.pose) for part in whole] == [2, 1]
+    poses = torch.cat([part.pose for part in whole])
+    assert np.array_equal(poses, np.stack([rows["held_out"][i]["pose"] for i in (0, 1, 3)]))
+    shared = [clips.held_out(dataset, 3, 2, rank, 2) for rank in range(2)]
+    positions = [torch.cat([part.position for part in parts]).tolist() for parts in shared]
+    assert positions == [[0, 2], [1]]
+    assert torch.equal(shared[0][0].pose, poses[[0, 2]])
+    assert sum(len(part.pose) for part in clips.held_out(dataset, 100, 2)) == 5
+    assert clips.held_out(dataset, 1, 2, rank=1, world=2) == []
+
+
+def test_wrong_shape_and_empty_split_are_told(dataset, rows, tmp_path):
+    with pytest.raises(UserError, match=r"6 frames of 32x48 at 12 fps.*6 frames of 32x64"):
+        clips.stream(dataset, "train", SHAPE.model_copy(update={"height": 64}), BATCH)
+    empty = write(tmp_path, {"train": [rows["train"][:1]], "held_out": []})
+    with pytest.raises(UserError, match="no held-out clips"):
+        clips.held_out(empty, 3, 2)
+    with pytest.raises(UserError, match="no clips in split 'held_out'"):
+        clips.stream(empty, "held_out", SHAPE, BATCH)
+
+
+def damaged(rows, folder, **columns) -> shards.Dataset:
+    """Three clips; the second one's columns are replaced: damage that no checksum sees."""
+    train = [dict(r) for r in rows["train"][:3]]
+    train[1].update(columns)
+    return write(folder, {"train": [train], "held_out": []})
+
+
+@pytest.mark.parametrize("column", ["video", "reference"])
+def test_undecodable_clip_is_named(rows, tmp_path, column):
+    cut = rows["train"][1][column][:60]
+    for number, value in enumerate((cut, b"")):
+        folder = tmp_path / str(number)
+        with pytest.raises(shards.DamagedShardError, match=r"train/00000\.parquet, row 1"):
+            next(local(damaged(rows, folder, **{column: value})))
+
+
+def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):
+    frames, _ = video.read_frames(assets.clip("cam01"), [0.0], size=(SHAPE.height, SHAPE.width))
+    with pytest.raises(shards.DamagedShardError, match="row 1"):
+        next(local(damaged(rows, tmp_path, video=video.encode(frames, SHAPE.fps))))
+
+
+# ---- through Ray Data ----
+
+
+def ray_stream(dataset, batch=BATCH, **options):
+    return clips.stream(dataset, "train", SHAPE, batch, **options)
+
+
+def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, monkeypatch):
+    monkeypatch.setattr(clips, "TASKS", 3)
+    monkeypatch.setattr(clips, "TASK_BATCHES", 2)
+    found = take(ray_stream(dataset, cpus=2, seed=5), 15)  # 45 clips: 3 epochs of 13, 3 executions of 6 batches
+    assert_equal(found, take(local(dataset, seed=5), 15))
+    epoch = torch.cat([batch.position for batch in found])
+    assert epoch.tolist() == list(range(45))
+
+
+def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(ray, dataset):
+    ranks = [ray_stream(dataset, rank=rank, world=2, start_position=2 * BATCH) for rank in range(2)]
+    pairs = [(next(ranks[0]), next(ranks[1])) for _ in range(4)]
+    for stream in ranks:
+        stream.close()
+    whole = take(local(dataset, 2 * BATCH), 5)[1:]
+    for pair, one in zip(pairs, whole, strict=True):
+        for name in ("position", "video", "reference", "pose"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in pair]), getattr(one, name))
+
+
+def test_closing_frees_the_cpus(ray, dataset):
+    stream = ray_stream(dataset, cpus=2)
+    next(stream)
+    assert stream.wait_s > 0
+    stream.close()
+    stream.close()
+    deadline = time.time() + 60
+    while ray.available_resources().get("CPU", 0) < 4:
+        assert time.time() < deadline, f"CPUs still held: {ray.available_resources()}"
+        time.sleep(0.05)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_nothing_global_is_changed(ray, dataset):
+    from ray.data import DataContext
+
+    take(ray_stream(dataset), 1)
+    options = DataContext.get_current().execution_options
+    assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
+
+
+def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, tmp_path):
+    decoded = tmp_path / "decoded"
+    decoded.mkdir()
+
+    def task(rows, **options):
+        (decoded / str(rows["first"][0])).touch()
+        return original(rows, **options)
+
+    original = clips._task
+    monkeypatch.setattr(clips, "_task", task)
+    stream = ray_stream(dataset, cpus=2)
+    next(stream)
+    before = -1
+    while before != (before := len(list(decoded.iterdir()))):
+        time.sleep(2)
+    stream.close()
+    assert before <= 2 * clips.TASKS_AHEAD + 2, "far fewer than the 128 tasks of an execution"
+
+
+def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path):
+    stream = ray_stream(damaged(rows, tmp_path, video=b"not a video"))
+    with pytest.raises(shards.DamagedShardError, match=r"train/00000\.parquet, row 1"):
+        take(stream, 3)
+
+
+def test_inside_two_train_workers(ray, dataset, tmp_path):
+    """Each worker holds a CPU and opens its own pipeline; neither waits for the other."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def loop(config):
+        import ray.train
+
+        rank = ray.train.get_context().get_world_rank()
+        world = ray.train.get_context().get_world_size()
+        for shape in range(2):  # a stage ends, the next one opens another stream
+            stream = clips.stream(config["dataset"], "train", SHAPE, BATCH, rank, world, shape * 5 * world * BATCH)
+            batches = [next(stream) for _ in range(5)]
+            stream.close()
+            torch.save(batches, config["out"] / f"{shape}-{rank}.pt")
+
+    TorchTrainer(
+        loop,
+        train_loop_config={"dataset": dataset, "out": tmp_path},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(name="clips", storage_path=str(tmp_path / "ray")),
+    ).fit()
+    for rank in range(2):
+        parts = [torch.load(tmp_path / f"{shape}-{rank}.pt", weights_only=False) for shape in range(2)]
+        assert_equal(parts[0] + parts[1], take(local(dataset, rank=rank, world=2), 10))
