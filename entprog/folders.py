@@ -9,19 +9,37 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from entprog import config
 from entprog.errors import UserError
 
 FORMAT = "entprog-model-1"
 INDEX = "model_index.json"
 PROMPT = "prompt_embeds.safetensors"
-KEYS = {"family", "conditions", "latent_channels", "input_channels", "vae", "shape", "shift"}
-"""What `entprog.json` holds, beside its format and `provenance`."""
+
+
+class Record(config.Part):
+    """What `entprog.json` holds."""
+
+    format: str
+    family: str
+    conditions: tuple[Literal["reference", "pose"], ...]
+    """In the order of the network's input channels."""
+    latent_channels: int
+    input_channels: tuple[int, ...]
+    """Of the input layer, in the groups that are summed apart."""
+    vae: bool
+    shape: config.ClipShape | None
+    """Clips it was trained on."""
+    shift: float = Field(gt=0)
+    """Timestep shift for sampling."""
+    provenance: dict[str, Any]
 
 
 def locate(name: str, setting: str) -> Path:
@@ -75,8 +93,10 @@ def saved(folder: str | Path) -> dict[str, Any]:
     about = read_json(path)
     if about.get("format") != FORMAT:
         raise UserError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT!r}")
-    if missing := KEYS - about.keys():
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    try:
+        config.build(about, Record)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     return about
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from entprog.config import ClipShape, Generation, Model
 from entprog.errors import UserError
@@ -154,7 +155,8 @@ def test_turned_picture_is_made_upright(tmp_path):
 
 def test_dry_run_writes_nothing_and_help_explains(made, tmp_path):
     given = ["--checkpoint", made / "run", "--shards", made / "shards", "--output", tmp_path / "out", "--dry-run"]
-    assert "Would generate 2 clip(s) of 5 frames of 32x48" in command(*given)
+    done = CliRunner().invoke(generate.app, [str(word) for word in given])
+    assert done.exit_code == 0 and "Would generate 2 clip(s) of 5 frames of 32x48" in done.output
     assert not (tmp_path / "out").exists()
     assert "--reference" in command("--help")
 

@@ -326,6 +326,7 @@ def folders(tmp_path_factory):
     broken("not_json", lambda f: (f / "transformer" / "config.json").write_text("{"))
     broken("foreign_record", lambda f: (f / "entprog.json").write_text('{"format": "x"}'))
     broken("wrong_shape", lambda f: _edit(f / "transformer" / "config.json", ffn_dim=40))
+    broken("odd_record", lambda f: _edit(f / "entprog.json", conditions=["depth"], shift="x"))
     broken("bad_record", lambda f: _edit(f / "entprog.json", input_channels=[5]))
     return tmp_path
 
@@ -347,6 +348,7 @@ def _edit(path, **values):
         ({"base": "{}/partial"}, r"\d+ weights are missing from the WanTransformer3DModel"),
         ({"base": "{}/not_json"}, "cannot read"),
         ({"base": "{}/foreign_record"}, "has format 'x'"),
+        ({"base": "{}/odd_record"}, "entprog.json is damaged: setting conditions"),
         ({"base": "{}/bad_record"}, "input layer has 9 channels"),
         ({"base": "{}/good", "vae": "{}/good"}, "no VAE in"),
         ({"base": "{}/good", "vae": "{}/nowhere"}, "model.vae: no such folder"),
