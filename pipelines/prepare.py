@@ -295,6 +295,8 @@ def _cut_all(ray, to_do: list[Row], parts: Path, keys: dict[str, str], settings:
     """Probe, track and cut sources; a progress bar with rate and ETA. Their parts lie in `parts` afterwards."""
     if not to_do:
         return
+    parts = parts.resolve()  # workers have their own working folder
+    cutting.forget_crashes(parts)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if cpus < 2:
         raise UserError(f"the Ray cluster has {cpus} CPU, preparing needs 2: give it another")
@@ -303,11 +305,14 @@ def _cut_all(ray, to_do: list[Row], parts: Path, keys: dict[str, str], settings:
     rows = [{**row, "key": keys[row["file"]]} for row in to_do]
     sources = ray.data.from_items(rows, override_num_blocks=min(len(rows), 100 * cpus))
     done = (
-        sources.map(cutting.probe)
+        sources.map(partial(cutting.probe, parts=parts))
         .map(
-            cutting.Track, fn_constructor_args=(settings,), compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=1
+            cutting.Track,
+            fn_constructor_args=(settings, parts),
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=1,
         )
-        .map(partial(cutting.cut, settings=settings, parts=str(parts.resolve())))
+        .map(partial(cutting.cut, settings=settings, parts=parts))
     )
     bar = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[clips]} clips"), TimeElapsedColumn())
     eta = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))

@@ -280,12 +280,27 @@ def test_a_file_that_vanishes_or_is_no_file_is_a_verdict(videos, tmp_path):
     assert [(row["file"], row["reason"]) for row in probed] == [("here.mp4", "unreadable"), ("pipe.mp4", "unreadable")]
 
 
+def test_a_source_that_crashes_its_process_again_and_again_is_left_alone(videos, tmp_path):
+    settings = prepare.preparation(None, None, None, {}, {})
+    (row,) = (row for row in prepare.list_sources(videos) if row["file"] == "cam01.mp4")
+    row = {**row, "key": "k"}
+    assert cutting.probe(row, tmp_path)["reason"] == "" and not list(tmp_path.iterdir())
+    mark = tmp_path / "k.cut.tried"  # as two crashed processes leave it
+    mark.write_bytes(b"..")
+    assert cutting.cut({**cutting.probe(row), "track": b""}, settings, tmp_path)["clips"] == 0
+    (line,) = json.loads((tmp_path / "k.json").read_text())["ledger"]
+    assert (line["kept"], line["reason"], line["stage"]) == (False, "crashed", "cut")
+    mark.write_bytes(b"..")
+    cutting.forget_crashes(tmp_path)
+    assert not mark.exists()
+
+
 def test_equal_input_gives_equal_clips_and_nothing_else(videos, tmp_path):
     settings = prepare.preparation(None, None, None, {"frames": 6, "height": 48, "width": 32, "fps": 10}, {})
     (row,) = (row for row in prepare.list_sources(videos) if row["file"] == "cam01.mp4")
     tracked = cutting.Track(settings)(cutting.probe(row))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        counts = cutting.cut({**tracked, "key": "k"}, settings, str(tmp_path / name))
+        counts = cutting.cut({**tracked, "key": "k"}, settings, tmp_path / name)
         assert counts["clips"] > 1
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")

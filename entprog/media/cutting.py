@@ -15,6 +15,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ SUFFIXES = frozenset(
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
 
+MAX_CRASHES = 2
+"""Crashes of the process after which a source is left alone: one may be another's doing (memory, a lost node)."""
+
 Row = dict[str, Any]
 
 
@@ -50,10 +54,42 @@ def source_row(root: Path, path: Path) -> Row:
     return {"file": name, "path": os.fsencode(path), "bytes": size, "changed_ns": changed_ns}
 
 
-def probe(row: Row) -> Row:
-    """Hash the file and look at its first frame: adds sha256, source_height, source_width, and the verdict if bad."""
+@contextmanager
+def _attempt(row: Row, stage: str, parts: Path | None) -> Iterator[bool]:
+    """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.
+
+    A native crash (of a decoder, say) ends the process, and Ray starts the stage again in another one, for ever. A
+    mark in the folder of parts outlives the process; it is taken away when the stage comes back.
+    """
+    if parts is None:
+        yield True
+        return
+    mark = parts / f"{row['key']}.{stage}.tried"
+    crashes = mark.stat().st_size if mark.exists() else 0
+    with mark.open("ab") as file:
+        file.write(b".")
+    yield crashes < MAX_CRASHES
+    mark.unlink(missing_ok=True)
+
+
+def forget_crashes(parts: Path) -> None:
+    """Marks left by a job that was killed from outside say nothing about its sources."""
+    for mark in parts.glob("*.tried"):
+        mark.unlink(missing_ok=True)
+
+
+def probe(row: Row, parts: Path | None = None) -> Row:
+    """Hash the file and look at its first frame: adds sha256, source_height, source_width, and the verdict if bad.
+
+    With a folder of `parts`, a source that crashes the process (`_attempt`) is rejected.
+    """
+    with _attempt(row, "probe", parts) as may_try:
+        row = {**row, "sha256": "", "source_height": 0, "source_width": 0, "stage": "", "reason": "", "message": ""}
+        return _probe(row) if may_try else _crashed(row, "probe")
+
+
+def _probe(row: Row) -> Row:
     path = Path(os.fsdecode(row["path"]))
-    row = {**row, "sha256": "", "source_height": 0, "source_width": 0, "stage": "", "reason": "", "message": ""}
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
             return _rejected(row, "probe", "unreadable", f"{row['file']}: not a plain file")
@@ -74,8 +110,9 @@ def probe(row: Row) -> Row:
 class Track:
     """Second stage: the pose of the foremost person at the clip's frame rate. Loads its networks once."""
 
-    def __init__(self, settings: Preparation):
+    def __init__(self, settings: Preparation, parts: Path | None = None):
         self.settings = settings
+        self.parts = parts
         self.estimator = pose.PoseEstimator(threads=1)
 
     def __call__(self, row: Row) -> Row:
@@ -83,6 +120,10 @@ class Track:
         row = {**row, "track": b""}
         if row["reason"]:
             return row
+        with _attempt(row, "track", self.parts) as may_try:
+            return self._track(row) if may_try else _crashed(row, "track")
+
+    def _track(self, row: Row) -> Row:
         height, width = row["source_height"], row["source_width"]
         shrink = min(1.0, LONGEST_SIDE / max(height, width))
         size = None if shrink == 1 else (max(1, round(height * shrink)), max(1, round(width * shrink)))
@@ -123,18 +164,19 @@ class _Window:
     reference: bytes = b""
 
 
-def cut(row: Row, settings: Preparation, parts: str) -> Row:
+def cut(row: Row, settings: Preparation, parts: Path) -> Row:
     """Third stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
     The ledger file comes last: a part with a ledger is finished and never done again.
     """
-    ledger, clips = _cut(row, settings)
+    with _attempt(row, "cut", parts) as may_try:
+        ledger, clips = _cut(row if may_try else _crashed(row, "cut"), settings)
     key = row["key"]
     part = None
     if clips:
-        part = shards.write_shard(Path(parts), f"{key}.parquet", clips, settings.data.shape)
+        part = shards.write_shard(parts, f"{key}.parquet", clips, settings.data.shape)
     record = {"ledger": ledger, "clips": len(clips), "sha256": part.sha256 if part else ""}
-    path = Path(parts) / f"{key}.json"
+    path = parts / f"{key}.json"
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(record))
     scratch.replace(path)
@@ -295,6 +337,10 @@ def ledger_row(row: Row) -> Row:
 
 def _rejected(row: Row, stage: str, reason: str, message: str) -> Row:
     return {**row, "stage": stage, "reason": reason, "message": " ".join(message.split())[:500]}
+
+
+def _crashed(row: Row, stage: str) -> Row:
+    return _rejected(row, stage, "crashed", f"it brought the process down {MAX_CRASHES} times")
 
 
 def _unforeseen(row: Row, stage: str, error: Exception) -> Row:

@@ -27,6 +27,7 @@ REASONS = {
     "low_visibility": "too much of the body is hidden or outside the picture",
     "too_small": "the person has too few pixels",
     "does_not_fit": "the person does not fit into a crop of this aspect",
+    "crashed": "it brought the process down that read it",
     "error": "something unforeseen went wrong while reading it",
 }
 """Why an input or a clip is rejected. For an input with several reasons, its clips' most frequent one counts."""
