@@ -1,0 +1,268 @@
+"""MLflow: one run across restarts and no point lost, on real SQLite stores and a real server."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from entprog.errors import UserError
+from pipelines import tracking
+from pipelines.tracking import Tracker
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from pipelines.tracking import Tracker
+output = Path(sys.argv[1])
+tracker = Tracker.start(output, "parallel", output.name, params={"seed": 1}, tags={})
+rank_0 = Tracker.attach(tracker.handle())
+for step in range(300):
+    rank_0.metrics(step, {"loss": 1 / (step + 1), "seconds": float(step)})
+    time.sleep(0.003)
+rank_0.close()
+tracker.end("FINISHED")
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A SQLite store that three driver processes made, all at once: its URI and the three outputs."""
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/out/mlflow.db"
+    outputs = [folder / f"run{i}" for i in range(3)]
+    env = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", DRIVER, output], env=env, stderr=subprocess.PIPE, text=True)
+        for output in outputs
+    ]
+    for driver in drivers:
+        _, errors = driver.communicate(timeout=300)
+        assert driver.returncode == 0, errors
+        assert errors == "", "a quiet driver"
+    return uri, outputs
+
+
+@pytest.fixture
+def uri(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store[0])
+    return store[0]
+
+
+def client(uri):
+    return tracking._client(uri)
+
+
+def history(uri, run_id, name) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, name))
+
+
+def begin(output, warn=None, **options):
+    values = {"params": {}, "tags": {}} | options
+    return Tracker.start(output, "tests", "a run", warn=warn or pytest.fail, **values)
+
+
+def test_three_drivers_at_once_on_a_fresh_store_lose_nothing(store):
+    uri, outputs = store
+    ids = [json.loads((output / tracking.RUN_FILE).read_text())["run_id"] for output in outputs]
+    assert len(set(ids)) == 3
+    for run_id in ids:
+        assert history(uri, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(300)]
+        assert len(history(uri, run_id, "seconds")) == 300
+        assert client(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_two_restarts_are_one_run(uri, tmp_path):
+    seen = []
+    for part, status in enumerate(("KILLED", "FAILED", "FINISHED")):
+        driver = begin(tmp_path, params={"train.steps": 3, "data.verify": part}, tags={"part": part})
+        assert client(uri).get_run(driver.run_id).info.status == "RUNNING"
+        rank_0 = Tracker.attach(driver.handle(), warn=pytest.fail)
+        rank_0.metrics(part, {"loss": float(part)})
+        rank_0.close()
+        driver.end(status)
+        assert client(uri).get_run(driver.run_id).info.status == status
+        seen.append(driver.run_id)
+    assert len(set(seen)) == 1
+    assert history(uri, seen[0], "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    data = client(uri).get_run(seen[0]).data
+    assert data.params == {"train.steps": "3", "data.verify": "0"}, "a parameter is never rewritten"
+    assert (data.tags["part"], data.tags["changed.data.verify"]) == ("2", "2")
+
+
+def test_a_deleted_run_is_replaced(uri, tmp_path):
+    first = begin(tmp_path)
+    first.end("KILLED")
+    client(uri).delete_run(first.run_id)
+    second = begin(tmp_path)
+    second.end("FINISHED")
+    assert second.run_id != first.run_id
+
+
+def test_params_tags_parent_and_artifacts(uri, tmp_path):
+    parent = begin(tmp_path / "parent")
+    params = {"model.init": {"layers": [1, 2]}, "name": "x", "none": None, "long": "ä" * 9000}
+    params |= {f"many.{i}": i for i in range(250)}
+    tracker = begin(tmp_path / "child", params=params, tags={"entprog.data": "abc"}, parent=parent.run_id)
+    folder = tmp_path / "charts"
+    folder.mkdir()
+    for file in (tmp_path / "cei.json", folder / "cei.png"):
+        file.write_text("x")
+    tracker.artifact(tmp_path / "cei.json")
+    tracker.artifact(folder)
+    tracker.summary({"held_out_loss": 0.25})
+    tracker.end("FINISHED")
+    parent.end("FINISHED")
+    run = client(uri).get_run(tracker.run_id)
+    assert run.data.params["model.init"] == '{"layers": [1, 2]}'
+    assert (run.data.params["name"], run.data.params["none"]) == ("x", "null")
+    assert len(run.data.params["long"]) <= tracking.PARAM_LENGTH and run.data.params["long"].endswith("…")
+    assert len(run.data.params) == 254
+    assert run.data.tags["entprog.data"] == "abc" and run.data.tags["version.torch"]
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.metrics == {"final/held_out_loss": 0.25}
+    assert {a.path for a in client(uri).list_artifacts(tracker.run_id)} == {"cei.json", "charts"}
+    beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+    assert list(beside.rglob("cei.png")), "artifacts lie beside the store, wherever the command was given"
+
+
+def test_not_finite_values_and_odd_names_are_logged_visibly(uri, tmp_path):
+    tracker = begin(tmp_path)
+    tracker.metrics(7, {"loss": float("nan"), "norm": float("inf"), "efficiency[m=3]": 1.0})
+    tracker.metrics(8, {"loss": float("nan")})
+    tracker.end("FINISHED")
+    run = client(uri).get_run(tracker.run_id)
+    assert run.data.tags["not_finite.loss"] == "nan at step 7"
+    assert run.data.tags["not_finite.norm"] == "inf at step 7"
+    assert run.data.metrics["efficiency_m_3_"] == 1.0
+    assert len(history(uri, tracker.run_id, "loss")) == 2
+
+
+def test_many_points_from_one_burst(uri, tmp_path):
+    tracker = begin(tmp_path)
+    for step in range(500):
+        tracker.metrics(step, {f"m{i}": float(step * i) for i in range(7)})
+    assert tracker.flush(60)
+    tracker.end("FINISHED")
+    for i in range(7):
+        assert history(uri, tracker.run_id, f"m{i}") == [(step, float(step * i)) for step in range(500)]
+
+
+def test_a_store_that_is_gone_keeps_the_points_for_the_driver(uri, tmp_path):
+    """As for a worker on another machine than a SQLite file's."""
+    driver = begin(tmp_path)
+    warned = []
+    handle = {**driver.handle(), "uri": f"sqlite:///{tmp_path}/elsewhere/mlflow.db"}
+    rank_0 = Tracker.attach(handle, warn=warned.append)
+    rank_0.metrics(1, {"loss": 0.5})
+    assert not rank_0.flush(0.2)
+    rank_0.metrics(2, {"loss": 0.4})
+    rank_0.close(0.2)
+    rank_0.close()
+    assert len([line for line in warned if tracking.PENDING_FILE in line and "2 points" in line]) == 1
+    assert not (tmp_path / "elsewhere").exists()
+    driver.end("FINISHED")
+    assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
+    assert not (tmp_path / tracking.PENDING_FILE).exists()
+
+
+def test_a_restarted_worker_delivers_what_a_killed_one_kept(uri, tmp_path):
+    driver = begin(tmp_path)
+    gone = Tracker.attach({**driver.handle(), "uri": f"sqlite:///{tmp_path}/no.db"}, warn=lambda _: None)
+    gone.metrics(1, {"loss": 0.5})
+    gone.flush(0.2)  # and then it is killed
+    again = Tracker.attach(driver.handle(), warn=pytest.fail)
+    again.metrics(2, {"loss": 0.4})
+    again.close()
+    driver.end("FINISHED")
+    assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
+
+
+class Server:
+    """A real MLflow server on loopback over the store, started and killed."""
+
+    def __init__(self, uri, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.command = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
+            "--port", str(self.port), "--workers", "1",
+        ]  # fmt: skip
+        self.log, self.process = log, None
+
+    def start(self):
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        env.pop("MLFLOW_TRACKING_URI", None)
+        self.process = subprocess.Popen(
+            self.command, env=env, cwd=self.log.parent, stdout=self.log.open("w"), stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def kill(self):
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):
+    server = Server(uri, tmp_path / "server.log")
+    driver, warned = begin(tmp_path), []
+    rank_0 = Tracker.attach({**driver.handle(), "uri": server.uri}, warn=warned.append)
+    try:
+        started = time.monotonic()
+        for step in range(100):  # nobody answers yet
+            rank_0.metrics(step, {"loss": float(step)})
+        assert time.monotonic() - started < 5, "training does not wait"
+        server.start()
+        deadline = time.monotonic() + 120
+        while not rank_0.flush(2):
+            assert time.monotonic() < deadline, server.log.read_text()
+        assert history(uri, driver.run_id, "loss") == [(step, float(step)) for step in range(100)]
+        assert not (tmp_path / tracking.PENDING_FILE).exists()
+        rank_0.metrics(100, {"loss": float("nan")})
+        assert rank_0.flush(30), "NaN goes through a server too"
+    finally:
+        server.kill()
+    rank_0.metrics(101, {"loss": 101.0})
+    rank_0.close(1)
+    assert any(tracking.PENDING_FILE in line for line in warned)
+    assert tracking.deliver_pending(tmp_path, warn=pytest.fail)  # by the store itself, which is there
+    assert history(uri, driver.run_id, "loss")[-1] == (101, 101.0)
+    assert not (tmp_path / tracking.PENDING_FILE).exists()
+    driver.end("FINISHED")
+
+
+def test_no_server_at_the_start_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as caught:
+        begin(tmp_path)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_default_store_and_refused_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/out/mlflow.db"
+    for folder in ("mlruns", "file:///tmp/mlruns"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", folder)
+        with pytest.raises(UserError, match=r"sqlite:////"):
+            tracking.tracking_uri()
+
+
+def test_no_secret_is_shown():
+    assert tracking.masked("postgresql://me:secret@host:5432/db?password=secret") == "postgresql://***@host:5432/db?***"
+    assert tracking.masked("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert "--backend-store-uri sqlite:////a/b.db --host 127.0.0.1" in tracking.how_to_open("sqlite:////a/b.db")
+    assert "secret" not in tracking.how_to_open("postgresql://me:secret@host/db")
+    assert tracking.how_to_open("https://me:secret@host:5000") == "https://***@host:5000"
+    error = ValueError("cannot reach postgresql://me:secret@host/db as me with secret")
+    assert "secret" not in tracking._one_line(error, "postgresql://me:secret@host/db")
