@@ -69,16 +69,18 @@ def fit(
     found: Sequence[Block],
     batches: Batches,
     held_out: Sequence[Latents],
+    sample: Latents,
     scores: ScoreTable | None,
     experiment: Experiment,
     state: RunState,
 ) -> Iterator[Step]:
     """Train until `train.steps` or `train.seconds`; yields after every update, with `state` at the step's end.
 
-    held_out: this rank's share of the held-out batches. scores: needed for every schedule but `full`.
+    held_out: this rank's share of the held-out batches, which may be empty. sample: any batch, to count and time plans
+    on. scores: needed for every schedule but `full`.
     """
     if not is_over(experiment, state):
-        yield from _Fit(denoiser, found, batches, held_out, scores, experiment, state).run()
+        yield from _Fit(denoiser, found, batches, held_out, sample, scores, experiment, state).run()
 
 
 def progress(experiment: Experiment, state: RunState) -> float:
@@ -121,11 +123,12 @@ def _losses(denoiser: Denoiser, batch: Latents, numbers: torch.Tensor, t: torch.
 class _Fit:
     """What `fit`'s steps share; lives as long as one call of it."""
 
-    def __init__(self, denoiser, found, batches, held_out, scores, experiment, state):
+    def __init__(self, denoiser, found, batches, held_out, sample, scores, experiment, state):
         self.denoiser: Denoiser = denoiser
         self.found: list[Block] = list(found)
         self.open_batches: Batches = batches
         self.held_out: Sequence[Latents] = held_out
+        self.sample: Latents = sample
         self.experiment: Experiment = experiment
         self.state: RunState = state
         self.names = [block.name for block in self.found]
@@ -241,7 +244,7 @@ class _Fit:
         """Seconds per FLOP of one full forward and backward pass, after one to warm up; changes no weight."""
         full = plans.full(self.names, self.experiment.data.shape)
         self.put_in_force(full)
-        batch = self.held_out[0]
+        batch = self.sample
         for _ in range(2):
             started = self.now()
             self.one_loss(batch).backward()
@@ -368,11 +371,11 @@ class _Fit:
         self.state.flops.add(purpose, flops)
 
     def cost(self, plan: Plan) -> costs.Cost:
-        """Counted once per plan on the real network, with one held-out clip."""
+        """Counted once per plan on the real network, with one clip."""
         if plan not in self.costs:
             in_force = self.in_force
             self.put_in_force(plan)
-            clip = self.held_out[0].part(slice(0, 1))
+            clip = self.sample.part(slice(0, 1))
             self.costs[plan] = costs.count(self.denoiser.network, self.trained, lambda: self.one_loss(clip))
             if in_force is not None:
                 self.put_in_force(in_force)

@@ -128,6 +128,7 @@ def writable(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
     scratch.replace(path)

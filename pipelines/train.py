@@ -21,6 +21,9 @@ from pipelines.tracking import Tracker, how_to_open, tracking_uri
 app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
 # Settings that a resumed run may change: they do not touch what is computed.
+TABLES = Path("out/cei")
+"""Where score tables are kept by their key, for every run of a working directory to share."""
+
 FREE = ("train.gpus", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus", "tracking")
 
 
@@ -81,13 +84,8 @@ def check(experiment: Experiment) -> shards.Dataset:
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
             raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
-    if min(data.held_out_clips, dataset.clips("held_out")) < experiment.train.workers:
-        raise UserError(
-            f"{experiment.train.workers} workers need at least as many held-out clips: there are "
-            f"{dataset.clips('held_out')}, data.held_out_clips={data.held_out_clips}"
-        )
     shards.verify(dataset, data.verify)
-    models.family(experiment.model.family).inspect(experiment.model)
+    models.family(experiment.model.family).inspect(experiment.model, data.shape)
     return dataset
 
 
@@ -112,12 +110,13 @@ def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
     return config.digest(deciding, dataset.fingerprint)
 
 
-def run(experiment: Experiment, output: Path, *, tables: Path = Path("out/cei"), parent: str | None = None) -> dict:
+def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: str | None = None) -> dict:
     """Train on the connected Ray cluster; returns the figures of result.json.
 
     tables: where score tables are kept and looked for. parent: MLflow run under which this one is nested.
     """
     started = time.time()
+    jobs.writable(output)
     dataset = check(experiment)
     key = identity(experiment, dataset)
     finished = output / "finished.json"

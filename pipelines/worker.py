@@ -32,6 +32,9 @@ class Setup:
     denoiser: models.Denoiser
     dataset: shards.Dataset
     held_out: list[Latents]
+    """This rank's share."""
+    sample: Latents
+    """A batch to find, count and time things on: the same on every rank."""
     blocks: list[Block]
     post: Callable[[dict[str, Any]], None]
     """Tell the driver (rank 0; nothing on the others)."""
@@ -94,8 +97,9 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
         denoiser.encode(batch)
         for batch in clips.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
-    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, held_out[0].part(slice(0, 1)))
-    return Setup(experiment, device, denoiser, dataset, held_out, found, post)
+    sample = denoiser.encode(clips.held_out(dataset, data.batch_size, data.batch_size, device=device)[0])
+    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
+    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, post)
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> cei.ScoreTable:
@@ -142,10 +146,14 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         checkpoint.load(Path(resumed), denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})
     log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
-    tracker = Tracker.attach(settings["tracking"]) if rank == 0 else None
+    warn = lambda line: setup.post({"warning": line})  # noqa: E731
+    tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
+    for line in table.warnings(experiment.priority.sign) if table else ():
+        warn(line)
     if rank == 0 and table is not None:
         write_json(output / "cei.json", table.as_json())
-    steps = fit(denoiser, setup.blocks, partial(_batches, setup, settings), setup.held_out, table, experiment, state)
+    batches = partial(_batches, setup, settings)
+    steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state)
     last = None
     for last in steps:
         if rank == 0:
@@ -166,7 +174,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             for name, parameter in denoiser.network.named_parameters():
                 if name in state.ema:
                     parameter.copy_(state.ema[name])
-        denoiser.save(output / "model", shape=experiment.data.shape)
+        # A base keeps its own sampling shift; new weights know only the one they were trained with.
+        shift = None if experiment.model.base else experiment.train.timestep_shift
+        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift)
         log.close()
         tracker.close()
     torch.distributed.barrier()

@@ -29,8 +29,9 @@ class Run:
         self.held_out = [latents(range(100, 104), conditions)]
 
     def steps(self):
+        experiment, source = self.experiment, batches(self.experiment)
         return fit(
-            self.denoiser, self.found, batches(self.experiment), self.held_out, self.table, self.experiment, self.state
+            self.denoiser, self.found, source, self.held_out, latents([0, 1]), self.table, experiment, self.state
         )
 
     def weights(self):

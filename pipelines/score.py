@@ -1,0 +1,91 @@
+"""Score: checkpoint + shards → table of Conditional Entropy Inflation per block (JSON, chart).
+
+    python -m pipelines.score --preset demo --shards out/demo/shards --base out/demo/base --output out/score
+
+Training does this by itself when its table is missing; the job is for looking at the blocks first.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entprog.cei import ScoreTable
+from entprog.config import Experiment
+from pipelines import charts, jobs, launch, worker
+from pipelines.train import TABLES, check, explain
+
+app = jobs.app("Score the blocks of a network by Conditional Entropy Inflation.")
+
+
+@app.command()
+def main(
+    preset: jobs.Preset = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
+    tables: Annotated[Path, typer.Option(help="Where tables are kept by their key, for every run to share.")] = TABLES,
+    config_file: jobs.ConfigFile = None,
+    set_: jobs.Set = None,
+    dry_run: jobs.DryRun = False,
+    verbose: jobs.Verbose = False,
+) -> None:
+    """Skip every block in turn and measure what it does to the prediction's entropy and to the loss.
+
+    Leaves in OUTPUT: cei.json, cei.png, result.json. The same weights, data and settings are never scored twice.
+    """
+
+    def work() -> dict[str, Any]:
+        experiment = jobs.experiment(
+            preset, config_file, set_, data={"shards": str(shards) if shards else None}, model={"base": base}
+        )
+        if dry_run:
+            return explain(experiment)
+        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+            return run(experiment, output, tables=tables)
+
+    jobs.run("score", None if dry_run else output, work, verbose=verbose)
+
+
+def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[str, Any]:
+    """Score on the connected Ray cluster; the job's figures."""
+    jobs.writable(output)
+    check(experiment)
+    settings = {
+        "experiment": experiment.model_dump(mode="json"),
+        "tables": str(tables.resolve()),
+        "threads": launch.threads(experiment),
+    }
+    with jobs.console.status("scoring blocks") as status:
+
+        def heard(item: dict[str, Any]) -> None:
+            if "scored" in item:
+                status.update(f"scoring blocks: condition {item['scored']} of {item['of']}")
+
+        known = launch.run_workers(worker.score, settings, experiment, output / "ray", heard)
+    table = ScoreTable.from_json(known)
+    jobs.write_json(output / "cei.json", known)
+    charts.cei_chart(known, output / "cei.png")
+    ranked = sorted(table.priority(experiment.priority.sign).items(), key=lambda item: -item[1])
+    rank = {name: number for number, (name, _) in enumerate(ranked, 1)}
+    jobs.show(
+        f"Conditional Entropy Inflation, {table.conditions} conditions × {table.draws} draws",
+        [(b.name, b.pi_std, b.pi_elementwise, b.std_error, b.loss_increase, rank[b.name]) for b in table.blocks],
+        ("block", "π (std)", "π (elementwise)", "± std error", "loss increase", "rank"),
+    )
+    for line in table.warnings(experiment.priority.sign):
+        jobs.console.print(f"warning: {line}", markup=False)
+    return {
+        "table": str(output / "cei.json"),
+        "chart": str(output / "cei.png"),
+        "key": table.key,
+        "ranking": [name for name, _ in ranked],
+        "halves_tau": table.halves_tau,
+        "signed_absolute_tau": table.signed_absolute_tau,
+        "loss_tau": table.loss_tau,
+        "score_seconds": table.seconds,
+    }
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,261 @@
+"""The train and score jobs through their real commands: real clips, real Ray, real MLflow, real kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import TINY
+from typer.testing import CliRunner
+
+from entprog import config
+from entprog.media import assets
+from pipelines import jobs, launch, prepare, score, train
+
+SHAPE = {"frames": 8, "height": 48, "width": 32, "fps": 12}
+SETTINGS = {
+    "model": {"init": {**TINY, "patch_size": [2, 8, 8]}, "vae": "none"},
+    "data": {"shape": SHAPE, "batch_size": 2, "held_out_clips": 4, "held_out_draws": 2},
+    "train": {"steps": 16, "learning_rate": 1e-3, "held_out_every": 8, "checkpoint_every": 4, "threads": 1},
+    "priority": {"conditions": 2, "draws": 4},
+    "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with MLflow's store in it, and one Ray for the module."""
+    folder = tmp_path_factory.mktemp("train")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    before = Path.cwd()
+    os.chdir(folder)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    try:
+        with jobs.ray_cluster(launch.LOCAL_CPUS):
+            yield folder
+    finally:
+        os.chdir(before)
+        del os.environ["MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture(scope="module")
+def shards(place):
+    """Two real videos, one held out."""
+    videos = place / "videos"
+    videos.mkdir()
+    for name in ("cam01.mp4", "cam04.mp4"):
+        shutil.copy(assets.clip(name.removesuffix(".mp4")), videos / name)
+    settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 3}}
+    prepare.run(videos, place / "shards", config.build(settings, config.Preparation))
+    return place / "shards"
+
+
+def experiment(shards, **over):
+    values = config.merge(SETTINGS, {"data": {"shards": str(shards)}, "name": "tiny"})
+    return config.build(config.merge(values, over))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, shards):
+    """The run that all others are compared with, and its folder."""
+    output = place / "whole"
+    return train.run(experiment(shards), output, tables=place / "tables"), output
+
+
+def test_a_run_leaves_what_it_promises(undisturbed, shards):
+    result, output = undisturbed
+    assert len(result["losses"]) == 16 and result["held_out"][-1]["loss"] == result["held_out_loss"]
+    assert len(result["decisions"]) == 2 and result["seconds"] > result["search_seconds"] > 0
+    assert result["flops"] > 0 and result["peak_memory_bytes"] > 0
+    for name in ("schedule.png", "cei.png", "loss.png", "cei.json", "steps.jsonl", "model/entprog.json"):
+        assert (output / name).stat().st_size > 0
+    from diffusers import WanTransformer3DModel
+
+    network = WanTransformer3DModel.from_pretrained(output / "model" / "transformer")
+    assert network.config.in_channels == 9  # noise, reference, pose
+
+
+def test_mlflow_has_the_run(undisturbed, place):
+    from mlflow import MlflowClient
+
+    result, _ = undisturbed
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
+    assert run.data.tags["entprog.data"]
+    for name in ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s", "peak_memory_bytes"):
+        assert name in run.data.metrics, name
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert [p.step for p in points] == list(range(1, 17)) and [p.value for p in points] == result["losses"]
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {
+        "schedule.png", "cei.png", "cei.json", "loss.png", "contact_sheet.png",
+    }  # fmt: skip
+
+
+def test_the_same_again_is_finished(undisturbed, shards, place, capsys):
+    result, output = undisturbed
+    assert train.run(experiment(shards), output, tables=place / "tables") == result
+    assert "Already finished" in capsys.readouterr().out
+
+
+def test_another_experiment_in_the_same_folder_is_refused(undisturbed, shards, place):
+    _, output = undisturbed
+    with pytest.raises(jobs.UserError, match="choose another --output"):
+        train.run(experiment(shards, train={"learning_rate": 0.5}), output, tables=place / "tables")
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+def when_at(steps_file: Path, lines: int, act) -> threading.Thread:
+    """Do something once the run has come that far."""
+
+    def watch():
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            if steps_file.exists() and len(steps_file.read_bytes().splitlines()) >= lines:
+                act()
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
+    killed = []
+
+    def kill():
+        for process in workers():
+            process.kill()
+            killed.append(process.pid)
+
+    output = place / "killed"
+    watcher = when_at(output / "steps.jsonl", 7, kill)
+    result = train.run(experiment(shards), output, tables=place / "tables")
+    watcher.join()
+    assert killed
+    assert result["losses"] == undisturbed[0]["losses"]
+    assert result["held_out_loss"] == undisturbed[0]["held_out_loss"]
+    plans = [[d["plan"] for d in r["decisions"]] for r in (result, undisturbed[0])]
+    assert plans[0] == plans[1]
+
+
+def test_two_workers_train_one_model(shards, place):
+    result = train.run(experiment(shards, train={"workers": 2, "steps": 8}), place / "two", tables=place / "tables")
+    assert result["clips"] == 8 * 2 * 2 and len(result["losses"]) == 8
+
+
+def test_plain_training_has_no_search(shards, place):
+    plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 4})
+    result = train.run(plain, place / "full", tables=place / "tables")
+    assert result["search_seconds"] == result["score_seconds"] == 0
+    assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6, 6]
+
+
+def test_score_uses_the_table_that_training_made(undisturbed, shards, place):
+    before = list((place / "tables").iterdir())
+    result = score.run(experiment(shards), place / "score", tables=place / "tables")
+    assert list((place / "tables").iterdir()) == before
+    assert sorted(result["ranking"]) == [f"blocks.{i}" for i in range(6)]
+
+
+def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place):
+    """The whole command in its own process and its own Ray; killed, then typed again."""
+    output = place / "driver"
+    command = [sys.executable, "-m", "pipelines.train", "--config", str(place / "tiny.yaml"), "--shards", str(shards)]
+    command += ["--output", str(output), "--set", "tracking.run_name=driver"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, start_new_session=True)
+    when_at(output / "steps.jsonl", 6, lambda: os.killpg(first.pid, signal.SIGKILL)).join()
+    assert first.wait() == -signal.SIGKILL
+    mine = [p for p in workers() if str(output) not in (p.environ().get("PWD") or "")]
+    for process in mine:  # a killed driver's Ray ends by itself within a while; do not share the cores with it
+        process.kill()
+    second = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Resumed from the checkpoint after step" in second.stdout
+    record = json.loads((output / "result.json").read_text())
+    assert record["status"] == "done" and record["job"] == "train" and record["commit"]
+    assert record["losses"] == undisturbed[0]["losses"]
+    assert "Traceback" not in second.stdout + second.stderr
+
+
+# -- bad input: one line, exit status 2, before anything starts
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(train.app, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture
+def base_command(place, shards):
+    return ["--config", place / "tiny.yaml", "--shards", shards, "--output", place / "refused"]
+
+
+def test_unknown_names_and_values(base_command):
+    assert "did you mean demo" in refused("--preset", "demoo", "--output", "x")
+    assert "did you mean schedule.cei_threshold" in refused(*base_command, "--set", "schedule.cei_treshold=1")
+    assert "schedule.stages" in refused(*base_command, "--set", "schedule.stages=0")
+    assert "schedule.kind" in refused(*base_command, "--schedule", "entprogg")
+    assert "did you mean wan" in refused(*base_command, "--set", "model.family=wann")
+
+
+def test_wrong_data(base_command, place, shards):
+    assert "--shards" in refused("--config", place / "tiny.yaml", "--output", place / "x")
+    assert "48" in refused(*base_command, "--set", "data.shape.height=64")
+    empty = place / "nothing"
+    empty.mkdir(exist_ok=True)
+    assert str(empty) in refused("--config", place / "tiny.yaml", "--shards", empty, "--output", place / "x")
+
+
+def test_a_damaged_shard_is_named(base_command, place, shards):
+    copy = place / "damaged"
+    shutil.copytree(shards, copy)
+    victim = next((copy / "train").glob("*.parquet"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    victim.write_bytes(data)
+    line = refused("--config", place / "tiny.yaml", "--shards", copy, "--output", place / "x")
+    assert victim.name in line
+
+
+def test_a_checkpoint_of_another_family(base_command, place):
+    other = place / "other"
+    other.mkdir(exist_ok=True)
+    (other / "config.json").write_text(json.dumps({"_class_name": "LatteTransformer3DModel"}))
+    assert "LatteTransformer3DModel" in refused(*base_command, "--base", other, "--set", "model.init={}")
+
+
+def test_more_workers_than_the_cluster_has(base_command):
+    assert "train.workers=99" in refused(*base_command, "--set", "train.workers=99")
+
+
+def test_unwritable_output(base_command, place):
+    (place / "file").write_text("")
+    assert "cannot write" in refused(*base_command[:-1], place / "file" / "x")
+
+
+def test_dry_run_writes_nothing(base_command, place):
+    result = CliRunner().invoke(train.app, [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run"])
+    assert result.exit_code == 0 and "Would train" in result.output and not (place / "dry").exists()
+
+
+def test_help_teaches():
+    result = CliRunner().invoke(train.app, ["--help-settings"])
+    assert result.exit_code == 0 and "schedule.search_share" in result.output
