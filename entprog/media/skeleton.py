@@ -57,16 +57,17 @@ def _draw(points: torch.Tensor, height: int, width: int, line_width: float, min_
     x_y = torch.where(seen[..., None], x_y, 0)
     row = torch.arange(height, device=points.device)[:, None] + 0.5
     column = torch.arange(width, device=points.device)[None, :] + 0.5
-    image = points.new_full((len(points), 3, height, width), -1.0)
+    image = points.new_full((3, len(points), height, width), -1.0)
     for (start, end), color in zip(LIMBS, COLORS, strict=True):
         a, b = x_y[:, start, :, None, None], x_y[:, end, :, None, None]  # [N, 2, 1, 1]
-        along = b - a
+        along_x, along_y = (b - a).unbind(1)
+        to_x, to_y = column - a[:, 0], row - a[:, 1]  # [N, 1, W] and [N, H, 1]
         # Distance of each pixel's centre from the limb: from its nearest point, a + t·(b - a) with t in 0..1.
-        length2 = (along**2).sum(1).clamp_min(1e-6)
-        t = ((column - a[:, 0]) * along[:, 0] + (row - a[:, 1]) * along[:, 1]) / length2
-        t = t.clamp_(0, 1)
-        distance = torch.hypot(column - a[:, 0] - t * along[:, 0], row - a[:, 1] - t * along[:, 1])
-        cover = ((line_width + 1) / 2 - distance).clamp_(0, 1) * (seen[:, start] & seen[:, end])[:, None, None]
-        ink = points.new_tensor(color) * 2 - 1
-        image += cover[:, None] * (ink[:, None, None] - image)
-    return image
+        length2 = (along_x**2 + along_y**2).clamp_min(1e-6)
+        t = (to_x * (along_x / length2) + to_y * (along_y / length2)).clamp_(0, 1)
+        distance = (to_x - t * along_x).square_().add_((to_y - t * along_y).square_()).sqrt_()
+        cover = distance.neg_().add_((line_width + 1) / 2).clamp_(0, 1)
+        cover *= (seen[:, start] & seen[:, end])[:, None, None]
+        for plane, ink in zip(image, color, strict=True):
+            plane.lerp_(plane.new_tensor(2 * ink - 1), cover)
+    return image.transpose(0, 1)

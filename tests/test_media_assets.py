@@ -1,0 +1,130 @@
+"""Real material: fetched once, checked, never touched. Packages come from a folder of wheels: real pip, no network."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from entprog.errors import UserError
+from entprog.media import assets, video
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    """A copy of the cache."""
+    return Path(shutil.copytree(assets.cache_folder(), tmp_path / "cache"))
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch) -> Path:
+    """The only place where pip looks."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def wheel(folder: Path, package: str, files: dict[str, bytes]) -> None:
+    name, version = package.replace("-", "_").split("==")
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+        for member, content in files.items():
+            archive.writestr(member, content)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_all_there_is_silent():
+    done = subprocess.run([sys.executable, "-m", "entprog.media.assets"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_name_has_a_file():
+    assert all(assets.clip(name).is_file() for name in assets.CLIPS)
+    assert all(assets.network(name).is_file() for name in assets.NETWORKS)
+    with pytest.raises(ValueError, match="no asset 'cam05'"):
+        assets.clip("cam05")
+
+
+def test_a_damaged_file_is_fetched_again(cache, wheels):
+    asset = assets.ASSETS["no_face"]
+    whole = hashes(cache)
+    wheel(wheels, asset.package, {asset.member: (cache / asset.local).read_bytes()})
+    (cache / asset.local).write_bytes(b"damaged")
+    assert assets.fetch(cache) == ["no_face"]
+    assert hashes(cache) == whole
+    assert assets.fetch(cache) == []
+
+
+def test_a_damaged_cut_is_made_again(cache):
+    whole = hashes(cache)
+    (cache / "clips" / "jump.mp4").write_bytes(b"damaged")
+    assert assets.fetch(cache) == ["jump"]
+    assert hashes(cache) == whole
+
+
+def run(cache: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "entprog.media.assets", "--cache", str(cache)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+def test_no_registry_names_the_file(cache, wheels):
+    (cache / "clips" / "sports.mp4").unlink()
+    said = one_line(run(cache))
+    assert "cannot download sports2d==0.8.34 for demo.mp4" in said and "index" in said
+
+
+def test_a_wrong_hash_names_the_file(cache, wheels):
+    asset = assets.ASSETS["no_face"]
+    wheel(wheels, asset.package, {asset.member: b"something else"})
+    (cache / asset.local).unlink()
+    said = one_line(run(cache))
+    assert asset.member in said and asset.sha256 in said
+    assert not (cache / asset.local).exists()
+    wheel(wheels, asset.package, {})
+    assert f"holds no {asset.member}" in one_line(run(cache))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write to the cache" in one_line(run(tmp_path / "file" / "cache"))
+
+
+def test_an_empty_cache_says_how_to_fill_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENTPROG_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"clips/cam01.mp4 is not in the cache .*run python -m entprog\.media\.assets"):
+        assets.clip("cam01")
+
+
+def test_demo_videos(tmp_path):
+    before = hashes(assets.cache_folder())
+    folder = assets.demo_videos(tmp_path / "videos")
+    first = hashes(folder)
+    assert set(first) == {f"{name}.mp4" for name in (*assets.DEMO, "damaged")}
+    assert hashes(assets.demo_videos(folder)) == first
+    assert hashes(assets.cache_folder()) == before
+    with pytest.raises(video.VideoError) as raised:
+        video.probe(folder / "damaged.mp4")
+    assert raised.value.reason == "corrupt"
+    for name, frames in (("walk", 125), ("jump", 150)):
+        assert video.probe(folder / f"{name}.mp4").frames == frames
+    (folder / "cam01.mp4").write_bytes(b"changed by a person")  # a copy: the cache is another file
+    assert hashes(assets.cache_folder()) == before

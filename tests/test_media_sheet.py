@@ -1,0 +1,54 @@
+"""Contact sheets and videos side by side."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from entprog.media import assets, sheet, video
+
+
+@pytest.fixture(scope="module")
+def clip() -> np.ndarray:
+    return video.read_frames(assets.clip("jump"), video.clip_times(0, 5, 5), size=(96, 64))[0]
+
+
+def test_contact_sheet_has_a_row_a_clip(clip, tmp_path):
+    path = sheet.contact_sheet(
+        [("tiny", clip[:, :12, :8]), ("many", np.repeat(clip, 9, 0)), ("one", clip[:1])], tmp_path / "a" / "sheet.png"
+    )
+    image = np.asarray(Image.open(path))
+    row = image.shape[0] // 3
+    assert image.shape[1] >= 8 * 128 and 192 < row < 240
+    assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
+    first = image[2 * row : 3 * row, sheet.GAP : sheet.GAP + 128]
+    expected = np.asarray(Image.fromarray(clip[0]).resize((128, 192), Image.Resampling.BICUBIC))
+    assert any(np.array_equal(first[y : y + 192], expected) for y in range(row - 192))  # the frame, enlarged
+    with pytest.raises(ValueError, match="at least one row"):
+        sheet.contact_sheet([], path)
+
+
+def test_a_long_label_fits(clip, tmp_path):
+    path = sheet.contact_sheet([("a long label, " * 20, clip[:1])], tmp_path / "sheet.png")
+    assert Image.open(path).width > 1000
+
+
+def test_side_by_side_can_be_encoded(clip, tmp_path):
+    joined = sheet.side_by_side(
+        [("reference", clip), ("pose", clip[:, :95, :31]), ("a title wider than that", clip[:, :, :9])]
+    )
+    assert joined.dtype == np.uint8 and joined.shape[0] == 5
+    assert joined.shape[1] % 2 == joined.shape[2] % 2 == 0 and joined.shape[1] > 384
+    assert not np.array_equal(joined[0], joined[4])
+    assert video.probe(video.write_mp4(tmp_path / "a.mp4", joined, 5)).frames == 5
+    with pytest.raises(ValueError, match=r"one length, given \[4, 5\]"):
+        sheet.side_by_side([("a", clip), ("b", clip[:4])])
+
+
+def test_overlay_draws_only_limbs(clip):
+    points = np.full((5, 33, 3), (0.1, 0.1, 0.0), np.float32)
+    points[:, :, :2][2] = np.nan
+    np.testing.assert_array_equal(sheet.overlay(clip, points), clip)
+    points[1, [11, 12]] = (0.25, 0.5, 1), (0.75, 0.5, 1)
+    changed = (sheet.overlay(clip, points) != clip).any(-1)
+    assert changed[1].any() and not changed[[0, 2, 3, 4]].any()
+    assert not changed[1, :40].any() and not changed[1, 56:].any()
