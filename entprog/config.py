@@ -111,13 +111,15 @@ class Train(Part):
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has any."""
     threads: int | None = Field(default=None, ge=1)
-    """torch CPU threads per worker. None: cores shared evenly (at least one)."""
+    """torch CPU threads per worker. None: cores shared evenly, one of each share left for decoding."""
     held_out_every: int = Field(default=50, ge=1)
     """Steps between held-out losses."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    samples: int = Field(default=2, ge=0)
+    """Held-out motions generated at the end, for a look (uncharged)."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group after a crash, each from the newest checkpoint."""
 

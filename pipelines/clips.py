@@ -9,6 +9,7 @@ position, and no state of an iterator has to be saved.
 import functools
 import io
 import itertools
+import math
 import re
 import time
 import zlib
@@ -32,9 +33,11 @@ TASK_BATCHES = 8
 20 ms of two cores, as much as decoding two hundred frames of 96x64."""
 TASKS = 128
 """Decode tasks in one execution of Ray Data: a new one starts in about 0.2 s, so that borders do not show."""
-TASKS_AHEAD = 4
+TASKS_AHEAD = 8
 """Tasks' worth of decoded clips that may wait for the reader. Without this limit Ray Data decodes until half of the
 object store is full, and takes the cores that training needs."""
+STORE_SHARE = 0.3
+"""Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 PREFETCH_BATCHES = 2
 
 
@@ -234,6 +237,8 @@ def _task(rows: dict[str, np.ndarray], dataset, split, batch_size, rank, world, 
 
 
 def _stream(dataset, split, batch_size, rank, world, start_position, seed, cpus, device) -> Iterator:
+    import ray
+
     shape = dataset.shape
     clip_bytes = shape.frames * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
     batches = min(max(TASK_BYTES // (clip_bytes * batch_size), 1), TASK_BATCHES)
@@ -247,11 +252,16 @@ def _stream(dataset, split, batch_size, rank, world, start_position, seed, cpus,
         start_position=start_position,
         seed=seed,
     )
+    task_rows = batches * batch_size
+    store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / world
+    ahead_bytes = min(TASKS_AHEAD * task_rows * clip_bytes, store_bytes)
     for execution in itertools.count():
-        yield from _execute(task, execution * TASKS, batches * batch_size, batch_size, clip_bytes, cpus, device)
+        yield from _execute(task, execution * TASKS, task_rows, batch_size, ahead_bytes, cpus, device)
 
 
-def _execute(task, first_task: int, task_rows: int, batch_size: int, clip_bytes: int, cpus: float, device) -> Iterator:
+def _execute(
+    task, first_task: int, task_rows: int, batch_size: int, ahead_bytes: float, cpus: float, device
+) -> Iterator:
     """Clips of TASKS decode tasks, from `first_task` on, in order."""
     import ray.data
     from ray.data import ExecutionResources
@@ -269,9 +279,7 @@ def _execute(task, first_task: int, task_rows: int, batch_size: int, clip_bytes:
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's clips stay one block
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(
-        cpu=cpus, object_store_memory=TASKS_AHEAD * task_rows * clip_bytes
-    )
+    context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=ahead_bytes)
     batches = clips.iter_torch_batches(
         batch_size=batch_size, prefetch_batches=PREFETCH_BATCHES, collate_fn=ToClips(), device=device
     )

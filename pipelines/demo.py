@@ -29,7 +29,7 @@ def main(
         "out/demo"
     ),
     seconds: Annotated[float, typer.Option(help="Charged seconds of each arm (train.seconds).")] = 120.0,
-    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 500,
+    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 400,
     config_file: jobs.ConfigFile = None,
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
@@ -79,7 +79,7 @@ def run(
         settings = config.build(
             {
                 "data": {"shape": base_experiment.data.shape.model_dump()},
-                "prepare": {"held_out": ["cam04.mp4"], "stride": 2},
+                "prepare": {"held_out": ["cam04.mp4"], "stride": 1},
             },
             config.Preparation,
         )

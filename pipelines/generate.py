@@ -8,12 +8,9 @@ The motion is a driving video (its pose is estimated), a pose sequence (.npz wit
 """
 
 import io
-import re
-import time
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,24 +26,11 @@ from entprog.media import shards as datasets
 from entprog.media import video as videos
 from entprog.media import windows
 from pipelines import jobs
+from pipelines.rendering import Motion, render
 
 # torch and diffusers are imported where they are needed: wrong arguments are told at once, not after seconds.
 
 app = jobs.app("Generate clips from a checkpoint, a reference image and a motion.")
-
-
-@dataclass(frozen=True)
-class Motion:
-    """What one clip is to show, at the checkpoint's clip shape."""
-
-    name: str
-    reference: np.ndarray
-    """uint8 RGB [H, W, 3]: who."""
-    pose: np.ndarray
-    """float32 [F, 33, 3]: how they move."""
-    video: np.ndarray | None
-    """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
-    video_title: str = "ground truth"
 
 
 @app.command()
@@ -323,8 +307,7 @@ def _generate(
 ) -> dict[str, Any]:
     import torch
 
-    from entprog import models, sampling
-    from entprog.media import sheet, skeleton
+    from entprog import models
 
     chosen = settings.generate
     if chosen.gpus == "yes" and not torch.cuda.is_available():
@@ -332,35 +315,7 @@ def _generate(
     device = "cuda" if chosen.gpus != "no" and torch.cuda.is_available() else "cpu"
     denoiser = models.family(about["family"]).load(_model(root, about, chosen.dtype), device)
     shift = chosen.shift or about["shift"]
-    folder = output / "videos"
-    records, rows = [], []
-    started = time.time()
-    for first in range(0, len(motions), chosen.batch_size):
-        batch = motions[first : first + chosen.batch_size]
-        conditions = denoiser.condition(
-            torch.from_numpy(np.stack([motion.reference for motion in batch])),
-            torch.from_numpy(np.stack([motion.pose for motion in batch])),
-        )
-        size = (len(batch), *denoiser.latent_shape(shape))
-        latents = sampling.sample(
-            denoiser, conditions, size, chosen.steps, chosen.seed, chosen.guidance, shift, first=first
-        )
-        made = _pixels(denoiser.decode(latents))
-        for i, (motion, result) in enumerate(zip(batch, made, strict=True), first):
-            drawn = _pixels(skeleton.draw(torch.from_numpy(motion.pose), shape.height, shape.width))
-            still = np.broadcast_to(motion.reference, result.shape)
-            parts = [("reference", still), ("pose", drawn), ("result", result)]
-            if motion.video is not None:
-                parts.append((motion.video_title, motion.video))
-            name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', motion.name)[:80]}"
-            beside = videos.write_mp4(folder / f"{name}.mp4", sheet.side_by_side(parts), shape.fps)
-            alone = videos.write_mp4(folder / f"{name}_result.mp4", result, shape.fps)
-            records.append({"clip": motion.name, "video": str(beside), "result": str(alone)})
-            rows += [(f"{motion.name}: {title}", frames) for title, frames in parts[1:]]
-        done = first + len(batch)
-        rate = done / (time.time() - started)
-        jobs.console.print(f"{done}/{len(motions)} clips, {rate:.2f} clips/s, ETA {(len(motions) - done) / rate:.0f} s")
-    picture = sheet.contact_sheet(rows, output / "sheet.png")
+    records, picture = render(denoiser, motions, shape, output, chosen, shift)
     jobs.show("Generated", [(r["clip"], r["video"]) for r in records], ("clip", "video"))
     jobs.console.print(f"At a glance: {picture}", markup=False)
     return {
@@ -372,11 +327,6 @@ def _generate(
         "clips": records,
         "sheet": str(picture),
     }
-
-
-def _pixels(video) -> np.ndarray:
-    """float [..., F, 3, H, W] in -1..1 → uint8 RGB [..., F, H, W, 3]."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -64,8 +64,24 @@ def decode_cpus(experiment: Experiment) -> float:
 
 
 def threads(experiment: Experiment) -> int:
-    """torch threads per CPU worker."""
-    return experiment.train.threads or max(1, (os.cpu_count() or 1) // experiment.train.workers)
+    """torch threads per CPU worker: cores shared evenly, one of each share left for decoding."""
+    return experiment.train.threads or max(1, (os.cpu_count() or 1) // experiment.train.workers - 1)
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """The same with every local path absolute: workers run in a folder of their own."""
+    model, data = experiment.model, experiment.data
+
+    def located(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
+
+    paths = {name: located(getattr(model, name)) for name in ("base", "vae", "prompt_embeds")}
+    return experiment.model_copy(
+        update={
+            "model": model.model_copy(update=paths),
+            "data": data.model_copy(update={"shards": located(data.shards)}),
+        }
+    )
 
 
 def run_workers(
@@ -108,7 +124,7 @@ def run_workers(
         logging.getLogger(name).setLevel(logging.ERROR)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={**settings, "board": board},
+        train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json"), "board": board},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=experiment.train.workers, use_gpu=gpus),
         run_config=RunConfig(

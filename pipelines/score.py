@@ -52,7 +52,6 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
     jobs.writable(output)
     check(experiment)
     settings = {
-        "experiment": experiment.model_dump(mode="json"),
         "tables": str(tables.resolve()),
         "threads": launch.threads(experiment),
     }

@@ -140,7 +140,6 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
         parent=parent,
     )
     settings = {
-        "experiment": experiment.model_dump(mode="json"),
         "output": str(output.resolve()),
         "tables": str(tables.resolve()),
         "identity": key,
@@ -195,6 +194,8 @@ def _leave_charts(output: Path, steps: list[dict], tracker: Tracker, dataset: sh
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     files += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
     sheet = dataset.folder / "contact_sheet.png"
+    jobs.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
+    files += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
     for file in [*files, *([sheet] if sheet.exists() else [])]:
         tracker.artifact(file)
 
@@ -226,7 +227,8 @@ class _Display:
         self.by: Literal["step", "charged_s"] = "step" if train.steps else "charged_s"
         self.total = train.steps or train.seconds
         self.blocks = 0
-        self.clips, self.since = 0, time.time()
+        self.clips, self.since, self.begun = 0, time.time(), 0.0
+        """Since the first step heard of, which bore the start-up."""
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -258,16 +260,20 @@ class _Display:
             self._step(item["step"])
 
     def _step(self, step: dict[str, Any]) -> None:
+        if self.clips == 0:
+            self.since, self.begun = time.time(), step[self.by]
         self.clips += step["clips"]
-        rate = self.clips / max(time.time() - self.since, 1e-9)
+        elapsed = time.time() - self.since
+        rate = (self.clips - step["clips"]) / elapsed if elapsed else 0.0
+        done = step[self.by] - self.begun
+        eta_s = elapsed * (self.total - step[self.by]) / done if done else float("nan")
         doing = f"stage {step['stage'] + 1} {step['phase']}, {len(step['trained'])} blocks"
         text = f"{doing}, loss {step['loss']:.4f}, {rate:.1f} clips/s"
         self.bar.update(self.task, completed=step[self.by], description=text)
         if step["held_out_loss"] is not None:
-            eta = (time.time() - self.since) * (self.total / max(step[self.by], 1e-9) - 1)
             self.bar.console.print(
                 f"step {step['step']:>6}  held-out loss {step['held_out_loss']:.5f}  {text}  "
-                f"{step['charged_s']:.0f} s charged, ETA {max(eta, 0):.0f} s"
+                f"{step['charged_s']:.0f} s charged, ETA {max(eta_s, 0):.0f} s"
             )
         if "decision" in step:
             decision = step["decision"]

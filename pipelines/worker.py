@@ -18,7 +18,7 @@ from entprog.errors import UserError
 from entprog.media import shards
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips
+from pipelines import clips, rendering
 from pipelines.jobs import write_json
 from pipelines.tracking import Tracker
 
@@ -177,10 +177,23 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         # A base keeps its own sampling shift; new weights know only the one they were trained with.
         shift = None if experiment.model.base else experiment.train.timestep_shift
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift)
+        _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()
     torch.distributed.barrier()
     return final(experiment, state)
+
+
+def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
+    """A look at what was learned: held-out motions by the final weights."""
+    data, count = setup.experiment.data, setup.experiment.train.samples
+    if not count:
+        return
+    motions = []
+    for batch in clips.held_out(setup.dataset, count, data.batch_size):
+        motions += rendering.motions_of(batch, [f"held-out clip {n}" for n in batch.position.tolist()])
+    shift = setup.denoiser.shift if shift is None else shift
+    rendering.render(setup.denoiser, motions, data.shape, folder, config.Generate(batch_size=data.batch_size), shift)
 
 
 def _batches(setup: Setup, settings: dict[str, Any], shape: ClipShape, position: int) -> Iterator[Latents]:

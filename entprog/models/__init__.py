@@ -41,6 +41,9 @@ class Denoiser(Protocol):
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """Clip shape → C, F', H', W' of one clip's latents."""
 
+    shift: float
+    """Timestep shift for sampling."""
+
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient."""
 
