@@ -1,0 +1,122 @@
+"""What benchmarks have in common: interleaved timing, one result file each, one table on the terminal."""
+
+import importlib.metadata
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines import jobs
+
+RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("torch", "diffusers")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One arm's repetitions, in the order in which they ran."""
+
+    seconds: tuple[float, ...]
+    peak_bytes: int
+    """Largest memory allocated on the GPU over the repetitions; 0 on a CPU."""
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread_s(self) -> tuple[float, float]:
+        """Fastest and slowest."""
+        return min(self.seconds), max(self.seconds)
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | str, warm_up: int = 1
+) -> dict[str, Measured]:
+    """Run all arms once, `repeats` times over, after `warm_up` rounds that do not count.
+
+    What drifts (other load, clocks, temperature) then meets all arms alike. Every round begins with another arm. Time
+    includes what the arm left to do on the GPU.
+    """
+    device = torch.device(device)
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peak = dict.fromkeys(names, 0)
+    for number in range(warm_up + repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed, peak_bytes = _timed(arms[name], device)
+            if number >= warm_up:
+                seconds[name].append(elapsed)
+                peak[name] = max(peak[name], peak_bytes)
+    return {name: Measured(tuple(seconds[name]), peak[name]) for name in names}
+
+
+def _timed(arm: Callable[[], Any], device: torch.device) -> tuple[float, int]:
+    """(seconds, peak bytes on the GPU) of one run."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    arm()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - started
+    return elapsed, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
+    """(median, smallest, largest) over rounds of one arm's seconds over the other's in the same round."""
+    ratios = [a / b for a, b in zip(of.seconds, to.seconds, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe(device: torch.device | str) -> str:
+    """The device in words."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def write(name: str, figures: Sequence[Mapping[str, Any]], *, device: torch.device | str, repeats: int) -> Path:
+    """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with."""
+    path = RESULTS / f"{name}.json"
+    jobs.write_json(
+        path,
+        {
+            "device": describe(device),
+            "versions": {"python": platform.python_version()}
+            | {package: importlib.metadata.version(package) for package in VERSIONS}
+            | ({"cuda": torch.version.cuda} if torch.device(device).type == "cuda" else {}),
+            "commit": jobs.commit(),
+            "command": shlex.join(_command()),
+            "repeats": repeats,
+            "figures": list(figures),
+        },
+    )
+    return path
+
+
+def _command() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]
+
+
+def show(title: str, figures: Sequence[Mapping[str, Any]]) -> None:
+    """The figures as a table; columns are the first row's names."""
+    columns = tuple(figures[0])
+    jobs.show(title, [tuple(row[column] for column in columns) for row in figures], columns)
