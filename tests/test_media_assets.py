@@ -68,11 +68,15 @@ def test_a_damaged_file_is_fetched_again(cache, wheels):
     assert assets.fetch(cache) == []
 
 
-def test_a_damaged_cut_is_made_again(cache):
+def test_a_damaged_or_outdated_cut_is_made_again(cache, monkeypatch):
+    monkeypatch.setitem(assets.CUTS, "jump", assets.Cut("sports", 5, 15, (400, 0, 350, 240)))
+    assert assets.fetch(cache) == ["jump"]
     whole = hashes(cache)
+    assert video.probe(cache / "clips" / "jump.mp4").frames == 10
     (cache / "clips" / "jump.mp4").write_bytes(b"damaged")
     assert assets.fetch(cache) == ["jump"]
     assert hashes(cache) == whole
+    assert assets.fetch(cache) == []
 
 
 def run(cache: Path) -> subprocess.CompletedProcess:

@@ -239,6 +239,8 @@ def _opened(source: Source):
             if not container.streams.video:
                 raise VideoError("no_video_stream", f"{_name(source)}: no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError("corrupt", f"{_name(source)}: its video has no codec that FFmpeg knows")
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
