@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 
 from entprog import config
-from entprog.media import assets
-from pipelines import charts, generate, jobs, launch, prepare, score, train
+from entprog.media import assets, shards, sheet, skeleton, video
+from pipelines import charts, generate, jobs, launch, prepare, rendering, score, train
 from pipelines.tracking import how_to_open, tracking_uri
 
 app = jobs.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, generate.")
@@ -104,9 +106,8 @@ def run(
     _say(6, "generate the held-out motion with both")
     made = {}
     for name in ARMS:
-        made[name] = generate.run(
-            output / name / "model", output / name / "generated", shards=output / "shards", split="held_out"
-        )
+        folder = output / name / "generated"
+        made[name] = generate.run(output / name / "model", folder, shards=output / "shards", split="held_out")
     figures = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
     results = {
         name: {k: result[k] for k in figures}
@@ -118,8 +119,9 @@ def run(
         for name, result in trained.items()
     }
     chart = charts.loss_chart(curves, output / "comparison.png")
+    picture = _picture(made, output)
     _table(results, trained)
-    jobs.console.print(f"Clips, reference | pose | result | truth: {made['entprog']['sheet']}")
+    jobs.console.print(f"Held-out motion, truth and both arms: {picture}")
     jobs.console.print(f"Loss over time: {chart}")
     jobs.console.print(f"Runs in MLflow: {how_to_open(tracking_uri())}")
     return {
@@ -128,8 +130,25 @@ def run(
         "prepared": {k: prepared[k] for k in ("inputs", "clips")},
         "score": scored,
         "comparison": str(chart),
+        "picture": str(picture),
         "wall_s": round(time.time() - started, 1),
     }
+
+
+def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> Path:
+    """Both arms' results under the truth and the pose they were given."""
+    settings = config.Generation(generate=config.Generate(count=clips))
+    shape = shards.read_dataset(output / "shards").shape
+    rows = []
+    for motion in generate.motions_from_shards(output / "shards", None, "held_out", settings, shape):
+        still = motion.reference[None].repeat(len(motion.video), 0)
+        rows += [(f"reference, then truth: {motion.name}", np.concatenate([still[:1], motion.video]))]
+        drawn = rendering.pixels(skeleton.draw(torch.from_numpy(motion.pose), shape.height, shape.width))
+        rows += [("pose", np.concatenate([np.zeros_like(still[:1]), drawn]))]
+        for name, title in ARMS.items():
+            result = next(Path(c["result"]) for c in made[name]["clips"] if c["clip"] == motion.name)
+            rows += [(title, np.concatenate([np.zeros_like(still[:1]), video.decode_rgb(result.read_bytes())]))]
+    return sheet.contact_sheet(rows, output / "demo.png", columns=shape.frames + 1)
 
 
 def _say(number: int, what: str) -> None:

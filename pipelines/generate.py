@@ -99,7 +99,7 @@ def run(
     _check_options(reference, pose, video, shards, clip, split)
     root, about, shape = _checkpoint(str(checkpoint))
     if shards is not None:
-        motions = _from_shards(shards, clip, split or "held_out", settings, shape)
+        motions = motions_from_shards(shards, clip, split or "held_out", settings, shape)
         if reference is not None:
             who = reference_image(reference, shape, settings.prepare)
             motions = [Motion(m.name, who, m.pose, m.video, "driving clip") for m in motions]
@@ -158,7 +158,7 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
         raise UserError("both --clip and --split were given: name the clips, or take some of a split")
 
 
-def _from_shards(
+def motions_from_shards(
     folder: Path, wanted: Sequence[str] | None, split: str, settings: Generation, shape: ClipShape
 ) -> list[Motion]:
     """The clips named, or some of a split."""

@@ -35,14 +35,14 @@ class Denoiser(Protocol):
     conditions: tuple[str, ...]
     """What the network sees beside the noisy clip, in the order of its input channels."""
 
+    shift: float
+    """Timestep shift for sampling."""
+
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit."""
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """Clip shape → C, F', H', W' of one clip's latents."""
-
-    shift: float
-    """Timestep shift for sampling."""
 
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient."""
