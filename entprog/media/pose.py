@@ -24,6 +24,8 @@ MIN_SCORE = 0.5
 """Least score of a detection, and of the landmark network's statement that there is a person in its square."""
 MIN_OVERLAP = 0.3
 """Detections of which the boxes overlap more (intersection over union) are one person."""
+APART = 0.5
+"""People whose hips are nearer to each other than this share of the larger one's circle are one person."""
 CHECK_SCORE = 0.55
 """Least score of a second look at just the circle's square: in the real clips over 0.68 for whole bodies, 0.54 for
 heads and shoulders, under 0.4 nine times in ten for lettering that the first look takes for a person."""
@@ -71,14 +73,36 @@ class PoseEstimator:
         self._landmarks = load("pose_landmark_full")
         self._anchors = _anchors()
 
-    def detect(self, frame: np.ndarray, min_score: float = MIN_SCORE) -> list[Person]:
-        """People in uint8 RGB [H, W, 3]: the largest and most central first; empty if there is nobody."""
+    def detect(self, frame: np.ndarray) -> list[Person]:
+        """People in uint8 RGB [H, W, 3]: the largest and most central first; empty if there is nobody.
+
+        Looks at the whole frame and, if it is not square, at squares along it: the network sees 224 pixels, too few for
+        a person of half the height of a wide frame.
+        """
         height, width = frame.shape[:2]
+        people = [person for box in _views(height, width) for person in self._detect(frame, box)]
+        distinct: list[Person] = []
+        for person in sorted(people, key=lambda person: -person.score):
+            apart = (np.hypot(*np.subtract(person.center, other.center)) for other in distinct)
+            reach = (APART * max(person.radius, other.radius) for other in distinct)
+            if all(a > r for a, r in zip(apart, reach, strict=True)):
+                distinct.append(person)
+        middle = np.array([width, height]) / 2
+
+        def prominence(person: Person) -> float:
+            return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
+
+        return sorted(distinct, key=prominence, reverse=True)
+
+    def _detect(self, frame: np.ndarray, box: tuple[int, int, int, int], min_score: float = MIN_SCORE) -> list[Person]:
+        """People in a part of the frame (left, top, width, height), in pixels of the frame."""
+        left, top, width, height = box
+        part = np.ascontiguousarray(frame[top : top + height, left : left + width])
         ratio = DETECTOR_SIZE / max(height, width)
         small = max(1, round(width * ratio)), max(1, round(height * ratio))
-        left, top = (DETECTOR_SIZE - small[0]) // 2, (DETECTOR_SIZE - small[1]) // 2
+        border = (DETECTOR_SIZE - small[0]) // 2, (DETECTOR_SIZE - small[1]) // 2
         square = Image.new("RGB", (DETECTOR_SIZE, DETECTOR_SIZE))
-        square.paste(Image.fromarray(frame).resize(small, Image.Resampling.BILINEAR, reducing_gap=2.0), (left, top))
+        square.paste(Image.fromarray(part).resize(small, Image.Resampling.BILINEAR, reducing_gap=2.0), border)
         raw, logits = _run(self._detector, np.asarray(square, np.float32) / 127.5 - 1)
         scores = _sigmoid(logits[:, 0])
         kept = scores >= min_score
@@ -86,17 +110,8 @@ class PoseEstimator:
         rows = raw[kept].reshape(-1, 6, 2) / DETECTOR_SIZE
         rows[:, [0, 2, 3, 4, 5]] += self._anchors[kept, None]
         rows, scores = _merge(rows, scores[kept])
-        rows = (rows * DETECTOR_SIZE - (left, top)) / ratio
-        people = [
-            Person(float(score), *_circle(hips, edge))
-            for (_, _, hips, edge, _, _), score in zip(rows, scores, strict=True)
-        ]
-        middle = np.array([width, height]) / 2
-
-        def prominence(person: Person) -> float:
-            return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
-
-        return sorted(people, key=prominence, reverse=True)
+        points = (rows[:, 2:4] * DETECTOR_SIZE - border) / ratio + (left, top)
+        return [Person(float(score), *_circle(*pair)) for pair, score in zip(points, scores, strict=True)]
 
     def track(self, frames: Iterable[np.ndarray]) -> np.ndarray:
         """The foremost person through uint8 RGB frames [H, W, 3] → float32 [F, 33, 3].
@@ -139,8 +154,10 @@ class PoseEstimator:
         raw, flag, _, heatmap, _ = _run(self._landmarks, crop.astype(np.float32) / 255)
         if flag[0] < MIN_SCORE:
             return None
-        if check and not self.detect(_cut_out(frame, center, 2 * person.radius, turn), CHECK_SCORE):
-            return None
+        if check:
+            body = _cut_out(frame, center, 2 * person.radius, turn)
+            if not self._detect(body, (0, 0, LANDMARK_SIZE, LANDMARK_SIZE), CHECK_SCORE):
+                return None
         raw = raw.reshape(39, 5)  # x, y, z, visibility and presence (logits)
         x_y = _refine(raw[:, :2] / LANDMARK_SIZE, _sigmoid(heatmap))
         pixels = (x_y - 0.5) @ turn.T * side + center
@@ -174,6 +191,17 @@ def _run(interpreter, image: np.ndarray) -> list[np.ndarray]:
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -100, 100, dtype=np.float64)))
+
+
+def _views(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """Where the detector looks: the whole frame, and squares along it that overlap by half or more."""
+    short, long = sorted((height, width))
+    views = [(0, 0, width, height)]
+    if long > 1.2 * short:
+        count = int(np.ceil(2 * (long - short) / short)) + 1
+        starts = np.linspace(0, long - short, count).round().astype(int).tolist()
+        views += [(start, 0, short, short) if width > height else (0, start, short, short) for start in starts]
+    return views
 
 
 def _anchors() -> np.ndarray:
