@@ -76,7 +76,9 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
     from matplotlib.patches import Patch
 
     names = list(blocks) if blocks else sorted({name for step in steps for name in step["trained"]}, key=_natural)
-    first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"]) if steps else 0.0
+    # What was charged before the first step and its wait for data is scoring.
+    first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"] - steps[0]["wait_s"]) if steps else 0.0
+    scored = bool(steps) and first_s > 1e-3 * steps[-1]["charged_s"]
     edges, columns, stages = [first_s], [], []
     for (stage, phase, trained), run in itertools.groupby(
         steps, lambda s: (s["stage"], s["phase"], tuple(s["trained"]))
@@ -94,7 +96,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
         axes.pcolormesh(edges, lines, np.array(columns).T, cmap=ListedColormap(colours), vmin=0, vmax=2)
         for line in lines[1:-1]:
             axes.axhline(line, color="white", linewidth=2)
-    if first_s > 0:
+    if scored:
         axes.axvspan(0, first_s, facecolor="white", edgecolor="#999999", hatch="//", linewidth=0.5)
     for stage, start_s in stages:
         axes.axvline(start_s, color="black", linewidth=1)
@@ -106,8 +108,8 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
     axes.set_xlabel("charged seconds (training, search, scoring)")
     keys = [Patch(color=BLUE, label="trained"), Patch(color=ORANGE, label="trained by a candidate (search)")]
     keys += [Patch(color=GREY, label="frozen")]
-    if first_s > 0:
-        keys.append(Patch(facecolor="white", edgecolor="#999999", hatch="//", label="before the first step (scoring)"))
+    if scored:
+        keys.append(Patch(facecolor="white", edgecolor="#999999", hatch="//", label="scoring"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
     figure.suptitle("Trained blocks over time", fontsize=11)
     return _save(figure, path)
