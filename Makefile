@@ -35,7 +35,7 @@ format: $(VENV)/.installed
 
 # What was tested, exactly.
 lock: $(VENV)/.installed
-	$(bin)/python -m pip freeze --exclude-editable > requirements.lock
+	$(bin)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[0-9.]*\)+.*/\1/' > requirements.lock
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
 from pipelines import charts, jobs, launch, worker
-from pipelines.tracking import Tracker, how_to_open, tracking_uri
+from pipelines.tracking import Tracker, deliver_pending, how_to_open, tracking_uri
 
 app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
@@ -121,6 +121,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
     key = identity(experiment, dataset)
     finished = output / "finished.json"
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == key:
+        deliver_pending(output)
         jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
     gpus = launch.use_gpus(experiment)
@@ -158,7 +159,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
             "data": dataset.fingerprint,
             "wall_s": round(time.time() - started, 3),
         }
-        _leave_charts(output, steps, tracker, dataset)
+        _leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary({k: result[k] for k in ("held_out_loss", "seconds", "search_seconds", "flops")})
     except BaseException as error:
         tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -186,8 +187,10 @@ def _figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def _leave_charts(output: Path, steps: list[dict], tracker: Tracker, dataset: shards.Dataset) -> None:
-    files = [charts.schedule_chart(steps, output / "schedule.png")]
+def _leave_charts(
+    output: Path, steps: list[dict], blocks: list[str], tracker: Tracker, dataset: shards.Dataset
+) -> None:
+    files = [charts.schedule_chart(steps, output / "schedule.png", blocks)]
     if (output / "cei.json").exists():
         files += [charts.cei_chart(json.loads((output / "cei.json").read_text()), output / "cei.png")]
         files += [output / "cei.json"]
@@ -266,14 +269,14 @@ class _Display:
         elapsed = time.time() - self.since
         rate = (self.clips - step["clips"]) / elapsed if elapsed else 0.0
         done = step[self.by] - self.begun
-        eta_s = elapsed * (self.total - step[self.by]) / done if done else float("nan")
+        eta = f", ETA {max(elapsed * (self.total - step[self.by]) / done, 0):.0f} s" if done else ""
         doing = f"stage {step['stage'] + 1} {step['phase']}, {len(step['trained'])} blocks"
         text = f"{doing}, loss {step['loss']:.4f}, {rate:.1f} clips/s"
         self.bar.update(self.task, completed=step[self.by], description=text)
         if step["held_out_loss"] is not None:
             self.bar.console.print(
                 f"step {step['step']:>6}  held-out loss {step['held_out_loss']:.5f}  {text}  "
-                f"{step['charged_s']:.0f} s charged, ETA {max(eta_s, 0):.0f} s"
+                f"{step['charged_s']:.0f} s charged{eta}"
             )
         if "decision" in step:
             decision = step["decision"]

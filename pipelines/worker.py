@@ -181,7 +181,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         log.close()
         tracker.close()
     torch.distributed.barrier()
-    return final(experiment, state)
+    return final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
