@@ -12,13 +12,13 @@ import functools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-Backward = Literal["exact", "residual"]
+from entprog.config import Backward
 
 
 @dataclass(frozen=True)
@@ -122,32 +122,50 @@ class _AlongBypass(torch.autograd.Function):
         return None, *gradients
 
 
-def _residual_forward(module: nn.Module) -> Callable:
-    original = _own_forward(module)
-
-    def forward(*args, **kwargs):
-        run = functools.partial(original, *args, **kwargs)
-        shortcut = bypass(module, *args, **kwargs)
-        if isinstance(shortcut, tuple):
-            return _AlongBypass.apply(run, *shortcut)
-        return _AlongBypass.apply(run, shortcut)
-
-    return forward
+def along_bypass(module: nn.Module, *args, **kwargs):
+    """What the block gives, to the bit; gradient crosses it on its bypass alone, and nothing is kept for that."""
+    run = functools.partial(own_forward(module), *args, **kwargs)
+    shortcut = bypass(module, *args, **kwargs)
+    if isinstance(shortcut, tuple):
+        return _AlongBypass.apply(run, *shortcut)
+    return _AlongBypass.apply(run, shortcut)
 
 
-def _checkpointed_forward(module: nn.Module) -> Callable:
-    original = _own_forward(module)
+class CheckpointedForward:
+    """Runs a block and keeps only its inputs for the backward pass, which runs it again."""
 
-    def forward(*args, **kwargs):
+    def __init__(self, original: Callable):
+        self.original = original
+
+    def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
-        return checkpoint(original, *args, use_reentrant=False, **kwargs)
-
-    return forward
+            return self.original(*args, **kwargs)
+        return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
 
 
-def _own_forward(module: nn.Module) -> Callable:
-    return type(module).forward.__get__(module)
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether `unfreeze` put the module under gradient checkpointing."""
+    return isinstance(module.__dict__.get("forward"), CheckpointedForward)
+
+
+def own_forward(module: nn.Module) -> Callable:
+    """The block's forward as its class defines it (compiled, if it was), whatever stands in for it now."""
+    return module.__dict__.get(COMPILED) or type(module).forward.__get__(module)
+
+
+COMPILED = "_entprog_compiled"
+"""Attribute of a block that holds its compiled forward."""
+
+
+def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
+    """Compile each block's own forward (equal blocks share their code); takes effect with the next `unfreeze`.
+
+    Only the block's body is compiled: the ways around it (skip, residual backward, checkpointing) stay outside, so
+    what is trained may change at any time.
+    """
+    for block in found:
+        compiled = torch.compile(type(block.module).forward.__get__(block.module), backend=backend)
+        block.module.__dict__[COMPILED] = compiled
 
 
 def unfreeze(
@@ -177,9 +195,11 @@ def unfreeze(
         trained = block.name in trainable
         block.module.requires_grad_(trained)
         if not trained and backward == "residual":
-            block.module.forward = _residual_forward(block.module)
+            block.module.forward = functools.partial(along_bypass, block.module)
         elif checkpointing:
-            block.module.forward = _checkpointed_forward(block.module)
+            block.module.forward = CheckpointedForward(own_forward(block.module))
+        elif COMPILED in block.module.__dict__:
+            block.module.forward = own_forward(block.module)
     for parameter in outside:
         parameter.requires_grad_(True)
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

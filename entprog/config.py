@@ -8,6 +8,7 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from entprog.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Backward = Literal["exact", "residual"]
 
 
 class Part(BaseModel):
@@ -64,6 +66,8 @@ class Model(Part):
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute trained blocks' activations in the backward pass."""
+    compile_blocks: bool = False
+    """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
 
 
 class Data(Part):
@@ -102,6 +106,10 @@ class Train(Part):
     """Largest norm of the trained parameters' gradient; None: no clipping."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of trained weights; None: none."""
+    frozen_state: Literal["host", "keep", "drop"] = "host"
+    """Optimizer moments of blocks that a stage freezes: moved to host memory, kept on the device, or forgotten."""
+    block_warmup_steps: int = Field(default=0, ge=0)
+    """Linear learning-rate warm-up of each block from the step at which it begins to be trained."""
     timestep_shift: float = Field(default=1.0, gt=0)
     """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5)."""
     seed: int = Field(default=0, ge=0)
@@ -146,7 +154,31 @@ class Priority(Part):
     timestep_range: tuple[float, float] = (0.02, 0.98)
     """Flow timesteps drawn, 0 clean, 1 noise."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the draws."""
+    """Seed of the draws, and of the random order."""
+
+
+class Smaller(Part):
+    """A step of the clip shape ladder: clips smaller than `data.shape`, cut out of the same shards."""
+
+    frames: int | None = Field(default=None, ge=1)
+    """Frames in the middle of a clip. None: all."""
+    shrink: int = Field(default=1, ge=1)
+    """Height and width divided by this whole number (mean over areas)."""
+
+    def of(self, shape: ClipShape) -> ClipShape:
+        """The smaller shape. Raises UserError if clips of `shape` cannot be made that small."""
+        frames = self.frames or shape.frames
+        if frames > shape.frames or shape.height % (2 * self.shrink) or shape.width % (2 * self.shrink):
+            raise UserError(
+                f"schedule.shapes: clips of {shape} cannot be cut to {frames} frames and divided by {self.shrink} "
+                "(height and width must stay even)"
+            )
+        try:
+            return ClipShape(
+                frames=frames, height=shape.height // self.shrink, width=shape.width // self.shrink, fps=shape.fps
+            )
+        except ValidationError:
+            raise UserError(f"schedule.shapes: {shape} divided by {self.shrink} is under 16 pixels") from None
 
 
 class Schedule(Part):
@@ -158,14 +190,28 @@ class Schedule(Part):
     """K, stages of equal budget."""
     candidates: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)
     """Numbers of trained blocks to choose from, as fractions of L."""
+    generators: tuple[Literal["count", "suffix", "budget"], ...] = ("count",)
+    """Where candidates come from: top-m blocks (the paper); top-m among the last blocks alone, so that exact backward
+    ends early; or the largest sum of priorities that a step budget pays for (`budgets`)."""
+    suffixes: tuple[Fraction, ...] = (0.5,)
+    """Generator `suffix`: shares of the blocks, counted from the last, that top-m is taken among."""
+    budgets: tuple[Fraction, ...] = (0.5, 0.7, 0.85)
+    """Generator `budget`: what a step may cost, as fractions of full training's."""
+    shapes: tuple[Smaller, ...] = ()
+    """Smaller clips that all stages but the last may also train on. Held-out loss is always at `data.shape`."""
+    memory_budget_bytes: int | None = Field(default=None, gt=0)
+    """Plans whose predicted peak memory per device is above this are left out."""
     search_steps: int = Field(default=4, ge=1)
     """S, steps per candidate in a stage's search."""
+    search_until_clear: bool = True
+    """Search beyond `search_steps` while the intervals of the best two overlap and `search_share` allows."""
     search_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of a stage's budget spent on its search."""
     efficiency: Literal["paired", "paper"] = "paired"
     """Loss drop credited to a candidate: across its own step, or the paper's telescoping sum."""
-    backward: Literal["exact", "residual"] = "exact"
-    """How gradient crosses a frozen block: through it, or along its skip connection alone."""
+    backward: Backward | tuple[Backward, ...] = "exact"
+    """How gradient crosses a frozen block: `exact` through it, `residual` along its skip connection alone; both in a
+    list: candidates of each."""
     cei_threshold: float | None = None
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False
@@ -174,6 +220,17 @@ class Schedule(Part):
     """Parameters outside blocks: all trained, only the condition input layer, or none."""
     clock: Literal["seconds", "flops"] = "seconds"
     """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
+
+    @property
+    def backwards(self) -> tuple[Backward, ...]:
+        """`backward` as a tuple."""
+        return (self.backward,) if isinstance(self.backward, str) else self.backward
+
+    @model_validator(mode="after")
+    def _has_candidates(self):
+        if not self.generators or not self.backwards:
+            raise ValueError("schedule.generators and schedule.backward need at least one entry each")
+        return self
 
 
 class Tracking(Part):
@@ -308,6 +365,18 @@ def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, s
                 yield prefix + name, kind, default, (field.description or "").strip()
 
     return list(rows(whole, ""))
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def bytes_of(text: str) -> int:
+    """'24GB' → 24·10⁹, '500MiB' → 500·2²⁰. Raises UserError for what is no amount of memory."""
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise UserError(f"{text!r} is no amount of memory: write it like 24GB, 22.5GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def close_to(wrong: str, names: Iterable[str]) -> str:

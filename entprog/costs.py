@@ -1,13 +1,17 @@
 """What a plan's step costs: FLOPs and bytes, counted on the real network with one clip."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from entprog.blocks import is_checkpointed, own_forward
 
 aten = torch.ops.aten
 
@@ -19,7 +23,9 @@ class Cost:
     flops: int
     """Forward and backward of one clip."""
     saved_bytes: int
-    """Activations kept for the backward pass of one clip."""
+    """Activations kept for the backward pass of one clip; with gradient checkpointing, the inputs of its blocks."""
+    recomputed_bytes: int
+    """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
     weight_bytes: int
     """All weights, frozen ones too."""
     gradient_bytes: int
@@ -29,8 +35,14 @@ class Cost:
         return self.flops * clips
 
     def memory_bytes(self, clips: int) -> int:
-        """Counted peak of a training step: weights, gradients, AdamW's two moments, saved activations."""
-        return self.weight_bytes + 3 * self.gradient_bytes + self.saved_bytes * clips
+        """Counted peak of a training step, as `peak_bytes` says."""
+        return peak_bytes(self.weight_bytes, self.gradient_bytes, (self.saved_bytes + self.recomputed_bytes) * clips)
+
+
+def peak_bytes(weights: int, gradients: int, activations: int) -> int:
+    """Peak of a training step with AdamW: weights, two moments per trained weight, and what is largest of activations
+    (at the start of the backward pass) and gradients (at its end): one shrinks as the other grows."""
+    return weights + 2 * gradients + max(activations, gradients)
 
 
 # torch counts the GPU attention kernels; the CPU one is the same arithmetic.
@@ -56,33 +68,85 @@ def flop_counter():
         yield mode
 
 
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments."""
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """{address: bytes} of the memory behind some tensors, each storage once."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@contextmanager
+def saving(weights: Collection[int]):
+    """Notes what autograd keeps for the backward pass: {address: bytes}; `weights` are addresses that do not count."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.update(storages([tensor]))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+    for address in weights:
+        saved.pop(address, None)
+
+
+class _Checkpointed:
+    """What gradient checkpointing keeps, which no hook of autograd's sees: the inputs of every recomputed block; and
+    what the recomputation of the largest one brings back."""
+
+    def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounterMode):
+        self.weights, self.counter = weights, counter
+        self.inputs: dict[int, int] = {}
+        self.recomputed_bytes = 0
+        self.extra_flops = 0
+        self.hooks = [
+            module.register_forward_hook(self.note, with_kwargs=True)
+            for module in network.modules()
+            if is_checkpointed(module)
+        ]
+
+    def note(self, module: nn.Module, args, kwargs, output) -> None:
+        if not any(t.requires_grad for t in tensors_in(output)):
+            return  # no graph, nothing kept
+        inputs = storages(tensors_in(args, kwargs))
+        self.inputs |= inputs
+        before = self.counter.get_total_flops()
+        with saving(self.weights | inputs.keys()) as saved:
+            kept = own_forward(module)(*args, **kwargs)
+        del kept
+        self.extra_flops += self.counter.get_total_flops() - before
+        self.recomputed_bytes = max(self.recomputed_bytes, sum(saved.values()))
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
 def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip) -> Cost:
     """Cost of a plan that is in force (`blocks.unfreeze` was called): runs forward and backward once, changes nothing.
 
     loss_of_one_clip() → scalar loss of a single clip.
     """
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    weights = storages(network.parameters()).keys()
     gradients = [p.grad for p in trained]
     for parameter in trained:
         parameter.grad = None
     with flop_counter() as counter:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        checkpointed = _Checkpointed(network, weights, counter)
+        with saving(weights) as saved:
             loss = loss_of_one_clip()
+        checkpointed.remove()
         if trained:
             loss.backward()
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
     return Cost(
-        flops=counter.get_total_flops(),
-        saved_bytes=sum(saved.values()),
+        flops=counter.get_total_flops() - checkpointed.extra_flops,
+        saved_bytes=sum((saved | checkpointed.inputs).values()),
+        recomputed_bytes=checkpointed.recomputed_bytes,
         weight_bytes=sum(p.nbytes for p in network.parameters()),
         gradient_bytes=sum(p.nbytes for p in trained),
     )

@@ -1,10 +1,12 @@
 """Plans: what a stage trains, and how gradient crosses the rest (Ent-Prog §3.3, eq. of ψ_k)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from entprog.blocks import Backward
-from entprog.config import ClipShape, Schedule
+from entprog import budget
+from entprog.config import Backward, ClipShape, Schedule
+from entprog.costmodel import CostModel
+from entprog.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,21 @@ def full(names: Sequence[str], shape: ClipShape) -> Plan:
 
 
 def top(m: int, names: Sequence[str], priority: Mapping[str, float], schedule: Schedule, shape: ClipShape) -> Plan:
-    """ψ_k = argmax over |ψ| = m of Σ_{b ∈ ψ} π_b: the m blocks of highest priority; ties go to the earlier block."""
-    ranked = sorted(names, key=lambda name: -priority[name])[:m]
-    if len(ranked) == len(names):
+    """The plan of ψ_k: the m blocks of highest priority."""
+    return of_set(best(m, names, priority), names, schedule.backwards[0], shape)
+
+
+def best(m: int, among: Sequence[str], priority: Mapping[str, float]) -> list[str]:
+    """ψ_k = argmax over |ψ| = m of Σ_{b ∈ ψ} π_b, of the blocks in `among`; ties go to the earlier block."""
+    return sorted(among, key=lambda name: -priority[name])[:m]
+
+
+def of_set(chosen: Collection[str], names: Sequence[str], backward: Backward, shape: ClipShape) -> Plan:
+    """The plan that trains some blocks; all of them are plain training, whatever the backward."""
+    if len(chosen) == len(names):
         return full(names, shape)
-    return Plan(trainable=tuple(n for n in names if n in set(ranked)), backward=schedule.backward, shape=shape)
+    chosen = set(chosen)
+    return Plan(trainable=tuple(n for n in names if n in chosen), backward=backward, shape=shape)
 
 
 def count(fraction: float, of: int) -> int:
@@ -59,8 +71,11 @@ def candidates(
     shape: ClipShape,
     stage: int,
     now: Plan | None = None,
+    models: Mapping[ClipShape, CostModel] | None = None,
 ) -> list[Plan]:
-    """What stage `stage` (0-based) may choose from: nested top-m sets, smallest first, each once.
+    """What stage `stage` (0-based) may choose from, each once: smallest first, full training last.
+
+    shape: of the shards' clips. models: cost model of each shape on the ladder, for generator `budget`.
 
     A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in).
     `monotone` keeps only sets no smaller than `now`. A schedule other than entprog leaves one plan.
@@ -69,11 +84,105 @@ def candidates(
     if schedule.kind == "full":
         return [full(names, shape)]
     if schedule.kind == "linear":
-        return [top(count((stage + 1) / schedule.stages, len(names)), names, priority, schedule, shape)]
-    eligible = len(names)
+        m = count((stage + 1) / schedule.stages, len(names))
+        return [top(m, names, priority, schedule, shape)]
+    eligible = list(names)
     if schedule.cei_threshold is not None and not last:
-        eligible = max(1, sum(priority[name] >= schedule.cei_threshold for name in names))
-    sizes = sorted({min(count(fraction, len(names)), eligible) for fraction in schedule.candidates})
+        eligible = [name for name in names if priority[name] >= schedule.cei_threshold]
+        eligible = eligible or [max(names, key=lambda name: priority[name])]
+    found: list[Plan] = []
+    for each in ladder(schedule, shape, last):
+        for backward in schedule.backwards:
+            for generator in schedule.generators:
+                sets = GENERATORS[generator](names, eligible, priority, schedule, backward, (models or {}).get(each))
+                found += [of_set(chosen, names, backward, each) for chosen in sets]
+    if len(eligible) == len(names):
+        found.append(full(names, shape))
     if schedule.monotone and now is not None:
-        sizes = [m for m in sizes if m >= now.m] or [now.m]
-    return [top(m, names, priority, schedule, shape) for m in sizes]
+        same = of_set(best(now.m, names, priority), names, now.backward, shape)
+        found = [plan for plan in found if plan.m >= now.m] or [same]
+    return sorted(dict.fromkeys(found), key=size)
+
+
+def ladder(schedule: Schedule, shape: ClipShape, last: bool) -> list[ClipShape]:
+    """Clip shapes that a stage may train on: the shards' own alone in the last stage."""
+    smaller = [] if last else [step.of(shape) for step in schedule.shapes]
+    return list(dict.fromkeys([*smaller, shape]))
+
+
+def size(plan: Plan) -> tuple:
+    """Sorts plans from least to most: number of blocks, then the more exact gradient, then the larger clips."""
+    shape = plan.shape
+    return plan.m, plan.backward == "exact", shape.frames * shape.height * shape.width
+
+
+def by_count(names, eligible, priority, schedule, backward, model) -> list[list[str]]:
+    """Top-m of the eligible blocks, m by `candidates` (the paper's M_k)."""
+    sizes = {min(count(fraction, len(names)), len(eligible)) for fraction in schedule.candidates}
+    return [best(m, eligible, priority) for m in sizes]
+
+
+def by_suffix(names, eligible, priority, schedule, backward, model) -> list[list[str]]:
+    """Top-m among the eligible of the last n blocks: exact backward ends at the first of them."""
+    out = []
+    for suffix in schedule.suffixes:
+        among = [name for name in names[-count(suffix, len(names)) :] if name in set(eligible)]
+        sizes = {min(count(fraction, len(names)), len(among)) for fraction in schedule.candidates} - {0}
+        out += [best(m, among, priority) for m in sizes]
+    return out
+
+
+def by_budget(names, eligible, priority, schedule, backward, model) -> list[list[str]]:
+    """The largest Σπ within each fraction of full training's predicted step."""
+    if model is None:
+        raise ValueError("generator budget needs a cost model")
+    whole = model.step(names, "exact")
+    sets = [budget.best_set(priority, eligible, model, share * whole, backward) for share in schedule.budgets]
+    return [list(chosen) for chosen in sets if chosen]
+
+
+GENERATORS = {"count": by_count, "suffix": by_suffix, "budget": by_budget}
+
+
+def labels(candidates: Sequence[Plan]) -> list[str]:
+    """A short name of each candidate: `m4`, and more where there are several of four blocks."""
+    out = []
+    for plan in candidates:
+        twins = [other for other in candidates if other.m == plan.m and other != plan]
+        label = f"m{plan.m}"
+        if any(other.backward != plan.backward for other in twins):
+            label += f"_{plan.backward}"
+        if any(other.shape != plan.shape for other in twins):
+            label += f"_{plan.shape.frames}x{plan.shape.height}x{plan.shape.width}"
+        out.append(label)
+    repeats = [out[:i].count(label) for i, label in enumerate(out)]
+    return [f"{label}_{repeat + 1}" if repeat else label for label, repeat in zip(out, repeats, strict=True)]
+
+
+def fitting(
+    candidates: Sequence[Plan], memory_bytes: Callable[[Plan], int], budget_bytes: int | None
+) -> tuple[list[Plan], str]:
+    """The plans whose predicted peak memory is within the budget, and a line that says which is the largest.
+
+    Raises UserError, with what the smallest plan needs, if none fits.
+    """
+    if budget_bytes is None:
+        return list(candidates), ""
+    needs = {plan: memory_bytes(plan) for plan in candidates}
+    fit = [plan for plan in candidates if needs[plan] <= budget_bytes]
+    if not fit:
+        least = min(candidates, key=lambda plan: needs[plan])
+        raise UserError(
+            f"no plan fits schedule.memory_budget_bytes ({gigabytes(budget_bytes)}): the smallest trains {least.m} "
+            f"block(s) and needs {gigabytes(needs[least])}; try residual backward, gradient checkpointing or a smaller "
+            "data.batch_size"
+        )
+    largest = max(fit, key=size)
+    return fit, (
+        f"{len(fit)} of {len(candidates)} plans fit {gigabytes(budget_bytes)}, the largest trains {largest.m} of "
+        f"{max(plan.m for plan in candidates)} blocks ({gigabytes(needs[largest])})"
+    )
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"
