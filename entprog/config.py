@@ -141,18 +141,25 @@ class Train(Part):
 class Priority(Part):
     """Which blocks matter first (method: Conditional Entropy Inflation, Ent-Prog §3.2)."""
 
-    kind: Literal["cei"] = "cei"
-    """Priority function."""
+    kind: Literal[
+        "cei", "reverse_cei", "gradient", "fisher", "loss_increase", "random", "depth_first", "depth_last"
+    ] = "cei"
+    """What blocks are ranked by; all but `cei` are controls (`entprog/controls.py`)."""
     sign: Literal["signed", "absolute"] = "signed"
-    """`signed` ranks by π (the paper), `absolute` by |π|. Both are reported."""
+    """`signed` ranks by π (the paper), `absolute` by |π|. Both are reported. Of no effect on the other controls."""
     estimator: Literal["std", "elementwise"] = "std"
     """σ over all elements and draws of a condition (the paper), or mean log σ per element (diagonal Gaussian)."""
-    conditions: int = Field(default=8, ge=1)
-    """Clips whose reference and pose condition the prediction."""
+    conditions: int = Field(default=8, ge=2)
+    """Clips whose reference and pose condition the prediction; intervals and halves need two."""
     draws: int = Field(default=8, ge=4)
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
     """Flow timesteps drawn, 0 clean, 1 noise."""
+    until_stable: float | None = Field(default=None, gt=0, le=1)
+    """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
+    4, 8, 16, … conditions; at most `conditions`. None: all conditions."""
+    rescore: bool = False
+    """Score again at the start of every stage but the first and rank by the new table; charged to the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws, and of the random order."""
 

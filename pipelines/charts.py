@@ -14,51 +14,85 @@ MARKERS = "os^Dv<>"
 ROW_INCHES = 0.3
 
 
-def cei_chart(table: Mapping[str, Any], path: Path) -> Path:
-    """A score table (`ScoreTable.as_json`) → π of every block with its 95 % interval, loss increase on skip beside it.
+KINDS = {
+    "cei": "Conditional Entropy Inflation",
+    "reverse_cei": "Reverse Conditional Entropy Inflation",
+    "loss_increase": "Loss increase on skip",
+    "gradient": "Gradient norm",
+    "fisher": "Fisher information",
+    "random": "Random order",
+    "depth_first": "First blocks first",
+    "depth_last": "Last blocks first",
+}
+"""`priority.kind` in words."""
 
-    Blocks in the network's order from the top. Each bar carries the block's place by π and by |π|.
+
+def cei_chart(table: Mapping[str, Any], path: Path) -> Path:
+    """A score table (`ScoreTable.as_json`) → block scores with their 95 % intervals, loss increase on skip beside.
+
+    Blocks in the network's order from the top. For CEI the score is π, and each bar carries the block's place by π and
+    by |π|; a control gets the panel of its scores alone.
     """
-    rows = table["blocks"]
-    used, other = ("pi_std", "pi_elementwise") if table["estimator"] == "std" else ("pi_elementwise", "pi_std")
-    pi = np.array([row[used] for row in rows])
+    rows, kind = table["blocks"], table["kind"]
+    is_pi = kind in ("cei", "reverse_cei")
+    scores = np.array([row["score"] for row in rows])
     places = np.arange(len(rows))
-    signed, absolute = _ranks(pi), _ranks(np.abs(pi))
-    figure, (left, right) = _figure(1, 2, (9.5, 1.9 + ROW_INCHES * len(rows)), sharey=True, width_ratios=(3, 2))
-    errors = 1.96 * np.array([row["std_error"] for row in rows])
-    left.barh(places, pi, color=np.where(pi < 0, ORANGE, BLUE), height=0.7)
-    left.errorbar(pi, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
-    left.plot(
-        [row[other] for row in rows], places, "D", color="white", markeredgecolor="black", markersize=4,
-        label=f"{'elementwise' if other == 'pi_elementwise' else 'std'} estimator",
-    )  # fmt: skip
-    left.axvline(0, color="black", linewidth=0.8)
+    size = (9.5 if is_pi else 6.5, 1.9 + ROW_INCHES * len(rows))
+    if is_pi:
+        figure, (left, right) = _figure(1, 2, size, sharey=True, width_ratios=(3, 2))
+        increase, error = ([row[name] for row in rows] for name in ("loss_increase", "loss_std_error"))
+        _bars(right, places, np.array(increase), np.array(error), GREEN, GREEN)
+        right.locator_params(axis="x", nbins=3)  # long labels
+        right.set_xlabel("loss increase when skipped, 95 % interval")
+    else:
+        figure, left = _figure(1, 1, size)
+    _bars(left, places, scores, np.array([row["std_error"] for row in rows]), BLUE, ORANGE)
     left.set_yticks(places, [row["name"] for row in rows])
     left.invert_yaxis()
-    left.set_xlabel(f"π: mean log-ratio of σ when skipped ({table['estimator']} estimator), 95 % interval")
-    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, frameon=False, fontsize=8)
-    for place, by_pi, by_absolute in zip(places, signed, absolute, strict=True):
-        left.annotate(
+    if is_pi:
+        _beside_pi(left, rows, places, table["estimator"])
+        left.set_xlabel(f"π: mean log-ratio of σ when skipped ({table['estimator']} estimator), 95 % interval")
+    else:
+        left.set_xlabel(f"{KINDS[kind]}, 95 % interval" if table["conditions"] else "score")
+    facts = [f"{table['conditions'] * table['draws']} draws"] if table["conditions"] else []
+    facts += [f"Kendall's τ between halves {table['halves_tau']:.2f}"] if facts else []
+    facts += [f"π to |π| {table['signed_absolute_tau']:.2f}"] if is_pi else []
+    about = f" ({', '.join(facts)})" if facts else ""
+    figure.suptitle(f"{KINDS[kind]} of {len(rows)} blocks{about}", fontsize=11)
+    return _save(figure, path)
+
+
+def _bars(axes, places: np.ndarray, values: np.ndarray, std_error: np.ndarray, positive: str, negative: str) -> None:
+    """A horizontal bar a value with its 95 % interval."""
+    axes.barh(places, values, color=np.where(values < 0, negative, positive), height=0.7)
+    if std_error.any():
+        axes.errorbar(
+            values, places, xerr=1.96 * std_error, fmt="none", ecolor="black", elinewidth=1, capsize=2.5
+        )  # fmt: skip
+    axes.axvline(0, color="black", linewidth=0.8)
+
+
+def _beside_pi(axes, rows: Sequence[Mapping[str, Any]], places: np.ndarray, estimator: str) -> None:
+    """π by the other estimator, and each block's place by π and by |π|."""
+    other = "elementwise" if estimator == "std" else "std"
+    axes.plot(
+        [row[f"pi_{other}"] for row in rows], places, "D", color="white", markeredgecolor="black", markersize=4,
+        label=f"{other} estimator",
+    )  # fmt: skip
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, frameon=False, fontsize=8)
+    pi = np.array([row[f"pi_{estimator}"] for row in rows])
+    for place, by_pi, by_absolute in zip(places, _ranks(pi), _ranks(np.abs(pi)), strict=True):
+        axes.annotate(
             f"{by_pi} / {by_absolute}", (1, place), xycoords=("axes fraction", "data"), xytext=(-4, 0),
             textcoords="offset points", ha="right", va="center", fontsize=8,
             bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
-    left.annotate(
+    axes.annotate(
         "place by π / |π|", (1, 1), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points", ha="right",
         fontsize=8,
     )  # fmt: skip
-    low, high = left.get_xlim()
-    left.set_xlim(low, high + 0.16 * (high - low))  # room for the places
-    right.barh(places, [row["loss_increase"] for row in rows], color=GREEN, height=0.7)
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set_xlabel("loss increase when skipped")
-    draws = table["conditions"] * table["draws"]
-    figure.suptitle(
-        f"Conditional Entropy Inflation of {len(rows)} blocks ({draws} draws; Kendall's τ between halves "
-        f"{table['halves_tau']:.2f}, π to |π| {table['signed_absolute_tau']:.2f})",
-        fontsize=11,
-    )
-    return _save(figure, path)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.16 * (high - low))  # room for the places
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Score: checkpoint + shards → table of Conditional Entropy Inflation per block (JSON, chart).
+"""Score: checkpoint + shards → table of every block's score, by CEI or a control of it (JSON, chart).
 
     python -m pipelines.score --preset demo --shards out/demo/shards --base out/demo/base --output out/score
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog.cei import ScoreTable
 from entprog.config import Experiment
+from entprog.scores import ScoreTable
 from pipelines import charts, jobs, launch, worker
 from pipelines.train import TABLES, check, explain
 
@@ -25,6 +25,13 @@ def main(
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
     tables: Annotated[Path, typer.Option(help="Where tables are kept by their key, for every run to share.")] = TABLES,
+    draws_until_stable: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TAU",
+            help="Stop once Kendall's τ between two halves of the draws has reached this (priority.until_stable).",
+        ),
+    ] = None,
     config_file: jobs.ConfigFile = None,
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
@@ -37,7 +44,12 @@ def main(
 
     def work() -> dict[str, Any]:
         experiment = jobs.experiment(
-            preset, config_file, set_, data={"shards": str(shards) if shards else None}, model={"base": base}
+            preset,
+            config_file,
+            set_,
+            data={"shards": str(shards) if shards else None},
+            model={"base": base},
+            priority={"until_stable": draws_until_stable},
         )
         if dry_run:
             return explain(experiment)
@@ -67,10 +79,13 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
     charts.cei_chart(known, output / "cei.png")
     ranked = sorted(table.priority(experiment.priority.sign).items(), key=lambda item: -item[1])
     rank = {name: number for number, (name, _) in enumerate(ranked, 1)}
+    skipping = table.blocks[0].loss_increase is not None  # kinds that skip blocks measure all three at once
+    measures = {"pi_std": "π (std)", "pi_elementwise": "π (elementwise)", "loss_increase": "loss increase"}
+    measures = measures if skipping else {}
     jobs.show(
-        f"Conditional Entropy Inflation, {table.conditions} conditions × {table.draws} draws",
-        [(b.name, b.pi_std, b.pi_elementwise, b.std_error, b.loss_increase, rank[b.name]) for b in table.blocks],
-        ("block", "π (std)", "π (elementwise)", "± std error", "loss increase", "rank"),
+        f"{charts.KINDS[table.kind]}, {table.conditions} conditions × {table.draws} draws",
+        [(b.name, b.score, b.std_error, *(getattr(b, name) for name in measures), rank[b.name]) for b in table.blocks],
+        ("block", "score", "± std error", *measures.values(), "rank"),
     )
     for line in table.warnings(experiment.priority.sign):
         jobs.console.print(f"warning: {line}", markup=False)
@@ -78,11 +93,15 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
         "table": str(output / "cei.json"),
         "chart": str(output / "cei.png"),
         "key": table.key,
+        "kind": table.kind,
         "ranking": [name for name, _ in ranked],
+        "draws": table.conditions * table.draws,
         "halves_tau": table.halves_tau,
+        "tau_at": table.tau_at,
         "signed_absolute_tau": table.signed_absolute_tau,
         "loss_tau": table.loss_tau,
         "score_seconds": table.seconds,
+        "score_flops": table.flops,
     }
 
 

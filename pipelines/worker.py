@@ -3,19 +3,20 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, distributed, models
+from entprog import cei, checkpoint, config, controls, distributed, models
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
 from entprog.errors import UserError
 from entprog.media import shards
+from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
 from pipelines import clips, rendering
@@ -46,7 +47,7 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def score(settings: dict[str, Any]) -> None:
-    """Train loop of `pipelines.score`: the CEI table alone."""
+    """Train loop of `pipelines.score`: the table of scores alone."""
     _reporting_mistakes(settings, lambda setup, settings: scores(setup, settings).as_json())
 
 
@@ -102,29 +103,25 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     return Setup(experiment, device, denoiser, dataset, held_out, sample, found, post)
 
 
-def scores(setup: Setup, settings: dict[str, Any]) -> cei.ScoreTable:
-    """The CEI table of the base: from the tables' folder if it was ever computed, else computed once and kept there."""
+def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
+    """The table of the network as it is now: the kept one if these weights were ever scored, else made and kept."""
     experiment = setup.experiment
-    conditions = {"shape": str(experiment.data.shape), "conditions": experiment.model.conditions}
-    key = cei.table_key(
-        setup.denoiser.network, setup.dataset.fingerprint, experiment.priority, [conditions, experiment.train.seed]
-    )
+    priority = experiment.priority
+    parts = [getattr(setup.denoiser, field.name) for field in fields(setup.denoiser)]  # the VAE and the text matter too
+    contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
+    model, shape = experiment.model, experiment.data.shape
+    rest = [model.family, model.conditions, model.dtype, str(shape), experiment.train.seed]
+    key = table_key(contents, setup.dataset.fingerprint, priority, rest)
     kept = Path(settings["tables"]) / f"{key}.json"
     # Rank 0 alone looks, so that ranks cannot differ in what they find.
     known = distributed.gathered(json.loads(kept.read_text()) if kept.exists() else None)[0]
     if known is not None:
-        return cei.ScoreTable.from_json(known)
-    data = experiment.data
-    wanted = -(-experiment.priority.conditions // data.batch_size)
-    source = clips.local_stream(
-        setup.dataset, "train", data.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
-    )
-    batches = [setup.denoiser.encode(next(source)) for _ in range(wanted)]
-    table = cei.cei(
+        return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
+    table = controls.score(
         setup.denoiser.predict,
         setup.blocks,
-        batches,
-        experiment.priority,
+        scoring_clips(setup),
+        priority,
         key=key,
         seed=experiment.train.seed,
         progress=lambda done, of: setup.post({"scored": done, "of": of}),
@@ -133,6 +130,19 @@ def scores(setup: Setup, settings: dict[str, Any]) -> cei.ScoreTable:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, table.as_json())
     return table
+
+
+def scoring_clips(setup: Setup) -> list[Latents]:
+    """The training clips that `controls.score` takes as conditions, the same on every rank; none for a priority that
+    looks at no data."""
+    experiment, data = setup.experiment, setup.experiment.data
+    if experiment.priority.kind in controls.WITHOUT_DATA:
+        return []
+    source = clips.local_stream(
+        setup.dataset, "train", data.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
+    )
+    wanted = -(-experiment.priority.conditions // data.batch_size)
+    return [setup.denoiser.encode(next(source)) for _ in range(wanted)]
 
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:

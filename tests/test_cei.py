@@ -1,14 +1,12 @@
-"""CEI: replay equals the naive pass to the bit, both estimators are what they claim, the table survives JSON."""
-
-import json
+"""CEI: replay equals the naive pass to the bit, both estimators are what they claim, whatever type and compiler."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
+from conftest import TINY, latents, tiny_denoiser, tiny_experiment
 
-from entprog import cei, objectives
-from entprog.blocks import skipped
+from entprog import cei, costs, objectives, scores
+from entprog.blocks import blocks, skipped
 from entprog.config import Priority
 
 
@@ -66,10 +64,23 @@ def test_score_is_the_papers_formula(denoiser, found, experiment, table):
     assert table.blocks[2].loss_increase == pytest.approx(float(np.mean(losses)), abs=1e-6)
 
 
-def test_elementwise_estimator(denoiser, found, experiment):
+def test_the_estimator_in_use_decides_the_score(denoiser, found, experiment, table):
     settings = experiment.priority.model_copy(update={"estimator": "elementwise"})
-    table = cei.cei(denoiser.predict, found, [latents(range(2))], settings)
-    assert table.pi() == {b.name: b.pi_elementwise for b in table.blocks}
+    other = cei.cei(denoiser.predict, found, [latents(range(2))], settings)
+    assert table.scores() == {b.name: b.pi_std for b in table.blocks}
+    assert other.scores() == {b.name: b.pi_elementwise for b in table.blocks}
+    assert other.halves_tau != table.halves_tau or other.per_condition != table.per_condition
+
+
+def test_elementwise_estimator_is_the_mean_log_sigma_of_elements():
+    moments = cei._Moments()
+    predictions = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0))
+    for prediction in predictions:
+        moments.add(prediction, prediction.square().mean())
+    std, elementwise, loss = moments.measures().tolist()
+    assert std == pytest.approx(predictions.std(correction=0).log().item(), abs=1e-6)
+    assert elementwise == pytest.approx(predictions.std(0, correction=0).log().mean().item(), abs=1e-6)
+    assert loss == pytest.approx(predictions.square().mean().item())
 
 
 def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experiment):
@@ -81,37 +92,69 @@ def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experim
 
 
 def test_scoring_leaves_the_network_as_it_was(denoiser, found, experiment):
-    before = cei.weights_hash(denoiser.network)
+    before = scores.content_hash(denoiser.network)
     cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
-    assert cei.weights_hash(denoiser.network) == before
+    assert scores.content_hash(denoiser.network) == before
     assert all("forward" not in b.module.__dict__ for b in found)
 
 
-def test_table_survives_json(table):
-    assert cei.ScoreTable.from_json(json.loads(json.dumps(table.as_json()))) == table
+def test_errors_are_those_of_the_mean_over_conditions(denoiser, found):
+    table = cei.cei(denoiser.predict, found, [latents(range(5))], Priority(conditions=5, draws=4))
+    values = np.array(table.per_condition)
+    assert values.shape == (5, 6)
+    assert [b.score for b in table.blocks] == pytest.approx(values.mean(0).tolist())
+    assert [b.std_error for b in table.blocks] == pytest.approx((values.std(0, ddof=1) / 5**0.5).tolist())
 
 
-def test_absolute_priority(table):
-    assert table.priority("absolute") == {name: abs(value) for name, value in table.pi().items()}
+@pytest.mark.parametrize("replay", [True, False])
+def test_flops_are_those_of_the_whole_scoring(denoiser, found, experiment, replay):
+    run = lambda: cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority, replay=replay)  # noqa: E731
+    with costs.flop_counter() as counter:
+        table = run()
+    one_draw = table.flops // (table.conditions * table.draws)  # was counted first, apart
+    assert table.flops > 0 and counter.get_total_flops() == table.flops + one_draw
 
 
-def test_key_changes_with_weights_data_and_settings():
-    experiment = tiny_experiment()
-    a, b = tiny_denoiser(experiment), tiny_denoiser(experiment, seed=1)
-    settings = experiment.priority
-    key = cei.table_key(a.network, "data", settings)
-    assert key == cei.table_key(a.network, "data", settings)
-    assert key == cei.table_key(a.network, "data", settings.model_copy(update={"sign": "absolute"}))
-    others = {
-        cei.table_key(b.network, "data", settings),
-        cei.table_key(a.network, "other", settings),
-        cei.table_key(a.network, "data", Priority(draws=16)),
+def test_replay_takes_less_than_six_tenths_of_naive_flops():
+    experiment = tiny_experiment(model={"init": {**TINY, "num_layers": 12}})
+    denoiser = tiny_denoiser(experiment)
+    flops = {
+        replay: cei.cei(
+            denoiser.predict, blocks(denoiser.network), [latents(range(2))], experiment.priority, replay=replay
+        ).flops
+        for replay in (True, False)
     }
-    assert key not in others and len(others) == 3
+    assert 0.5 < flops[True] / flops[False] < 0.6
 
 
-def test_warnings_say_when_not_to_trust(table):
-    bad = cei.ScoreTable(**{**vars(table), "signed_absolute_tau": -0.5, "halves_tau": 0.1})
-    assert len(bad.warnings("signed")) == 2
-    good = cei.ScoreTable(**{**vars(table), "signed_absolute_tau": 1.0, "halves_tau": 0.9})
-    assert good.warnings("signed") == []
+def test_scoring_compiles_nothing_and_scores_compiled_blocks_alike(found, denoiser, experiment, table):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in found:
+        block.module.compile(backend=backend)
+    batch = [latents(range(2))]
+    again = cei.cei(denoiser.predict, found, batch, experiment.priority)
+    assert not compiled and again.per_condition == table.per_condition
+    with torch.no_grad():
+        denoiser.predict(batch[0].clean, torch.tensor([0.5, 0.5]), batch[0].conditions)
+    assert compiled, "the blocks were not compiled: the test shows nothing"
+
+
+def test_bfloat16_ranks_as_float32_does():
+    """Untrained blocks differ by less than bfloat16 can tell: give each another weight."""
+    tables = []
+    for dtype in ("float32", "bfloat16"):
+        experiment = tiny_experiment(model={"dtype": dtype})
+        denoiser = tiny_denoiser(experiment)
+        found = blocks(denoiser.network)
+        with torch.no_grad():
+            for scale, block in zip((4, 1, 9, 3, 13, 6), found, strict=True):
+                block.module.ffn.net[2].weight.mul_(scale)
+        tables.append(cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority))
+    full, half = tables
+    assert np.isfinite(half.per_condition).all() and half.per_condition != full.per_condition
+    assert scores.drift(full, half, "signed") >= 0.7

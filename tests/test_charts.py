@@ -38,9 +38,11 @@ def test_cei_chart_of_a_real_table(tmp_path):
 
 def test_cei_chart_shows_negative_scores_in_another_colour(tmp_path):
     def table(sign):
-        row = {"pi_std": sign * 0.5, "pi_elementwise": sign * 0.4, "std_error": 0.1, "loss_increase": 0.2}
+        row = {"score": sign * 0.5, "pi_std": sign * 0.5, "pi_elementwise": sign * 0.4, "std_error": 0.1}
+        row |= {"loss_increase": 0.2, "loss_std_error": 0.05}
         return {
-            "estimator": "std", "conditions": 2, "draws": 4, "halves_tau": 1.0, "signed_absolute_tau": 1.0,
+            "kind": "cei", "estimator": "std",
+            "conditions": 2, "draws": 4, "halves_tau": 1.0, "signed_absolute_tau": 1.0,
             "blocks": [{"name": f"blocks.{i}", **row} for i in range(3)],
         }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
-from entprog import cei, distributed
+from entprog import cei, distributed, scores
 from entprog.blocks import blocks, unfreeze
 from entprog.training import fit, start
 
@@ -80,8 +80,8 @@ def _fit_rank(rank, world, folder):
         "losses": [s.loss for s in steps],
         "held_out": [s.held_out_loss for s in steps],
         "decisions": [d.as_json() for d in state.decisions],
-        "pi": table.pi(),
-        "weights": cei.weights_hash(denoiser.network),
+        "scores": table.scores(),
+        "weights": scores.content_hash(denoiser.network),
     }
     (folder / f"{rank}.json").write_text(json.dumps(record))
 

@@ -1,0 +1,171 @@
+"""Other priorities behind CEI's signature: what CEI has to beat at equal cost.
+
+loss_increase   how much the loss grows when the block is skipped (CEI's own passes)
+reverse_cei     CEI, lowest first
+gradient        norm of the loss's gradient to the block's weights
+fisher          diagonal of the empirical Fisher information: mean squared gradient of single draws
+random          a seeded order
+depth_first     the network's first blocks first; depth_last: its last blocks first
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from entprog import objectives, scores
+from entprog.blocks import Block, replaced
+from entprog.cei import cei, draws
+from entprog.clips import Latents
+from entprog.config import Priority
+from entprog.scores import BlockScore, Predict, Row, ScoreTable
+
+
+class PriorityFunction(Protocol):
+    """What every `priority.kind` is: the same on every rank, and for the same arguments."""
+
+    def __call__(
+        self,
+        predict: Predict,
+        blocks: Sequence[Block],
+        conditions: Sequence[Latents],
+        settings: Priority,
+        *,
+        key: str = "",
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> ScoreTable: ...
+
+
+def score(
+    predict: Predict,
+    blocks: Sequence[Block],
+    conditions: Sequence[Latents],
+    settings: Priority,
+    *,
+    key: str = "",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> ScoreTable:
+    """Score the blocks (in the network's order) by `settings.kind`; leaves the network as it was.
+
+    Arguments as of `cei.cei`. conditions may be empty for the kinds that look at no data (`WITHOUT_DATA`).
+    """
+    return KINDS[settings.kind](predict, blocks, conditions, settings, key=key, seed=seed, progress=progress)
+
+
+def gradient(
+    predict: Predict,
+    blocks: Sequence[Block],
+    conditions: Sequence[Latents],
+    settings: Priority,
+    *,
+    key: str = "",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> ScoreTable:
+    """Mean over conditions of ‖∂ℓ_c/∂ω_b‖, or (`settings.kind` "fisher") the mean over draws and weights of (∂ℓ/∂w)².
+
+    ℓ_c is the mean loss over a condition's draws. Gradient crosses every block exactly, whatever is frozen now. Each
+    rank takes its share of the conditions, and all get the mean over all of them.
+    """
+    measure = settings.kind
+    one = partial(_gradients_of_condition, predict, blocks, settings=settings, seed=seed, measure=measure)
+    with _differentiable(blocks):
+        found = scores.measured(one, conditions, settings, measure, progress)
+    return scores.table(blocks, found, settings, measure, key=key)
+
+
+@contextmanager
+def _differentiable(blocks: Sequence[Block]) -> Iterator[None]:
+    """Every block with its own forward and weights that require gradient; on leaving, everything is as it was."""
+    before = [(p, p.requires_grad) for block in blocks for p in block.module.parameters()]
+    own = {block.module: type(block.module).forward.__get__(block.module) for block in blocks}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        with replaced(own), torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _gradients_of_condition(
+    predict: Predict,
+    blocks: Sequence[Block],
+    clip: Latents,
+    number: int,
+    marks: Sequence[int],
+    *,
+    settings: Priority,
+    seed: int,
+    measure: str,
+) -> Row:
+    """One condition's gradient norms, or its mean squared gradients, [mark, block]. One draw at a time."""
+    weights = [list(block.module.parameters()) for block in blocks]
+    sizes = torch.tensor([sum(p.numel() for p in group) for group in weights], dtype=torch.float64)
+    summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
+    squares = torch.zeros(len(blocks), dtype=torch.float64)
+    noted = {}
+    for done, draw in enumerate(draws(clip, number, marks[-1], settings, seed, at_once=1), 1):
+        loss = objectives.loss(predict(draw.noisy, draw.t, draw.conditions), draw.target).sum()
+        gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
+        if measure == "fisher":
+            squares += _squares(gradients, weights)
+        else:
+            summed = [a if b is None else b if a is None else a + b for a, b in zip(summed, gradients, strict=True)]
+        if done in marks:
+            noted[done] = squares / sizes / done if measure == "fisher" else _squares(summed, weights).sqrt() / done
+    return {measure: torch.stack([noted[mark] for mark in marks]).numpy()}
+
+
+def _squares(gradients: Sequence[torch.Tensor | None], weights: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Sum of squares of each block's gradients, float64 [block] on the CPU; None is zero."""
+    rest = iter(gradients)
+    sums = []
+    for group in weights:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in (next(rest) for _ in group) if g is not None]
+        sums.append(torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64))
+    return torch.stack([value.cpu() for value in sums])
+
+
+def _ordered(order: Callable[[int, int], np.ndarray]) -> PriorityFunction:
+    """A priority that looks at no data: order(number of blocks, seed) → their scores."""
+
+    def scored(predict, blocks, conditions, settings, *, key="", seed=0, progress=None) -> ScoreTable:
+        values = order(len(blocks), seed * 1_000_003 + settings.seed)
+        return ScoreTable(
+            key=key,
+            kind=settings.kind,
+            estimator=settings.estimator,
+            blocks=tuple(
+                BlockScore(name=block.name, score=float(value), std_error=0.0)
+                for block, value in zip(blocks, values, strict=True)
+            ),
+            conditions=0,
+            draws=0,
+            halves_tau=1.0,
+            tau_at={},
+        )
+
+    return scored
+
+
+KINDS: dict[str, PriorityFunction] = {
+    "cei": cei,
+    "reverse_cei": cei,
+    "loss_increase": cei,
+    "gradient": gradient,
+    "fisher": gradient,
+    "random": _ordered(lambda n, seed: 1 + np.random.default_rng(seed).permutation(n)),
+    "depth_first": _ordered(lambda n, seed: np.arange(n, 0, -1)),
+    "depth_last": _ordered(lambda n, seed: np.arange(1, n + 1)),
+}
+"""`priority.kind` → its function."""
+
+WITHOUT_DATA = ("random", "depth_first", "depth_last")
+"""Kinds that need no conditions."""

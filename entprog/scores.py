@@ -1,0 +1,293 @@
+"""Tables of block scores: how they are measured over conditions and ranks, how far they can be trusted, their keys.
+
+What is scored, and how one condition is scored, is the priority's own business (`cei`, `controls`). A draw is one
+(τ, ε, c); the draws of one condition c are numbered 0, 1, … and every condition gives equally many.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+from torch import nn
+
+from entprog import costs, distributed
+from entprog.blocks import Block
+from entprog.clips import Latents
+from entprog.config import Priority, digest
+
+Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+"""(noisy, t, conditions) → ε̂."""
+
+Row = Mapping[str, np.ndarray]
+"""One condition's measures: name → [mark, block], after each of `marks` draws; the last mark is all draws."""
+
+FORMAT = 2
+"""Part of every key: raised when equal settings come to mean other scores."""
+MARKS = (100, 300, 1000)
+"""Numbers of draws at which the ranking is compared with the final one."""
+MIN_DRAWS = 4
+"""Fewest draws of a condition from which a σ is taken."""
+FIRST_ROUND = 4
+"""Conditions in the first round of `until_stable`; later rounds double what there is: few looks, so that a lucky one
+seldom ends the scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockScore:
+    """One block's row of the table."""
+
+    name: str
+    score: float
+    """What the kind of priority says: for CEI π of the estimator in use."""
+    std_error: float
+    """Standard error of the score over conditions."""
+    pi_std: float | None = None
+    """π by the standard deviation over all elements and draws (the paper); None where no block was skipped."""
+    pi_elementwise: float | None = None
+    """π by the mean over elements of log σ per element; None where no block was skipped."""
+    loss_increase: float | None = None
+    """Mean loss with the block skipped minus mean loss; None where no block was skipped."""
+    loss_std_error: float | None = None
+    """Standard error of the loss increase over conditions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Blocks in the network's order with their scores, and how far the scores can be trusted."""
+
+    key: str
+    """Hash of weights, data and settings."""
+    kind: str
+    """What the score is (`priority.kind`)."""
+    estimator: str
+    """Of π, where π was measured."""
+    blocks: tuple[BlockScore, ...]
+    conditions: int
+    """Conditions scored; 0 for a priority that looks at no data."""
+    draws: int
+    """Draws per condition."""
+    halves_tau: float
+    """Kendall's τ between the rankings from two halves of the draws: those of even and of odd conditions."""
+    tau_at: dict[str, float]
+    """Number of draws → Kendall's τ of the ranking from that many, spread over conditions, to the final ranking."""
+    signed_absolute_tau: float | None = None
+    """Kendall's τ between the rankings by π and by |π|."""
+    loss_tau: dict[str, float] = field(default_factory=dict)
+    """Kendall's τ of the `signed` and of the `absolute` ranking to the loss increase on skip."""
+    seconds: float = 0.0
+    """Time the scoring took (slowest rank)."""
+    flops: int = 0
+    """Counted FLOPs of the scoring, all ranks."""
+    per_condition: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    """[condition][block] scores."""
+
+    def scores(self) -> dict[str, float]:
+        """Every block's score."""
+        return {block.name: block.score for block in self.blocks}
+
+    def priority(self, sign: str) -> dict[str, float]:
+        """What blocks are ranked by, highest first: π or |π| (`reverse_cei`: its negative); other kinds: the score."""
+        scores = self.scores()
+        if self.kind in ("cei", "reverse_cei") and sign == "absolute":
+            scores = {name: abs(value) for name, value in scores.items()}
+        return {name: -value for name, value in scores.items()} if self.kind == "reverse_cei" else scores
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "ScoreTable":
+        rows = tuple(BlockScore(**row) for row in values["blocks"])
+        per_condition = tuple(tuple(row) for row in values["per_condition"])
+        return ScoreTable(**{**values, "blocks": rows, "per_condition": per_condition})
+
+    def warnings(self, sign: str) -> list[str]:
+        """What a person should know before trusting the ranking."""
+        out = []
+        if self.signed_absolute_tau is not None and self.signed_absolute_tau < 0:
+            out.append(
+                "signed and absolute CEI rank the blocks in opposite ways "
+                f"(Kendall's τ {self.signed_absolute_tau:.2f}): you use {sign}; "
+                "look at the loss increase beside them before trusting either"
+            )
+        if self.halves_tau < 0.5:
+            out.append(
+                f"the ranking is unstable (Kendall's τ {self.halves_tau:.2f} between halves of "
+                f"{self.conditions * self.draws} draws): raise priority.conditions or priority.draws"
+            )
+        return out
+
+
+def tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Kendall's τ of two lists of scores; 1 for a single block, 0 where it is undefined (all tied)."""
+    if len(a) < 2:
+        return 1.0
+    value = float(kendalltau(a, b).statistic)
+    return round(value, 12) if np.isfinite(value) else 0.0  # equal rankings give 1, not 0.9999999999999999
+
+
+def drift(before: ScoreTable, now: ScoreTable, sign: str) -> float:
+    """Kendall's τ between the rankings of two tables of the same blocks: 1 where nothing moved."""
+    old, new = before.priority(sign), now.priority(sign)
+    return tau([old[name] for name in old], [new[name] for name in old])
+
+
+def content_hash(*parts: nn.Module | torch.Tensor) -> str:
+    """Hash of the names and bytes of every parameter and buffer of modules, and of tensors."""
+    out = hashlib.blake2b(digest_size=16)
+    for number, part in enumerate(parts):
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+        for name, tensor in sorted(tensors.items()):
+            out.update(f"{number}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return out.hexdigest()
+
+
+def table_key(contents: str, data_fingerprint: str, settings: Priority, rest: Any = None) -> str:
+    """Under which a table is kept: equal keys, equal scores.
+
+    contents: hash of all weights that scoring uses. rest: JSON values of whatever else it depends on. What only decides
+    how a table is read (the sign, reversing) or when one is made is no part of it.
+    """
+    values = settings.model_dump(mode="json", exclude={"sign", "rescore"})
+    if values["kind"] == "reverse_cei":
+        values["kind"] = "cei"
+    return digest(FORMAT, contents, data_fingerprint, values, rest)
+
+
+def rounds(settings: Priority) -> list[int]:
+    """Numbers of conditions after which scoring may end, growing; the last is all of them."""
+    if settings.until_stable is None:
+        return [settings.conditions]
+    ends, end = [], FIRST_ROUND
+    while end < settings.conditions:
+        ends.append(end)
+        end *= 2
+    return [*ends, settings.conditions]
+
+
+def spread(draws: int, conditions: int) -> tuple[int, int]:
+    """How `draws` draws in all are spread over at most that many conditions: (conditions, draws of each).
+
+    Over as many conditions as leave each MIN_DRAWS; a remainder that does not reach all of them is left out.
+    """
+    used = max(1, min(conditions, draws // MIN_DRAWS))
+    return used, draws // used
+
+
+def marks(settings: Priority) -> list[int]:
+    """Numbers of a condition's draws after which its measures are noted; the last is all its draws."""
+    wanted = {
+        spread(draws, conditions)[1]
+        for conditions in rounds(settings)
+        for draws in MARKS
+        if draws <= conditions * settings.draws
+    }
+    return sorted(wanted | {settings.draws})
+
+
+def halves_tau(rows: Sequence[Row], measure: str) -> float:
+    """Kendall's τ between the rankings from even and from odd conditions: from two halves of the draws."""
+    final = np.stack([row[measure][-1] for row in rows])
+    return tau(final[0::2].mean(0), final[1::2].mean(0))
+
+
+def tau_at(rows: Sequence[Row], measure: str, settings: Priority) -> dict[str, float]:
+    """Kendall's τ of the ranking from the first 100, 300, 1,000 draws (as far as there are) to the final ranking."""
+    final = np.stack([row[measure][-1] for row in rows]).mean(0)
+    out = {}
+    for draws in MARKS:
+        if draws <= len(rows) * settings.draws:
+            conditions, each = spread(draws, len(rows))
+            place = marks(settings).index(each)
+            out[str(draws)] = tau(np.stack([row[measure][place] for row in rows[:conditions]]).mean(0), final)
+    return out
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All conditions' rows, the same on every rank, and what they cost."""
+
+    rows: list[Row]
+    seconds: float
+    flops: int
+
+
+def measured(
+    score: Callable[[Latents, int, Sequence[int]], Row],
+    conditions: Sequence[Latents],
+    settings: Priority,
+    measure: str,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Measured:
+    """Score conditions, shared out over ranks, until there are enough.
+
+    score(clip, number, marks) → the measures of one condition after each number of draws in `marks`. With
+    `settings.until_stable` scoring ends with the round after which Kendall's τ of `measure` between halves of the
+    draws has reached it. Blocks compiled by torch.compile run eagerly: every stand-in for a block would be compiled.
+
+    Raises ValueError if there are fewer conditions than the settings want.
+    """
+    clips = [batch.part(slice(i, i + 1)) for batch in conditions for i in range(len(batch.position))]
+    if len(clips) < settings.conditions:
+        raise ValueError(f"priority.conditions is {settings.conditions}, but only {len(clips)} clips were given")
+    rank, world = distributed.world()
+    started = time.perf_counter()
+    rows: list[Row] = []
+    with torch.compiler.set_stance("force_eager"):
+        with costs.flop_counter() as counter:  # FLOPs are the same for every draw: one is counted
+            score(clips[0], 0, [1])
+        for end in rounds(settings):
+            mine = {}
+            for number in range(len(rows) + rank, end, world):
+                mine[number] = score(clips[number], number, marks(settings))
+                progress(number + 1, settings.conditions)
+            everyone = {number: row for part in distributed.gathered(mine) for number, row in part.items()}
+            rows += [everyone[number] for number in range(len(rows), end)]
+            stable = settings.until_stable is not None and halves_tau(rows, measure) >= settings.until_stable
+            if distributed.gathered(stable)[0]:  # rank 0's word, should ranks' arithmetic ever differ
+                break
+    seconds = distributed.slowest(time.perf_counter() - started, clips[0].clean.device)
+    return Measured(rows, seconds, counter.get_total_flops() * len(rows) * settings.draws)
+
+
+def table(
+    blocks: Sequence[Block],
+    found: Measured,
+    settings: Priority,
+    measure: str,
+    *,
+    key: str,
+    others: Callable[[int], Mapping[str, float]] = lambda block: {},
+    **whole: Any,
+) -> ScoreTable:
+    """The table of one measure. others(number of a block), whole: further fields of its row, and of the table."""
+    final = np.stack([row[measure][-1] for row in found.rows])
+    mean, error = final.mean(0), std_error(final)
+    return ScoreTable(
+        key=key,
+        kind=settings.kind,
+        estimator=settings.estimator,
+        blocks=tuple(
+            BlockScore(name=block.name, score=float(mean[i]), std_error=float(error[i]), **others(i))
+            for i, block in enumerate(blocks)
+        ),
+        conditions=len(found.rows),
+        draws=settings.draws,
+        halves_tau=halves_tau(found.rows, measure),
+        tau_at=tau_at(found.rows, measure, settings),
+        seconds=found.seconds,
+        flops=found.flops,
+        per_condition=tuple(tuple(map(float, row)) for row in final),
+        **whole,
+    )
+
+
+def std_error(per_condition: np.ndarray) -> np.ndarray:
+    """Standard error over conditions, [condition, block] → [block]."""
+    return per_condition.std(0, ddof=1) / np.sqrt(len(per_condition))

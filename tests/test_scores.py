@@ -1,0 +1,197 @@
+"""Score tables: stability, rounds, prefixes of draws, keys; the same on every rank and never made twice."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import latents, tiny_denoiser, tiny_experiment
+
+from entprog import cei, controls, scores
+from entprog.blocks import blocks
+from entprog.config import Priority
+from pipelines import worker
+
+
+@pytest.fixture
+def table(denoiser, found, experiment):
+    return cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+
+
+def score_with(values, settings, **options):
+    """A table of made-up scores: values(condition, draws) → [block]."""
+
+    def one(clip, number, marks):
+        return {"made up": np.stack([np.asarray(values(number, mark), float) for mark in marks])}
+
+    conditions = [latents(range(settings.conditions))]
+    found = scores.measured(one, conditions, settings, "made up", **options)
+    names = [SimpleNamespace(name=f"blocks.{i}") for i in range(found.rows[0]["made up"].shape[1])]
+    return scores.table(names, found, settings, "made up", key="k")
+
+
+def test_table_survives_json(table):
+    assert scores.ScoreTable.from_json(json.loads(json.dumps(table.as_json(), allow_nan=False))) == table
+
+
+def test_priorities(table):
+    pi = table.scores()
+    assert table.priority("signed") == pi
+    assert table.priority("absolute") == {name: abs(value) for name, value in pi.items()}
+    backwards = replace(table, kind="reverse_cei")
+    for sign in ("signed", "absolute"):
+        assert backwards.priority(sign) == {name: -value for name, value in table.priority(sign).items()}
+    assert replace(table, kind="gradient").priority("absolute") == pi
+
+
+def test_warnings_say_when_not_to_trust(table):
+    assert len(replace(table, signed_absolute_tau=-0.5, halves_tau=0.1).warnings("signed")) == 2
+    assert replace(table, signed_absolute_tau=1.0, halves_tau=0.9).warnings("signed") == []
+    assert replace(table, signed_absolute_tau=None, halves_tau=0.9).warnings("signed") == []
+
+
+def test_tau():
+    assert scores.tau([1, 2, 3, 4, 5, 6], [1, 20, 30, 40, 50, 60]) == 1
+    assert scores.tau([1, 2, 3], [3, 2, 1]) == -1
+    assert scores.tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert scores.tau([1.0], [2.0]) == 1 and scores.tau([0, 0], [1, 2]) == 0
+
+
+def test_drift_is_between_the_rankings_in_use(table):
+    blocks = table.blocks
+    flipped = replace(table, blocks=tuple(replace(b, score=-b.score) for b in blocks))
+    assert scores.drift(table, table, "signed") == 1
+    assert scores.drift(table, flipped, "signed") == -1
+    assert scores.drift(table, flipped, "absolute") == 1
+
+
+def test_halves_are_even_and_odd_conditions():
+    opposite = score_with(lambda number, _: [1, 2, 3] if number % 2 else [3, 2, 1], Priority(conditions=6, draws=4))
+    alike = score_with(lambda number, _: [1, 2, 3 + number], Priority(conditions=6, draws=4))
+    assert opposite.halves_tau == -1 and alike.halves_tau == 1
+
+
+def test_scoring_goes_on_until_the_ranking_is_stable():
+    """Odd conditions say the opposite until the 9th: 4 and 8 are too few, 16 are enough of 40."""
+    settings = Priority(conditions=40, draws=4, until_stable=0.9)
+    values = lambda number, _: [3, 2, 1] if number % 2 and number < 8 else [1, 4, 9]  # noqa: E731
+    seen = []
+    table = score_with(values, settings, progress=lambda done, of: seen.append((done, of)))
+    assert table.conditions == 16 and table.halves_tau >= 0.9
+    assert seen[-1] == (16, 40)
+    assert score_with(values, settings.model_copy(update={"until_stable": None})).conditions == 40
+
+
+def test_the_draws_given_are_the_most():
+    table = score_with(
+        lambda number, _: [1, 2, 3] if number % 2 else [3, 2, 1], Priority(conditions=11, draws=4, until_stable=1)
+    )
+    assert table.conditions == 11
+
+
+def test_rounds():
+    assert scores.rounds(Priority(conditions=40, until_stable=0.8)) == [4, 8, 16, 32, 40]
+    assert scores.rounds(Priority(conditions=4, until_stable=0.8)) == [4]
+    assert scores.rounds(Priority(conditions=40)) == [40]
+
+
+@pytest.mark.parametrize(
+    ("draws", "conditions", "spread"),
+    [(100, 8, (8, 12)), (100, 125, (25, 4)), (1000, 8, (8, 125)), (300, 25, (25, 12)), (100, 2, (2, 50))],
+)
+def test_draws_are_spread_over_conditions(draws, conditions, spread):
+    assert scores.spread(draws, conditions) == spread
+
+
+def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
+    """The ranking turns round at the 13th draw of a condition: with 8 conditions 100 draws are 12 each, 300 are 37."""
+    values = lambda _, draws: [1, 2, 3] if draws <= 12 else [3, 2, 1]  # noqa: E731
+    assert score_with(values, Priority(conditions=8, draws=125)).tau_at == {"100": -1, "300": 1, "1000": 1}
+    assert score_with(values, Priority(conditions=8, draws=12)).tau_at == {}
+    stopped = score_with(values, Priority(conditions=100, draws=30, until_stable=0.5))
+    assert stopped.conditions == 4 and stopped.tau_at == {"100": 1}
+
+
+def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found):
+    many = Priority(conditions=4, draws=30)
+    few = Priority(conditions=4, draws=25)
+    score = partial(cei._score_condition, denoiser.predict, found, latents([0]), 0, seed=0, at_once=4, replay=True)
+    assert scores.marks(few) == [25] and scores.marks(many) == [25, 30]
+    row, noted = (score(scores.marks(settings), settings=settings) for settings in (few, many))
+    for name in row:
+        np.testing.assert_allclose(noted[name][0], row[name][0], rtol=0, atol=1e-6)
+        assert not np.allclose(noted[name][1], row[name][0], rtol=0, atol=1e-6)
+
+
+def test_too_few_clips_are_refused(denoiser, found):
+    with pytest.raises(ValueError, match=r"priority.conditions is 8, but only 2 clips"):
+        cei.cei(denoiser.predict, found, [latents(range(2))], Priority(conditions=8))
+
+
+def test_key_changes_with_weights_data_and_settings():
+    experiment = tiny_experiment()
+    a, b = (scores.content_hash(tiny_denoiser(experiment, seed).network) for seed in (0, 1))
+    settings = experiment.priority
+    key = scores.table_key(a, "data", settings)
+    assert key == scores.table_key(scores.content_hash(tiny_denoiser(experiment).network), "data", settings)
+    for same in ({"sign": "absolute"}, {"rescore": True}, {"kind": "reverse_cei"}):
+        assert key == scores.table_key(a, "data", settings.model_copy(update=same))
+    others = {scores.table_key(b, "data", settings), scores.table_key(a, "other", settings)}
+    others |= {scores.table_key(a, "data", settings, ["bfloat16"])}
+    for changed in ({"draws": 16}, {"kind": "gradient"}, {"until_stable": 0.8}, {"estimator": "elementwise"}):
+        others |= {scores.table_key(a, "data", settings.model_copy(update=changed))}
+    assert key not in others and len(others) == 7
+
+
+def test_content_hash_tells_apart_what_moved_between_tensors():
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    assert scores.content_hash(zeros, ones) != scores.content_hash(ones, zeros)
+    assert scores.content_hash(zeros) != scores.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
+
+
+def setup_of(experiment, seed=0):
+    """What a worker has open, with clips made up."""
+    denoiser = tiny_denoiser(experiment, seed)
+    dataset = SimpleNamespace(fingerprint="some clips")
+    return worker.Setup(
+        experiment,
+        torch.device("cpu"),
+        denoiser,
+        dataset,
+        [],
+        latents([0]),
+        blocks(denoiser.network),
+        lambda item: None,
+    )
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often blocks were really scored."""
+    calls = []
+    score = controls.score
+    monkeypatch.setattr(controls, "score", lambda *args, **kw: calls.append(args[3].kind) or score(*args, **kw))
+    monkeypatch.setattr(worker, "scoring_clips", lambda setup: [latents(range(2))])
+    return calls
+
+
+def test_the_same_weights_are_never_scored_twice(tmp_path, counted):
+    kept = {"tables": str(tmp_path / "tables")}
+    first = worker.scores(setup_of(tiny_experiment()), kept)
+    # Another run, process and schedule: all that decides the scores is the same.
+    again = worker.scores(setup_of(tiny_experiment(schedule={"stages": 3}, train={"learning_rate": 0.5})), kept)
+    assert counted == ["cei"] and again == first
+    reverse = worker.scores(setup_of(tiny_experiment(priority={"kind": "reverse_cei"})), kept)
+    assert counted == ["cei"] and reverse == replace(first, kind="reverse_cei")
+    for other in ({"priority": {"kind": "gradient"}}, {"model": {"dtype": "bfloat16"}}, {"train": {"seed": 1}}):
+        worker.scores(setup_of(tiny_experiment(**other)), kept)
+    worker.scores(setup_of(tiny_experiment(), seed=1), kept)
+    assert counted == ["cei", "gradient", "cei", "cei", "cei"]
+
+
+def test_a_priority_without_data_reads_no_clips():
+    setup = setup_of(tiny_experiment(priority={"kind": "random"}))
+    assert worker.scoring_clips(setup) == []
