@@ -1,40 +1,72 @@
 """Optimizer and EMA state that follow the freeze."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
 
+from entprog.blocks import blocks
 from entprog.config import Train
+
+OUTSIDE = ""
+"""`block` of the group of parameters that are in none."""
 
 
 def adamw(network: nn.Module, settings: Train) -> torch.optim.AdamW:
-    """One AdamW over all parameters. Those without a gradient are not touched, weight decay included, and have no
-    state until they are first trained."""
+    """One AdamW over all parameters: a group for what lies outside blocks, and one for each block. Parameters without
+    a gradient are not touched, weight decay included, and have no state until they are first trained."""
+    found = blocks(network)
+    inside = {parameter for block in found for parameter in block.module.parameters()}
+    rest = [parameter for parameter in network.parameters() if parameter not in inside]
+    groups = [{"params": list(block.module.parameters()), "block": block.name} for block in found]
     return torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        [{"params": rest, "block": OUTSIDE}, *groups],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Train, step: int) -> float:
-    """Linear warm-up to the learning rate; returns the rate of this step (0-based)."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, settings: Train, step: int, begun: Mapping[str, int] | None = None
+) -> float:
+    """Linear warm-up to the learning rate; returns the rate of this step (0-based).
+
+    begun: step at which each trained block began to be trained; on top of the run's own warm-up its rate grows over
+    `block_warmup_steps` from there.
+    """
     rate = settings.learning_rate
     if step < settings.warmup_steps:
         rate *= (step + 1) / settings.warmup_steps
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        own = step - (begun or {}).get(group["block"], 0)
+        young = group["block"] != OUTSIDE and own < settings.block_warmup_steps
+        group["lr"] = rate * (own + 1) / settings.block_warmup_steps if young else rate
     return rate
 
 
-def follow(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:
-    """Keep the state of trained parameters on their device; move the others' to the host, from where it comes back
-    when they are trained again."""
+def follow(
+    optimizer: torch.optim.Optimizer,
+    trained: Iterable[nn.Parameter],
+    frozen_state: Literal["host", "keep", "drop"] = "host",
+) -> None:
+    """Bring the moments of trained parameters to their device; those of the others stay, move to the host until they
+    are trained again, or are forgotten."""
     trained = set(trained)
-    for parameter, state in optimizer.state.items():
-        device = parameter.device if parameter in trained else torch.device("cpu")
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.device != device:
-                state[name] = value.to(device)
+    for parameter in list(optimizer.state):
+        if parameter in trained:
+            _move(optimizer.state[parameter], parameter.device)
+        elif frozen_state == "drop":
+            del optimizer.state[parameter]
+        elif frozen_state == "host":
+            _move(optimizer.state[parameter], torch.device("cpu"))
+
+
+def _move(state: dict, device: torch.device) -> None:
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.device != device:
+            state[name] = value.to(device)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:

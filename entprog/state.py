@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from entprog.config import ClipShape
+from entprog.costmodel import CostModel
 from entprog.plans import Plan
 from entprog.supernet import Decision, Trial
 
@@ -52,12 +54,23 @@ class RunState:
     """Slowest rank's seconds."""
     flops: Charged = field(default_factory=Charged)
     """Counted FLOPs of all ranks."""
-    seconds_per_flop: float | None = None
-    """Measured before the first search, to foresee what a search costs."""
+    fitting: str = ""
+    """Which of the stage's plans fit the memory budget, in words."""
+    models: dict[ClipShape, CostModel] = field(default_factory=dict)
+    """Measured before the first search."""
+    begun: dict[str, int] = field(default_factory=dict)
+    """Trained block → step at which it began to be trained."""
+    saved_cost: float = 0.0
+    """What training steps have saved against full training, in the schedule's clock."""
+    break_even_step: int | None = None
+    """Step at which that had paid for search and scoring; None: not yet."""
     peak_memory_bytes: int = 0
     """Largest so far, per device (counted on the CPU)."""
 
-    PLAIN = ("step", "position", "stage", "loss_now", "search_cost", "seconds_per_flop", "peak_memory_bytes")
+    PLAIN = (
+        "step", "position", "stage", "loss_now", "search_cost", "fitting", "begun", "saved_cost", "break_even_step",
+        "peak_memory_bytes",
+    )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """Everything but tensors. Floats survive JSON to the bit."""
@@ -66,6 +79,7 @@ class RunState:
             "candidates": [plan.as_json() for plan in self.candidates],
             "trials": [vars(trial) for trial in self.trials],
             "decisions": [decision.as_json() for decision in self.decisions],
+            "models": [[shape.model_dump(), model.as_json()] for shape, model in self.models.items()],
             "seconds": vars(self.seconds),
             "flops": vars(self.flops),
         }
@@ -78,5 +92,6 @@ class RunState:
         self.candidates = tuple(Plan.from_json(plan) for plan in values["candidates"])
         self.trials = [Trial(**trial) for trial in values["trials"]]
         self.decisions = [Decision.from_json(decision) for decision in values["decisions"]]
+        self.models = {ClipShape(**shape): CostModel.from_json(model) for shape, model in values["models"]}
         self.seconds = Charged(**values["seconds"])
         self.flops = Charged(**values["flops"])

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from entprog.config import Schedule
-from entprog.plans import Plan
+from entprog.plans import Plan, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,14 @@ class Decision:
     reason: str
     search_cost: float
     """Seconds or FLOPs that the search took, evaluations included."""
+    step_cost: float | None = None
+    """Expected seconds or FLOPs of a step of the plan; None where the schedule alone decided."""
+    full_step_cost: float | None = None
+    """The same of full training: measured in the search if it was a candidate."""
+    memory_bytes: int | None = None
+    """Predicted peak of the plan on one device."""
+    break_even_step: int | None = None
+    """Step at which the plan's savings will have paid for search and scoring so far; None: it saves nothing."""
 
     def as_json(self) -> dict:
         return {
@@ -56,18 +64,20 @@ class Decision:
             "efficiencies": [asdict(e) for e in self.efficiencies],
             "reason": self.reason,
             "search_cost": self.search_cost,
+            "step_cost": self.step_cost,
+            "full_step_cost": self.full_step_cost,
+            "memory_bytes": self.memory_bytes,
+            "break_even_step": self.break_even_step,
         }
 
     @staticmethod
     def from_json(values: dict) -> "Decision":
-        return Decision(
-            stage=values["stage"],
-            plan=Plan.from_json(values["plan"]),
-            candidates=tuple(Plan.from_json(plan) for plan in values["candidates"]),
-            efficiencies=tuple(Efficiency(**e) for e in values["efficiencies"]),
-            reason=values["reason"],
-            search_cost=values["search_cost"],
-        )
+        parts = {
+            "plan": Plan.from_json(values["plan"]),
+            "candidates": tuple(Plan.from_json(plan) for plan in values["candidates"]),
+            "efficiencies": tuple(Efficiency(**e) for e in values["efficiencies"]),
+        }
+        return Decision(**{**values, **parts})
 
 
 def turn(trial: int, candidates: int, stage: int, seed: int) -> int:
@@ -119,6 +129,12 @@ def efficiencies(
     return out
 
 
+def overlap(found: Sequence[Efficiency]) -> bool:
+    """Whether the intervals of the two candidates of highest efficiency overlap."""
+    best, second = sorted(found, key=lambda e: e.value, reverse=True)[:2]
+    return best.low < second.high
+
+
 def choose(
     candidates: Sequence[Plan],
     trials: Sequence[Trial],
@@ -129,13 +145,13 @@ def choose(
     search_cost: float,
 ) -> Decision:
     """m* = argmax CE(m); the largest candidate when no candidate lowered the loss, or when nothing could be tried."""
-    largest = max(candidates, key=lambda plan: plan.m)
+    largest = max(candidates, key=size)
     chosen, found = largest, []
     if not trials:
         reason = "a round of candidates costs more than schedule.search_share allows: not searched, largest candidate"
     else:
         found = efficiencies(candidates, trials, schedule, seed)
-        best = max(range(len(found)), key=lambda i: (found[i].value, found[i].m))
+        best = max(range(len(found)), key=lambda i: (found[i].value, size(candidates[i])))
         if found[best].value > 0:
             chosen, reason = candidates[best], f"highest convergence efficiency of {len(trials)} trial steps"
         else:

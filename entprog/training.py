@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import costs, distributed, objectives, optimizer, plans, supernet
-from entprog.blocks import Block, unfreeze
+from entprog import distributed, losses, optimizer
+from entprog.blocks import Block
 from entprog.cei import ScoreTable
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
+from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
+from entprog.prices import Prices
+from entprog.search import Search
 from entprog.state import RunState
 from entprog.supernet import Decision, Trial
 
@@ -53,6 +56,12 @@ class Step:
     """Clips of this update, all ranks."""
     memory_bytes: int
     """Peak so far: allocated on the GPU; counted (weights, gradients, moments, activations) on a CPU."""
+    plan_memory_bytes: int
+    """The same since this plan came into force."""
+    predicted_s: float | None = None
+    """Seconds that the cost model foresees for such a step; None where none were measured."""
+    predicted_memory_bytes: int | None = None
+    """Peak that it foresees."""
     held_out_loss: float | None = None
     decision: Decision | None = None
     """The stage's decision, on the step after which it was taken."""
@@ -95,31 +104,6 @@ def is_over(experiment: Experiment, state: RunState) -> bool:
     return progress(experiment, state) >= 1
 
 
-def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int) -> float:
-    """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
-
-    Timesteps are spread evenly over 0..1: `draws` strata per clip, shifted from clip to clip by the golden ratio.
-    """
-    total = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in held_out:
-            for draw in range(draws):
-                numbers = batch.position * 1009 + draw
-                t = ((draw + (batch.position * 0.6180339887) % 1) / draws).clamp(0.02, 0.98)
-                losses = _losses(denoiser, batch, numbers, t, seed)
-                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
-    parts = distributed.gathered(total.tolist())
-    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
-
-
-def _losses(denoiser: Denoiser, batch: Latents, numbers: torch.Tensor, t: torch.Tensor, seed: int) -> torch.Tensor:
-    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for."""
-    t = t.to(batch.clean.device, torch.float32)
-    noise = objectives.noise_like(batch.clean, numbers, seed)
-    noisy, target = objectives.flow_pair(batch.clean, noise, t)
-    return objectives.loss(denoiser.predict(noisy, t, batch.conditions), target)
-
-
 class _Fit:
     """What `fit`'s steps share; lives as long as one call of it."""
 
@@ -139,17 +123,11 @@ class _Fit:
         if scores and state.step == 0:
             state.seconds.score = scores.seconds
             state.flops.score = float(scores.flops)
-        groups = denoiser.outside()
-        self.outside = {
-            "always": [p for group in groups.values() for p in group],
-            "conditions": groups["conditions"],
-            "never": [],
-        }[schedule.outside]
         self.device = next(denoiser.network.parameters()).device
         self.rank, self.world = distributed.world()
-        self.in_force: Plan | None = None
-        self.trained: list[nn.Parameter] = []
-        self.costs: dict[Plan, costs.Cost] = {}
+        self.freeze = Freeze(denoiser, self.found, experiment)
+        self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models)
+        self.search = Search(self.names, self.priority, self.prices, experiment, state)
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
@@ -170,87 +148,21 @@ class _Fit:
         state, schedule = self.state, self.experiment.schedule
         stage = min(int(progress(self.experiment, state) * schedule.stages), schedule.stages - 1)
         if stage > state.stage:
-            started, before = self.now(), state.plan
-            state.stage, state.plan, state.trials, state.search_cost, state.loss_now = stage, None, [], 0.0, None
-            state.candidates = tuple(
-                plans.candidates(self.names, self.priority, schedule, self.experiment.data.shape, stage, before)
-            )
-            if len(state.candidates) == 1:
-                self.decide("schedule")
-            elif not self.another_round():
-                self.decide()
+            started = self.now()
+            decision = self.search.begin(stage)
+            if decision is not None:
+                self.carry_out(decision)
             if schedule.kind == "entprog":  # counting and timing candidates is part of the search
                 self.charge("search", distributed.slowest(self.now() - started, self.device), 0.0)
         return state.plan is None
 
-    def decide(self, reason: str | None = None) -> None:
-        """Take the stage's decision; the same on every rank or an error on every rank."""
+    def carry_out(self, decision: Decision) -> None:
+        """Freeze what the stage's plan leaves out, its optimizer state with it."""
         state = self.state
-        decision = supernet.choose(
-            state.candidates,
-            state.trials,
-            self.experiment.schedule,
-            stage=state.stage,
-            seed=self.experiment.train.seed,
-            search_cost=state.search_cost,
-        )
-        if reason:
-            decision = Decision(**{**vars(decision), "reason": reason})
-        distributed.agree(f"the decision of stage {state.stage}", decision.as_json())
-        state.decisions.append(decision)
-        state.plan = decision.plan
-        self.put_in_force(state.plan)
-        optimizer.follow(state.optimizer, self.trained)
+        self.put_in_force(decision.plan)
+        optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
+        state.begun = {name: step for name, step in state.begun.items() if name in decision.plan.trainable}
         self.news = decision
-
-    def another_round(self) -> bool:
-        """Whether the search's share of the stage's budget carries one more step of every candidate."""
-        state, schedule = self.state, self.experiment.schedule
-        rounds, inside = divmod(len(state.trials), len(state.candidates))
-        if inside:
-            return True
-        if rounds >= schedule.search_steps:
-            return False
-        return state.search_cost + self.round_cost() <= schedule.search_share * self.stage_budget()
-
-    def round_cost(self) -> float:
-        """Expected cost of one step of every candidate with its evaluations, in the schedule's clock."""
-        state = self.state
-        if self.experiment.schedule.clock == "seconds" and state.trials:
-            return state.search_cost / len(state.trials) * len(state.candidates)
-        flops = sum(self.step_flops(plan) + self.evaluation_flops() for plan in state.candidates)
-        return self.in_clock(flops)
-
-    def stage_budget(self) -> float:
-        """What one stage may cost, in the schedule's clock; by steps, as if all were full training."""
-        train, stages = self.experiment.train, self.experiment.schedule.stages
-        budgets = []
-        if train.seconds:
-            budgets.append(train.seconds / stages)
-        if train.steps:
-            full = plans.full(self.names, self.experiment.data.shape)
-            budgets.append(self.in_clock(train.steps / stages * self.step_flops(full)))
-        return min(budgets)
-
-    def in_clock(self, flops: float) -> float:
-        """Counted FLOPs in the schedule's clock: themselves, or seconds at this run's measured rate."""
-        if self.experiment.schedule.clock == "flops":
-            return flops
-        if self.state.seconds_per_flop is None:
-            self.state.seconds_per_flop = self.measured_rate()
-        return flops * self.state.seconds_per_flop
-
-    def measured_rate(self) -> float:
-        """Seconds per FLOP of one full forward and backward pass, after one to warm up; changes no weight."""
-        full = plans.full(self.names, self.experiment.data.shape)
-        self.put_in_force(full)
-        batch = self.sample
-        for _ in range(2):
-            started = self.now()
-            self.one_loss(batch).backward()
-            self.state.optimizer.zero_grad(set_to_none=True)
-            seconds = distributed.slowest(self.now() - started, self.device)
-        return seconds / (self.cost(full).step_flops(len(batch.position)) * self.world)
 
     # -- steps
 
@@ -258,39 +170,41 @@ class _Fit:
         state = self.state
         self.put_in_force(state.plan)
         loss, rate, norm, seconds, wait_s = self.update()
-        self.charge("train", seconds + wait_s, self.step_flops(state.plan))
+        flops = self.prices.step_flops(state.plan)
+        self.charge("train", seconds + wait_s, flops)
+        self.search.note_saving(state.decisions[-1], self.in_clock(seconds, flops))
         return self.step("train", state.plan, loss, rate, norm, seconds, wait_s)
 
     def search_step(self) -> Step:
-        state, experiment = self.state, self.experiment
+        state = self.state
         started = self.now()
         flops = 0.0
         if state.loss_now is None:
             state.loss_now = self.search_loss()
-            flops += self.evaluation_flops()
-        number = supernet.turn(len(state.trials), len(state.candidates), state.stage, experiment.train.seed)
-        plan = state.candidates[number]
+            flops += self.prices.evaluation_flops()
+        number, plan = self.search.turn()
         self.put_in_force(plan)
-        step_flops = self.step_flops(plan)
+        step_flops = self.prices.step_flops(plan)
         loss, rate, norm, seconds, wait_s = self.update()
         before, state.loss_now = state.loss_now, self.search_loss()
-        flops += step_flops + self.evaluation_flops()
+        flops += step_flops + self.prices.evaluation_flops()
         elapsed = distributed.slowest(self.now() - started, self.device)
-        by_flops = experiment.schedule.clock == "flops"
-        cost = step_flops if by_flops else seconds
-        state.trials.append(Trial(candidate=number, loss_before=before, loss=state.loss_now, cost=cost))
         self.charge("search", elapsed, flops)
-        state.search_cost += flops if by_flops else elapsed
-        if not self.another_round():
-            self.decide()
+        cost = self.in_clock(seconds, step_flops)
+        trial = Trial(candidate=number, loss_before=before, loss=state.loss_now, cost=cost)
+        decision = self.search.note(trial, self.in_clock(elapsed, flops))
+        if decision is not None:
+            self.carry_out(decision)
         return self.step("search", plan, loss, rate, norm, seconds, wait_s)
+
+    def in_clock(self, seconds: float, flops: float) -> float:
+        return seconds if self.experiment.schedule.clock == "seconds" else flops
 
     def step(self, phase, plan, loss, rate, norm, seconds, wait_s) -> Step:
         state, train = self.state, self.experiment.train
         decision, self.news = self.news, None
-        memory = self.cost(plan).memory_bytes(self.experiment.data.batch_size)
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
+        memory = self.memory(plan)
+        model = state.models.get(plan.shape)
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         last = is_over(self.experiment, state)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
@@ -308,6 +222,9 @@ class _Fit:
             flops=state.flops.total,
             clips=self.clips_per_step,
             memory_bytes=state.peak_memory_bytes,
+            plan_memory_bytes=memory,
+            predicted_s=model.step(plan.trainable, plan.backward) if model and self.prices.by_seconds else None,
+            predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
             decision=decision,
             last=last,
@@ -319,12 +236,12 @@ class _Fit:
         waiting = self.now()
         batch = self.next_batch()
         started = self.now()
-        rate = optimizer.set_learning_rate(state.optimizer, train, state.step)
-        loss = self.one_loss(batch)
+        rate = optimizer.set_learning_rate(state.optimizer, train, state.step, state.begun)
+        loss = losses.training_loss(self.denoiser, batch, train)
         loss.backward()
-        distributed.reduce_gradients(self.trained)
+        distributed.reduce_gradients(self.freeze.trained)
         limit = train.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_([p for p in self.trained if p.grad is not None], limit)
+        norm = nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if train.ema_decay:
@@ -337,13 +254,8 @@ class _Fit:
         wait_s = distributed.slowest(started - waiting, self.device)
         return distributed.mean(values[0], self.device), rate, values[1], seconds, wait_s
 
-    def one_loss(self, batch: Latents) -> torch.Tensor:
-        train = self.experiment.train
-        t = objectives.timesteps(batch.position, train.seed, shift=train.timestep_shift)
-        return _losses(self.denoiser, batch, batch.position, t, train.seed).mean()
-
     def next_batch(self) -> Latents:
-        shape = self.in_force.shape
+        shape = self.freeze.plan.shape
         if self.stream is None or self.stream[0] != shape:
             if self.stream is not None and hasattr(self.stream[1], "close"):
                 self.stream[1].close()
@@ -351,18 +263,14 @@ class _Fit:
         return next(self.stream[1])
 
     def put_in_force(self, plan: Plan) -> None:
-        if plan == self.in_force:
+        if not self.freeze.put(plan):
             return
-        distributed.agree(f"what to train at step {self.state.step}", plan.as_json())
-        self.trained = unfreeze(
-            self.denoiser.network,
-            self.found,
-            plan.trainable,
-            self.outside,
-            plan.backward,
-            self.experiment.model.gradient_checkpointing,
-        )
-        self.in_force = plan
+        for name in plan.trainable:
+            self.state.begun.setdefault(name, self.state.step)
+        # A block may have been frozen for stages: its moments have to be where it is before the next update.
+        optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     # -- cost and loss
 
@@ -370,31 +278,17 @@ class _Fit:
         self.state.seconds.add(purpose, seconds)
         self.state.flops.add(purpose, flops)
 
-    def cost(self, plan: Plan) -> costs.Cost:
-        """Counted once per plan on the real network, with one clip."""
-        if plan not in self.costs:
-            in_force = self.in_force
-            self.put_in_force(plan)
-            clip = self.sample.part(slice(0, 1))
-            self.costs[plan] = costs.count(self.denoiser.network, self.trained, lambda: self.one_loss(clip))
-            if in_force is not None:
-                self.put_in_force(in_force)
-        return self.costs[plan]
-
-    def step_flops(self, plan: Plan) -> float:
-        return float(self.cost(plan).step_flops(self.clips_per_step))
-
-    def evaluation_flops(self) -> float:
-        """One search evaluation: a forward pass per clip, a third of full training's."""
-        full = self.cost(plans.full(self.names, self.experiment.data.shape))
-        return full.flops / 3 * self.experiment.data.held_out_clips
+    def memory(self, plan: Plan) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return self.prices.counted(plan).memory_bytes(self.experiment.data.batch_size)
 
     def search_loss(self) -> float:
-        return held_out_loss(self.denoiser, self.held_out, 1, self.experiment.train.seed)
+        return losses.held_out_loss(self.denoiser, self.held_out, 1, self.experiment.train.seed)
 
     def record_loss(self) -> float:
         data = self.experiment.data
-        return held_out_loss(self.denoiser, self.held_out, data.held_out_draws, self.experiment.train.seed)
+        return losses.held_out_loss(self.denoiser, self.held_out, data.held_out_draws, self.experiment.train.seed)
 
     def now(self) -> float:
         if self.device.type == "cuda":

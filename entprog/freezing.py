@@ -1,0 +1,65 @@
+"""Which plan is in force on a network, and the change from one to the next."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from entprog import blocks, distributed
+from entprog.blocks import Block
+from entprog.config import Experiment
+from entprog.models import Denoiser
+from entprog.plans import Plan
+
+
+class Freeze:
+    """Freezes and unfreezes a network's parameters, plan by plan."""
+
+    def __init__(self, denoiser: Denoiser, found: Sequence[Block], experiment: Experiment):
+        groups = denoiser.outside()
+        self.outside: list[nn.Parameter] = {
+            "always": [p for group in groups.values() for p in group],
+            "conditions": groups["conditions"],
+            "never": [],
+        }[experiment.schedule.outside]
+        """Parameters outside blocks that every plan trains."""
+        self.network = denoiser.network
+        self.found = list(found)
+        self.checkpointing = experiment.model.gradient_checkpointing
+        self.plan: Plan | None = None
+        """In force; None before the first."""
+        self.trained: list[nn.Parameter] = []
+        if experiment.model.compile_blocks:
+            blocks.compile_blocks(self.found)
+
+    def put(self, plan: Plan) -> bool:
+        """Put a plan in force, the same on every rank; whether that changed anything."""
+        if plan == self.plan:
+            return False
+        distributed.agree("what to train", plan.as_json())
+        self.trained = blocks.unfreeze(
+            self.network, self.found, plan.trainable, self.outside, plan.backward, self.checkpointing
+        )
+        self.plan = plan
+        return True
+
+    @contextmanager
+    def trying(self, plan: Plan):
+        """A plan for the length of a block; then the one before, if there was one."""
+        before = self.plan
+        self.put(plan)
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.put(before)
+
+    @contextmanager
+    def lifted(self):
+        """No plan is in force inside; afterwards the one before is, if there was one."""
+        before, self.plan = self.plan, None
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.put(before)

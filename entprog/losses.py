@@ -1,0 +1,41 @@
+"""Losses of a denoiser on batches of latents: what a step minimises, and what held-out clips say."""
+
+from collections.abc import Sequence
+
+import torch
+
+from entprog import distributed, objectives
+from entprog.clips import Latents
+from entprog.config import Train
+from entprog.models import Denoiser
+
+
+def training_loss(denoiser: Denoiser, batch: Latents, train: Train) -> torch.Tensor:
+    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for."""
+    t = objectives.timesteps(batch.position, train.seed, shift=train.timestep_shift)
+    return clip_losses(denoiser, batch, batch.position, t, train.seed).mean()
+
+
+def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int) -> float:
+    """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
+
+    Timesteps are spread evenly over 0..1: `draws` strata per clip, shifted from clip to clip by the golden ratio.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in held_out:
+            for draw in range(draws):
+                numbers = batch.position * 1009 + draw
+                t = ((draw + (batch.position * 0.6180339887) % 1) / draws).clamp(0.02, 0.98)
+                losses = clip_losses(denoiser, batch, numbers, t, seed)
+                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+    parts = distributed.gathered(total.tolist())
+    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+
+
+def clip_losses(denoiser: Denoiser, batch: Latents, numbers: torch.Tensor, t: torch.Tensor, seed: int) -> torch.Tensor:
+    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for."""
+    t = t.to(batch.clean.device, torch.float32)
+    noise = objectives.noise_like(batch.clean, numbers, seed)
+    noisy, target = objectives.flow_pair(batch.clean, noise, t)
+    return objectives.loss(denoiser.predict(noisy, t, batch.conditions), target)

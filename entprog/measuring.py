@@ -1,0 +1,278 @@
+"""Measures a network's cost model: every kind of block once, inside one forward pass, with the inputs it gets there."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from entprog import blocks, costs, distributed
+from entprog.blocks import Block
+from entprog.costmodel import BlockCost, CostModel
+
+REPEATS = 3
+"""Timed runs of a pass after one to warm up; the quickest counts: whatever else runs only ever adds time."""
+TWINS = 2
+"""Blocks of one kind that are measured; the others cost the same."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How a pass is measured."""
+
+    seconds: bool
+    """Timed; otherwise FLOPs are counted."""
+    device: torch.device
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        if not self.seconds:
+            with costs.flop_counter() as counter:
+                run()
+            return float(counter.get_total_flops())
+        run()
+        return min(self.once(run) for _ in range(REPEATS))
+
+    def once(self, run: Callable[[], Any]) -> float:
+        # Autocast keeps converted weights over a whole forward pass; a training step converts them anew.
+        torch.clear_autocast_cache()
+        started = self.now()
+        run()
+        return self.now() - started
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def measure(
+    network: nn.Module,
+    found: Sequence[Block],
+    outside: Sequence[nn.Parameter],
+    loss: Callable[[], torch.Tensor],
+    *,
+    clips: int,
+    seconds: bool,
+    checkpointing: bool = False,
+) -> CostModel:
+    """Measure every kind of block inside one forward pass of the network; weights and gradients stay as they are.
+
+    found: blocks in execution order. outside: trained parameters outside blocks. loss() → the mean loss of `clips`
+    clips. Every rank must call it. Gradients are cleared, every block is left frozen: put a plan in force after it.
+    """
+    meter = Meter(seconds, next(network.parameters()).device)
+    blocks.unfreeze(network, found, (), outside)
+    weights = costs.storages(network.parameters()).keys()
+    probe = Probe(meter, weights, checkpointing)
+    with blocks.replaced({block.module: probe.watching(block) for block in found}):
+        loss()
+    outside_cost, outside_bytes = _outside(found, outside, loss, meter, weights)
+    passes = probe.passes()
+    model = CostModel(
+        clips=clips,
+        outside=max(outside_cost - sum(bypass for _, bypass in passes), 0.0),
+        outside_bytes=outside_bytes,
+        outside_parameter_bytes=sum(p.nbytes for p in outside),
+        common_bytes=sum(probe.common.values()),
+        through_common=probe.through_common,
+        below=probe.below,
+        weight_bytes=sum(p.nbytes for p in network.parameters()),
+        update_per_byte=_update_per_byte(found[0], meter) if seconds else 0.0,
+        blocks=tuple(cost for cost, _ in passes),
+    )
+    network.zero_grad(set_to_none=True)
+    return _slowest(model)
+
+
+class Probe:
+    """Measures blocks where the network calls them, with the inputs that they get there."""
+
+    def __init__(self, meter: Meter, weights: Collection[int], checkpointing: bool):
+        self.meter, self.weights, self.checkpointing = meter, weights, checkpointing
+        self.kinds: dict[str, Any] = {}
+        """Name → kind of block, in execution order."""
+        self.measured: dict[Any, list[tuple[BlockCost, float]]] = {}
+        """Kind → passes of its first blocks, and what their bypass costs."""
+        self.common: dict[int, int] = {}
+        self.through_common = False
+        self.below = False
+
+    def watching(self, block: Block) -> Callable:
+        def forward(*args, **kwargs):
+            if block.name not in self.kinds:
+                self.look_at(block, args, kwargs)
+            # The gradient goes on along the bypass, so that later blocks see which of their inputs need one.
+            return blocks.along_bypass(block.module, *args, **kwargs)
+
+        return forward
+
+    def look_at(self, block: Block, args: tuple, kwargs: dict) -> None:
+        inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in costs.tensors_in(args, kwargs)]
+        weights = [tuple(p.shape) for p in block.module.parameters()]
+        kind = type(block.module), str(inputs), str(weights)
+        self.kinds[block.name] = kind
+        twins = self.measured.setdefault(kind, [])
+        if len(twins) < TWINS:
+            twins.append(self.measure(block, args, kwargs))
+
+    def passes(self) -> list[tuple[BlockCost, float]]:
+        """Every block's passes and the cost of its bypass: the mean of its twins, whose differences are noise."""
+        means = {kind: _mean(twins) for kind, twins in self.measured.items()}
+        return [(replace(means[kind][0], name=name), means[kind][1]) for name, kind in self.kinds.items()]
+
+    def measure(self, block: Block, args: tuple, kwargs: dict) -> tuple[BlockCost, float]:
+        """The block's passes, and what its bypass costs with its backward."""
+        module, tensors = block.module, costs.tensors_in(args, kwargs)
+        stream = _stream(module, args, kwargs)
+        self.below = self.below or (
+            not self.kinds.keys() - {block.name} and any(tensors[i].requires_grad for i in stream)
+        )
+        asked = {i for i, t in enumerate(tensors) if t.requires_grad}
+
+        def leaves(wanted: Collection[int]) -> tuple[tuple, dict]:
+            numbers = iter(range(len(tensors)))
+            return tree_map_only(
+                torch.Tensor, lambda t: t.detach().requires_grad_(next(numbers) in wanted), (args, kwargs)
+            )
+
+        def cost(body: Callable, wanted: Collection[int], trained: bool) -> float:
+            module.requires_grad_(trained)
+
+            def run() -> None:
+                module.zero_grad(set_to_none=True)
+                given, named = leaves(wanted)
+                with torch.enable_grad():
+                    _backward(costs.tensors_in(body(*given, **named)))
+
+            return self.meter(run)
+
+        def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, bool]:
+            """Bytes kept, bytes recomputed, and whether common inputs are kept."""
+            module.requires_grad_(trained)
+            shared = costs.storages(t for i, t in enumerate(tensors) if i not in stream)
+            given, named = leaves(wanted)
+            with torch.enable_grad(), costs.saving(self.weights) as saved:
+                output = own(*given, **named)
+            del output
+            seen = {address: size for address, size in shared.items() if self.checkpointing or address in saved}
+            self.common |= seen
+            inside = sum(size for address, size in saved.items() if address not in shared)
+            if not self.checkpointing:
+                return inside, 0, bool(seen)
+            inputs = costs.storages(tensors[i] for i in stream)
+            again = sum(size for address, size in saved.items() if address not in shared.keys() | inputs.keys())
+            return sum(inputs.values()), again, bool(seen)
+
+        own = blocks.own_forward(module)
+        body = blocks.CheckpointedForward(own) if self.checkpointing else own
+        with torch.no_grad():
+            forward = self.meter(lambda: own(*args, **kwargs))
+        around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
+        trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
+        edge_bytes, _, _ = kept(asked - stream, trained=True)
+        through_bytes, through_recomputed_bytes, through_common = kept(asked | stream, trained=False)
+        self.through_common = self.through_common or through_common
+        measured = BlockCost(
+            name=block.name,
+            forward=forward,
+            trained=cost(body, asked | stream, trained=True),
+            edge=cost(body, asked - stream, trained=True),
+            through=cost(body, asked | stream, trained=False),
+            along=forward + around,
+            trained_bytes=trained_bytes,
+            edge_bytes=edge_bytes,
+            through_bytes=through_bytes,
+            recomputed_bytes=recomputed_bytes,
+            through_recomputed_bytes=through_recomputed_bytes,
+            parameter_bytes=sum(p.nbytes for p in module.parameters()),
+        )
+        module.requires_grad_(False)
+        module.zero_grad(set_to_none=True)
+        return measured, around
+
+
+def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:
+    """Which of a block's tensors (by their order in its arguments) its bypass hands on."""
+    leaves: list[torch.Tensor] = []
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        leaves.append(tensor.detach().requires_grad_(tensor.is_floating_point()))
+        return leaves[-1]
+
+    with torch.enable_grad():
+        given, named = tree_map_only(torch.Tensor, leaf, (args, kwargs))
+        outputs = costs.tensors_in(blocks.bypass(module, *given, **named))
+        asked = [i for i, t in enumerate(leaves) if t.requires_grad]
+        gradients = torch.autograd.grad(
+            outputs, [leaves[i] for i in asked], [torch.ones_like(o) for o in outputs], allow_unused=True
+        )
+    return {i for i, gradient in zip(asked, gradients, strict=True) if gradient is not None}
+
+
+def _backward(outputs: Sequence[torch.Tensor]) -> None:
+    outputs = [output for output in outputs if output.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
+def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tuple[float, int]:
+    """(cost, bytes kept) of a forward and backward pass with every block skipped."""
+
+    def entering(module: nn.Module) -> Callable:
+        def forward(*args, **kwargs):
+            # Where nothing before a block is trained, the gradient still has to come down to the last block.
+            return tree_map_only(
+                torch.Tensor,
+                lambda t: t if t.requires_grad else t.detach().requires_grad_(),
+                blocks.bypass(module, *args, **kwargs),
+            )
+
+        return forward
+
+    def run() -> None:
+        for parameter in outside:
+            parameter.grad = None
+        loss().backward()
+
+    with blocks.replaced({block.module: entering(block.module) for block in found}):
+        with costs.saving(weights) as saved:
+            kept = loss()
+        del kept
+        return meter(run), sum(saved.values())
+
+
+def _update_per_byte(block: Block, meter: Meter) -> float:
+    """Seconds of clipping and AdamW for each byte of weights, on a copy of a block's."""
+    copies = [nn.Parameter(p.detach().clone()) for p in block.module.parameters()]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    optimizer = torch.optim.AdamW(copies, fused=True)
+
+    def run() -> None:
+        nn.utils.clip_grad_norm_(copies, 1.0)
+        optimizer.step()
+
+    return meter(run) / sum(copy.nbytes for copy in copies)
+
+
+def _mean(twins: Sequence[tuple[BlockCost, float]]) -> tuple[BlockCost, float]:
+    first = twins[0][0]
+    passes = ("forward", "trained", "edge", "through", "along")
+    means = {name: sum(getattr(cost, name) for cost, _ in twins) / len(twins) for name in passes}
+    return replace(first, **means), sum(bypass for _, bypass in twins) / len(twins)
+
+
+def _slowest(model: CostModel) -> CostModel:
+    """The model that all ranks share: every figure is the largest of any rank's."""
+
+    def largest(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {name: largest([value[name] for value in values]) for name in values[0]}
+        if isinstance(values[0], list | tuple):
+            return tuple(largest(parts) for parts in zip(*values, strict=True))
+        return values[0] if isinstance(values[0], str) else max(values)
+
+    return CostModel.from_json(largest(distributed.gathered(model.as_json())))

@@ -1,0 +1,97 @@
+"""What plans cost in a run: counted on the network, foreseen by the cost model, in the schedule's clock."""
+
+from collections.abc import Sequence
+
+from entprog import costs, distributed, losses, measuring, plans
+from entprog.blocks import Block
+from entprog.clips import Latents
+from entprog.config import ClipShape, Experiment
+from entprog.costmodel import CostModel, scaled
+from entprog.freezing import Freeze
+from entprog.models import Denoiser
+from entprog.plans import Plan
+
+
+class Prices:
+    """Costs of plans, each found when it is first asked for."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        found: Sequence[Block],
+        sample: Latents,
+        freeze: Freeze,
+        experiment: Experiment,
+        models: dict[ClipShape, CostModel],
+    ):
+        """sample: clips of `data.shape`. models: of the run's state, so that they are measured once."""
+        self.denoiser = denoiser
+        self.found = list(found)
+        self.sample = sample
+        self.freeze = freeze
+        self.experiment = experiment
+        self.models = models
+        self.counts: dict[Plan, costs.Cost] = {}
+        self.world = distributed.world()[1]
+        self.full = plans.full([block.name for block in self.found], experiment.data.shape)
+        self.by_seconds = experiment.schedule.clock == "seconds"
+
+    def counted(self, plan: Plan) -> costs.Cost:
+        """Counted on the real network with one clip."""
+        if plan not in self.counts:
+            clip = self.sample_of(plan.shape, 1)
+            with self.freeze.trying(plan):
+                self.counts[plan] = costs.count(
+                    self.denoiser.network,
+                    self.freeze.trained,
+                    lambda: losses.training_loss(self.denoiser, clip, self.experiment.train),
+                )
+        return self.counts[plan]
+
+    def step_flops(self, plan: Plan) -> float:
+        """FLOPs of one update, all ranks."""
+        return float(self.counted(plan).step_flops(self.experiment.data.batch_size * self.world))
+
+    def evaluation_flops(self) -> float:
+        """One search evaluation: a forward pass per clip, a third of full training's."""
+        return self.counted(self.full).flops / 3 * self.experiment.data.held_out_clips
+
+    def model(self, shape: ClipShape) -> CostModel:
+        """The cost model for a rank's batch of clips of a shape; FLOPs are counted on one clip, seconds on them all."""
+        if shape not in self.models:
+            data, train = self.experiment.data, self.experiment.train
+            batch = self.sample_of(shape, data.batch_size if self.by_seconds else 1)
+            with self.freeze.lifted():
+                measured = measuring.measure(
+                    self.denoiser.network,
+                    self.found,
+                    self.freeze.outside,
+                    lambda: losses.training_loss(self.denoiser, batch, train),
+                    clips=len(batch.position),
+                    seconds=self.by_seconds,
+                    checkpointing=self.experiment.model.gradient_checkpointing,
+                )
+            self.models[shape] = scaled(measured, data.batch_size)
+        return self.models[shape]
+
+    def step(self, plan: Plan) -> float:
+        """Cost of one update in the schedule's clock: counted FLOPs of all ranks, or predicted seconds."""
+        if self.by_seconds:
+            return self.model(plan.shape).step(plan.trainable, plan.backward)
+        return self.step_flops(plan)
+
+    def evaluation(self) -> float:
+        """Expected cost of one search evaluation in the schedule's clock."""
+        flops = self.evaluation_flops()
+        return flops * self.step(self.full) / self.step_flops(self.full) if self.by_seconds else flops
+
+    def memory(self, plan: Plan) -> int:
+        """Predicted peak bytes of an update on one device."""
+        return self.model(plan.shape).memory(plan.trainable, plan.backward)
+
+    def sample_of(self, shape: ClipShape, clips: int) -> Latents:
+        """Some clips of a shape: a corner of the sample's latents, of which only the size matters here."""
+        _, frames, height, width = self.denoiser.latent_shape(shape)
+        part = self.sample.part(slice(0, clips))
+        cut = {name: value[..., :frames, :height, :width] for name, value in part.conditions.items()}
+        return Latents(part.clean[..., :frames, :height, :width], cut, part.position)

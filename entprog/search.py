@@ -1,0 +1,143 @@
+"""The search at a stage's start: which plans are tried, for how long, and the decision (Ent-Prog §3.4)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from entprog import distributed, plans, supernet
+from entprog.config import Experiment
+from entprog.plans import Plan
+from entprog.prices import Prices
+from entprog.state import RunState
+from entprog.supernet import Decision, Trial
+
+
+class Search:
+    """A stage's search over `state.candidates`; all that it remembers is in the RunState."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        priority: Mapping[str, float],
+        prices: Prices,
+        experiment: Experiment,
+        state: RunState,
+    ):
+        self.names, self.priority, self.prices = list(names), priority, prices
+        self.experiment, self.state = experiment, state
+        self.schedule = experiment.schedule
+
+    def begin(self, stage: int) -> Decision | None:
+        """Begin a stage: its candidates, and its decision if there is nothing to search.
+
+        Raises UserError if no plan fits the memory budget.
+        """
+        state, schedule, shape = self.state, self.schedule, self.experiment.data.shape
+        before = state.plan
+        state.stage, state.plan, state.trials, state.search_cost, state.loss_now = stage, None, [], 0.0, None
+        models = {}
+        if schedule.kind == "entprog":
+            last = stage == schedule.stages - 1
+            models = {each: self.prices.model(each) for each in plans.ladder(schedule, shape, last)}
+        found = plans.candidates(self.names, self.priority, schedule, shape, stage, before, models)
+        found, state.fitting = plans.fitting(found, self.prices.memory, schedule.memory_budget_bytes)
+        state.candidates = tuple(found)
+        if len(found) == 1:
+            return self.decide("schedule")
+        return None if self.another_round() else self.decide()
+
+    def turn(self) -> tuple[int, Plan]:
+        """The candidate of the next trial step: (its number, its plan)."""
+        state = self.state
+        number = supernet.turn(len(state.trials), len(state.candidates), state.stage, self.experiment.train.seed)
+        return number, state.candidates[number]
+
+    def note(self, trial: Trial, spent: float) -> Decision | None:
+        """Take down a trial and what it cost in all; the decision, if that was the last."""
+        self.state.trials.append(trial)
+        self.state.search_cost += spent
+        return None if self.another_round() else self.decide()
+
+    def another_round(self) -> bool:
+        """Whether there is to be one more step of every candidate: while there are fewer than `search_steps`, or the
+        best is not clear; and never more than the search's share of the stage's budget pays for."""
+        state, schedule = self.state, self.schedule
+        rounds, inside = divmod(len(state.trials), len(state.candidates))
+        if inside:
+            return True
+        if rounds >= schedule.search_steps and not (schedule.search_until_clear and self.unclear()):
+            return False
+        return state.search_cost + self.round_cost() <= schedule.search_share * self.stage_budget()
+
+    def unclear(self) -> bool:
+        found = supernet.efficiencies(
+            self.state.candidates, self.state.trials, self.schedule, self.experiment.train.seed
+        )
+        return supernet.overlap(found)
+
+    def round_cost(self) -> float:
+        """Expected cost of one step of every candidate with its evaluations, in the schedule's clock."""
+        state = self.state
+        if self.schedule.clock == "seconds" and state.trials:
+            return state.search_cost / len(state.trials) * len(state.candidates)
+        return sum(self.prices.step(plan) + self.prices.evaluation() for plan in state.candidates)
+
+    def stage_budget(self) -> float:
+        """What one stage may cost, in the schedule's clock; by steps, as if all were full training."""
+        train, stages = self.experiment.train, self.schedule.stages
+        budgets = []
+        if train.seconds:
+            budgets.append(train.seconds / stages)
+        if train.steps:
+            budgets.append(train.steps / stages * self.prices.step(self.prices.full))
+        return min(budgets)
+
+    def decide(self, reason: str | None = None) -> Decision:
+        """Take the stage's decision; the same on every rank or an error on every rank."""
+        state = self.state
+        decision = supernet.choose(
+            state.candidates,
+            state.trials,
+            self.schedule,
+            stage=state.stage,
+            seed=self.experiment.train.seed,
+            search_cost=state.search_cost,
+        )
+        decision = replace(
+            decision, reason="; ".join(line for line in (reason or decision.reason, state.fitting) if line)
+        )
+        if self.schedule.kind == "entprog":
+            decision = self.with_forecast(decision)
+        distributed.agree(f"the decision of stage {state.stage}", decision.as_json())
+        state.decisions.append(decision)
+        state.plan = decision.plan
+        return decision
+
+    def with_forecast(self, decision: Decision) -> Decision:
+        """The decision with what its plan is expected to cost and to save."""
+        state, full = self.state, self.prices.full
+        measured = [e.mean_cost for p, e in zip(decision.candidates, decision.efficiencies, strict=False) if p == full]
+        step_cost, full_cost = self.prices.step(decision.plan), (measured or [self.prices.step(full)])[0]
+        saving, open_cost = full_cost - step_cost, self.overhead() - state.saved_cost
+        pays = saving > 0 and decision.plan != full
+        return replace(
+            decision,
+            step_cost=step_cost,
+            full_step_cost=full_cost,
+            memory_bytes=self.prices.memory(decision.plan),
+            break_even_step=state.step + math.ceil(max(open_cost, 0.0) / saving) if pays else None,
+        )
+
+    def overhead(self) -> float:
+        """Search and scoring so far, in the schedule's clock."""
+        charged = self.state.seconds if self.schedule.clock == "seconds" else self.state.flops
+        return charged.search + charged.score
+
+    def note_saving(self, decision: Decision, cost: float) -> None:
+        """Take down a training step's cost: what it saved against full training, and whether that has paid off."""
+        state = self.state
+        if decision.full_step_cost is None:
+            return
+        state.saved_cost += decision.full_step_cost - cost
+        if state.break_even_step is None and state.saved_cost >= self.overhead():
+            state.break_even_step = state.step
