@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import avg_pool2d
+
+from entprog.config import ClipShape
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,37 @@ class Clips:
     """float32 [B, F, 33, 3]: x, y in 0..1 of the frame, visibility 0..1."""
     position: torch.Tensor
     """int64 [B], on the CPU: each clip's place in the run's endless sequence of clips; seeds its noise and timestep."""
+
+    def resized(self, shape: ClipShape) -> "Clips":
+        """The same clips at a smaller shape: the frames in their middle, and the mean over whole areas of pixels.
+
+        What they show stays where it was, so that poses, which are fractions of the frame, need no change. Itself
+        where `shape` is its own. shape: of `config.Smaller.of`: heights and widths divide evenly.
+        """
+        frames, height = self.video.shape[1], self.reference.shape[1]
+        if (frames, height) == (shape.frames, shape.height):
+            return self
+        first = (frames - shape.frames) // 2
+        middle = slice(first, first + shape.frames)
+        shrink = height // shape.height
+        video = _shrunk_planes(self.video[:, middle], shrink)
+        reference = _shrunk(self.reference.permute(0, 3, 1, 2), shrink).permute(0, 2, 3, 1)
+        return Clips(video, reference.contiguous(), self.pose[:, middle], self.position)
+
+
+def _shrunk(pixels: torch.Tensor, by: int) -> torch.Tensor:
+    """uint8 [B, C, H, W] → uint8 [B, C, H/by, W/by]: rounded means."""
+    return avg_pool2d(pixels.float(), by).round().to(torch.uint8)
+
+
+def _shrunk_planes(video: torch.Tensor, by: int) -> torch.Tensor:
+    """The same for planes Y, U, V: uint8 [B, F, H*3/2, W] → uint8 [B, F, H/by*3/2, W/by]."""
+    clips, frames, rows, width = video.shape
+    height = rows * 2 // 3
+    luma, chroma = video.flatten(2).split((height * width, height * width // 2), dim=2)
+    parts = (luma.reshape(clips, frames, height, width), chroma.reshape(clips, 2 * frames, height // 2, width // 2))
+    small = torch.cat([_shrunk(part, by).reshape(clips, frames, -1) for part in parts], dim=2)
+    return small.reshape(clips, frames, rows // by, width // by)
 
 
 @dataclass(frozen=True)

@@ -160,15 +160,16 @@ class _Fit:
         """Freeze what the stage's plan leaves out, its optimizer state with it."""
         state = self.state
         self.put_in_force(decision.plan)
-        optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
         state.begun = {name: step for name, step in state.begun.items() if name in decision.plan.trainable}
         self.news = decision
+        optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
 
     # -- steps
 
     def train_step(self) -> Step:
         state = self.state
-        self.put_in_force(state.plan)
+        if self.put_in_force(state.plan):  # a resumed run: every moment was loaded to the device
+            optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
         loss, rate, norm, seconds, wait_s = self.update()
         flops = self.prices.step_flops(state.plan)
         self.charge("train", seconds + wait_s, flops)
@@ -262,15 +263,17 @@ class _Fit:
             self.stream = shape, iter(self.open_batches(shape, self.state.position))
         return next(self.stream[1])
 
-    def put_in_force(self, plan: Plan) -> None:
+    def put_in_force(self, plan: Plan) -> bool:
+        """Whether that changed anything."""
         if not self.freeze.put(plan):
-            return
+            return False
         for name in plan.trainable:
             self.state.begun.setdefault(name, self.state.step)
         # A block may have been frozen for stages: its moments have to be where it is before the next update.
         optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        return True
 
     # -- cost and loss
 

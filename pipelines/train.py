@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, models
+from entprog import config, models, plans
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
@@ -33,6 +33,10 @@ def main(
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
     schedule: Annotated[str | None, typer.Option(help="full: plain training; entprog; linear (schedule.kind).")] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help="Memory per device, like 24GB: only plans that fit (schedule.memory_budget_bytes)."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.")] = Path(
         "out/train"
     ),
@@ -60,7 +64,10 @@ def main(
             set_,
             data={"shards": str(shards) if shards else None},
             model={"base": base},
-            schedule={"kind": schedule},
+            schedule={
+                "kind": schedule,
+                "memory_budget_bytes": config.bytes_of(memory_budget) if memory_budget is not None else None,
+            },
         )
         if dry_run:
             return explain(experiment)
@@ -85,7 +92,8 @@ def check(experiment: Experiment) -> shards.Dataset:
         if dataset.clips(split) == 0:
             raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
     shards.verify(dataset, data.verify)
-    models.family(experiment.model.family).inspect(experiment.model, data.shape)
+    for shape in plans.ladder(experiment.schedule, data.shape, last=False):
+        models.family(experiment.model.family).inspect(experiment.model, shape)
     return dataset
 
 
@@ -214,12 +222,19 @@ def _show(result: dict[str, Any], output: Path, uri: str) -> None:
             ("samples per second", result["samples_per_s"]),
             ("waiting for data", f"{result['wait_share']:.0%}"),
             (f"peak memory ({result['peak_memory_is']})", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
+            ("break-even step (predicted)", _break_even(result["break_even"])),
             ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
             ("model", str(output / "model")),
         ],
         ("figure", "value"),
     )
     jobs.console.print(f"Compare runs: {how_to_open(uri)}")
+
+
+def _break_even(found: dict[str, Any]) -> str:
+    """When what the stages saved had paid for search and scoring."""
+    actual, predicted = found["step"], found["predicted_step"]
+    return f"{'not reached' if actual is None else actual} ({'none' if predicted is None else predicted})"
 
 
 class _Display:

@@ -3,14 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, distributed, models
+from entprog import cei, checkpoint, config, controls, distributed, models, plans
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
@@ -91,7 +91,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
         torch.set_num_threads(settings["threads"])
     dataset = shards.read_dataset(Path(experiment.data.shards))
     denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
-    denoiser.check(experiment.data.shape)
+    for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
+        denoiser.check(shape)
     rank, world = distributed.world()
     data = experiment.data
     held_out = [
@@ -162,23 +163,21 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         write_json(output / "cei.json", table.as_json())
-    batches = partial(_batches, setup, settings)
-    steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state)
-    last = None
-    for last in steps:
-        if rank == 0:
-            record = as_record(last)
-            log.add(record)
-            tracker.metrics(last.step, metrics(last))
-            setup.post({"step": record})
-        if last.last or last.step % experiment.train.checkpoint_every == 0:
+    with closing(_Batches(setup, settings)) as batches:
+        for step in fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state):
             if rank == 0:
-                checkpoint.save(
-                    output / "checkpoints", denoiser.network, state, settings["identity"],
-                    experiment.train.keep_checkpoints,
-                )  # fmt: skip
-                tracker.flush()
-            torch.distributed.barrier()
+                record = as_record(step)
+                log.add(record)
+                tracker.metrics(step.step, metrics(step))
+                setup.post({"step": record})
+            if step.last or step.step % experiment.train.checkpoint_every == 0:
+                if rank == 0:
+                    checkpoint.save(
+                        output / "checkpoints", denoiser.network, state, settings["identity"],
+                        experiment.train.keep_checkpoints,
+                    )  # fmt: skip
+                    tracker.flush()
+                torch.distributed.barrier()
     if rank == 0:
         with torch.no_grad():
             for name, parameter in denoiser.network.named_parameters():
@@ -206,24 +205,42 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     rendering.render(setup.denoiser, motions, data.shape, folder, config.Generate(batch_size=data.batch_size), shift)
 
 
-def _batches(setup: Setup, settings: dict[str, Any], shape: ClipShape, position: int) -> Iterator[Latents]:
-    rank, world = distributed.world()
-    experiment = setup.experiment
-    stream = clips.stream(
-        setup.dataset, "train", shape, experiment.data.batch_size, rank, world, position, experiment.train.seed,
-        cpus=settings["decode_cpus"], device=setup.device,
-    )  # fmt: skip
-    try:
-        for batch in stream:
-            yield setup.denoiser.encode(batch)
-    finally:
-        stream.close()
+class _Batches:
+    """The run's batches at any shape of the ladder, cut out of one stream of whole clips: a change of shape between
+    two steps, as in a search, opens no new stream."""
+
+    def __init__(self, setup: Setup, settings: dict[str, Any]):
+        self.setup, self.settings = setup, settings
+        self.stream: clips.Stream | None = None
+        self.position: int | None = None
+        """Of the stream's next batch."""
+
+    def __call__(self, shape: ClipShape, position: int) -> Iterator[Latents]:
+        data = self.setup.experiment.data
+        rank, world = distributed.world()
+        if self.position != position:
+            self.close()
+            self.stream = clips.stream(
+                self.setup.dataset, "train", data.shape, data.batch_size, rank, world, position,
+                self.setup.experiment.train.seed, cpus=self.settings["decode_cpus"], device=self.setup.device,
+            )  # fmt: skip
+            self.position = position
+        while True:
+            batch = next(self.stream)
+            self.position += data.batch_size * world
+            yield self.setup.denoiser.encode(batch.resized(shape))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream, self.position = None, None
 
 
 def as_record(step: Step) -> dict[str, Any]:
     """A step as a line of steps.jsonl."""
     record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision")}
     record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
+    record["shape"] = str(step.plan.shape)
     return record | ({"decision": step.decision.as_json()} if step.decision else {})
 
 
@@ -242,15 +259,21 @@ def metrics(step: Step) -> dict[str, float]:
         "flops": step.flops,
         "samples_per_s": step.clips / max(step.seconds + step.wait_s, 1e-9),
         "peak_memory_bytes": step.memory_bytes,
+        "plan_memory_bytes": step.plan_memory_bytes,
     }
     if step.held_out_loss is not None:
         values["held_out_loss"] = step.held_out_loss
+    foreseen = {"predicted_step_s": step.predicted_s, "predicted_memory_bytes": step.predicted_memory_bytes}
     if step.decision is not None:
-        values["decision/m"] = step.decision.plan.m
-        values["decision/search_cost"] = step.decision.search_cost
-        for efficiency in step.decision.efficiencies:
-            values[f"decision/efficiency_m{efficiency.m}"] = efficiency.value
-    return values
+        decision = step.decision
+        values["decision/m"] = decision.plan.m
+        values["decision/search_cost"] = decision.search_cost
+        labels = plans.labels(decision.candidates)
+        for label, efficiency in zip(labels, decision.efficiencies, strict=False):  # none where nothing was tried
+            values[f"decision/efficiency_{label}"] = efficiency.value
+        names = ("step_cost", "full_step_cost", "break_even_step")
+        foreseen |= {f"decision/{name}": getattr(decision, name) for name in names}
+    return values | {name: float(value) for name, value in foreseen.items() if value is not None}
 
 
 def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
@@ -263,6 +286,12 @@ def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
         "peak_memory_bytes": state.peak_memory_bytes,
         "peak_memory_is": "allocated on the GPU" if torch.cuda.is_available() else "counted",
         "decisions": [decision.as_json() for decision in state.decisions],
+        "break_even": {
+            "predicted_step": next((d.break_even_step for d in state.decisions if d.break_even_step), None),
+            "step": state.break_even_step,
+            "saved_cost": state.saved_cost,
+            "clock": experiment.schedule.clock,
+        },
     }
 
 
