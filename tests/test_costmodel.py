@@ -1,0 +1,183 @@
+"""The cost model against counting on the network, for every plan; and where its predictions go."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import latents, tiny_denoiser, tiny_experiment
+
+from entprog import config, costs, measuring
+from entprog.blocks import blocks, unfreeze
+from entprog.costmodel import CostModel, scaled
+from entprog.losses import training_loss
+
+
+class Tiny:
+    """A tiny network with its cost model in FLOPs."""
+
+    def __init__(self, outside="always", checkpointing=False, seconds=False, clips=1, **parts):
+        experiment = tiny_experiment(**parts)
+        self.denoiser = tiny_denoiser(experiment)
+        self.found = blocks(self.denoiser.network)
+        self.names = [block.name for block in self.found]
+        groups = self.denoiser.outside()
+        self.outside = {
+            "always": [p for group in groups.values() for p in group],
+            "conditions": groups["conditions"],
+            "never": [],
+        }[outside]
+        self.checkpointing = checkpointing
+        batch = latents(range(clips))
+        self.loss = lambda: training_loss(self.denoiser, batch, experiment.train)
+        self.model = measuring.measure(
+            self.denoiser.network, self.found, self.outside, self.loss,
+            clips=clips, seconds=seconds, checkpointing=checkpointing,
+        )  # fmt: skip
+
+    def count(self, trainable, backward) -> costs.Cost:
+        trained = unfreeze(self.denoiser.network, self.found, trainable, self.outside, backward, self.checkpointing)
+        return costs.count(self.denoiser.network, trained, self.loss)
+
+
+def sets(names):
+    some = [c for m in range(1, len(names) + 1) for c in itertools.combinations(names, m)]
+    return some[::5] + [some[-1]]
+
+
+@pytest.mark.parametrize("outside", ["always", "conditions", "never"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_predictions_are_the_counts(outside, checkpointing, backward):
+    tiny = Tiny(outside, checkpointing)
+    for trainable in sets(tiny.names):
+        counted = tiny.count(trainable, backward)
+        assert tiny.model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.01), trainable
+        assert tiny.model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.05), trainable
+        gradients = tiny.model.trained_bytes(trainable)
+        assert gradients == counted.gradient_bytes
+
+
+def test_predictions_hold_under_autocast():
+    tiny = Tiny(model={"dtype": "bfloat16"})
+    for backward in ("exact", "residual"):
+        for trainable in sets(tiny.names):
+            counted = tiny.count(trainable, backward)
+            assert tiny.model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.02)
+            assert tiny.model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.1)
+
+
+def test_a_batch_costs_its_clips_and_its_weights_once():
+    one, three = Tiny(), Tiny(clips=3)
+    grown = scaled(one.model, 3)
+    assert grown.clips == 3 and grown.weight_bytes == three.model.weight_bytes
+    for trainable in sets(one.names):
+        assert grown.step(trainable, "exact") == pytest.approx(three.model.step(trainable, "exact"), rel=0.01)
+        assert grown.memory(trainable, "exact") == pytest.approx(three.model.memory(trainable, "exact"), rel=0.01)
+
+
+def test_measuring_changes_no_weight_and_leaves_no_gradient():
+    tiny = Tiny()
+    before = {n: p.clone() for n, p in tiny.denoiser.network.named_parameters()}
+    timed = Tiny(seconds=True)
+    for name, parameter in timed.denoiser.network.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+    assert all("forward" not in block.module.__dict__ for block in timed.found)
+
+
+def test_measured_seconds_order_plans_as_their_flops_do():
+    tiny = Tiny(seconds=True, clips=4)
+    model = tiny.model
+    few, all_ = tiny.names[2:3], tiny.names
+    assert 0 < model.step(few, "residual") < model.step(all_, "exact")
+    assert model.update_per_byte > 0
+    assert CostModel.from_json(model.as_json()) == model
+
+
+def test_twins_cost_the_same():
+    one, *others = Tiny(seconds=True).model.blocks
+    assert all(other.trained == one.trained and other.forward == one.forward for other in others)
+
+
+def residual_limits(checkpointing):
+    """(m/L, FLOPs of the blocks' share over full training's, kept bytes of blocks over full training's)."""
+    tiny = Tiny("conditions", checkpointing)
+    names, out = tiny.names, []
+    # What is left when no block is trained or run: the rest of the network.
+    rest, rest_bytes = tiny.model.outside, tiny.model.outside_bytes + tiny.model.common_bytes
+    whole = tiny.count(names, "exact")
+    for m in (1, 2, 3, 6):
+        cost = tiny.count(names[:: len(names) // m][:m], "residual" if m < 6 else "exact")
+        share = (cost.flops - rest) / (whole.flops - rest)
+        out.append((m / len(names), share, (cost.saved_bytes - rest_bytes) / (whole.saved_bytes - rest_bytes)))
+    return out
+
+
+def test_residual_backward_costs_what_the_formula_says():
+    """F·(1 + 2m/L) of 3F. Attention's backward is 2.5 forwards where a matrix product's is 2, so the ratio is held
+    against the block's own: (F + (A + W)·m/L) / (F + A + W), and against the formula where that is 2 F."""
+    block = Tiny("conditions").model.blocks[0]
+    own = (block.trained - block.forward) / block.forward
+    for share, flops, saved in residual_limits(checkpointing=False):
+        assert flops == pytest.approx((1 + own * share) / (1 + own), rel=0.001)
+        assert flops == pytest.approx((1 + 2 * share) / 3, rel=0.02)
+        assert saved == pytest.approx(share, rel=0.02)
+
+
+def test_residual_backward_under_checkpointing():
+    """F·(1 + 3m/L) of 4F, and only the trained blocks' inputs are kept."""
+    for share, flops, saved in residual_limits(checkpointing=True):
+        assert flops == pytest.approx((1 + 3 * share) / 4, rel=0.02)
+        assert saved == pytest.approx(share, rel=0.02)
+
+
+def test_checkpointing_keeps_inputs_and_recomputes_one_block():
+    plain, checkpointed = Tiny(), Tiny(checkpointing=True)
+    counted = [tiny.count(tiny.names, "exact") for tiny in (plain, checkpointed)]
+    assert counted[1].saved_bytes < 0.2 * counted[0].saved_bytes
+    assert 0 < counted[1].recomputed_bytes < counted[0].saved_bytes / 5
+    assert counted[0].recomputed_bytes == 0
+    assert counted[1].flops > 1.2 * counted[0].flops
+
+
+def test_every_step_and_decision_carries_what_was_foreseen():
+    from test_training import Run
+
+    run = Run(tiny_experiment(train={"steps": 12}, schedule={"clock": "seconds"}))
+    steps = list(run.steps())
+    assert all(step.predicted_s > 0 and step.seconds > 0 for step in steps)
+    for step in steps:
+        assert step.predicted_memory_bytes == pytest.approx(step.plan_memory_bytes, rel=0.1)
+    for decision in run.state.decisions:
+        assert decision.step_cost > 0 and decision.full_step_cost > 0 and decision.memory_bytes > 0
+    counted = Run(tiny_experiment(train={"steps": 12}))
+    assert all(step.predicted_s is None for step in counted.steps())
+    for decision in counted.state.decisions:
+        assert decision.step_cost == counted_flops(counted, decision.plan)
+
+
+def counted_flops(run, plan):
+    from entprog.freezing import Freeze
+    from entprog.prices import Prices
+
+    freeze = Freeze(run.denoiser, run.found, run.experiment)
+    return Prices(run.denoiser, run.found, latents([0]), freeze, run.experiment, {}).step_flops(plan)
+
+
+def test_a_memory_budget_decides_what_is_tried():
+    from test_training import Run
+
+    free = Run(tiny_experiment(train={"steps": 6}))
+    list(free.steps())
+    needs = {plan: free_memory(free, plan) for plan in free.state.candidates}
+    small, large = sorted(needs.values())
+    tight = Run(tiny_experiment(train={"steps": 6}, schedule={"memory_budget_bytes": (small + large) // 2}))
+    list(tight.steps())
+    for decision in tight.state.decisions:
+        assert len(decision.candidates) == 1 and "1 of 2 plans fit" in decision.reason
+    none = Run(tiny_experiment(train={"steps": 6}, schedule={"memory_budget_bytes": small // 2}))
+    with pytest.raises(config.UserError, match="no plan fits"):
+        list(none.steps())
+
+
+def free_memory(run, plan):
+    return run.state.models[plan.shape].memory(plan.trainable, plan.backward)
