@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from entprog import config, controls
 from entprog.config import Experiment
 from entprog.scores import ScoreTable
 from pipelines import charts, jobs, launch, worker
-from pipelines.train import TABLES, check, explain
+from pipelines.train import TABLES, check
 
 app = jobs.app("Score the blocks of a network by Conditional Entropy Inflation.")
 
@@ -57,6 +58,23 @@ def main(
             return run(experiment, output, tables=tables)
 
     jobs.run("score", None if dry_run else output, work, verbose=verbose)
+
+
+def explain(experiment: Experiment) -> dict[str, Any]:
+    """Print the resolved experiment and the plan of work."""
+    dataset = check(experiment)
+    settings = config.settings(experiment)
+    jobs.show("Experiment", list(settings.items()), ("setting", "value"))
+    priority = experiment.priority
+    until = f", or fewer once τ between halves is {priority.until_stable:g}" if priority.until_stable else ""
+    work = f"with {priority.conditions} conditions × {priority.draws} draws{until}"
+    if priority.kind in controls.WITHOUT_DATA:
+        work = "without looking at clips"
+    jobs.console.print(
+        f"Would score the blocks of {experiment.model.family} from {experiment.model.base or 'new weights'} by "
+        f"{priority.kind} {work}, on {dataset.clips('train')} clips."
+    )
+    return {"settings": settings}
 
 
 def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[str, Any]:

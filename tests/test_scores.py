@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
+from typer.testing import CliRunner
 
 from entprog import cei, controls, scores
 from entprog.blocks import blocks
 from entprog.config import Priority
-from pipelines import worker
+from pipelines import score, worker
 
 
 @pytest.fixture
@@ -190,6 +191,16 @@ def test_the_same_weights_are_never_scored_twice(tmp_path, counted):
         worker.scores(setup_of(tiny_experiment(**other)), kept)
     worker.scores(setup_of(tiny_experiment(), seed=1), kept)
     assert counted == ["cei", "gradient", "cei", "cei", "cei"]
+
+
+def test_draws_until_stable_is_an_option_of_the_score_job(monkeypatch):
+    asked = []
+    monkeypatch.setattr(score, "explain", lambda experiment: asked.append(experiment.priority) or {})
+    common = ["--preset", "demo", "--dry-run", "--set", "priority.conditions=125"]
+    assert CliRunner().invoke(score.app, [*common, "--draws-until-stable", "0.8"]).exit_code == 0
+    assert CliRunner().invoke(score.app, common).exit_code == 0
+    assert [(p.conditions, p.until_stable) for p in asked] == [(125, 0.8), (125, None)]
+    assert CliRunner().invoke(score.app, [*common, "--draws-until-stable", "1.5"]).exit_code == 2
 
 
 def test_a_priority_without_data_reads_no_clips():
