@@ -102,6 +102,8 @@ class Train(Part):
     """AdamW weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear learning-rate warm-up from the first step."""
+    cooldown_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the trained parameters' gradient; None: no clipping."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -29,16 +29,23 @@ def adamw(network: nn.Module, settings: Train) -> torch.optim.AdamW:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, settings: Train, step: int, begun: Mapping[str, int] | None = None
+    optimizer: torch.optim.Optimizer,
+    settings: Train,
+    step: int,
+    begun: Mapping[str, int] | None = None,
+    progress: float = 0.0,
 ) -> float:
-    """Linear warm-up to the learning rate; returns the rate of this step (0-based).
+    """Linear warm-up to the learning rate, and cool-down at the end; returns the rate of this step (0-based).
 
+    progress: share of the run's budget used so far, 0..1.
     begun: step at which each trained block began to be trained; on top of the run's own warm-up its rate grows over
     `block_warmup_steps` from there.
     """
     rate = settings.learning_rate
     if step < settings.warmup_steps:
         rate *= (step + 1) / settings.warmup_steps
+    if progress > 1 - settings.cooldown_share:
+        rate *= (1 - progress) / settings.cooldown_share
     for group in optimizer.param_groups:
         own = step - (begun or {}).get(group["block"], 0)
         young = group["block"] != OUTSIDE and own < settings.block_warmup_steps

@@ -146,7 +146,8 @@ class _Fit:
     def searching(self) -> bool:
         """Begin a new stage if it is time; True while its search goes on."""
         state, schedule = self.state, self.experiment.schedule
-        stage = min(int(progress(self.experiment, state) * schedule.stages), schedule.stages - 1)
+        stages = 1 if schedule.kind == "full" else schedule.stages
+        stage = min(int(progress(self.experiment, state) * stages), stages - 1)
         if stage > state.stage:
             started = self.now()
             decision = self.search.begin(stage)
@@ -237,7 +238,9 @@ class _Fit:
         waiting = self.now()
         batch = self.next_batch()
         started = self.now()
-        rate = optimizer.set_learning_rate(state.optimizer, train, state.step, state.begun)
+        rate = optimizer.set_learning_rate(
+            state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
+        )
         loss = losses.training_loss(self.denoiser, batch, train)
         loss.backward()
         distributed.reduce_gradients(self.freeze.trained)

@@ -213,7 +213,7 @@ def test_wrong_arguments_get_one_line_and_status_2(arguments, told, videos, tmp_
 def test_dry_run_writes_nothing(videos, tmp_path):
     done = run("--input", videos, "--output", tmp_path / "out", "--preset", "demo", "--stride", "2", "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "10 files" in done.output and "8 frames of 64x96 at 12 fps" in done.output
+    assert "10 files" in done.output and "8 frames of 32x48 at 12 fps" in done.output
     assert not (tmp_path / "out").exists()
 
 
@@ -221,7 +221,7 @@ def test_settings_come_from_preset_then_files_then_options_then_set(tmp_path):
     (tmp_path / "a.yaml").write_text("{data: {shape: {frames: 5, fps: 8}, batch_size: 2}, prepare: {margin: 0.3}}")
     files, pairs = [tmp_path / "a.yaml"], ["data.shape.fps=6"]
     settings = prepare.preparation("demo", files, pairs, {"fps": 7, "width": None}, {"stride": 2})
-    assert settings.data.shape.model_dump() == {"frames": 5, "height": 96, "width": 64, "fps": 6}
+    assert settings.data.shape.model_dump() == {"frames": 5, "height": 48, "width": 32, "fps": 6}
     assert settings.prepare.margin == 0.3 and settings.prepare.stride == 2
 
 

@@ -161,7 +161,7 @@ def test_plain_training_has_no_search(shards, place):
     plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 4})
     result = train.run(plain, place / "full", tables=place / "tables")
     assert result["search_seconds"] == result["score_seconds"] == 0
-    assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6, 6]
+    assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6]
 
 
 def test_score_uses_the_table_that_training_made(undisturbed, shards, place):

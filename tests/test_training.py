@@ -143,6 +143,13 @@ def test_a_seconds_budget_ends_the_run():
     assert run.state.seconds.total - steps[-1].seconds - steps[-1].wait_s < 4.0 + 1.0
 
 
+def test_learning_rate_warms_up_and_cools_down():
+    experiment = tiny_experiment(train={"warmup_steps": 4, "cooldown_share": 0.5}, schedule={"kind": "full"})
+    rates = [step.learning_rate for step in Run(experiment).steps()]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[12:] == pytest.approx([1e-3 * (24 - i) / 12 for i in range(12, 24)])
+
+
 def test_a_finished_run_yields_nothing(tmp_path):
     run = Run(tiny_experiment(train={"steps": 2}))
     list(run.steps())
