@@ -1,0 +1,130 @@
+"""The search in a run: until it is clear, never beyond its share, never far behind plain training; every setting
+survives a resume to the bit."""
+
+import functools
+
+import pytest
+import torch
+from conftest import tiny_experiment
+from test_training import Run, comparable
+
+from entprog import checkpoint, supernet
+from entprog.supernet import Efficiency, overlap
+
+WIDE = {
+    "generators": ["count", "suffix", "budget"],
+    "backward": ["exact", "residual"],
+    "shapes": [{"frames": 1}],
+    "search_steps": 1,
+    "search_share": 1.0,
+    "search_until_clear": False,
+}
+
+
+def interval(value, low, high):
+    return Efficiency(m=1, value=value, low=low, high=high, steps=4, mean_cost=1.0)
+
+
+def test_overlap_is_between_the_best_two():
+    best = interval(3, 2.5, 3.5)
+    assert overlap([interval(2, 1.5, 2.6), best])
+    assert not overlap([interval(2, 1.5, 2.4), best, interval(1, 0, 9)])
+
+
+@pytest.mark.parametrize("clear_after", [2, 4])
+def test_the_search_goes_on_until_the_best_is_clear(monkeypatch, clear_after):
+    rounds = []
+    monkeypatch.setattr(supernet, "overlap", lambda found: rounds.append(found[0].steps) or rounds[-1] < clear_after)
+    run = Run(tiny_experiment(schedule={"stages": 1, "search_steps": 2, "search_share": 1.0}))
+    steps = list(run.steps())
+    assert sum(s.phase == "search" for s in steps) == 2 * clear_after
+
+
+def test_an_unclear_search_still_keeps_to_its_share(monkeypatch):
+    monkeypatch.setattr(supernet, "overlap", lambda found: True)
+    run = Run(tiny_experiment(train={"steps": 40}, schedule={"stages": 1, "search_steps": 1, "search_share": 0.4}))
+    list(run.steps())
+    (decision,) = run.state.decisions
+    assert decision.efficiencies[0].steps > 1
+    assert decision.search_cost <= 0.4 * 40 * decision.full_step_cost
+
+
+def test_plans_of_every_kind_are_tried_and_trained():
+    run = Run(tiny_experiment(train={"steps": 40, "held_out_every": 5}, schedule=WIDE))
+    steps = list(run.steps())
+    first, last = run.state.decisions
+    assert {plan.shape.frames for plan in first.candidates} == {1, 2}
+    assert {plan.shape.frames for plan in last.candidates} == {2}
+    assert {plan.backward for plan in first.candidates} == {"exact", "residual"}
+    tried = {step.plan for step in steps if step.phase == "search"}
+    assert tried == {*first.candidates, *last.candidates}
+    assert steps[-1].held_out_loss < steps[0].held_out_loss
+
+
+@functools.cache
+def uninterrupted(frozen_state):
+    """(experiment, steps, run) of a run with everything that a stage's change can touch."""
+    experiment = tiny_experiment(
+        train={"steps": 40, "frozen_state": frozen_state, "block_warmup_steps": 6, "ema_decay": 0.9},
+        schedule=WIDE | {"candidates": [0.34]},
+    )
+    run = Run(experiment)
+    return experiment, [comparable(step) for step in run.steps()], run
+
+
+@pytest.mark.parametrize("frozen_state", ["host", "keep", "drop"])
+@pytest.mark.parametrize("stop_at", [3, 21, 36])
+def test_resume_equals_no_interruption_under_every_setting(tmp_path, stop_at, frozen_state):
+    experiment, expected, whole = uninterrupted(frozen_state)
+    first, got = Run(experiment), []
+    for step in first.steps():
+        got.append(comparable(step))
+        if step.step == stop_at:
+            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
+            break
+    second = Run(experiment, tmp_path)
+    got += [comparable(step) for step in second.steps()]
+    assert got == expected
+    for name, tensor in whole.weights().items():
+        assert torch.equal(tensor, second.weights()[name]), name
+    assert second.state.begun == whole.state.begun and second.state.saved_cost == whole.state.saved_cost
+
+
+def test_a_search_that_finds_full_training_best_is_never_far_behind(monkeypatch):
+    """At equal FLOPs less its search and scoring, Ent-Prog that goes on with m = L is where plain training is."""
+    plain = Run(tiny_experiment(train={"steps": 60, "held_out_every": 1}, schedule={"kind": "full"}))
+    course = [(step.flops, step.held_out_loss) for step in plain.steps()]
+
+    def largest(candidates, trials, schedule, **about):
+        values = {"efficiencies": (), "reason": "as if full training were best", "plan": candidates[-1]}
+        return supernet.Decision(
+            candidates=tuple(candidates), stage=about["stage"], search_cost=about["search_cost"], **values
+        )
+
+    monkeypatch.setattr(supernet, "choose", largest)
+    run = Run(tiny_experiment(train={"steps": 60, "held_out_every": 1}, schedule={"search_share": 0.2}))
+    steps = list(run.steps())
+    assert {step.plan.m for step in steps if step.phase == "train"} == {6}
+    assert run.state.flops.search > 0 and run.state.break_even_step is None
+    overhead = run.state.flops.search + run.state.flops.score
+    affordable = [loss for flops, loss in course if flops <= run.state.flops.total - overhead]
+    assert len(affordable) < 60
+    assert steps[-1].held_out_loss <= affordable[-1] * 1.01
+
+
+def test_the_break_even_step_is_where_savings_have_paid():
+    experiment = tiny_experiment(
+        train={"steps": 200, "held_out_every": 200},
+        schedule={"stages": 1, "candidates": [0.17], "backward": "residual", "search_steps": 1, "search_share": 0.5},
+    )
+    run = Run(experiment)
+    run.table = type(run.table)(**{**vars(run.table), "flops": 3_000_000})
+    steps = list(run.steps())
+    (decision,) = run.state.decisions
+    if decision.plan.m == 6:
+        pytest.skip("full training was best")
+    assert decision.step_cost < decision.full_step_cost
+    reached = run.state.break_even_step
+    assert reached is not None and abs(reached - decision.break_even_step) <= 1
+    saved = sum(decision.full_step_cost - decision.step_cost for s in steps if s.phase == "train" and s.step <= reached)
+    assert saved >= run.state.flops.search + run.state.flops.score
