@@ -1,6 +1,7 @@
 """What benchmarks have in common: interleaved timing, one result file each, one table on the terminal."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import statistics
@@ -24,6 +25,8 @@ class Measured:
     """One arm's repetitions, in the order in which they ran."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
+    """This process's CPU time, over all threads: other load on the machine hardly moves it."""
     peak_bytes: int
     """Largest memory allocated on the GPU over the repetitions; 0 on a CPU."""
 
@@ -48,34 +51,39 @@ def interleaved(
     device = torch.device(device)
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
     for number in range(warm_up + repeats):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            elapsed, peak_bytes = _timed(arms[name], device)
+            elapsed, cpu, peak_bytes = _timed(arms[name], device)
             if number >= warm_up:
                 seconds[name].append(elapsed)
+                cpu_seconds[name].append(cpu)
                 peak[name] = max(peak[name], peak_bytes)
-    return {name: Measured(tuple(seconds[name]), peak[name]) for name in names}
+    return {name: Measured(tuple(seconds[name]), tuple(cpu_seconds[name]), peak[name]) for name in names}
 
 
-def _timed(arm: Callable[[], Any], device: torch.device) -> tuple[float, int]:
-    """(seconds, peak bytes on the GPU) of one run."""
+def _timed(arm: Callable[[], Any], device: torch.device) -> tuple[float, float, int]:
+    """(seconds, CPU seconds, peak bytes on the GPU) of one run."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     arm()
     if on_gpu:
         torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - started
-    return elapsed, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+    elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    return elapsed, cpu, torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
-def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
-    """(median, smallest, largest) over rounds of one arm's seconds over the other's in the same round."""
-    ratios = [a / b for a, b in zip(of.seconds, to.seconds, strict=True)]
+def ratio(of: Measured, to: Measured, clock: str = "seconds") -> tuple[float, float, float]:
+    """(median, smallest, largest) over rounds of one arm's `clock` over the other's in the same round.
+
+    clock: `seconds`, or `cpu_seconds`.
+    """
+    ratios = [a / b for a, b in zip(getattr(of, clock), getattr(to, clock), strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
@@ -105,6 +113,7 @@ def write(name: str, figures: Sequence[Mapping[str, Any]], *, device: torch.devi
             "commit": jobs.commit(),
             "command": shlex.join(_command()),
             "repeats": repeats,
+            "load_average": os.getloadavg()[0],
             "figures": list(figures),
         },
     )
