@@ -154,7 +154,9 @@ class _Fit:
             if decision is not None:
                 self.carry_out(decision)
             if schedule.kind == "entprog":  # counting and timing candidates is part of the search
-                self.charge("search", distributed.slowest(self.now() - started, self.device), 0.0)
+                elapsed = distributed.slowest(self.now() - started, self.device)
+                self.charge("search", elapsed, 0.0)
+                state.search_cost += self.in_clock(elapsed, 0.0)
         return state.plan is None
 
     def carry_out(self, decision: Decision) -> None:

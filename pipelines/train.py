@@ -102,12 +102,12 @@ def explain(experiment: Experiment) -> dict[str, Any]:
     dataset = check(experiment)
     jobs.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
     train, schedule = experiment.train, experiment.schedule
-    ends = [f"{train.steps} steps"] * bool(train.steps) + [f"{train.seconds:g} s"] * bool(train.seconds)
+    ends = [f"{number:g} {unit}" for number, unit in ((train.steps, "steps"), (train.seconds, "s")) if number]
     jobs.console.print(
         f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
         f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
-        f"({schedule.stages} stages, backward {schedule.backward}, clock {schedule.clock})."
+        f"({schedule.stages} stages, backward {' or '.join(schedule.backwards)}, clock {schedule.clock})."
     )
     return {"settings": config.settings(experiment)}
 

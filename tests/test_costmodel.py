@@ -41,7 +41,7 @@ class Tiny:
 
 def sets(names):
     some = [c for m in range(1, len(names) + 1) for c in itertools.combinations(names, m)]
-    return some[::5] + [some[-1]]
+    return [*some[::5], some[-1]]
 
 
 @pytest.mark.parametrize("outside", ["always", "conditions", "never"])
