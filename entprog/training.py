@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import distributed, losses, optimizer
+from entprog import controls, distributed, losses, optimizer
 from entprog.blocks import Block
-from entprog.cei import ScoreTable
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
 from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
 from entprog.prices import Prices
+from entprog.scores import ScoreTable, drift
 from entprog.search import Search
 from entprog.state import RunState
 from entprog.supernet import Decision, Trial
@@ -65,6 +65,8 @@ class Step:
     held_out_loss: float | None = None
     decision: Decision | None = None
     """The stage's decision, on the step after which it was taken."""
+    drift: float | None = None
+    """Kendall's τ of a stage's new scores to the first table's, on the stage's first step (`priority.rescore`)."""
     last: bool = False
 
 
@@ -82,14 +84,16 @@ def fit(
     scores: ScoreTable | None,
     experiment: Experiment,
     state: RunState,
+    conditions: Sequence[Latents] = (),
 ) -> Iterator[Step]:
     """Train until `train.steps` or `train.seconds`; yields after every update, with `state` at the step's end.
 
     held_out: this rank's share of the held-out batches, which may be empty. sample: any batch, to count and time plans
-    on. scores: needed for every schedule but `full`.
+    on. scores: needed for every schedule but `full`. conditions: clips to score on, the same on every rank, where
+    `priority.rescore` asks for it.
     """
     if not is_over(experiment, state):
-        yield from _Fit(denoiser, found, batches, held_out, sample, scores, experiment, state).run()
+        yield from _Fit(denoiser, found, batches, held_out, sample, scores, experiment, state, conditions).run()
 
 
 def progress(experiment: Experiment, state: RunState) -> float:
@@ -107,7 +111,7 @@ def is_over(experiment: Experiment, state: RunState) -> bool:
 class _Fit:
     """What `fit`'s steps share; lives as long as one call of it."""
 
-    def __init__(self, denoiser, found, batches, held_out, sample, scores, experiment, state):
+    def __init__(self, denoiser, found, batches, held_out, sample, scores, experiment, state, conditions):
         self.denoiser: Denoiser = denoiser
         self.found: list[Block] = list(found)
         self.open_batches: Batches = batches
@@ -119,7 +123,9 @@ class _Fit:
         schedule = experiment.schedule
         if scores is None and schedule.kind != "full":
             raise ValueError(f"schedule {schedule.kind} needs a score table")
-        self.priority = scores.priority(experiment.priority.sign) if scores else dict.fromkeys(self.names, 0.0)
+        self.scores: ScoreTable | None = scores
+        self.conditions: Sequence[Latents] = conditions
+        priority = scores.priority(experiment.priority.sign) if scores else dict.fromkeys(self.names, 0.0)
         if scores and state.step == 0:
             state.seconds.score = scores.seconds
             state.flops.score = float(scores.flops)
@@ -127,9 +133,11 @@ class _Fit:
         self.rank, self.world = distributed.world()
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models)
-        self.search = Search(self.names, self.priority, self.prices, experiment, state)
+        self.search = Search(self.names, priority, self.prices, experiment, state)
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
+        self.drift: float | None = None
+        """Of a new table that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
         self.clips_per_step = experiment.data.batch_size * self.world
 
@@ -149,6 +157,8 @@ class _Fit:
         stages = 1 if schedule.kind == "full" else schedule.stages
         stage = min(int(progress(self.experiment, state) * stages), stages - 1)
         if stage > state.stage:
+            if stage > 0 and self.scores is not None and self.experiment.priority.rescore:
+                self.rescore(stage)
             started = self.now()
             decision = self.search.begin(stage)
             if decision is not None:
@@ -158,6 +168,16 @@ class _Fit:
                 self.charge("search", elapsed, 0.0)
                 state.search_cost += self.in_clock(elapsed, 0.0)
         return state.plan is None
+
+    def rescore(self, stage: int) -> None:
+        """Rank the blocks by the weights as they are now; charged as scoring."""
+        priority, seed = self.experiment.priority, self.experiment.train.seed
+        new = controls.score(
+            self.denoiser.predict, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed
+        )
+        self.search.priority = new.priority(priority.sign)
+        self.drift = drift(self.scores, new, priority.sign)
+        self.charge("score", new.seconds, float(new.flops))
 
     def carry_out(self, decision: Decision) -> None:
         """Freeze what the stage's plan leaves out, its optimizer state with it."""
@@ -207,6 +227,7 @@ class _Fit:
     def step(self, phase, plan, loss, rate, norm, seconds, wait_s) -> Step:
         state, train = self.state, self.experiment.train
         decision, self.news = self.news, None
+        drifted, self.drift = self.drift, None
         memory = self.memory(plan)
         model = state.models.get(plan.shape)
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
@@ -231,6 +252,7 @@ class _Fit:
             predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
             decision=decision,
+            drift=drifted,
             last=last,
         )
 

@@ -164,7 +164,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0 and table is not None:
         write_json(output / "cei.json", table.as_json())
     with closing(_Batches(setup, settings)) as batches:
-        for step in fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state):
+        conditions = scoring_clips(setup) if table and experiment.priority.rescore else ()
+        steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
+        for step in steps:
             if rank == 0:
                 record = as_record(step)
                 log.add(record)
@@ -263,6 +265,8 @@ def metrics(step: Step) -> dict[str, float]:
     }
     if step.held_out_loss is not None:
         values["held_out_loss"] = step.held_out_loss
+    if step.drift is not None:
+        values["score_drift"] = step.drift
     foreseen = {"predicted_step_s": step.predicted_s, "predicted_memory_bytes": step.predicted_memory_bytes}
     if step.decision is not None:
         decision = step.decision

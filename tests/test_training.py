@@ -143,6 +143,19 @@ def test_a_seconds_budget_ends_the_run():
     assert run.state.seconds.total - steps[-1].seconds - steps[-1].wait_s < 4.0 + 1.0
 
 
+def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told():
+    experiment = tiny_experiment(priority={"rescore": True})
+    run = Run(experiment)
+    source, sample = batches(experiment), latents([0, 1])
+    steps = list(
+        fit(run.denoiser, run.found, source, run.held_out, sample, run.table, experiment, run.state, [latents([0, 1])])
+    )
+    told = [(s.stage, s.drift) for s in steps if s.drift is not None]
+    assert [stage for stage, _ in told] == [1] and -1 <= told[0][1] <= 1
+    assert run.state.flops.score == pytest.approx(2 * run.table.flops)
+    assert run.state.seconds.score > run.table.seconds
+
+
 def test_learning_rate_warms_up_and_cools_down():
     experiment = tiny_experiment(train={"warmup_steps": 4, "cooldown_share": 0.5}, schedule={"kind": "full"})
     rates = [step.learning_rate for step in Run(experiment).steps()]
