@@ -41,9 +41,15 @@ class Measured:
 
 
 def interleaved(
-    arms: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | str, warm_up: int = 1
+    arms: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device | str,
+    warm_up: int = 1,
+    prepare: Callable[[str], Any] | None = None,
 ) -> dict[str, Measured]:
     """Run all arms once, `repeats` times over, after `warm_up` rounds that do not count.
+
+    prepare(arm) runs before every turn of an arm and counts in neither time nor memory.
 
     What drifts (other load, clocks, temperature) then meets all arms alike. Every round begins with another arm. Time
     includes what the arm left to do on the GPU.
@@ -56,6 +62,8 @@ def interleaved(
     for number in range(warm_up + repeats):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if prepare is not None:
+                prepare(name)
             elapsed, cpu, peak_bytes = _timed(arms[name], device)
             if number >= warm_up:
                 seconds[name].append(elapsed)

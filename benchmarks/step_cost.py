@@ -1,0 +1,349 @@
+"""What a step of each plan costs, measured: against full training, the counted limit and the cost model.
+
+    python -m benchmarks.step_cost --threads 1           # 12 small blocks on the CPU; minutes
+    python -m benchmarks.step_cost --device cuda         # Wan 1.3B's width and depth, bfloat16 autocast
+
+Torch and diffusers alone: no Ray. A step is forward, backward, clipping and AdamW on one batch. All plans under one
+setting of checkpointing and compile run in turns with full training under the same setting, and are measured against
+it. Leaves benchmarks/results/step_cost_cpu.json or step_cost_gpu.json.
+
+Memory is the allocator's peak on a GPU and counted (`entprog.costs`) on a CPU. There are no rows with frozen blocks in
+fp8 yet: entprog has no such forward.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import nn
+
+from benchmarks import common
+from entprog import config, losses, models, optimizer, plans
+from entprog.blocks import blocks
+from entprog.clips import Latents
+from entprog.freezing import Freeze
+from entprog.plans import Plan
+from entprog.prices import Prices
+from pipelines import jobs
+
+app = jobs.app("Time, FLOPs and peak memory of a training step, plan by plan.")
+
+SMALL = {"attention_head_dim": 64, "text_dim": 16, "freq_dim": 64}
+LARGE = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+"""Of Wan 1.3B."""
+CHANNELS = 3
+"""Of the clips: pixels of 2 x 2 to a token, no VAE."""
+FRACTIONS = (0.25, 0.5, 0.75)
+"""m/L of the plans beside full training."""
+FULL = "full"
+Position = Literal["scattered", "last"]
+SHOWN = {
+    "speedup": "speed-up",
+    "speedup_limit": "limit",
+    "flops_ratio": "FLOPs",
+    "memory_ratio": "memory",
+    "predicted_over_measured_time": "predicted/measured time",
+    "predicted_over_measured_memory": "memory ",
+    "note": "note",
+}
+"""Figures on the terminal, beside the plan's."""
+
+
+@app.command()
+def main(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks. Default: 12 (GPU: 30).")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, of 64 (GPU: 128) each. Default: 4 (GPU: 12).")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip. Default: 8 (GPU: 5).")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Its height, 2 to a token. Default: 16 (GPU: 64).")] = None,
+    width: Annotated[int | None, typer.Option(min=16, help="Its width. Default: 16 (GPU: 40).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips of a step. Default: 1 (GPU: 2).")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each plan, interleaved.")] = 5,
+    set_position: Annotated[
+        Position, typer.Option(help="Trained blocks: spread evenly over depth, the first among them, or the last ones.")
+    ] = "scattered",
+    outside: Annotated[
+        Literal["always", "conditions", "never"] | None,
+        typer.Option(
+            help="Parameters outside blocks, as schedule.outside. Default: always; for the last blocks never."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Rows with torch.compile too. Default: on a GPU."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch's CPU threads. Default: torch's own choice.")
+    ] = None,
+) -> None:
+    """Train a Wan transformer with new weights under every plan; print and keep what a step costs."""
+    device = device or common.default_device()
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU here: --device cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    layers, heads = layers or (30 if on_gpu else 12), heads or (12 if on_gpu else 4)
+    shape = {"frames": frames or (5 if on_gpu else 8), "height": height or (64 if on_gpu else 16)}
+    shape["width"] = width or (40 if on_gpu else 16)
+    try:
+        experiment = config.build(
+            {
+                "model": {"init": network_of(layers, heads, on_gpu), "vae": "none", "dtype": dtype_of(on_gpu)},
+                "data": {"shape": shape, "batch_size": batch_size or (2 if on_gpu else 1)},
+                "train": {"steps": 1, "learning_rate": 1e-5},
+                "schedule": {"outside": outside or ("never" if set_position == "last" else "always")},
+            }
+        )
+    except config.UserError as error:
+        raise typer.BadParameter(str(error)) from None
+    bench = Bench(experiment, set_position, device)
+    if compiled is None:
+        compiled = on_gpu
+    # Compiled ones last: blocks stay compiled.
+    settings = [
+        (checkpointing, compile_) for compile_ in [False, True][: 1 + compiled] for checkpointing in (False, True)
+    ]
+    figures = [row for setting in settings for row in bench.figures(*setting, repeats)]
+    common.show(
+        "A step of each plan, over full training's",
+        [
+            {name: shown(value) for name, value in row["plan"].items()}
+            | {SHOWN[name]: shown(row[name]) for name in SHOWN}
+            for row in figures
+        ],
+    )
+    path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
+    jobs.console.print(f"Wrote {path}")
+
+
+def network_of(layers: int, heads: int, on_gpu: bool) -> dict[str, Any]:
+    """A Wan transformer's configuration."""
+    sizes = LARGE if on_gpu else SMALL
+    inner = heads * sizes["attention_head_dim"]
+    # Wan 1.3B: 8960 of 1536.
+    feed_forward = {"ffn_dim": inner * 35 // 6 if on_gpu else 4 * inner, "cross_attn_norm": True}
+    return {
+        **sizes, **feed_forward, "num_attention_heads": heads, "num_layers": layers, "out_channels": CHANNELS,
+        "patch_size": [1, 2, 2],
+    }  # fmt: skip
+
+
+def dtype_of(on_gpu: bool) -> str:
+    return "bfloat16" if on_gpu else "float32"
+
+
+def shown(value: Any) -> Any:
+    """What a table says: yes, no, or a dash where a row has no figure."""
+    if value is None:
+        return "–"
+    return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+class Bench:
+    """One network and its optimizer, trained under one plan after another."""
+
+    def __init__(self, experiment: config.Experiment, position: Position, device: str):
+        self.experiment = experiment
+        self.position = position
+        self.device = torch.device(device)
+        self.denoiser = models.family(experiment.model.family).load(experiment.model, device, seed=0)
+        self.found = blocks(self.denoiser.network)
+        self.names = [block.name for block in self.found]
+        self.optimizer = optimizer.adamw(self.denoiser.network, experiment.train)
+        shape, clips = self.denoiser.latent_shape(experiment.data.shape), experiment.data.batch_size
+        clean = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        self.batch = Latents(clean, dict.fromkeys(self.denoiser.conditions, clean), torch.arange(clips))
+
+    def plans(self) -> dict[str, Plan]:
+        """Full training and the others, each by a name."""
+        shape = self.experiment.data.shape
+        out = {FULL: plans.full(self.names, shape)}
+        for fraction in FRACTIONS:
+            chosen = trained(self.names, plans.count(fraction, len(self.names)), self.position)
+            for backward in ("exact", "residual"):
+                plan = plans.of_set(chosen, self.names, backward, shape)
+                if plan not in out.values():
+                    out[f"{len(chosen)} {backward}"] = plan
+        return out
+
+    def figures(self, checkpointing: bool, compiled: bool, repeats: int) -> list[dict[str, Any]]:
+        """Every plan's row under one setting; one that runs out of memory says so, the others go on."""
+        setting = {"model": {"gradient_checkpointing": checkpointing, "compile_blocks": compiled}}
+        experiment = config.build(config.merge(self.experiment.model_dump(), setting))
+        by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
+        jobs.console.print(f"Steps with checkpointing {shown(checkpointing)}, compile {shown(compiled)} …")
+        freeze = Freeze(self.denoiser, self.found, experiment)
+        prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
+        flops.counts = prices.counts
+        known = self.plans()
+        failed: dict[str, str] = {}
+        uncounted: dict[str, str] = {}
+        foreseen = {}
+        for name, plan in known.items():
+            with self.guarded(name, uncounted):
+                foreseen[name] = self.foreseen(plan, prices, flops)
+        measured = common.interleaved(
+            {name: partial(self.turn, name, failed) for name in known},
+            repeats,
+            self.device,
+            prepare=lambda name: self.prepare(name, known[name], freeze, failed),
+        )
+        rows = []
+        for name, plan in known.items():
+            row = self.blank(plan, checkpointing, compiled) | foreseen.get(name, {})
+            if name not in failed:
+                row |= self.compared(row, measured[name], None if FULL in failed else measured[FULL])
+            rows.append(row)
+        whole = next(row for row, name in zip(rows, known, strict=True) if name == FULL)
+        for row, name in zip(rows, known, strict=True):
+            row["memory_ratio"] = over(row["memory_bytes"], whole["memory_bytes"])
+            row["flops_ratio"] = over(row["flops"], whole["flops"])
+            row["note"] = failed.get(name) or ("counting ran out of memory" if name in uncounted else "")
+        return rows[1:] + rows[:1]
+
+    def prepare(self, name: str, plan: Plan, freeze: Freeze, failed: dict[str, str]) -> None:
+        """Put a plan in force, with the moments it needs and, where memory is measured, no others."""
+        self.trained = []
+        if name in failed:
+            return
+        freeze.put(plan)
+        self.trained = freeze.trained
+        on_gpu = self.device.type == "cuda"
+        optimizer.follow(self.optimizer, self.trained, "drop" if on_gpu else "keep")
+        if on_gpu:  # makes the moments again, and warms up
+            self.turn(name, failed)
+
+    def turn(self, name: str, failed: dict[str, str]) -> None:
+        """One update under the plan in force."""
+        if name in failed:
+            return
+        with self.guarded(name, failed):
+            losses.training_loss(self.denoiser, self.batch, self.experiment.train).backward()
+            nn.utils.clip_grad_norm_([p for p in self.trained if p.grad is not None], 1.0)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def guarded(self, name: str, failed: dict[str, str]) -> Iterator[None]:
+        """Notes a plan that runs out of memory."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed[name] = "out of memory"
+            jobs.complain("out of memory", f"plan {name}: left out (try a smaller clip: --frames, --height, --width)")
+        if name in failed:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def blank(self, plan: Plan, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+        """What a row says before anything is measured."""
+        parameters = sum(p.numel() for p in self.denoiser.network.parameters())
+        size = self.denoiser.network.config
+        return {
+            "model": f"Wan, {len(self.names)} blocks x {size.num_attention_heads * size.attention_head_dim}",
+            "parameters": parameters,
+            "dtype": self.experiment.model.dtype,
+            "tokens": self.batch.clean[:, 0].numel() // 4,
+            "clips": len(self.batch.position),
+            "plan": {
+                "m": plan.m,
+                "L": len(self.names),
+                "backward": plan.backward,
+                "checkpointing": checkpointing,
+                "compile": compiled,
+                "fp8": False,
+            },
+            "trained": list(plan.trainable),
+            "outside": self.experiment.schedule.outside,
+            "speedup": None,
+            "speedup_limit": self.limit(plan, checkpointing),
+            "speedup_smallest": None,
+            "speedup_largest": None,
+            "speedup_cpu_time": None,
+            "step_s": None,
+            "step_s_fastest": None,
+            "step_s_slowest": None,
+            "flops": None,
+            "flops_ratio": None,
+            "memory_bytes": None,
+            "memory_ratio": None,
+            "predicted_s": None,
+            "predicted_memory_bytes": None,
+            "predicted_over_measured_time": None,
+            "predicted_over_measured_memory": None,
+            "predicted_over_counted_flops": None,
+            "note": "",
+        }
+
+    def foreseen(self, plan: Plan, prices: Prices, flops: Prices) -> dict[str, Any]:
+        """The cost model's word, and what is counted on the network."""
+        counted = prices.counted(plan).step_flops(self.experiment.data.batch_size)
+        on_gpu = self.device.type == "cuda"
+        return {
+            "flops": counted,
+            "memory_bytes": None if on_gpu else prices.counted(plan).memory_bytes(self.experiment.data.batch_size),
+            "predicted_s": prices.step(plan),
+            "predicted_memory_bytes": prices.memory(plan),
+            "predicted_over_counted_flops": flops.model(plan.shape).step(plan.trainable, plan.backward) / counted,
+        }
+
+    def compared(self, row: dict[str, Any], measured: common.Measured, whole: common.Measured | None) -> dict[str, Any]:
+        """A plan's steps against the forecast in `row` and full training's steps (None: it ran out of memory)."""
+        memory = measured.peak_bytes or row["memory_bytes"]
+        fastest, slowest = measured.spread_s
+        out = {
+            "step_s": measured.median_s,
+            "step_s_fastest": fastest,
+            "step_s_slowest": slowest,
+            "memory_bytes": memory,
+            "predicted_over_measured_time": over(row["predicted_s"], measured.median_s),
+            "predicted_over_measured_memory": over(row["predicted_memory_bytes"], memory),
+        }
+        if whole is not None:
+            names = ("speedup", "speedup_smallest", "speedup_largest")
+            out |= dict(zip(names, common.ratio(whole, measured), strict=True))
+            out["speedup_cpu_time"] = common.ratio(whole, measured, "cpu_seconds")[0]
+        return out
+
+    def limit(self, plan: Plan, checkpointing: bool) -> float:
+        """Counted bound of the speed-up, blocks alone, each pass of a block F (method.md §5).
+
+        Forward; gradient to activations of what it crosses; gradient to weights; and with checkpointing one more
+        forward of every block with a backward pass.
+        """
+        share = plan.m / len(self.names)
+        if plan.backward == "residual":
+            crossed = share
+        elif self.experiment.schedule.outside == "never":
+            crossed = 1 - self.names.index(plan.trainable[0]) / len(self.names)
+        else:
+            crossed = 1.0
+        again = crossed if checkpointing else 0.0
+        return (4 if checkpointing else 3) / (1 + crossed + share + again)
+
+
+def trained(names: Sequence[str], m: int, position: Position) -> list[str]:
+    """m of the blocks."""
+    return list(names[-m:]) if position == "last" else [names[i * len(names) // m] for i in range(m)]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator, the CPU's, or Python."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def over(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else part / whole
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,75 @@
+"""Benchmarks at their smallest: that they run, and leave what others read."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import common, step_cost
+
+TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
+ROW = [
+    "speedup",
+    "speedup_limit",
+    "flops_ratio",
+    "memory_ratio",
+    "predicted_over_measured_time",
+    "predicted_over_measured_memory",
+]
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def run(*options):
+    outcome = CliRunner().invoke(step_cost.app, [*TINY.split(), *options], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+
+
+def test_step_cost(results):
+    run()
+    record = json.loads((results / "step_cost_cpu.json").read_text())
+    assert {"device", "versions", "commit", "command", "repeats", "figures"} <= record.keys()
+    rows = record["figures"]
+    # 1, 2 and 3 of 4 blocks with both backwards, and full training; without and with checkpointing.
+    assert len(rows) == 14
+    for row in rows:
+        plan = row["plan"]
+        assert all(row[name] > 0 for name in ROW) and row["note"] == ""
+        assert plan["L"] == 4 and plan.keys() == {"m", "L", "backward", "checkpointing", "compile", "fp8"}
+        assert row["predicted_over_counted_flops"] == pytest.approx(1, abs=0.1)
+        assert row["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
+        if plan["m"] == 4:
+            assert row["speedup"] == row["flops_ratio"] == row["memory_ratio"] == row["speedup_limit"] == 1
+        else:
+            assert row["trained"][0] == "blocks.0" and row["flops_ratio"] < 1
+    quarter = {
+        (row["plan"]["backward"], row["plan"]["checkpointing"]): row["speedup_limit"]
+        for row in rows
+        if row["plan"]["m"] == 1
+    }
+    assert quarter["residual", False] == pytest.approx(2.0)
+    assert quarter["residual", True] == pytest.approx(16 / 7)
+    assert quarter["exact", False] == pytest.approx(4 / 3)
+
+
+def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch):
+    first = step_cost.Bench.turn
+
+    def turn(self, name, failed):
+        with self.guarded(name, failed):
+            if name == step_cost.FULL:
+                raise MemoryError
+        first(self, name, failed)
+
+    monkeypatch.setattr(step_cost.Bench, "turn", turn)
+    run("--set-position", "last")
+    rows = json.loads((results / "step_cost_cpu.json").read_text())["figures"]
+    for row in rows:
+        full = row["plan"]["m"] == 4
+        assert row["note"] == ("out of memory" if full else "")
+        assert row["speedup"] is None and (row["step_s"] is None) == full
+        assert full or row["trained"][-1] == "blocks.3"
