@@ -11,6 +11,7 @@ Memory is the allocator's peak on a GPU and counted (`entprog.costs`) on a CPU. 
 fp8 yet: entprog has no such forward.
 """
 
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,11 +46,11 @@ SHOWN = {
     "speedup_limit": "limit",
     "flops_ratio": "FLOPs",
     "memory_ratio": "memory",
-    "predicted_over_measured_time": "predicted/measured time",
-    "predicted_over_measured_memory": "memory ",
+    "predicted_over_measured_time": "time*",
+    "predicted_over_measured_memory": "memory*",
     "note": "note",
 }
-"""Figures on the terminal, beside the plan's."""
+"""Figures on the terminal; *: predicted over measured."""
 
 
 @app.command()
@@ -111,12 +112,8 @@ def main(
     ]
     figures = [row for setting in settings for row in bench.figures(*setting, repeats)]
     common.show(
-        "A step of each plan, over full training's",
-        [
-            {name: shown(value) for name, value in row["plan"].items()}
-            | {SHOWN[name]: shown(row[name]) for name in SHOWN}
-            for row in figures
-        ],
+        "A step of each plan over full training's (*: predicted over measured)",
+        [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
     path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
     jobs.console.print(f"Wrote {path}")
@@ -139,10 +136,16 @@ def dtype_of(on_gpu: bool) -> str:
 
 
 def shown(value: Any) -> Any:
-    """What a table says: yes, no, or a dash where a row has no figure."""
+    """What a table says: three digits, or a dash where a row has no figure."""
     if value is None:
         return "–"
-    return ("no", "yes")[value] if isinstance(value, bool) else value
+    return f"{value:.3g}" if isinstance(value, float) else value
+
+
+def label(plan: dict[str, Any]) -> str:
+    """A plan in words, settings that are on after it."""
+    on = [name for name in ("checkpointing", "compile", "fp8") if plan[name]]
+    return ", ".join([f"{plan['m']}/{plan['L']} {plan['backward']}", *on])
 
 
 class Bench:
@@ -177,7 +180,7 @@ class Bench:
         setting = {"model": {"gradient_checkpointing": checkpointing, "compile_blocks": compiled}}
         experiment = config.build(config.merge(self.experiment.model_dump(), setting))
         by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
-        jobs.console.print(f"Steps with checkpointing {shown(checkpointing)}, compile {shown(compiled)} …")
+        jobs.console.print(f"Steps with checkpointing {on_off(checkpointing)}, compile {on_off(compiled)} …")
         freeze = Freeze(self.denoiser, self.found, experiment)
         prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
         flops.counts = prices.counts
@@ -279,6 +282,7 @@ class Bench:
             "predicted_s": None,
             "predicted_memory_bytes": None,
             "predicted_over_measured_time": None,
+            "predicted_over_measured_cpu_time": None,
             "predicted_over_measured_memory": None,
             "predicted_over_counted_flops": None,
             "note": "",
@@ -298,6 +302,7 @@ class Bench:
 
     def compared(self, row: dict[str, Any], measured: common.Measured, whole: common.Measured | None) -> dict[str, Any]:
         """A plan's steps against the forecast in `row` and full training's steps (None: it ran out of memory)."""
+        cpu_s = statistics.median(measured.cpu_seconds)
         memory = measured.peak_bytes or row["memory_bytes"]
         fastest, slowest = measured.spread_s
         out = {
@@ -306,6 +311,7 @@ class Bench:
             "step_s_slowest": slowest,
             "memory_bytes": memory,
             "predicted_over_measured_time": over(row["predicted_s"], measured.median_s),
+            "predicted_over_measured_cpu_time": None if measured.peak_bytes else over(row["predicted_s"], cpu_s),
             "predicted_over_measured_memory": over(row["predicted_memory_bytes"], memory),
         }
         if whole is not None:
@@ -339,6 +345,10 @@ def trained(names: Sequence[str], m: int, position: Position) -> list[str]:
 def is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator, the CPU's, or Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def on_off(setting: bool) -> str:
+    return "on" if setting else "off"
 
 
 def over(part: float | None, whole: float | None) -> float | None:
