@@ -132,3 +132,15 @@ def test_what_is_no_amount_of_memory(text):
 def test_a_ladder_that_does_not_fit_the_clips(step):
     with pytest.raises(UserError, match=r"schedule\.shapes"):
         step.of(SHAPE)
+
+
+def test_the_command_line_takes_a_memory_budget(tmp_path):
+    from typer.testing import CliRunner
+
+    from pipelines import train
+
+    settings = ["--set", "train.steps=1", "--shards", str(tmp_path), "--dry-run"]
+    wrong = CliRunner().invoke(train.app, ["--memory-budget", "12 elephants", *settings])
+    assert wrong.exit_code == 2 and "amount of memory" in wrong.output
+    right = CliRunner().invoke(train.app, ["--memory-budget", "24GB", *settings])
+    assert right.exit_code == 2 and "amount of memory" not in right.output  # on to the next mistake: no shards here

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_experiment
 from test_training import Run, comparable
 
-from entprog import checkpoint, supernet
+from entprog import blocks, checkpoint, supernet
 from entprog.supernet import Efficiency, overlap
 
 WIDE = {
@@ -128,3 +128,12 @@ def test_the_break_even_step_is_where_savings_have_paid():
     assert reached is not None and abs(reached - decision.break_even_step) <= 1
     saved = sum(decision.full_step_cost - decision.step_cost for s in steps if s.phase == "train" and s.step <= reached)
     assert saved >= run.state.flops.search + run.state.flops.score
+
+
+def test_compiled_blocks_train_alike(monkeypatch):
+    # Inductor, the default, gives the same but takes minutes to compile on two cores.
+    monkeypatch.setattr(blocks, "compile_blocks", functools.partial(blocks.compile_blocks, backend="aot_eager"))
+    settings = {"train": {"steps": 8}, "schedule": {"backward": "residual", "search_steps": 1, "stages": 1}}
+    plain, compiled = Run(tiny_experiment(**settings)), Run(tiny_experiment(**settings, model={"compile_blocks": True}))
+    for a, b in zip(plain.steps(), compiled.steps(), strict=True):
+        assert a.plan == b.plan and a.loss == pytest.approx(b.loss, rel=1e-4), a.step
