@@ -40,6 +40,8 @@ CHANNELS = 3
 FRACTIONS = (0.25, 0.5, 0.75)
 """m/L of the plans beside full training."""
 FULL = "full"
+MODEL = "cost model"
+"""The arm that measures the cost model: every round anew, so that what drifts meets forecast and step alike."""
 Position = Literal["scattered", "last"]
 SHOWN = {
     "speedup": "speed-up",
@@ -112,7 +114,7 @@ def main(
     ]
     figures = [row for setting in settings for row in bench.figures(*setting, repeats)]
     common.show(
-        "A step of each plan over full training's (*: predicted over measured)",
+        "A step of each plan over full training's (ckpt: checkpointing; *: predicted over measured)",
         [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
     path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
@@ -142,10 +144,13 @@ def shown(value: Any) -> Any:
     return f"{value:.3g}" if isinstance(value, float) else value
 
 
+SHORT = {"checkpointing": "ckpt", "compile": "comp", "fp8": "fp8"}
+
+
 def label(plan: dict[str, Any]) -> str:
     """A plan in words, settings that are on after it."""
-    on = [name for name in ("checkpointing", "compile", "fp8") if plan[name]]
-    return ", ".join([f"{plan['m']}/{plan['L']} {plan['backward']}", *on])
+    on = [short for name, short in SHORT.items() if plan[name]]
+    return " ".join([f"{plan['m']}/{plan['L']} {plan['backward']}", *on])
 
 
 class Bench:
@@ -188,20 +193,30 @@ class Bench:
         failed: dict[str, str] = {}
         uncounted: dict[str, str] = {}
         foreseen = {}
+        forecasts: list[dict[str, float]] = []
         for name, plan in known.items():
             with self.guarded(name, uncounted):
                 foreseen[name] = self.foreseen(plan, prices, flops)
+
+        def forecast() -> None:
+            prices.models.clear()
+            with self.guarded(MODEL, failed):
+                forecasts.append({name: prices.step(plan) for name, plan in known.items()})
+
         measured = common.interleaved(
-            {name: partial(self.turn, name, failed) for name in known},
+            {MODEL: forecast} | {name: partial(self.turn, name, failed) for name in known},
             repeats,
             self.device,
-            prepare=lambda name: self.prepare(name, known[name], freeze, failed),
+            prepare=lambda name: name == MODEL or self.prepare(name, known[name], freeze, failed),
         )
+        forecasts = forecasts[-repeats:]
         rows = []
         for name, plan in known.items():
             row = self.blank(plan, checkpointing, compiled) | foreseen.get(name, {})
             if name not in failed:
-                row |= self.compared(row, measured[name], None if FULL in failed else measured[FULL])
+                row |= compared(row, measured[name], None if FULL in failed else measured[FULL])
+                if MODEL not in failed:
+                    row |= foretold([each[name] for each in forecasts], measured[name].seconds)
             rows.append(row)
         whole = next(row for row, name in zip(rows, known, strict=True) if name == FULL)
         for row, name in zip(rows, known, strict=True):
@@ -241,7 +256,7 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             failed[name] = "out of memory"
-            jobs.complain("out of memory", f"plan {name}: left out (try a smaller clip: --frames, --height, --width)")
+            jobs.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
         if name in failed:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
@@ -282,43 +297,23 @@ class Bench:
             "predicted_s": None,
             "predicted_memory_bytes": None,
             "predicted_over_measured_time": None,
-            "predicted_over_measured_cpu_time": None,
+            "predicted_over_measured_time_smallest": None,
+            "predicted_over_measured_time_largest": None,
             "predicted_over_measured_memory": None,
             "predicted_over_counted_flops": None,
             "note": "",
         }
 
     def foreseen(self, plan: Plan, prices: Prices, flops: Prices) -> dict[str, Any]:
-        """The cost model's word, and what is counted on the network."""
+        """The cost model's word on memory and FLOPs, and what is counted on the network."""
         counted = prices.counted(plan).step_flops(self.experiment.data.batch_size)
         on_gpu = self.device.type == "cuda"
         return {
             "flops": counted,
             "memory_bytes": None if on_gpu else prices.counted(plan).memory_bytes(self.experiment.data.batch_size),
-            "predicted_s": prices.step(plan),
             "predicted_memory_bytes": prices.memory(plan),
             "predicted_over_counted_flops": flops.model(plan.shape).step(plan.trainable, plan.backward) / counted,
         }
-
-    def compared(self, row: dict[str, Any], measured: common.Measured, whole: common.Measured | None) -> dict[str, Any]:
-        """A plan's steps against the forecast in `row` and full training's steps (None: it ran out of memory)."""
-        cpu_s = statistics.median(measured.cpu_seconds)
-        memory = measured.peak_bytes or row["memory_bytes"]
-        fastest, slowest = measured.spread_s
-        out = {
-            "step_s": measured.median_s,
-            "step_s_fastest": fastest,
-            "step_s_slowest": slowest,
-            "memory_bytes": memory,
-            "predicted_over_measured_time": over(row["predicted_s"], measured.median_s),
-            "predicted_over_measured_cpu_time": None if measured.peak_bytes else over(row["predicted_s"], cpu_s),
-            "predicted_over_measured_memory": over(row["predicted_memory_bytes"], memory),
-        }
-        if whole is not None:
-            names = ("speedup", "speedup_smallest", "speedup_largest")
-            out |= dict(zip(names, common.ratio(whole, measured), strict=True))
-            out["speedup_cpu_time"] = common.ratio(whole, measured, "cpu_seconds")[0]
-        return out
 
     def limit(self, plan: Plan, checkpointing: bool) -> float:
         """Counted bound of the speed-up, blocks alone, each pass of a block F (method.md §5).
@@ -335,6 +330,35 @@ class Bench:
             crossed = 1.0
         again = crossed if checkpointing else 0.0
         return (4 if checkpointing else 3) / (1 + crossed + share + again)
+
+
+def compared(row: dict[str, Any], measured: common.Measured, whole: common.Measured | None) -> dict[str, Any]:
+    """A plan's steps against what `row` counts and full training's steps (None: it ran out of memory)."""
+    memory = measured.peak_bytes or row["memory_bytes"]
+    fastest, slowest = measured.spread_s
+    out = {
+        "step_s": measured.median_s,
+        "step_s_fastest": fastest,
+        "step_s_slowest": slowest,
+        "memory_bytes": memory,
+        "predicted_over_measured_memory": over(row["predicted_memory_bytes"], memory),
+    }
+    if whole is not None:
+        names = ("speedup", "speedup_smallest", "speedup_largest")
+        out |= dict(zip(names, common.ratio(whole, measured), strict=True))
+        out["speedup_cpu_time"] = common.ratio(whole, measured, "cpu_seconds")[0]
+    return out
+
+
+def foretold(forecasts: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """The cost model's seconds against the step of the same round: median, smallest, largest."""
+    ratios = [forecast / measured for forecast, measured in zip(forecasts, seconds, strict=True)]
+    return {
+        "predicted_s": statistics.median(forecasts),
+        "predicted_over_measured_time": statistics.median(ratios),
+        "predicted_over_measured_time_smallest": min(ratios),
+        "predicted_over_measured_time_largest": max(ratios),
+    }
 
 
 def trained(names: Sequence[str], m: int, position: Position) -> list[str]:
