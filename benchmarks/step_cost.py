@@ -207,9 +207,9 @@ class Bench:
             {MODEL: forecast} | {name: partial(self.turn, name, failed) for name in known},
             repeats,
             self.device,
+            warm_up=0,
             prepare=lambda name: name == MODEL or self.prepare(name, known[name], freeze, failed),
         )
-        forecasts = forecasts[-repeats:]
         rows = []
         for name, plan in known.items():
             row = self.blank(plan, checkpointing, compiled) | foreseen.get(name, {})
@@ -226,16 +226,14 @@ class Bench:
         return rows[1:] + rows[:1]
 
     def prepare(self, name: str, plan: Plan, freeze: Freeze, failed: dict[str, str]) -> None:
-        """Put a plan in force, with the moments it needs and, where memory is measured, no others."""
-        self.trained = []
+        """Put a plan in force, no moments but its own beside it, and run a step that is not timed: the timed one owes
+        nothing to what ran before."""
         if name in failed:
             return
         freeze.put(plan)
         self.trained = freeze.trained
-        on_gpu = self.device.type == "cuda"
-        optimizer.follow(self.optimizer, self.trained, "drop" if on_gpu else "keep")
-        if on_gpu:  # makes the moments again, and warms up
-            self.turn(name, failed)
+        optimizer.follow(self.optimizer, self.trained, "drop")
+        self.turn(name, failed)
 
     def turn(self, name: str, failed: dict[str, str]) -> None:
         """One update under the plan in force."""
