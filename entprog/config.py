@@ -214,6 +214,8 @@ class Schedule(Part):
     """S, steps per candidate in a stage's search."""
     search_until_clear: bool = True
     """Search beyond `search_steps` while the intervals of the best two overlap and `search_share` allows."""
+    search_clips: int = Field(default=8, ge=1)
+    """Held-out clips of a search's evaluations, at most `data.held_out_clips`."""
     search_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of a stage's budget spent on its search."""
     efficiency: Literal["paired", "paper"] = "paired"

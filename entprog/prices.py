@@ -54,7 +54,11 @@ class Prices:
 
     def evaluation_flops(self) -> float:
         """One search evaluation: a forward pass per clip, a third of full training's."""
-        return self.counted(self.full).flops / 3 * self.experiment.data.held_out_clips
+        return (
+            self.counted(self.full).flops
+            / 3
+            * min(self.experiment.schedule.search_clips, self.experiment.data.held_out_clips)
+        )
 
     def model(self, shape: ClipShape) -> CostModel:
         """The cost model for a rank's batch of clips of a shape; FLOPs are counted on one clip, seconds on them all."""

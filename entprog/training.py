@@ -88,7 +88,8 @@ def fit(
 ) -> Iterator[Step]:
     """Train until `train.steps` or `train.seconds`; yields after every update, with `state` at the step's end.
 
-    held_out: this rank's share of the held-out batches, which may be empty. sample: any batch, to count and time plans
+    held_out: this rank's share of the held-out batches, which may be empty; their position is their place among all
+    held-out clips. sample: any batch, to count and time plans
     on. scores: needed for every schedule but `full`. conditions: clips to score on, the same on every rank, where
     `priority.rescore` asks for it.
     """
@@ -116,6 +117,8 @@ class _Fit:
         self.found: list[Block] = list(found)
         self.open_batches: Batches = batches
         self.held_out: Sequence[Latents] = held_out
+        few = [(batch, int((batch.position < experiment.schedule.search_clips).sum())) for batch in held_out]
+        self.search_held_out = [batch.part(slice(0, clips)) for batch, clips in few if clips]
         self.sample: Latents = sample
         self.experiment: Experiment = experiment
         self.state: RunState = state
@@ -314,7 +317,7 @@ class _Fit:
         return self.prices.counted(plan).memory_bytes(self.experiment.data.batch_size)
 
     def search_loss(self) -> float:
-        return losses.held_out_loss(self.denoiser, self.held_out, 1, self.experiment.train.seed)
+        return losses.held_out_loss(self.denoiser, self.search_held_out, 1, self.experiment.train.seed)
 
     def record_loss(self) -> float:
         data = self.experiment.data
