@@ -349,11 +349,11 @@ class Generation(Part):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping → {dotted name: value}. `model.init` stays one value: its names are diffusers' own."""
+    """Nested mapping → {dotted name: value}. `model.init` stays one value."""
     out = {}
     for name, value in values.items():
         dotted = prefix + name
-        nested = isinstance(value, Mapping) and dotted != "model.init"
+        nested = isinstance(value, Mapping) and dotted != WHOLE
         out.update(flat(value, dotted + ".") if nested else {dotted: value})
     return out
 
@@ -433,12 +433,16 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, part by part. `model.init` is replaced whole by an empty mapping."""
+WHOLE = "model.init"
+"""A mapping that is one value: its names are diffusers' own."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`over` on top of `base`, part by part; `model.init` is replaced whole."""
     out = dict(base)
     for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping) and value
-        out[name] = merge(out[name], value) if both else value
+        parts = isinstance(value, Mapping) and isinstance(out.get(name), Mapping) and prefix + name != WHOLE
+        out[name] = merge(out[name], value, f"{prefix}{name}.") if parts else value
     return out
 
 

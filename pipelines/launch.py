@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 import uuid
@@ -134,12 +135,15 @@ def run_workers(
             failure_config=FailureConfig(max_failures=experiment.train.max_failures, controller_failure_limit=3),
         ),
     )
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
         failure = None
     except Exception as error:
         failure = error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind, which fails once it is done
         done.set()
         listener.join(timeout=10)
         ray.kill(board)

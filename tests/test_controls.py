@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
-from test_distributed import join, run_ranks
+from test_distributed import join, leave, run_ranks
 
 from entprog import cei, controls, costs, objectives, scores
 from entprog.blocks import blocks, unfreeze
@@ -144,6 +144,7 @@ def _scoring_rank(rank, world, folder):
         table = controls.score(denoiser.predict, blocks(denoiser.network), [latents(range(10))], settings)
         out[kind] = table.as_json()
     (folder / f"{rank}.json").write_text(json.dumps(out))
+    leave()
 
 
 def test_ranks_get_one_table_equal_to_the_single_process(tmp_path):

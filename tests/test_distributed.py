@@ -23,6 +23,12 @@ def join(rank, world, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
+def leave():
+    """Together: a rank that ends first would take the others' connections with it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def run_ranks(target, world, folder, *args):
     # A spawned child imports this module by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -48,6 +54,7 @@ def _gradient_rank(rank, world, folder, backward):
         distributed.reduce_gradients(parameters, bucket_bytes=20_000)
         out.append({n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None})
     torch.save(out, folder / f"{rank}.pt")
+    leave()
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
@@ -84,6 +91,7 @@ def _fit_rank(rank, world, folder):
         "weights": scores.content_hash(denoiser.network),
     }
     (folder / f"{rank}.json").write_text(json.dumps(record))
+    leave()
 
 
 def test_ranks_score_decide_and_end_alike_though_their_seconds_differ(tmp_path):
@@ -98,6 +106,7 @@ def _disagreeing_rank(rank, world, folder):
         distributed.agree("the plan", {"m": rank})
     except RuntimeError as error:
         (folder / f"{rank}.txt").write_text(str(error))
+    leave()
 
 
 def test_a_rank_that_disagrees_fails_everywhere_with_a_clear_message(tmp_path):
