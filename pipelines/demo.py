@@ -31,7 +31,7 @@ def main(
         "out/demo"
     ),
     seconds: Annotated[float, typer.Option(help="Charged seconds of each arm (train.seconds).")] = 120.0,
-    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 800,
+    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 600,
     config_file: jobs.ConfigFile = None,
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
