@@ -2,6 +2,5 @@
 
 import os
 
-# Before torch is imported: its CPU threads must not spin while they wait for each other. Decoding shares the cores,
-# and with spinning threads a training step took ten times as long.
+# Before torch is imported: its CPU threads must not spin while they wait for each other, for decoding shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -32,7 +32,7 @@ TASK_BATCHES = 8
 """A decode task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about
 20 ms of two cores, as much as decoding two hundred frames of 96x64."""
 TASKS = 128
-"""Decode tasks in one execution of Ray Data: a new one starts in about 0.2 s, so that borders do not show."""
+"""Decode tasks in one execution of Ray Data. The next one starts an actor, for which the reader waits once."""
 TASKS_AHEAD = 8
 """Tasks' worth of decoded clips that may wait for the reader. Without this limit Ray Data decodes until half of the
 object store is full, and takes the cores that training needs."""
@@ -280,8 +280,8 @@ def _execute(
     context.target_max_block_size = None  # a task's clips stay one block
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=ahead_bytes)
-    # A split of one: the executor runs in an actor of its own. In this process its loop would hold Python's lock, and
-    # a training step on the CPU took five times as long.
+    # A split of one: the executor runs in an actor of its own. In this process its busy loop would hold Python's lock
+    # while the network trains, and slow every step on a CPU down.
     (split,) = clips.streaming_split(1, equal=False)
     batches = split.iter_torch_batches(
         batch_size=batch_size, prefetch_batches=PREFETCH_BATCHES, collate_fn=ToClips(), device=device
