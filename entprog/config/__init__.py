@@ -1,0 +1,70 @@
+"""Settings: typed, frozen, checked before anything starts.
+
+A setting has one spelling everywhere: `schedule.cei_threshold` in a preset, in
+`--set schedule.cei_threshold=0.2`, as a Ray Tune key and as an MLflow parameter. The docstring under
+each field is its documentation (`python -m pipelines.train --help-settings` prints them all).
+"""
+
+from entprog.config.experiment import (
+    Backward,
+    ClipShape,
+    Data,
+    Experiment,
+    Fraction,
+    Model,
+    Priority,
+    Schedule,
+    Smaller,
+    Tracking,
+    Train,
+)
+from entprog.config.jobs import Generate, Generation, Preparation, Prepare, Shape
+from entprog.config.part import Part
+from entprog.config.reading import (
+    WHOLE,
+    build,
+    bytes_of,
+    close_to,
+    digest,
+    flat,
+    merge,
+    parse_overrides,
+    presets,
+    read_preset,
+    read_yaml,
+    settings,
+    settings_help,
+)
+
+__all__ = [
+    "WHOLE",
+    "Backward",
+    "ClipShape",
+    "Data",
+    "Experiment",
+    "Fraction",
+    "Generate",
+    "Generation",
+    "Model",
+    "Part",
+    "Preparation",
+    "Prepare",
+    "Priority",
+    "Schedule",
+    "Shape",
+    "Smaller",
+    "Tracking",
+    "Train",
+    "build",
+    "bytes_of",
+    "close_to",
+    "digest",
+    "flat",
+    "merge",
+    "parse_overrides",
+    "presets",
+    "read_preset",
+    "read_yaml",
+    "settings",
+    "settings_help",
+]

@@ -1,0 +1,82 @@
+"""What jobs other than training are told: preparing clips, generating."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from entprog.config.experiment import ClipShape
+from entprog.config.part import Part
+
+
+class Prepare(Part):
+    """How videos become clips (`pipelines.prepare`)."""
+
+    stride: int | None = Field(default=None, ge=1)
+    """Clip frames between the starts of neighbouring clips of one video. None: half a clip."""
+    margin: float = Field(default=0.15, ge=0, le=2)
+    """Room around the body's outermost points on every side, as a fraction of its larger extent."""
+    point_visibility: float = Field(default=0.5, ge=0, le=1)
+    """A body point counts as visible from this visibility on."""
+    min_detected: float = Field(default=0.5, ge=0, le=1)
+    """Smallest share of an unbroken track's frames in which the person detector sees somebody; below: `nobody`."""
+    min_visibility: float = Field(default=0.7, ge=0, le=1)
+    """Smallest share of the 33 points visible, averaged over a clip; below: `low_visibility`."""
+    min_inside: float = Field(default=0.95, ge=0, le=1)
+    """Smallest share of a clip's visible points inside its crop; below: `does_not_fit`."""
+    min_scale: float = Field(default=1.0, gt=0)
+    """Fewest source pixels per clip pixel (1: never enlarged); below: `too_small`."""
+    crf: int = Field(default=16, ge=0, le=51)
+    """Quality of the encoded clips (x264): lower is better and larger."""
+    held_out: tuple[str, ...] = ()
+    """Sources held out of training: path inside the input, file name, or file name without its ending."""
+    held_out_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the sources held out when none is named; at least one where there are two."""
+    seed: int = Field(default=0, ge=0)
+    """Decides which sources are held out."""
+    clips_per_shard: int = Field(default=256, ge=1)
+    """Clips in one shard file."""
+
+
+class Shape(Part):
+    """The part of `Data` that preparing decides."""
+
+    shape: ClipShape = ClipShape()
+    """Clip shape."""
+
+
+class Preparation(Part):
+    """Everything that a dataset's clips depend on, beside the videos and the code."""
+
+    data: Shape = Shape()
+    prepare: Prepare = Prepare()
+
+
+class Generate(Part):
+    """How clips are sampled (`pipelines.generate`)."""
+
+    steps: int = Field(default=20, ge=1)
+    """Euler steps from noise to clip."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the noise that a clip starts from."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance over zeroed conditions; 1: none. Helps networks trained with conditions dropped."""
+    shift: float | None = Field(default=None, gt=0)
+    """Timestep shift: >1 spends more steps on noise. None: the checkpoint's own."""
+    count: int = Field(default=4, ge=1)
+    """Clips of a split, spread evenly over it."""
+    start_s: float = Field(default=0.0, ge=0)
+    """Where the clip starts in a driving video or pose sequence, in seconds."""
+    batch_size: int = Field(default=4, ge=1)
+    """Clips sampled at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the forward pass."""
+    gpus: Literal["auto", "yes", "no"] = "auto"
+    """`auto`: a GPU if there is one."""
+
+
+class Generation(Part):
+    """Everything that a generated clip depends on, beside checkpoint, reference, pose and code."""
+
+    generate: Generate = Generate()
+    prepare: Prepare = Prepare()
+    """Of it `margin` and `point_visibility`: the crop around the person in a driving video or reference image."""

@@ -1,0 +1,9 @@
+"""What every part of a configuration has in common."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """What every part of an experiment has in common: frozen, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

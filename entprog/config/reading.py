@@ -1,0 +1,172 @@
+"""From files and command lines to checked settings, and back to names and values."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from entprog.config.experiment import Experiment
+from entprog.config.part import Part
+from entprog.errors import UserError
+
+P = TypeVar("P", bound=Part)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → {dotted name: value}. `model.init` stays one value."""
+    out = {}
+    for name, value in values.items():
+        dotted = prefix + name
+        nested = isinstance(value, Mapping) and dotted != WHOLE
+        out.update(flat(value, dotted + ".") if nested else {dotted: value})
+    return out
+
+
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """{dotted name: JSON value} of every setting, as MLflow and `settings_help` show them."""
+    return flat(experiment.model_dump(mode="json"))
+
+
+def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, str]]:
+    """(dotted name, type, default, meaning) of every setting, read from the classes above."""
+
+    def rows(part: type[Part], prefix: str):
+        for name, field in part.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+                yield from rows(field.annotation, f"{prefix}{name}.")
+            else:
+                kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+                default = "required" if field.is_required() else field.default
+                yield prefix + name, kind, default, (field.description or "").strip()
+
+    return list(rows(whole, ""))
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def bytes_of(text: str) -> int:
+    """'24GB' → 24·10⁹, '500MiB' → 500·2²⁰. Raises UserError for what is no amount of memory."""
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise UserError(f"{text!r} is no amount of memory: write it like 24GB, 22.5GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def close_to(wrong: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)' for the nearest name, or ''."""
+    names = list(names)
+    found = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    if not found:  # `cei_threshold` alone, or under another part
+        found = [n for n in names if n.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """['a.b=1', …] → {'a': {'b': 1}}; values are YAML.
+
+    Raises UserError for a pair without '=' or a value that is not YAML.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {pair!r} has no value: write it as name=value, e.g. schedule.stages=3")
+        try:
+            value = yaml.safe_load(text)
+            if isinstance(value, str):
+                value = _number_or_text(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {name}: {text!r} is not a YAML value ({str(error).splitlines()[0]})") from None
+        node = out
+        *parents, leaf = name.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {name}: {parent} was already given a value in this command")
+        node[leaf] = value
+    return out
+
+
+def _number_or_text(text: str) -> float | str:
+    """YAML 1.1 reads '1e-4' as text; a person means a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+WHOLE = "model.init"
+"""A mapping that is one value: its names are diffusers' own."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`over` on top of `base`, part by part; `model.init` is replaced whole."""
+    out = dict(base)
+    for name, value in over.items():
+        parts = isinstance(value, Mapping) and isinstance(out.get(name), Mapping) and prefix + name != WHOLE
+        out[name] = merge(out[name], value, f"{prefix}{name}.") if parts else value
+    return out
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A settings file: a YAML (or JSON) mapping. Raises UserError if it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no such settings file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read settings file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"settings file {path} is not a mapping of settings")
+    return values
+
+
+def presets(folder: Path) -> dict[str, Path]:
+    """{name: file} of the presets in a folder."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_preset(name: str, folder: Path) -> dict[str, Any]:
+    """A preset over the one that it `extends`, if any. Raises UserError for an unknown name."""
+    known = presets(folder)
+    if name not in known:
+        raise UserError(f"unknown preset {name!r}{close_to(name, known)}; there are: {', '.join(known)}")
+    values = read_yaml(known[name])
+    parent = values.pop("extends", None)
+    return {**(merge(read_preset(parent, folder), values) if parent else values), "name": name}
+
+
+def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
+    """A checked Experiment (or another whole made of parts) from nested values.
+
+    Raises UserError with one line for the first wrong name (and the close match) or wrong value.
+    """
+    known = [name for name, *_ in settings_help(whole)]
+    try:
+        return whole.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"unknown setting {name}{close_to(name, known)}") from None
+        if first["type"] == "missing" and name == "train":
+            raise UserError("a run needs an end: set train.steps or train.seconds") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and "." not in name:
+            raise UserError(message) from None
+        setting = next((k for k in known if name == k or name.startswith(k + ".")), name)
+        raise UserError(f"setting {setting}: {message[:1].lower()}{message[1:]}, given {first['input']!r}") from None
+
+
+def digest(*values: Any) -> str:
+    """Short stable hash of JSON values: for keys of tables and checks of equality between ranks."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
