@@ -321,7 +321,7 @@ class _Fit:
 
     def record_loss(self) -> float:
         data = self.experiment.data
-        return losses.held_out_loss(self.denoiser, self.held_out, data.held_out_draws, self.experiment.train.seed)
+        return losses.held_out_loss(self.denoiser, self.held_out, data.held_out_draws, data.held_out_seed)
 
     def now(self) -> float:
         if self.device.type == "cuda":

@@ -196,3 +196,13 @@ def test_checkpoints_are_whole_pruned_and_guarded(tmp_path):
 def test_flops_clock_and_seconds_budget_do_not_mix():
     with pytest.raises(UserError, match=r"schedule\.clock"):
         config.build({"train": {"seconds": 5}, "schedule": {"clock": "flops"}})
+
+
+def test_runs_of_other_seeds_are_measured_alike():
+    def first(**parts):
+        still = {"learning_rate": 1e-12, "steps": 1}  # what is measured is the network as it was loaded
+        experiment = tiny_experiment(**config.merge({"train": still, "schedule": {"kind": "full"}}, parts))
+        return next(iter(Run(experiment).steps())).held_out_loss
+
+    assert first(train={"seed": 1}) == pytest.approx(first(), rel=1e-6)
+    assert first(data={"held_out_seed": 1}) != pytest.approx(first(), rel=1e-6)

@@ -63,6 +63,8 @@ class Data(Part):
     """Clips of the held-out split on which held-out loss is measured."""
     held_out_draws: int = Field(default=4, ge=1)
     """Fixed (timestep, noise) draws per held-out clip."""
+    held_out_seed: int = Field(default=0, ge=0)
+    """Seeds those draws; apart from `train.seed`, so that runs of different seeds are measured alike."""
     decode_cpus: float | None = Field(default=None, gt=0)
     """Logical CPUs for decoding per worker. None: what the cluster has left, shared evenly."""
     verify: Literal["sha256", "size"] = "sha256"
