@@ -317,7 +317,7 @@ class _Fit:
         return self.prices.counted(plan).memory_bytes(self.experiment.data.batch_size)
 
     def search_loss(self) -> float:
-        return losses.held_out_loss(self.denoiser, self.search_held_out, 1, self.experiment.train.seed)
+        return losses.held_out_loss(self.denoiser, self.search_held_out, 1, self.experiment.data.held_out_seed)
 
     def record_loss(self) -> float:
         data = self.experiment.data

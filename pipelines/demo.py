@@ -18,7 +18,7 @@ import typer
 from entprog import config
 from entprog.media import assets, shards, sheet, skeleton, video
 from pipelines import charts, generate, jobs, launch, prepare, rendering, score, train
-from pipelines.tracking import how_to_open, tracking_uri
+from pipelines.store import how_to_open, tracking_uri
 
 app = jobs.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, generate.")
 

@@ -5,25 +5,19 @@ Points are delivered by a thread, in batches, and kept while MLflow does not ans
 OUTPUT/mlflow_pending.jsonl until somebody delivers it: a restarted worker, the driver at the end, `deliver_pending`.
 """
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
-import logging
 import math
-import os
 import re
-import shlex
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from entprog.errors import UserError
+from pipelines.store import alone, connect, database_file, experiment_id, masked, one_line, open_run, tracking_uri
 
 RUN_FILE = "mlflow_run.json"
 PENDING_FILE = "mlflow_pending.jsonl"
@@ -40,134 +34,19 @@ Point = tuple[str, float, int, int]
 VERSIONS = ("torch", "ray", "diffusers", "mlflow")
 
 
-# ---- the store ----
-
-
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite file out/mlflow.db under the working directory (absolute).
-
-    Raises UserError for a folder store, which MLflow no longer takes.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return f"sqlite:///{Path('out/mlflow.db').resolve()}"
-    if "://" not in uri or uri.startswith("file:"):
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={uri} is a folder, which MLflow refuses as a store: use sqlite:////PATH/mlflow.db, "
-            "a server's address, or unset it"
-        )
-    return uri
-
-
-def masked(uri: str) -> str:
-    """The URI without what could be a secret: user, password, query."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return "***"
-    if "@" not in parts.netloc and not parts.query:
-        return uri  # untouched: putting it together again would lose slashes of sqlite:////
-    _, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"***{at}{host}" if at else host, query="***" if parts.query else ""))
-
-
-def how_to_open(uri: str) -> str:
-    """What a person types (or opens) to look at the runs; reachable from this machine alone."""
-    if uri.startswith(("http://", "https://")):
-        return masked(uri)
-    program = Path(sys.executable).parent / "mlflow"
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
-    shown = shlex.quote(uri) if masked(uri) == uri else '"$MLFLOW_TRACKING_URI"'
-    return f"{program} ui --backend-store-uri {shown} --host 127.0.0.1"
-
-
-def _database_file(uri: str) -> Path | None:
-    """File of a SQLite store, None for any other."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _client(uri: str):
-    """A client of a quiet MLflow that gives up soon: retrying is done here. The import takes seconds."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }.items():
-        os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return MlflowClient(tracking_uri=uri)
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time: two that create a SQLite store at once destroy each other's migration."""
-    database = _database_file(uri)
-    if database is None:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(database.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _experiment_id(client, uri: str, name: str) -> str:
-    """The experiment's id; made if there is none. A SQLite store keeps artifacts in `mlartifacts` beside its file."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        database = _database_file(uri)
-        place = None if database is None else (database.parent / "mlartifacts").absolute().as_uri()
-        try:
-            return client.create_experiment(name, artifact_location=place)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was quicker
-                raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"MLflow experiment {name!r} was deleted: restore it in MLflow, or set tracking.experiment to another name"
-        )
-    return found.experiment_id
-
-
-def _run_id(client, experiment_id: str, run_name: str, known: str | None) -> str:
-    """The known run, running again; a new one if there is none or it is gone."""
-    from mlflow.exceptions import MlflowException
-
-    if known:
-        try:
-            if client.get_run(known).info.lifecycle_stage == "active":
-                client.update_run(known, status="RUNNING")
-                return known
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    return client.create_run(experiment_id, run_name=run_name).info.run_id
-
-
-# ---- a run ----
-
-
 class Tracker:
     """Logs to one MLflow run. Metrics never block and never fail; all else tries for a bounded time, then warns."""
 
     def __init__(self, uri: str, run_id: str, output: Path, warn: Callable[[str], None] = warnings.warn):
         self.run_id = run_id
-        self._uri, self._output, self._warn = uri, Path(output), warn
+        self.uri, self._output, self._warn = uri, Path(output), warn
         self._points: list[Point] = []  # not delivered yet
         self._kept = False  # the file of undelivered points is there, and ours to remove
         self._told_not_finite: set[str] = set()
         self._change = threading.Condition()
-        self._hurry = self._closed = self._failing = False
+        self._hurry = self._failing = False
+        self.closed = threading.Event()
+        """Set once no more points are taken."""
         self._client_made = None
         self._thread: threading.Thread | None = None
 
@@ -191,13 +70,13 @@ class Tracker:
         record = Path(output) / RUN_FILE
         known = json.loads(record.read_text())["run_id"] if record.exists() else None
         try:
-            with _alone(uri):
-                client = _client(uri)
-                run_id = _run_id(client, _experiment_id(client, uri, experiment), run_name, known)
+            with alone(uri):
+                client = connect(uri)
+                run_id = open_run(client, experiment_id(client, uri, experiment), run_name, known)
         except UserError:
             raise
         except Exception as error:
-            reason = _one_line(error, uri)
+            reason = one_line(error, uri)
             raise UserError(f"MLflow at {masked(uri)} cannot be used: {reason}; check MLFLOW_TRACKING_URI") from None
         record.parent.mkdir(parents=True, exist_ok=True)
         scratch = record.with_name(record.name + ".tmp")
@@ -212,7 +91,7 @@ class Tracker:
 
     def handle(self) -> dict[str, str]:
         """What `attach` needs; goes to another process."""
-        return {"uri": self._uri, "run_id": self.run_id, "output": str(self._output.resolve())}
+        return {"uri": self.uri, "run_id": self.run_id, "output": str(self._output.resolve())}
 
     @staticmethod
     def attach(handle: Mapping[str, str], warn: Callable[[str], None] = warnings.warn) -> "Tracker":
@@ -237,6 +116,41 @@ class Tracker:
         """Set tags."""
         self._describe({}, values)
 
+    def child(
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        metrics: Sequence[tuple[str, float, float, int]],
+        started_s: float,
+        ended_s: float,
+        status: str,
+    ) -> None:
+        """A run nested under this one, made if there is none of that name; a finished one stays as it is.
+
+        metrics: (name, value, seconds since 1970, step). status: RUNNING, FINISHED, FAILED or KILLED.
+        """
+        from mlflow.entities import Metric, Param
+
+        def write(client):
+            mine = client.get_run(self.run_id).info
+            found = client.search_runs([mine.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
+            run = next((run for run in found if run.info.run_name == name), None)
+            if run is None:
+                marks = {key: str(value) for key, value in tags.items()} | {"mlflow.parentRunId": self.run_id}
+                run = client.create_run(mine.experiment_id, int(started_s * 1000), marks, name)
+            if status == "RUNNING" or run.info.status == "FINISHED":
+                return
+            new = [Param(_key(k), _text(v, PARAM_LENGTH)) for k, v in params.items() if k not in run.data.params]
+            client.log_batch(run.info.run_id, params=new)
+            for first in range(0, len(metrics), POINTS_PER_BATCH):
+                part = metrics[first : first + POINTS_PER_BATCH]
+                client.log_batch(run.info.run_id, [Metric(_key(k), v, int(s * 1000), step) for k, v, s, step in part])
+            client.set_terminated(run.info.run_id, status, int(ended_s * 1000))
+
+        self._patiently(write, f"the nested run {name} is not complete")
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file, or a folder with all that is in it, with the run."""
         path = Path(path)
@@ -252,7 +166,7 @@ class Tracker:
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Deliver what is waiting; whether all was. What was not is safe in OUTPUT/mlflow_pending.jsonl."""
         with self._change:
-            if not self._closed:
+            if not self.closed.is_set():
                 self._hurry = True
                 self._change.notify_all()
                 self._change.wait_for(lambda: not self._points, timeout_s)
@@ -262,15 +176,15 @@ class Tracker:
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Deliver everything, or warn where it is kept. Safe to call twice."""
-        if self._closed:
+        if self.closed.is_set():
             return
         delivered = self.flush(timeout_s)
         with self._change:
-            self._closed = True
+            self.closed.set()
             self._change.notify_all()
         if not delivered:
             self._warn(
-                f"MLflow at {masked(self._uri)} does not answer: {len(self._points)} points are kept in {self._pending}"
+                f"MLflow at {masked(self.uri)} does not answer: {len(self._points)} points are kept in {self._pending}"
             )
 
     def end(self, status: str) -> None:
@@ -287,11 +201,11 @@ class Tracker:
 
     def _client(self):
         if self._client_made is None:
-            database = _database_file(self._uri)
+            database = database_file(self.uri)
             if database is not None and not database.exists():  # MLflow would make an empty one
                 raise FileNotFoundError(f"{database} is not on this machine: workers on others need an MLflow server")
-            with _alone(self._uri):
-                self._client_made = _client(self._uri)
+            with alone(self.uri):
+                self._client_made = connect(self.uri)
         return self._client_made
 
     def _describe(self, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
@@ -329,13 +243,13 @@ class Tracker:
             except Exception as error:  # whatever store, network or disk raise: tracking must not stop a run
                 if wait_s is None:
                     self._failing = True
-                    self._warn(f"MLflow: {otherwise}: {_one_line(error, self._uri)}")
+                    self._warn(f"MLflow: {otherwise}: {one_line(error, self.uri)}")
                 else:
                     time.sleep(wait_s)
 
     def _wake(self) -> None:
         with self._change:
-            if self._thread is None and not self._closed:
+            if self._thread is None and not self.closed.is_set():
                 self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
                 self._thread.start()
             self._change.notify_all()
@@ -346,12 +260,12 @@ class Tracker:
 
         def due() -> bool:
             full = len(self._points) >= POINTS_PER_BATCH and not failures
-            return self._closed or bool(self._points and (self._hurry or full))
+            return self.closed.is_set() or bool(self._points and (self._hurry or full))
 
         while True:
             with self._change:
                 self._change.wait_for(due, RETRY_S[min(failures, len(RETRY_S)) - 1] if failures else FLUSH_S)
-                if self._closed:
+                if self.closed.is_set():
                     return
                 batch = self._points[:POINTS_PER_BATCH]
             if not batch:
@@ -361,7 +275,7 @@ class Tracker:
             except Exception as error:  # as in _patiently
                 failures += 1
                 if failures == 2:  # once may be a busy SQLite file
-                    self._warn(f"MLflow does not take points, training goes on: {_one_line(error, self._uri)}")
+                    self._warn(f"MLflow does not take points, training goes on: {one_line(error, self.uri)}")
                 time.sleep(0.5)
                 continue
             failures = 0
@@ -428,12 +342,3 @@ def _key(name: str) -> str:
 def _text(value: Any, length: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _one_line(error: Exception, uri: str) -> str:
-    """The reason, without the URI's secrets."""
-    secrets = urlsplit(uri)
-    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(uri, masked(uri))
-    for secret in filter(None, (secrets.password, secrets.username, secrets.query)):
-        text = text.replace(secret, "***")
-    return text[:300]

@@ -5,18 +5,20 @@ python -m pipelines.train --preset demo --shards out/demo/shards --base out/demo
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, models, plans
+from entprog import config, fingerprints, models, plans
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
-from pipelines import charts, jobs, launch, worker
-from pipelines.tracking import Tracker, deliver_pending, how_to_open, tracking_uri
+from pipelines import charts, jobs, launch, stages, worker
+from pipelines.store import how_to_open, tracking_uri
+from pipelines.tracking import Tracker, deliver_pending
 
 app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
@@ -114,14 +116,25 @@ def explain(experiment: Experiment) -> dict[str, Any]:
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
     """Hash of all that decides what is computed: a checkpoint belongs to it."""
-    deciding = {k: v for k, v in config.settings(experiment).items() if not k.startswith(FREE) and k != "data.shards"}
-    return config.digest(deciding, dataset.fingerprint)
+    elsewhere = (*FREE, *fingerprints.PATHS, "data.shards")
+    deciding = {k: v for k, v in config.settings(experiment).items() if not k.startswith(elsewhere)}
+    vae = experiment.model.vae if experiment.model.vae in ("auto", "none") else None
+    return config.digest(deciding, vae, fingerprints.base(experiment.model), dataset.fingerprint)
 
 
-def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: str | None = None) -> dict:
+def run(
+    experiment: Experiment,
+    output: Path,
+    *,
+    tables: Path = TABLES,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    listen: Callable[[dict[str, Any]], None] = lambda item: None,
+) -> dict:
     """Train on the connected Ray cluster; returns the figures of result.json.
 
-    tables: where score tables are kept and looked for. parent: MLflow run under which this one is nested.
+    tables: where score tables are kept and looked for. parent: MLflow run under which this one is nested; tags: of the
+    run, beside its own. listen: gets all that rank 0 posts, in the order in which it happened.
     """
     started = time.time()
     jobs.writable(output)
@@ -132,7 +145,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
         deliver_pending(output)
         jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
-    gpus = launch.use_gpus(experiment)
+    launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     uri = tracking_uri()
     tracker = Tracker.start(
         output,
@@ -142,9 +155,11 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
         tags={
             "entprog.commit": jobs.commit(),
             "entprog.data": dataset.fingerprint,
-            "entprog.base": str(experiment.model.base),
+            "entprog.held_out": fingerprints.held_out(experiment, dataset),
+            "entprog.base": fingerprints.base(experiment.model),
             "entprog.identity": key,
-            "entprog.device": "gpu" if gpus else "cpu",
+            "entprog.kind": "training",
+            **(tags or {}),
         },
         parent=parent,
     )
@@ -158,8 +173,17 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
     }
     try:
         with _Display(experiment) as display:
-            result = launch.run_workers(worker.train, settings, experiment, output / "ray", display.heard)
-        steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+
+            def heard(item: dict[str, Any]) -> None:
+                display.heard(item)
+                if "about" in item:
+                    tracker.tags(item["about"])
+                if "decision" in item.get("step", ()):
+                    stages.log(tracker, worker.steps_of(output))
+                listen(item)
+
+            result = launch.run_workers(worker.train, settings, experiment, output / "ray", heard)
+        steps = worker.steps_of(output)
         result = _figures(result, steps) | {
             "identity": key,
             "mlflow_run_id": tracker.run_id,
@@ -170,8 +194,11 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES, parent: 
         _leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary({k: result[k] for k in ("held_out_loss", "seconds", "search_seconds", "flops")})
     except BaseException as error:
-        tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        stages.log(tracker, worker.steps_of(output), status)
+        tracker.end(status)
         raise
+    stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")
     jobs.write_json(finished, {"identity": key, "result": result})
     _show(result, output, uri)

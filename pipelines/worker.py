@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, distributed, models, plans
+from entprog import cei, checkpoint, config, controls, distributed, fingerprints, models, plans
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
@@ -19,7 +19,7 @@ from entprog.media import shards
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, rendering
+from pipelines import clips, machine, rendering
 from pipelines.jobs import write_json
 from pipelines.tracking import Tracker
 
@@ -159,6 +159,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
+    if rank == 0:
+        scored = {"entprog.scores": table.key} if table else {}
+        setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **scored}})
+        if experiment.tracking.system_every_s:
+            machine.watch(tracker, experiment.tracking.system_every_s, lambda: state.step)
     for line in table.warnings(experiment.priority.sign) if table else ():
         warn(line)
     if rank == 0 and table is not None:
@@ -171,6 +176,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 record = as_record(step)
                 log.add(record)
                 tracker.metrics(step.step, metrics(step))
+                if step.held_out_loss is not None:
+                    tracker.flush()  # who listens may end the run on this loss
                 setup.post({"step": record})
             if step.last or step.step % experiment.train.checkpoint_every == 0:
                 if rank == 0:
@@ -297,6 +304,13 @@ def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
             "clock": experiment.schedule.clock,
         },
     }
+
+
+def steps_of(output: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps so far; the last line may be half written."""
+    path = output / "steps.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class StepLog:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from entprog.errors import UserError
+from pipelines import store as mlflow_store
 from pipelines import tracking
 from pipelines.tracking import Tracker
 
@@ -55,7 +56,7 @@ def uri(store, monkeypatch):
 
 
 def client(uri):
-    return tracking._client(uri)
+    return mlflow_store.connect(uri)
 
 
 def history(uri, run_id, name) -> list[tuple[int, float]]:
@@ -129,6 +130,21 @@ def test_params_tags_parent_and_artifacts(uri, tmp_path):
     assert {a.path for a in client(uri).list_artifacts(tracker.run_id)} == {"cei.json", "charts"}
     beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
     assert list(beside.rglob("cei.png")), "artifacts lie beside the store, wherever the command was given"
+
+
+def test_nested_runs_are_made_once(uri, tmp_path):
+    tracker = begin(tmp_path)
+    point = ("loss", float("nan"), 1000.0, 3)
+    for status in ("RUNNING", "FAILED", "RUNNING", "FINISHED", "KILLED"):  # a finished one stays as it is
+        tracker.child(
+            "stage 1", tags={"entprog.kind": "stage"}, params={"m": 2}, metrics=[point], started_s=990.0,
+            ended_s=1000.0, status=status,
+        )  # fmt: skip
+    tracker.end("FINISHED")
+    experiment = client(uri).get_run(tracker.run_id).info.experiment_id
+    (child,) = client(uri).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+    assert (child.info.status, child.info.start_time, child.info.end_time) == ("FINISHED", 990_000, 1_000_000)
+    assert child.data.params == {"m": "2"} and len(history(uri, child.info.run_id, "loss")) == 1
 
 
 def test_not_finite_values_and_odd_names_are_logged_visibly(uri, tmp_path):
@@ -251,18 +267,21 @@ def test_no_server_at_the_start_is_told_in_one_line(tmp_path, monkeypatch):
 def test_default_store_and_refused_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert mlflow_store.tracking_uri() == f"sqlite:///{tmp_path}/out/mlflow.db"
     for folder in ("mlruns", "file:///tmp/mlruns"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", folder)
         with pytest.raises(UserError, match=r"sqlite:////"):
-            tracking.tracking_uri()
+            mlflow_store.tracking_uri()
 
 
 def test_no_secret_is_shown():
-    assert tracking.masked("postgresql://me:secret@host:5432/db?password=secret") == "postgresql://***@host:5432/db?***"
-    assert tracking.masked("sqlite:////a/b.db") == "sqlite:////a/b.db"
-    assert "--backend-store-uri sqlite:////a/b.db --host 127.0.0.1" in tracking.how_to_open("sqlite:////a/b.db")
-    assert "secret" not in tracking.how_to_open("postgresql://me:secret@host/db")
-    assert tracking.how_to_open("https://me:secret@host:5000") == "https://***@host:5000"
+    assert (
+        mlflow_store.masked("postgresql://me:secret@host:5432/db?password=secret")
+        == "postgresql://***@host:5432/db?***"
+    )
+    assert mlflow_store.masked("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert "--backend-store-uri sqlite:////a/b.db --host 127.0.0.1" in mlflow_store.how_to_open("sqlite:////a/b.db")
+    assert "secret" not in mlflow_store.how_to_open("postgresql://me:secret@host/db")
+    assert mlflow_store.how_to_open("https://me:secret@host:5000") == "https://***@host:5000"
     error = ValueError("cannot reach postgresql://me:secret@host/db as me with secret")
-    assert "secret" not in tracking._one_line(error, "postgresql://me:secret@host/db")
+    assert "secret" not in mlflow_store.one_line(error, "postgresql://me:secret@host/db")

@@ -27,6 +27,7 @@ SETTINGS = {
     "train": {"steps": 16, "learning_rate": 1e-3, "held_out_every": 8, "checkpoint_every": 4, "threads": 1},
     "priority": {"conditions": 2, "draws": 4},
     "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
+    "tracking": {"system_every_s": 0.5},
 }
 
 
@@ -91,7 +92,9 @@ def test_mlflow_has_the_run(undisturbed, place):
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
-    assert run.data.tags["entprog.data"]
+    for name in ("data", "held_out", "base", "scores", "device", "commit"):
+        assert run.data.tags[f"entprog.{name}"], name
+    assert run.data.tags["entprog.kind"] == "training"
     for name in ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s", "peak_memory_bytes"):
         assert name in run.data.metrics, name
     points = client.get_metric_history(run.info.run_id, "loss")
@@ -99,6 +102,30 @@ def test_mlflow_has_the_run(undisturbed, place):
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {
         "schedule.png", "cei.png", "cei.json", "loss.png", "contact_sheet.png",
     }  # fmt: skip
+
+
+def test_mlflow_has_the_stages_nested(undisturbed, place):
+    from mlflow import MlflowClient
+
+    result, output = undisturbed
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(result["mlflow_run_id"])
+    found = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    stages = sorted(found, key=lambda stage: stage.info.run_name)
+    assert [s.info.run_name for s in stages] == ["stage 1", "stage 2"]
+    assert all(s.info.status == "FINISHED" and s.data.tags["entprog.kind"] == "stage" for s in stages)
+    assert run.info.start_time <= stages[0].info.start_time < stages[0].info.end_time <= stages[1].info.start_time
+    seconds = sum(s.data.metrics["stage/seconds"] for s in stages)
+    assert seconds == pytest.approx(result["seconds"])  # scoring is in the first
+    assert sum(s.data.metrics["stage/search_seconds"] for s in stages) <= result["search_seconds"] + 1e-9
+    assert sum(s.data.metrics["stage/steps"] for s in stages) == 16
+    assert stages[1].data.metrics["held_out_loss"] == result["held_out_loss"]
+    assert stages[1].data.params["trained"] == " ".join(result["decisions"][1]["plan"]["trainable"])
+    losses = client.get_metric_history(run.info.run_id, "held_out_loss")
+    steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    for point in losses:  # by wall time too: a point's time is its step's
+        assert point.timestamp / 1000 == pytest.approx(steps[point.step - 1]["time"], abs=0.5)
+    assert "system/cpu_utilization_percentage" in run.data.metrics
 
 
 def test_the_same_again_is_finished(undisturbed, shards, place, capsys):

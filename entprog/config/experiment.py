@@ -233,6 +233,10 @@ class Tracking(Part):
     """Experiment name."""
     run_name: str | None = None
     """Run name. None: preset and schedule."""
+    model_name: str | None = None
+    """Name in MLflow's model registry under which the result becomes a new version. None: not registered."""
+    system_every_s: float | None = Field(default=10.0, gt=0)
+    """Seconds between two looks at rank 0's machine (CPU, memory, disk, network, GPU). None: none."""
 
 
 class Experiment(Part):

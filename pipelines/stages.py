@@ -1,0 +1,77 @@
+"""A training's stages in MLflow: one run each, nested under the training's, with its times and figures."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.tracking import Tracker
+
+Record = Mapping[str, Any]
+"""A line of steps.jsonl."""
+
+
+def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING") -> None:
+    """Make or complete the runs of all stages that have begun; what is there already is not written twice.
+
+    ended: status of the training: the last stage's, the earlier ones are over.
+    """
+    groups = [list(group) for _, group in itertools.groupby(steps, lambda step: step["stage"])]
+    before_s = 0.0
+    for number, group in enumerate(groups, 1):
+        status = ended if number == len(groups) else "FINISHED"
+        over = status != "RUNNING"
+        tracker.child(
+            f"stage {group[0]['stage'] + 1}",
+            tags={"entprog.kind": "stage", "entprog.stage": group[0]["stage"]},
+            params=params(group) if over else {},
+            metrics=[*points(group), *figures(group, before_s)] if over else [],
+            started_s=group[0]["time"] - group[0]["seconds"] - group[0]["wait_s"],
+            ended_s=group[-1]["time"],
+            status=status,
+        )
+        before_s = group[-1]["charged_s"]
+
+
+def params(stage: Sequence[Record]) -> dict[str, Any]:
+    """What was decided."""
+    last = stage[-1]
+    decision = next((step["decision"] for step in stage if "decision" in step), None)
+    return {
+        "trained": " ".join(last["trained"]),
+        "trained_blocks": len(last["trained"]),
+        "backward": last["backward"],
+        "shape": last["shape"],
+        "reason": decision["reason"] if decision else "",
+    }
+
+
+def points(stage: Sequence[Record]) -> list[tuple[str, float, float, int]]:
+    """(name, value, seconds since 1970, step) of held-out losses and charged seconds where they were measured."""
+    return [
+        (name, step[name], step["time"], step["step"])
+        for step in stage
+        if step["held_out_loss"] is not None
+        for name in ("held_out_loss", "charged_s")
+    ]
+
+
+def figures(stage: Sequence[Record], before_s: float) -> list[tuple[str, float, float, int]]:
+    """What the stage came to, as points at its last step. before_s: charged when it began."""
+    last = stage[-1]
+    first = stage[0]
+    begun_s = before_s or first["charged_s"] - first["seconds"] - first["wait_s"]  # scoring is no part of the search
+    charged = [begun_s, *(step["charged_s"] for step in stage)]
+    searched = [
+        b - a for (a, b), step in zip(itertools.pairwise(charged), stage, strict=True) if step["phase"] == "search"
+    ]
+    trained = sorted(step["seconds"] for step in stage if step["phase"] == "train")
+    values = {
+        "stage/steps": len(stage),
+        "stage/seconds": last["charged_s"] - before_s,
+        "stage/search_seconds": sum(searched),
+        "stage/mean_loss": sum(step["loss"] for step in stage) / len(stage),
+        "stage/peak_memory_bytes": max(step["plan_memory_bytes"] for step in stage),
+    }
+    if trained:
+        values["stage/median_step_s"] = trained[len(trained) // 2]
+    return [(name, value, last["time"], last["step"]) for name, value in values.items()]

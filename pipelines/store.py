@@ -1,0 +1,134 @@
+"""Where MLflow keeps runs: which store, how it is opened, made and named without showing secrets."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from entprog.errors import UserError
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite file out/mlflow.db under the working directory (absolute).
+
+    Raises UserError for a folder store, which MLflow no longer takes.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{Path('out/mlflow.db').resolve()}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={uri} is a folder, which MLflow refuses as a store: use sqlite:////PATH/mlflow.db, "
+            "a server's address, or unset it"
+        )
+    return uri
+
+
+def masked(uri: str) -> str:
+    """The URI without what could be a secret: user, password, query."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return "***"
+    if "@" not in parts.netloc and not parts.query:
+        return uri  # untouched: putting it together again would lose slashes of sqlite:////
+    _, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"***{at}{host}" if at else host, query="***" if parts.query else ""))
+
+
+def how_to_open(uri: str) -> str:
+    """What a person types (or opens) to look at the runs; reachable from this machine alone."""
+    if uri.startswith(("http://", "https://")):
+        return masked(uri)
+    program = Path(sys.executable).parent / "mlflow"
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    shown = shlex.quote(uri) if masked(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+    return f"{program} ui --backend-store-uri {shown} --host 127.0.0.1"
+
+
+def database_file(uri: str) -> Path | None:
+    """File of a SQLite store, None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def connect(uri: str):
+    """A client of a quiet MLflow that gives up soon: retrying is done here. The import takes seconds."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that create a SQLite store at once destroy each other's migration."""
+    database = database_file(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def experiment_id(client, uri: str, name: str) -> str:
+    """The experiment's id; made if there is none. A SQLite store keeps artifacts in `mlartifacts` beside its file."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_file(uri)
+        place = None if database is None else (database.parent / "mlartifacts").absolute().as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=place)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was quicker
+                raise
+            found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"MLflow experiment {name!r} was deleted: restore it in MLflow, or set tracking.experiment to another name"
+        )
+    return found.experiment_id
+
+
+def open_run(client, experiment_id: str, run_name: str, known: str | None) -> str:
+    """The known run, running again; a new one if there is none or it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    if known:
+        try:
+            if client.get_run(known).info.lifecycle_stage == "active":
+                client.update_run(known, status="RUNNING")
+                return known
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return client.create_run(experiment_id, run_name=run_name).info.run_id
+
+
+def one_line(error: Exception, uri: str) -> str:
+    """The reason, without the URI's secrets."""
+    secrets = urlsplit(uri)
+    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(uri, masked(uri))
+    for secret in filter(None, (secrets.password, secrets.username, secrets.query)):
+        text = text.replace(secret, "***")
+    return text[:300]
