@@ -65,7 +65,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
     `work` returns the job's own figures. With `output` None (a dry run) nothing is written.
     """
     started = time.time()
-    record = {"job": job, "status": "done", "command": shlex.join(_command()), "commit": commit()}
+    record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     try:
         if output is not None:
             writable(output)
@@ -99,9 +99,10 @@ def complain(what: str, message: str) -> None:
     errors.print(f"[red]{what}:[/red] {escape(message)}")
 
 
-def _command() -> list[str]:
+def command() -> str:
+    """The command line of this process, as a person types it."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["python", *(["-m", main.name] if main else sys.argv[:1]), *sys.argv[1:]]
+    return shlex.join(["python", *(["-m", main.name] if main else sys.argv[:1]), *sys.argv[1:]])
 
 
 def commit() -> str:

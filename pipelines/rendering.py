@@ -42,7 +42,10 @@ def motions_of(clips: Clips, names: Sequence[str]) -> list[Motion]:
 def render(
     denoiser: Denoiser, motions: Sequence[Motion], shape: ClipShape, output: Path, settings: Generate, shift: float
 ) -> tuple[list[dict[str, str]], Path]:
-    """Sample every motion and write it: a record each (`clip`, `video` side by side, `result` alone), contact sheet."""
+    """Sample every motion and write it: a record each (`clip`, `video` side by side, `result` alone), contact sheet.
+
+    Pose and truth lie beside the result on their own too, for other runs' results to be shown with.
+    """
     folder = output / "videos"
     records, rows = [], []
     started = time.time()
@@ -65,8 +68,9 @@ def render(
                 parts.append((motion.video_title, motion.video))
             name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', motion.name)[:80]}"
             beside = videos.write_mp4(folder / f"{name}.mp4", sheet.side_by_side(parts), shape.fps)
-            alone = videos.write_mp4(folder / f"{name}_result.mp4", result, shape.fps)
-            records.append({"clip": motion.name, "video": str(beside), "result": str(alone)})
+            alone = {"pose": drawn, "result": result} | ({} if motion.video is None else {"truth": motion.video})
+            paths = {part: videos.write_mp4(folder / f"{name}_{part}.mp4", v, shape.fps) for part, v in alone.items()}
+            records.append({"clip": motion.name, "video": str(beside), "result": str(paths["result"])})
             rows += [(f"{motion.name}: {title}", frames) for title, frames in parts[1:]]
         done = first + len(batch)
         rate = done / (time.time() - started)

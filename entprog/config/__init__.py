@@ -18,7 +18,7 @@ from entprog.config.experiment import (
     Tracking,
     Train,
 )
-from entprog.config.jobs import Generate, Generation, Preparation, Prepare, Shape
+from entprog.config.jobs import Compare, Comparison, Generate, Generation, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.reading import (
     WHOLE,
@@ -40,6 +40,8 @@ __all__ = [
     "WHOLE",
     "Backward",
     "ClipShape",
+    "Compare",
+    "Comparison",
     "Data",
     "Experiment",
     "Fraction",

@@ -1,4 +1,4 @@
-"""What jobs other than training are told: preparing clips, generating."""
+"""What jobs other than training are told: preparing clips, generating, comparing."""
 
 from typing import Literal
 
@@ -80,3 +80,25 @@ class Generation(Part):
     generate: Generate = Generate()
     prepare: Prepare = Prepare()
     """Of it `margin` and `point_visibility`: the crop around the person in a driving video or reference image."""
+
+
+class Compare(Part):
+    """How runs are compared (`pipelines.compare`)."""
+
+    target_loss: float | None = Field(default=None, gt=0)
+    """Held-out loss whose reaching is timed. None: the baseline's final loss, the highest of its seeds'."""
+    baseline: str | None = None
+    """What the others are compared with: a run's id or name, or a group's label. None: plain training, else the oldest
+    run's group."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of the intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
+    samples: int = Field(default=2, ge=0)
+    """Sample clips of each group in the page."""
+    sample_bytes: int = Field(default=250_000, ge=1000)
+    """Largest sample clip taken as it is; a larger one is encoded anew, smaller."""
+
+
+class Comparison(Part):
+    """Everything that a comparison depends on, beside the runs."""
+
+    compare: Compare = Compare()

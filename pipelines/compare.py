@@ -1,0 +1,187 @@
+"""Compare: MLflow runs → a verdict on the terminal and one self-contained HTML page.
+
+python -m pipelines.compare --experiment entprog --output out/compare
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from entprog import config
+from entprog.config import Comparison
+from entprog.errors import UserError
+from pipelines import jobs
+from pipelines.comparison import groups as grouping
+from pipelines.comparison import page, runs, samples, words
+from pipelines.comparison.groups import Difference, Group
+from pipelines.comparison.runs import Training
+from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
+from pipelines.tracking import masked, tracking_uri
+
+app = jobs.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
+EVALUATION = "evaluation.json"
+GROUPS_BESIDE = 4
+"""Groups that a terminal has room for side by side."""
+
+
+@app.command()
+def main(
+    experiment: Annotated[str, typer.Option(help="MLflow experiment of the runs.")] = "entprog",
+    runs: Annotated[
+        str | None,
+        typer.Option(metavar="ID,NAME,…", help="Only these runs: ids, names, or a sweep's run for all its trials."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("out/compare"),
+    target_loss: Annotated[
+        float | None, typer.Option(help="Held-out loss whose reaching is timed [the baseline's] (compare.target_loss).")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Run or group that the others are compared with (compare.baseline).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare unlike runs too; the page says so.")] = False,
+    config_file: jobs.ConfigFile = None,
+    set_: jobs.Set = None,
+    dry_run: jobs.DryRun = False,
+    verbose: jobs.Verbose = False,
+) -> None:
+    """Put runs side by side: held-out loss at equal seconds, time to a target loss with its interval over seeds,
+    memory, what search and scoring cost and when they had paid off, trained blocks, scores, quality, samples.
+
+    Runs that differ only in train.seed are one group. Runs that were made on other data, held-out clips, base or
+    device, or judged by other protocol cards, are refused unless --force. Leaves in OUTPUT: comparison.html (one file,
+    no network needed), result.json.
+    """
+
+    def work() -> dict[str, Any]:
+        own = {"target_loss": target_loss, "baseline": baseline}
+        wanted = [word.strip() for word in (runs or "").split(",") if word.strip()]
+        return run(experiment, output, settings(config_file, set_, own), wanted=wanted, force=force, dry_run=dry_run)
+
+    jobs.run("compare", None if dry_run else output, work, verbose=verbose)
+
+
+def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Comparison:
+    """Config files < the command's own options (None: not given) < --set. Raises UserError for what is wrong there."""
+    values: dict[str, Any] = {}
+    for path in files or []:
+        values = config.merge(values, config.read_yaml(path))
+    values = config.merge(values, {"compare": {name: value for name, value in own.items() if value is not None}})
+    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Comparison)
+
+
+def run(
+    experiment: str,
+    output: Path,
+    settings: Comparison | None = None,
+    *,
+    wanted: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Compare; returns the figures of result.json: `runs`, `groups`, `target_loss`, `time_to_target_ratio`, `page`, ….
+
+    wanted: run ids and names, none for all of the experiment. Raises UserError if the runs are unlike and not `force`.
+    """
+    chosen = (settings or Comparison()).compare
+    with runs.read(experiment, wanted) as trainings:
+        evaluations = {t.run_id: found for t in trainings if (found := t.json(EVALUATION))}
+        unlike = grouping.differences(trainings, {key: _cards(e) for key, e in evaluations.items()})
+        if unlike and not force:
+            more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
+            raise UserError(
+                f"{unlike[0]}{more}: choose runs that are alike with --runs, or mark it in the page with --force"
+            )
+        found = grouping.grouped(trainings, chosen.baseline)
+        if dry_run:
+            return _explain(found, output)
+        verdict = judge(found, chosen.target_loss, chosen.confidence)
+        facts = page.Facts(
+            experiment=experiment, store=masked(tracking_uri()), command=jobs.command(), commit=jobs.commit(),
+            made_s=time.time(),
+        )  # fmt: skip
+        clips = samples.rows(found, chosen.samples, chosen.sample_bytes)
+        html = page.render(verdict, unlike, evaluations, clips, facts)
+    path = Path(output) / "comparison.html"
+    path.write_text(html, encoding="utf-8")
+    _show(verdict, unlike, path)
+    return figures(verdict, unlike) | {"page": str(path)}
+
+
+def _cards(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """{metric: the card that goes with its figure}."""
+    return {name: evaluation["cards"][figure["card"]] for name, figure in evaluation["figures"].items()}
+
+
+def figures(verdict: Verdict, unlike: Sequence[Difference]) -> dict[str, Any]:
+    """What result.json says."""
+    best = verdict.best
+    return {
+        "headline": words.headline(verdict),
+        "target_loss": verdict.target_loss,
+        "target_is": verdict.target_is,
+        "baseline": verdict.baseline.group.label,
+        "time_to_target_ratio": _ratio(best) if best else None,
+        "groups": [_group(judged) for judged in verdict.judged],
+        "runs": [_run(training, judged.group) for judged in verdict.judged for training in judged.group.runs],
+        "forced": [asdict(difference) for difference in unlike],
+        "confidence": verdict.confidence,
+        "confidence_against_baseline": verdict.level,
+    }
+
+
+def _ratio(judged: Judged) -> dict[str, Any]:
+    """Of a group: the baseline's seconds to the target ÷ its own."""
+    ratio = judged.ratio or Estimate(None, None, None, len(judged.group.counted))
+    return {"group": judged.group.label, **asdict(ratio), "at_most": judged.ratio_at_most}
+
+
+def _group(judged: Judged) -> dict[str, Any]:
+    plain = {k: v for k, v in vars(judged).items() if k != "group" and not isinstance(v, Estimate)}
+    estimates = {k: asdict(v) for k, v in vars(judged).items() if isinstance(v, Estimate)}
+    about = {"label": judged.group.label, "settings": judged.group.settings}
+    return about | {"run_ids": [run.run_id for run in judged.group.runs]} | plain | estimates
+
+
+def _run(training: Training, group: Group) -> dict[str, Any]:
+    about = {"run_id": training.run_id, "name": training.name, "group": group.label, "status": training.status}
+    return about | {"seed": training.seed, "counts": training.counts} | dict(training.figures)
+
+
+def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:
+    rows = [
+        (escape(group.label), escape(", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)))
+        for group in found
+    ]
+    jobs.show("Groups, the baseline first", rows, ("group", "runs"))
+    jobs.console.print(f"Would compare them and write {output / 'comparison.html'}.", markup=False)
+    return {}
+
+
+def _show(verdict: Verdict, unlike: Sequence[Difference], path: Path) -> None:
+    table = page.summary(verdict)
+    names, labels = [name for name, _ in table["columns"]], [escape(row["key"]["label"]) for row in table["rows"]]
+    cells = [row["cells"] for row in table["rows"]]
+    if len(labels) <= GROUPS_BESIDE:
+        columns, rows = ("", *labels), [(name, *column) for name, *column in zip(names, *cells, strict=True)]
+    else:
+        kept = [names.index(name) for name in ("Runs", "Held-out loss", "Time to target", "Net speed-up")]
+        columns = ("group", *(names[place] for place in kept))
+        rows = [(label, *(row[place] for place in kept)) for label, row in zip(labels, cells, strict=True)]
+    jobs.console.print(f"\n{words.headline(verdict)}", style="bold", markup=False)
+    for line in words.remarks(verdict):
+        jobs.console.print(line, markup=False)
+    for difference in unlike:
+        jobs.complain("forced", f"these runs are not alike: {difference}")
+    for line in words.warnings(verdict):
+        jobs.complain("note", line)
+    jobs.show(f"Target: held-out loss {verdict.target_loss:.5g} ({escape(verdict.target_is)})", rows, columns)
+    jobs.console.print(f"Page: {path}", markup=False)
+
+
+if __name__ == "__main__":
+    app()

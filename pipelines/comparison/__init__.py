@@ -1,0 +1,1 @@
+"""What `pipelines.compare` is made of: runs read from MLflow → groups of seeds → a verdict → one page."""

@@ -1,0 +1,176 @@
+"""Which runs may be compared, and which are one thing tried with several seeds."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from entprog import config
+from entprog.config import close_to
+from entprog.errors import UserError
+from pipelines.comparison.runs import Training
+
+SEEDS = ("train.seed", "priority.seed")
+INCIDENTAL = (
+    "name", "tracking", "data.shards", "data.verify", "data.decode_cpus", "model.base", "train.gpus", "train.samples",
+    "train.keep_checkpoints", "train.checkpoint_every", "train.max_failures",
+)  # fmt: skip
+"""Settings that do not touch what is computed, or that stand in a tag by their content."""
+LABEL = 48
+"""Longest label that is made of settings, in characters."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Why two runs are unlike."""
+
+    field: str
+    a: str
+    b: str
+    run_a: str
+    run_b: str
+
+    def __str__(self) -> str:
+        return f"{self.field} differs: {self.a} in {self.run_a}, {self.b} in {self.run_b}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in nothing but their seed."""
+
+    label: str
+    settings: dict[str, Any]
+    """Those in which the groups differ."""
+    runs: tuple[Training, ...]
+
+    @property
+    def counted(self) -> tuple[Training, ...]:
+        """The runs whose figures count."""
+        return tuple(run for run in self.runs if run.counts)
+
+    @property
+    def typical(self) -> Training | None:
+        """The run of median final loss, which stands for the group in pictures; None where no run counts."""
+        ranked = sorted(self.counted, key=lambda run: run.curve[-1].loss)
+        return ranked[(len(ranked) - 1) // 2] if ranked else None
+
+
+def differences(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    """The fields in which runs are unlike, each with the first pair of runs that shows it.
+
+    cards: {run id: {metric: protocol card}}.
+    """
+    fields: dict[str, Callable[[Training], str]] = {
+        "data": lambda run: run.tags.get("entprog.data", "not recorded"),
+        "held-out set": _held_out,
+        "base": lambda run: run.tags.get("entprog.base", "not recorded"),
+        "device": lambda run: run.tags.get("entprog.device", "not recorded"),
+    }
+    found = []
+    for field, of in fields.items():
+        first = trainings[0]
+        other = next((run for run in trainings if of(run) != of(first)), None)
+        if other is not None:
+            found.append(Difference(field, of(first), of(other), first.title, other.title))
+    return found + _unlike_cards(trainings, cards)
+
+
+def _held_out(run: Training) -> str:
+    settings = {**DEFAULTS, **run.settings}
+    clips, draws, seed = (settings[f"data.held_out_{name}"] for name in ("clips", "draws", "seed"))
+    counted = f"{clips} clips × {draws} draws of seed {seed}"
+    return " ".join(filter(None, [counted, run.tags.get("entprog.held_out", "")]))
+
+
+def _unlike_cards(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    found = []
+    measured = [run for run in trainings if cards.get(run.run_id)]
+    for metric in dict.fromkeys(metric for run in measured for metric in cards[run.run_id]):
+        having = [run for run in measured if metric in cards[run.run_id]]
+        first = cards[having[0].run_id][metric]
+        for run in having[1:]:
+            other = cards[run.run_id][metric]
+            name = next((key for key in {**first, **other} if first.get(key) != other.get(key)), None)
+            if name is not None:
+                values = (text(card.get(name)) for card in (first, other))
+                found.append(Difference(f"metric card of {metric}, {name},", *values, having[0].title, run.title))
+                break
+    return found
+
+
+DEFAULTS = config.settings(config.Experiment(train=config.Train(steps=1)))
+"""What a run had that was made before a setting came to be."""
+
+
+def grouped(trainings: Sequence[Training], baseline: str | None = None) -> list[Group]:
+    """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
+
+    baseline: a run's id or name, or a group's label. None: plain training if there is any, else the oldest run's group.
+    Raises UserError if no group answers to `baseline`.
+    """
+    settings = [{**DEFAULTS, **run.settings} for run in trainings]
+    names = [n for n in dict.fromkeys(n for s in settings for n in s) if not _ignored(n)]
+    differing = [n for n in names if len({_key(s.get(n)) for s in settings}) > 1]
+    members: dict[tuple, list[int]] = {}
+    for place, values in enumerate(settings):
+        members.setdefault(tuple(_key(values.get(n)) for n in differing), []).append(place)
+    parts = [
+        ({n: settings[places[0]].get(n) for n in differing}, tuple(trainings[p] for p in places))
+        for places in members.values()
+    ]
+    labels = _labels(parts)
+    groups = [Group(label=label, settings=s, runs=runs) for label, (s, runs) in zip(labels, parts, strict=True)]
+    first = _baseline(groups, baseline)
+    return [first, *(group for group in groups if group is not first)]
+
+
+def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    if wanted is None:
+        plain = (g for g in groups if g.runs[0].settings.get("schedule.kind") == "full")
+        return next(plain, groups[0])
+    for group in groups:
+        if group.label == wanted or any(run.name == wanted or run.run_id.startswith(wanted) for run in group.runs):
+            return group
+    known = [group.label for group in groups] + [run.name for group in groups for run in group.runs]
+    raise UserError(
+        f"no run or group {wanted!r} to be the baseline{close_to(wanted, known)}; there are: "
+        f"{', '.join(dict.fromkeys(known))}"
+    )
+
+
+def _labels(parts: Sequence[tuple[dict[str, Any], tuple[Training, ...]]]) -> list[str]:
+    """A short name a group, no two alike: the settings that differ, else the runs' own name, else a number."""
+    names = list(parts[0][0])
+    words = all(isinstance(s[n], str) for s, _ in parts for n in names)
+    leaves = [name.rsplit(".", 1)[-1] for name in names]
+    shown = [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(names, leaves, strict=True)]
+    if len(names) == 1 and words:
+        labels = [str(s[names[0]]) for s, _ in parts]
+    else:
+        labels = [", ".join(f"{n} {text(s[name])}" for n, name in zip(shown, names, strict=True)) for s, _ in parts]
+    own = [{run.name for run in runs} for _, runs in parts]
+    for i, (label, mine) in enumerate(zip(labels, own, strict=True)):
+        if not label or len(label) > LABEL:
+            (name, *more) = sorted(mine)
+            alone = not more and all(name not in other for j, other in enumerate(own) if j != i)
+            labels[i] = name if alone else f"group {i + 1}" if names else "all runs"
+    return labels
+
+
+def _ignored(name: str) -> bool:
+    return name in SEEDS or any(name == part or name.startswith(part + ".") for part in INCIDENTAL)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def text(value: Any) -> str:
+    """A setting's value for people."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple) and value and not any(isinstance(v, dict | list) for v in value):
+        return "/".join(text(v) for v in value)
+    return json.dumps(value, default=str)

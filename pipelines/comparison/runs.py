@@ -1,0 +1,228 @@
+"""Trainings as MLflow remembers them: settings, tags, held-out losses, files. Reads only."""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from entprog.config import close_to
+from entprog.errors import UserError
+from pipelines.tracking import _client as connect
+from pipelines.tracking import _database_file as database_file
+from pipelines.tracking import _one_line as one_line
+from pipelines.tracking import masked, tracking_uri
+
+FIGURES = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
+
+
+class Point(NamedTuple):
+    """A held-out loss as it was measured."""
+
+    charged_s: float
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One logical training run."""
+
+    run_id: str
+    name: str
+    status: str
+    """finished, running, failed, killed; diverged: finished at a loss that is no number; empty: without a loss."""
+    started_s: float
+    """Seconds since 1970."""
+    last_sign_s: float
+    """When it last logged, or ended."""
+    settings: dict[str, Any]
+    """{dotted name: JSON value}; what a resumed run changed is as it was last."""
+    tags: dict[str, str]
+    curve: tuple[Point, ...]
+    """Held-out losses in the order of their steps, also such as are no number."""
+    figures: dict[str, float]
+    """Of FIGURES those that are known."""
+    files: Callable[[str], bytes | None]
+    """An artifact by its path; None where there is none."""
+    artifacts: tuple[str, ...]
+    """Paths of the artifacts."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether its figures enter a comparison: finished, at a finite loss."""
+        return self.status == "finished"
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings.get("train.seed", 0))
+
+    @property
+    def title(self) -> str:
+        """Name and the beginning of the id, for people."""
+        return f"{self.name} ({self.run_id[:8]})"
+
+    def note(self, now_s: float) -> str:
+        """What a person should know about a run beside its status; '' for nothing."""
+        odd = [f"{k.removeprefix('not_finite.')}: {v}" for k, v in self.tags.items() if k.startswith("not_finite.")]
+        silent = f"last sign of life {_ago(now_s - self.last_sign_s)} ago" if self.status == "running" else ""
+        return "; ".join([*filter(None, [silent]), *odd])
+
+    def json(self, path: str) -> Any:
+        """A JSON artifact; None where there is none. Raises UserError if it is damaged."""
+        data = self.files(path)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise UserError(f"run {self.title}: its artifact {path} is no JSON ({error}): log it anew") from None
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Its step records; [] where they were not logged, as for a run that has not ended."""
+        return [json.loads(line) for line in (self.files("steps.jsonl") or b"").splitlines()]
+
+
+@contextlib.contextmanager
+def read(experiment: str, wanted: Sequence[str] = ()) -> Iterator[list[Training]]:
+    """The trainings of an MLflow experiment, oldest first. Their files can be read while the context is open.
+
+    wanted: run ids (or beginnings of 6 characters and more) and run names; a sweep's run stands for its trials. None
+    given: all trainings.
+    Raises UserError if store, experiment or a wanted run is not there, or if none is left.
+    """
+    uri = tracking_uri()
+    database = database_file(uri)
+    if database is not None and not database.exists():  # MLflow would make an empty one
+        raise UserError(
+            f"no MLflow store at {database}: train first, or set MLFLOW_TRACKING_URI to the store of the runs"
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        client = connect(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            names = [e.name for e in client.search_experiments() if e.name != "Default"]
+            raise UserError(
+                f"no MLflow experiment {experiment!r} at {masked(uri)}{close_to(experiment, names)}; there are: "
+                f"{', '.join(names) or 'none'}"
+            )
+        chosen = _chosen(_all_runs(client, found.experiment_id), wanted, experiment)
+        with tempfile.TemporaryDirectory(prefix="entprog-compare-") as scratch:
+            yield sorted((_training(client, run, Path(scratch)) for run in chosen), key=lambda t: t.started_s)
+    except _mlflow_errors() as error:
+        raise UserError(f"MLflow at {masked(uri)} does not answer: {one_line(error, uri)}") from None
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    return MlflowException, RequestException
+
+
+def _all_runs(client, experiment_id: str) -> list:
+    runs, page = [], None
+    while True:
+        part = client.search_runs([experiment_id], max_results=1000, page_token=page)
+        runs += part
+        page = part.token
+        if not page:
+            return runs
+
+
+def _is_training(run) -> bool:
+    tags = run.data.tags
+    return tags.get("entprog.kind", "training" if "entprog.identity" in tags else "") == "training"
+
+
+def _chosen(runs: list, wanted: Sequence[str], experiment: str) -> list:
+    trainings = [run for run in runs if _is_training(run)]
+    if not trainings:
+        raise UserError(f"MLflow experiment {experiment!r} has no training runs: train some first")
+    if not wanted:
+        return trainings
+    chosen = {}
+    for word in wanted:
+        hits = [r for r in runs if word == r.info.run_name or (len(word) >= 6 and r.info.run_id.startswith(word))]
+        below = {r.info.run_id for r in hits}
+        mine = [r for r in trainings if below & {r.info.run_id, r.data.tags.get("mlflow.parentRunId")}]
+        if not mine:
+            names = list(dict.fromkeys(r.info.run_name for r in trainings))
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise UserError(
+                f"experiment {experiment!r} has no training run {word!r}{close_to(word, names)}; there are: {shown}"
+            )
+        chosen |= {r.info.run_id: r for r in mine}
+    return list(chosen.values())
+
+
+def _training(client, run, scratch: Path) -> Training:
+    info, data = run.info, run.data
+    charged = _by_step(client, info.run_id, "charged_s", data.metrics)
+    losses = _by_step(client, info.run_id, "held_out_loss", data.metrics)
+    curve = tuple(Point(charged[step], step, loss) for step, loss in sorted(losses.items()) if step in charged)
+    status = STATUS.get(info.status, info.status.lower())
+    if status == "finished":
+        status = "empty" if not curve else "finished" if math.isfinite(curve[-1].loss) else "diverged"
+    changed = {k.removeprefix("changed."): v for k, v in data.tags.items() if k.startswith("changed.")}
+    paths = tuple(entry.path for entry in client.list_artifacts(info.run_id) if not entry.is_dir)
+
+    def files(path: str) -> bytes | None:
+        if path not in paths:
+            return None
+        folder = scratch / info.run_id
+        folder.mkdir(exist_ok=True)
+        place = folder / path
+        return (place if place.exists() else Path(client.download_artifacts(info.run_id, path, folder))).read_bytes()
+
+    last_ms = info.end_time or max((m.timestamp for m in data._metric_objs), default=info.start_time)
+    return Training(
+        run_id=info.run_id,
+        name=info.run_name or info.run_id,
+        status=status,
+        started_s=info.start_time / 1000,
+        last_sign_s=last_ms / 1000,
+        settings={name: _value(text) for name, text in {**data.params, **changed}.items()},
+        tags=dict(data.tags),
+        curve=curve,
+        figures=_figures(data.metrics, charged, curve),
+        files=files,
+        artifacts=paths,
+    )
+
+
+def _by_step(client, run_id: str, metric: str, known: dict[str, float]) -> dict[int, float]:
+    """A metric's values by step; of a step that a resumed run repeated the later one."""
+    if metric not in known:
+        return {}
+    history = sorted(client.get_metric_history(run_id, metric), key=lambda m: m.timestamp)
+    return {m.step: m.value for m in history}
+
+
+def _figures(metrics: dict[str, float], charged: dict[int, float], curve: Sequence[Point]) -> dict[str, float]:
+    known = {name: metrics[f"final/{name}"] for name in FIGURES if f"final/{name}" in metrics}
+    so_far = {"peak_memory_bytes": metrics.get("peak_memory_bytes"), "flops": metrics.get("flops")}
+    if charged:
+        so_far |= {"steps": max(charged), "seconds": charged[max(charged)]}
+    if curve:
+        so_far["held_out_loss"] = curve[-1].loss
+    return {name: value for name, value in so_far.items() if value is not None} | known
+
+
+def _value(text: str) -> Any:
+    """Tracked settings are JSON, but for texts, which are as they are."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,78 @@
+"""Generated clips of several runs, the same motion side by side, small enough for a page."""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entprog.media import video
+from pipelines.comparison.groups import Group
+from pipelines.comparison.runs import Training
+
+FILE = re.compile(r"(?:.*/)?(\d{3}_.+)_result\.mp4")
+"""What training leaves of a held-out motion: NAME.mp4 (beside reference, pose and truth), NAME_result.mp4 and more."""
+HEIGHT, CRF, LONGEST_FRAMES = 192, 30, 96
+"""Of a clip that was too large as it was."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip in the page."""
+
+    label: str
+    data: str
+    """data: URI of an mp4."""
+    role: str
+    """`given` (pose, truth) or `made`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One motion: what was given and what every group made of it."""
+
+    name: str
+    clips: tuple[Clip, ...]
+
+
+def rows(groups: Sequence[Group], count: int, largest_bytes: int) -> list[Row]:
+    """Up to `count` motions that every group with clips has, by each group's typical run."""
+    having = [(group, _names(group.typical)) for group in groups if group.typical]
+    having = [(group, names) for group, names in having if names]
+    if not having or not count:
+        return []
+    common = [name for name in having[0][1] if all(name in names for _, names in having)]
+    out = []
+    for name in common[:count]:
+        first_run, first_path = having[0][0].typical, having[0][1][name]
+        given = [(part, _part(first_run, first_path, part)) for part in ("pose", "truth")]
+        clips = [Clip(part, _data(data, largest_bytes), "given") for part, data in given if data]
+        clips += [
+            Clip(group.label, _data(group.typical.files(names[name]), largest_bytes), "made") for group, names in having
+        ]
+        out.append(Row(name[4:].replace("_", " "), tuple(clips)))
+    return out
+
+
+def _names(run: Training) -> dict[str, str]:
+    """{motion: artifact of its result}."""
+    found = {path: FILE.fullmatch(path) for path in sorted(run.artifacts)}
+    return {match[1]: path for path, match in found.items() if match}
+
+
+def _part(run: Training, result: str, part: str) -> bytes | None:
+    return run.files(result.removesuffix("result.mp4") + f"{part}.mp4")
+
+
+def _data(mp4: bytes, largest_bytes: int) -> str:
+    if len(mp4) > largest_bytes:
+        mp4 = _smaller(mp4)
+    return "data:video/mp4;base64," + base64.b64encode(mp4).decode()
+
+
+def _smaller(mp4: bytes) -> bytes:
+    frames = video.decode_rgb(mp4, range(LONGEST_FRAMES))
+    height = min(HEIGHT, frames.shape[1])
+    size = (height, max(2, round(frames.shape[2] * height / frames.shape[1] / 2) * 2))
+    return video.encode(np.stack([video.scale(frame, size) for frame in frames]), video.probe(mp4).fps, CRF)

@@ -1,0 +1,282 @@
+"""What groups of runs say against a baseline: time to a target loss, with intervals over seeds, and a true sentence.
+
+Ratios of times are geometric means over seeds, and their intervals are Student's t on the logarithms: paired where both
+groups have the same seeds, Welch's otherwise. With three seeds, the usual number here, a percentile bootstrap can never
+leave the range of the values seen: it would hold the truth in some 75 % of cases, not 95 %.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from entprog.errors import UserError
+from pipelines.comparison.groups import Group
+from pipelines.comparison.runs import Point, Training
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value over seeds; without an interval where one seed alone has it."""
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A group against the baseline."""
+
+    group: Group
+    loss: Estimate | None
+    """Final held-out loss; None where no run counts."""
+    equal_seconds_loss: Estimate | None
+    """Held-out loss after `Verdict.equal_s` charged seconds."""
+    loss_difference: Estimate | None
+    """The same minus the baseline's; None for the baseline."""
+    reached: int
+    """Runs that reached the target loss, of those that count."""
+    seconds_to_target: Estimate | None
+    """Charged seconds to it; None unless every run reached it."""
+    steps_to_target: Estimate | None
+    ratio: Estimate | None
+    """Baseline's seconds to the target ÷ this group's: the net speed-up, search and scoring paid. None unless all runs
+    reached it."""
+    ratio_at_most: float | None
+    """Where not all reached it: the ratio if they had done so just when they ended."""
+    break_even_s: float | None
+    """Charged seconds from which on its mean loss stays below the baseline's; None: not within the runs."""
+    overhead: float | None
+    """Share of the charged seconds that went into search and scoring."""
+    seconds: float | None
+    """Mean charged seconds of a run."""
+    steps: float | None
+    peak_memory_bytes: float | None
+    """Highest of its runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The comparison: the baseline first."""
+
+    target_loss: float
+    target_is: str
+    """Where the target comes from."""
+    equal_s: float
+    """Charged seconds that every counted run has spent."""
+    confidence: float
+    """Of every interval, before the correction."""
+    level: float
+    """Of the intervals against the baseline: higher where several groups are compared with it (Bonferroni)."""
+    judged: tuple[Judged, ...]
+
+    @property
+    def baseline(self) -> Judged:
+        return self.judged[0]
+
+    @property
+    def best(self) -> Judged | None:
+        """Of the groups beside the baseline the one soonest at the target, else the one of lowest loss."""
+        others = [j for j in self.judged[1:] if j.loss is not None]
+        sooner = [j for j in others if j.ratio is not None]
+        if sooner:
+            return max(sooner, key=lambda j: j.ratio.value)
+        return min(others, key=lambda j: j.equal_seconds_loss.value, default=None)
+
+
+def judge(groups: Sequence[Group], target_loss: float | None, confidence: float) -> Verdict:
+    """Compare groups with the first one, the baseline.
+
+    target_loss: None for the highest final loss among the baseline's seeds, which each of them has reached.
+    Raises UserError if no target can be had because no run of the baseline has ended well.
+    """
+    baseline = groups[0]
+    counted = [run for group in groups for run in group.counted]
+    if target_loss is None and not baseline.counted:
+        raise UserError(
+            f"no run of the baseline {baseline.label!r} has finished with a finite loss: wait for it, give "
+            "--target-loss, or another --baseline"
+        )
+    if not counted:
+        raise UserError("none of the runs has finished with a finite loss: there is nothing to compare yet")
+    if target_loss is None:
+        target_loss = max(run.curve[-1].loss for run in baseline.counted)
+        seeds = len(baseline.counted)
+        target_is = f"final loss of {baseline.label}" + (f", the highest of its {seeds} runs" if seeds > 1 else "")
+    else:
+        target_is = "given with --target-loss"
+    equal_s = min(run.curve[-1].charged_s for run in counted)
+    others = sum(bool(group.counted) for group in groups[1:])
+    level = 1 - (1 - confidence) / max(others, 1)
+    judged = tuple(_judged(group, baseline, target_loss, equal_s, confidence, level) for group in groups)
+    return Verdict(
+        target_loss=target_loss,
+        target_is=target_is,
+        equal_s=equal_s,
+        confidence=confidence,
+        level=level,
+        judged=judged,
+    )
+
+
+def _judged(group: Group, baseline: Group, target: float, equal_s: float, confidence: float, level: float) -> Judged:
+    runs, is_baseline = group.counted, group is baseline
+    seconds = [crossing(run.curve, target, "charged_s") for run in runs]
+    reached = sum(s is not None for s in seconds)
+    whole = bool(runs) and reached == len(runs)
+    base_seconds = [crossing(run.curve, target, "charged_s") for run in baseline.counted]
+    comparable = not is_baseline and bool(base_seconds) and None not in base_seconds and bool(runs)
+    ratio = at_most = None
+    if comparable and whole:
+        ratio = ratio_of(_by_seed(baseline.counted, base_seconds), _by_seed(runs, seconds), level)
+    elif comparable:
+        ended = [run.curve[-1].charged_s if s is None else s for run, s in zip(runs, seconds, strict=True)]
+        at_most = _geometric(base_seconds) / _geometric(ended)
+    here = [loss_at(run.curve, equal_s) for run in runs]
+    base_here = [loss_at(run.curve, equal_s) for run in baseline.counted]
+    difference = None
+    if not is_baseline and here and base_here:
+        difference = difference_of(_by_seed(runs, here), _by_seed(baseline.counted, base_here), level)
+    return Judged(
+        group=group,
+        loss=mean_of([run.curve[-1].loss for run in runs], confidence),
+        equal_seconds_loss=mean_of(here, confidence),
+        loss_difference=difference,
+        reached=reached,
+        seconds_to_target=mean_of(seconds, confidence) if whole else None,
+        steps_to_target=mean_of([crossing(r.curve, target, "step") for r in runs], confidence) if whole else None,
+        ratio=ratio,
+        ratio_at_most=at_most,
+        break_even_s=None if is_baseline else break_even(runs, baseline.counted),
+        overhead=_overhead(runs),
+        seconds=_mean([run.figures.get("seconds") for run in runs]),
+        steps=_mean([run.figures.get("steps") for run in runs]),
+        peak_memory_bytes=max((run.figures.get("peak_memory_bytes", 0) for run in runs), default=0) or None,
+    )
+
+
+# ---- curves ----
+
+
+def crossing(curve: Sequence[Point], target: float, axis: str) -> float | None:
+    """Where a curve first comes down to the target, between two measurements along the straight line; None: never.
+
+    axis: `charged_s` or `step`. A loss that is no number is no measurement.
+    """
+    points = _finite(curve)
+    if not points:
+        return None
+    if points[0].loss <= target:
+        return float(getattr(points[0], axis))
+    for a, b in itertools.pairwise(points):
+        if b.loss <= target:
+            share = (a.loss - target) / (a.loss - b.loss)
+            return getattr(a, axis) + share * (getattr(b, axis) - getattr(a, axis))
+    return None
+
+
+def loss_at(curve: Sequence[Point], charged_s: float) -> float:
+    """Held-out loss after so many charged seconds, on the straight line between measurements."""
+    points = _finite(curve)
+    return float(np.interp(charged_s, [p.charged_s for p in points], [p.loss for p in points]))
+
+
+def mean_curve(runs: Sequence[Training], axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of several runs' losses where all of them have one: (places on the axis, losses)."""
+    curves = [[(float(getattr(p, axis)), p.loss) for p in _finite(run.curve)] for run in runs]
+    if not curves or not all(curves):
+        return np.empty(0), np.empty(0)
+    start, end = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
+    inside = {x for c in curves for x, _ in c if start <= x <= end}
+    places = np.array(sorted(inside | ({start, end} if start <= end else set())))
+    losses = [np.interp(places, *np.array(c).T) for c in curves]
+    return places, np.mean(losses, axis=0)
+
+
+def break_even(runs: Sequence[Training], baseline: Sequence[Training]) -> float | None:
+    """Charged seconds from which on the mean loss of `runs` stays below the baseline's; None: not within both."""
+    ours, theirs = mean_curve(runs, "charged_s"), mean_curve(baseline, "charged_s")
+    if not len(ours[0]) or not len(theirs[0]):
+        return None
+    start, end = max(ours[0][0], theirs[0][0]), min(ours[0][-1], theirs[0][-1])
+    if start >= end:
+        return None
+    places = np.unique(np.clip(np.concatenate([ours[0], theirs[0], [start, end]]), start, end))
+    ahead = np.interp(places, *theirs) - np.interp(places, *ours)
+    if ahead[-1] <= 0:
+        return None
+    behind = np.flatnonzero(ahead <= 0)
+    if not len(behind):
+        return float(start)
+    last = behind[-1]
+    share = -ahead[last] / (ahead[last + 1] - ahead[last])
+    return float(places[last] + share * (places[last + 1] - places[last]))
+
+
+def _finite(curve: Sequence[Point]) -> list[Point]:
+    return [point for point in curve if math.isfinite(point.loss)]
+
+
+# ---- intervals over seeds ----
+
+BySeed = list[tuple[int, float]]
+
+
+def _by_seed(runs: Sequence[Training], values: Sequence[float]) -> BySeed:
+    return sorted((run.seed, value) for run, value in zip(runs, values, strict=True))
+
+
+def mean_of(values: Sequence[float], confidence: float) -> Estimate | None:
+    """Mean over runs with Student's t interval; None for no values."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return Estimate(float(values[0]), None, None, 1)
+    found = stats.ttest_1samp(values, 0.0).confidence_interval(confidence) if np.ptp(values) else None
+    mean = float(np.mean(values))
+    low, high = (float(found.low), float(found.high)) if found else (mean, mean)
+    return Estimate(mean, low, high, len(values))
+
+
+def difference_of(a: BySeed, b: BySeed, confidence: float) -> Estimate:
+    """Mean of a minus mean of b: paired by seed where both have the same ones, each once; else Welch's."""
+    seeds_a, seeds_b = [seed for seed, _ in a], [seed for seed, _ in b]
+    x, y = np.array([v for _, v in a]), np.array([v for _, v in b])
+    paired = seeds_a == seeds_b and len(set(seeds_a)) == len(seeds_a)
+    value, seeds = float(x.mean() - y.mean()), min(len(x), len(y))
+    if seeds < 2:
+        return Estimate(value, None, None, seeds)
+    if (paired and not np.ptp(x - y)) or (not paired and not np.ptp(x) and not np.ptp(y)):
+        return Estimate(value, value, value, seeds)
+    test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+    found = test.confidence_interval(confidence)
+    return Estimate(value, float(found.low), float(found.high), seeds)
+
+
+def ratio_of(baseline: BySeed, group: BySeed, confidence: float) -> Estimate:
+    """Geometric mean of the baseline's values ÷ the group's."""
+    logs = difference_of(*([(seed, math.log(v)) for seed, v in part] for part in (baseline, group)), confidence)
+    return Estimate(*(None if v is None else math.exp(v) for v in (logs.value, logs.low, logs.high)), logs.seeds)
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(float(np.mean(np.log(values))))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _overhead(runs: Sequence[Training]) -> float | None:
+    shares = [
+        (run.figures.get("search_seconds", 0.0) + run.figures.get("score_seconds", 0.0)) / run.figures["seconds"]
+        for run in runs
+        if run.figures.get("seconds") and "search_seconds" in run.figures
+    ]
+    return _mean(shares)

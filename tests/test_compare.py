@@ -1,0 +1,425 @@
+"""compare: real tiny trainings in a real MLflow store → verdict and page; what it refuses; that it tells the truth."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_experiment
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from test_training import Run
+from typer.testing import CliRunner
+
+from entprog import config
+from entprog.errors import UserError
+from entprog.media import video
+from pipelines import charts, compare, tracking, worker
+from pipelines.comparison import drawings, groups, runs, verdict, words
+from pipelines.comparison.runs import Point, Training
+from pipelines.tracking import Tracker
+
+LIKE = {"entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "entprog.device": "cpu"}
+CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}
+
+
+def train(output, name, experiment="like", tags=(), status="FINISHED", quality=None, last_loss=None, **parts):
+    """A real tiny run of fit(), told to MLflow as pipelines.train tells it."""
+    run = Run(tiny_experiment(**config.merge({"train": {"steps": 12, "held_out_every": 3}}, parts)))
+    kind = {"entprog.kind": "training", "entprog.identity": name}
+    tracker = Tracker.start(
+        output, experiment, name, params=config.settings(run.experiment), tags={**LIKE, **kind, **dict(tags)},
+        warn=pytest.fail,
+    )  # fmt: skip
+    records = []
+    for step in run.steps():
+        records.append(worker.as_record(step))
+        values = worker.metrics(step)
+        if step.last and last_loss is not None:
+            values["held_out_loss"] = last_loss
+        tracker.metrics(step.step, values)
+    (output / "steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = [output / "steps.jsonl"]
+    if run.experiment.schedule.kind != "full":
+        (output / "cei.json").write_text(json.dumps(run.table.as_json()))
+        files += [output / "cei.json", charts.cei_chart(run.table.as_json(), output / "cei.png")]
+    clip = np.random.default_rng(run.experiment.train.seed).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    for part in ("pose", "truth", "result"):  # as rendering leaves them
+        files.append(video.write_mp4(output / f"000_held-out_clip_0_{part}.mp4", clip, 8))
+    if quality is not None:
+        figure = {"value": 20.0 + run.experiment.train.seed, "low": 19.0, "high": 22.0, "clips": 4, "card": "c1"}
+        (output / "evaluation.json").write_text(json.dumps({"figures": {"psnr": figure}, "cards": quality}))
+        files.append(output / "evaluation.json")
+    for file in files:
+        tracker.artifact(file)
+    final = run.state.seconds
+    tracker.summary({"seconds": final.total, "search_seconds": final.search, "score_seconds": final.score})
+    tracker.end(status) if status != "RUNNING" else tracker.close()
+    return tracker.run_id
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two groups of two seeds that can be compared, in a store of their own: {name: run id}."""
+    folder = tmp_path_factory.mktemp("compare")
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    ids = {}
+    for kind in ("full", "entprog"):
+        for seed in (0, 1):
+            name = f"{kind}-{seed}"
+            parts = {"schedule": {"kind": kind}, "train": {"seed": seed}, "tracking": {"run_name": name}}
+            ids[name] = train(folder / name, name, quality=CARDS, **parts)
+    yield ids
+    os.environ.pop("MLFLOW_TRACKING_URI")
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def invoke(*arguments) -> tuple[int, str]:
+    """(exit status, what the command said)."""
+    result = CliRunner().invoke(compare.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.texts = [], []
+        self.source = Path(path).read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def compared(store, tmp_path_factory):
+    """(result.json, page) of the real command on all four runs."""
+    output = tmp_path_factory.mktemp("compared")
+    status, said = invoke("--experiment", "like", "--output", output)
+    assert status == 0, said
+    result = json.loads((output / "result.json").read_text())
+    assert "Net speed-up" in said and result["headline"] in " ".join(said.split())
+    return result, Page(result["page"])
+
+
+def test_seeds_are_one_group_and_the_figures_are_the_runs_own(compared, store):
+    result, _ = compared
+    assert [group["label"] for group in result["groups"]] == ["full", "entprog"], "plain training is the baseline"
+    assert [sorted(group["run_ids"]) for group in result["groups"]] == [
+        sorted(store[f"{kind}-{seed}"] for seed in (0, 1)) for kind in ("full", "entprog")
+    ]
+    client = runs.connect(tracking.tracking_uri())
+    finals = {run["run_id"]: run["held_out_loss"] for run in result["runs"]}
+    for run_id in store.values():
+        history = client.get_metric_history(run_id, "held_out_loss")
+        assert finals[run_id] == max(history, key=lambda m: m.step).value
+    base = [finals[store[f"full-{seed}"]] for seed in (0, 1)]
+    assert result["target_loss"] == max(base), "every seed of the baseline has reached it"
+    ratio = result["time_to_target_ratio"]
+    assert {"low", "high", "value", "group"} <= set(ratio) and ratio["group"] == "entprog"
+    assert (ratio["value"] is None) == (ratio["low"] is None), "two seeds have an interval, or none of them a value"
+    assert all(run["counts"] and run["status"] == "finished" for run in result["runs"])
+
+
+def test_the_page_needs_nothing_from_anywhere(compared):
+    _, page = compared
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
+        for name in ("src", "href", "poster", "action", "data", "srcset"):
+            value = attributes.get(name) or ""
+            assert value.startswith(("data:", "#")) or not value, (tag, name, value[:80])
+    addresses = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.source)
+    assert not re.search(r"https?://|@import|url\((?!#)", addresses)
+    (policy,) = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
+    assert "unsafe-inline'" not in policy.split("script-src")[1]
+
+
+def test_the_page_shows_what_there_is_to_show(compared):
+    result, page = compared
+    for heading in ("Held-out loss", "Trained blocks over time", "Block scores", "Quality", "Samples", "Runs"):
+        assert heading in page.text
+    assert result["headline"] in page.text
+    charts = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
+    assert len(charts) == len(set(charts)) >= 5, "every chart says what it shows"
+    clips = [a for t, a in page.tags if t == "video"]
+    assert len(clips) == 4 and all(a["aria-label"] for a in clips), "pose, truth and a result of each group"
+    mp4 = base64.b64decode(clips[0]["src"].partition(",")[2])
+    assert video.decode_rgb(mp4).shape == (4, 32, 32, 3)
+    assert not re.search("#fe[0-9a-f]{2}ab", page.source), "every colour is the page's own"
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    hovers = [json.loads(a["data-hover"]) for _, a in page.tags if "data-hover" in a]
+    assert [hover["unit"] for hover in hovers] == ["charged seconds", "steps"]
+    for line in hovers[1]["lines"]:
+        mean = next(g for g in result["groups"] if g["label"] == line["name"])["loss"]["value"]
+        assert line["points"][-1] == [12, pytest.approx(mean, rel=1e-4)]
+
+
+# ---- what is refused ----
+
+
+UNLIKE = {
+    "data": {"entprog.data": "d2"},
+    "held-out set": {"entprog.held_out": "h2"},
+    "base": {"entprog.base": "b2"},
+    "device": {"entprog.device": "another"},
+}
+
+
+@pytest.fixture(scope="module")
+def unlike(store, tmp_path_factory):
+    """{field: run that is unlike full-0 in it alone}, all in the experiment `like`'s store under names of their own."""
+    short, folder = {"train": {"steps": 3, "held_out_every": 1}}, tmp_path_factory.mktemp("unlike")
+    kind = {"schedule": {"kind": "full"}}
+    ids = {field: train(folder / field, field, "unlike", tags, **short, **kind) for field, tags in UNLIKE.items()} | {
+        "like": train(folder / "like", "like", "unlike", quality=CARDS, **short, **kind)
+    }
+    other = {"c1": CARDS["c1"] | {"frames": 9}}
+    return ids | {"card": train(folder / "card", "card", "unlike", quality=other, **short, **kind)}
+
+
+@pytest.mark.parametrize("field", [*UNLIKE, "card"])
+def test_unlike_runs_are_refused_field_by_field(unlike, field, tmp_path):
+    pair = f"{unlike['like']},{unlike[field][:12]}"
+    status, said = invoke("--experiment", "unlike", "--runs", pair, "--output", tmp_path)
+    assert status == 2 and said.count("\n") == 1, said
+    if field == "card":
+        assert "metric card of psnr, frames" in said and " 2 in like" in said and " 9 in card" in said
+    else:
+        (tag, value), *_ = UNLIKE[field].items()
+        assert f"{field} differs" in said and LIKE[tag] in said and value in said and field in said
+    assert not (tmp_path / "comparison.html").exists()
+
+
+def test_force_goes_on_and_says_so(unlike, tmp_path):
+    status, said = invoke(
+        "--experiment", "unlike", "--runs", "like,base", "--force", "--baseline", "like", "--output", tmp_path
+    )
+    assert status == 0 and "forced" in said, said
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [d["field"] for d in result["forced"]] == ["base"]
+    page = Page(result["page"])
+    assert ("aside", {"class": "banner", "role": "alert"}) in page.tags
+    assert "These runs are not alike" in page.text and "b2" in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--experiment", "lik"], "did you mean like?"),
+        (["--experiment", "like", "--runs", "full-9"], "no training run 'full-9' (did you mean full-"),
+        (["--experiment", "like", "--baseline", "ful"], "did you mean full?"),
+        (["--experiment", "like", "--set", "compare.confidence=2"], "compare.confidence"),
+        (["--experiment", "like", "--set", "compare.target=1"], "did you mean compare.target_loss?"),
+    ],
+)
+def test_mistakes_are_one_line(store, tmp_path, arguments, said):
+    status, output = invoke(*arguments, "--output", tmp_path)
+    assert status == 2 and said in output and output.count("\n") == 1, output
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    status, said = invoke("--output", tmp_path / "out")
+    assert status == 2 and "no MLflow store" in said and not (tmp_path / "none.db").exists()
+
+
+def test_dry_run_writes_nothing(store, tmp_path):
+    status, said = invoke("--experiment", "like", "--output", tmp_path / "out", "--dry-run")
+    assert status == 0 and "entprog" in said and "seed 1" in said and not (tmp_path / "out").exists()
+
+
+# ---- what is shown and does not count ----
+
+
+def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
+    short = {"train": {"steps": 3, "held_out_every": 1}, "schedule": {"kind": "full"}}
+    hostile = '<img src=x onerror="alert(1)"></script><b>$x^2$ [red]'
+    for name, options in {
+        "whole": {},
+        hostile: {"status": "FAILED"},
+        "stopped": {"status": "KILLED"},
+        "alive": {"status": "RUNNING"},
+        "broken": {"last_loss": math.nan},
+    }.items():
+        train(tmp_path / name[:5], name, "odd", **options, **short)
+    status, said = invoke("--experiment", "odd", "--output", tmp_path / "out")
+    assert status == 0, said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    statuses = {run["name"]: (run["status"], run["counts"]) for run in result["runs"]}
+    assert statuses == {
+        "whole": ("finished", True), hostile: ("failed", False), "stopped": ("killed", False),
+        "alive": ("running", False), "broken": ("diverged", False),
+    }  # fmt: skip
+    page = Page(result["page"])
+    assert "held_out_loss: nan at step 3" in page.text and "last sign of life" in page.text
+    assert hostile in page.text and hostile in said, "names are shown as they are"
+    assert not [t for t, _ in page.tags if t in ("img", "b")] and len([t for t, _ in page.tags if t == "script"]) == 1
+    assert "no other finished group" in result["headline"]
+
+
+# ---- the verdict ----
+
+
+def training(name: str, seed: int, curve, kind="entprog", status="finished", **figures) -> Training:
+    points = tuple(Point(*point) for point in curve)
+    return Training(
+        run_id=f"{name}{seed}", name=name, status=status, started_s=seed, last_sign_s=seed, tags={},
+        settings={"train.seed": seed, "schedule.kind": kind}, curve=points, figures=figures, files=lambda _: None,
+        artifacts=(),
+    )  # fmt: skip
+
+
+def straight(seconds: float, to: float = 1.0, start: float = 2.0):
+    """Falls evenly to a loss within so many seconds."""
+    return [(seconds * i / 10, i, start + (to - start) * i / 10) for i in range(1, 11)]
+
+
+def judged(pairs, target=None, confidence=0.95):
+    """Baseline and group whose seeds take (a, b) seconds for the same course."""
+    plain = [training("full", seed, straight(a), "full") for seed, (a, _) in enumerate(pairs)]
+    ours = [training("ours", seed, straight(b)) for seed, (_, b) in enumerate(pairs)]
+    return verdict.judge(groups.grouped([*plain, *ours]), target, confidence)
+
+
+def test_a_ratio_is_the_baselines_time_over_the_groups_with_its_interval():
+    pairs = [(10, 5), (12, 6.5), (9, 4), (11, 5.2)]
+    best = judged(pairs).best
+    logs = np.log([a / b for a, b in pairs])
+    expected = stats.t.interval(0.95, len(pairs) - 1, logs.mean(), stats.sem(logs))
+    assert best.ratio.value == pytest.approx(np.exp(logs.mean()))
+    assert (best.ratio.low, best.ratio.high) == pytest.approx(tuple(np.exp(expected)))
+    assert best.break_even_s is not None and best.seconds_to_target.value == pytest.approx(
+        np.mean([b for _, b in pairs])
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([(10, 5), (12, 6), (9, 4.4)], r"entprog reached the final loss of full 2\.02× sooner than full"),
+        ([(5, 10), (6, 12), (4.4, 9)], r"entprog took 2\.02× as long as full to reach the final loss of full"),
+        ([(10, 9), (9, 10), (11, 10.5)], r"No difference beyond seed noise between entprog and full"),
+        ([(10, 5)], r"2\.00× sooner than full – in one seed, which tells nothing about chance"),
+    ],
+)
+def test_the_headline_is_true(pairs, said):
+    found = judged(pairs)
+    assert re.search(said, words.headline(found)), words.headline(found)
+    if len(pairs) == 1:
+        assert found.best.ratio.low is None and any("One seed has no interval" in line for line in words.remarks(found))
+
+
+def test_a_group_that_does_not_get_there_is_not_called_sooner():
+    plain = [training("full", seed, straight(10), "full") for seed in (0, 1)]
+    ours = [training("ours", 0, straight(5)), training("ours", 1, straight(5, to=1.5))]
+    found = verdict.judge(groups.grouped([*plain, *ours]), None, 0.95)
+    assert found.best.ratio is None and found.best.reached == 1
+    assert found.best.ratio_at_most == pytest.approx(2.0) and "in 1 of 2 runs" in words.headline(found)
+    none = verdict.judge(groups.grouped([*plain, training("ours", 0, straight(5, to=1.5))]), None, 0.95)
+    assert "did not reach the final loss of full" in words.headline(none)
+
+
+def test_several_groups_need_more_to_be_beyond_noise():
+    plain = [training("full", seed, straight(s), "full") for seed, s in enumerate((10, 12, 9))]
+    one = [training("cei", seed, straight(s)) for seed, s in enumerate((5, 6.5, 4))]
+    other = [training("linear", seed, straight(s), "linear") for seed, s in enumerate((9, 11, 9))]
+    alone, both = (verdict.judge(groups.grouped([*plain, *more]), None, 0.95) for more in (one, [*one, *other]))
+    assert alone.level == pytest.approx(0.95) and both.level == pytest.approx(0.975)
+    assert both.judged[1].ratio.low < alone.judged[1].ratio.low
+    assert "Best of 2: entprog" in words.headline(both)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        pairs = np.exp(rng.normal([0.5, 0.0], 0.2, (3, 2)))
+        ratio = verdict.ratio_of(list(enumerate(pairs[:, 0])), list(enumerate(pairs[:, 1])), 0.95)
+        held += ratio.low <= math.exp(0.5) <= ratio.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_unpaired_seeds_are_compared_too():
+    a, b = [(0, 1.0), (1, 2.0), (2, 3.0)], [(7, 2.0), (8, 2.5)]
+    found = verdict.difference_of(a, b, 0.95)
+    expected = stats.ttest_ind([1, 2, 3], [2, 2.5], equal_var=False).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.25, expected.low, expected.high))
+
+
+losses = st.lists(st.floats(0.01, 10, allow_nan=False) | st.just(math.nan), min_size=1, max_size=20)
+
+
+@given(losses, st.floats(0.01, 10))
+def test_a_crossing_lies_where_the_curve_meets_the_target(values, target):
+    curve = [Point(2.0 * i + 1, i, loss) for i, loss in enumerate(values)]
+    found = verdict.crossing(curve, target, "charged_s")
+    finite = [p for p in curve if math.isfinite(p.loss)]
+    if found is None:
+        assert all(p.loss > target for p in finite)
+    else:
+        assert all(p.loss > target for p in finite if p.charged_s < found * (1 - 1e-9))
+        assert verdict.loss_at(curve, found) <= target + 1e-6
+        sooner = verdict.crossing(curve, target * 1.5, "charged_s")
+        assert sooner is not None and sooner <= found + 1e-9
+
+
+def test_break_even_is_where_the_curves_cross_for_good():
+    base = [training("full", 0, [(1, 1, 2.0), (11, 11, 1.0)], "full")]
+    late = [training("ours", 0, [(3, 1, 2.0), (9, 2, 0.8), (11, 3, 0.8)])]  # pays for its search first
+    seconds = verdict.break_even(late, base)
+    assert verdict.loss_at(late[0].curve, seconds) == pytest.approx(verdict.loss_at(base[0].curve, seconds))
+    assert 3 < seconds < 9
+    assert verdict.break_even(base, late) is None, "behind at the end"
+    assert verdict.break_even([training("ours", 0, [(1, 1, 1.5), (9, 9, 0.5)])], base) == 1
+
+
+def test_labels_say_what_differs_and_are_never_alike():
+    def one(seed, **settings):
+        run = training("name", seed, straight(5))
+        return Training(**{**vars(run), "run_id": f"{seed}{settings}", "settings": {**run.settings, **settings}})
+
+    found = groups.grouped(
+        [one(0, **{"schedule.stages": 2}), one(1, **{"schedule.stages": 2}), one(0, **{"schedule.stages": 4})]
+    )
+    assert [(g.label, len(g.runs)) for g in found] == [("stages 2", 2), ("stages 4", 1)]
+    paths = [one(0, **{"data.shards": "/a"}), one(1, **{"data.shards": "/b", "train.max_failures": 9})]
+    assert len(groups.grouped(paths)) == 1, "where shards lie changes nothing"
+    old = one(0)
+    del old.settings["schedule.kind"]
+    assert len(groups.grouped([old, one(1)])) == 1, "a setting that a run did not know had its default"
+    many = [one(i, **{f"model.init.{n}": i * 1000 + n for n in range(9)}) for i in range(3)]
+    assert len({g.label for g in groups.grouped(many)}) == 3
+
+
+def test_no_finished_baseline_is_told():
+    plain = [training("full", 0, straight(10), "full", status="failed")]
+    with pytest.raises(UserError, match="baseline 'full'"):
+        verdict.judge(groups.grouped([*plain, training("ours", 0, straight(5))]), None, 0.95)
+
+
+def test_many_groups_keep_their_colours_apart_and_the_rest_grey():
+    assert len({drawings.series(place) for place in range(drawings.COLOURS)}) == drawings.COLOURS
+    assert drawings.series(drawings.COLOURS) == drawings.series(99) == "other"
