@@ -65,8 +65,8 @@ def curves(verdict: Verdict, axis: str) -> Drawing:
     if losses and max(losses) > 4 * min(losses) > 0:
         axes.set_yscale("log")
     axes.axhline(verdict.target_loss, color=colour("muted"), linewidth=1, linestyle=(0, (3, 3)))
-    axes.annotate("target", (1, verdict.target_loss), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                  textcoords="offset points", ha="right", color=colour("muted"))  # fmt: skip
+    axes.annotate("target", (0, verdict.target_loss), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                  textcoords="offset points", size=9, color=colour("muted"))  # fmt: skip
     unit = "charged seconds" if axis == "charged_s" else "steps"
     axes.set_xlabel(unit)
     axes.set_ylabel("held-out loss")
@@ -106,8 +106,10 @@ def ratios(verdict: Verdict) -> Drawing | None:
     return _drawing(figure, "Net speed-up to the target loss", f"Net speed-up to the target loss: {told}.")
 
 
-def schedule(group: Group, place: int, steps: Sequence[Mapping[str, Any]], blocks: Sequence[str]) -> Drawing:
-    """Which blocks a run trained when, over its charged seconds. steps: lines of steps.jsonl."""
+def schedule(
+    group: Group, place: int, steps: Sequence[Mapping[str, Any]], blocks: Sequence[str], until_s: float
+) -> Drawing:
+    """Which blocks a run trained when, over its charged seconds until `until_s`. steps: lines of steps.jsonl."""
     names = list(blocks)
     figure, axes = _figure(WIDTH, 0.95 + max(0.16 * len(names), 0.5))
     spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -131,7 +133,7 @@ def schedule(group: Group, place: int, steps: Sequence[Mapping[str, Any]], block
     step = max(1, -(-len(names) // 16))
     axes.set_yticks(range(0, len(names), step), [_short(n, 16) for n in names[::step]])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, begun)
+    axes.set_xlim(0, until_s)
     axes.set_xlabel("charged seconds")
     mean = sum(len(s["trained"]) for s in steps) / len(steps)
     alt = f"Blocks trained by {group.label}: {mean:.1f} of {len(names)} on average over {len(stages)} stages."

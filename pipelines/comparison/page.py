@@ -236,10 +236,11 @@ def about(verdict: Verdict, groups: Sequence[Group]) -> list[tuple[str, str]]:
 
 
 def _schedules(groups: Sequence[Group]):
-    for place, group in enumerate(groups):
-        steps = group.typical.steps() if group.typical else []
-        if steps:
-            yield drawings.schedule(group, place, steps, _blocks(groups, steps))
+    found = [(place, group, group.typical.steps()) for place, group in enumerate(groups) if group.typical]
+    found = [(place, group, steps) for place, group, steps in found if steps]
+    until_s = max((steps[-1]["charged_s"] for _, _, steps in found), default=0)
+    for place, group, steps in found:
+        yield drawings.schedule(group, place, steps, _blocks(groups, steps), until_s)
 
 
 def _blocks(groups: Sequence[Group], steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -124,13 +124,17 @@ def _of_one_seed(runs: int) -> str:
 
 # ---- numbers for people ----
 
+GLUE = "\N{NO-BREAK SPACE}"
+"""Between a number and its unit."""
+
 
 def times(value: float) -> str:
     return f"{value:.2f}×"
 
 
 def percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %" if digits or abs(share * 100 % 1) < 1e-6 else f"{100 * share:.3g} %"
+    shown = f"{100 * share:.{digits}f}" if digits or abs(share * 100 % 1) < 1e-6 else f"{100 * share:.3g}"
+    return f"{shown}{GLUE}%"
 
 
 def seconds(value: float | None) -> str:
@@ -138,21 +142,21 @@ def seconds(value: float | None) -> str:
         return "–"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if value >= 3 * length:
-            return f"{value / length:.1f} {unit}"
-    return f"{value:.1f} s"
+            return f"{value / length:.1f}{GLUE}{unit}"
+    return f"{value:.1f}{GLUE}s"
 
 
 def loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:#.4g}"
 
 
 def memory(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value / 2**30:.1f} GiB" if value >= 2 * 2**30 else f"{value / 2**20:.0f} MiB"
+    return f"{value / 2**30:.1f}{GLUE}GiB" if value >= 2 * 2**30 else f"{value / 2**20:.0f}{GLUE}MiB"
 
 
-def interval(estimate: Estimate | None, form=lambda v: f"{v:.4g}") -> str:
+def interval(estimate: Estimate | None, form=lambda v: f"{v:#.4g}") -> str:
     """'1.20× (1.05× to 1.37×)', '1.20×' for one seed, '–' for none."""
     if estimate is None:
         return "–"
@@ -163,8 +167,8 @@ def interval(estimate: Estimate | None, form=lambda v: f"{v:.4g}") -> str:
 
 def change(share: float, digits: int = 1) -> str:
     """'−8.1 %', '+3.0 %'."""
-    shown = f"{100 * share:+.{digits}f} %".replace("-", "−")
-    return shown if any(digit in shown for digit in "123456789") else "±0 %"
+    shown = f"{100 * share:+.{digits}f}{GLUE}%".replace("-", "−")
+    return shown if any(digit in shown for digit in "123456789") else f"±0{GLUE}%"
 
 
 def span(estimate: Estimate, form, level: float) -> str:
