@@ -15,8 +15,6 @@ from entprog.errors import UserError
 from entprog.media import assets
 from entprog.media.shards import Dataset
 
-PATHS = ("model.base", "model.vae", "model.prompt_embeds")
-"""Settings that name files: what counts of them is the content (`base`)."""
 UNREAD = ("text_encoder", "tokenizer")
 """Beginnings of a pipeline's parts that are never loaded: they may be larger than all else."""
 ORIGIN = ("provenance", "_name_or_path")

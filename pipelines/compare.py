@@ -21,7 +21,7 @@ from pipelines.comparison import page, runs, samples, words
 from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
-from pipelines.tracking import masked, tracking_uri
+from pipelines.store import masked, tracking_uri
 
 app = jobs.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
 EVALUATION = "evaluation.json"

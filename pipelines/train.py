@@ -22,11 +22,8 @@ from pipelines.tracking import Tracker, deliver_pending
 
 app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
-# Settings that a resumed run may change: they do not touch what is computed.
 TABLES = Path("out/cei")
 """Where score tables are kept by their key, for every run of a working directory to share."""
-
-FREE = ("train.gpus", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus", "tracking")
 
 
 @app.command()
@@ -116,7 +113,7 @@ def explain(experiment: Experiment) -> dict[str, Any]:
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
     """Hash of all that decides what is computed: a checkpoint belongs to it."""
-    elsewhere = (*FREE, *fingerprints.PATHS, "data.shards")
+    elsewhere = (*config.FREE, *config.PATHS, "data.shards")
     deciding = {k: v for k, v in config.settings(experiment).items() if not k.startswith(elsewhere)}
     vae = experiment.model.vae if experiment.model.vae in ("auto", "none") else None
     return config.digest(deciding, vae, fingerprints.base(experiment.model), dataset.fingerprint)

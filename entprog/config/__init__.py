@@ -21,6 +21,8 @@ from entprog.config.experiment import (
 from entprog.config.jobs import Compare, Comparison, Generate, Generation, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.reading import (
+    FREE,
+    PATHS,
     WHOLE,
     build,
     bytes_of,
@@ -37,6 +39,8 @@ from entprog.config.reading import (
 )
 
 __all__ = [
+    "FREE",
+    "PATHS",
     "WHOLE",
     "Backward",
     "ClipShape",

@@ -103,6 +103,10 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
+FREE = ("train.gpus", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus", "tracking")
+"""Settings, and parts of them, that do not touch what is computed: a resumed run may change them."""
+PATHS = ("model.base", "model.vae", "model.prompt_embeds")
+"""Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""
 

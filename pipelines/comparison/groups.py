@@ -11,11 +11,13 @@ from entprog.errors import UserError
 from pipelines.comparison.runs import Training
 
 SEEDS = ("train.seed", "priority.seed")
+RECORDED = {"data": "entprog.data", "base": "entprog.base", "device": "entprog.device"}
+"""Fields in which runs must be alike, and the tag that holds each."""
 INCIDENTAL = (
-    "name", "tracking", "data.shards", "data.verify", "data.decode_cpus", "model.base", "train.gpus", "train.samples",
-    "train.keep_checkpoints", "train.checkpoint_every", "train.max_failures",
+    *config.FREE, *config.PATHS, "name", "data.shards", "train.samples", "train.checkpoint_every",
 )  # fmt: skip
-"""Settings that do not touch what is computed, or that stand in a tag by their content."""
+"""Settings that do not touch what is learned, or that a tag holds by their content."""
+UNKNOWN = "not recorded"
 LABEL = 48
 """Longest label that is made of settings, in characters."""
 
@@ -60,26 +62,25 @@ def differences(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, 
 
     cards: {run id: {metric: protocol card}}.
     """
-    fields: dict[str, Callable[[Training], str]] = {
-        "data": lambda run: run.tags.get("entprog.data", "not recorded"),
-        "held-out set": _held_out,
-        "base": lambda run: run.tags.get("entprog.base", "not recorded"),
-        "device": lambda run: run.tags.get("entprog.device", "not recorded"),
-    }
+
+    def recorded(tag: str) -> Callable[[Training], str]:
+        return lambda run: run.tags.get(tag, UNKNOWN)
+
+    fields = {name: recorded(tag) for name, tag in RECORDED.items()} | {"held-out set": _held_out}
     found = []
     for field, of in fields.items():
-        first = trainings[0]
-        other = next((run for run in trainings if of(run) != of(first)), None)
+        # A run that failed early says nothing yet of its device, and does not count anyway.
+        known = [run for run in trainings if run.counts or of(run) != UNKNOWN]
+        other = next((run for run in known if of(run) != of(known[0])), None)
         if other is not None:
-            found.append(Difference(field, of(first), of(other), first.title, other.title))
+            found.append(Difference(field, of(known[0]), of(other), known[0].title, other.title))
     return found + _unlike_cards(trainings, cards)
 
 
 def _held_out(run: Training) -> str:
     settings = {**DEFAULTS, **run.settings}
     clips, draws, seed = (settings[f"data.held_out_{name}"] for name in ("clips", "draws", "seed"))
-    counted = f"{clips} clips × {draws} draws of seed {seed}"
-    return " ".join(filter(None, [counted, run.tags.get("entprog.held_out", "")]))
+    return run.tags.get("entprog.held_out", f"{clips} clips × {draws} draws of seed {seed}")
 
 
 def _unlike_cards(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, Any]]) -> list[Difference]:

@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 
 from entprog.config import close_to
 from entprog.errors import UserError
-from pipelines.tracking import _client as connect
-from pipelines.tracking import _database_file as database_file
-from pipelines.tracking import _one_line as one_line
-from pipelines.tracking import masked, tracking_uri
+from pipelines.store import connect, database_file, masked, one_line, tracking_uri
 
 FIGURES = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
 STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
