@@ -79,7 +79,7 @@ def figures_of(layers: int, draws: int, repeats: int, device: str) -> dict[str, 
     tables = {}
 
     def score(arm: str) -> None:
-        tables[arm] = cei.cei(denoiser.predict, found, conditions, priority, replay=arm == "replay")
+        tables[arm] = cei.cei(denoiser, found, conditions, priority, replay=arm == "replay")
 
     measured = common.interleaved({arm: partial(score, arm) for arm in ("replay", "naive")}, repeats, device)
     time, smallest, largest = common.ratio(measured["replay"], measured["naive"])

@@ -12,13 +12,15 @@ import functools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from entprog.config import Backward
+
+Kind = Literal["spatial", "temporal", "both"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Block:
 
     name: str
     module: nn.Module
+    kind: Kind = "both"
+    """Whether it mixes positions within a frame, frames at one position, or both."""
 
 
 @functools.singledispatch
@@ -41,6 +45,12 @@ def bypass(module: nn.Module, *args, **kwargs):
     )
 
 
+@functools.singledispatch
+def kind(network: nn.Module, name: str) -> Kind:
+    """What the block of that name mixes. Register one function per network class that has blocks of several kinds."""
+    return "both"
+
+
 def is_block(module: nn.Module) -> bool:
     """Whether a bypass is registered for the module's class."""
     return bypass.dispatch(type(module)) is not bypass.dispatch(object)
@@ -52,7 +62,7 @@ def blocks(network: nn.Module) -> list[Block]:
 
     def walk(name: str, module: nn.Module) -> None:
         if is_block(module):
-            found.append(Block(name, module))
+            found.append(Block(name, module, kind(network, name)))
             return
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child)

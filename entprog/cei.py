@@ -20,11 +20,13 @@ from entprog import objectives, scores
 from entprog.blocks import Block, bypass, execution_order, replaced, skipped
 from entprog.clips import Latents
 from entprog.config import Priority
+from entprog.models import Denoiser
+from entprog.processes import Process
 from entprog.scores import Predict, Row, ScoreTable
 
 
 def cei(
-    predict: Predict,
+    denoiser: Denoiser,
     blocks: Sequence[Block],
     conditions: Sequence[Latents],
     settings: Priority,
@@ -36,7 +38,7 @@ def cei(
 ) -> ScoreTable:
     """Score every block once, by π or (`settings.kind` "loss_increase") by the loss increase on skip.
 
-    predict(noisy, t, conditions) → ε̂. conditions: batches of clips; every clip is one condition c, its clean latents
+    conditions: batches of clips; every clip is one condition c, its clean latents
     the x_0 of its draws, which run in batches as large as the first of these. With several ranks each scores its share
     of the conditions and all get the whole table.
     replay: the full forward records each block's output; a skip pass returns the recorded ones for the blocks before b
@@ -45,7 +47,7 @@ def cei(
     Raises ValueError if there are fewer clips than `settings.conditions`.
     """
     score = partial(
-        _score_condition, predict, blocks, settings=settings, seed=seed, at_once=len(conditions[0].position),
+        _score_condition, denoiser, blocks, settings=settings, seed=seed, at_once=len(conditions[0].position),
         replay=replay,
     )  # fmt: skip
     measure = "loss" if settings.kind == "loss_increase" else settings.estimator
@@ -84,7 +86,9 @@ class Draws:
     """As noisy."""
 
 
-def draws(clip: Latents, number: int, count: int, settings: Priority, seed: int, at_once: int) -> Iterator[Draws]:
+def draws(
+    process: Process, clip: Latents, number: int, count: int, settings: Priority, seed: int, at_once: int
+) -> Iterator[Draws]:
     """The first `count` draws of condition `number`, in batches of `at_once` at most.
 
     Draws are numbered over all conditions, so that adding conditions changes none of the earlier ones.
@@ -94,7 +98,7 @@ def draws(clip: Latents, number: int, count: int, settings: Priority, seed: int,
     for numbers in (torch.arange(count) + number * settings.draws).split(at_once):
         clean = clip.clean.expand(len(numbers), *clip.clean.shape[1:])
         t = low + (high - low) * objectives.timesteps(numbers, draw_seed).to(clean.device)
-        noisy, target = objectives.flow_pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
+        noisy, target = process.pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
         conditions = {name: value.expand(len(numbers), *value.shape[1:]) for name, value in clip.conditions.items()}
         yield Draws(noisy, t, conditions, target)
 
@@ -123,7 +127,7 @@ class _Moments:
 
 @torch.no_grad()
 def _score_condition(
-    predict: Predict,
+    denoiser: Denoiser,
     blocks: Sequence[Block],
     clip: Latents,
     number: int,
@@ -137,8 +141,8 @@ def _score_condition(
     """Log-ratios of both estimators and loss increases of one condition, each [mark, block]."""
     moments = [_Moments() for _ in range(len(blocks) + 1)]  # the whole network's first
     noted: dict[int, list[torch.Tensor]] = {mark: [] for mark in marks}
-    for batch in draws(clip, number, marks[-1], settings, seed, at_once):
-        passes = _skip_passes(lambda b=batch: predict(b.noisy, b.t, b.conditions), blocks, replay)
+    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, at_once):
+        passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
         for kept, predictions in zip(moments, passes, strict=True):
             losses = objectives.loss(predictions, batch.target)
             for prediction, loss in zip(predictions, losses, strict=True):

@@ -21,7 +21,8 @@ from entprog.blocks import Block, replaced
 from entprog.cei import cei, draws
 from entprog.clips import Latents
 from entprog.config import Priority
-from entprog.scores import BlockScore, Predict, Row, ScoreTable
+from entprog.models import Denoiser
+from entprog.scores import BlockScore, Row, ScoreTable
 
 
 class PriorityFunction(Protocol):
@@ -29,7 +30,7 @@ class PriorityFunction(Protocol):
 
     def __call__(
         self,
-        predict: Predict,
+        denoiser: Denoiser,
         blocks: Sequence[Block],
         conditions: Sequence[Latents],
         settings: Priority,
@@ -41,7 +42,7 @@ class PriorityFunction(Protocol):
 
 
 def score(
-    predict: Predict,
+    denoiser: Denoiser,
     blocks: Sequence[Block],
     conditions: Sequence[Latents],
     settings: Priority,
@@ -54,11 +55,11 @@ def score(
 
     Arguments as of `cei.cei`. conditions may be empty for the kinds that look at no data (`WITHOUT_DATA`).
     """
-    return KINDS[settings.kind](predict, blocks, conditions, settings, key=key, seed=seed, progress=progress)
+    return KINDS[settings.kind](denoiser, blocks, conditions, settings, key=key, seed=seed, progress=progress)
 
 
 def gradient(
-    predict: Predict,
+    denoiser: Denoiser,
     blocks: Sequence[Block],
     conditions: Sequence[Latents],
     settings: Priority,
@@ -73,7 +74,7 @@ def gradient(
     rank takes its share of the conditions, and all get the mean over all of them.
     """
     measure = settings.kind
-    one = partial(_gradients_of_condition, predict, blocks, settings=settings, seed=seed, measure=measure)
+    one = partial(_gradients_of_condition, denoiser, blocks, settings=settings, seed=seed, measure=measure)
     with _differentiable(blocks):
         found = scores.measured(one, conditions, settings, measure, progress)
     return scores.table(blocks, found, settings, measure, key=key)
@@ -95,7 +96,7 @@ def _differentiable(blocks: Sequence[Block]) -> Iterator[None]:
 
 
 def _gradients_of_condition(
-    predict: Predict,
+    denoiser: Denoiser,
     blocks: Sequence[Block],
     clip: Latents,
     number: int,
@@ -111,8 +112,8 @@ def _gradients_of_condition(
     summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
     squares = torch.zeros(len(blocks), dtype=torch.float64)
     noted = {}
-    for done, draw in enumerate(draws(clip, number, marks[-1], settings, seed, at_once=1), 1):
-        loss = objectives.loss(predict(draw.noisy, draw.t, draw.conditions), draw.target).sum()
+    for done, draw in enumerate(draws(denoiser.process, clip, number, marks[-1], settings, seed, at_once=1), 1):
+        loss = objectives.loss(denoiser.predict(draw.noisy, draw.t, draw.conditions), draw.target).sum()
         gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
         if measure == "fisher":
             squares += _squares(gradients, weights)
@@ -136,7 +137,7 @@ def _squares(gradients: Sequence[torch.Tensor | None], weights: Sequence[Sequenc
 def _ordered(order: Callable[[int, int], np.ndarray]) -> PriorityFunction:
     """A priority that looks at no data: order(number of blocks, seed) → their scores."""
 
-    def scored(predict, blocks, conditions, settings, *, key="", seed=0, progress=None) -> ScoreTable:
+    def scored(denoiser, blocks, conditions, settings, *, key="", seed=0, progress=None) -> ScoreTable:
         values = order(len(blocks), seed * 1_000_003 + settings.seed)
         return ScoreTable(
             key=key,

@@ -22,6 +22,8 @@ from entprog.errors import UserError
 FORMAT = "entprog-model-1"
 INDEX = "model_index.json"
 PROMPT = "prompt_embeds.safetensors"
+NETWORKS = ("transformer", "unet")
+"""A pipeline's folders that may hold its network."""
 
 
 class Record(config.Part):
@@ -45,22 +47,23 @@ class Record(config.Part):
 def locate(name: str, setting: str) -> Path:
     """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON only).
 
-    For a train job's output that is `model/` in it, for the `transformer/` of a checkpoint the checkpoint itself.
+    For a train job's output that is `model/` in it, for a network's folder in a checkpoint the checkpoint itself.
     Raises UserError, naming `setting`, if there is none.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         above = folder.resolve().parent
-        if folder.resolve().name == "transformer" and any((above / f).is_file() for f in ("entprog.json", INDEX)):
+        if folder.resolve().name in NETWORKS and any((above / f).is_file() for f in ("entprog.json", INDEX)):
             return above
         inside = folder / "model"
-        return inside if (inside / "entprog.json").is_file() and part(folder, "transformer") is None else folder
+        networks = any(part(folder, name) for name in NETWORKS)
+        return inside if (inside / "entprog.json").is_file() and not networks else folder
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
         raise UserError(f"{setting}: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    parts = ("diffusion_pytorch_model", "transformer/", "vae/", "scheduler/")
+    parts = ("diffusion_pytorch_model", *(f"{name}/" for name in NETWORKS), "vae/", "scheduler/")
     files = [f"{p}*{ending}" for p in parts for ending in (".safetensors", ".json")]
     try:
         return Path(snapshot_download(name, allow_patterns=[*files, "config.json", "entprog.json", INDEX, PROMPT]))
@@ -70,7 +73,7 @@ def locate(name: str, setting: str) -> Path:
 
 
 def part(root: Path, name: str) -> Path | None:
-    """A pipeline's part (`transformer`, `vae`), or the folder itself where it is one; None if neither has a config."""
+    """A pipeline's part (`transformer`, `unet`, `vae`), or the folder itself where it is one; None if neither is."""
     return next((folder for folder in (root / name, root) if (folder / "config.json").is_file()), None)
 
 

@@ -1,10 +1,14 @@
 """Which clip shapes fit a network and its VAE, and what latents they give."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from torch import nn
 
 from entprog.config import ClipShape
 from entprog.errors import UserError
+from entprog.models import vaes
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,16 @@ class Geometry:
     """Pixels per latent row or column."""
     patch: tuple[int, int, int]
     """Latent frames, rows and columns of a patch."""
-    longest: int
+    longest: float = math.inf
     """Most patches along one side."""
+    most_frames: float = math.inf
+    """Most latent frames."""
 
     @classmethod
-    def of(cls, network: Any, vae: Any | None) -> "Geometry":
-        """From diffusers configurations; vae None: pixels."""
-        temporal, spatial = (1, 1) if vae is None else (vae.scale_factor_temporal, vae.scale_factor_spatial)
-        return cls(temporal, spatial, tuple(network.patch_size), network.rope_max_seq_len)
+    def of(cls, vae: nn.Module | None, patch: Sequence[int] = (1, 1, 1), **limits: float) -> "Geometry":
+        """vae: may be on the meta device; None: pixels."""
+        temporal, spatial = (1, 1) if vae is None else vaes.factors(vae)
+        return cls(temporal, spatial, tuple(patch), **limits)
 
     def latent_frames(self, frames: int) -> int:
         return 1 + (frames - 1) // self.temporal
@@ -53,7 +59,12 @@ class Geometry:
                 f"data.shape.frames: {shape.frames} frames are {latents[0]} latent frames, not a multiple of this "
                 f"network's patch of {self.patch[0]}"
             )
+        if latents[0] > self.most_frames:
+            raise UserError(
+                f"data.shape.frames: {shape.frames} frames are {latents[0]} latent frames, this network has positions "
+                f"for {self.most_frames:g}"
+            )
         if max(size // patch for size, patch in zip(latents, self.patch, strict=True)) > self.longest:
             raise UserError(
-                f"data.shape: {shape} is more than {self.longest} patches along one side, this network's most"
+                f"data.shape: {shape} is more than {self.longest:g} patches along one side, this network's most"
             )

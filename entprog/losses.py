@@ -37,5 +37,5 @@ def clip_losses(denoiser: Denoiser, batch: Latents, numbers: torch.Tensor, t: to
     """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for."""
     t = t.to(batch.clean.device, torch.float32)
     noise = objectives.noise_like(batch.clean, numbers, seed)
-    noisy, target = objectives.flow_pair(batch.clean, noise, t)
+    noisy, target = denoiser.process.pair(batch.clean, noise, t)
     return objectives.loss(denoiser.predict(noisy, t, batch.conditions), target)

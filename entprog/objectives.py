@@ -1,4 +1,4 @@
-"""The flow-matching objective: pure functions.
+"""Draws and the loss: pure functions.
 
 A clip's noise and timestep are functions of (seed, its position in the run) alone: they do not depend on how many
 workers there are, how batches are split, or what was drawn before.
@@ -9,15 +9,6 @@ import torch
 _UINT64 = 2**64
 
 
-def flow_pair(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t = (1 - t)·x_0 + t·ε and the velocity v = ε - x_0 that leads there: (noisy, target).
-
-    clean, noise [B, ...]; t [B] in 0..1.
-    """
-    t = t.to(clean).view(-1, *[1] * (clean.ndim - 1))
-    return (1 - t) * clean + t * noise, noise - clean
-
-
 def timesteps(
     positions: torch.Tensor,
     seed: int,
@@ -25,7 +16,7 @@ def timesteps(
     distribution: str = "uniform",
     device: str | torch.device | None = None,
 ) -> torch.Tensor:
-    """Flow times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
+    """Times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
 
     distribution: "uniform", or "logit-normal" (t = sigmoid(n), n standard normal: more in the middle).
     shift s moves t towards noise: t' = s·t / (1 + (s - 1)·t).

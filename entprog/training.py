@@ -175,9 +175,7 @@ class _Fit:
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
         priority, seed = self.experiment.priority, self.experiment.train.seed
-        new = controls.score(
-            self.denoiser.predict, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed
-        )
+        new = controls.score(self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed)
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))

@@ -40,7 +40,12 @@ def motions_of(clips: Clips, names: Sequence[str]) -> list[Motion]:
 
 
 def render(
-    denoiser: Denoiser, motions: Sequence[Motion], shape: ClipShape, output: Path, settings: Generate, shift: float
+    denoiser: Denoiser,
+    motions: Sequence[Motion],
+    shape: ClipShape,
+    output: Path,
+    settings: Generate,
+    shift: float | None,
 ) -> tuple[list[dict[str, str]], Path]:
     """Sample every motion and write it: a record each (`clip`, `video` side by side, `result` alone), contact sheet.
 

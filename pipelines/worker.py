@@ -16,6 +16,7 @@ from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
 from entprog.errors import UserError
 from entprog.media import shards
+from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
@@ -111,7 +112,8 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
     parts = [getattr(setup.denoiser, field.name) for field in fields(setup.denoiser)]  # the VAE and the text matter too
     contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
     model, shape = experiment.model, experiment.data.shape
-    rest = [model.family, model.conditions, model.dtype, str(shape), experiment.train.seed]
+    process = str(setup.denoiser.process)
+    rest = [model.family, process, model.conditions, model.dtype, str(shape), experiment.train.seed]
     key = table_key(contents, setup.dataset.fingerprint, priority, rest)
     kept = Path(settings["tables"]) / f"{key}.json"
     # Rank 0 alone looks, so that ranks cannot differ in what they find.
@@ -119,7 +121,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
     if known is not None:
         return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
     table = controls.score(
-        setup.denoiser.predict,
+        setup.denoiser,
         setup.blocks,
         scoring_clips(setup),
         priority,
@@ -193,7 +195,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 if name in state.ema:
                     parameter.copy_(state.ema[name])
         # A base keeps its own sampling shift; new weights know only the one they were trained with.
-        shift = None if experiment.model.base else experiment.train.timestep_shift
+        flow = isinstance(denoiser.process, Flow)
+        shift = experiment.train.timestep_shift if flow and not experiment.model.base else None
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift)
         _leave_samples(setup, output / "samples", shift)
         log.close()
@@ -210,7 +213,6 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     motions = []
     for batch in clips.held_out(setup.dataset, count, data.batch_size):
         motions += rendering.motions_of(batch, [f"held-out clip {n}" for n in batch.position.tolist()])
-    shift = setup.denoiser.shift if shift is None else shift
     rendering.render(setup.denoiser, motions, data.shape, folder, config.Generate(batch_size=data.batch_size), shift)
 
 

@@ -12,13 +12,13 @@ from entprog.config import Priority
 
 @pytest.fixture
 def table(denoiser, found, experiment):
-    return cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    return cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
 
 
 def test_replayed_scores_equal_naive_scores(denoiser, found, experiment):
     batch = [latents(range(2))]
-    replayed = cei.cei(denoiser.predict, found, batch, experiment.priority)
-    naive = cei.cei(denoiser.predict, found, batch, experiment.priority, replay=False)
+    replayed = cei.cei(denoiser, found, batch, experiment.priority)
+    naive = cei.cei(denoiser, found, batch, experiment.priority, replay=False)
     assert replayed.blocks == naive.blocks
     assert replayed.per_condition == naive.per_condition
 
@@ -52,7 +52,7 @@ def test_score_is_the_papers_formula(denoiser, found, experiment, table):
         numbers = torch.arange(settings.draws) + condition * settings.draws
         t = low + (high - low) * objectives.timesteps(numbers, settings.seed)
         clean = clip.clean.expand(settings.draws, -1, -1, -1, -1)
-        noisy, target = objectives.flow_pair(clean, objectives.noise_like(clean, numbers, settings.seed), t)
+        noisy, target = denoiser.process.pair(clean, objectives.noise_like(clean, numbers, settings.seed), t)
         given = {k: v.expand(settings.draws, -1, -1, -1, -1) for k, v in clip.conditions.items()}
         with torch.no_grad():
             whole = denoiser.predict(noisy, t, given).double()
@@ -66,7 +66,7 @@ def test_score_is_the_papers_formula(denoiser, found, experiment, table):
 
 def test_the_estimator_in_use_decides_the_score(denoiser, found, experiment, table):
     settings = experiment.priority.model_copy(update={"estimator": "elementwise"})
-    other = cei.cei(denoiser.predict, found, [latents(range(2))], settings)
+    other = cei.cei(denoiser, found, [latents(range(2))], settings)
     assert table.scores() == {b.name: b.pi_std for b in table.blocks}
     assert other.scores() == {b.name: b.pi_elementwise for b in table.blocks}
     assert other.halves_tau != table.halves_tau or other.per_condition != table.per_condition
@@ -84,22 +84,20 @@ def test_elementwise_estimator_is_the_mean_log_sigma_of_elements():
 
 
 def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experiment):
-    few = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
-    more = cei.cei(
-        denoiser.predict, found, [latents(range(4))], experiment.priority.model_copy(update={"conditions": 4})
-    )
+    few = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
+    more = cei.cei(denoiser, found, [latents(range(4))], experiment.priority.model_copy(update={"conditions": 4}))
     assert more.per_condition[:2] == few.per_condition
 
 
 def test_scoring_leaves_the_network_as_it_was(denoiser, found, experiment):
     before = scores.content_hash(denoiser.network)
-    cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
     assert scores.content_hash(denoiser.network) == before
     assert all("forward" not in b.module.__dict__ for b in found)
 
 
 def test_errors_are_those_of_the_mean_over_conditions(denoiser, found):
-    table = cei.cei(denoiser.predict, found, [latents(range(5))], Priority(conditions=5, draws=4))
+    table = cei.cei(denoiser, found, [latents(range(5))], Priority(conditions=5, draws=4))
     values = np.array(table.per_condition)
     assert values.shape == (5, 6)
     assert [b.score for b in table.blocks] == pytest.approx(values.mean(0).tolist())
@@ -108,7 +106,7 @@ def test_errors_are_those_of_the_mean_over_conditions(denoiser, found):
 
 @pytest.mark.parametrize("replay", [True, False])
 def test_flops_are_those_of_the_whole_scoring(denoiser, found, experiment, replay):
-    run = lambda: cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority, replay=replay)  # noqa: E731
+    run = lambda: cei.cei(denoiser, found, [latents(range(2))], experiment.priority, replay=replay)  # noqa: E731
     with costs.flop_counter() as counter:
         table = run()
     one_draw = table.flops // (table.conditions * table.draws)  # was counted first, apart
@@ -120,7 +118,7 @@ def test_replay_takes_less_than_six_tenths_of_naive_flops():
     denoiser = tiny_denoiser(experiment)
     flops = {
         replay: cei.cei(
-            denoiser.predict, blocks(denoiser.network), [latents(range(2))], experiment.priority, replay=replay
+            denoiser, blocks(denoiser.network), [latents(range(2))], experiment.priority, replay=replay
         ).flops
         for replay in (True, False)
     }
@@ -137,7 +135,7 @@ def test_scoring_compiles_nothing_and_scores_compiled_blocks_alike(found, denois
     for block in found:
         block.module.compile(backend=backend)
     batch = [latents(range(2))]
-    again = cei.cei(denoiser.predict, found, batch, experiment.priority)
+    again = cei.cei(denoiser, found, batch, experiment.priority)
     assert not compiled and again.per_condition == table.per_condition
     with torch.no_grad():
         denoiser.predict(batch[0].clean, torch.tensor([0.5, 0.5]), batch[0].conditions)
@@ -154,7 +152,7 @@ def test_bfloat16_ranks_as_float32_does():
         with torch.no_grad():
             for scale, block in zip((4, 1, 9, 3, 13, 6), found, strict=True):
                 block.module.ffn.net[2].weight.mul_(scale)
-        tables.append(cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority))
+        tables.append(cei.cei(denoiser, found, [latents(range(2))], experiment.priority))
     full, half = tables
     assert np.isfinite(half.per_condition).all() and half.per_condition != full.per_condition
     assert scores.drift(full, half, "signed") >= 0.7

@@ -30,7 +30,7 @@ def test_cei_chart_of_a_real_table(tmp_path):
     experiment = tiny_experiment()
     denoiser = tiny_denoiser(experiment)
     batches = [latents([0, 1])]
-    table = cei.cei(denoiser.predict, blocks(denoiser.network), batches, experiment.priority, key="k", seed=0)
+    table = cei.cei(denoiser, blocks(denoiser.network), batches, experiment.priority, key="k", seed=0)
     path = charts.cei_chart(table.as_json(), tmp_path / "charts" / "cei.png")
     assert has(path, charts.GREEN) > 100, "no loss increase"
     assert has(path, charts.BLUE) + has(path, charts.ORANGE) > 100, "no π"

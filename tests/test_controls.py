@@ -17,7 +17,7 @@ BATCH = [latents(range(2)), latents(range(2, 4))]
 
 def scored(denoiser, found, kind, **settings):
     given = Priority(**{"conditions": 4, "draws": 4, "kind": kind, **settings})
-    return controls.score(denoiser.predict, found, BATCH, given, key="k")
+    return controls.score(denoiser, found, BATCH, given, key="k")
 
 
 @pytest.mark.parametrize("kind", controls.KINDS)
@@ -45,7 +45,7 @@ def losses_of_condition(denoiser, number, settings):
     numbers = torch.arange(settings.draws) + number * settings.draws
     t = low + (high - low) * objectives.timesteps(numbers, settings.seed)
     clean = clip.clean.expand(settings.draws, -1, -1, -1, -1)
-    noisy, target = objectives.flow_pair(clean, objectives.noise_like(clean, numbers, settings.seed), t)
+    noisy, target = denoiser.process.pair(clean, objectives.noise_like(clean, numbers, settings.seed), t)
     given = {name: value.expand(settings.draws, -1, -1, -1, -1) for name, value in clip.conditions.items()}
     return (denoiser.predict(noisy, t, given) - target).square().flatten(1).mean(1)
 
@@ -95,7 +95,7 @@ def test_depth_and_random_orders(denoiser, found):
     orders = [ranked(scored(denoiser, found, "random", seed=seed)) for seed in range(4)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
-    runs = [controls.score(denoiser.predict, found, [], Priority(kind="random"), seed=seed) for seed in (0, 1)]
+    runs = [controls.score(denoiser, found, [], Priority(kind="random"), seed=seed) for seed in (0, 1)]
     assert runs[0].scores() != runs[1].scores(), "the run's seed counts too"
 
 
@@ -130,7 +130,7 @@ def test_bfloat16_gradients_are_finite():
 
 
 def test_cei_is_the_same_through_its_kind(denoiser, found):
-    direct = cei.cei(denoiser.predict, found, BATCH, Priority(conditions=4, draws=4), key="k")
+    direct = cei.cei(denoiser, found, BATCH, Priority(conditions=4, draws=4), key="k")
     assert scored(denoiser, found, "cei").blocks == direct.blocks
 
 
@@ -141,7 +141,7 @@ def _scoring_rank(rank, world, folder):
     out = {}
     for kind in ("cei", "gradient", "random"):
         settings = experiment.priority.model_copy(update={"kind": kind})
-        table = controls.score(denoiser.predict, blocks(denoiser.network), [latents(range(10))], settings)
+        table = controls.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
         out[kind] = table.as_json()
     (folder / f"{rank}.json").write_text(json.dumps(out))
     leave()
@@ -155,7 +155,7 @@ def test_ranks_get_one_table_equal_to_the_single_process(tmp_path):
     denoiser = tiny_denoiser(experiment)
     for kind in ("cei", "gradient", "random"):
         settings = experiment.priority.model_copy(update={"kind": kind})
-        table = controls.score(denoiser.predict, blocks(denoiser.network), [latents(range(10))], settings)
+        table = controls.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
         alone = json.loads(json.dumps(table.as_json()))
         for values in (alone, tables[0][kind]):
             assert values.pop("seconds") >= 0

@@ -79,7 +79,7 @@ def _fit_rank(rank, world, folder):
     experiment = tiny_experiment(train={"steps": 16, "seconds": None}, schedule={"clock": "seconds"})
     denoiser = tiny_denoiser(experiment)
     found = blocks(denoiser.network)
-    table = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    table = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
     held_out = [latents(range(3))] if rank == 0 else []  # fewer held-out clips than ranks is no error
     state, source = start(denoiser.network, experiment), batches(experiment, rank, world)
     steps = list(fit(denoiser, found, source, held_out, latents([0]), table, experiment, state))

@@ -4,15 +4,6 @@ import torch
 from entprog import objectives
 
 
-def test_flow_pair_ends_at_clean_and_noise():
-    clean, noise = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 4, 4, 4)
-    noisy, target = objectives.flow_pair(clean, noise, torch.tensor([0.0, 0.25, 1.0]))
-    assert torch.equal(noisy[0], clean[0]) and torch.equal(noisy[2], noise[2])
-    torch.testing.assert_close(noisy[1], 0.75 * clean[1] + 0.25 * noise[1])
-    # x_1 = x_t + (1 - t)·v
-    torch.testing.assert_close(noisy[1] + 0.75 * target[1], noise[1])
-
-
 def test_draws_depend_on_seed_and_position_alone():
     positions = torch.tensor([0, 5, 2**40, 7])
     clean = torch.zeros(4, 3, 2, 5, 7)

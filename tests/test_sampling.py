@@ -4,11 +4,15 @@ from torch import nn
 from entprog import sampling
 from entprog.config import Model
 from entprog.models.wan import load
+from entprog.processes import Flow
 from tests.test_wan import NETWORK
 
 
 class Straight:
     """A denoiser that knows the answer: velocity (x_t - c) / t leads to c, the condition (0 when it is zeroed)."""
+
+    process = Flow()
+    scheduler = staticmethod(process.scheduler)
 
     def __init__(self):
         self.network = nn.Linear(1, 1)

@@ -19,7 +19,7 @@ from pipelines import score, worker
 
 @pytest.fixture
 def table(denoiser, found, experiment):
-    return cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    return cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
 
 
 def score_with(values, settings, **options):
@@ -129,7 +129,7 @@ def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser,
 
 def test_too_few_clips_are_refused(denoiser, found):
     with pytest.raises(ValueError, match=r"priority.conditions is 8, but only 2 clips"):
-        cei.cei(denoiser.predict, found, [latents(range(2))], Priority(conditions=8))
+        cei.cei(denoiser, found, [latents(range(2))], Priority(conditions=8))
 
 
 def test_key_changes_with_weights_data_and_settings():

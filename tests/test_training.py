@@ -20,7 +20,7 @@ class Run:
         self.denoiser = tiny_denoiser(experiment)
         self.found = blocks(self.denoiser.network)
         conditions = experiment.model.conditions
-        table = cei.cei(self.denoiser.predict, self.found, [latents(range(2), conditions)], experiment.priority)
+        table = cei.cei(self.denoiser, self.found, [latents(range(2), conditions)], experiment.priority)
         # Scoring is timed; what is compared to the bit must not be.
         self.table = cei.ScoreTable(**{**vars(table), "seconds": 0.5})
         self.state = start(self.denoiser.network, experiment)

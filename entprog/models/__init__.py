@@ -21,12 +21,15 @@ from torch import nn
 from entprog.clips import Clips, Latents
 from entprog.config import ClipShape, close_to
 from entprog.errors import UserError
+from entprog.processes import Process
+
+HOW_TO_ADD = "README, 'Adding a model family', shows how to add one"
 
 
 class Denoiser(Protocol):
     """A network with everything that turns clips into its inputs and its output into a loss.
 
-    Timesteps are flow times t in 0..1: 0 is the clean clip, 1 is noise; x_t = (1 - t)·x_0 + t·ε.
+    Times are in 0..1: 0 is the clean clip, 1 is noise; `process` says what lies between, and what is predicted.
     """
 
     network: nn.Module
@@ -35,8 +38,14 @@ class Denoiser(Protocol):
     conditions: tuple[str, ...]
     """What the network sees beside the noisy clip, in the order of its input channels."""
 
+    process: Process
+    """How noise and clip mix, and what the network predicts (`entprog.processes`)."""
+
     shift: float
-    """Timestep shift for sampling."""
+    """Timestep shift for sampling; 1 where the process has none."""
+
+    def scheduler(self, shift: float | None = None):
+        """A diffusers scheduler of the checkpoint's own process. shift: instead of its own."""
 
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit."""
@@ -51,9 +60,9 @@ class Denoiser(Protocol):
         """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33, 3]."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
-        """ε̂ of the paper in this family's parametrisation (velocity ε - x_0 for Wan): [B, C, F', H', W'].
+        """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].
 
-        noisy [B, C, F', H', W'], t float [B].
+        noisy [B, C, F', H', W'] as `process.pair` mixes it, t float [B].
         """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

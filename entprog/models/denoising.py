@@ -1,0 +1,218 @@
+"""What the denoisers of all families share: clips to latents, conditions, a prediction, and the folder it is kept in.
+
+A family derives its class from `VideoDenoiser`, says what its network is called, and calls it in `run`.
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from entprog import config, folders
+from entprog.blocks import blocks
+from entprog.clips import Clips, Latents
+from entprog.config import ClipShape
+from entprog.geometry import Geometry
+from entprog.media.color import yuv420_to_rgb
+from entprog.media.skeleton import draw
+from entprog.models import inputs, texts, vaes
+from entprog.processes import Flow, Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDenoiser:
+    """A network with its VAE, conditions and text (`entprog.models.Denoiser`)."""
+
+    FAMILY: ClassVar[str]
+    """Its file's name in `entprog/models/`."""
+    NETWORK: ClassVar[type[nn.Module]]
+    """diffusers class of the network."""
+    PART: ClassVar[str] = "transformer"
+    """The network's folder in a diffusers pipeline."""
+    VAES: ClassVar[tuple[type[nn.Module], ...]]
+    """diffusers classes of its VAE."""
+    INPUT: ClassVar[str]
+    """The layer through which conditions enter, which is widened for those that a base lacks."""
+    PROCESS: ClassVar[type]
+    """Kind of noise process."""
+    SCHEDULER: ClassVar[dict[str, Any]]
+    """Scheduler configuration of a base that comes without one, and of new networks."""
+
+    network: nn.Module
+    vae: nn.Module | None
+    """None: the network works on pixels."""
+    conditions: tuple[str, ...]
+    """In the order of the network's input channels."""
+    text: torch.Tensor
+    """What text cross-attention sees [1, tokens, width]."""
+    process: Process
+    """How noise and clip mix, and what the network predicts."""
+    autocast: torch.dtype | None
+    """Type of the forward pass; None: float32."""
+    shape: ClipShape | None
+    """Clip shape that a saved checkpoint was trained on, if it says so."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where it came from: kept in `entprog.json`."""
+
+    # ---- what a family says ----
+
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Call the network: inputs [B, all channels, F', H', W'], timestep [B] as `process.timestep` gives it →
+        prediction [B, C, F', H', W']."""
+        raise NotImplementedError
+
+    @classmethod
+    def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
+        """Which clips fit. network: its diffusers configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
+        """Fields that hold fixed inputs, among them `text`. network: its diffusers configuration; root: of the base."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_network(cls, network: Any) -> None:
+        """Raises UserError for a configuration that diffusers takes and we cannot."""
+
+    @classmethod
+    def predicted(cls, network: Any) -> tuple[int, ...]:
+        """Numbers of latent channels that a configuration's output may stand for."""
+        return (network.out_channels or network.in_channels,)
+
+    @classmethod
+    def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
+        """Conditions among the input channels of a base that we did not save. channels: of the latents."""
+        return ()
+
+    @classmethod
+    def initialise(cls, network: nn.Module) -> None:
+        """Weights of a new network, where the class's own constructor does not do it. Its prediction must not be zero
+        everywhere: CEI of that is undefined."""
+
+    # ---- what they share ----
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def latent_channels(self) -> int:
+        return 3 if self.vae is None else vaes.channels(self.vae)
+
+    @property
+    def shift(self) -> float:
+        """Timestep shift for sampling; 1 where the process has none."""
+        return self.process.shift
+
+    @property
+    def _geometry(self) -> Geometry:
+        return self.geometry(self.network.config, self.vae)
+
+    def scheduler(self, shift: float | None = None):
+        """A diffusers scheduler of the checkpoint's own process (`entprog.processes`)."""
+        return self.process.scheduler(shift)
+
+    def check(self, shape: ClipShape) -> None:
+        """Raises UserError if clips of this shape do not fit the VAE or the network's patches."""
+        self._geometry.check(shape)
+
+    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
+        """Clip shape → C, F', H', W' of one clip's latents."""
+        return self.latent_channels, *self._geometry.latents(shape)
+
+    @torch.no_grad()
+    def encode(self, clips: Clips) -> Latents:
+        """Clips → latents and conditions on the network's device, no gradient."""
+        planes = clips.video.to(self.device, non_blocking=True)
+        clean = self.latents(yuv420_to_rgb(planes).transpose(1, 2))
+        return Latents(clean, self.condition(clips.reference, clips.pose), clips.position)
+
+    @torch.no_grad()
+    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the network sees beside the noisy clip: {name: float32 [B, C, F', H', W']}, on the network's device.
+
+        reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33, 3] is drawn
+        and encoded as a video.
+        """
+        frames, (height, width) = pose.shape[1], reference.shape[1:3]
+        out = {}
+        if "reference" in self.conditions:
+            pixels = reference.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
+            repeated = self._geometry.latent_frames(frames)
+            out["reference"] = self.latents(pixels.float() / 127.5 - 1).expand(-1, -1, repeated, -1, -1)
+        if "pose" in self.conditions:
+            drawn = draw(pose.to(self.device, non_blocking=True), height, width)
+            out["pose"] = self.latents(drawn.transpose(1, 2))
+        return out
+
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The process's target, float32 [B, C, F', H', W'], of noisy latents [B, C, F', H', W'] at times t [B]."""
+        given = [noisy, *(conditions[name] for name in self.conditions)]
+        unused = self.network.config.in_channels - self.latent_channels * len(given)
+        if unused:
+            given.insert(1, noisy.new_zeros(1).expand(len(noisy), unused, *noisy.shape[2:]))
+        with self.in_its_type():
+            prediction = self.run(torch.cat(given, dim=1) if len(given) > 1 else noisy, self.process.timestep(t))
+        return prediction.float()
+
+    def in_its_type(self):
+        """Autocast, if there is any."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, F', H', W'] → video float32 [B, F, 3, H, W] in -1..1."""
+        video = latents.float() if self.vae is None else vaes.decode(self.vae, latents.float())
+        return video.clamp(-1, 1).transpose(1, 2)
+
+    def outside(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters outside blocks: the input layer, through which conditions enter, and all others."""
+        conditions = list(self.network.get_submodule(self.INPUT).parameters())
+        inside = {id(p) for block in blocks(self.network) for p in block.module.parameters()}
+        known = inside | {id(p) for p in conditions}
+        return {"conditions": conditions, "rest": [p for p in self.network.parameters() if id(p) not in known]}
+
+    def save(self, folder: str | Path, shape: ClipShape | None = None, shift: float | None = None, **record) -> None:
+        """Write a diffusers folder: the network's part, `vae/` if any, `scheduler/`, and `entprog.json` beside.
+
+        The network's part loads with plain diffusers; `load` reads the whole. shape: the clips it was trained on;
+        shift: timestep shift for sampling; record: JSON values to keep under `provenance`. An existing folder is
+        replaced, whole or not at all. Raises UserError for a shift where the process has none.
+        """
+        shape = shape or self.shape
+        scheduler = self.scheduler(shift)
+        about = {
+            "format": folders.FORMAT,
+            "family": self.FAMILY,
+            "conditions": self.conditions,
+            "latent_channels": self.latent_channels,
+            "input_channels": inputs.splits(self.network.get_submodule(self.INPUT)),
+            "vae": self.vae is not None,
+            "shape": shape and shape.model_dump(),
+            "shift": self.shift if shift is None else shift,
+            "provenance": self.provenance | record,
+        }
+        with folders.replacing(Path(folder)) as scratch:
+            self.network.save_pretrained(scratch / self.PART)
+            if self.vae is not None:
+                self.vae.save_pretrained(scratch / "vae")
+            scheduler.save_pretrained(scratch / "scheduler")
+            texts.save(self.text, scratch)
+            (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def latents(self, video: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, contiguous."""
+        return video.contiguous() if self.vae is None else vaes.encode(self.vae, video)
+
+
+def process_of(cls: type[VideoDenoiser], root: Path | None, about: dict[str, Any]) -> Process:
+    """The base's own noise process, or the family's where the base does not say. Raises UserError for a foreign one."""
+    path = root and root / "scheduler" / "scheduler_config.json"
+    values = folders.read_json(path) if path and path.is_file() else cls.SCHEDULER
+    process = cls.PROCESS.of(values)
+    return replace(process, shift=float(about["shift"])) if about and isinstance(process, Flow) else process

@@ -1,0 +1,198 @@
+"""From settings to a denoiser: what can be known of a base before its weights are read, then the weights."""
+
+import inspect as python_inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entprog import config, folders
+from entprog.config import ClipShape, close_to
+from entprog.errors import UserError
+from entprog.models import HOW_TO_ADD, families, family, inputs, vaes
+from entprog.models.denoising import VideoDenoiser, process_of
+from entprog.processes import Process
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `inspect` found: everything about a denoiser but its weights."""
+
+    root: Path | None
+    """Folder of the base; None: a new network."""
+    part: Path | None
+    """The network's own folder."""
+    about: dict[str, Any]
+    """The base's `entprog.json`; {} if it has none."""
+    network: nn.Module
+    """The base or new network on the meta device, not yet widened: its configuration without its weights."""
+    vae: nn.Module | None
+    """On the meta device; None: pixels."""
+    vae_folder: Path | None
+    vae_setting: str
+    """Setting that named the VAE, for messages."""
+    conditions: tuple[str, ...]
+    """In the order of the input channels."""
+    splits: tuple[int, ...]
+    """Input channels, in the groups that are summed apart."""
+    tensors: dict[str, torch.Tensor | None]
+    process: Process
+
+
+def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape | None = None) -> Source:
+    """Everything that can be known before weights are read.
+
+    Raises UserError for a folder that is missing, damaged or of another family, a VAE that is missing or does not
+    fit, a scheduler of another process, conditions or prompt that do not fit, wrong names or values in `model.init`,
+    and clips that do not fit.
+    """
+    if settings.base and settings.init:
+        raise UserError("model.base and model.init are both given: a base has its own configuration, drop model.init")
+    if not settings.base and not settings.init:
+        raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
+    root = folders.locate(settings.base, "model.base") if settings.base else None
+    about = folders.saved(root) if root else {}
+    vae_folder, setting = _vae_folder(cls, settings, root, about)
+    vae = None
+    if vae_folder is not None:
+        vae = _vae(cls, vae_folder, setting)
+        folders.check_weights(vae_folder, setting)
+    channels = 3 if vae is None else vaes.channels(vae)
+    part = None
+    if root:
+        part = _network_folder(cls, root, settings.base)
+        folders.check_weights(part, "model.base")
+        values = folders.read_json(part / "config.json")
+    else:
+        values = _new_configuration(cls, settings, channels)
+    network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
+    cls.check_network(network.config)
+    if channels not in cls.predicted(network.config):
+        outputs = network.config.out_channels or network.config.in_channels
+        has = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
+        raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
+    own = cls.own_conditions(network.config, channels)
+    conditions, splits = inputs.planned(network.config.in_channels, about, own, channels, settings)
+    if shape is not None:
+        cls.geometry(network.config, vae).check(shape)
+    tensors = cls.tensors(network.config, settings, root)
+    process = process_of(cls, root, about)
+    return Source(
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, process
+    )  # fmt: skip
+
+
+def load(
+    cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu", seed: int = 0
+) -> VideoDenoiser:
+    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks.
+
+    seed: of a new network's weights; torch's own random state is left as it was.
+    Raises UserError as `inspect` does, and for weights that are missing or do not fit.
+    """
+    source = inspect(cls, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source.part is not None:
+            network = folders.pretrained(cls.NETWORK, source.part, "model.base")
+            network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
+        else:
+            network = cls.NETWORK.from_config(source.network.config)
+            cls.initialise(network)
+            network.eval()  # as from_pretrained gives it
+    if len(source.splits) > 1:
+        _widen(cls, network, source.splits)
+    vae = None
+    if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
+        vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting)
+        vae.requires_grad_(False).eval().to(device)
+    shape = source.about.get("shape")
+    provenance = {"base": settings.base, "init": settings.init}
+    if source.about:
+        provenance["of_base"] = source.about.get("provenance")
+    return cls(
+        network=network.to(device),
+        vae=vae,
+        conditions=source.conditions,
+        process=source.process,
+        autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
+        shape=ClipShape(**shape) if shape else None,
+        provenance=provenance,
+        **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
+    )
+
+
+def _widen(cls: type[VideoDenoiser], network: nn.Module, splits: tuple[int, ...]) -> None:
+    """The input layer takes `splits` channels, those it lacks with zero weights, and the configuration says so."""
+    network.set_submodule(cls.INPUT, inputs.widened(network.get_submodule(cls.INPUT), splits))
+    outputs = network.config.out_channels or network.config.in_channels  # a class's default may be as many as inputs
+    network.register_to_config(in_channels=sum(splits), out_channels=outputs)
+
+
+def _network_folder(cls: type[VideoDenoiser], root: Path, given: str) -> Path:
+    """The folder with the network's config.json, its class checked."""
+    folder = folders.part(root, cls.PART)
+    other = None if folder else next((part for part in folders.NETWORKS if folders.part(root, part)), None)
+    if folder is None and other is None:
+        raise UserError(
+            f"model.base: no diffusers checkpoint in {given}: neither config.json nor {cls.PART}/config.json"
+        )
+    folder = folder or folders.part(root, other)
+    found = folders.read_json(folder / "config.json").get("_class_name")
+    if found != cls.NETWORK.__name__:
+        known = families()
+        other = next((name for name in known if found == family(name).CLASS), None)
+        hint = f"set model.family={other}" if other else f"families there are: {', '.join(known)}; {HOW_TO_ADD}"
+        wanted = cls.NETWORK.__name__
+        raise UserError(f"model.base: {given} holds a {found or 'network of unknown class'}, not a {wanted}; {hint}")
+    return folder
+
+
+def _vae_folder(
+    cls: type[VideoDenoiser], settings: config.Model, root: Path | None, about: dict[str, Any]
+) -> tuple[Path | None, str]:
+    """The VAE's folder that `model.vae` asks for (None: pixels), and the setting that named it."""
+    setting = "model.base" if settings.vae == "auto" else "model.vae"
+    if settings.vae == "none":
+        return None, setting
+    if settings.vae == "auto":
+        folder = root / "vae" if root and (root / "vae" / "config.json").is_file() else None
+        if folder is None and about.get("vae"):
+            raise UserError(f"model.base: {settings.base} was saved with a VAE, its vae/ folder is missing")
+        return folder, setting
+    folder = folders.part(folders.locate(settings.vae, "model.vae"), "vae")
+    if folder is None:
+        raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
+    return folder, setting
+
+
+def _vae(cls: type[VideoDenoiser], folder: Path, setting: str) -> nn.Module:
+    """The VAE of a folder on the meta device, its class checked."""
+    values = folders.read_json(folder / "config.json")
+    kind = next((kind for kind in cls.VAES if kind.__name__ == values.get("_class_name")), None)
+    if kind is None:
+        needed = " or ".join(kind.__name__ for kind in cls.VAES)
+        raise UserError(f"{setting}: {folder} holds a {values.get('_class_name')}, {cls.FAMILY} needs an {needed}")
+    return _on_meta(kind, values, setting)
+
+
+def _new_configuration(cls: type[VideoDenoiser], settings: config.Model, channels: int) -> dict[str, Any]:
+    known = [name for name in python_inspect.signature(cls.NETWORK.__init__).parameters if name != "self"]
+    for name in settings.init:
+        if name == "in_channels":
+            raise UserError("model.init.in_channels is computed from the latents and conditions: leave it out")
+        if name not in known:
+            raise UserError(f"unknown setting model.init.{name}{close_to(name, known)}")
+    return {"out_channels": channels, **settings.init, "in_channels": channels * (1 + len(settings.conditions))}
+
+
+def _on_meta(cls: type, values: dict[str, Any], setting: str):
+    """A network of a configuration without weights: shows whether it is one, and fills in defaults."""
+    try:
+        with torch.device("meta"):
+            return cls.from_config(values)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting} does not describe a {cls.__name__}: {type(error).__name__}: {reason}") from None

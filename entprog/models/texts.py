@@ -1,0 +1,55 @@
+"""What text cross-attention sees: fixed embeddings out of a file, or zeros."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from entprog import config, folders
+from entprog.errors import UserError
+
+NAME = "prompt_embeds"
+
+
+def embeddings(settings: config.Model, root: Path | None, width: int, tokens: int = 1) -> torch.Tensor:
+    """`model.prompt_embeds`, or those kept beside the base, or zeros: float32 [1, tokens, width].
+
+    Attention over equal tokens alone does not depend on how many they are: where text has an attention of its own, one
+    zero token does what many would. Raises UserError for a file that is wrong.
+    """
+    path = Path(settings.prompt_embeds).expanduser() if settings.prompt_embeds else None
+    if path is None and root is not None and (root / folders.PROMPT).is_file():
+        path = root / folders.PROMPT
+    return torch.zeros(1, tokens, width) if path is None else _read(path, width)
+
+
+def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Zeros after the embeddings, up to a number of tokens that the network counts on: [1, tokens, width].
+
+    Raises UserError if there are more.
+    """
+    if embeds.shape[1] > tokens:
+        raise UserError(f"model.prompt_embeds: {embeds.shape[1]} tokens, this network takes {tokens}")
+    return torch.nn.functional.pad(embeds, (0, 0, 0, tokens - embeds.shape[1]))
+
+
+def save(embeds: torch.Tensor, folder: Path) -> None:
+    """Keep embeddings beside a checkpoint; zeros need no file."""
+    if embeds.any():
+        save_file({NAME: embeds[0].cpu().contiguous()}, folder / folders.PROMPT)
+
+
+def _read(path: Path, width: int) -> torch.Tensor:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.prompt_embeds: cannot read {path}: {' '.join(str(error).split())}") from None
+    if NAME not in tensors:
+        raise UserError(f"model.prompt_embeds: {path} has no tensor named {NAME}, only {', '.join(tensors)}")
+    embeds = tensors[NAME].float()
+    if embeds.ndim == 2:
+        embeds = embeds[None]
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or not embeds.shape[1] or embeds.shape[2] != width:
+        raise UserError(f"model.prompt_embeds: {path} has shape {list(embeds.shape)}, needed is [tokens, {width}]")
+    return embeds
