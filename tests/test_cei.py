@@ -86,7 +86,8 @@ def test_elementwise_estimator_is_the_mean_log_sigma_of_elements():
 def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experiment):
     few = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
     more = cei.cei(denoiser, found, [latents(range(4))], experiment.priority.model_copy(update={"conditions": 4}))
-    assert more.per_condition[:2] == few.per_condition
+    # batches of other sizes: some processors sum them in another order
+    np.testing.assert_allclose(more.per_condition[:2], few.per_condition, atol=1e-6)
 
 
 def test_scoring_leaves_the_network_as_it_was(denoiser, found, experiment):

@@ -119,7 +119,7 @@ def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
 def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found):
     many = Priority(conditions=4, draws=30)
     few = Priority(conditions=4, draws=25)
-    score = partial(cei._score_condition, denoiser.predict, found, latents([0]), 0, seed=0, at_once=4, replay=True)
+    score = partial(cei._score_condition, denoiser, found, latents([0]), 0, seed=0, at_once=4, replay=True)
     assert scores.marks(few) == [25] and scores.marks(many) == [25, 30]
     row, noted = (score(scores.marks(settings), settings=settings) for settings in (few, many))
     for name in row:
