@@ -5,6 +5,7 @@ A setting has one spelling everywhere: `schedule.cei_threshold` in a preset, in
 each field is its documentation (`python -m pipelines.train --help-settings` prints them all).
 """
 
+from entprog.config.evaluation import Evaluate, Evaluation
 from entprog.config.experiment import (
     Backward,
     ClipShape,
@@ -47,6 +48,8 @@ __all__ = [
     "Compare",
     "Comparison",
     "Data",
+    "Evaluate",
+    "Evaluation",
     "Experiment",
     "Fraction",
     "Generate",

@@ -1,0 +1,316 @@
+"""Quality: known answers, worsening clips, agreement with references."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from entprog.config import ClipShape, Evaluate
+from entprog.errors import UserError
+from entprog.media import assets, video
+from entprog.media.pose import PoseEstimator
+from entprog.quality import consistency, networks, pictures, posing
+from entprog.quality.card import ProtocolCard, unlike
+from entprog.quality.figures import frechet_figure, mean_figure
+from entprog.quality.frechet import frechet_distance
+from entprog.quality.metrics import METRICS, Meter, choose
+
+NAMES = ("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0", "frechet_transnetv2", "identity", "temporal")
+FRAMES = 8
+
+
+def real_clip(start_s: float, size: tuple[int, int]) -> np.ndarray:
+    """The man of the held-out view, cut out."""
+    times = video.clip_times(start_s, FRAMES, 12)
+    return video.read_frames(assets.clip("cam04"), times, crop=(144, 240, 800, 1200), size=size)[0]
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [real_clip(start_s, (96, 64)) for start_s in (0.0, 0.4)]
+
+
+@pytest.fixture(scope="module")
+def meter():
+    return Meter(NAMES, Evaluate())
+
+
+def figures(meter, clips, change) -> dict[str, float]:
+    """Every metric of changed clips against the clips."""
+    pose = np.zeros((FRAMES, 33, 3))
+    found = [meter.measure(change(clip), clip, clip[0], pose) for clip in clips]
+    values = {name: np.mean([m.values[name] for m in found]) for name in found[0].values}
+    for name in found[0].features:
+        real, made = (np.concatenate([m.features[name][side] for m in found]) for side in (0, 1))
+        values[name] = frechet_distance(real, made)
+    return values
+
+
+def worsens(figures: list[dict[str, float]], name: str) -> bool:
+    """Whether each step is worse than the one before."""
+    sign = 1 if METRICS[name].better == "lower" else -1
+    return bool((np.diff([sign * f[name] for f in figures]) > 0).all())
+
+
+@pytest.fixture(scope="module")
+def same(meter, clips):
+    return figures(meter, clips, lambda clip: clip)
+
+
+def test_equal_clips_have_perfect_figures(same):
+    assert same["psnr"] == pictures.PSNR_LIMIT and same["ssim"] == pytest.approx(1, abs=1e-6)
+    assert same["stlpips"] == 0
+    assert same["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6)
+    assert same["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)
+    assert 0.5 < same["identity"] < 1 and 0.5 < same["temporal"] < 1
+
+
+def test_noise_worsens_what_looks_at_pixels(meter, clips, same):
+    def noisy(sigma):
+        return lambda clip: (clip + np.random.default_rng(0).normal(0, sigma, clip.shape)).clip(0, 255).astype(np.uint8)
+
+    found = [same, *(figures(meter, clips, noisy(sigma)) for sigma in (8, 40))]
+    for name in ("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0", "frechet_transnetv2", "identity"):
+        assert worsens(found, name), name
+
+
+def test_blur_worsens_what_looks_at_pixels(meter, clips, same):
+    def blurred(sigma):
+        return lambda clip: gaussian_filter(clip, (0, sigma, sigma, 0))
+
+    found = [same, *(figures(meter, clips, blurred(sigma)) for sigma in (1, 3))]
+    for name in ("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0"):
+        assert worsens(found, name), name
+
+
+def test_frames_out_of_order_worsen_what_looks_at_time_alone(meter, clips, same):
+    def shuffled(stride):
+        order = np.concatenate([np.arange(FRAMES)[i::stride] for i in range(stride)])
+        return lambda clip: clip[order]
+
+    found = [same, *(figures(meter, clips, shuffled(stride)) for stride in (2, 3))]
+    assert worsens(found[:2], "temporal") and worsens(found[:2], "frechet_transnetv2")
+    assert worsens([found[0], found[2]], "temporal") and worsens([found[0], found[2]], "frechet_transnetv2")
+    assert all(f["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6) for f in found)
+    assert all(f["identity"] == pytest.approx(same["identity"], abs=1e-6) for f in found)
+
+
+def test_a_person_who_is_elsewhere_has_a_worse_pose():
+    clip = real_clip(0.0, (288, 192))[:3]
+    estimator = PoseEstimator()
+    wanted = estimator.track(clip)
+    assert np.isfinite(wanted).all()
+    found = []
+    for pixels in (0, 6, 24):
+        moved = np.pad(clip, ((0, 0), (0, 0), (pixels, 0), (0, 0)), mode="edge")[:, :, : clip.shape[2]]
+        found.append(posing.pose_values(wanted, estimator.track(moved), *clip.shape[1:3], pck_threshold=0.05))
+    assert found[0] == {"pose_distance": 0.0, "pck": 1.0, "pose_found": 1.0}
+    assert worsens(found, "pose_distance") and found[1]["pck"] >= found[2]["pck"] and found[2]["pck"] < 0.5
+    size = np.ptp(wanted[..., :2] * (192, 288), axis=1).max()
+    assert found[2]["pose_distance"] == pytest.approx(24 / size, rel=0.35)
+
+
+def test_a_lost_person_counts_as_far_away_and_hidden_joints_do_not_count():
+    wanted = np.random.default_rng(0).random((2, 33, 3))
+    wanted[..., 2] = 1
+    seen = wanted.copy()
+    seen[1] = np.nan
+    assert posing.pose_values(wanted, seen, 96, 64, 0.1) == {"pose_distance": 0.5, "pck": 0.5, "pose_found": 0.5}
+    wanted[..., 2] = 0
+    hidden = posing.pose_values(wanted, seen, 96, 64, 0.1)
+    assert np.isnan(hidden["pck"]) and np.isnan(hidden["pose_distance"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 12), st.floats(0.1, 10), st.integers(0, 2**31))
+def test_frechet_distance_is_that_of_the_formula(n, m, width, scale, seed):
+    rng = np.random.default_rng(seed)
+    one, other = rng.normal(size=(n, width)), scale * rng.normal(size=(m, width)) @ rng.normal(size=(width, width)) + 1
+    found = frechet_distance(one, other)
+    covariances = [np.atleast_2d(np.cov(x, rowvar=False)) for x in (one, other)]
+    eigenvalues = scipy.linalg.eigvals(covariances[0] @ covariances[1])
+    root = np.sqrt(eigenvalues.real.clip(0)).sum()
+    due = np.square(one.mean(0) - other.mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * root
+    assert found == pytest.approx(due, rel=1e-5, abs=1e-5)
+    assert found == pytest.approx(frechet_distance(other, one), rel=1e-9, abs=1e-9)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(one, one + 2) == pytest.approx(4 * width, rel=1e-9)
+
+
+def test_frechet_distance_agrees_with_a_matrix_square_root_to_a_millionth():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(400, 64)) @ rng.normal(size=(64, 64)), rng.normal(1, 2, size=(300, 64))
+    root = scipy.linalg.sqrtm(np.cov(one, rowvar=False) @ np.cov(other, rowvar=False)).real
+    due = np.square(one.mean(0) - other.mean(0)).sum() + np.trace(
+        np.cov(one, rowvar=False) + np.cov(other, rowvar=False) - 2 * root
+    )
+    assert frechet_distance(one, other) == pytest.approx(due, rel=1e-6)
+
+
+def test_frechet_distance_of_real_features_agrees_with_torchmetrics(clips):
+    network = networks.load("efficientnet_lite0", Evaluate())
+
+    class Features(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, frames):
+            return network.judge(frames)[:, :12].double()
+
+    library = FrechetInceptionDistance(Features(), input_img_size=(3, 96, 64), normalize=False).set_dtype(torch.float64)
+    sides = [torch.from_numpy(clip).permute(0, 3, 1, 2) for clip in clips]
+    # More frames than features: the library's matrix square root is exact only for full rank.
+    more = [torch.cat([side, side.flip(3)]) for side in sides]
+    for frames, real in zip(more, (True, False), strict=True):
+        library.update(frames, real=real)
+    ours = frechet_distance(*(network.judge(frames)[:, :12].numpy() for frames in more))
+    assert ours == pytest.approx(float(library.compute()), rel=1e-4)
+
+
+def wave(frames: int, height: int, width: int, phase: float) -> torch.Tensor:
+    f, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    channels = [127.5 + 127.5 * torch.sin(0.1 * (x * (c + 1) + y) + 0.7 * f + phase) for c in range(3)]
+    return torch.stack(channels, 1).to(torch.uint8)
+
+
+def test_networks_give_what_their_authors_code_gives():
+    """Numbers computed once with the packages that the weights come from."""
+    one, other = wave(4, 96, 64, 0.0), wave(4, 96, 64, 1.0)
+    distance = networks.load("stlpips", Evaluate()).judge(one, other)
+    assert distance.tolist() == pytest.approx([0.13179885, 0.13099015, 0.13124523, 0.12760982], rel=1e-4)
+    features = networks.load("efficientnet_lite0", Evaluate()).judge(one)
+    assert features.shape == (4, 1280)
+    assert features[:, 2].tolist() == pytest.approx([0.84434539, 0.93462467, 0.82136208, 0.68392795], rel=1e-3)
+    trunk = networks.load("transnetv2", Evaluate()).judge(one)
+    assert trunk.shape == (1, 256)
+    assert trunk[0, :4].tolist() == pytest.approx([0.56109387, 0.76945502, 0.24455422, 0.28794205], rel=1e-3)
+
+
+def test_the_usual_networks_load_from_files(tmp_path):
+    from entprog.quality.resnet3d import ResNet3d50
+
+    torch.manual_seed(0)
+    network = ResNet3d50().eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": state | {"module.fc.weight": torch.zeros(400, 2048)}}, tmp_path / "r.pth")
+    loaded = networks.load("resnet3d", Evaluate(resnet3d=str(tmp_path / "r.pth")))
+    frames = wave(5, 32, 32, 0.0)
+    assert loaded.judge(frames).shape == (1, 2048) and len(loaded.sha256) == 64
+
+    class Script(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+            return x.mean((2, 3, 4)) if return_features else x
+
+    torch.jit.script(Script()).save(str(tmp_path / "i3d.pt"))
+    script = networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt")))
+    assert script.judge(frames)[0].tolist() == pytest.approx((frames / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=0.02)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_weights_that_cannot_be_used_are_one_line(tmp_path, capsys):
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    for values, name, message in (
+        ({"resnet3d": str(tmp_path / "none.pth")}, "resnet3d", "evaluate.resnet3d: no such file"),
+        ({"resnet3d": str(tmp_path / "evil.pth")}, "resnet3d", "as plain weights"),
+        ({"inception": str(tmp_path / "evil.pth")}, "inception", "as plain weights"),
+        ({"resnet3d": str(tmp_path / "other.pth")}, "resnet3d", "do not fit a ResNet3d50"),
+        ({}, "resnet3d", "give it as evaluate.resnet3d=FILE"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            networks.load(name, Evaluate(**values))
+        assert "\n" not in str(error.value)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_metrics_that_fit_are_chosen_and_those_that_do_not_are_told():
+    small, large = ClipShape(frames=9, height=96, width=64, fps=12), ClipShape(frames=16, height=512, width=320, fps=16)
+    names, left_out = choose((), small, 4)
+    assert "psnr" in names and "fid" not in names and set(left_out) == {"ms_ssim"}
+    assert "ms_ssim" in choose((), large, 4)[0] and choose(("fvd", "psnr"), large, 4)[0] == ["psnr", "fvd"]
+    assert set(choose((), small, 1)[1]) == {"ms_ssim", "frechet_efficientnet_lite0", "frechet_transnetv2"}
+    for wanted, shape, clips, message in (
+        (("psrn",), large, 4, "no metric 'psrn' .did you mean psnr"),
+        (("fvd",), small, 4, "fvd needs clips of 10 frames, these have 9"),
+        (("frechet_transnetv2",), small, 1, "needs 2 clips, there is 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose(wanted, shape, clips)
+
+
+def test_cosines():
+    one = np.random.default_rng(0).random((5, 16))
+    assert consistency.identity(one, one[0]) < 1 == pytest.approx(consistency.identity(one[:1], one[0]))
+    assert np.isnan(consistency.temporal(one[:1]))
+    assert consistency.temporal(np.repeat(one[:1], 3, 0)) == pytest.approx(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30), st.integers(0, 100))
+def test_interval_of_a_mean_holds_it(values, seed):
+    figure = mean_figure([*values, float("nan")], 200, 0.95, seed)
+    assert figure.clips == len(values) and figure.value == pytest.approx(np.mean(values))
+    assert min(values) - 1e-9 <= figure.low <= figure.high <= max(values) + 1e-9
+    assert mean_figure([*values, float("nan")], 200, 0.95, seed) == figure
+
+
+def test_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        figure = mean_figure(rng.normal(size=40), 300, 0.9, 0)
+        hits += figure.low <= 0 <= figure.high
+    assert 0.82 <= hits / 200 <= 0.96
+
+
+def test_interval_of_a_distance_lies_around_it_and_narrows_with_more_clips():
+    rng = np.random.default_rng(0)
+    real, made = rng.normal(size=(2, 60, 4, 3))
+    few, many = (frechet_figure(real[:n], made[:n] + 1, 60, 0.95, 0) for n in (8, 60))
+    assert few.low < few.value < few.high and many.low < many.value < many.high
+    assert many.high - many.low < few.high - few.low
+    alone = mean_figure([3.0], 100, 0.95, 0)
+    assert (alone.value, alone.low, alone.high) == (3, None, None)
+
+
+CARD = ProtocolCard(
+    metric="psnr",
+    better="higher",
+    network=None,
+    weights_sha256=None,
+    resize="none",
+    frames=9,
+    height=96,
+    width=64,
+    fps=12.0,
+    codec="h264 crf 16",
+    clips=4,
+    split="held_out",
+    dataset="abc",
+    sampler="FlowMatchEulerDiscreteScheduler",
+    steps=20,
+    guidance="1",
+    seed=0,
+)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ProtocolCard)])
+def test_cards_differ_by_any_field(name):
+    other = dataclasses.replace(CARD, **{name: "other"})
+    assert unlike(CARD, other) == name and other.id != CARD.id
+    assert unlike(dataclasses.asdict(CARD), other) == name
+    assert unlike(CARD, dataclasses.replace(CARD)) is None
+
+
+def test_cards_of_another_version_differ():
+    older = {k: v for k, v in dataclasses.asdict(CARD).items() if k != "codec"}
+    assert unlike(CARD, older) == "codec" and unlike({**older, "crop": "none"}, older) == "crop"
