@@ -1,4 +1,4 @@
-"""The training stream: shards → decoded clips in a set order → batches on the device, by Ray Data.
+"""Clips by their place in a run: shards → decoded clips in an order that the seed fixes.
 
 A run has one endless sequence of clips. Position p lies in epoch p // n of the n clips of a split, each epoch a
 shuffle of its own, and global batch k is positions k·G … (k+1)·G - 1 with G = batch_size · workers. Every worker reads
@@ -9,12 +9,9 @@ position, and no state of an iterator has to be saved.
 import functools
 import io
 import itertools
-import math
-import re
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -27,18 +24,10 @@ from entprog.media import shards, video
 # need them, and importing torch would cost each of them seconds.
 
 COLUMNS = ("reference", "pose", "video")
-TASK_BYTES = 8 << 20
-TASK_BATCHES = 8
-"""A decode task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about
-20 ms of two cores, as much as decoding two hundred frames of 96x64."""
-TASKS = 128
-"""Decode tasks in one execution of Ray Data. The next one starts an actor, for which the reader waits once."""
-TASKS_AHEAD = 8
-"""Tasks' worth of decoded clips that may wait for the reader. Without this limit Ray Data decodes until half of the
-object store is full, and takes the cores that training needs."""
-STORE_SHARE = 0.3
-"""Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
-PREFETCH_BATCHES = 2
+Arrays = dict[str, np.ndarray]
+"""A batch as numpy arrays, rows first."""
+Read = Callable[[np.ndarray], Arrays]
+"""Numbers of a split's clips → those clips."""
 
 
 # ---- which clip is where ----
@@ -80,17 +69,19 @@ def check_shape(dataset: shards.Dataset, shape: ClipShape) -> None:
         )
 
 
-def decode(dataset: shards.Dataset, split: str, clips: np.ndarray) -> dict[str, np.ndarray]:
+def decode(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int | None = None) -> Arrays:
     """Clips of a split by their number: `video` uint8 [B, F, H*3/2, W] planes, `reference` uint8 [B, H, W, 3] RGB,
     `pose` float32 [B, F, 33, 3].
 
+    frames: F, those in the middle of each clip; the others are not decoded. None: all.
     Raises DamagedShardError naming the shard and the row of a clip that cannot be decoded.
     """
     shape, count = dataset.shape, len(clips)
+    wanted = middle(shape.frames, frames or shape.frames)
     out = {
-        "video": np.empty((count, shape.frames, shape.height * 3 // 2, shape.width), np.uint8),
+        "video": np.empty((count, len(wanted), shape.height * 3 // 2, shape.width), np.uint8),
         "reference": np.empty((count, shape.height, shape.width, 3), np.uint8),
-        "pose": np.empty((count, shape.frames, shards.POINTS, 3), np.float32),
+        "pose": np.empty((count, len(wanted), shards.POINTS, 3), np.float32),
     }
     infos = dataset.splits[split]
     ends = np.cumsum([info.clips for info in infos])
@@ -101,15 +92,27 @@ def decode(dataset: shards.Dataset, split: str, clips: np.ndarray) -> dict[str, 
         rows = clips[places] - (ends[file] - infos[file].clips)
         for place, row, columns in zip(places, rows, shards.read_rows(path, rows.tolist(), COLUMNS), strict=True):
             try:
-                out["video"][place] = _same_shape(video.decode_yuv(columns["video"]), out["video"][place])
+                video.decode_yuv(columns["video"], _only(wanted, shape.frames), out["video"][place])
                 out["reference"][place] = _same_shape(_decode_png(columns["reference"]), out["reference"][place])
-                out["pose"][place] = _same_shape(columns["pose"], out["pose"][place])
+                pose = columns["pose"][wanted.start : wanted.stop]
+                out["pose"][place] = _same_shape(pose, out["pose"][place])
             except (video.VideoError, OSError, ValueError, SyntaxError, zlib.error) as error:
                 raise shards.DamagedShardError(
                     f"damaged shard {path}, row {row}: {' '.join(str(error).split())[:200]}; "
                     "check it against dataset.json's sha256 and restore or prepare it again"
                 ) from None
     return out
+
+
+def middle(of: int, frames: int) -> range:
+    """Which of `of` frames the `frames` in the middle are (as `entprog.clips.Clips.resized` takes them)."""
+    first = (of - frames) // 2
+    return range(first, first + frames)
+
+
+def _only(wanted: range, of: int) -> range | None:
+    """None where all are wanted: a clip that holds more than it should is then found out."""
+    return None if len(wanted) == of else wanted
 
 
 def _decode_png(data: bytes) -> np.ndarray:
@@ -124,31 +127,52 @@ def _same_shape(found: np.ndarray, due: np.ndarray) -> np.ndarray:
     return found
 
 
-def to_clips(batch: dict[str, np.ndarray], device="cpu"):
+def to_clips(batch: Arrays, device="cpu"):
     """Arrays of `decode` plus `position` → Clips on a device (position stays on the CPU)."""
     import torch
 
     from entprog.clips import Clips
 
+    video, reference, pose = (to_device(batch[name], device) for name in ("video", "reference", "pose"))
+    return Clips(video, reference, pose, torch.tensor(batch["position"]))
+
+
+def to_device(array: np.ndarray, device="cpu"):
+    """A copy as a tensor: what comes from the object store is read-only."""
+    import torch
+
+    value = torch.tensor(array)
     device = torch.device(device)
+    if device.type != "cuda":
+        return value.to(device)
+    # A stream of its own: on the default one the copy would wait for the step that is being computed.
+    with torch.cuda.stream(_copying(device)):
+        copied = value.pin_memory().to(device, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+    copied.record_stream(torch.cuda.default_stream(device))
+    return copied
 
-    def tensor(name):
-        value = torch.tensor(batch[name])  # copies: what comes from the object store is read-only
-        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
-    return Clips(tensor("video"), tensor("reference"), tensor("pose"), torch.tensor(batch["position"]))
+@functools.cache
+def _copying(device):
+    import torch
+
+    return torch.cuda.Stream(device)
 
 
 # ---- streams ----
 
 
 class Stream:
-    """An endless iterator of Clips that counts how long its reader waited. Close it when its shape is done with."""
+    """An endless iterator of batches that counts seconds. Close it when its shape is done with."""
 
     def __init__(self, batches: Iterator):
+        """batches: (batch, seconds that copying it took)."""
         self._batches = batches
         self.wait_s = 0.0
-        """Seconds spent in `next` so far."""
+        """Spent in `next` so far."""
+        self.copy_s = 0.0
+        """Spent copying batches to tensors on the device, most of it while their reader was at work."""
 
     def __iter__(self) -> "Stream":
         return self
@@ -156,7 +180,9 @@ class Stream:
     def __next__(self):
         started = time.perf_counter()
         try:
-            return next(self._batches)
+            batch, copy_s = next(self._batches)
+            self.copy_s += copy_s
+            return batch
         finally:
             self.wait_s += time.perf_counter() - started
 
@@ -165,28 +191,11 @@ class Stream:
         self._batches.close()
 
 
-def stream(
-    dataset: shards.Dataset,
-    split: str,
-    shape: ClipShape,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    start_position: int = 0,
-    seed: int = 0,
-    cpus: float = 1.0,
-    device="cpu",
-) -> Stream:
-    """This rank's Clips from the global batch at `start_position` on, without end, decoded by Ray Data.
-
-    cpus: logical CPUs that this rank's decoding may take; they must be free of Ray Train's workers.
-    Works in a driver and in a Ray Train worker. Raises UserError for an empty split or shards of another shape;
-    iterating raises DamagedShardError naming the shard and the row of a damaged clip.
-    """
-    check_shape(dataset, shape)
-    if not dataset.clips(split):
-        raise UserError(f"shards {dataset.folder} have no clips in split {split!r}: prepare more videos")
-    return Stream(_stream(dataset, split, batch_size, rank, world, start_position, seed, cpus, device))
+def timed(collate: Callable[[Arrays], object], arrays: Arrays) -> tuple[object, float]:
+    """What `collate` makes of a batch, and the seconds it took."""
+    started = time.perf_counter()
+    batch = collate(arrays)
+    return batch, time.perf_counter() - started
 
 
 def local_stream(
@@ -199,12 +208,20 @@ def local_stream(
     start_position: int = 0,
     seed: int = 0,
     device="cpu",
+    frames: int | None = None,
 ) -> Stream:
-    """The same Clips as `stream`, bit for bit, decoded in this process without Ray."""
+    """The same Clips as `feed.stream`, bit for bit, decoded in this process without Ray."""
     check_shape(dataset, shape)
+    read = functools.partial(decode, dataset, split, frames=frames)
     rows = (np.arange(batch_size) + first for first in itertools.count(0, batch_size))
     positions = (rank_positions(r, start_position, batch_size, rank, world) for r in rows)
-    return Stream(to_clips(_at_positions(dataset, split, p, seed), device) for p in positions)
+    collate = functools.partial(to_clips, device=device)
+    return Stream(timed(collate, at_positions(read, p, dataset.clips(split), seed)) for p in positions)
+
+
+def at_positions(read: Read, positions: np.ndarray, clips: int, seed: int) -> Arrays:
+    """The clips at some positions of the sequence, with their `position`. clips: how many the split has."""
+    return {**read(clips_at(positions, clips, seed)), "position": positions}
 
 
 def held_out(dataset: shards.Dataset, count: int, batch_size: int, rank: int = 0, world: int = 1, device="cpu") -> list:
@@ -222,82 +239,3 @@ def held_out(dataset: shards.Dataset, count: int, batch_size: int, rank: int = 0
     return [
         to_clips({**decode(dataset, "held_out", part * clips // count), "position": part}, device) for part in parts
     ]
-
-
-def _at_positions(dataset: shards.Dataset, split: str, positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    clips = clips_at(positions, dataset.clips(split), seed)
-    return {**decode(dataset, split, clips), "position": positions}
-
-
-def _task(rows: dict[str, np.ndarray], dataset, split, batch_size, rank, world, start_position, seed):
-    """One decode task: a block that holds the number of its first row and how many there are → their clips."""
-    (first,), (count,) = rows["first"], rows["count"]
-    positions = rank_positions(first + np.arange(count), start_position, batch_size, rank, world)
-    return _at_positions(dataset, split, positions, seed)
-
-
-def _stream(dataset, split, batch_size, rank, world, start_position, seed, cpus, device) -> Iterator:
-    import ray
-
-    shape = dataset.shape
-    clip_bytes = shape.frames * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-    batches = min(max(TASK_BYTES // (clip_bytes * batch_size), 1), TASK_BATCHES)
-    task = functools.partial(
-        _task,
-        dataset=replace(dataset, folder=dataset.folder.resolve(), settings={}),  # tasks run in another directory
-        split=split,
-        batch_size=batch_size,
-        rank=rank,
-        world=world,
-        start_position=start_position,
-        seed=seed,
-    )
-    task_rows = batches * batch_size
-    store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / world
-    ahead_bytes = min(TASKS_AHEAD * task_rows * clip_bytes, store_bytes)
-    for execution in itertools.count():
-        yield from _execute(task, execution * TASKS, task_rows, batch_size, ahead_bytes, cpus, device)
-
-
-def _execute(
-    task, first_task: int, task_rows: int, batch_size: int, ahead_bytes: float, cpus: float, device
-) -> Iterator:
-    """Clips of TASKS decode tasks, from `first_task` on, in order."""
-    import ray.data
-    from ray.data import ExecutionResources
-    from ray.data.collate_fn import NumpyBatchCollateFn
-
-    class ToClips(NumpyBatchCollateFn):  # runs in a thread ahead of the reader
-        def __call__(self, batch):
-            return to_clips(batch, device)
-
-    rows = [{"first": i * task_rows, "count": task_rows} for i in range(first_task, first_task + TASKS)]
-    clips = ray.data.from_items(rows, override_num_blocks=TASKS).map_batches(
-        task, batch_size=None, num_cpus=min(1.0, cpus)
-    )
-    context = clips.context  # this dataset's own copy
-    context.enable_progress_bars = False
-    context.target_max_block_size = None  # a task's clips stay one block
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=ahead_bytes)
-    # A split of one: the executor runs in an actor of its own. In this process its busy loop would hold Python's lock
-    # while the network trains, and slow every step on a CPU down.
-    (split,) = clips.streaming_split(1, equal=False)
-    batches = split.iter_torch_batches(
-        batch_size=batch_size, prefetch_batches=PREFETCH_BATCHES, collate_fn=ToClips(), device=device
-    )
-    yield from _open_errors(iter(batches))
-
-
-def _open_errors(batches: Iterator) -> Iterator:
-    """Raise the damage that a task found as itself.
-
-    Ray Data wraps what a task raises, and pickling then drops the cause: only its text, one line, comes across.
-    """
-    try:
-        yield from batches
-    except Exception as error:
-        found = re.search(rf"{shards.DamagedShardError.__name__}: (.+)", str(error))
-        if found is None:
-            raise
-        raise shards.DamagedShardError(found[1]) from None

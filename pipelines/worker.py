@@ -20,7 +20,7 @@ from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, machine, rendering
+from pipelines import clips, feed, machine, rendering
 from pipelines.jobs import write_json
 from pipelines.tracking import Tracker
 
@@ -231,7 +231,7 @@ class _Batches:
         rank, world = distributed.world()
         if self.position != position:
             self.close()
-            self.stream = clips.stream(
+            self.stream = feed.stream(
                 self.setup.dataset, "train", data.shape, data.batch_size, rank, world, position,
                 self.setup.experiment.train.seed, cpus=self.settings["decode_cpus"], device=self.setup.device,
             )  # fmt: skip

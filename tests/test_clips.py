@@ -13,7 +13,7 @@ from PIL import Image
 from entprog.config import ClipShape
 from entprog.errors import UserError
 from entprog.media import assets, color, shards, video
-from pipelines import clips
+from pipelines import clips, feed
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3
@@ -152,12 +152,12 @@ def test_held_out_is_spread_evenly_and_shared(dataset, rows):
 
 def test_wrong_shape_and_empty_split_are_told(dataset, rows, tmp_path):
     with pytest.raises(UserError, match=r"6 frames of 32x48 at 12 fps.*6 frames of 32x64"):
-        clips.stream(dataset, "train", SHAPE.model_copy(update={"height": 64}), BATCH)
+        feed.stream(dataset, "train", SHAPE.model_copy(update={"height": 64}), BATCH)
     empty = write(tmp_path, {"train": [rows["train"][:1]], "held_out": []})
     with pytest.raises(UserError, match="no held-out clips"):
         clips.held_out(empty, 3, 2)
     with pytest.raises(UserError, match="no clips in split 'held_out'"):
-        clips.stream(empty, "held_out", SHAPE, BATCH)
+        feed.stream(empty, "held_out", SHAPE, BATCH)
 
 
 def damaged(rows, folder, **columns) -> shards.Dataset:
@@ -186,12 +186,12 @@ def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):
 
 
 def ray_stream(dataset, batch=BATCH, **options):
-    return clips.stream(dataset, "train", SHAPE, batch, **options)
+    return feed.stream(dataset, "train", SHAPE, batch, **options)
 
 
 def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, monkeypatch):
-    monkeypatch.setattr(clips, "TASKS", 3)
-    monkeypatch.setattr(clips, "TASK_BATCHES", 2)
+    monkeypatch.setattr(feed, "TASKS", 3)
+    monkeypatch.setattr(feed, "TASK_BATCHES", 2)
     found = take(ray_stream(dataset, cpus=2, seed=5), 15)  # 45 clips: 3 epochs of 13, 3 executions of 6 batches
     assert_equal(found, take(local(dataset, seed=5), 15))
     epoch = torch.cat([batch.position for batch in found])
@@ -239,11 +239,11 @@ def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypa
         (decoded / str(rows["first"][0])).touch()
         return original(rows, **options)
 
-    original = clips._task
-    monkeypatch.setattr(clips, "_task", task)
+    original = feed._task
+    monkeypatch.setattr(feed, "_task", task)
     stream = ray_stream(dataset, cpus=2)
     next(stream)
-    due, before = 2 * clips.TASKS_AHEAD + 2, -1
+    due, before = 2 * feed.TASKS_AHEAD + 2, -1
     while before != (before := len(list(decoded.iterdir()))) and before <= due:
         time.sleep(2)
     stream.close()
@@ -267,7 +267,7 @@ def test_inside_two_train_workers(ray, dataset, tmp_path):
         rank = ray.train.get_context().get_world_rank()
         world = ray.train.get_context().get_world_size()
         for shape in range(2):  # a stage ends, the next one opens another stream
-            stream = clips.stream(config["dataset"], "train", SHAPE, BATCH, rank, world, shape * 5 * world * BATCH)
+            stream = feed.stream(config["dataset"], "train", SHAPE, BATCH, rank, world, shape * 5 * world * BATCH)
             batches = [next(stream) for _ in range(5)]
             stream.close()
             torch.save(batches, config["out"] / f"{shape}-{rank}.pt")

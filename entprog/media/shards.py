@@ -24,6 +24,9 @@ FORMAT = "entprog-shards-1"
 POINTS = 33
 POSE = {"kind": "blazepose33", "points": POINTS, "values": ["x", "y", "visibility"]}
 CLIPS_PER_ROW_GROUP = 8
+ROW_GROUP_BYTES = 1 << 20
+"""A row group holds at most so many clips, or so many bytes: training reads single clips in random order, and Parquet
+gives whole row groups alone."""
 SPLITS = ("train", "held_out")
 
 SCHEMA = pa.schema(
@@ -116,7 +119,7 @@ def write_shard(folder: Path, file: str, rows: Sequence[Mapping[str, Any]], shap
     pq.write_table(
         table,
         scratch,
-        row_group_size=CLIPS_PER_ROW_GROUP,
+        row_group_size=clips_per_row_group(flat),
         compression={name: "NONE" if name in _MEDIA else "ZSTD" for name in _leaves(table.schema)},
         use_dictionary=_OTHERS,
         write_statistics=_OTHERS,
@@ -125,6 +128,12 @@ def write_shard(folder: Path, file: str, rows: Sequence[Mapping[str, Any]], shap
     info = ShardInfo(file, len(rows), scratch.stat().st_size, sha256(scratch))
     scratch.replace(path)
     return info
+
+
+def clips_per_row_group(rows: Sequence[Mapping[str, Any]]) -> int:
+    """1 to CLIPS_PER_ROW_GROUP, fewer of larger clips."""
+    clip_bytes = sum(len(row[name]) for row in rows for name in _MEDIA) // max(len(rows), 1)
+    return min(max(ROW_GROUP_BYTES // max(clip_bytes, 1), 1), CLIPS_PER_ROW_GROUP)
 
 
 def _leaves(of: pa.Schema) -> list[str]:
@@ -223,15 +232,16 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-            groups: dict[int, list[dict[str, Any]]] = {}
+            groups: dict[int, pa.Table] = {}
+            out = []
             for at in wanted:
                 if not 0 <= at < starts[-1]:
                     raise IndexError(f"it has {starts[-1]} rows")
                 group = int(np.searchsorted(starts, at, side="right")) - 1
                 if group not in groups:
-                    groups[group] = _rows(file.read_row_group(group, columns=names), names)
-            place = [int(np.searchsorted(starts, row, side="right")) - 1 for row in wanted]
-            return [dict(groups[g][row - starts[g]]) for g, row in zip(place, wanted, strict=True)]
+                    groups[group] = file.read_row_group(group, columns=names)
+                out += _rows(groups[group].slice(at - starts[group], 1), names)
+            return out
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
         reason = " ".join(f"{error}".split())[:200]
         told = f"damaged shard {path}, row {at}: {reason}"

@@ -174,24 +174,29 @@ def write_mp4(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float,
     return path
 
 
-def decode_yuv(mp4: bytes, frames: range | None = None) -> np.ndarray:
+def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None = None) -> np.ndarray:
     """A clip's planes without colour conversion: uint8 [F, H*3/2, W]; each frame is Y, U, V one after the other.
 
-    `frames`: which frames (ascending; default all). Raises VideoError if it is not a readable clip as `encode` makes
-    them (even size, 4:2:0, BT.709 limited range) or has fewer frames.
+    `frames`: which frames (ascending; default all); decoding begins at the key frame before the first. `out`: where to
+    write them. Raises VideoError if it is not a readable clip as `encode` makes them (even size, 4:2:0, BT.709 limited
+    range), has fewer frames, or frames of another size than `out`.
     """
     planes = None
     for i, frame, count in _clip(mp4, frames):
         height, width = frame.height, frame.width
         if planes is None:
-            planes = np.empty((count, height * width * 3 // 2), np.uint8)
+            due = (count, height * 3 // 2, width)
+            out = np.empty(due, np.uint8) if out is None else out
+            if out.shape != due:
+                raise VideoError("corrupt", f"it decodes to {due} where {out.shape} is due")
+            planes = out.reshape(count, -1)
         start = 0
         for plane in frame.planes:
             stop = start + plane.height * plane.width
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # lines are padded
             planes[i, start:stop].reshape(plane.height, plane.width)[:] = rows[: plane.height, : plane.width]
             start = stop
-    return planes.reshape(len(planes), height * 3 // 2, width)
+    return out
 
 
 def decode_rgb(mp4: bytes, frames: range | None = None) -> np.ndarray:
@@ -352,11 +357,13 @@ def _clip(mp4: bytes, wanted: range | None) -> Iterator[tuple[int, av.VideoFrame
     """(place in the result, frame, number of frames in all) of a clip that `encode` made."""
     with _opened(mp4) as (container, stream):
         wanted = range(stream.frames) if wanted is None else wanted
-        given = 0
-        for i, (_, frame) in enumerate(_frames(mp4, container, stream)):
+        given, rate = 0, float(stream.average_rate or 0)
+        if wanted and wanted[0] and 0 < rate < 1e4:
+            container.seek(round(wanted[0] / rate / float(stream.time_base)), stream=stream)  # key frame at or before
+        for time_s, frame in _frames(mp4, container, stream):
             if given == len(wanted):
                 return
-            if i != wanted[given]:
+            if round(time_s * rate) != wanted[given]:
                 continue
             if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
                 raise VideoError(

@@ -1,0 +1,269 @@
+"""Frames per second of the training stream, against plain decoding on the same cores.
+
+    python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: < 4 minutes on two cores
+
+Every number of cores is a process that may run on those alone, with all that it starts: Ray too. In it all arrangements
+take turns over the same clips of real video, each with as many decoding processes as cores and one decoding thread:
+
+- `stream`: pipelines.feed.stream, as training reads it: batches of planes on the reader's side, with the reference
+  image and the pose, which no other arrangement here gives;
+- `pyav`: plain processes that decode, count and throw away. Nothing is sent: no reader ever gets this;
+- `dataloader`: torch's DataLoader with PyAV in its workers, batches sent to the reader;
+- `decord2`, `torchcodec`: the libraries' own readers, in plain processes as `pyav`, where they are installed.
+
+Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert on the CPU, as most training code does.
+Leaves benchmarks/results/stream.json.
+"""
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks import common
+from entprog.config import ClipShape
+from entprog.media import assets, shards, video
+from pipelines import feed, jobs
+
+app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
+
+SIZES = {
+    "256x256": (ClipShape(frames=48, height=256, width=256, fps=24), 4),
+    "1080x1920": (ClipShape(frames=8, height=1920, width=1080, fps=12), 1),
+    "64x96": (ClipShape(frames=8, height=96, width=64, fps=12), 4),
+}
+"""Clip shape and batch size. The small one is where Ray's cost a task shows most."""
+SOURCE = "cam01"
+CLIPS = 16
+"""Different clips of each size."""
+Decode = Callable[[str], int]
+"""A clip's file → frames decoded."""
+
+
+@app.command()
+def main(
+    sizes: Annotated[list[str] | None, typer.Option("--size", help=f"Clips: {', '.join(SIZES)}. Default: all.")] = None,
+    cores: Annotated[list[int] | None, typer.Option(help="Numbers of cores. Default: 1, 2, 4, … as there are.")] = None,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only these arrangements.")] = None,
+    seconds: Annotated[float, typer.Option(help="About how long one turn of an arrangement lasts.")] = 3.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each arrangement, interleaved.")] = 3,
+) -> None:
+    """Measure all arrangements in turns; print and keep frames per second and ratios."""
+    here = sorted(os.sched_getaffinity(0))
+    cores = cores or [2**i for i in range(len(here).bit_length()) if 2**i <= len(here)]
+    figures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in sizes or SIZES:
+            write_clips(Path(scratch, size), SIZES[size][0])
+            for count in cores:
+                task = {"size": size, "cores": here[:count], "arms": arms, "seconds": seconds, "repeats": repeats}
+                command = [sys.executable, "-c", "from benchmarks import stream; stream.turns()", scratch]
+                found = subprocess.run([*command, json.dumps(task)], check=True, stdout=subprocess.PIPE, text=True)
+                figures += rows_of(size, count, json.loads(found.stdout.splitlines()[-1]))
+                common.show(f"{size} on {count} core(s)", [row for row in figures if row["size"] == size])
+    jobs.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
+
+
+def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[dict[str, Any]]:
+    """A row an arrangement. found: its frames/s in every round, or why it is not there."""
+
+    def over(name: str, base: str) -> float | None:
+        """Median ratio within rounds to the base of the same pixels."""
+        base += "_rgb" if name.endswith("_rgb") or name in ("decord2", "torchcodec") else ""
+        if base not in found or isinstance(found[name], str):
+            return None
+        return round(statistics.median(a / b for a, b in zip(found[name], found[base], strict=True)), 3)
+
+    return [
+        {
+            "size": size,
+            "arrangement": name,
+            "cores": cores,
+            "frames_per_s": None if isinstance(rates, str) else round(statistics.median(rates), 1),
+            "spread": None if isinstance(rates, str) else [round(min(rates), 1), round(max(rates), 1)],
+            "over_pyav": over(name, "pyav"),
+            "over_dataloader": over(name, "dataloader"),
+            "note": rates if isinstance(rates, str) else "",
+        }
+        for name, rates in found.items()
+    ]
+
+
+def write_clips(folder: Path, shape: ClipShape) -> None:
+    """Clips of a real video as shards, and the same bytes as one mp4 file each."""
+    rows = []
+    for i in range(CLIPS):
+        start_s = 0.02 * i
+        times = video.clip_times(start_s, shape.frames, shape.fps)
+        frames, _ = video.read_frames(assets.clip(SOURCE), times, size=(shape.height, shape.width))
+        png = io.BytesIO()
+        Image.fromarray(frames[0]).save(png, "PNG")
+        size = {"height": shape.height, "width": shape.width}
+        rows.append({
+            "clip_id": f"{SOURCE}#{i}", "source": SOURCE, "source_sha256": "0" * 64, "split": "train", "caption": "",
+            "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **size,
+            **{f"source_{k}": v for k, v in size.items()}, **{f"crop_{k}": v for k, v in size.items()},
+            "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
+            "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": video.encode(frames, shape.fps),
+        })  # fmt: skip
+        file = folder / "files" / f"{i}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(rows[-1]["video"])
+    info = shards.write_shard(folder, "train/00000.parquet", rows, shape)
+    shards.write_dataset(folder, shape, {"train": [info], "held_out": []}, {})
+
+
+# ---- one number of cores: in a process of its own ----
+
+
+def turns() -> None:
+    """Program of the measuring process: arguments are the folder and the task; prints {arm: frames/s or why not}."""
+    folder, task = Path(sys.argv[1]), json.loads(sys.argv[2])
+    os.sched_setaffinity(0, task["cores"])
+    cores, (shape, batch_size) = len(task["cores"]), SIZES[task["size"]]
+    folder = folder / task["size"]
+    files = sorted(str(path) for path in (folder / "files").iterdir())
+    found: dict[str, Any] = {}
+    plain = {"pyav": decode_pyav, "pyav_rgb": decode_pyav_rgb, "decord2": decode_decord, "torchcodec": decode_codec}
+    loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
+    with get_context("spawn").Pool(cores, _start) as pool, jobs.ray_cluster(cores + 2):
+        arms: dict[str, Callable[[float], float]] = {}
+        for name, decode in plain.items():
+            arms[name] = partial(plain_rate, pool, decode, files, cores)
+        for name, decode in loaders.items():
+            arms[name] = partial(loader_rate, decode, files, batch_size, cores, shape.frames)
+        arms["stream"] = partial(stream_rate, shards.read_dataset(folder), shape, batch_size, cores)
+        if task["arms"]:
+            arms = {name: arm for name, arm in arms.items() if name in task["arms"]}
+        for number in range(1 + task["repeats"]):
+            for name, arm in arms.items():
+                if isinstance(found.get(name), str):
+                    continue
+                try:
+                    rate = arm(task["seconds"] if number else 0.5)  # the first round warms up
+                except Exception as error:
+                    if name not in ("decord2", "torchcodec"):
+                        raise
+                    found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+                    continue
+                found.setdefault(name, [])
+                if number:
+                    found[name].append(rate)
+    print(json.dumps(found))
+
+
+def _start() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def plain_rate(pool, decode: Decode, files: list[str], processes: int, seconds: float) -> float:
+    """Frames/s of that many processes, each decoding file after file for that long."""
+    started = time.perf_counter()
+    frames = pool.map(partial(_decode_for, decode, files, seconds), range(processes), chunksize=1)
+    return sum(frames) / (time.perf_counter() - started)
+
+
+def _decode_for(decode: Decode, files: list[str], seconds: float, first: int) -> int:
+    frames, number, until = 0, first, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        frames += len(decode(files[number % len(files)]))
+        number += 1
+    return frames
+
+
+class _Files:
+    """Dataset of torch's DataLoader: clips without end."""
+
+    def __init__(self, decode, files):
+        self.decode, self.files = decode, files
+
+    def __len__(self):
+        return 1 << 30
+
+    def __getitem__(self, i):
+        import torch
+
+        return torch.from_numpy(self.decode(self.files[i % len(self.files)]))
+
+
+def loader_rate(decode, files, batch_size: int, workers: int, frames: int, seconds: float) -> float:
+    """Frames/s at the reader of a DataLoader, from its first batch on."""
+    from torch.utils.data import DataLoader, SequentialSampler
+
+    data = _Files(decode, files)
+    sampler = SequentialSampler(data)
+    return _reader_rate(
+        iter(DataLoader(data, batch_size, sampler=sampler, num_workers=workers)), batch_size * frames, seconds
+    )
+
+
+def stream_rate(dataset: shards.Dataset, shape: ClipShape, batch_size: int, cores: int, seconds: float) -> float:
+    """Frames/s at the reader of our stream, from its first batch on."""
+    stream = feed.stream(dataset, "train", shape, batch_size, cpus=cores)
+    try:
+        return _reader_rate(stream, batch_size * shape.frames, seconds)
+    finally:
+        stream.close()
+
+
+def _reader_rate(batches, frames: int, seconds: float) -> float:
+    """From the first batch on; what was decoded ahead meanwhile is made up for by what is at the end."""
+    next(batches)
+    started = time.perf_counter()
+    count = 0
+    while time.perf_counter() - started < seconds:
+        next(batches)
+        count += 1
+    return count * frames / (time.perf_counter() - started)
+
+
+# ---- the decoders: a clip's file → uint8 array, a frame a row ----
+
+
+def decode_pyav(file: str, format: str = "yuv420p") -> np.ndarray:
+    import av
+
+    with av.open(file) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        out = None
+        for i, frame in enumerate(container.decode(video=0)):
+            image = frame.to_ndarray(format=format)
+            if out is None:
+                out = np.empty((container.streams.video[0].frames, *image.shape), np.uint8)
+            out[i] = image
+    return out
+
+
+decode_pyav_rgb = partial(decode_pyav, format="rgb24")
+
+
+def decode_decord(file: str) -> np.ndarray:
+    import decord
+
+    reader = decord.VideoReader(file, num_threads=1)
+    return reader.get_batch(range(len(reader))).asnumpy()
+
+
+def decode_codec(file: str) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder
+
+    return VideoDecoder(file, dimension_order="NHWC", num_ffmpeg_threads=1)[:].numpy()
+
+
+if __name__ == "__main__":
+    app()
