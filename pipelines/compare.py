@@ -16,8 +16,8 @@ from entprog import config
 from entprog.config import Comparison
 from entprog.errors import UserError
 from pipelines import jobs
+from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
-from pipelines.comparison import page, runs, samples, words
 from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
@@ -104,7 +104,8 @@ def run(
             experiment=experiment, store=masked(tracking_uri()), command=jobs.command(), commit=jobs.commit(),
             made_s=time.time(),
         )  # fmt: skip
-        clips = samples.rows(found, chosen.samples, chosen.sample_bytes)
+        shown = [judged.group for judged in verdict.judged][: drawings.COLOURS]
+        clips = samples.rows(shown, chosen.samples, chosen.sample_bytes)
         html = page.render(verdict, unlike, evaluations, clips, facts)
     path = Path(output) / "comparison.html"
     path.write_text(html, encoding="utf-8")

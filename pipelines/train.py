@@ -189,7 +189,8 @@ def run(
             "wall_s": round(time.time() - started, 3),
         }
         _leave_charts(output, steps, result["blocks"], tracker, dataset)
-        tracker.summary({k: result[k] for k in ("held_out_loss", "seconds", "search_seconds", "flops")})
+        tracker.summary(_final(result))
+        tracker.tags({"entprog.memory_is": result["peak_memory_is"]})
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         stages.log(tracker, worker.steps_of(output), status)
@@ -217,6 +218,13 @@ def _figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, A
         "samples_per_s": result["clips"] / max(purposes["train"] + purposes["search"], 1e-9),
         "wait_share": waited / max(purposes["train"] + purposes["search"], 1e-9),
     }
+
+
+def _final(result: dict[str, Any]) -> dict[str, float]:
+    """What MLflow keeps as the run's final figures; `break_even_step` only where it was reached."""
+    names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+    paid = result["break_even"]["step"]
+    return {name: result[name] for name in names} | ({} if paid is None else {"break_even_step": paid})
 
 
 def _leave_charts(

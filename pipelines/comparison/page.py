@@ -62,8 +62,9 @@ def render(
         summary=summary(verdict),
         charts=[*filter(None, [drawings.curves(verdict, "charged_s"), drawings.curves(verdict, "step"),
                                drawings.ratios(verdict)])],
-        schedules=[*_schedules(groups)],
-        scores=[*_scores(groups)],
+        schedules=[*_schedules(groups[: drawings.COLOURS])],
+        scores=[*_scores(groups[: drawings.COLOURS])],
+        undrawn=max(0, len(groups) - drawings.COLOURS),
         quality=quality(groups, evaluations, verdict.confidence),
         cards=_cards(evaluations),
         clips=clips,
@@ -123,9 +124,10 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         ("Time to target", "charged seconds"),
         ("Net speed-up", "search and scoring charged"),
         ("Break-even", "mean loss below the baseline's for good"),
+        ("Paid back at step", "by cheaper steps alone"),
         ("Search, scoring", "share of charged seconds"),
         ("Steps", "mean"),
-        ("Peak memory", "highest"),
+        ("Peak memory", ", ".join(["highest", *_memory_is(verdict)])),
     ]
     rows = []
     for place, judged in enumerate(verdict.judged):
@@ -133,11 +135,18 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         cells += [words.interval(judged.equal_seconds_loss, words.loss)] if budgets_differ else []
         cells += [
             _time_to_target(judged), _ratio(judged, verdict), _break_even(judged, verdict),
+            "–" if judged.break_even_step is None else f"{judged.break_even_step:.0f}",
             "–" if judged.overhead is None else words.percent(judged.overhead),
             "–" if judged.steps is None else f"{judged.steps:.0f}", words.memory(judged.peak_memory_bytes),
         ]  # fmt: skip
         rows.append({"key": _key(judged.group, place), "cells": cells})
     return {"columns": columns, "rows": rows}
+
+
+def _memory_is(verdict: Verdict) -> list[str]:
+    """Whether memory was counted or measured."""
+    runs = [run for judged in verdict.judged for run in judged.group.counted]
+    return list(dict.fromkeys(run.tags["entprog.memory_is"] for run in runs if "entprog.memory_is" in run.tags))
 
 
 def _time_to_target(judged: Judged) -> str:

@@ -14,7 +14,11 @@ from entprog.config import close_to
 from entprog.errors import UserError
 from pipelines.store import connect, database_file, masked, one_line, tracking_uri
 
-FIGURES = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+FIGURES = (
+    "held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps",
+    "break_even_step",
+)  # fmt: skip
+"""What a training leaves as metrics `final/NAME`."""
 STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
 
 

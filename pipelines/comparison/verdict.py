@@ -51,6 +51,8 @@ class Judged:
     """Where not all reached it: the ratio if they had done so just when they ended."""
     break_even_s: float | None
     """Charged seconds from which on its mean loss stays below the baseline's; None: not within the runs."""
+    break_even_step: float | None
+    """Mean step at which cheaper steps had paid for search and scoring; None unless every run got there."""
     overhead: float | None
     """Share of the charged seconds that went into search and scoring."""
     seconds: float | None
@@ -62,7 +64,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The comparison: the baseline first."""
+    """The comparison: the baseline first, then the lowest loss at equal seconds."""
 
     target_loss: float
     target_is: str
@@ -114,13 +116,15 @@ def judge(groups: Sequence[Group], target_loss: float | None, confidence: float)
     others = sum(bool(group.counted) for group in groups[1:])
     level = 1 - (1 - confidence) / max(others, 1)
     judged = tuple(_judged(group, baseline, target_loss, equal_s, confidence, level) for group in groups)
+    first, *others = judged
+    others.sort(key=lambda j: math.inf if j.equal_seconds_loss is None else j.equal_seconds_loss.value)
     return Verdict(
         target_loss=target_loss,
         target_is=target_is,
         equal_s=equal_s,
         confidence=confidence,
         level=level,
-        judged=judged,
+        judged=(first, *others),
     )
 
 
@@ -148,11 +152,12 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
         equal_seconds_loss=mean_of(here, confidence),
         loss_difference=difference,
         reached=reached,
-        seconds_to_target=mean_of(seconds, confidence) if whole else None,
-        steps_to_target=mean_of([crossing(r.curve, target, "step") for r in runs], confidence) if whole else None,
+        seconds_to_target=typical_of(seconds, confidence) if whole else None,
+        steps_to_target=typical_of([crossing(r.curve, target, "step") for r in runs], confidence) if whole else None,
         ratio=ratio,
         ratio_at_most=at_most,
         break_even_s=None if is_baseline else break_even(runs, baseline.counted),
+        break_even_step=_mean_of_all([run.figures.get("break_even_step") for run in runs]),
         overhead=_overhead(runs),
         seconds=_mean([run.figures.get("seconds") for run in runs]),
         steps=_mean([run.figures.get("steps") for run in runs]),
@@ -243,6 +248,12 @@ def mean_of(values: Sequence[float], confidence: float) -> Estimate | None:
     return Estimate(mean, low, high, len(values))
 
 
+def typical_of(values: Sequence[float], confidence: float) -> Estimate | None:
+    """Geometric mean over runs, with Student's t interval on the logarithms: for times, which no interval may take
+    below zero."""
+    return _exp(mean_of([math.log(v) for v in values], confidence))
+
+
 def difference_of(a: BySeed, b: BySeed, confidence: float) -> Estimate:
     """Mean of a minus mean of b: paired by seed where both have the same ones, each once; else Welch's."""
     seeds_a, seeds_b = [seed for seed, _ in a], [seed for seed, _ in b]
@@ -260,7 +271,13 @@ def difference_of(a: BySeed, b: BySeed, confidence: float) -> Estimate:
 
 def ratio_of(baseline: BySeed, group: BySeed, confidence: float) -> Estimate:
     """Geometric mean of the baseline's values ÷ the group's."""
-    logs = difference_of(*([(seed, math.log(v)) for seed, v in part] for part in (baseline, group)), confidence)
+    return _exp(difference_of(*([(seed, math.log(v)) for seed, v in part] for part in (baseline, group)), confidence))
+
+
+def _exp(logs: Estimate | None) -> Estimate | None:
+    """An estimate of logarithms as one of what they are of."""
+    if logs is None:
+        return None
     return Estimate(*(None if v is None else math.exp(v) for v in (logs.value, logs.low, logs.high)), logs.seeds)
 
 
@@ -271,6 +288,10 @@ def _geometric(values: Sequence[float]) -> float:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    return None if None in values else _mean(values)
 
 
 def _overhead(runs: Sequence[Training]) -> float | None:
