@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from entprog import config
 from entprog.errors import UserError
-from entprog.media import assets, cutting, ledger, shards, video
-from pipelines import prepare
+from entprog.media import assets, attempts, cutting, inputs, ledger, probing, shards, video
+from pipelines import packing, prepare
 
 ARGUMENTS = ["--frames", "6", "--height", "48", "--width", "32", "--fps", "10", "--stride", "3", "--held-out", "cam04"]
 
@@ -148,9 +149,14 @@ def test_running_it_again_does_nothing_and_other_settings_are_refused(prepared, 
     other = run("--input", videos, "--output", output, *ARGUMENTS, "--set", "prepare.margin=0.3")
     assert other.exit_code == 2 and "prepare.margin was 0.15, now 0.3" in other.output
     copy = tmp_path / "copy"
-    shutil.copytree(videos, copy, symlinks=True, ignore=shutil.ignore_patterns("notes.txt"))
+    shutil.copytree(videos, copy, symlinks=True, ignore=shutil.ignore_patterns("notes.txt", "loop"))
     fewer = run("--input", copy, "--output", output, *ARGUMENTS)
-    assert fewer.exit_code == 2 and "1 gone" in fewer.output
+    assert fewer.exit_code == 0
+    assert "1 inputs of before are not there any more (notes.txt): their 0 clips stay" in fewer.output
+    (copy / "cam01.mp4").write_bytes((copy / "cam04.mp4").read_bytes())
+    changed = run("--input", copy, "--output", output, *ARGUMENTS)
+    assert changed.exit_code == 2 and "1 inputs have changed since" in changed.output
+    assert "(cam01.mp4)" in changed.output
 
 
 def test_after_a_kill_the_same_command_ends_with_the_same_clips(prepared, videos, tmp_path):
@@ -227,23 +233,23 @@ def test_settings_come_from_preset_then_files_then_options_then_set(tmp_path):
 
 def test_split_by_seed_keeps_a_source_on_each_side():
     files = [f"{i}.mp4" for i in range(20)]
-    parts = prepare.split(files, set(), 0.2, seed=0)
+    parts = packing.split(files, set(), 0.2, seed=0)
     assert list(parts.values()).count("held_out") == 4
-    assert parts == prepare.split(files[::-1], set(), 0.2, seed=0) != prepare.split(files, set(), 0.2, seed=1)
-    assert sorted(prepare.split(files[:2], set(), 0.01, 0).values()) == ["held_out", "train"]
-    assert sorted(prepare.split(files[:2], set(), 0.99, 0).values()) == ["held_out", "train"]
-    assert prepare.split(files[:1], set(), 0.5, 0) == {"0.mp4": "train"}
+    assert parts == packing.split(files[::-1], set(), 0.2, seed=0) != packing.split(files, set(), 0.2, seed=1)
+    assert sorted(packing.split(files[:2], set(), 0.01, 0).values()) == ["held_out", "train"]
+    assert sorted(packing.split(files[:2], set(), 0.99, 0).values()) == ["held_out", "train"]
+    assert packing.split(files[:1], set(), 0.5, 0) == {"0.mp4": "train"}
     with pytest.raises(UserError, match="all 2 usable sources are held out"):
-        prepare.split(files[:2], set(files), 0.1, 0)
+        packing.split(files[:2], set(files), 0.1, 0)
     with pytest.raises(UserError, match=r"no clip was kept of any held-out source \(bad\.mp4\)"):
-        prepare.split(files, {"bad.mp4"}, 0.1, 0)
+        packing.split(files, {"bad.mp4"}, 0.1, 0)
 
 
 def test_shards_are_even_and_hold_each_clip_once():
     rows = [
         {"kind": "clip", "kept": i % 3 > 0, "clip": f"{file}#{i}", "file": file} for file in "abc" for i in range(10)
     ]
-    plans = prepare.shard_plans(rows, {"a": "train", "b": "held_out", "c": "train"}, {f: f for f in "abc"}, 5)
+    plans = packing.shard_plans(rows, {"a": "train", "b": "held_out", "c": "train"}, {f: f for f in "abc"}, 5)
     assert [(p["file"], len(p["clips"])) for p in plans] == [
         ("train/00000.parquet", 4),
         ("train/00001.parquet", 4),
@@ -271,34 +277,45 @@ def test_the_ledger_notices_what_does_not_add_up():
             ledger.check(rows, files, kept)
 
 
-def test_a_file_that_vanishes_or_is_no_file_is_a_verdict(videos, tmp_path):
+def test_a_file_that_vanishes_or_is_no_file_is_a_verdict(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "here.mp4").write_bytes(b"x")
-    rows = prepare.list_sources(tmp_path)
+    (tmp_path / "grows.mp4").write_bytes(b"x")
+    rows = inputs.find(tmp_path, 30).rows
     (tmp_path / "here.mp4").unlink()
-    probed = [cutting.probe(row) for row in rows]
-    assert [(row["file"], row["reason"]) for row in probed] == [("here.mp4", "unreadable"), ("pipe.mp4", "unreadable")]
+    (tmp_path / "grows.mp4").write_bytes(b"xy")
+    probed = [probing.probe(row, config.Preparation()) for row in rows]
+    assert {row["file"]: row["reason"] for row in probed} == {
+        "grows.mp4": "changed",
+        "here.mp4": "unreadable",
+        "pipe.mp4": "unreadable",
+    }
+
+
+def source(folder: Path, name: str) -> dict:
+    (row,) = (row for row in inputs.find(folder, 30).rows if row["file"] == name)
+    return row
 
 
 def test_a_source_that_crashes_its_process_again_and_again_is_left_alone(videos, tmp_path):
-    settings = prepare.preparation(None, None, None, {}, {})
-    (row,) = (row for row in prepare.list_sources(videos) if row["file"] == "cam01.mp4")
-    row = {**row, "key": "k"}
-    assert cutting.probe(row, tmp_path)["reason"] == "" and not list(tmp_path.iterdir())
+    settings = config.Preparation()
+    row = {**source(videos, "cam01.mp4"), "key": "k"}
+    probed = probing.probe(row, settings, tmp_path)
+    assert probed["reason"] == "" and not list(tmp_path.iterdir())
     mark = tmp_path / "k.cut.tried"  # as two crashed processes leave it
     mark.write_bytes(b"..")
-    assert cutting.cut({**cutting.probe(row), "track": b""}, settings, tmp_path)["clips"] == 0
+    assert cutting.cut({**probed, "track": b"", "cuts": b"", "others": b""}, settings, tmp_path)["clips"] == 0
     (line,) = json.loads((tmp_path / "k.json").read_text())["ledger"]
     assert (line["kept"], line["reason"], line["stage"]) == (False, "crashed", "cut")
     mark.write_bytes(b"..")
-    cutting.forget_crashes(tmp_path)
+    attempts.forget(tmp_path)
     assert not mark.exists()
 
 
 def test_equal_input_gives_equal_clips_and_nothing_else(videos, tmp_path):
     settings = prepare.preparation(None, None, None, {"frames": 6, "height": 48, "width": 32, "fps": 10}, {})
-    (row,) = (row for row in prepare.list_sources(videos) if row["file"] == "cam01.mp4")
-    tracked = cutting.Track(settings)(cutting.probe(row))
+    row = probing.cut_shots(probing.probe(source(videos, "cam01.mp4"), settings), settings)
+    tracked = cutting.Track(settings)(row)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         counts = cutting.cut({**tracked, "key": "k"}, settings, tmp_path / name)

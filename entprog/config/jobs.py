@@ -11,6 +11,28 @@ from entprog.config.part import Part
 class Prepare(Part):
     """How videos become clips (`pipelines.prepare`)."""
 
+    frames_fps: float = Field(default=30.0, gt=0, le=1000)
+    """Frames per second of a folder of numbered images, where a manifest does not say it."""
+    max_bytes: int = Field(default=20 * 10**9, ge=1)
+    """Largest file that is read, also the most that is fetched of a remote one; above: `too_large`."""
+    max_pixels: int = Field(default=7680 * 4320, ge=1)
+    """Most pixels in a frame, checked before one is decoded; above: `too_large`."""
+    max_duration_s: float = Field(default=4 * 3600.0, gt=0)
+    """Longest video, by its header and while it is decoded; above: `too_long`."""
+    max_gap_s: float = Field(default=10.0, gt=0)
+    """Longest time that one frame stands still by its time stamps; above: `corrupt`."""
+    stall_s: float = Field(default=300.0, gt=0)
+    """Longest wait for one frame or one piece of a file; after it the process is ended, twice: `crashed`."""
+    shot_change: float | None = Field(default=20.0, gt=0)
+    """Mean change between two clip frames, in levels of 0..255, from which there may be a cut (it must also stand out
+    from the changes around it). No clip crosses a cut. None: every video is one shot."""
+    pose: Literal["blazepose", "rtmlib"] = "blazepose"
+    """Pose estimator. rtmlib (extra `rtmlib`): RTMW whole-body networks, which it fetches at its first use."""
+    track_gpus: float = Field(default=0.0, ge=0)
+    """GPUs, or a share of one, for each tracking process; only rtmlib uses them."""
+    people: Literal["one", "foremost"] = "one"
+    """`one`: clips that show another person, half as large as the foremost or larger, are rejected
+    (`several_people`). `foremost`: the foremost is cut out of them."""
     stride: int | None = Field(default=None, ge=1)
     """Clip frames between the starts of neighbouring clips of one video. None: half a clip."""
     margin: float = Field(default=0.15, ge=0, le=2)
@@ -25,6 +47,11 @@ class Prepare(Part):
     """Smallest share of a clip's visible points inside its crop; below: `does_not_fit`."""
     min_scale: float = Field(default=1.0, gt=0)
     """Fewest source pixels per clip pixel (1: never enlarged); below: `too_small`."""
+    min_motion: float = Field(default=0.2, ge=0)
+    """Smallest mean change from frame to frame of a clip, in levels of 0..255; below: `too_still`."""
+    min_sharpness: float = Field(default=10.0, ge=0)
+    """Smallest variance of the Laplacian of a clip's sharpest frame, in levels squared, at the clip's size;
+    below: `blurred`."""
     crf: int = Field(default=16, ge=0, le=51)
     """Quality of the encoded clips (x264): lower is better and larger."""
     held_out: tuple[str, ...] = ()
@@ -35,6 +62,9 @@ class Prepare(Part):
     """Decides which sources are held out."""
     clips_per_shard: int = Field(default=256, ge=1)
     """Clips in one shard file."""
+    max_rejected: float = Field(default=1.0, ge=0, le=1)
+    """Share of the videos found that may be rejected; the job stops as soon as there are more. 1: never. Files whose
+    name is no video's do not count."""
 
 
 class Shape(Part):

@@ -1,22 +1,18 @@
-"""From one video to its clips, in three stages that each take a source and give it back: probe, track, cut.
-
-Each stage is a plain function of one row (a dict of plain values and bytes), so that it can run as an operator of
-Ray Data, and is safe to repeat: equal input gives equal clips. A video that cannot be used is not an exception: its
-row carries the verdict (stage, reason, message) on to the end, and becomes a line of the ledger.
+"""From one video to its clips: after `probing`, the stages track and cut, which take a source's row and give it back.
 
 Two passes over each video, one frame in memory at a time: `track` needs the whole pose track before `cut` knows
-where the person is, and a 1080p video held whole would be gigabytes.
+where the person is, and a 1080p video held whole would be gigabytes. Equal input gives equal clips.
 """
 
 import hashlib
 import io
 import json
-import os
-import stat
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, chain, count, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,130 +20,65 @@ import numpy as np
 from PIL import Image
 
 from entprog.config import Preparation
-from entprog.media import pose, shards, video, windows
+from entprog.media import footage, ledger, pose, shards, shots, video, windows
+from entprog.media.probing import opened, tried
 from entprog.media.video import VideoError
-
-SUFFIXES = frozenset(
-    {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
-    | {".m4v", ".mj2", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb"}
-    | {".ts", ".vob", ".webm", ".wmv", ".y4m"}
-)
-"""Endings of file names that are tried as videos. Others are not opened: FFmpeg takes even plain text for a video."""
 
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
 
-MAX_CRASHES = 2
-"""Crashes of the process after which a source is left alone: one may be another's doing (memory, a lost node)."""
+PEOPLE_SIZE = 0.5
+"""Another person counts from this share of the foremost one's size on: smaller ones are passers-by, or no people."""
+PEOPLE_SHARE = 0.5
+"""Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
 
 Row = dict[str, Any]
 
 
-def source_row(root: Path, path: Path) -> Row:
-    """A file as the first stage takes it. `file` is its name for people and the ledger, `path` its name's bytes."""
-    name = os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
-    try:
-        known = path.stat()
-        size, changed_ns = known.st_size, known.st_mtime_ns
-    except OSError:  # a link to nowhere, or gone since it was listed: `probe` says so
-        size, changed_ns = 0, 0
-    return {"file": name, "path": os.fsencode(path), "bytes": size, "changed_ns": changed_ns}
-
-
-@contextmanager
-def _attempt(row: Row, stage: str, parts: Path | None) -> Iterator[bool]:
-    """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.
-
-    A native crash (of a decoder, say) ends the process, and Ray starts the stage again in another one, for ever. A
-    mark in the folder of parts outlives the process; it is taken away when the stage comes back.
-    """
-    if parts is None:
-        yield True
-        return
-    mark = parts / f"{row['key']}.{stage}.tried"
-    crashes = mark.stat().st_size if mark.exists() else 0
-    with mark.open("ab") as file:
-        file.write(b".")
-    yield crashes < MAX_CRASHES
-    mark.unlink(missing_ok=True)
-
-
-def forget_crashes(parts: Path) -> None:
-    """Marks left by a job that was killed from outside say nothing about its sources."""
-    for mark in parts.glob("*.tried"):
-        mark.unlink(missing_ok=True)
-
-
-def probe(row: Row, parts: Path | None = None) -> Row:
-    """Hash the file and look at its first frame: adds sha256, source_height, source_width, and the verdict if bad.
-
-    With a folder of `parts`, a source that crashes the process (`_attempt`) is rejected.
-    """
-    with _attempt(row, "probe", parts) as may_try:
-        row = {**row, "sha256": "", "source_height": 0, "source_width": 0, "stage": "", "reason": "", "message": ""}
-        return _probe(row) if may_try else _crashed(row, "probe")
-
-
-def _probe(row: Row) -> Row:
-    path = Path(os.fsdecode(row["path"]))
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
-            return _rejected(row, "probe", "unreadable", f"{row['file']}: not a plain file")
-        row["sha256"] = shards.sha256(path)
-        if path.suffix.lower() not in SUFFIXES:
-            ending = f"ends with {path.suffix!r}" if path.suffix else "has no ending"
-            return _rejected(row, "probe", "not_a_video", f"its name {ending}; if it is a video, give it its ending")
-        info = video.probe(path)
-        return {**row, "source_height": info.height, "source_width": info.width}
-    except VideoError as error:
-        return _rejected(row, "probe", error.reason, str(error))
-    except OSError as error:
-        return _rejected(row, "probe", "unreadable", f"{row['file']}: {error.strerror}")
-    except Exception as error:
-        return _unforeseen(row, "probe", error)
-
-
 class Track:
-    """Second stage: the pose of the foremost person at the clip's frame rate. Loads its networks once."""
+    """Third stage: the pose of the foremost person at the clip's frame rate. Loads its networks once."""
 
     def __init__(self, settings: Preparation, parts: Path | None = None):
         self.settings = settings
         self.parts = parts
-        self.estimator = pose.PoseEstimator(threads=1)
+        self.estimator = pose.estimator(settings.prepare)
 
     def __call__(self, row: Row) -> Row:
-        """Adds `track`, the bytes of float32 [T, 33, 3]."""
-        row = {**row, "track": b""}
-        if row["reason"]:
-            return row
-        with _attempt(row, "track", self.parts) as may_try:
-            return self._track(row) if may_try else _crashed(row, "track")
+        """Adds `track`, the bytes of float32 [T, 33, 3], and `others`, of bool [T]: whether more people were seen."""
+        return tried({**row, "track": b"", "others": b""}, "track", self.settings, self.parts, self._track)
 
-    def _track(self, row: Row) -> Row:
-        height, width = row["source_height"], row["source_width"]
+    def _track(self, row: Row, settings: Preparation, heard) -> Row:
+        height, width = row["view_height"], row["view_width"]
         shrink = min(1.0, LONGEST_SIDE / max(height, width))
         size = None if shrink == 1 else (max(1, round(height * shrink)), max(1, round(width * shrink)))
-        shape = self.settings.data.shape
-        frames = video.iter_frames(os.fsdecode(row["path"]), fps=shape.fps, size=size, quick=True)
-        detected = []
-        try:
-            track = self.estimator.track(self._watched(frames, detected))
-        except VideoError as error:
-            return _rejected(row, "track", error.reason, str(error))
-        except Exception as error:
-            return _unforeseen(row, "track", error)
-        if len(track) < shape.frames:
-            told = f"{len(track)} frames at {shape.fps:g} fps, a clip has {shape.frames}"
-            return _rejected(row, "track", "too_short", told)
-        track = windows.without_phantoms(track, np.array(detected), self.settings.prepare.min_detected)
-        return {**row, "track": np.ascontiguousarray(track, np.float32).tobytes()}
+        shape = settings.data.shape
+        starts = set(np.frombuffer(row["cuts"], np.int32).tolist())
+        people: list[int] = []
+        with opened(row, settings, heard) as source:
+            frames = self._watched(heard(footage.pictures(source, shape.fps, size, quick=True)), people)
+            shot = accumulate(i in starts for i in count())
+            by_shot = groupby(zip(shot, frames, strict=False), key=itemgetter(0))
+            tracks = [self.estimator.track(frame for _, frame in frames) for _, frames in by_shot]
+        track = np.concatenate([np.zeros((0, pose.POINTS, 3), np.float32), *tracks])
+        longest = max(map(len, shots.spans(len(track), sorted(starts))))
+        if longest < shape.frames:
+            told = f"{longest} frames at {shape.fps:g} fps, a clip has {shape.frames}"
+            raise VideoError("too_short", told if len(tracks) < 2 else f"its longest shot of {len(tracks)} has {told}")
+        seen = np.array(people)
+        track = windows.without_phantoms(track, seen > 0, settings.prepare.min_detected)
+        track = np.ascontiguousarray(track, np.float32).tobytes()
+        return {**row, "track": track, "others": (seen > 1).tobytes()}
 
-    def _watched(self, frames: Iterator[tuple[float, np.ndarray]], detected: list[bool]) -> Iterator[np.ndarray]:
-        """The frames; whether the detector, asked anew, sees anybody in them goes into `detected`."""
-        for i, (_, frame) in enumerate(frames):
+    def _watched(self, frames: Iterable[np.ndarray], people: list[int]) -> Iterator[np.ndarray]:
+        """The frames; how many people the detector, asked anew, sees in each goes into `people`."""
+        for i, frame in enumerate(frames):
             # Every other frame is enough to tell, and half the cost.
-            detected.append(bool(self.estimator.detect(frame)) if i % 2 == 0 else detected[-1])
+            people.append(self._count(frame) if i % 2 == 0 else people[-1])
             yield frame
+
+    def _count(self, frame: np.ndarray) -> int:
+        found = self.estimator.detect(frame)
+        return sum(person.radius >= PEOPLE_SIZE * found[0].radius for person in found)
 
 
 @dataclass
@@ -160,91 +91,109 @@ class _Window:
     reference_at: int
     reference_box: windows.Box
     frames: list[np.ndarray] = field(default_factory=list)
+    reason: str = ""
     video: bytes = b""
     reference: bytes = b""
 
 
 def cut(row: Row, settings: Preparation, parts: Path) -> Row:
-    """Third stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
+    """Fourth stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
     The ledger file comes last: a part with a ledger is finished and never done again.
     """
-    with _attempt(row, "cut", parts) as may_try:
-        ledger, clips = _cut(row if may_try else _crashed(row, "cut"), settings)
-    key = row["key"]
-    part = None
-    if clips:
-        part = shards.write_shard(parts, f"{key}.parquet", clips, settings.data.shape)
-    record = {"ledger": ledger, "clips": len(clips), "sha256": part.sha256 if part else ""}
-    path = parts / f"{key}.json"
+    row = {**row, "lines": [], "clips": 0, "part_sha256": ""}
+    row = tried(row, "cut", settings, parts, partial(_cut, parts=parts))
+    lines = [ledger.line(row), *row["lines"]]
+    record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
+    path = parts / f"{row['key']}.json"
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(record))
     scratch.replace(path)
-    return {"file": row["file"], "clips": len(clips), "found": len(ledger) - 1}
+    return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
 
-def _cut(row: Row, settings: Preparation) -> tuple[list[Row], list[Row]]:
-    """(ledger rows, the input's own first; rows of the clips kept)."""
-    if row["reason"]:
-        return [ledger_row(row)], []
+def _cut(row: Row, settings: Preparation, heard, parts: Path) -> Row:
+    """Writes the part; adds `clips`, their number, `part_sha256`, and the ledger's `lines` of all clips.
+
+    The row is rejected if no clip is kept.
+    """
     track = np.frombuffer(row["track"], np.float32).reshape(-1, pose.POINTS, 3)
-    try:
-        kept, ledger = _choose(row, track, settings)
-        clips = _extract(row, kept, settings)
-    except VideoError as error:
-        return [ledger_row(_rejected(row, "cut", error.reason, str(error)))], []
-    except Exception as error:
-        return [ledger_row(_unforeseen(row, "cut", error))], []
-    encoded = {clip["clip_id"]: clip["video"] for clip in clips}
-    ledger = [{**line, **_fingerprint(encoded.get(line["clip"]))} for line in ledger]
-    if not clips:
-        reason = windows.main_reason(line["reason"] for line in ledger)
-        row = _rejected(row, "cut", reason, f"none of its {len(ledger)} clips is good enough")
-    return [ledger_row(row), *ledger], clips
+    kept, verdicts = _choose(row, track, settings)
+    part, encoded = None, {}
+
+    def clips(windows_done: Iterable[_Window]) -> Iterator[Row]:
+        for window in windows_done:
+            if window.reason:
+                verdicts[window.start] = "picture", window.reason
+                continue
+            encoded[window.start] = hashlib.sha256(window.video).hexdigest(), len(window.video)
+            yield _clip(row, window, settings)
+            window.video = window.reference = b""  # written: hours of clips are not to be held
+
+    if kept:
+        with opened(row, settings, heard) as source:
+            pictures = heard(footage.pictures(source, settings.data.shape.fps))
+            of_source = clips(_extract(row, kept, pictures, settings))
+            first = next(of_source, None)
+            if first is not None:
+                file = f"{row['key']}.parquet"
+                part = shards.write_shard(parts, file, chain([first], of_source), settings.data.shape)
+    lines = []
+    for start, (stage, reason) in sorted(verdicts.items()):
+        sha256, size = encoded.get(start, ("", 0))
+        told = {"clip": clip_id(row["file"], start), "start_s": start / settings.data.shape.fps}
+        told |= {"stage": stage if reason else "", "reason": reason, "message": "", "sha256": sha256, "bytes": size}
+        lines.append(ledger.line({**row, **told}))
+    row = {**row, "lines": lines}
+    if part is not None:
+        return {**row, "clips": part.clips, "part_sha256": part.sha256}
+    reason = windows.main_reason(line["reason"] for line in lines)
+    return ledger.rejected(row, "cut", reason, f"none of its {len(lines)} clips is good enough")
 
 
-def _fingerprint(encoded: bytes | None) -> Row:
-    """A clip's own hash and size in the ledger, once it is encoded."""
-    if encoded is None:
-        return {"sha256": "", "bytes": 0}
-    return {"sha256": hashlib.sha256(encoded).hexdigest(), "bytes": len(encoded)}
-
-
-def _choose(row: Row, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], list[Row]]:
-    """Decide on every window of a source: (those kept, a ledger row for each)."""
+def _choose(row: Row, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], dict[int, tuple[str, str]]]:
+    """Decide on every window by its pose: (those kept, {first frame: (stage, reason or '')} of all)."""
     shape, prepare = settings.data.shape, settings.prepare
-    height, width = row["source_height"], row["source_width"]
+    height, width = row["view_height"], row["view_width"]
     seen, target = prepare.point_visibility, shape.width / shape.height
-    kept, ledger = [], []
-    for start in windows.window_starts(len(track), shape.frames, stride(settings)):
-        window = range(start, start + shape.frames)
-        points = track[start : window.stop]
-        reason = windows.pose_verdict(points, seen, prepare.min_visibility)
-        stage = "pose" if reason else "crop"
-        if reason is None:
-            box = windows.person_box(points, height, width, target, prepare.margin, seen)
-            reason = "low_visibility"
-            if box is not None:
-                in_crop = windows.to_crop(points, box, height, width)
-                limits = seen, prepare.min_inside, prepare.min_scale
-                reason = windows.crop_verdict(in_crop, box, shape.height, *limits)
-        if reason is None:
-            at = windows.reference_frame(track, window, seen)
-            there = windows.to_crop(track[at], box, height, width)
-            around = box  # the same picture around the person, if the person is in it
-            if windows.share_inside(there, seen) < prepare.min_inside:
-                around = windows.person_box(track[at : at + 1], height, width, target, prepare.margin, seen) or box
-            kept.append(_Window(start, in_crop, box, at, around))
-        told = {"clip": clip_id(row["file"], start), "start_s": start / shape.fps}
-        ledger.append(ledger_row({**row, "reason": reason or "", "stage": stage if reason else "", **told}))
-    return kept, ledger
+    others = np.frombuffer(row["others"], bool)
+    kept, verdicts = [], {}
+    for shot in shots.spans(len(track), np.frombuffer(row["cuts"], np.int32).tolist()):
+        of_shot = track[shot.start : shot.stop]
+        for at in windows.window_starts(len(shot), shape.frames, stride(settings)):
+            start, window = shot.start + at, range(at, at + shape.frames)
+            points = of_shot[at : window.stop]
+            reason, stage = windows.pose_verdict(points, seen, prepare.min_visibility), "pose"
+            if not reason and prepare.people == "one":
+                crowded = others[start : start + shape.frames].mean() >= PEOPLE_SHARE
+                reason = "several_people" if crowded else None
+            if not reason:
+                stage = "crop"
+                box = windows.person_box(points, height, width, target, prepare.margin, seen)
+                reason = "low_visibility"
+                if box is not None:
+                    in_crop = windows.to_crop(points, box, height, width)
+                    limits = seen, prepare.min_inside, prepare.min_scale
+                    reason = windows.crop_verdict(in_crop, box, shape.height, *limits)
+            verdicts[start] = stage, reason or ""
+            if not reason:
+                best = windows.reference_frame(of_shot, window, seen)
+                there = windows.to_crop(of_shot[best], box, height, width)
+                around = box  # the same picture around the person, if the person is in it
+                if windows.share_inside(there, seen) < prepare.min_inside:
+                    alone = of_shot[best : best + 1]
+                    around = windows.person_box(alone, height, width, target, prepare.margin, seen) or box
+                kept.append(_Window(start, in_crop, box, shot.start + best, around))
+    return kept, verdicts
 
 
-def _extract(row: Row, kept: list[_Window], settings: Preparation) -> list[Row]:
-    """Second pass: cut the frames of all kept windows out of one decoding, and encode each clip when it is whole."""
-    if not kept:
-        return []
-    shape = settings.data.shape
+def _extract(row: Row, kept: list[_Window], pictures: Iterator[np.ndarray], settings: Preparation) -> Iterator[_Window]:
+    """Second pass: cut the frames of all kept windows out of one decoding; judge and encode each clip when it is whole.
+
+    Gives the windows in their order, each as soon as it has its `reference`, and `video` or `reason`: a source of hours
+    is never held whole. Raises VideoError `corrupt` for a video that is another one than before.
+    """
+    shape, prepare = settings.data.shape, settings.prepare
     size = shape.height, shape.width
     video_at, reference_at = defaultdict(list), defaultdict(list)
     for window in kept:
@@ -252,21 +201,26 @@ def _extract(row: Row, kept: list[_Window], settings: Preparation) -> list[Row]:
         for i in range(window.start, window.start + shape.frames):
             video_at[i].append(window)
     last = max(*video_at, *reference_at)
-    for i, (_, frame) in enumerate(video.iter_frames(os.fsdecode(row["path"]), fps=shape.fps)):
-        if frame.shape[:2] != (row["source_height"], row["source_width"]):
+    waiting = deque(kept)
+    for i, frame in enumerate(pictures):
+        if frame.shape[:2] != (row["view_height"], row["view_width"]):
             raise VideoError("corrupt", f"{row['file']}: its picture changes size at {i / shape.fps:.2f} s")
         for window in video_at.pop(i, ()):
             window.frames.append(_crop(frame, window.box, size))
             if len(window.frames) == shape.frames:
-                window.video = video.encode(np.stack(window.frames), shape.fps, crf=settings.prepare.crf)
+                clip = np.stack(window.frames)
                 window.frames.clear()
+                window.reason = windows.picture_verdict(clip, prepare.min_motion, prepare.min_sharpness) or ""
+                if not window.reason:
+                    window.video = video.encode(clip, shape.fps, crf=prepare.crf)
         for window in reference_at.pop(i, ()):
             window.reference = _png(_crop(frame, window.reference_box, size))
+        while waiting and waiting[0].reference and (waiting[0].video or waiting[0].reason):
+            yield waiting.popleft()
         if i == last:
             break
-    if video_at or reference_at:
+    if waiting:
         raise VideoError("corrupt", f"{row['file']}: frames that were there at first are gone")
-    return [_clip(row, window, settings) for window in kept]
 
 
 def _crop(frame: np.ndarray, box: windows.Box, size: tuple[int, int]) -> np.ndarray:
@@ -284,12 +238,13 @@ def _clip(row: Row, window: _Window, settings: Preparation) -> Row:
     """A clip as `shards.SCHEMA` has it. Its split is decided when all sources are known."""
     shape = settings.data.shape
     left, top, width, height = window.box
+    view_left, view_top = map(int, row["crop"].split(",")[:2]) if row["crop"] else (0, 0)
     return {
         "clip_id": clip_id(row["file"], window.start),
         "source": row["file"],
         "source_sha256": row["sha256"],
         "split": "",
-        "caption": "",
+        "caption": row["caption"],
         "start_s": window.start / shape.fps,
         "fps": shape.fps,
         "frames": shape.frames,
@@ -297,8 +252,8 @@ def _clip(row: Row, window: _Window, settings: Preparation) -> Row:
         "width": shape.width,
         "source_height": row["source_height"],
         "source_width": row["source_width"],
-        "crop_left": left,
-        "crop_top": top,
+        "crop_left": view_left + left,
+        "crop_top": view_top + top,
         "crop_width": width,
         "crop_height": height,
         "visibility": float(window.points[..., 2].mean()),
@@ -317,32 +272,3 @@ def stride(settings: Preparation) -> int:
 def clip_id(file: str, start: int) -> str:
     """A clip's name: its source and first frame, counted at the clip's frame rate."""
     return f"{file}#{start:06d}"
-
-
-def ledger_row(row: Row) -> Row:
-    """What the ledger says of an input, or with `clip` and `start_s` of a clip."""
-    return {
-        "kind": "clip" if row.get("clip") else "input",
-        "file": row["file"],
-        "clip": row.get("clip", ""),
-        "kept": not row["reason"],
-        "reason": row["reason"],
-        "stage": row["stage"],
-        "message": row["message"],
-        "sha256": row["sha256"],
-        "bytes": row["bytes"],
-        "start_s": row.get("start_s", 0.0),
-    }
-
-
-def _rejected(row: Row, stage: str, reason: str, message: str) -> Row:
-    return {**row, "stage": stage, "reason": reason, "message": " ".join(message.split())[:500]}
-
-
-def _crashed(row: Row, stage: str) -> Row:
-    return _rejected(row, stage, "crashed", f"it brought the process down {MAX_CRASHES} times")
-
-
-def _unforeseen(row: Row, stage: str, error: Exception) -> Row:
-    """One bad file must not end a long job, nor vanish: the ledger names the exception."""
-    return _rejected(row, stage, "error", f"{type(error).__name__}: {error}")

@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entprog.config import digest
 from entprog.errors import UserError
+from entprog.media.attempts import MAX_CRASHES
 
 SCHEMA = pa.schema(
     [
@@ -22,10 +24,49 @@ SCHEMA = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("stamp", pa.string(), nullable=False),
     ]
 )
-"""kind: `input` or `clip`. reason, stage, message: empty where kept. sha256 and bytes: of the input file; for a kept
-clip of its encoded video. start_s: where in its source a clip begins."""
+"""kind: `input` or `clip`. reason, stage, message: empty where kept. sha256 and bytes: of the input; for a kept clip of
+its encoded video. start_s: where in its source a clip begins. split: `train` or `held_out` where kept. stamp: of an
+input, what tells it from a changed one without reading it (`inputs.Inputs`), and what a manifest says of it."""
+
+Row = dict[str, Any]
+
+
+def line(row: Row) -> Row:
+    """What the ledger says of a source, or with `clip` and `start_s` of one of its clips."""
+    is_clip = bool(row.get("clip"))
+    return {
+        "kind": "clip" if is_clip else "input",
+        "file": row["file"],
+        "clip": row.get("clip", ""),
+        "kept": not row["reason"],
+        "reason": row["reason"],
+        "stage": row["stage"],
+        "message": row["message"],
+        "sha256": row["sha256"],
+        "bytes": row["bytes"],
+        "start_s": row.get("start_s", 0.0),
+        "split": "",
+        "stamp": "" if is_clip else stamp(row),
+    }
+
+
+def stamp(row: Row) -> str:
+    """What an input is, as far as its listing tells: its own stamp and what a manifest says of it."""
+    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'])}"
+
+
+def rejected(row: Row, stage: str, reason: str, message: str) -> Row:
+    """The row with its verdict."""
+    return {**row, "stage": stage, "reason": reason, "message": " ".join(message.split())[:500]}
+
+
+def crashed(row: Row, stage: str) -> Row:
+    """The verdict on a source that brought its process down again and again."""
+    return rejected(row, stage, "crashed", f"it brought the process down, or stood still, {MAX_CRASHES} times")
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

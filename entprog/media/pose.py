@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from entprog.config import Prepare
 from entprog.errors import UserError
 from entprog.media import assets
 
@@ -87,12 +88,7 @@ class PoseEstimator:
             reach = (APART * max(person.radius, other.radius) for other in distinct)
             if all(a > r for a, r in zip(apart, reach, strict=True)):
                 distinct.append(person)
-        middle = np.array([width, height]) / 2
-
-        def prominence(person: Person) -> float:
-            return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
-
-        return sorted(distinct, key=prominence, reverse=True)
+        return prominent_first(distinct, height, width)
 
     def _detect(self, frame: np.ndarray, box: tuple[int, int, int, int], min_score: float = MIN_SCORE) -> list[Person]:
         """People in a part of the frame (left, top, width, height), in pixels of the frame."""
@@ -162,6 +158,28 @@ class PoseEstimator:
         x_y = _refine(raw[:, :2] / LANDMARK_SIZE, _sigmoid(heatmap))
         pixels = (x_y - 0.5) @ turn.T * side + center
         return np.concatenate([pixels, _sigmoid(raw[:, 3:4])], axis=1)
+
+
+def estimator(settings: Prepare):
+    """The estimator that `prepare.pose` names, with `detect` and `track` as `PoseEstimator` has them.
+
+    Raises UserError when something that it needs is missing.
+    """
+    if settings.pose == "rtmlib":
+        from entprog.media import rtm
+
+        return rtm.RtmEstimator("cuda" if settings.track_gpus else "cpu")
+    return PoseEstimator(threads=1)
+
+
+def prominent_first(people: Iterable[Person], height: int, width: int) -> list[Person]:
+    """The largest and most central first."""
+    middle = np.array([width, height]) / 2
+
+    def prominence(person: Person) -> float:
+        return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
+
+    return sorted(people, key=prominence, reverse=True)
 
 
 def found(points: np.ndarray) -> np.ndarray:

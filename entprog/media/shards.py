@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,34 +101,43 @@ def schema(frames: int) -> pa.Schema:
     return SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * POINTS * 3), nullable=False))
 
 
-def write_shard(folder: Path, file: str, rows: Sequence[Mapping[str, Any]], shape: ClipShape) -> ShardInfo:
-    """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes.
+def write_shard(folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape) -> ShardInfo:
+    """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes. Holds one row group at a time.
 
     Each row has every column of SCHEMA; `pose` is a float32 array [frames, 33, 3].
     Raises ValueError for a row of another shape.
     """
-    for row in rows:
-        given = (row["frames"], row["height"], row["width"], np.shape(row["pose"]))
-        due = (shape.frames, shape.height, shape.width, (shape.frames, POINTS, 3))
-        if given != due:
-            raise ValueError(f"clip {row['clip_id']} has (frames, height, width, pose) {given}, the shard {due}")
-    flat = [{**row, "pose": np.asarray(row["pose"], np.float32).ravel()} for row in rows]
-    table = pa.Table.from_pylist(flat, schema=schema(shape.frames))
+    of = schema(shape.frames)
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
-    pq.write_table(
-        table,
-        scratch,
-        row_group_size=clips_per_row_group(flat),
-        compression={name: "NONE" if name in _MEDIA else "ZSTD" for name in _leaves(table.schema)},
-        use_dictionary=_OTHERS,
-        write_statistics=_OTHERS,
-        write_page_checksum=True,
-    )
-    info = ShardInfo(file, len(rows), scratch.stat().st_size, sha256(scratch))
-    scratch.replace(path)
+    clips, left = 0, iter(rows)
+    try:
+        with pq.ParquetWriter(
+            scratch,
+            of,
+            compression={name: "NONE" if name in _MEDIA else "ZSTD" for name in _leaves(of)},
+            use_dictionary=_OTHERS,
+            write_statistics=_OTHERS,
+            write_page_checksum=True,
+        ) as writer:
+            while some := [_flat(row, shape) for row in islice(left, CLIPS_PER_ROW_GROUP)]:
+                writer.write_table(pa.Table.from_pylist(some, schema=of), clips_per_row_group(some))
+                clips += len(some)
+        info = ShardInfo(file, clips, scratch.stat().st_size, sha256(scratch))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return info
+
+
+def _flat(row: Mapping[str, Any], shape: ClipShape) -> dict[str, Any]:
+    """A row as the file holds it. Raises ValueError if it is of another shape."""
+    given = (row["frames"], row["height"], row["width"], np.shape(row["pose"]))
+    due = (shape.frames, shape.height, shape.width, (shape.frames, POINTS, 3))
+    if given != due:
+        raise ValueError(f"clip {row['clip_id']} has (frames, height, width, pose) {given}, the shard {due}")
+    return {**row, "pose": np.asarray(row["pose"], np.float32).ravel()}
 
 
 def clips_per_row_group(rows: Sequence[Mapping[str, Any]]) -> int:

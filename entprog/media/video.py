@@ -23,7 +23,14 @@ Source = str | Path | bytes
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels of the upright (rotated) frame, inside it."""
 
-REASONS = ("empty", "unreadable", "corrupt", "no_video_stream", "no_frames")
+REASONS = ("empty", "unreadable", "corrupt", "no_video_stream", "no_frames", "too_large", "too_long")
+
+FORMATS = (
+    "mov,matroska,webm,avi,flv,asf,asf_o,gif,ogg,rm,mxf,dv,nut,ivf,obu,mpeg,mpegts,mpegvideo,m4v,"
+    "h261,h263,h264,hevc,av1,vc1,yuv4mpegpipe,wtv,mp3,wav,aac,aiff,au,caf,flac"
+)
+"""Containers that are opened (and plain sound, so that it is told from damage). Playlists (HLS, concat) are not among
+them: their name would be a video's, and what they show another file of the machine."""
 
 # Linear chroma interpolation, exact rounding: without ACCURATE_RND and FULL_CHR_H_INT swscale takes a faster path that
 # repeats chroma samples and is off by up to 3 levels.
@@ -46,6 +53,18 @@ class VideoError(Exception):
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a source may cost, whatever its header or its content claims."""
+
+    max_pixels: int
+    """Pixels in a frame."""
+    max_duration_s: float
+    """Last frame's time."""
+    max_gap_s: float
+    """Time between one frame and the next."""
+
+
+@dataclass(frozen=True)
 class VideoInfo:
     """What a video's header says, plus its first frame."""
 
@@ -65,13 +84,13 @@ class VideoInfo:
     """FFmpeg's name of the codec: h264, vp9, …"""
 
 
-def probe(source: Source) -> VideoInfo:
+def probe(source: Source, limits: Limits | None = None) -> VideoInfo:
     """Open a video and decode its first frame.
 
     Raises VideoError: `empty` (no bytes), `unreadable` (no such file, not permitted), `corrupt` (not a video file, or
-    its first frame cannot be decoded), `no_video_stream`, `no_frames`.
+    its first frame cannot be decoded), `no_video_stream`, `no_frames`, `too_large` and `too_long` (over the limits).
     """
-    with _opened(source) as (container, stream):
+    with _opened(source, limits) as (container, stream):
         _, frame = next(_frames(source, container, stream))
         rotation = _rotation(frame)
         width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
@@ -79,6 +98,8 @@ def probe(source: Source) -> VideoInfo:
             duration_s = float(stream.duration * stream.time_base)
         else:
             duration_s = (container.duration or 0) / av.time_base
+        if limits and duration_s > limits.max_duration_s:
+            raise _too_long(source, duration_s, limits)
         return VideoInfo(
             width=width,
             height=height,
@@ -103,6 +124,7 @@ def iter_frames(
     crop: Box | None = None,
     size: tuple[int, int] | None = None,
     quick: bool = False,
+    limits: Limits | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (time_s, RGB uint8 [H, W, 3]) one at a time.
 
@@ -115,15 +137,30 @@ def iter_frames(
     """
     end_s = float("inf") if end_s is None else end_s
     if fps is None:
-        for time_s, frame in _decoded(source, start_s):
+        for time_s, frame in _decoded(source, start_s, limits):
             if time_s >= end_s:
                 return
             if time_s >= start_s:
                 yield time_s, _rgb(frame, crop, size, quick)
         return
     wanted = _until(end_s, start_s, fps)
-    for want, _, frame in _nearest(_decoded(source, start_s), wanted, hold_last=False):
+    for want, _, frame in _nearest(_decoded(source, start_s, limits), wanted, hold_last=False):
         yield want, _rgb(frame, crop, size, quick)
+
+
+def thumbnails(source: Source, fps: float, size: tuple[int, int], limits: Limits | None = None) -> Iterator[np.ndarray]:
+    """Small pictures of the frames that `iter_frames` gives, as they are stored (not turned): uint8 [height, width, 3].
+
+    Scaled before they are converted: a tenth of the time of a whole frame.
+    """
+    height, width = size
+    before, small = None, None
+    for _, time_s, frame in _nearest(_decoded(source, 0.0, limits), _until(float("inf"), 0.0, fps), hold_last=False):
+        if time_s != before:
+            before = time_s
+            scaled = frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA, threads=1)
+            small = scaled.to_ndarray()
+        yield small
 
 
 def read_frames(
@@ -226,11 +263,18 @@ def _name(source: Source) -> str:
 def _error(source: Source, error: Exception) -> VideoError:
     missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, av.error.ArgumentError):  # FFmpeg's answer to both; its own words go to its log
+        text = "no kind of video that is read, or larger than is read"
     return VideoError("unreadable" if missing else "corrupt", f"{_name(source)}: {' '.join(text.split())}")
 
 
+def _too_long(source: Source, seconds: float, limits: Limits) -> VideoError:
+    told = f"{seconds:.0f} s, more than {limits.max_duration_s:g} s are not read"
+    return VideoError("too_long", f"{_name(source)}: {told}")
+
+
 @contextmanager
-def _opened(source: Source):
+def _opened(source: Source, limits: Limits | None = None):
     """(container, first video stream); PyAV's errors inside become VideoError."""
     try:
         if isinstance(source, bytes):
@@ -240,13 +284,20 @@ def _opened(source: Source):
             size, file = Path(source).stat().st_size, f"file:{source}"
         if size == 0:
             raise VideoError("empty", f"{_name(source)}: no bytes")
-        with av.open(file, metadata_errors="replace", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        pixels = {"max_pixels": str(limits.max_pixels)} if limits else {}  # FFmpeg's own check, also in mid-stream
+        with av.open(file, metadata_errors="replace", options=options | pixels) as container:
             if not container.streams.video:
                 raise VideoError("no_video_stream", f"{_name(source)}: no video stream")
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise VideoError("corrupt", f"{_name(source)}: its video has no codec that FFmpeg knows")
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = pixels
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if limits and width * height > limits.max_pixels:
+                told = f"frames of {width}x{height}, more than {limits.max_pixels} pixels are not decoded"
+                raise VideoError("too_large", f"{_name(source)}: {told}")
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise _error(source, error) from None
@@ -274,9 +325,29 @@ def _frames(source: Source, container, stream) -> Iterator[tuple[float, av.Video
         raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream")
 
 
-def _decoded(source: Source, from_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames from a key frame at or before `from_s` to the end."""
-    with _opened(source) as (container, stream):
+def _decoded(source: Source, from_s: float, limits: Limits | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames from a key frame at or before `from_s` to the end.
+
+    With limits a frame that would stand for too long is `corrupt`: two frames a year apart are a video of a year.
+    """
+    if limits is None:
+        yield from _from_key_frame(source, from_s, None)
+        return
+    before_s = None
+    for time_s, frame in _from_key_frame(source, from_s, limits):
+        gap_s = time_s - (time_s if before_s is None else before_s)
+        gap_s = max(gap_s, float((frame.duration or 0) * frame.time_base))
+        if gap_s > limits.max_gap_s:
+            told = f"a frame stands still for {gap_s:.1f} s near {before_s or time_s:.2f} s"
+            raise VideoError("corrupt", f"{_name(source)}: {told}")
+        if time_s > limits.max_duration_s:
+            raise _too_long(source, time_s, limits)
+        before_s = time_s
+        yield time_s, frame
+
+
+def _from_key_frame(source: Source, from_s: float, limits: Limits | None) -> Iterator[tuple[float, av.VideoFrame]]:
+    with _opened(source, limits) as (container, stream):
         ahead = None
         if from_s > 0.5 and stream.start_time is not None:
             container.seek(int(from_s / stream.time_base) + stream.start_time, stream=stream)

@@ -6,6 +6,7 @@ array [T, 33, 3] with x, y in 0..1 of the source frame and visibility 0..1; fram
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,11 +22,18 @@ REASONS = {
     "corrupt": "it is damaged, or no video",
     "no_video_stream": "no picture in it",
     "no_frames": "no frame in it",
+    "too_large": "more bytes, or more pixels in a frame, than are read",
+    "too_long": "longer than is read",
+    "changed": "it changed while it was being prepared",
+    "bad_crop": "the manifest's crop is not inside the picture",
     "too_short": "shorter than one clip",
     "nobody": "no person was found",
     "pose_lost": "the person was found in some frames only",
     "low_visibility": "too much of the body is hidden or outside the picture",
     "too_small": "the person has too few pixels",
+    "several_people": "another person is in the picture",
+    "too_still": "hardly anything moves",
+    "blurred": "no frame of it is sharp",
     "does_not_fit": "the person does not fit into a crop of this aspect",
     "crashed": "it brought the process down that read it",
     "error": "something unforeseen went wrong while reading it",
@@ -124,7 +132,7 @@ def crop_verdict(
 
 
 def reference_frame(track: np.ndarray, window: range, min_visibility: float) -> int:
-    """Frame of the track that shows the person best: most visible points, then the highest mean visibility.
+    """Frame of a shot's track that shows the person best: most visible points, then the highest mean visibility.
 
     Outside the clip's window if the person is seen there about as well (within a tenth of the points): a
     reference out of the clip itself tells what a user's own picture would not.
@@ -139,6 +147,28 @@ def reference_frame(track: np.ndarray, window: range, min_visibility: float) -> 
         if score[best_outside] >= score[best] - 0.1:
             return best_outside
     return best
+
+
+def picture_verdict(clip: np.ndarray, min_motion: float, min_sharpness: float) -> str | None:
+    """Why the pictures of a clip (uint8 RGB [F, H, W, 3]) are not good enough, or None."""
+    if len(clip) > 1 and motion(clip) < min_motion:
+        return "too_still"
+    if max(sharpness(frame) for frame in clip) < min_sharpness:
+        return "blurred"
+    return None
+
+
+def motion(clip: np.ndarray) -> float:
+    """Mean absolute change from frame to frame, in levels of 0..255 (the camera's own motion counts)."""
+    return float(np.mean([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(clip)]))
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Variance of the Laplacian of uint8 RGB [H, W, 3], in levels squared (Pech-Pacheco et al., ICPR 2000)."""
+    grey = image.mean(-1, dtype=np.float32)
+    inner = grey[1:-1, 1:-1]
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
+    return float(laplacian.var()) if laplacian.size else 0.0
 
 
 def main_reason(reasons: Iterable[str]) -> str:

@@ -1,0 +1,54 @@
+"""A source may bring down or hold up the process that reads it: once or twice, and never the job.
+
+A native crash of a decoder, or the system's hand when memory runs out, ends the process, and Ray starts the stage again
+in another one, for ever. Marks in the folder of parts outlive the process.
+"""
+
+import faulthandler
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_CRASHES = 2
+"""Crashes of the process after which a source is left alone: one may be another's doing (memory, a lost node)."""
+_REARM_S = 1.0
+
+
+@contextmanager
+def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterator[bool]:
+    """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.
+
+    The mark is taken away when the stage comes back. While it runs, the process ends itself when nothing was `heard`
+    for `stall_s`: a decoder that never returns can be stopped in no other way.
+    """
+    if parts is None:
+        yield True
+        return
+    mark = parts / f"{key}.{stage}.tried"
+    crashes = mark.stat().st_size if mark.exists() else 0
+    with mark.open("ab") as file:
+        file.write(b".")
+    faulthandler.dump_traceback_later(stall_s, exit=True, file=2)
+    try:
+        yield crashes < MAX_CRASHES
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    mark.unlink(missing_ok=True)
+
+
+def heard(items: Iterable[Any], stall_s: float, watched: bool) -> Iterator[Any]:
+    """The items; with each of them the watch of `attempt` begins anew."""
+    armed = time.monotonic()
+    for item in items:
+        if watched and time.monotonic() - armed > min(_REARM_S, stall_s / 4):
+            faulthandler.dump_traceback_later(stall_s, exit=True, file=2)
+            armed = time.monotonic()
+        yield item
+
+
+def forget(parts: Path) -> None:
+    """Marks left by a job that was killed from outside say nothing about its sources."""
+    for mark in parts.glob("*.tried"):
+        mark.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""One way to look at a source, be it a video file or a folder of numbered images, whole or cropped."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from entprog.config import Prepare
+from entprog.media import frames, video
+from entprog.media.video import Box, Limits, VideoError, VideoInfo
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A source on this machine and what of it is looked at."""
+
+    path: Path
+    frames_fps: float
+    """Of a folder of images; 0: a video file."""
+    crop: Box | None
+    """Part of the upright picture; None: all of it."""
+    limits: Limits
+
+
+def footage(path: Path, frames_fps: float, crop: str, prepare: Prepare) -> Footage:
+    """`crop` is 'left,top,width,height' or empty."""
+    box = tuple(map(int, crop.split(","))) if crop else None
+    limits = Limits(prepare.max_pixels, prepare.max_duration_s, prepare.max_gap_s)
+    return Footage(path, frames_fps, box, limits)
+
+
+def probe(of: Footage) -> VideoInfo:
+    """Its first frame and what is said of the rest; sizes are of the upright, uncropped picture.
+
+    Raises VideoError as `video.probe` does, and `bad_crop` for a crop that is not inside the picture.
+    """
+    info = frames.probe(of.path, of.frames_fps, of.limits) if of.frames_fps else video.probe(of.path, of.limits)
+    if of.crop is not None:
+        left, top, width, height = of.crop
+        if left + width > info.width or top + height > info.height:
+            raise VideoError("bad_crop", f"its crop {of.crop} is not inside the {info.width}x{info.height} picture")
+    return info
+
+
+def pictures(of: Footage, fps: float, size: tuple[int, int] | None = None, quick: bool = False) -> Iterator[np.ndarray]:
+    """uint8 RGB [H, W, 3] nearest to each i / fps, cropped, then scaled to `size`; as `video.iter_frames` does."""
+    if not of.frames_fps:
+        for _, frame in video.iter_frames(of.path, fps, crop=of.crop, size=size, quick=quick, limits=of.limits):
+            yield frame
+        return
+    for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits):
+        if of.crop is not None:
+            left, top, width, height = of.crop
+            frame = frame[top : top + height, left : left + width]
+        yield frame if size is None else video.scale(frame, size)
+
+
+def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Small pictures uint8 [height, width, 3] of the same frames, of the whole picture, not turned."""
+    if not of.frames_fps:
+        yield from video.thumbnails(of.path, fps, size, of.limits)
+        return
+    for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits, size):
+        yield frame

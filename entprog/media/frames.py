@@ -1,0 +1,95 @@
+"""A folder of numbered images as a video: the layout of TikTok's and many other sets."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from entprog.media import video
+from entprog.media.video import Limits, VideoError, VideoInfo
+
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
+
+
+def numbered(names: list[str]) -> list[str]:
+    """The images among file names if they are one numbered sequence, in its order; otherwise none.
+
+    One sequence: two images or more, alike in name but for the number.
+    """
+    found = [m for m in map(_NUMBERED.fullmatch, names) if m and m[3].lower() in SUFFIXES]
+    if len(found) < 2 or len({(m[1], m[3]) for m in found}) != 1:
+        return []
+    return [m[0] for m in sorted(found, key=lambda m: (int(m[2]), m[0]))]
+
+
+def paths(folder: Path) -> list[Path]:
+    """The folder's images in order. Raises VideoError `unreadable`, or `no_frames` if it is no sequence."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    except OSError as error:
+        raise VideoError("unreadable", f"{folder}: {error.strerror}") from None
+    found = numbered(names)
+    if not found:
+        raise VideoError("no_frames", f"{folder}: no numbered images")
+    return [folder / name for name in found]
+
+
+def sha256(folder: Path) -> str:
+    """Hash over the images' names and contents, in order."""
+    whole = hashlib.sha256()
+    for path in paths(folder):
+        try:
+            content = hashlib.sha256(path.read_bytes()).digest()
+        except OSError as error:
+            raise VideoError("unreadable", f"{path}: {error.strerror}") from None
+        whole.update(os.fsencode(path.name) + b"\0" + content)
+    return whole.hexdigest()
+
+
+def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
+    """Count the images and decode the first. Raises VideoError as `video.probe` does."""
+    found = paths(folder)
+    duration_s = len(found) / own_fps
+    if duration_s > limits.max_duration_s:
+        told = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
+        raise VideoError("too_long", f"{folder}: {told}")
+    height, width = _read(found[0], limits).shape[:2]
+    return VideoInfo(width, height, 0, own_fps, duration_s, len(found), "images")
+
+
+def iter_frames(
+    folder: Path, own_fps: float, fps: float, limits: Limits, size: tuple[int, int] | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """(time_s, uint8 RGB [H, W, 3]) of the image nearest to each i / fps, as `video.iter_frames` gives frames."""
+    found = paths(folder)
+    before, image = -1, None
+    for i in count():
+        time_s = i / fps
+        if time_s >= len(found) / own_fps:
+            return
+        at = min(round(time_s * own_fps), len(found) - 1)
+        if at != before:
+            before, image = at, _read(found[at], limits)
+            image = image if size is None else video.scale(image, size)
+        yield time_s, image
+
+
+def _read(path: Path, limits: Limits) -> np.ndarray:
+    """uint8 RGB [H, W, 3]; its size is checked before it is decoded."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > limits.max_pixels:
+                told = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
+                raise VideoError("too_large", f"{path}: {told}")
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise VideoError("unreadable", f"{path}: {error.strerror}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError("corrupt", f"{path}: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,116 @@
+"""The first two stages of a source: is it a usable video at all, and where does it cut?
+
+Plain functions of one row (a dict of plain values and bytes), so that they can run as operators of Ray Data, and safe
+to repeat. A source that cannot be used is not an exception: its row carries the verdict (stage, reason, message) on to
+the end, and becomes a line of the ledger.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entprog.config import Preparation
+from entprog.media import attempts, fetching, footage, frames, inputs, ledger, shots
+from entprog.media.footage import Footage
+from entprog.media.video import VideoError
+
+Row = dict[str, Any]
+
+
+def probe(row: Row, settings: Preparation, parts: Path | None = None) -> Row:
+    """Hash the source and look at its first frame.
+
+    Adds sha256, source_height and source_width (of the whole upright picture), view_height and view_width (of what the
+    crop leaves), and the verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
+    """
+    row = {**row, "sha256": "", "stage": "", "reason": "", "message": ""}
+    row |= dict.fromkeys(("source_height", "source_width", "view_height", "view_width"), 0)
+    return tried(row, "probe", settings, parts, _probe)
+
+
+def cut_shots(row: Row, settings: Preparation, parts: Path | None = None) -> Row:
+    """Second stage: adds `cuts`, bytes of int32: the clip frames (`shots.cuts`) at which new shots begin."""
+    return tried({**row, "cuts": b""}, "shots", settings, parts, _cut_shots)
+
+
+def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work) -> Row:
+    """`work(row, settings, heard)` with everything that can go wrong made a verdict; a bad row passes by.
+
+    `heard` goes over whatever work waits for, so that a standstill is noticed (`attempts`).
+    """
+    if row["reason"]:
+        return row
+    prepare = settings.prepare
+    with attempts.attempt(parts, row.get("key", ""), stage, prepare.stall_s) as may_try:
+        if not may_try:
+            return ledger.crashed(row, stage)
+        heard = partial(attempts.heard, stall_s=prepare.stall_s, watched=parts is not None)
+        try:
+            return work(row, settings, heard)
+        except VideoError as error:
+            return ledger.rejected(row, stage, error.reason, str(error))
+        except Exception as error:  # one bad file must not end a long job, nor vanish: the ledger names the exception
+            return ledger.rejected(row, stage, "error", f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def opened(row: Row, settings: Preparation, heard) -> Iterator[Footage]:
+    """The source on this machine, as footage. Raises VideoError as `fetching.fetched` does."""
+    with fetching.fetched(row, settings.prepare.max_bytes, heard) as path:
+        try:
+            yield footage.footage(path, row["frames_fps"], row["crop"], settings.prepare)
+        except VideoError as error:  # people know it by its name, not by where it lay
+            raise VideoError(error.reason, str(error).replace(str(path), row["file"])) from None
+
+
+def _probe(row: Row, settings: Preparation, heard) -> Row:
+    path, is_video = os.fsdecode(row["path"]), inputs.is_video(row)
+    if fetching.is_remote(path) and not is_video:
+        raise _not_a_video(row)
+    with opened(row, settings, heard) as source:
+        row["sha256"] = _sha256(source, heard)
+        if not is_video:
+            raise _not_a_video(row)
+        if not row["bytes"] and not source.frames_fps:
+            row["bytes"] = source.path.stat().st_size
+        info = footage.probe(source)
+    width, height = source.crop[2:] if source.crop else (info.width, info.height)
+    sizes = {"source_height": info.height, "source_width": info.width, "view_height": height, "view_width": width}
+    return {**row, **sizes}
+
+
+def _not_a_video(row: Row) -> VideoError:
+    ending = inputs.suffix(row)
+    told = f"ends with {ending!r}" if ending else "has no ending"
+    return VideoError("not_a_video", f"its name {told}; if it is a video, give it its ending")
+
+
+def content_sha256(row: Row, settings: Preparation) -> str:
+    """Hash of a source's content, decoding nothing. Raises VideoError as `fetching.fetched` does."""
+    with opened(row, settings, lambda pieces: pieces) as source:
+        return _sha256(source, lambda pieces: pieces)
+
+
+def _sha256(source: Footage, heard) -> str:
+    if source.frames_fps:
+        return frames.sha256(source.path)
+    whole = hashlib.sha256()
+    with source.path.open("rb") as stream:  # in pieces, as it may take long
+        for piece in heard(iter(lambda: stream.read(fetching.PIECE_BYTES), b"")):
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+def _cut_shots(row: Row, settings: Preparation, heard) -> Row:
+    least = settings.prepare.shot_change
+    if least is None:
+        return row
+    with opened(row, settings, heard) as source:
+        change = shots.changes(heard(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
+    return {**row, "cuts": np.array(shots.cuts(change, least), np.int32).tobytes()}

@@ -1,0 +1,144 @@
+"""What a finished dataset has of the inputs already: new videos are added in new shards, old shards never change."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from entprog import config
+from entprog.config import Preparation
+from entprog.errors import UserError
+from entprog.media import fetching, inputs, ledger, probing, shards
+from entprog.media.shards import Dataset
+from entprog.media.video import VideoError
+from pipelines import jobs, packing
+
+Row = dict[str, Any]
+NEXT_LEDGER = "ledger.next.parquet"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a finished run has left."""
+
+    dataset: Dataset
+    lines: list[Row]
+    """Its ledger."""
+
+    def inputs(self) -> dict[str, Row]:
+        """The ledger's line of each input."""
+        return {line["file"]: line for line in self.lines if line["kind"] == "input"}
+
+    def splits(self) -> dict[str, str]:
+        """Split of each source that clips were kept of."""
+        return {file: line["split"] for file, line in self.inputs().items() if line["kept"]}
+
+
+def read(output: Path) -> Before | None:
+    """A finished dataset in the output folder, or None. Ends what a kill between two renames has left undone.
+
+    Raises UserError if it is damaged.
+    """
+    if not (output / "dataset.json").exists():
+        return None
+    dataset = shards.read_dataset(output)
+    coming = output / NEXT_LEDGER
+    if coming.exists():
+        if shards.sha256(coming) == dataset.settings.get("ledger"):
+            coming.replace(output / "ledger.parquet")
+        else:  # its dataset.json was never written
+            coming.unlink()
+    return Before(dataset, ledger.read(output / "ledger.parquet"))
+
+
+def finish(output: Path, settings: Preparation, lines: Sequence[Row], written) -> Dataset:
+    """Write ledger and dataset.json so that they belong together after a kill at any moment."""
+    coming = output / NEXT_LEDGER
+    ledger.write(coming, lines)
+    prepared = {"prepare": settings.prepare.model_dump(mode="json"), "ledger": shards.sha256(coming)}
+    dataset = shards.write_dataset(output, settings.data.shape, written, prepared)
+    coming.replace(output / "ledger.parquet")
+    return dataset
+
+
+def check_settings(before: Before, output: Path, settings: Preparation, held: set[str]) -> None:
+    """Raises UserError if the dataset was prepared with settings that give other clips, or another split.
+
+    `held`: sources that --held-out names; new ones among them are no change.
+    """
+    theirs = {
+        "data": {"shape": before.dataset.shape.model_dump(mode="json")},
+        "prepare": dict(before.dataset.settings.get("prepare", {})),
+    }
+    mine = settings.model_dump(mode="json")
+    splits = before.splits()
+    if mine["prepare"]["held_out"] and {file for file in splits if splits[file] == "held_out"} == held & splits.keys():
+        theirs["prepare"]["held_out"] = mine["prepare"]["held_out"]
+    for name in packing.JOB_SETTINGS:
+        theirs["prepare"][name] = mine["prepare"][name]
+    if theirs != mine:
+        refuse(output, theirs, mine)
+
+
+def refuse(output: Path, theirs: Row, mine: Row) -> None:
+    """Raises UserError naming the first setting that differs."""
+    theirs, mine = config.flat(theirs), config.flat(mine)
+    name = next(name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name))
+    told = f"{name} was {theirs.get(name)}, now {mine.get(name)}"
+    raise UserError(f"{output} was prepared with other settings ({told}): choose another --output, or delete it")
+
+
+def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Preparation) -> list[Row]:
+    """Sources that the dataset does not have: new ones, and changed ones of which it has no clip.
+
+    A file whose time stamp alone is another is read to see whether it has changed. Prints what it found.
+    Raises UserError for changed sources that clips were kept of: these lie in shards, which never change.
+    """
+    lines = before.inputs()
+    new = [row for row in sources if row["file"] not in lines]
+    other = [row for row in sources if row["file"] in lines and ledger.stamp(row) != lines[row["file"]]["stamp"]]
+    looks = track(other, "files touched since", console=jobs.console, disable=len(other) < 100, transient=True)
+    changed = [row for row in looks if _has_changed(row, lines[row["file"]], settings)]
+    kept = [row["file"] for row in changed if lines[row["file"]]["kept"]]
+    if kept:
+        raise UserError(
+            f"{len(kept)} inputs have changed since {output} was prepared from them ({', '.join(kept[:3])}): restore "
+            "them, give them other names, or choose another --output"
+        )
+    silent = [row for row in sources if row["file"] in lines and _never_read(row, lines[row["file"]])]
+    again = {row["file"]: row for row in [*changed, *silent]}
+    gone = lines.keys() - {row["file"] for row in sources}
+    clips = sum(line["kept"] for line in before.lines if line["kind"] == "clip" and line["file"] in gone)
+    if gone:
+        jobs.console.print(
+            f"{len(gone)} inputs of before are not there any more ({', '.join(sorted(gone)[:3])}): "
+            f"their {clips} clips stay in the dataset",
+            markup=False,
+        )
+    asked = {row["file"]: row["split"] for row in sources if row["split"]}
+    moved = [file for file, name in before.splits().items() if asked.get(file, name) != name]
+    if moved:
+        raise UserError(
+            f"the manifest asks for another split of {len(moved)} sources that are prepared already "
+            f"({', '.join(sorted(moved)[:3])}): choose another --output"
+        )
+    if again:
+        jobs.console.print(f"{len(again)} inputs that gave no clip before are tried again", markup=False)
+    return [*new, *again.values()]
+
+
+def _has_changed(row: Row, line: Row, settings: Preparation) -> bool:
+    if line["stamp"].rpartition(" ")[2] != ledger.stamp(row).rpartition(" ")[2]:
+        return True  # a manifest says something else of it
+    try:
+        return probing.content_sha256(row, settings) != line["sha256"]
+    except VideoError:  # gone, or not to be read: the stages will say so
+        return True
+
+
+def _never_read(row: Row, line: Row) -> bool:
+    """Whether a remote source did not answer before."""
+    return not line["sha256"] and inputs.is_video(row) and fetching.is_remote(os.fsdecode(row["path"]))

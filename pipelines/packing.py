@@ -1,0 +1,160 @@
+"""Parts (one source's clips each) → shards: which clip goes into which split and shard, and writing them."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from entprog import config
+from entprog.config import ClipShape, Preparation
+from entprog.errors import UserError
+from entprog.media import ledger, shards
+from entprog.media.shards import ShardInfo
+
+Row = dict[str, Any]
+
+JOB_SETTINGS = ("max_rejected", "stall_s", "track_gpus")
+"""Settings of the job, that no clip and no verdict on one depends on."""
+SPLIT_SETTINGS = ("held_out", "held_out_ratio", "seed", "clips_per_shard")
+"""Settings that decide where clips go, not what they are: finished parts do not depend on them."""
+
+
+def cut_settings(settings: Preparation) -> Row:
+    """Settings that clips depend on."""
+    others = dict.fromkeys((*SPLIT_SETTINGS, *JOB_SETTINGS))
+    cut = settings.model_copy(update={"prepare": settings.prepare.model_copy(update=others)})
+    return cut.model_dump(mode="json", warnings=False)
+
+
+def part_key(row: Row, settings: Preparation) -> str:
+    """Name of a source's part: changes with the source and with every setting that its clips depend on."""
+    return config.digest(row["file"], ledger.stamp(row), cut_settings(settings), shards.FORMAT)
+
+
+def read_part(parts: Path, key: str) -> Row | None:
+    """A finished part's record, or None if it is not there as it was written."""
+    try:
+        record = json.loads((parts / f"{key}.json").read_text())
+        if record["clips"] and shards.sha256(parts / f"{key}.parquet") != record["sha256"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return record
+
+
+def split(
+    kept: Sequence[str],
+    named: set[str],
+    ratio: float,
+    seed: int,
+    asked: Mapping[str, str] | None = None,
+    before: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Each kept source's split: {file: 'train' or 'held_out'}.
+
+    `before`: sources that have theirs already, and keep it. `asked`: what a manifest asks for, which counts before all
+    else. Of the rest the named ones are held out, or else those whose seeded hash is smallest, until `ratio` of all
+    sources are: at least one where there are two, never all.
+    Raises UserError if that leaves nothing to train on, or if a named source was not kept.
+    """
+    asked, before = asked or {}, before or {}
+    everything = {*kept, *before}
+    fixed = {file: before.get(file) or asked.get(file) for file in everything}
+    if named and not everything & named:
+        raise UserError(f"no clip was kept of any held-out source ({', '.join(sorted(named)[:3])}): name another")
+    held = {file for file, name in fixed.items() if name == "held_out" or (name is None and file in named)}
+    if not named and ratio > 0 and len(everything) > 1:
+        wanted = min(len(everything) - 1, max(1, round(ratio * len(everything)))) - len(held)
+        free = [file for file, name in fixed.items() if name is None]
+        held |= set(sorted(free, key=lambda file: _hash(seed, file))[: max(0, wanted)])
+    if held == everything:
+        raise UserError(
+            f"all {len(held)} usable sources are held out: hold out fewer, so that some are left to train on"
+        )
+    return {file: "held_out" if file in held else "train" for file in kept}
+
+
+def _hash(seed: int, file: str) -> bytes:
+    return hashlib.sha256(f"{seed} {file}".encode()).digest()
+
+
+def shard_plans(
+    rows: Sequence[Row],
+    splits: Mapping[str, str],
+    keys: Mapping[str, str],
+    clips_per_shard: int,
+    first: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Which clips go into which shard: {file, split, clips: [(clip, source, part key, row in the part)]}.
+
+    Clips in order of source and time; a split's shards are as even as they can be, numbered from `first[split]` on.
+    """
+    of_split, counted = defaultdict(list), Counter()
+    for row in (row for row in rows if row["kind"] == "clip" and row["kept"]):
+        file = row["file"]
+        of_split[splits[file]].append((row["clip"], file, keys[file], counted[file]))
+        counted[file] += 1
+    plans = []
+    for name in shards.SPLITS:
+        clips = of_split[name]
+        pieces = math.ceil(len(clips) / clips_per_shard)
+        edges = [round(i * len(clips) / pieces) for i in range(pieces + 1)] if pieces else []
+        for i, (start, stop) in enumerate(itertools.pairwise(edges), (first or {}).get(name, 0)):
+            plans.append({"file": f"{name}/{i:05d}.parquet", "split": name, "clips": clips[start:stop]})
+    return plans
+
+
+def pack_all(
+    ray, plans: Sequence[Row], output: Path, shape: ClipShape, before: Mapping[str, Sequence[ShardInfo]]
+) -> dict[str, list[ShardInfo]]:
+    """Write the planned shards; all of the dataset's by split. Those of `before` are left as they are."""
+    listed = {plan["file"] for plan in plans} | {info.file for infos in before.values() for info in infos}
+    for name in shards.SPLITS:  # left by an attempt with another split, killed before it was finished
+        for path in (output / name).glob("*.parquet"):
+            if re.fullmatch(r"\d{5,}\.parquet", path.name) and f"{name}/{path.name}" not in listed:
+                path.unlink()
+    written = {name: list(before.get(name, ())) for name in shards.SPLITS}
+    if plans:
+        rows = [{"plan": json.dumps(plan)} for plan in plans]
+        packed = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(
+            partial(pack, folder=str(output.resolve()), shape=shape)
+        )
+        for row in sorted(packed.iter_rows(), key=lambda row: (len(row["file"]), row["file"])):
+            written[row.pop("split")].append(ShardInfo(**row))
+    return written
+
+
+def pack(row: Row, folder: str, shape: ClipShape) -> Row:
+    """Operator: write one shard out of parts, if it is not there yet."""
+    plan, parts = json.loads(row["plan"]), Path(folder, "parts")
+    receipt = parts / f"{plan['file'].replace('/', '-')}.done"
+    if (info := _packed(receipt, Path(folder, plan["file"]), row["plan"])) is not None:
+        return info
+    by_part, clips = defaultdict(list), []
+    for _, _, key, at in plan["clips"]:
+        by_part[key].append(at)
+    for key, wanted in by_part.items():
+        clips += shards.read_rows(parts / f"{key}.parquet", wanted)
+    clips = [{**clip, "split": plan["split"]} for clip in clips]
+    info = shards.write_shard(Path(folder), plan["file"], clips, shape)
+    told = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
+    scratch = receipt.with_name(receipt.name + ".tmp")
+    scratch.write_text(json.dumps({"plan": config.digest(row["plan"]), "info": told}))
+    scratch.replace(receipt)
+    return told
+
+
+def _packed(receipt: Path, shard: Path, plan: str) -> Row | None:
+    """A shard that an attempt killed later has finished: what it wrote down, if the file is still that."""
+    try:
+        told = json.loads(receipt.read_text())
+        whole = told["plan"] == config.digest(plan) and shards.sha256(shard) == told["info"]["sha256"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return told["info"] if whole else None
