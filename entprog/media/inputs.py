@@ -158,7 +158,7 @@ def _remote(uri: str, frames_fps: float, leave_out: Path | None) -> Inputs:
         elif ending in SUFFIXES:
             return Inputs("video", [_row(fetching.without_secrets(uri).rpartition("/")[2], uri)])
         else:
-            kind, found = "folder", files.find(path, detail=True)
+            kind, found = "folder", files.find(path, detail=True, on_error="raise")
     except UserError:
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own

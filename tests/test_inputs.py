@@ -1,0 +1,244 @@
+"""What --input takes: folders, globs, manifests, lists, images; here and elsewhere; and what it refuses."""
+
+import functools
+import http.server
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from entprog import config
+from entprog.errors import UserError
+from entprog.media import assets, fetching, footage, frames, inputs, manifest, probing, video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A real video, numbered images of it in TikTok's layout, and files that are neither."""
+    folder = tmp_path_factory.mktemp("in put")
+    size = (240, 134)
+    few = [f for _, f in video.iter_frames(assets.clip("cam01"), fps=10, end_s=1, size=size)]
+    video.write_mp4(folder / "a" / "cam01.mp4", few, fps=10)
+    images = folder / "00001" / "images"
+    images.mkdir(parents=True)
+    for i, frame in enumerate(few):
+        Image.fromarray(frame).save(images / f"{i:04d}.png")
+    (folder / "00001" / "poster.png").write_bytes((images / "0000.png").read_bytes())
+    (folder / "notes.md").write_text("about")
+    return folder
+
+
+def names(found: inputs.Inputs) -> list[str]:
+    return [row["file"] for row in found.rows]
+
+
+def test_a_folder_has_videos_folders_of_images_and_the_rest(folder):
+    found = inputs.find(folder, 24)
+    assert found.kind == "folder"
+    assert names(found) == ["00001/images", "00001/poster.png", "a/cam01.mp4", "notes.md"]
+    assert [row["frames_fps"] for row in found.rows] == [24, 0, 0, 0]
+    assert [inputs.is_video(row) for row in found.rows] == [True, False, True, False]
+    assert names(inputs.find(f"file://{str(folder).replace(' ', '%20')}", 24)) == names(found)
+    alone = inputs.find(folder / "00001" / "images", 24)
+    assert alone.kind == "frame folder" and names(alone) == ["images"]
+    assert names(inputs.find(folder / "a" / "cam01.mp4", 24)) == ["cam01.mp4"]
+    assert names(inputs.find(folder, 24, leave_out=folder / "a")) == ["00001/images", "00001/poster.png", "notes.md"]
+
+
+def test_a_glob(folder):
+    assert names(inputs.find(f"{folder}/*/*.mp4", 30)) == ["a/cam01.mp4"]
+    found = inputs.find(f"{folder}/**/i*", 30)
+    assert found.kind == "glob" and names(found) == ["00001/images"]
+    with pytest.raises(UserError, match="has no files"):
+        inputs.find(f"{folder}/*.webm", 30)
+
+
+ENTRIES = [
+    {"path": "a/cam01.mp4", "caption": 'a man, "balancing"', "split": "held_out", "crop": [0, 0, 134, 120]},
+    {"path": "a/cam01.mp4", "caption": "line one\nline two", "split": "train", "crop": [0, 100, 134, 140]},
+    {"path": "00001/images", "caption": "", "split": "", "crop": None, "fps": 10},
+    {"path": "gone.mp4", "caption": "", "split": "", "crop": None},
+]
+
+
+def write_manifest(path: Path, entries: list[dict]) -> Path:
+    columns = list(dict.fromkeys(name for entry in entries for name in entry))
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(entry) for entry in entries))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([{n: e.get(n) for n in columns} for e in entries]), path)
+    else:
+        told = [",".join(columns)]
+        for entry in entries:
+            cells = ("" if entry.get(n) is None else str(entry[n]).strip("[]") for n in columns)
+            told.append(",".join('"' + cell.replace('"', '""') + '"' for cell in cells))
+        path.write_text("\n".join(told) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_a_manifest_says_caption_split_crop_and_rate(kind, folder):
+    found = inputs.find(write_manifest(folder.parent / folder.name / f".m{kind}", ENTRIES), 30)
+    assert found.kind == "manifest" and not found.notes
+    told = {row["file"]: (row["caption"], row["split"], row["crop"], row["frames_fps"]) for row in found.rows}
+    assert told == {
+        "a/cam01.mp4@0,0,134,120": ('a man, "balancing"', "held_out", "0,0,134,120", 0),
+        "a/cam01.mp4@0,100,134,140": ("line one\nline two", "train", "0,100,134,140", 0),
+        "00001/images": ("", "", "", 10),
+        "gone.mp4": ("", "", "", 0),
+    }
+    assert Path(os.fsdecode(found.rows[1]["path"])).is_file(), "relative paths are meant from the manifest's folder"
+
+
+def test_a_list_of_videos(folder, tmp_path):
+    (tmp_path / "train.txt").write_text(f"# UBC\n{folder}/a/cam01.mp4\n\nhttps://u:secret@host/x/91.mp4?token=secret\n")
+    found = inputs.find(tmp_path / "train.txt", 30)
+    assert found.kind == "video list" and len(found.rows) == 2
+    assert "secret" not in "".join(names(found)), "names go into ledgers, shards and logs"
+    assert any("https://host/x/91.mp4" in name for name in names(found))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("file,caption\na.mp4,x\n", "no column 'path'"),
+        ("path,split\na.mp4,test\n", "split is 'test', give train or held_out"),
+        ("path,crop\na.mp4,1 2 3\n", "crop is '1 2 3', give left,top,width,height"),
+        ("path,crop\na.mp4,0 0 0 5\n", "crop is '0 0 0 5'"),
+        ("path,fps\na,fast\n", "row 1: fps is 'fast'"),
+        ("path\na.mp4\nb.mp4\na.mp4\n", "rows 1 and 3 are both 'a.mp4'"),
+        ("path\n", "has no files"),
+        ("path\nnosuch://x/a.mp4\n", "cannot read nosuch://x/a.mp4"),
+        ("path\nsimplecache::https://x/a.mp4\n", "chained addresses"),
+        ("path,caption\na.mp4\n", "cannot read manifest"),
+        ("", "cannot read manifest"),
+    ],
+)
+def test_a_wrong_manifest_is_one_line(content, told, tmp_path):
+    (tmp_path / "m.csv").write_text(content)
+    with pytest.raises(UserError) as error:
+        inputs.find(tmp_path / "m.csv", 30)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"path": st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1, max_size=20)},
+            optional={"caption": st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)},
+        ),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda entry: entry["path"],
+    ),
+    st.sampled_from([".jsonl", ".parquet"]),
+)
+def test_any_text_survives_a_manifest(tmp_path_factory, entries, kind):
+    path = write_manifest(tmp_path_factory.mktemp("m") / f"m{kind}", entries)
+    read, _ = manifest.read(path, "m")
+    assert [(e.path, e.caption) for e in read] == [(e["path"], e.get("caption", "")) for e in entries]
+
+
+def test_numbered_images():
+    assert frames.numbered(["10.png", "9.png", "1.png"]) == ["1.png", "9.png", "10.png"]
+    assert frames.numbered(["a1.jpg", "a2.jpg", "cover.jpg", "a.txt"]) == ["a1.jpg", "a2.jpg"]
+    assert frames.numbered(["a1.jpg", "b1.jpg", "a2.jpg", "b2.jpg"]) == []
+    assert frames.numbered(["1.png"]) == frames.numbered(["1.mp4", "2.mp4"]) == []
+
+
+def test_images_are_the_video_they_were_cut_from(folder):
+    prepare = config.Prepare()
+    of_images = footage.footage(folder / "00001" / "images", 10, "", prepare)
+    of_video = footage.footage(folder / "a" / "cam01.mp4", 0, "", prepare)
+    assert footage.probe(of_images).width == footage.probe(of_video).width == 134
+    for fps in (5, 10, 20):
+        one, two = list(footage.pictures(of_images, fps)), list(footage.pictures(of_video, fps))
+        assert len(one) == len(two) == fps
+        assert np.abs(np.stack(one).astype(int) - np.stack(two)).mean() < 4  # one of them is compressed
+    cropped = footage.footage(folder / "00001" / "images", 10, "20,40,60,80", prepare)
+    assert np.array_equal(next(footage.pictures(cropped, 10)), next(footage.pictures(of_images, 10))[40:120, 20:80])
+    with pytest.raises(video.VideoError, match="not inside the 134x240") as error:
+        footage.probe(footage.footage(folder / "a" / "cam01.mp4", 0, "100,0,60,60", prepare))
+    assert error.value.reason == "bad_crop"
+
+
+def test_limits_are_reasons(folder, tmp_path):
+    row = inputs.find(folder / "a" / "cam01.mp4", 30).rows[0]
+    images = inputs.find(folder / "00001" / "images", 30).rows[0]
+
+    def reason(of, **limits):
+        return probing.probe(of, config.Preparation(prepare=config.Prepare(**limits)))["reason"]
+
+    assert reason(row) == reason(images) == ""
+    assert reason(row, max_pixels=134 * 240 - 1) == reason(images, max_pixels=134 * 240 - 1) == "too_large"
+    assert reason(row, max_duration_s=0.5) == reason(images, max_duration_s=0.3) == "too_long"
+    assert reason(row, max_bytes=1000) == "too_large"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for i in range(3):
+        (broken / f"{i}.jpg").write_bytes(b"no picture")
+    assert reason(inputs.find(broken, 30).rows[0]) == "corrupt"
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The folder over HTTP on this machine alone: its address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *_: None
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_remote_sources_are_fetched_for_a_stage_and_gone(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "m.txt").write_text(f"{server}/a/cam01.mp4\n{server}/none.mp4\n{server}/notes.md\n")
+    rows = inputs.find(tmp_path / "m.txt", 30).rows
+    (tmp_path / "m.txt").unlink()
+    probed = {row["file"].rpartition("/")[2]: probing.probe(row, config.Preparation()) for row in rows}
+    assert {name: row["reason"] for name, row in probed.items()} == {
+        "cam01.mp4": "",
+        "none.mp4": "unreadable",
+        "notes.md": "not_a_video",
+    }
+    local = probing.probe(inputs.find(folder / "a" / "cam01.mp4", 30).rows[0], config.Preparation())
+    assert probed["cam01.mp4"]["sha256"] == local["sha256"] and probed["cam01.mp4"]["bytes"] == local["bytes"]
+    small = config.Preparation(prepare=config.Prepare(max_bytes=2000))
+    assert probing.probe(rows[0], small)["reason"] == "too_large"
+    assert not list(tmp_path.iterdir()), "scratch files are left"
+
+
+def test_a_remote_folder_and_a_remote_manifest(server, folder):
+    found = inputs.find(f"{server}/", 30)
+    assert {"a/cam01.mp4", "00001/images"} <= set(names(found)) and found.kind == "folder on http"
+    write_manifest(folder / "m.csv", ENTRIES[:1] + ENTRIES[2:3])
+    try:
+        rows = inputs.find(f"{server}/m.csv", 30).rows
+    finally:
+        (folder / "m.csv").unlink()
+    probed = {row["file"]: probing.probe(row, config.Preparation()) for row in rows}
+    assert {file: row["reason"] for file, row in probed.items()} == {"a/cam01.mp4@0,0,134,120": "", "00001/images": ""}
+    with pytest.raises(UserError, match="cannot read input http"):
+        inputs.find("http://127.0.0.1:9/", 30)
+
+
+def test_nothing_secret_in_names():
+    uri = "https://me:pw@host:8/a/b.mp4?sig=1#x"
+    assert fetching.without_secrets(uri) == "https://host:8/a/b.mp4"
+    assert fetching.without_secrets("/a?b/c.mp4") == "/a?b/c.mp4"
