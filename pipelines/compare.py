@@ -96,7 +96,7 @@ def run(
             raise UserError(
                 f"{unlike[0]}{more}: choose runs that are alike with --runs, or mark it in the page with --force"
             )
-        found = grouping.grouped(trainings, chosen.baseline)
+        found = grouping.grouped(trainings, chosen.baseline, unlike)
         if dry_run:
             return _explain(found, output)
         verdict = judge(found, chosen.target_loss, chosen.confidence)
@@ -107,6 +107,7 @@ def run(
         shown = [judged.group for judged in verdict.judged][: drawings.COLOURS]
         clips = samples.rows(shown, chosen.samples, chosen.sample_bytes)
         html = page.render(verdict, unlike, evaluations, clips, facts)
+    jobs.writable(Path(output))
     path = Path(output) / "comparison.html"
     path.write_text(html, encoding="utf-8")
     _show(verdict, unlike, path)

@@ -174,6 +174,7 @@ def test_the_page_shows_what_there_is_to_show(compared):
     for heading in ("Held-out loss", "Trained blocks over time", "Block scores", "Quality", "Samples", "Runs"):
         assert heading in page.text
     assert " ".join(result["headline"].split()) in page.text
+    assert "psnr higher is better" in page.text and "20.5" in page.text, "mean over seeds"
     charts = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
     assert len(charts) == len(set(charts)) >= 5, "every chart says what it shows"
     clips = [a for t, a in page.tags if t == "video"]
@@ -233,6 +234,7 @@ def test_force_goes_on_and_says_so(unlike, tmp_path):
     assert status == 0 and "forced" in said, said
     result = json.loads((tmp_path / "result.json").read_text())
     assert [d["field"] for d in result["forced"]] == ["base"]
+    assert [g["label"] for g in result["groups"]] == ["b1", "b2"], "unlike runs are no seeds of one thing"
     page = Page(result["page"])
     assert ("aside", {"class": "banner", "role": "alert"}) in page.tags
     assert "These runs are not alike" in page.text and "b2" in page.text
@@ -290,7 +292,7 @@ def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
     assert "held_out_loss: nan at step 3" in page.text and "last sign of life" in page.text
     assert hostile in page.text and hostile in said, "names are shown as they are"
     assert not [t for t, _ in page.tags if t in ("img", "b")] and len([t for t, _ in page.tags if t == "script"]) == 1
-    assert "no other finished group" in result["headline"]
+    assert "Only one group has finished" in result["headline"]
 
 
 # ---- the verdict ----

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0's features of single frames: 1,280 numbers a frame, before the classifier.
 
-Tan and Le, EfficientNet, arXiv 1905.11946; the Lite variant has ReLU6 and no squeeze-and-excitation. Parameters bear the
-names of the published weights (`assets.network("efficientnet_lite0")`, trained on ImageNet). These are not the features
-of FID.
+Tan and Le, EfficientNet, arXiv 1905.11946; the Lite variant has ReLU6 and no squeeze-and-excitation. Parameters bear
+the names of the published weights (`assets.network("efficientnet_lite0")`, trained on ImageNet). These are not the
+features of FID.
 """
 
 import torch

@@ -8,11 +8,10 @@ from typing import Any
 from entprog import config
 from entprog.config import close_to
 from entprog.errors import UserError
+from entprog.quality import card
 from pipelines.comparison.runs import Training
 
 SEEDS = ("train.seed", "priority.seed")
-RECORDED = {"data": "entprog.data", "base": "entprog.base", "device": "entprog.device"}
-"""Fields in which runs must be alike, and the tag that holds each."""
 INCIDENTAL = (
     *config.FREE, *config.PATHS, "name", "data.shards", "train.samples", "train.checkpoint_every",
 )  # fmt: skip
@@ -20,6 +19,23 @@ INCIDENTAL = (
 UNKNOWN = "not recorded"
 LABEL = 48
 """Longest label that is made of settings, in characters."""
+DEFAULTS = config.settings(config.Experiment(train=config.Train(steps=1)))
+"""What a run had that was made before a setting came to be."""
+
+
+def _held_out(run: Training) -> str:
+    settings = {**DEFAULTS, **run.settings}
+    clips, draws, seed = (settings[f"data.held_out_{name}"] for name in ("clips", "draws", "seed"))
+    return run.tags.get("entprog.held_out", f"{clips} clips × {draws} draws of seed {seed}")
+
+
+FIELDS: dict[str, Callable[[Training], str]] = {
+    "data": lambda run: run.tags.get("entprog.data", UNKNOWN),
+    "held-out set": _held_out,
+    "base": lambda run: run.tags.get("entprog.base", UNKNOWN),
+    "device": lambda run: run.tags.get("entprog.device", UNKNOWN),
+}
+"""In what runs must be alike."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +78,14 @@ def differences(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, 
 
     cards: {run id: {metric: protocol card}}.
     """
-
-    def recorded(tag: str) -> Callable[[Training], str]:
-        return lambda run: run.tags.get(tag, UNKNOWN)
-
-    fields = {name: recorded(tag) for name, tag in RECORDED.items()} | {"held-out set": _held_out}
     found = []
-    for field, of in fields.items():
+    for field, of in FIELDS.items():
         # A run that failed early says nothing yet of its device, and does not count anyway.
         known = [run for run in trainings if run.counts or of(run) != UNKNOWN]
         other = next((run for run in known if of(run) != of(known[0])), None)
         if other is not None:
             found.append(Difference(field, of(known[0]), of(other), known[0].title, other.title))
     return found + _unlike_cards(trainings, cards)
-
-
-def _held_out(run: Training) -> str:
-    settings = {**DEFAULTS, **run.settings}
-    clips, draws, seed = (settings[f"data.held_out_{name}"] for name in ("clips", "draws", "seed"))
-    return run.tags.get("entprog.held_out", f"{clips} clips × {draws} draws of seed {seed}")
 
 
 def _unlike_cards(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
@@ -91,25 +96,25 @@ def _unlike_cards(trainings: Sequence[Training], cards: Mapping[str, Mapping[str
         first = cards[having[0].run_id][metric]
         for run in having[1:]:
             other = cards[run.run_id][metric]
-            name = next((key for key in {**first, **other} if first.get(key) != other.get(key)), None)
+            name = card.unlike(first, other)
             if name is not None:
-                values = (text(card.get(name)) for card in (first, other))
+                values = (text(one.get(name)) for one in (first, other))
                 found.append(Difference(f"metric card of {metric}, {name},", *values, having[0].title, run.title))
                 break
     return found
 
 
-DEFAULTS = config.settings(config.Experiment(train=config.Train(steps=1)))
-"""What a run had that was made before a setting came to be."""
-
-
-def grouped(trainings: Sequence[Training], baseline: str | None = None) -> list[Group]:
+def grouped(
+    trainings: Sequence[Training], baseline: str | None = None, unlike: Sequence[Difference] = ()
+) -> list[Group]:
     """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
 
     baseline: a run's id or name, or a group's label. None: plain training if there is any, else the oldest run's group.
+    unlike: differences that are compared by force; they set groups apart too.
     Raises UserError if no group answers to `baseline`.
     """
-    settings = [{**DEFAULTS, **run.settings} for run in trainings]
+    apart = {field: of for field, of in FIELDS.items() if field in {difference.field for difference in unlike}}
+    settings = [{**DEFAULTS, **run.settings, **{f: of(run) for f, of in apart.items()}} for run in trainings]
     names = [n for n in dict.fromkeys(n for s in settings for n in s) if not _ignored(n)]
     differing = [n for n in names if len({_key(s.get(n)) for s in settings}) > 1]
     members: dict[tuple, list[int]] = {}

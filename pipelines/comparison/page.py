@@ -171,7 +171,8 @@ def _break_even(judged: Judged, verdict: Verdict) -> str:
 
 
 def quality(groups: Sequence[Group], evaluations: Mapping[str, Mapping[str, Any]], confidence: float) -> dict[str, Any]:
-    """The table of quality metrics: `metrics`, `rows`; a run alone has its own interval over clips."""
+    """The table of quality metrics: `metrics` (name, what is better), `rows`; a run alone has its own interval over
+    clips."""
     metrics = list(dict.fromkeys(name for e in evaluations.values() for name in e["figures"]))
     rows = []
     for place, group in enumerate(groups):
@@ -187,7 +188,13 @@ def quality(groups: Sequence[Group], evaluations: Mapping[str, Mapping[str, Any]
             else:
                 cells.append(words.interval(mean_of([figure["value"] for figure in found], confidence)))
         rows.append({"key": _key(group, place), "cells": cells})
-    return {"metrics": metrics, "rows": rows if metrics else []}
+    better = {
+        name: e["cards"][figure["card"]].get("better")
+        for e in evaluations.values()
+        for name, figure in e["figures"].items()
+    }
+    named = [(name, f"{better[name]} is better" if better[name] else "") for name in metrics]
+    return {"metrics": named, "rows": rows if metrics else []}
 
 
 def _cards(evaluations: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:

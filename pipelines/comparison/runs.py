@@ -72,7 +72,7 @@ class Training:
         """What a person should know about a run beside its status; '' for nothing."""
         odd = [f"{k.removeprefix('not_finite.')}: {v}" for k, v in self.tags.items() if k.startswith("not_finite.")]
         silent = f"last sign of life {_ago(now_s - self.last_sign_s)} ago" if self.status == "running" else ""
-        return "; ".join([*filter(None, [silent]), *odd])
+        return "; ".join([*filter(None, [silent, self.tags.get("entprog.ended", "")]), *odd])
 
     def json(self, path: str) -> Any:
         """A JSON artifact; None where there is none. Raises UserError if it is damaged."""

@@ -9,7 +9,7 @@ def headline(verdict: Verdict) -> str:
     """What came out, in one sentence."""
     best, base = verdict.best, verdict.baseline.group.label
     if best is None:
-        return f"{base}: no other finished group to compare it with"
+        return f"Only one group has finished: nothing to compare {base} with yet"
     name = _chosen(verdict, best)
     if best.ratio is not None:
         return _sooner(name, base, best.ratio, verdict)
