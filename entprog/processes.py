@@ -152,7 +152,7 @@ class Edm:
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """σ of t, float64: the t-quantile of the training distribution, within the scheduler's range."""
-        return torch.exp(self.mean + self.std * torch.special.ndtri(t.double())).clamp(*self._range)
+        return torch.exp(self.mean + self.std * torch.special.ndtri(t.double())).clamp(*self.sigma_range)
 
     def pair(self, clean, noise, t):
         sigma = self.sigma(t)
@@ -171,7 +171,7 @@ class Edm:
         return EulerDiscreteScheduler.from_config(self.configuration)
 
     @cached_property
-    def _range(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         """Smallest and largest σ."""
         scheduler = self.scheduler()
         lowest, highest = scheduler.config.sigma_min, scheduler.config.sigma_max

@@ -1,13 +1,15 @@
-"""From noise to a clip: the checkpoint's own diffusers scheduler around a denoiser."""
+"""From noise to a clip: one of diffusers' schedulers around a denoiser, with guidance, in windows where it is long."""
 
+import inspect
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
+from entprog.config import ClipShape, Generate
+from entprog.longclips import blended
 from entprog.models import Denoiser
 from entprog.objectives import noise_like
+from entprog.samplers import sampler, set_steps
 
 
 @torch.no_grad()
@@ -15,37 +17,60 @@ def sample(
     denoiser: Denoiser,
     conditions: dict[str, torch.Tensor],
     shape: Sequence[int],
-    steps: int,
-    seed: int,
-    guidance: float = 1.0,
-    shift: float | None = None,
-    first: int = 0,
+    settings: Generate,
+    places: Sequence[int],
+    window: int | None = None,
 ) -> torch.Tensor:
     """Latents float32 [B, C, F', H', W'] that follow the conditions (each of that shape, on the network's device).
 
-    shape: B, C, F', H', W'. steps: of the scheduler; flow matching spaces them evenly in t from 1 to 0 before the shift
-    s, t' = s·t / (1 + (s - 1)·t), and None is the checkpoint's own shift. A clip's noise depends on (seed, first + its
-    row) alone: many clips can be sampled in batches of any size.
-    guidance g: classifier-free, ε̂ = ε̂_0 + g·(ε̂_c - ε̂_0) with ε̂_0 the prediction for zeroed conditions; 1: none. It
-    helps only a network that was trained with conditions dropped at times.
+    shape: B, C, F', H', W'. A clip's noise depends on (settings.seed, its place) alone, one a clip: many clips can be
+    sampled in batches of any size. window: latent frames that the network takes at once, None: all; longer clips are
+    sampled in windows that overlap by settings.overlap. Raises UserError for a sampler that does not fit.
     """
     device = next(denoiser.network.parameters()).device
-    scheduler = denoiser.scheduler(shift)
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
-    latents = noise_like(torch.empty(tuple(shape), device=device), torch.arange(first, first + shape[0]), seed)
+    scheduler = sampler(denoiser.process, settings.sampler, settings.shift)
+    set_steps(scheduler, settings.steps, device)
+    window = window or shape[2]
+    overlap = min(max(round(settings.overlap * window), 1), window - 1)
+    passes = guidance(tuple(conditions), settings.reference_guidance, settings.pose_guidance)
+    latents = noise_like(torch.empty(tuple(shape), device=device), torch.tensor(places), settings.seed)
     latents = latents * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else latents
-    nothing = {name: torch.zeros_like(value) for name, value in conditions.items()}
+    extra = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:  # samplers that add noise on the way
+        extra["generator"] = [torch.Generator().manual_seed(settings.seed + (place << 20)) for place in places]
     for timestep in scheduler.timesteps:
         t = denoiser.process.t(timestep).expand(shape[0])
         seen = latents
         if hasattr(scheduler, "scale_model_input"):  # flow matching has none
             seen = scheduler.scale_model_input(latents, timestep)
-        prediction = denoiser.predict(seen, t, conditions)
-        if guidance != 1:
-            without = denoiser.predict(seen, t, nothing)
-            prediction = without + guidance * (prediction - without)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        predict = blended(lambda noisy, c, t=t: denoiser.predict(noisy, t, c), window, overlap)
+        prediction = torch.zeros_like(latents)
+        for kept, share in passes.items():
+            shown = {name: value if name in kept else torch.zeros_like(value) for name, value in conditions.items()}
+            prediction += share * predict(seen, shown)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
     return latents
+
+
+def guidance(conditions: tuple[str, ...], reference: float, pose: float) -> dict[tuple[str, ...], float]:
+    """{conditions shown, others being zeroed: what that prediction counts}; the shares sum to 1.
+
+    ε̂ = ε̂(∅, ∅) + r·(ε̂(reference, ∅) - ε̂(∅, ∅)) + p·(ε̂(reference, pose) - ε̂(reference, ∅))
+    with r, p the two strengths, as InstructPix2Pix (arXiv 2211.09800, equation 3) has it for image and text. Equal
+    strengths are ordinary classifier-free guidance and cost two predictions, 1 and 1 cost one.
+    """
+    strengths = {"reference": reference, "pose": pose}
+    steps = [(name, strengths.get(name, 1.0)) for name in sorted(conditions, key=lambda n: n != "reference")]
+    shares: dict[tuple[str, ...], float] = {}
+    shown: tuple[str, ...] = ()
+    left = 1.0
+    for name, strength in steps:
+        shares[shown] = left - strength
+        shown, left = (*shown, name), strength
+    shares[shown] = left
+    return {names: share for names, share in shares.items() if share}
+
+
+def window_of(denoiser: Denoiser, trained: ClipShape) -> int:
+    """Latent frames that a network takes at once: those of the clips that it was trained on."""
+    return denoiser.latent_shape(trained)[1]

@@ -1,59 +1,180 @@
+"""From noise to a clip: every sampler on a network that knows the answer, and on real tiny ones."""
+
+import pytest
 import torch
 from torch import nn
 
-from entprog import sampling
-from entprog.config import Model
+from entprog import longclips, sampling
+from entprog.config import ClipShape, Generate, Model
+from entprog.errors import UserError
 from entprog.models.wan import load
-from entprog.processes import Flow
+from entprog.processes import Diffusion, Edm, Flow
+from entprog.samplers import sampler, samplers
 from tests.test_wan import NETWORK
 
+SHAPE = (2, 3, 4, 8, 8)
+POSE = {"pose": torch.full(SHAPE, 0.5)}
+DDIM = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "set_alpha_to_one": True, "clip_sample": False}
+SVD = {
+    "_class_name": "EulerDiscreteScheduler",
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+    "sigma_min": 0.002,
+    "sigma_max": 700.0,
+    "use_karras_sigmas": True,
+}
+PROCESSES = {
+    "flow": Flow(),
+    "shifted": Flow(3.0),
+    "epsilon": Diffusion.of(DDIM),
+    "v": Diffusion.of({**DDIM, "prediction_type": "v_prediction"}),
+    "edm": Edm.of(SVD),
+}
+STOCHASTIC = ("DDPM", "Ancestral")
 
-class Straight:
-    """A denoiser that knows the answer: velocity (x_t - c) / t leads to c, the condition (0 when it is zeroed)."""
 
-    process = Flow()
-    scheduler = staticmethod(process.scheduler)
+class Knowing:
+    """A denoiser that knows the answer: it predicts what leads to its condition (0 where that is zeroed)."""
 
-    def __init__(self):
+    def __init__(self, process):
         self.network = nn.Linear(1, 1)
+        self.process = process
         self.times = []
 
     def predict(self, noisy, t, conditions):
         self.times.append(float(t[0]))
-        return (noisy - conditions["pose"]) / t.view(-1, 1, 1, 1, 1)
+        clean = conditions["pose"].to(noisy)
+        kept, _ = self.process.pair(torch.ones_like(clean), torch.zeros_like(clean), t)
+        share, _ = self.process.pair(torch.zeros_like(clean), torch.ones_like(clean), t)
+        _, target = self.process.pair(clean, (noisy - kept * clean) / share, t)
+        return target
 
 
-SHAPE = (2, 3, 4, 8, 8)
-POSE = {"pose": torch.full(SHAPE, 0.5)}
+def how(**values) -> Generate:
+    return Generate.model_validate(values)
 
 
-def test_straight_flow_ends_at_its_condition():
-    denoiser = Straight()
-    latents = sampling.sample(denoiser, POSE, SHAPE, steps=5, seed=0)
-    torch.testing.assert_close(latents, POSE["pose"])
+@pytest.mark.parametrize(
+    ("process", "name"), [(key, name) for key, process in PROCESSES.items() for name in samplers(process)]
+)
+def test_every_sampler_ends_at_the_answer(process, name):
+    denoiser = Knowing(PROCESSES[process])
+    latents = sampling.sample(denoiser, POSE, SHAPE, how(sampler=name, steps=12), (0, 1))
+    loose = 0.1 if any(word in name for word in STOCHASTIC) or process in ("epsilon", "v") else 0.02
+    torch.testing.assert_close(latents, POSE["pose"], atol=loose, rtol=0)
+    again = sampling.sample(denoiser, POSE, SHAPE, how(sampler=name, steps=12), (0, 1))
+    assert torch.equal(latents, again)
+
+
+def test_own_sampler_spaces_steps_evenly_and_a_shift_spends_them_on_noise():
+    denoiser = Knowing(Flow())
+    sampling.sample(denoiser, POSE, SHAPE, how(steps=5), (0, 1))
     torch.testing.assert_close(torch.tensor(denoiser.times), torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]))
-
-
-def test_shift_spends_steps_on_noise():
-    denoiser = Straight()
-    sampling.sample(denoiser, POSE, SHAPE, steps=4, seed=0, shift=3.0)
+    denoiser = Knowing(Flow())
+    sampling.sample(denoiser, POSE, SHAPE, how(steps=4, shift=3.0), (0, 1))
     expected = [3 * t / (1 + 2 * t) for t in (1.0, 0.75, 0.5, 0.25)]
     torch.testing.assert_close(torch.tensor(denoiser.times), torch.tensor(expected))
 
 
-def test_guidance_goes_past_the_condition():
-    latents = sampling.sample(Straight(), POSE, SHAPE, steps=3, seed=0, guidance=2.0)
+@pytest.mark.parametrize(
+    ("process", "name", "message"),
+    [
+        ("flow", "UniPCMultistepSchedule", "is no scheduler of diffusers .did you mean UniPCMultistepScheduler"),
+        ("flow", "DDIMScheduler", "DDIMScheduler does not fit this checkpoint's noise.*fitting: .*FlowMatchEuler"),
+        ("epsilon", "FlowMatchEulerDiscreteScheduler", "does not fit this checkpoint's noise"),
+        ("edm", "DDIMScheduler", "does not fit"),
+        ("edm", "AutoencoderKLWan", "is no scheduler"),
+    ],
+)
+def test_samplers_that_do_not_fit_are_one_line(process, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        sampler(PROCESSES[process], name)
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_of_reference_and_pose():
+    both = ("reference", "pose")
+    assert sampling.guidance(both, 1, 1) == {both: 1}
+    assert sampling.guidance(both, 3, 3) == {(): -2, both: 3}
+    assert sampling.guidance(both, 2, 5) == {(): -1, ("reference",): -3, both: 5}
+    assert sampling.guidance(("pose", "reference"), 1, 5) == {("reference",): -4, both: 5}
+    assert sampling.guidance(("reference",), 2, 5) == {(): -1, ("reference",): 2}
+    latents = sampling.sample(Knowing(Flow()), POSE, SHAPE, how(steps=3, pose_guidance=2.0), (0, 1))
     torch.testing.assert_close(latents, torch.full(SHAPE, 1.0))
 
 
-def test_sampling_is_fixed_by_seed_and_independent_of_the_batch():
-    denoiser = load(Model(init=NETWORK, vae="none"))
+@pytest.fixture(scope="module")
+def wan():
+    return load(Model(init=NETWORK, vae="none"))
+
+
+def test_sampling_is_fixed_by_seed_and_place_and_independent_of_the_batch(wan):
     shape = (2, 3, 2, 16, 16)
     conditions = {name: torch.randn(shape) for name in ("reference", "pose")}
-    first = sampling.sample(denoiser, conditions, shape, steps=3, seed=4)
-    assert torch.equal(first, sampling.sample(denoiser, conditions, shape, steps=3, seed=4))
-    assert not torch.equal(first, sampling.sample(denoiser, conditions, shape, steps=3, seed=5))
-    part = {name: value[:1] for name, value in conditions.items()}
-    alone = sampling.sample(denoiser, part, (1, *shape[1:]), steps=3, seed=4)
-    torch.testing.assert_close(alone, first[:1], rtol=1e-4, atol=1e-4)
+    first = sampling.sample(wan, conditions, shape, how(steps=3, seed=4), (7, 9))
+    assert torch.equal(first, sampling.sample(wan, conditions, shape, how(steps=3, seed=4), (7, 9)))
+    assert not torch.equal(first, sampling.sample(wan, conditions, shape, how(steps=3, seed=5), (7, 9)))
+    part = {name: value[1:] for name, value in conditions.items()}
+    alone = sampling.sample(wan, part, (1, *shape[1:]), how(steps=3, seed=4), (9,))
+    torch.testing.assert_close(alone, first[1:], rtol=1e-4, atol=1e-4)
     assert not first.requires_grad
+
+
+def test_samplers_of_one_process_agree_on_a_real_network(wan):
+    shape = (1, 3, 2, 16, 16)
+    conditions = {name: torch.randn(shape) for name in ("reference", "pose")}
+    names = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+    made = [sampling.sample(wan, conditions, shape, how(sampler=name, steps=40), (0,)) for name in names]
+    for other in made[1:]:
+        assert (other - made[0]).abs().mean() < 0.03 * made[0].abs().mean()
+
+
+def test_a_condition_with_zero_weights_changes_nothing(tmp_path):
+    """Step 0 of fine-tuning: the widened network is the base, bit for bit, whatever the pose."""
+    base = Model(init=NETWORK, vae="none", conditions=("reference",))
+    load(base).save(tmp_path / "base", shape=ClipShape(frames=2, height=16, width=16, fps=8))
+    wide = load(Model(base=str(tmp_path / "base"), vae="none", conditions=("reference", "pose")))
+    shape = (1, 3, 2, 16, 16)
+    conditions = {name: torch.randn(shape) for name in ("reference", "pose")}
+    with_pose = sampling.sample(wide, conditions, shape, how(steps=3), (0,))
+    reference = {"reference": conditions["reference"]}
+    assert torch.equal(with_pose, sampling.sample(load(base), reference, shape, how(steps=3), (0,)))
+
+
+@pytest.mark.parametrize(("total", "length", "overlap"), [(5, 5, 2), (9, 5, 2), (12, 5, 1), (7, 3, 0), (10, 4, 3)])
+def test_windows_cover_every_frame_and_their_weights_sum_to_one(total, length, overlap):
+    parts = longclips.windows(total, length, overlap)
+    assert parts[0].start == 0 and parts[-1].stop == total and all(p.stop - p.start == length for p in parts)
+    assert all(a.stop - b.start >= overlap for a, b in zip(parts, parts[1:], strict=False))
+    sums = torch.zeros(total)
+    for part, weight in zip(parts, longclips.weights(parts), strict=True):
+        assert (weight > 0).all()
+        sums[part] += weight
+    torch.testing.assert_close(sums, torch.ones(total))
+
+
+def test_long_clips_have_no_seams_and_one_window_is_the_plain_clip(wan):
+    torch.manual_seed(0)
+    still = torch.randn(1, 3, 1, 16, 16).expand(-1, -1, 9, -1, -1)
+    conditions = {"reference": still, "pose": still.roll(1, -1)}
+    plain = {name: value[:, :, :4] for name, value in conditions.items()}
+    settings = how(steps=4, overlap=0.5)
+    short = sampling.sample(wan, plain, (1, 3, 4, 16, 16), settings, (0,))
+    assert torch.equal(short, sampling.sample(wan, plain, (1, 3, 4, 16, 16), settings, (0,), window=4))
+    # The same in every window: where they overlap, what is mixed are predictions of the same frames.
+    seen = []
+    inner = wan.predict
+    long = longclips.blended(lambda x, c: seen.append(x) or inner(x, torch.ones(1), c), length=4, overlap=2)
+    noisy = torch.randn(1, 3, 9, 16, 16)
+    mixed = long(noisy, conditions)
+    parts = longclips.windows(9, 4, 2)
+    assert [x.shape[2] for x in seen] == [4] * len(parts)
+    alone = [inner(noisy[:, :, p], torch.ones(1), {n: v[:, :, p] for n, v in conditions.items()}) for p in parts]
+    low, high = torch.full_like(mixed, torch.inf), torch.full_like(mixed, -torch.inf)
+    for part, prediction in zip(parts, alone, strict=True):
+        low[:, :, part] = torch.minimum(low[:, :, part], prediction)
+        high[:, :, part] = torch.maximum(high[:, :, part], prediction)
+    assert (mixed >= low - 1e-5).all() and (mixed <= high + 1e-5).all()
+    made = sampling.sample(wan, conditions, (1, 3, 9, 16, 16), settings, (0,), window=4)
+    steps = (made[:, :, 1:] - made[:, :, :-1]).abs().mean((0, 1, 3, 4))
+    assert made.isfinite().all() and steps.max() < 2 * steps.median()

@@ -84,18 +84,28 @@ class Preparation(Part):
 class Generate(Part):
     """How clips are sampled (`pipelines.generate`)."""
 
+    sampler: str | None = None
+    """diffusers class that walks from noise to clip, such as UniPCMultistepScheduler. None: the checkpoint's own."""
     steps: int = Field(default=20, ge=1)
-    """Euler steps from noise to clip."""
+    """Steps from noise to clip."""
     seed: int = Field(default=0, ge=0)
     """Seeds the noise that a clip starts from."""
-    guidance: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance over zeroed conditions; 1: none. Helps networks trained with conditions dropped."""
+    reference_guidance: float = Field(default=1.0, ge=0)
+    """Strength of the reference image over a zeroed one (classifier-free guidance); 1: none. Helps networks that were
+    trained with conditions dropped."""
+    pose_guidance: float = Field(default=1.0, ge=0)
+    """Strength of the pose over a zeroed one; 1: none. Equal to `reference_guidance`: ordinary guidance by both."""
     shift: float | None = Field(default=None, gt=0)
     """Timestep shift: >1 spends more steps on noise. None: the checkpoint's own."""
     count: int = Field(default=4, ge=1)
     """Clips of a split, spread evenly over it."""
     start_s: float = Field(default=0.0, ge=0)
     """Where the clip starts in a driving video or pose sequence, in seconds."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Length of the result. None: that of the clips the network was trained on. Longer ones are made of overlapping
+    windows; where the motion is shorter it decides, so that .inf is all of it."""
+    overlap: float = Field(default=0.25, ge=0, lt=1)
+    """Share of a window that the next one overlaps, in results of several windows."""
     batch_size: int = Field(default=4, ge=1)
     """Clips sampled at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
