@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from entprog.config import close_to
 from entprog.errors import UserError
-from entprog.processes import Diffusion, Edm, Flow, Process
+from entprog.processes import Diffusion, Edm, Process
 
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDM_SAMPLERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler")
@@ -74,7 +74,7 @@ def _build(process: Process, kind: type[SchedulerMixin], shift: float | None = N
 
 
 def _ends_clean(scheduler: SchedulerMixin) -> bool:
-    """Whether the last step leads to the clip: some, in flow matching, stop a step before it, others go towards noise."""
+    """Whether the last step leads to the clip: some stop a step before it in flow matching, or go towards noise."""
     scheduler.set_timesteps(4)
     return float(scheduler.sigmas[-1]) == 0
 

@@ -17,7 +17,7 @@ import typer
 
 from entprog import config
 from entprog.media import assets, shards, sheet, skeleton, video
-from pipelines import charts, generate, jobs, launch, prepare, rendering, score, train
+from pipelines import charts, generate, jobs, launch, motions, prepare, rendering, score, train
 from pipelines.store import how_to_open, tracking_uri
 
 app = jobs.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, generate.")
@@ -140,7 +140,7 @@ def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> P
     settings = config.Generation(generate=config.Generate(count=clips))
     shape = shards.read_dataset(output / "shards").shape
     rows = []
-    for motion in generate.motions_from_shards(output / "shards", None, "held_out", settings, shape):
+    for motion in motions.motions_from_shards(output / "shards", None, "held_out", settings, shape):
         still = motion.reference[None].repeat(len(motion.video), 0)
         rows += [(f"reference, then truth: {motion.name}", np.concatenate([still[:1], motion.video]))]
         drawn = rendering.pixels(skeleton.draw(torch.from_numpy(motion.pose), shape.height, shape.width))

@@ -213,7 +213,8 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     motions = []
     for batch in clips.held_out(setup.dataset, count, data.batch_size):
         motions += rendering.motions_of(batch, [f"held-out clip {n}" for n in batch.position.tolist()])
-    rendering.render(setup.denoiser, motions, data.shape, folder, config.Generate(batch_size=data.batch_size), shift)
+    settings = config.Generate(batch_size=data.batch_size, shift=shift)
+    rendering.render(setup.denoiser, motions, data.shape, folder, settings)
 
 
 class _Batches:

@@ -16,7 +16,7 @@ from entprog.config import ClipShape, Generation, Model
 from entprog.errors import UserError
 from entprog.media import assets, shards, video
 from entprog.models.wan import load
-from pipelines import generate
+from pipelines import generate, motions
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -110,7 +110,62 @@ def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_pat
     assert one == bytes_of("same")
     assert one != bytes_of("seed", seed=1)
     assert one != bytes_of("later", start_s=0.25)
-    assert one != bytes_of("guided", guidance=3.0)
+    assert one != bytes_of("guided", pose_guidance=3.0)
+
+
+def test_every_motion_of_a_folder_with_every_reference(made, tmp_path):
+    for folder in ("people", "poses"):
+        (tmp_path / folder).mkdir()
+    for name, color in (("anna", "red"), ("ben", "blue")):
+        Image.new("RGB", (32, 48), color).save(tmp_path / "people" / f"{name}.png")
+    for name in ("walk", "turn"):
+        np.savez(tmp_path / "poses" / f"{name}.npz", pose=np.random.default_rng(0).random((9, 33, 3)))
+    (tmp_path / "poses" / "broken.npz").write_text("no arrays")
+    paths = {"reference": tmp_path / "people", "pose": tmp_path / "poses"}
+    chosen = Generation.model_validate({"generate": {"steps": 1}})
+    result = generate.run(made / "run", tmp_path / "out", chosen, **paths)
+    names = [record["clip"] for record in result["clips"]]
+    assert names == ["anna as turn", "ben as turn", "anna as walk", "ben as walk"]
+    assert len({Path(record["result"]).read_bytes() for record in result["clips"]}) == 4
+    (path,) = result["left_out"]
+    assert path.endswith("broken.npz") and "cannot read" in result["left_out"][path]
+    (tmp_path / "poses" / "turn.npz").unlink()
+    (tmp_path / "poses" / "walk.npz").unlink()
+    (tmp_path / "poses" / "broken2.npz").write_text("no arrays")
+    with pytest.raises(UserError, match=r"none of 2 files can be used; the first: .*broken"):
+        generate.run(made / "run", tmp_path / "out", chosen, **paths)
+
+
+def test_a_long_motion_is_made_in_windows(made, tmp_path):
+    points = np.random.default_rng(0).random((1, 33, 3)).repeat(14, 0)
+    np.savez(tmp_path / "long.npz", pose=points)
+    paths = {"reference": made / "me.png", "pose": tmp_path / "long.npz"}
+
+    def frames(**values):
+        chosen = Generation.model_validate({"generate": {"steps": 2, **values}})
+        (record,) = generate.run(made / "run", tmp_path / str(len(values)), chosen, **paths)["clips"]
+        return video.decode_rgb(Path(record["result"]).read_bytes())
+
+    assert len(frames()) == SHAPE.frames
+    assert len(frames(seconds=1.0)) == 12
+    assert len(frames(seconds=float("inf"), overlap=0.6)) == 14
+    with pytest.raises(UserError, match=r"0.1 s are 1 frames, one clip of this checkpoint has 5"):
+        frames(seconds=0.1)
+
+
+def test_with_and_without_pose_are_equal_before_training_and_differ_after(made, tmp_path):
+    """Identity at step 0: a condition that was just added has zero weights."""
+    base = Model(init=NETWORK, vae="none", conditions=("reference",))
+    load(base).save(tmp_path / "base", shape=SHAPE)
+    load(Model(base=str(tmp_path / "base"), vae="none")).save(tmp_path / "step0", shape=SHAPE)
+    paths = {"shards": made / "shards", "without": "pose"}
+    chosen = Generation.model_validate({"generate": {"steps": 2, "count": 1}})
+    (record,) = generate.run(tmp_path / "step0", tmp_path / "out", chosen, **paths)["clips"]
+    assert record["difference"] == 0
+    (record,) = generate.run(made / "run", tmp_path / "out", chosen, **paths)["clips"]
+    assert record["difference"] > 0
+    with pytest.raises(UserError, match=r"--without: pose is no condition of .*; its conditions: reference"):
+        generate.run(tmp_path / "base", tmp_path / "out", chosen, **paths)
 
 
 def test_one_named_clip_with_another_reference(made, tmp_path):
@@ -123,14 +178,14 @@ def test_driving_video_and_picture_of_a_real_person(made, tmp_path):
     frames, _ = video.read_frames(assets.clip("cam04"), [0.5])
     Image.fromarray(frames[0]).save(tmp_path / "person.jpg")
     crop = Generation().prepare
-    points, cut = generate.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=0.2)
+    points, cut = motions.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=0.2)
     assert points.shape == (5, 33, 3) and cut.shape == (5, 48, 32, 3)
     seen = points[..., 2] > 0.5
     assert seen.mean() > 0.7 and (points[seen][:, :2] > 0).all() and (points[seen][:, :2] < 1).all()
     # as `prepare` crops: the body fills most of the picture
     x_y = points[seen][:, :2]
     assert (x_y.max(0) - x_y.min(0)).max() > 0.6
-    who = generate.reference_image(tmp_path / "person.jpg", SHAPE, crop)
+    who = motions.reference_image(tmp_path / "person.jpg", SHAPE, crop)
     assert who.shape == (48, 32, 3) and who.std() > 20
 
 
@@ -138,7 +193,7 @@ def test_picture_without_a_person_is_cut_in_the_middle(tmp_path, capsys):
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 40:60] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
-    who = generate.reference_image(tmp_path / "wide.png", SHAPE, Generation().prepare)
+    who = motions.reference_image(tmp_path / "wide.png", SHAPE, Generation().prepare)
     assert who.shape == (48, 32, 3) and who[:, 10:22].mean() > 240
     assert "nobody was found" in capsys.readouterr().out
 
@@ -149,7 +204,7 @@ def test_turned_picture_is_made_upright(tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 6  # turn clockwise to view
     picture.save(tmp_path / "turned.png", exif=exif)
-    who = generate.reference_image(tmp_path / "turned.png", SHAPE, Generation().prepare)
+    who = motions.reference_image(tmp_path / "turned.png", SHAPE, Generation().prepare)
     assert who[:20, :, 0].min() == 255 and who[30:, :, 0].max() == 0
 
 
@@ -206,6 +261,7 @@ PICTURE = {"reference": "{}/me.png"}
         ({"pose": "{}/poses.npz", "reference": "{}/nowhere.png"}, "--reference: no such file"),
         ({"pose": "{}/poses.npz", "reference": "{}/text.png"}, "--reference: cannot read .* as a picture"),
         ({"video": "{}/text.mp4", **PICTURE}, "--video: "),
+        ({"video": "{}/empty", **PICTURE}, "--video: no file in the folder .* ends in .mp4"),
         ({"video": "{}/nowhere.mp4", **PICTURE}, "--video: "),
     ],
 )
@@ -220,9 +276,9 @@ def test_wrong_input_is_one_clear_line(wrong, tmp_path, given, message):
 def test_video_with_nobody_or_too_short(made):
     crop = Generation().prepare
     with pytest.raises(UserError, match="nobody was found"):
-        generate.driving_clip(assets.clip("no_face"), SHAPE, crop)
+        motions.driving_clip(assets.clip("no_face"), SHAPE, crop)
     with pytest.raises(UserError, match="a clip has 5"):
-        generate.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=1.5)
+        motions.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=1.5)
 
 
 def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):

@@ -1,0 +1,65 @@
+"""A checkpoint that makes clips: found, checked without reading weights, loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entprog import config
+from entprog.config import ClipShape, Generate
+from entprog.errors import UserError
+
+# torch and diffusers are imported where they are needed: wrong arguments are told at once, not after seconds.
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that training wrote."""
+
+    root: Path
+    about: dict[str, Any]
+    """Its entprog.json."""
+    shape: ClipShape
+    """Clips that it was trained on."""
+    process: Any
+    """Its noise process (`entprog.processes`)."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(self.about["conditions"])
+
+    def model(self, dtype: str = "float32") -> config.Model:
+        """The settings that load it."""
+        return config.Model(family=self.about["family"], base=str(self.root), conditions=self.conditions, dtype=dtype)
+
+
+def find(given: str, settings: Generate) -> Checkpoint:
+    """The checkpoint of `--checkpoint`, and whether it can be sampled as the settings say.
+
+    Raises UserError for a folder that is none, or a sampler or shift that does not fit.
+    """
+    from entprog import folders, models
+    from entprog.samplers import sampler
+
+    root = folders.locate(given, "--checkpoint")
+    about = folders.saved(root)
+    if not about:
+        raise UserError(f"--checkpoint: {given} was not written by pipelines.train (it has no entprog.json)")
+    if not about["shape"]:
+        raise UserError(f"--checkpoint: {given} does not say which clips it was trained on (shape in entprog.json)")
+    shape = config.build(about["shape"], ClipShape)
+    unchecked = Checkpoint(root, about, shape, None)
+    process = models.family(about["family"]).inspect(unchecked.model(), shape).process
+    sampler(process, settings.sampler, settings.shift)
+    return Checkpoint(root, about, shape, process)
+
+
+def load(checkpoint: Checkpoint, settings: Generate):
+    """Its denoiser on its device. Raises UserError for a GPU that is asked for and not there."""
+    import torch
+
+    from entprog import models
+
+    if settings.gpus == "yes" and not torch.cuda.is_available():
+        raise UserError("generate.gpus=yes, but torch sees no GPU here")
+    device = "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
+    return models.family(checkpoint.about["family"]).load(checkpoint.model(settings.dtype), device)

@@ -1,0 +1,243 @@
+"""What a generated clip is to show: who, from a picture, and how they move, from a video, a pose file or a shard."""
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from entprog import config
+from entprog.config import ClipShape, Generation, Prepare
+from entprog.errors import UserError
+from entprog.media import pose as poses
+from entprog.media import shards as datasets
+from entprog.media import video as videos
+from entprog.media import windows
+from pipelines import jobs
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+POSES = (".npz",)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What one clip is to show, at the checkpoint's frame size."""
+
+    name: str
+    reference: np.ndarray
+    """uint8 RGB [H, W, 3]: who."""
+    pose: np.ndarray
+    """float32 [F, 33, 3]: how they move."""
+    video: np.ndarray | None
+    """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
+    video_title: str = "ground truth"
+    place: int = 0
+    """Its place among all that are made: with the seed it decides the noise."""
+
+
+def wanted_frames(seconds: float | None, shape: ClipShape) -> float:
+    """Most frames that a result may have: a clip's, or those of `generate.seconds`.
+
+    Raises UserError for less than a clip.
+    """
+    if seconds is None or math.isinf(seconds):
+        return shape.frames if seconds is None else math.inf
+    frames = round(seconds * shape.fps)
+    if frames < shape.frames:
+        raise UserError(
+            f"generate.seconds: {seconds:g} s are {frames} frames, one clip of this checkpoint has {shape.frames} "
+            f"({shape.frames / shape.fps:g} s): take at least that, or leave it out"
+        )
+    return frames
+
+
+def files(given: Path, endings: tuple[str, ...], option: str) -> list[Path]:
+    """The file, or a folder's files of that kind, in order of name. Raises UserError for an empty folder."""
+    if not given.is_dir():
+        return [given]
+    found = sorted(path for path in given.iterdir() if path.suffix.lower() in endings)
+    if not found:
+        raise UserError(f"{option}: no file in the folder {given} ends in {', '.join(endings)}")
+    return found
+
+
+def read_all(
+    paths: Sequence[Path], read: Callable[[Path], object], option: str
+) -> tuple[dict[Path, object], dict[str, str]]:
+    """What `read` makes of each file, and {file: why it was left out}.
+
+    One file that cannot be used is an error; of several the others are used. Raises UserError if none can.
+    """
+    good, left_out = {}, {}
+    for path in paths:
+        try:
+            good[path] = read(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            left_out[str(path)] = str(error)
+            jobs.console.print(f"left out: {error}", markup=False)
+    if not good:
+        raise UserError(f"{option}: none of {len(paths)} files can be used; the first: {next(iter(left_out.values()))}")
+    return good, left_out
+
+
+def pairs(references: dict[Path, np.ndarray], driven: Iterable[tuple[str, np.ndarray, np.ndarray | None]]) -> list:
+    """Every motion (name, pose, video) with every reference picture."""
+    out = []
+    for name, pose, video in driven:
+        for path, who in references.items():
+            title = f"{path.stem} as {name}" if len(references) > 1 else name
+            out.append(Motion(title, who, pose, video, "driving video", len(out)))
+    return out
+
+
+def motions_from_shards(
+    folder: Path, wanted: Sequence[str] | None, split: str, settings: Generation, shape: ClipShape
+) -> list[Motion]:
+    """The clips named, or some of a split."""
+    dataset = datasets.read_dataset(folder)
+    if dataset.shape != shape:
+        raise UserError(f"shards {folder} hold clips of {dataset.shape}, the checkpoint makes {shape}: prepare anew")
+    datasets.verify(dataset, "size")
+    if wanted:
+        known = {name: place for part in dataset.splits for name, place in _clip_ids(dataset, part).items()}
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"no clip {name!r} in {folder}{config.close_to(name, known)}")
+        places = [known[name] for name in wanted]
+    else:
+        total = dataset.clips(split)
+        if not total:
+            there = ", ".join(f"{name} ({dataset.clips(name)} clips)" for name in dataset.splits)
+            raise UserError(f"no clips in split {split!r} of {folder}; there are: {there}")
+        picked = np.unique(np.linspace(0, total - 1, min(settings.generate.count, total)).round().astype(int))
+        index = datasets.index(dataset, split)
+        places = [index[i] for i in picked]
+    return [from_row(dataset.folder / file, row, place) for place, (file, row) in enumerate(places)]
+
+
+def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int]]:
+    return {
+        columns["clip_id"]: (shard.file, row)
+        for shard in dataset.splits[split]
+        for row, columns in enumerate(
+            datasets.read_rows(dataset.folder / shard.file, range(shard.clips), columns=["clip_id"])
+        )
+    }
+
+
+def from_row(path: Path, row: int, place: int = 0) -> Motion:
+    """One clip of a shard. Raises DamagedShardError naming shard and row."""
+    (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video"])
+    try:
+        with Image.open(io.BytesIO(columns["reference"]), formats=["PNG"]) as image:
+            reference = np.asarray(image.convert("RGB"))
+        frames = videos.decode_rgb(columns["video"])
+    except (videos.VideoError, OSError, ValueError, SyntaxError, zlib.error) as error:
+        raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {_line(error)}; prepare it again") from None
+    return Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
+
+
+def read_pose(path: Path, shape: ClipShape, start_s: float = 0.0, most: float | None = None) -> np.ndarray:
+    """A pose sequence from an .npz (never unpickled): float32 [F, 33, 3], F of the clip's length, or up to `most`.
+
+    Raises UserError if it is not one, or too short.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if isinstance(stored, np.ndarray):
+                raise UserError(f"--pose: {path} is a single array (.npy), needed is an .npz with `pose`")
+            if "pose" not in stored.files:
+                raise UserError(f"--pose: {path} has no array named pose, only {', '.join(stored.files) or 'nothing'}")
+            points = stored["pose"]
+    except FileNotFoundError:
+        raise UserError(f"--pose: no such file: {path}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--pose: cannot read {path} as .npz: {_line(error)}") from None
+    if points.ndim != 3 or points.shape[1:] != (poses.POINTS, 3) or points.dtype.kind not in "fiu":
+        raise UserError(
+            f"--pose: {path} holds {points.dtype} {list(points.shape)}, needed is float [frames, {poses.POINTS}, 3]"
+        )
+    first = round(start_s * shape.fps)
+    if len(points) < first + shape.frames:
+        raise UserError(
+            f"--pose: {path} has {len(points)} frames, a clip from {start_s:g} s on needs {first + shape.frames} "
+            f"(at {shape.fps:g} fps)"
+        )
+    return points[first : first + int(min(most or shape.frames, len(points)))].astype(np.float32)
+
+
+def driving_clip(
+    path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The person in a video: (pose float32 [F, 33, 3] in the crop, its frames uint8 RGB [F, H, W, 3]).
+
+    F: of the clip's length, or up to `most`. One crop for the whole clip, as `pipelines.prepare` makes it. Raises
+    UserError if there is no such clip in it.
+    """
+    try:
+        info = videos.probe(path)
+        end_s = start_s + ((most or shape.frames) - 0.5) / shape.fps
+        # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
+        frames = videos.iter_frames(path, fps=shape.fps, start_s=start_s, end_s=end_s, quick=True)
+        track = poses.PoseEstimator().track(frame for _, frame in frames)
+        if len(track) < shape.frames:
+            raise UserError(
+                f"--video: {path} has {len(track)} frames from {start_s:g} s on at {shape.fps:g} fps, "
+                f"a clip has {shape.frames}"
+            )
+        found = poses.found(track)
+        box = _person(track, info.height, info.width, shape, crop) if found.any() else None
+        if box is None:
+            raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
+        if not found.all():
+            jobs.console.print(f"warning: the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
+        times = videos.clip_times(start_s, len(track), shape.fps)
+        cut, _ = videos.read_frames(path, times, crop=box, size=(shape.height, shape.width))
+    except videos.VideoError as error:
+        raise UserError(f"--video: {error}") from None
+    return windows.to_crop(track, box, info.height, info.width), cut
+
+
+def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
+    """A picture at the clip's size: uint8 RGB [H, W, 3].
+
+    One of that very size is taken as it is; of any other the person is cut out as in training, or the middle if
+    nobody is found. Raises UserError if it is not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"--reference: no such file: {path}") from None
+    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+        raise UserError(f"--reference: cannot read {path} as a picture: {_line(error)}") from None
+    height, width = picture.shape[:2]
+    if (height, width) == (shape.height, shape.width):
+        return picture
+    track = poses.PoseEstimator().track([picture])
+    box = _person(track, height, width, shape, crop) if poses.found(track).any() else None
+    if box is None:
+        jobs.console.print(f"warning: nobody was found in {path}: its middle is taken", markup=False)
+        high = min(height, round(width * shape.height / shape.width))
+        wide = min(width, round(height * shape.width / shape.height))
+        box = ((width - wide) // 2, (height - high) // 2, wide, high)
+    left, top, wide, high = box
+    return videos.scale(picture[top : top + high, left : left + wide], (shape.height, shape.width))
+
+
+def _person(track: np.ndarray, height: int, width: int, shape: ClipShape, crop: Prepare) -> windows.Box | None:
+    return windows.person_box(track, height, width, shape.width / shape.height, crop.margin, crop.point_visibility)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
