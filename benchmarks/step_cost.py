@@ -1,30 +1,35 @@
 """What a step of each plan costs, measured: against full training, the counted limit and the cost model.
 
     python -m benchmarks.step_cost --threads 1           # 12 small blocks on the CPU; minutes
-    python -m benchmarks.step_cost --device cuda         # Wan 1.3B's width and depth, bfloat16 autocast
+    python -m benchmarks.step_cost --device cuda         # Wan 1.3B's width and depth, bfloat16 autocast, fp8, profile
 
 Torch and diffusers alone: no Ray. A step is forward, backward, clipping and AdamW on one batch. All plans under one
 setting of checkpointing and compile run in turns with full training under the same setting, and are measured against
-it. Leaves benchmarks/results/step_cost_cpu.json or step_cost_gpu.json.
+it. Leaves benchmarks/results/step_cost_cpu.json or step_cost_gpu.json, and with --profile step_cost_…_profile.txt:
+where the time of full training's step and of the smallest residual plan's goes, operator by operator.
 
-Memory is the allocator's peak on a GPU and counted (`entprog.costs`) on a CPU. There are no rows with frozen blocks in
-fp8 yet: entprog has no such forward.
+Memory is the allocator's peak on a GPU and counted (`entprog.costs`) on a CPU. Rows in fp8 are residual plans, whose
+frozen blocks alone run in it; their counted limit is that of full precision, which they may pass.
 """
 
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from torch import nn
+from torch.profiler import ProfilerActivity
 
 from benchmarks import common
-from entprog import config, losses, models, optimizer, plans
+from entprog import config, fp8, losses, models, optimizer, plans
 from entprog.blocks import blocks
 from entprog.clips import Latents
+from entprog.config import Backward
+from entprog.errors import UserError
 from entprog.freezing import Freeze
 from entprog.plans import Plan
 from entprog.prices import Prices
@@ -80,6 +85,13 @@ def main(
         bool | None,
         typer.Option("--compile/--no-compile", help="Rows with torch.compile too. Default: on a GPU."),
     ] = None,
+    fp8_rows: Annotated[
+        bool | None,
+        typer.Option("--fp8/--no-fp8", help="Rows with frozen blocks in fp8 too. Default: on a GPU that has it."),
+    ] = None,
+    profile: Annotated[
+        bool | None, typer.Option("--profile/--no-profile", help="Write the profile too. Default: on a GPU.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="torch's CPU threads. Default: torch's own choice.")
     ] = None,
@@ -94,31 +106,71 @@ def main(
     layers, heads = layers or (30 if on_gpu else 12), heads or (12 if on_gpu else 4)
     shape = {"frames": frames or (5 if on_gpu else 8), "height": height or (64 if on_gpu else 16)}
     shape["width"] = width or (40 if on_gpu else 16)
+    if fp8_rows is None:
+        fp8_rows = on_gpu and torch.cuda.get_device_capability(device) >= fp8.CAPABILITY
+    half = on_gpu or fp8_rows
     try:
+        if fp8_rows:
+            fp8.check_installed()
         experiment = config.build(
             {
-                "model": {"init": network_of(layers, heads, on_gpu), "vae": "none", "dtype": dtype_of(on_gpu)},
+                "model": {
+                    "init": network_of(layers, heads, on_gpu),
+                    "vae": "none",
+                    "dtype": "bfloat16" if half else "float32",
+                },
                 "data": {"shape": shape, "batch_size": batch_size or (2 if on_gpu else 1)},
                 "train": {"steps": 1, "learning_rate": 1e-5},
                 "schedule": {"outside": outside or ("never" if set_position == "last" else "always")},
             }
         )
-    except config.UserError as error:
+    except UserError as error:
         raise typer.BadParameter(str(error)) from None
     bench = Bench(experiment, set_position, device)
     if compiled is None:
         compiled = on_gpu
     # Compiled ones last: blocks stay compiled.
     settings = [
-        (checkpointing, compile_) for compile_ in [False, True][: 1 + compiled] for checkpointing in (False, True)
+        Setting(checkpointing=checkpointing, compile=compile_, fp8=low)
+        for compile_ in [False, True][: 1 + compiled]
+        for checkpointing in (False, True)
+        for low in [False, True][: 1 + fp8_rows]
     ]
-    figures = [row for setting in settings for row in bench.figures(*setting, repeats)]
+    if profile is None:
+        profile = on_gpu
+    figures, profiles = [], []
+    for setting in settings:
+        figures += bench.figures(setting, repeats)
+        profiles += bench.profiles(setting) if profile else []
     common.show(
         "A step of each plan over full training's (ckpt: checkpointing; *: predicted over measured)",
         [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
     path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
     jobs.console.print(f"Wrote {path}")
+    if profiles:
+        beside = path.with_name(f"{path.stem}_profile.txt")
+        beside.write_text("\n\n".join(profiles) + "\n")
+        jobs.console.print(f"Wrote {beside}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all plans of some rows have in common."""
+
+    checkpointing: bool
+    compile: bool
+    fp8: bool
+    """Frozen blocks of residual plans in fp8; the only plans beside full training then."""
+
+    def of(self, experiment: config.Experiment) -> config.Experiment:
+        """The experiment under this setting."""
+        model = {"gradient_checkpointing": self.checkpointing, "compile_blocks": self.compile}
+        schedule = {"frozen_precision": "fp8" if self.fp8 else "full", "backward": ["exact", "residual"]}
+        return config.build(config.merge(experiment.model_dump(), {"model": model, "schedule": schedule}))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {'on' if on else 'off'}" for name, on in asdict(self).items())
 
 
 def network_of(layers: int, heads: int, on_gpu: bool) -> dict[str, Any]:
@@ -131,10 +183,6 @@ def network_of(layers: int, heads: int, on_gpu: bool) -> dict[str, Any]:
         **sizes, **feed_forward, "num_attention_heads": heads, "num_layers": layers, "out_channels": CHANNELS,
         "patch_size": [1, 2, 2],
     }  # fmt: skip
-
-
-def dtype_of(on_gpu: bool) -> str:
-    return "bfloat16" if on_gpu else "float32"
 
 
 def shown(value: Any) -> Any:
@@ -168,28 +216,27 @@ class Bench:
         clean = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         self.batch = Latents(clean, dict.fromkeys(self.denoiser.conditions, clean), torch.arange(clips))
 
-    def plans(self) -> dict[str, Plan]:
-        """Full training and the others, each by a name."""
+    def plans(self, backwards: Sequence[Backward]) -> dict[str, Plan]:
+        """Full training and the others, each by a name; those first, smallest first."""
         shape = self.experiment.data.shape
         out = {FULL: plans.full(self.names, shape)}
         for fraction in FRACTIONS:
             chosen = trained(self.names, plans.count(fraction, len(self.names)), self.position)
-            for backward in ("exact", "residual"):
+            for backward in backwards:
                 plan = plans.of_set(chosen, self.names, backward, shape)
                 if plan not in out.values():
                     out[f"{len(chosen)} {backward}"] = plan
         return out
 
-    def figures(self, checkpointing: bool, compiled: bool, repeats: int) -> list[dict[str, Any]]:
+    def figures(self, setting: Setting, repeats: int) -> list[dict[str, Any]]:
         """Every plan's row under one setting; one that runs out of memory says so, the others go on."""
-        setting = {"model": {"gradient_checkpointing": checkpointing, "compile_blocks": compiled}}
-        experiment = config.build(config.merge(self.experiment.model_dump(), setting))
+        experiment = setting.of(self.experiment)
         by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
-        jobs.console.print(f"Steps with checkpointing {on_off(checkpointing)}, compile {on_off(compiled)} …")
+        jobs.console.print(f"Steps with {setting} …")
         freeze = Freeze(self.denoiser, self.found, experiment)
         prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
         flops.counts = prices.counts
-        known = self.plans()
+        known = self.plans(("residual",) if setting.fp8 else ("exact", "residual"))
         failed: dict[str, str] = {}
         uncounted: dict[str, str] = {}
         foreseen = {}
@@ -212,7 +259,7 @@ class Bench:
         )
         rows = []
         for name, plan in known.items():
-            row = self.blank(plan, checkpointing, compiled) | foreseen.get(name, {})
+            row = self.blank(plan, setting) | foreseen.get(name, {})
             if name not in failed:
                 row |= compared(row, measured[name], None if FULL in failed else measured[FULL])
                 if MODEL not in failed:
@@ -223,7 +270,22 @@ class Bench:
             row["memory_ratio"] = over(row["memory_bytes"], whole["memory_bytes"])
             row["flops_ratio"] = over(row["flops"], whole["flops"])
             row["note"] = failed.get(name) or ("counting ran out of memory" if name in uncounted else "")
-        return rows[1:] + rows[:1]
+        return rows[1:] + ([] if setting.fp8 else rows[:1])
+
+    def profiles(self, setting: Setting) -> list[str]:
+        """Where the time of one step goes: of full training, and of the smallest residual plan."""
+        freeze = Freeze(self.denoiser, self.found, setting.of(self.experiment))
+        known, failed, out = self.plans(("residual",)), {}, []
+        on_gpu = self.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+        for name in [FULL, next(name for name in known if name != FULL)][setting.fp8 :]:
+            self.prepare(name, known[name], freeze, failed)
+            with torch.profiler.profile(activities=activities) as profiler:
+                self.turn(name, failed)
+            order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
+            out.append(f"{name}, {setting}{', ' + failed[name] if name in failed else ''}\n{table}")
+        return out
 
     def prepare(self, name: str, plan: Plan, freeze: Freeze, failed: dict[str, str]) -> None:
         """Put a plan in force, no moments but its own beside it, and run a step that is not timed: the timed one owes
@@ -260,7 +322,7 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def blank(self, plan: Plan, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+    def blank(self, plan: Plan, setting: Setting) -> dict[str, Any]:
         """What a row says before anything is measured."""
         parameters = sum(p.numel() for p in self.denoiser.network.parameters())
         size = self.denoiser.network.config
@@ -274,14 +336,12 @@ class Bench:
                 "m": plan.m,
                 "L": len(self.names),
                 "backward": plan.backward,
-                "checkpointing": checkpointing,
-                "compile": compiled,
-                "fp8": False,
+                **asdict(setting),
             },
             "trained": list(plan.trainable),
             "outside": self.experiment.schedule.outside,
             "speedup": None,
-            "speedup_limit": self.limit(plan, checkpointing),
+            "speedup_limit": self.limit(plan, setting.checkpointing),
             "speedup_smallest": None,
             "speedup_largest": None,
             "speedup_cpu_time": None,
@@ -367,10 +427,6 @@ def trained(names: Sequence[str], m: int, position: Position) -> list[str]:
 def is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator, the CPU's, or Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def on_off(setting: bool) -> str:
-    return "on" if setting else "off"
 
 
 def over(part: float | None, whole: float | None) -> float | None:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entprog.config import Backward
+from entprog import fp8
+from entprog.config import Backward, FrozenPrecision
 
 Kind = Literal["spatial", "temporal", "both"]
 
@@ -133,8 +134,13 @@ class _AlongBypass(torch.autograd.Function):
 
 
 def along_bypass(module: nn.Module, *args, **kwargs):
-    """What the block gives, to the bit; gradient crosses it on its bypass alone, and nothing is kept for that."""
-    run = functools.partial(own_forward(module), *args, **kwargs)
+    """What the block gives, to the bit; gradient crosses it on its bypass alone, and nothing is kept for that.
+
+    Where a gradient is wanted, the block's fp8 twin runs in its place if it has one; evaluation sees the block itself.
+    """
+    if not torch.is_grad_enabled():
+        return own_forward(module)(*args, **kwargs)
+    run = functools.partial(module.__dict__.get(TWIN_FORWARD) or own_forward(module), *args, **kwargs)
     shortcut = bypass(module, *args, **kwargs)
     if isinstance(shortcut, tuple):
         return _AlongBypass.apply(run, *shortcut)
@@ -163,8 +169,29 @@ def own_forward(module: nn.Module) -> Callable:
     return module.__dict__.get(COMPILED) or type(module).forward.__get__(module)
 
 
-COMPILED = "_entprog_compiled"
-"""Attribute of a block that holds its compiled forward."""
+COMPILED, COMPILER = "_entprog_compiled", "_entprog_compiler"
+"""Attributes of a block that hold its compiled forward, and what compiled it."""
+TWIN, TWIN_FORWARD = "_entprog_fp8", "_entprog_fp8_forward"
+"""Attributes of a frozen block that hold its fp8 twin and the twin's forward."""
+
+
+def make_twin(module: nn.Module) -> None:
+    """Give a block an fp8 twin of its weights as they are; compiled if the block is."""
+    made = fp8.twin(module)
+    forward = type(made).forward.__get__(made)
+    module.__dict__[TWIN] = made
+    module.__dict__[TWIN_FORWARD] = module.__dict__[COMPILER](forward) if COMPILED in module.__dict__ else forward
+
+
+def drop_twin(module: nn.Module) -> None:
+    """Forget it; before the block's weights change."""
+    module.__dict__.pop(TWIN, None)
+    module.__dict__.pop(TWIN_FORWARD, None)
+
+
+def twin_bytes(module: nn.Module) -> int:
+    """What a block's fp8 twin adds to its weights; 0 without one."""
+    return fp8.nbytes(module.__dict__[TWIN]) if TWIN in module.__dict__ else 0
 
 
 def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
@@ -173,9 +200,10 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
     Only the block's body is compiled: the ways around it (skip, residual backward, checkpointing) stay outside, so
     what is trained may change at any time.
     """
+    compiler = functools.partial(torch.compile, backend=backend)
     for block in found:
-        compiled = torch.compile(type(block.module).forward.__get__(block.module), backend=backend)
-        block.module.__dict__[COMPILED] = compiled
+        block.module.__dict__[COMPILER] = compiler
+        block.module.__dict__[COMPILED] = compiler(type(block.module).forward.__get__(block.module))
 
 
 def unfreeze(
@@ -185,6 +213,7 @@ def unfreeze(
     outside: Iterable[nn.Parameter],
     backward: Backward = "exact",
     checkpointing: bool = False,
+    frozen_precision: FrozenPrecision = "full",
 ) -> list[nn.Parameter]:
     """Train the named blocks and the `outside` parameters, freeze everything else; returns what is trained.
 
@@ -192,6 +221,8 @@ def unfreeze(
     ∂y/∂x := ∂bypass/∂x, so that the block's branch runs without a graph and keeps no activations (cf. DropBP,
     arXiv 2402.17812).
     checkpointing: recompute activations in the backward pass; frozen blocks in residual mode have none to recompute.
+    frozen_precision: of frozen blocks' branches that run without a graph (residual mode). "fp8": in twins
+    (`entprog.fp8`), made anew whenever a block freezes.
 
     Raises KeyError for a name that is not a block.
     """
@@ -204,7 +235,12 @@ def unfreeze(
         block.module.__dict__.pop("forward", None)
         trained = block.name in trainable
         block.module.requires_grad_(trained)
-        if not trained and backward == "residual":
+        along = not trained and backward == "residual"
+        if not (along and frozen_precision == "fp8"):
+            drop_twin(block.module)
+        elif TWIN not in block.module.__dict__:
+            make_twin(block.module)
+        if along:
             block.module.forward = functools.partial(along_bypass, block.module)
         elif checkpointing:
             block.module.forward = CheckpointedForward(own_forward(block.module))

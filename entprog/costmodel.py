@@ -6,7 +6,7 @@ A block's pass is one of five, and a plan's step is their sum, the rest of the n
     edge      the same where nothing before the block needs a gradient
     through   frozen, gradient crosses it exactly                    F + A
     forward   frozen, nothing before it needs a gradient             F
-    along     frozen, gradient crosses on its bypass (residual)      F + bypass
+    along     frozen, gradient crosses on its bypass (residual)      F + bypass; F in fp8 if frozen blocks are
 
 Costs are FLOPs (counted, all clips) or seconds; `measuring.measure` finds them. Bytes are what autograd keeps.
 """
@@ -39,6 +39,8 @@ class BlockCost:
     through_recomputed_bytes: int
     """The same of a frozen block that is crossed exactly."""
     parameter_bytes: int
+    twin_bytes: int = 0
+    """What the block's fp8 twin adds while it is frozen along its bypass; 0 where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,8 @@ class CostModel:
                 needed = True
             elif needed:
                 kind = "through" if backward == "exact" else "along"
-            else:
-                kind = "forward"
+            else:  # a twin stands in for a frozen block wherever it lies
+                kind = "along" if backward == "residual" and block.twin_bytes else "forward"
             out.append((block, kind))
         return out
 
@@ -106,7 +108,7 @@ class CostModel:
 
     def memory(self, trainable: Collection[str], backward: Backward) -> int:
         """Peak bytes of an update (`costs.peak_bytes`)."""
-        kept, recomputed, common = self.outside_bytes, 0, False
+        kept, recomputed, common, weights = self.outside_bytes, 0, False, self.weight_bytes
         for block, kind in self.passes(trainable, backward):
             if kind in ("trained", "edge"):
                 kept += block.trained_bytes if kind == "trained" else block.edge_bytes
@@ -114,8 +116,10 @@ class CostModel:
             elif kind == "through":
                 kept += block.through_bytes
                 recomputed, common = max(recomputed, block.through_recomputed_bytes), common or self.through_common
+            elif kind == "along":
+                weights += block.twin_bytes
         kept += self.common_bytes if common else 0
-        return costs.peak_bytes(self.weight_bytes, self.trained_bytes(trainable), kept + recomputed)
+        return costs.peak_bytes(weights, self.trained_bytes(trainable), kept + recomputed)
 
 
 def scaled(model: CostModel, clips: int) -> CostModel:
@@ -132,5 +136,5 @@ def scaled(model: CostModel, clips: int) -> CostModel:
     return CostModel.from_json(part(values) | {"clips": clips, "blocks": tuple(part(b) for b in values["blocks"])})
 
 
-FIXED = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "update_per_byte")
+FIXED = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "twin_bytes", "update_per_byte")
 """What does not depend on the number of clips."""

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from entprog.blocks import is_checkpointed, own_forward
+from entprog.blocks import is_checkpointed, own_forward, twin_bytes
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ class Cost:
     recomputed_bytes: int
     """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
     weight_bytes: int
-    """All weights, frozen ones too."""
+    """All weights, frozen ones and their fp8 twins too."""
     gradient_bytes: int
     """Gradients of trained weights."""
 
@@ -147,6 +147,6 @@ def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip)
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()),
         recomputed_bytes=checkpointed.recomputed_bytes,
-        weight_bytes=sum(p.nbytes for p in network.parameters()),
+        weight_bytes=sum(p.nbytes for p in network.parameters()) + sum(map(twin_bytes, network.modules())),
         gradient_bytes=sum(p.nbytes for p in trained),
     )

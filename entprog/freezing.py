@@ -26,6 +26,7 @@ class Freeze:
         self.network = denoiser.network
         self.found = list(found)
         self.checkpointing = experiment.model.gradient_checkpointing
+        self.frozen_precision = experiment.schedule.frozen_precision
         self.plan: Plan | None = None
         """In force; None before the first."""
         self.trained: list[nn.Parameter] = []
@@ -38,7 +39,13 @@ class Freeze:
             return False
         distributed.agree("what to train", plan.as_json())
         self.trained = blocks.unfreeze(
-            self.network, self.found, plan.trainable, self.outside, plan.backward, self.checkpointing
+            self.network,
+            self.found,
+            plan.trainable,
+            self.outside,
+            plan.backward,
+            self.checkpointing,
+            self.frozen_precision,
         )
         self.plan = plan
         return True

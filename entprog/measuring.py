@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from entprog import blocks, costs, distributed
 from entprog.blocks import Block
+from entprog.config import FrozenPrecision
 from entprog.costmodel import BlockCost, CostModel
 
 REPEATS = 3
@@ -57,6 +58,7 @@ def measure(
     clips: int,
     seconds: bool,
     checkpointing: bool = False,
+    frozen_precision: FrozenPrecision = "full",
 ) -> CostModel:
     """Measure every kind of block inside one forward pass of the network; weights and gradients stay as they are.
 
@@ -66,7 +68,7 @@ def measure(
     meter = Meter(seconds, next(network.parameters()).device)
     blocks.unfreeze(network, found, (), outside)
     weights = costs.storages(network.parameters()).keys()
-    probe = Probe(meter, weights, checkpointing)
+    probe = Probe(meter, weights, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
     outside_cost, outside_bytes = _outside(found, outside, loss, meter, weights)
@@ -90,8 +92,9 @@ def measure(
 class Probe:
     """Measures blocks where the network calls them, with the inputs that they get there."""
 
-    def __init__(self, meter: Meter, weights: Collection[int], checkpointing: bool):
+    def __init__(self, meter: Meter, weights: Collection[int], checkpointing: bool, frozen_precision: FrozenPrecision):
         self.meter, self.weights, self.checkpointing = meter, weights, checkpointing
+        self.frozen_precision = frozen_precision
         self.kinds: dict[str, Any] = {}
         """Name → kind of block, in execution order."""
         self.measured: dict[Any, list[tuple[BlockCost, float]]] = {}
@@ -170,6 +173,7 @@ class Probe:
         body = blocks.CheckpointedForward(own) if self.checkpointing else own
         with torch.no_grad():
             forward = self.meter(lambda: own(*args, **kwargs))
+            low, twin_bytes = self.in_twin(module, args, kwargs) if self.frozen_precision == "fp8" else (forward, 0)
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
         trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, _, _ = kept(asked - stream, trained=True)
@@ -181,17 +185,28 @@ class Probe:
             trained=cost(body, asked | stream, trained=True),
             edge=cost(body, asked - stream, trained=True),
             through=cost(body, asked | stream, trained=False),
-            along=forward + around,
+            along=low + around,
             trained_bytes=trained_bytes,
             edge_bytes=edge_bytes,
             through_bytes=through_bytes,
             recomputed_bytes=recomputed_bytes,
             through_recomputed_bytes=through_recomputed_bytes,
             parameter_bytes=sum(p.nbytes for p in module.parameters()),
+            twin_bytes=twin_bytes,
         )
         module.requires_grad_(False)
         module.zero_grad(set_to_none=True)
         return measured, around
+
+    def in_twin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, int]:
+        """Cost of the block's forward in fp8, and what its twin holds."""
+        blocks.make_twin(module)
+        try:
+            run = module.__dict__[blocks.TWIN_FORWARD]
+            with torch.no_grad():
+                return self.meter(lambda: run(*args, **kwargs)), blocks.twin_bytes(module)
+        finally:
+            blocks.drop_twin(module)
 
 
 def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:

@@ -74,6 +74,7 @@ class Prices:
                     clips=len(batch.position),
                     seconds=self.by_seconds,
                     checkpointing=self.experiment.model.gradient_checkpointing,
+                    frozen_precision=self.experiment.schedule.frozen_precision,
                 )
             self.models[shape] = scaled(measured, data.batch_size)
         return self.models[shape]

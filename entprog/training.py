@@ -58,6 +58,8 @@ class Step:
     """Peak so far: allocated on the GPU; counted (weights, gradients, moments, activations) on a CPU."""
     plan_memory_bytes: int
     """The same since this plan came into force."""
+    optimizer_bytes: int
+    """Optimizer state on the device after this update; what was moved to the host or forgotten is not in it."""
     predicted_s: float | None = None
     """Seconds that the cost model foresees for such a step; None where none were measured."""
     predicted_memory_bytes: int | None = None
@@ -249,6 +251,7 @@ class _Fit:
             clips=self.clips_per_step,
             memory_bytes=state.peak_memory_bytes,
             plan_memory_bytes=memory,
+            optimizer_bytes=optimizer.state_bytes(state.optimizer, self.device),
             predicted_s=model.step(plan.trainable, plan.backward) if model and self.prices.by_seconds else None,
             predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, fingerprints, models, plans
+from entprog import config, fingerprints, fp8, models, plans
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
@@ -79,6 +80,8 @@ def main(
 def check(experiment: Experiment) -> shards.Dataset:
     """What can be checked before anything starts. Raises UserError; returns the data set."""
     data = experiment.data
+    if experiment.in_fp8:
+        fp8.check_installed()
     if not data.shards:
         raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
     dataset = shards.read_dataset(Path(data.shards))
@@ -142,7 +145,9 @@ def run(
         deliver_pending(output)
         jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
-    launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
+    gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
+    if experiment.in_fp8 and not gpus:
+        fp8.check_device(torch.device("cpu"))
     uri = tracking_uri()
     tracker = Tracker.start(
         output,

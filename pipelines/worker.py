@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, distributed, fingerprints, models, plans
+from entprog import cei, checkpoint, config, controls, distributed, fingerprints, fp8, models, plans
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
@@ -90,6 +90,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
+    if experiment.in_fp8:
+        fp8.check_device(device)
     dataset = shards.read_dataset(Path(experiment.data.shards))
     denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
@@ -272,6 +274,7 @@ def metrics(step: Step) -> dict[str, float]:
         "samples_per_s": step.clips / max(step.seconds + step.wait_s, 1e-9),
         "peak_memory_bytes": step.memory_bytes,
         "plan_memory_bytes": step.plan_memory_bytes,
+        "optimizer_bytes": step.optimizer_bytes,
     }
     if step.held_out_loss is not None:
         values["held_out_loss"] = step.held_out_loss

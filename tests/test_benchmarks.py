@@ -24,12 +24,17 @@ def run(*options):
 
 
 def test_step_cost(results):
-    run()
+    run("--fp8", "--profile")
     record = json.loads((results / "step_cost_cpu.json").read_text())
     assert {"device", "versions", "commit", "command", "repeats", "figures"} <= record.keys()
     rows = record["figures"]
-    # 1, 2 and 3 of 4 blocks with both backwards, and full training; without and with checkpointing.
-    assert len(rows) == 14
+    # 1, 2 and 3 of 4 blocks with both backwards, and full training; without and with checkpointing. Then the residual
+    # ones in fp8.
+    assert len([row for row in rows if not row["plan"]["fp8"]]) == 14
+    low = [row["plan"] for row in rows if row["plan"]["fp8"]]
+    assert [(plan["m"], plan["backward"]) for plan in low] == [(m, "residual") for m in (1, 2, 3)] * 2
+    profile = (results / "step_cost_cpu_profile.txt").read_text()
+    assert profile.count("Self CPU time total") == 6 and "aten::_scaled_mm" in profile
     for row in rows:
         plan = row["plan"]
         assert all(row[name] > 0 for name in RATIOS + PREDICTED) and row["note"] == ""

@@ -132,7 +132,11 @@ def test_plain_training_is_the_same_path_without_search():
 
 def test_linear_schedule_grows():
     run = Run(tiny_experiment(schedule={"kind": "linear", "stages": 3}))
-    assert [d.plan.m for d in (s.decision for s in run.steps()) if d] == [2, 4, 6]
+    steps = list(run.steps())
+    assert [d.plan.m for d in (s.decision for s in steps) if d] == [2, 4, 6]
+    moments = [next(s.optimizer_bytes for s in steps if s.plan.m == m) for m in (2, 4, 6)]
+    two_blocks = sum(2 * p.nbytes + 4 for block in run.found[:2] for p in block.module.parameters())
+    assert moments[1] - moments[0] == moments[2] - moments[1] == two_blocks
 
 
 def test_a_seconds_budget_ends_the_run():

@@ -9,6 +9,7 @@ from entprog.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
+FrozenPrecision = Literal["full", "fp8"]
 
 
 class ClipShape(Part):
@@ -205,6 +206,10 @@ class Schedule(Part):
     backward: Backward | tuple[Backward, ...] = "exact"
     """How gradient crosses a frozen block: `exact` through it, `residual` along its skip connection alone; both in a
     list: candidates of each."""
+    frozen_precision: FrozenPrecision = "full"
+    """Arithmetic of frozen blocks under residual backward: `full`, as `model.dtype` says; `fp8`: their linear layers in
+    8 bits through torchao (GPUs of compute capability 8.9 and later). Evaluation, and blocks that gradient crosses
+    exactly, stay full."""
     cei_threshold: float | None = None
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False
@@ -257,4 +262,25 @@ class Experiment(Part):
             raise ValueError(
                 "train.seconds cannot end a run whose schedule.clock is flops: set train.steps, and train.seconds=null"
             )
+        return self
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether frozen blocks run in fp8."""
+        return self.schedule.frozen_precision == "fp8" and self.schedule.kind != "full"
+
+    @model_validator(mode="after")
+    def _fp8_has_a_place(self):
+        schedule = self.schedule
+        if self.in_fp8:
+            if "residual" not in schedule.backwards:
+                raise ValueError(
+                    "schedule.frozen_precision=fp8 is for frozen blocks under residual backward: set "
+                    "schedule.backward=residual, or frozen_precision=full"
+                )
+            if self.model.dtype != "bfloat16":
+                raise ValueError(
+                    f"schedule.frozen_precision=fp8 needs model.dtype=bfloat16, given {self.model.dtype}: fp8 layers "
+                    "give bfloat16"
+                )
         return self

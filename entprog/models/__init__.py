@@ -10,6 +10,7 @@ and registers its block classes with `entprog.blocks.bypass`.
 """
 
 import importlib
+import logging
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,10 @@ from entprog.errors import UserError
 from entprog.processes import Process
 
 HOW_TO_ADD = "README, 'Adding a model family', shows how to add one"
+
+# diffusers imports torchao wherever it is installed, and both then speak of things that nobody asked for.
+for _name in ("diffusers.quantizers.torchao", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class Denoiser(Protocol):
