@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 
-from entprog import config, costs, measuring
+from entprog import costs, measuring
 from entprog.blocks import blocks, unfreeze
 from entprog.costmodel import CostModel, scaled
+from entprog.errors import UserError
 from entprog.losses import training_loss
 
 
@@ -175,7 +176,7 @@ def test_a_memory_budget_decides_what_is_tried():
     for decision in tight.state.decisions:
         assert len(decision.candidates) == 1 and "1 of 2 plans fit" in decision.reason
     none = Run(tiny_experiment(train={"steps": 6}, schedule={"memory_budget_bytes": small // 2}))
-    with pytest.raises(config.UserError, match="no plan fits"):
+    with pytest.raises(UserError, match="no plan fits"):
         list(none.steps())
 
 
