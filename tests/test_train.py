@@ -92,23 +92,11 @@ def test_mlflow_has_the_run(undisturbed, place):
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
-<<<<<<< HEAD
     for name in ("data", "held_out", "base", "scores", "device", "commit"):
         assert run.data.tags[f"entprog.{name}"], name
     assert run.data.tags["entprog.kind"] == "training"
-    for name in ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s", "peak_memory_bytes"):
-=======
-    assert run.data.tags["entprog.data"]
-    for name in (
-        "loss",
-        "held_out_loss",
-        "trained_blocks",
-        "charged_s",
-        "samples_per_s",
-        "peak_memory_bytes",
-        "optimizer_bytes",
-    ):
->>>>>>> bb718ab (Frozen blocks in fp8 (schedule.frozen_precision): twins through torchao, costs, benchmark rows and a profile; optimizer_bytes reported)
+    names = ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s")
+    for name in (*names, "peak_memory_bytes", "optimizer_bytes"):
         assert name in run.data.metrics, name
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [p.step for p in points] == list(range(1, 17)) and [p.value for p in points] == result["losses"]
