@@ -20,9 +20,9 @@ from entprog.media import assets, video
 FPS = 10
 
 
-def people(seconds: float = 0.85, height: int = 320) -> list[np.ndarray]:
-    """A few frames of a real person: uint8 RGB [320, 180, 3]."""
-    frames = video.iter_frames(assets.clip("cam01"), fps=FPS, end_s=seconds, size=(height, height * 9 // 16))
+def people(seconds: float = 0.85) -> list[np.ndarray]:
+    """A few frames of a real person, large enough to be found whatever encodes them: uint8 RGB [480, 272, 3]."""
+    frames = video.iter_frames(assets.clip("cam04"), fps=FPS, end_s=seconds, size=(480, 272))
     return [frame for _, frame in frames]
 
 
@@ -91,7 +91,7 @@ def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
         "matroska.mkv": _remuxed(plain, "matroska", {}),
         "flash.flv": _remuxed(plain, "flv", {}),
         "rotated.mp4": turned(encoded(wide, "libx264", "mp4", options=x264)),
-        "odd.mkv": encoded([frame[:319, :179] for frame in frames], "ffv1", "matroska", "yuv444p"),
+        "odd.mkv": encoded([frame[:479, :271] for frame in frames], "ffv1", "matroska", "yuv444p"),
         "hevc.mp4": encoded(
             frames, "libx265", "mp4", options={"x265-params": "log-level=none:pools=none:frame-threads=1"}
         ),
