@@ -25,7 +25,7 @@ from PIL import Image
 from entprog import config
 from entprog.config import Preparation
 from entprog.errors import UserError
-from entprog.media import attempts, cutting, inputs, ledger, pose, probing, shards, sheet, video
+from entprog.media import attempts, cutting, fetching, inputs, ledger, pose, probing, shards, sheet, video
 from entprog.media.inputs import Inputs
 from pipelines import growing, jobs, packing, progress
 
@@ -172,7 +172,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
     def say(text: str) -> None:
         jobs.console.print(text, markup=False)
 
-    say(f"input: a {work.found.kind}, {given}")
+    say(f"input: {work.found.kind} {fetching.without_secrets(str(given))}")
     say(f"{len(rows)} files, {len(tried)} of them videos by name ({size})")
     folders = sum(bool(row["frames_fps"]) for row in rows)
     if folders:

@@ -138,7 +138,7 @@ def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
     (tmp_path / "in" / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     arguments = ["--input", tmp_path / "in" / "m.jsonl", "--output", tmp_path / "deep" / "out", *SHAPE]
     dry = run(*arguments, "--dry-run")
-    assert "input: a manifest" in dry.output and "4 captions, 3 splits, 3 crops" in dry.output.replace("\n", " ")
+    assert "input: manifest " in dry.output and "4 captions, 3 splits, 3 crops" in dry.output.replace("\n", " ")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     output = tmp_path / "deep" / "out"

@@ -113,12 +113,7 @@ def _copy(uri: str, scratch: Path, row: dict[str, Any], max_bytes: int, heard) -
 
 def _download(files, path: str, target: Path, max_bytes: int, row: dict[str, Any], heard) -> int:
     got = 0
-    with (
-        files.open(path, "rb", cache_type="none", block_size=0)
-        if files.protocol == "http"
-        else files.open(path, "rb") as stream,
-        target.open("wb") as out,
-    ):
+    with files.open(path, "rb") as stream, target.open("wb") as out:
         for piece in heard(iter(lambda: stream.read(PIECE_BYTES), b"")):
             got += len(piece)
             if got > max_bytes:

@@ -4,7 +4,9 @@ Of its 133 points (COCO-WholeBody) those 33 are given that BlazePose has, in Bla
 networks need not know where a pose comes from. rtmlib fetches its networks at the first use, or takes paths to them.
 """
 
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from entprog.media.pose import NOBODY, Person, prominent_first
 _FACE, _LEFT_HAND, _RIGHT_HAND = 23, 91, 112
 POINTS = np.array(
     [0]  # nose
-    + [_FACE + i for i in (42, 43, 45, 39, 38, 36)]  # left eye: inner, lid, outer; right eye
+    + [_FACE + 42, 1, _FACE + 45, _FACE + 39, 2, _FACE + 36]  # left eye: inner corner, middle, outer; right eye
     + [3, 4, _FACE + 54, _FACE + 48]  # ears, corners of the mouth
     + [5, 6, 7, 8, 9, 10]  # shoulders, elbows, wrists
     + [hand + i for i in (17, 5, 2) for hand in (_LEFT_HAND, _RIGHT_HAND)]  # knuckles: little finger, index, thumb
@@ -40,7 +42,8 @@ class RtmEstimator:
         except ImportError:
             raise UserError("prepare.pose=rtmlib needs rtmlib: pip install 'entprog[rtmlib]'") from None
         try:
-            self._model = Wholebody(backend="onnxruntime", device=device, **networks)
+            with redirect_stdout(sys.stderr):  # it tells what it loads
+                self._model = Wholebody(backend="onnxruntime", device=device, **networks)
         except OSError as error:  # its download failed
             told = " ".join(str(error).split())[:200]
             raise UserError(f"rtmlib cannot fetch its networks ({told}): fetch them once with a network") from None
