@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ def cut_settings(settings: Preparation) -> Row:
     return cut.model_dump(mode="json", warnings=False)
 
 
-def part_key(row: Row, settings: Preparation) -> str:
-    """Name of a source's part: changes with the source and with every setting that its clips depend on."""
-    return config.digest(row["file"], ledger.stamp(row), cut_settings(settings), shards.FORMAT)
+def part_keys(rows: Iterable[Row], settings: Preparation) -> dict[str, str]:
+    """Name of each source's part: changes with the source and with every setting that its clips depend on."""
+    same = config.digest(cut_settings(settings), shards.FORMAT)
+    return {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
 
 
 def read_part(parts: Path, key: str) -> Row | None:

@@ -205,7 +205,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
     _claim(output, settings)
     if work.before is not None:
         jobs.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}", markup=False)
-    keys = {row["file"]: packing.part_key(row, settings) for row in work.to_do}
+    keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
     parts.mkdir(exist_ok=True)
     records = {file: packing.read_part(parts, key) for file, key in keys.items()}
