@@ -38,20 +38,25 @@ class Before:
 
 
 def read(output: Path) -> Before | None:
-    """A finished dataset in the output folder, or None. Ends what a kill between two renames has left undone.
-
-    Raises UserError if it is damaged.
-    """
+    """A finished dataset in the output folder, or None. Raises UserError if it is damaged."""
     if not (output / "dataset.json").exists():
         return None
     dataset = shards.read_dataset(output)
+    return Before(dataset, ledger.read(output / (NEXT_LEDGER if _is_due(output, dataset) else "ledger.parquet")))
+
+
+def mend(output: Path, before: Before | None) -> None:
+    """End what a kill between the two renames of `finish` has left undone."""
     coming = output / NEXT_LEDGER
-    if coming.exists():
-        if shards.sha256(coming) == dataset.settings.get("ledger"):
-            coming.replace(output / "ledger.parquet")
-        else:  # its dataset.json was never written
-            coming.unlink()
-    return Before(dataset, ledger.read(output / "ledger.parquet"))
+    if before is not None and _is_due(output, before.dataset):
+        coming.replace(output / "ledger.parquet")
+    coming.unlink(missing_ok=True)
+
+
+def _is_due(output: Path, dataset: Dataset) -> bool:
+    """Whether the next ledger is the one that belongs to dataset.json."""
+    coming = output / NEXT_LEDGER
+    return coming.exists() and shards.sha256(coming) == dataset.settings.get("ledger")
 
 
 def finish(output: Path, settings: Preparation, lines: Sequence[Row], written) -> Dataset:

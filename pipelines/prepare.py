@@ -165,9 +165,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
     rows = work.found.rows
     jobs.show("settings", list(config.flat(settings.model_dump(mode="json")).items()), ("setting", "value"))
     tried = [row for row in rows if inputs.is_video(row)]
-    size = (
-        f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB" if all(row["bytes"] for row in tried) else "size not known"
-    )
+    size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 
     def say(text: str) -> None:
         jobs.console.print(text, markup=False)
@@ -198,8 +196,11 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
     work = look(given, output, settings)
+    growing.mend(output, work.before)
     if work.before is not None and not work.to_do:
-        shutil.rmtree(output / "parts", ignore_errors=True)
+        if (output / "parts").exists():  # killed after the dataset was finished
+            _sheet(output, work.before.dataset)
+            shutil.rmtree(output / "parts")
         jobs.console.print(f"nothing to do: {output} is finished, with the same input and settings", markup=False)
         return _report(output, ledger.summary(work.before.lines))
     _claim(output, settings)
