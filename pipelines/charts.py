@@ -39,13 +39,13 @@ def cei_chart(table: Mapping[str, Any], path: Path) -> Path:
     places = np.arange(len(rows))
     size = (9.5 if is_pi else 6.5, 1.9 + ROW_INCHES * len(rows))
     if is_pi:
-        figure, (left, right) = _figure(1, 2, size, sharey=True, width_ratios=(3, 2))
+        figure, (left, right) = figure_and_axes(1, 2, size, sharey=True, width_ratios=(3, 2))
         increase, error = ([row[name] for row in rows] for name in ("loss_increase", "loss_std_error"))
         _bars(right, places, np.array(increase), np.array(error), GREEN, GREEN)
         right.locator_params(axis="x", nbins=3)  # long labels
         right.set_xlabel("loss increase when skipped, 95 % interval")
     else:
-        figure, left = _figure(1, 1, size)
+        figure, left = figure_and_axes(1, 1, size)
     _bars(left, places, scores, np.array([row["std_error"] for row in rows]), BLUE, ORANGE)
     left.set_yticks(places, [row["name"] for row in rows])
     left.invert_yaxis()
@@ -59,7 +59,7 @@ def cei_chart(table: Mapping[str, Any], path: Path) -> Path:
     facts += [f"π to |π| {table['signed_absolute_tau']:.2f}"] if is_pi else []
     about = f" ({', '.join(facts)})" if facts else ""
     figure.suptitle(f"{KINDS[kind]} of {len(rows)} blocks{about}", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _bars(axes, places: np.ndarray, values: np.ndarray, std_error: np.ndarray, positive: str, negative: str) -> None:
@@ -121,7 +121,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
             stages.append((stage, edges[-1]))
         edges.append(max(step["charged_s"] for step in run))
         columns.append([(2 if phase == "search" else 1) if name in trained else 0 for name in names])
-    figure, axes = _figure(1, 1, (9.5, 1.7 + ROW_INCHES * max(len(names), 2)))
+    figure, axes = figure_and_axes(1, 1, (9.5, 1.7 + ROW_INCHES * max(len(names), 2)))
     colours = (GREY, BLUE, ORANGE)
     if columns:
         from matplotlib.colors import ListedColormap
@@ -146,7 +146,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
         keys.append(Patch(facecolor="white", edgecolor="#999999", hatch="//", label="scoring"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
     figure.suptitle("Trained blocks over time", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _natural(name: str) -> list:
@@ -156,7 +156,7 @@ def _natural(name: str) -> list:
 
 def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Path) -> Path:
     """{arm: [(charged seconds, step, held-out loss)]} → held-out loss against seconds and against steps."""
-    figure, axes = _figure(1, 2, (9.5, 3.8), sharey=True)
+    figure, axes = figure_and_axes(1, 2, (9.5, 3.8), sharey=True)
     for panel, place, label in zip(axes, (0, 1), ("charged seconds", "steps"), strict=True):
         for i, (arm, points) in enumerate(arms.items()):
             panel.plot(
@@ -170,10 +170,10 @@ def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Pat
     if len(arms) > 1:
         axes[1].legend(frameon=False)
     figure.suptitle("Held-out loss", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _figure(rows: int, columns: int, size_inches: tuple[float, float], **options):
+def figure_and_axes(rows: int, columns: int, size_inches: tuple[float, float], **options):
     """A figure and its axes, drawn without a display and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,7 +186,7 @@ def _figure(rows: int, columns: int, size_inches: tuple[float, float], **options
     return figure, axes
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from rich.table import Table
 from entprog import config
 from entprog.errors import UserError
 
+E = TypeVar("E", bound=config.Experiment)
 PRESETS = Path(__file__).parent / "presets"
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -41,17 +42,24 @@ def app(help: str) -> typer.Typer:
     return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-def experiment(preset: str | None, files: list[Path] | None, pairs: list[str] | None, **options) -> config.Experiment:
+def experiment(
+    preset: str | None,
+    files: list[Path] | None,
+    pairs: list[str] | None,
+    whole: type[E] = config.Experiment,
+    **options,
+) -> E:
     """The experiment that the command line asks for: preset < config files < options < --set.
 
-    `options` are nested settings that a job's own options stand for (None values are left out).
+    whole: an Experiment, or one with more parts. `options` are nested settings that a job's own options stand for
+    (None values are left out).
     Raises UserError for any wrong name or value.
     """
     values = config.read_preset(preset, PRESETS) if preset else {}
     for path in files or []:
         values = config.merge(values, config.read_yaml(path))
     values = config.merge(values, _without_none(options))
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])))
+    return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:
@@ -163,11 +171,12 @@ def stderr_into(path: Path, *, verbose: bool = False):
 
 
 @contextmanager
-def ray_cluster(cpus: int, *, verbose: bool = False):
+def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
 
     A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
-    both wait for ever. If this process has joined a Ray already, that one is used and left running.
+    both wait for ever. dashboard: a local one's; it listens on this machine alone, and what frees the resources of
+    trials that Ray Tune ends lives in it. If this process has joined a Ray already, that one is used and left running.
     """
     import logging
 
@@ -194,7 +203,7 @@ def ray_cluster(cpus: int, *, verbose: bool = False):
             address="local",
             num_cpus=max(os.cpu_count() or 1, cpus),
             object_store_memory=memory,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             **quiet,
         )
     DataContext.get_current().enable_progress_bars = verbose

@@ -58,20 +58,23 @@ def points(stage: Sequence[Record]) -> list[tuple[str, float, float, int]]:
 def figures(stage: Sequence[Record], before_s: float) -> list[tuple[str, float, float, int]]:
     """What the stage came to, as points at its last step. before_s: charged when it began."""
     last = stage[-1]
-    first = stage[0]
-    begun_s = before_s or first["charged_s"] - first["seconds"] - first["wait_s"]  # scoring is no part of the search
-    charged = [begun_s, *(step["charged_s"] for step in stage)]
-    searched = [
-        b - a for (a, b), step in zip(itertools.pairwise(charged), stage, strict=True) if step["phase"] == "search"
-    ]
     trained = sorted(step["seconds"] for step in stage if step["phase"] == "train")
     values = {
         "stage/steps": len(stage),
         "stage/seconds": last["charged_s"] - before_s,
-        "stage/search_seconds": sum(searched),
+        "stage/search_seconds": search_seconds(stage, before_s),
         "stage/mean_loss": sum(step["loss"] for step in stage) / len(stage),
         "stage/peak_memory_bytes": max(step["plan_memory_bytes"] for step in stage),
     }
     if trained:
         values["stage/median_step_s"] = trained[len(trained) // 2]
     return [(name, value, last["time"], last["step"]) for name, value in values.items()]
+
+
+def search_seconds(steps: Sequence[Record], before_s: float = 0.0) -> float:
+    """Charged seconds of search among consecutive steps. before_s: charged before them, 0 for a run's first steps."""
+    first = steps[0]
+    begun_s = before_s or first["charged_s"] - first["seconds"] - first["wait_s"]  # scoring is no part of the search
+    charged = [begun_s, *(step["charged_s"] for step in steps)]
+    gaps = [after - before for before, after in itertools.pairwise(charged)]
+    return sum(gap for gap, step in zip(gaps, steps, strict=True) if step["phase"] == "search")

@@ -39,10 +39,12 @@ from entprog.config.reading import (
     settings,
     settings_help,
 )
+from entprog.config.sweep import OBJECTIVES, Sweep, Tune
 
 __all__ = [
     "FREE",
     "PATHS",
+    "OBJECTIVES",
     "WHOLE",
     "Backward",
     "ClipShape",
@@ -64,8 +66,10 @@ __all__ = [
     "Schedule",
     "Shape",
     "Smaller",
+    "Sweep",
     "Tracking",
     "Train",
+    "Tune",
     "build",
     "bytes_of",
     "close_to",

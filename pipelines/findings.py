@@ -1,0 +1,245 @@
+"""What a sweep's trials say: which settings matter, how the loss answers to each, what can be told apart from noise.
+
+A forest of regression trees is fitted to (settings → held-out loss), again for every bootstrap sample of the trials.
+The response to a setting is the forest's mean over the trials with that setting put to each of its values (partial
+dependence), so that the other settings are averaged out; the bootstrap gives its interval. Seed noise is the spread
+between trainings that differ in nothing but the seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray.tune.search.sample import Categorical
+
+from entprog.config import Tune
+from pipelines import spaces, trial
+from pipelines.spaces import Space
+
+FEW = 6
+"""Trials under which nothing is said of single settings."""
+ENOUGH = 8
+"""Finished trials from which final losses are the evidence; under that the loss at a time that all have reached."""
+SHORT = 20
+"""Steps of a training under which its loss says nothing."""
+BOOTSTRAPS = 60
+TREES = 25
+POINTS = 15
+"""Values of a range at which the response is drawn."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The trials that findings rest on."""
+
+    settings: list[dict[str, Any]]
+    losses: np.ndarray
+    """float [trials]."""
+    label: str
+    """What the losses are, in words."""
+
+
+def pareto(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
+    """The rows that no other beats: none is as small in every objective and smaller in one. A figure that a row lacks
+    (a target never reached) counts as larger than any."""
+
+    def values(row: Row) -> list[float]:
+        return [math.inf if row[name] is None else row[name] for name in objectives]
+
+    def beats(a: list[float], b: list[float]) -> bool:
+        return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+
+    return [row for row in rows if not any(beats(values(other), values(row)) for other in rows)]
+
+
+def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune) -> Evidence:
+    """Final losses where enough trials have one; otherwise all trials' losses at the latest decision that all passed.
+
+    Trials that were stopped would otherwise be missing where they are worst, and the response look flatter than it is.
+    """
+    finished = [row for row in rows if row["status"] == "finished"]
+    if len(finished) >= ENOUGH or len(finished) == len([r for r in rows if r["status"] != "failed"]):
+        losses = np.array([row["held_out_loss"] for row in finished])
+        return Evidence([row["settings"] for row in finished], losses, f"final held-out loss of {len(finished)} trials")
+    alike = [row for row in rows if row["status"] in ("finished", "stopped") and row.get("seeds")]
+    shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
+    passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
+    share = passed[-1] if passed else shares[0]
+    losses = np.array([trial.loss_at(row["seeds"][0]["curve"], share * budget_s) for row in alike])
+    label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds"
+    return Evidence([row["settings"] for row in alike], losses, label)
+
+
+def seed_noise(rows: Sequence[Row]) -> float | None:
+    """Standard deviation of the loss between seeds, pooled over trials; None where no trial had two."""
+    found = [(row["held_out_loss_std"] ** 2, len(row["seeds"]) - 1) for row in rows if row.get("held_out_loss_std")]
+    freedom = sum(n for _, n in found)
+    return math.sqrt(sum(variance * n for variance, n in found) / freedom) if freedom else None
+
+
+# ---- importance and response ----
+
+
+def importance(evidence: Evidence, space: Space) -> dict[str, float]:
+    """Share of the loss's variance that each setting explains alone or with others (fANOVA by Optuna), largest first;
+    {} for too few trials or equal losses."""
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    from ray.tune.search.optuna import OptunaSearch
+
+    if len(evidence.losses) < FEW or np.ptp(evidence.losses) == 0:
+        return {}
+    distributions = OptunaSearch.convert_search_space(space)
+    study = optuna.create_study(direction="minimize")
+    for values, loss in zip(evidence.settings, evidence.losses, strict=True):
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=float(loss)))
+    varied = [name for name in space if len({values[name] for values in evidence.settings}) > 1]
+    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=varied)
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def _encode(space: Space, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Settings → float [rows, columns]: numbers (their logarithm where the range is even over it), choices one-hot."""
+    columns = []
+    for name, domain in space.items():
+        if isinstance(domain, Categorical):
+            columns += [[float(row[name] == category) for row in rows] for category in domain.categories]
+        else:
+            columns.append([math.log(row[name]) if spaces.is_log(domain) else float(row[name]) for row in rows])
+    return np.array(columns).T
+
+
+def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[str, Any]]:
+    """{setting: {"values", "mean", "low", "high", "best", "alike", "worse"}}; {} for too few trials.
+
+    mean, low, high: the response and its 90 % interval. best: the value of the smallest mean. alike: the values that
+    cannot be told from it: whose excess over it is within `noise` (of a difference between trials' means) or whose 90 %
+    interval reaches 0. worse: {value: (excess, low, high)} of the others.
+    """
+    from sklearn.ensemble import RandomForestRegressor
+
+    count = len(evidence.losses)
+    if count < FEW:
+        return {}
+    rng = np.random.default_rng(0)
+    grids = {name: spaces.spread(domain, POINTS) for name, domain in space.items()}
+    asked = [{**row, name: value} for name in space for value in grids[name] for row in evidence.settings]
+    inputs, outputs = _encode(space, evidence.settings), _encode(space, asked)
+    curves = []
+    for number in range(BOOTSTRAPS):
+        drawn = rng.integers(0, count, count)
+        forest = RandomForestRegressor(TREES, min_samples_leaf=2, random_state=number)
+        forest.fit(inputs[drawn], evidence.losses[drawn])
+        curves.append(forest.predict(outputs).reshape(-1, count).mean(1))
+    curves = np.array(curves)  # [bootstrap, value of every setting]
+    out, first = {}, 0
+    for name, grid in grids.items():
+        part = curves[:, first : first + len(grid)]
+        first += len(grid)
+        out[name] = _response(grid, part, noise)
+    return out
+
+
+def _response(grid: Sequence[Any], curves: np.ndarray, noise: float) -> dict[str, Any]:
+    mean = curves.mean(0)
+    best = int(mean.argmin())
+    excess = curves - curves[:, [best]]
+    low, middle, high = np.quantile(excess, 0.05, 0), excess.mean(0), np.quantile(excess, 0.95, 0)
+    alike = (middle <= noise) | (low <= 0)
+    return {
+        "values": list(grid),
+        "mean": mean.tolist(),
+        "low": np.quantile(curves, 0.05, 0).tolist(),
+        "high": np.quantile(curves, 0.95, 0).tolist(),
+        "best": grid[best],
+        "alike": [value for value, same in zip(grid, alike, strict=True) if same],
+        "worse": [
+            {"value": value, "excess": float(m), "low": float(lo), "high": float(hi)}
+            for value, same, m, lo, hi in zip(grid, alike, middle, low, high, strict=True)
+            if not same
+        ],
+    }
+
+
+# ---- in words ----
+
+
+def findings(evidence: Evidence, space: Space, best: Row, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
+    """Importance, responses, seed noise, and a recommendation in sentences, each with its uncertainty."""
+    noise = seed_noise(rows)
+    difference = 0.0 if noise is None else noise * math.sqrt(2 / seeds)
+    found = responses(evidence, space, difference)
+    shares = importance(evidence, space)
+    lines = [_headline(best, rows, noise, seeds)]
+    lines.append(
+        "Seed noise is unknown (one seed): another seed may change any of this; give --seeds 3 to see it."
+        if noise is None
+        else f"Seed noise: losses of equal settings differ by {noise:.2g} (standard deviation between seeds)."
+    )
+    if not found:
+        lines.append(f"{len(evidence.losses)} trials are too few to say which settings matter ({FEW} are needed).")
+    else:
+        lines.append(f"What follows rests on the {evidence.label}; intervals are 90 %, by bootstrap over trials.")
+    short = [row["id"] for row in rows if row["status"] == "finished" and min(s["steps"] for s in row["seeds"]) < SHORT]
+    if short:
+        lines.append(
+            f"{len(short)} trials made fewer than {SHORT} steps: the budget (--seconds) is too short to judge."
+        )
+    order = sorted(found, key=lambda name: -shares.get(name, 0.0))
+    lines += [in_words(name, found[name], space, shares.get(name), noise is not None) for name in order]
+    return {"importance": shares, "responses": found, "seed_noise": noise, "recommendation": lines}
+
+
+def _headline(best: Row, rows: Sequence[Row], noise: float | None, seeds: int) -> str:
+    """The best trial against the runner-up."""
+    others = [r for r in rows if r["status"] == "finished" and r["id"] != best["id"]]
+    said = f"Best: trial {best['id']}, held-out loss {best['held_out_loss']:.5g}"
+    if not others:
+        return f"{said}; no other trial finished, so there is nothing to compare it with."
+    second = min(others, key=lambda row: row["held_out_loss"])
+    gap = second["held_out_loss"] - best["held_out_loss"]
+    if noise is None:
+        return f"{said}, {gap:.2g} below the next ({second['id']}); with one seed that may be chance."
+    alike = [r for r in others if r["held_out_loss"] - best["held_out_loss"] <= 2 * noise * math.sqrt(2 / seeds)]
+    if alike:
+        return f"{said}; {len(alike)} of {len(others)} other finished trials are no worse beyond seed noise."
+    return f"{said}, {gap:.2g} below the next ({second['id']}), beyond seed noise."
+
+
+def in_words(name: str, response: Mapping[str, Any], space: Space, share: float | None, known_noise: bool) -> str:
+    """'schedule.cei_threshold: 0.1–0.3 makes no difference beyond seed noise; 0.5 costs 0.012 (0.004 to 0.02).'"""
+    beyond = "beyond seed noise" if known_noise else "beyond what these trials can tell"
+    explains = f" (explains {share:.0%} of the variance)" if share is not None else ""
+    alike, worse = response["alike"], response["worse"]
+    if not worse:
+        return f"{name}{explains}: no value makes a difference {beyond}; keep what you have."
+    if isinstance(space[name], Categorical):
+        same = " or ".join(_text(value) for value in alike)
+        kept = (
+            f"{same} make{'' if len(alike) > 1 else 's'} no difference {beyond}" if len(alike) > 1 else f"take {same}"
+        )
+    else:
+        low, high = _around(response)
+        kept = f"about {_text(low)}" if low == high else f"{_text(low)}–{_text(high)} makes no difference {beyond}"
+    most = max(worse, key=lambda item: item["excess"])
+    costs = f"{_text(most['value'])} costs {most['excess']:.2g} more loss ({most['low']:.2g} to {most['high']:.2g})"
+    return f"{name}{explains}: {kept}; {costs}."
+
+
+def _around(response: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Ends of the unbroken range around the best value whose values are alike."""
+    values = response["values"]
+    at = values.index(response["best"])
+    low = high = at
+    while low > 0 and values[low - 1] in response["alike"]:
+        low -= 1
+    while high + 1 < len(values) and values[high + 1] in response["alike"]:
+        high += 1
+    return values[low], values[high]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

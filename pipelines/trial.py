@@ -1,0 +1,231 @@
+"""What one trial of a sweep does: the very same training that `pipelines.train` runs, once a seed, and its report.
+
+A trial reports at equal shares of its budget of charged seconds, search and scoring included: where a share ends
+between two held-out evaluations its loss is drawn in a straight line between them. So plans of unlike speed are judged
+at equal seconds, whatever the steps they took.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from entprog import config
+from entprog.config import Experiment
+from entprog.errors import UserError
+
+RECORD = "trial.json"
+Point = tuple[float, float]
+"""Charged seconds, held-out loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What all trials of a sweep share."""
+
+    experiment: dict[str, Any]
+    """Settings that trials vary, as JSON."""
+    tune: dict[str, Any]
+    """Settings of the search, as JSON."""
+    output: str
+    """Folder of the sweep."""
+    tables: str
+    """Where score tables are kept: one for all trials."""
+    tracking_uri: str
+    sweep_run_id: str
+
+
+def folder_of(output: Path, trial_id: str) -> Path:
+    """A trial's own folder."""
+    return Path(output) / "trials" / trial_id
+
+
+def trainable(spec: Spec) -> Callable[[dict[str, Any]], None]:
+    """The function that Ray Tune runs for every trial, on next to no resources: the workers hold those."""
+
+    def trial(values: dict[str, Any]) -> None:
+        from ray import tune
+
+        os.environ["MLFLOW_TRACKING_URI"] = spec.tracking_uri  # this process may be on another machine
+        tune.report(run(values, spec, tune.get_context().get_trial_id(), tune.report))
+
+    return trial
+
+
+def run(
+    values: Mapping[str, Any], spec: Spec, trial_id: str, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train with the drawn values, once a seed; the trial's last report.
+
+    report: gets {"tick", "held_out_loss", …} as the first seed's training passes equal shares of its budget. A
+    person's mistake and a loss that is not finite end the trial as failed, with the reason; a crash raises and is
+    tried again from the checkpoint.
+    """
+    from pipelines import jobs, spaces, train
+
+    experiment = config.build(spec.experiment)
+    settings = config.build(spec.tune, config.Tune)
+    folder = folder_of(Path(spec.output), trial_id)
+    record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": []}
+    jobs.write_json(folder / RECORD, record)
+    ticks = Ticks(experiment.train.seconds, settings.reduction**settings.rungs, report)
+    results, parent, tracker = [], spec.sweep_run_id, None
+    try:
+        experiment = spaces.applied(experiment, values)
+        if settings.seeds > 1:
+            tracker = _group(spec, experiment, trial_id, folder, values)
+            parent = tracker.run_id
+        for number in range(settings.seeds):
+            seed = experiment.train.seed + number
+            own = f"trial-{trial_id}" + (f"-seed-{seed}" if settings.seeds > 1 else "")
+            one = config.build(
+                config.merge(experiment.model_dump(), {"train": {"seed": seed}, "tracking": {"run_name": own}})
+            )
+            place = folder / f"seed-{seed}"
+            if number == 0:
+                ticks.resume(place)
+            result = train.run(
+                one,
+                place,
+                tables=Path(spec.tables),
+                parent=parent,
+                tags={"entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
+                listen=ticks.heard if number == 0 else lambda item: None,
+            )
+            if not math.isfinite(result["held_out_loss"]):
+                raise UserError(f"held-out loss is {result['held_out_loss']} after {result['steps']} steps")
+            results.append(figures(result, seed, settings.target_loss))
+        record |= {"status": "finished", "seeds": results} | summary(results)
+        last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
+    except UserError as error:
+        record |= {"status": "failed", "reason": str(error)}
+        last = dict.fromkeys(config.OBJECTIVES, math.inf)
+    except BaseException as error:
+        jobs.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
+        raise
+    finally:
+        if tracker is not None:
+            tracker.summary({k: v for k, v in record.items() if isinstance(v, float)})
+            tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
+    jobs.write_json(folder / RECORD, record)
+    return last | {"tick": ticks.of}
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _group(spec: Spec, experiment: Experiment, trial_id: str, folder: Path, values: Mapping[str, Any]):
+    """The MLflow run that holds the trainings of a trial of several seeds."""
+    from pipelines.tracking import Tracker
+
+    return Tracker.start(
+        folder,
+        experiment.tracking.experiment,
+        f"trial-{trial_id}",
+        params=values,
+        tags={"entprog.kind": "trial", "entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
+        parent=spec.sweep_run_id,
+    )
+
+
+# ---- figures ----
+
+
+def figures(result: Mapping[str, Any], seed: int, target: float | None) -> dict[str, Any]:
+    """What one training came to."""
+    curve = [(point["charged_s"], point["loss"]) for point in result["held_out"]]
+    names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "peak_memory_bytes", "steps")
+    return {
+        "seed": seed,
+        **{name: result[name] for name in names},
+        "seconds_to_target": seconds_to(curve, target) if target else None,
+        "curve": curve,
+        "mlflow_run_id": result["mlflow_run_id"],
+    }
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, and the sample standard deviation of the loss (None for one seed)."""
+
+    def mean(name: str) -> float:
+        return sum(result[name] for result in results) / len(results)
+
+    loss = mean("held_out_loss")
+    spread = math.sqrt(sum((r["held_out_loss"] - loss) ** 2 for r in results) / max(len(results) - 1, 1))
+    reached = [result["seconds_to_target"] for result in results]
+    return {
+        "held_out_loss": loss,
+        "held_out_loss_std": spread if len(results) > 1 else None,
+        "seconds": mean("seconds"),
+        "search_seconds": mean("search_seconds"),
+        "score_seconds": mean("score_seconds"),
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+        "seconds_to_target": None if None in reached else mean("seconds_to_target"),
+        "mlflow_run_id": results[0]["mlflow_run_id"],
+    }
+
+
+def objective(name: str, record: Mapping[str, Any], budget_s: float) -> float:
+    """A figure as the search sees it: a target that was not reached counts as twice the budget."""
+    value = record[name]
+    return 2 * budget_s if value is None else float(value)
+
+
+def loss_at(curve: Sequence[Point], seconds: float) -> float:
+    """Held-out loss at that many charged seconds, in a straight line between evaluations; beyond them the nearest."""
+    before = [point for point in curve if point[0] <= seconds]
+    after = [point for point in curve if point[0] > seconds]
+    if not before or not after:
+        return (before[-1] if before else after[0])[1]
+    (x0, y0), (x1, y1) = before[-1], after[0]
+    return y0 + (y1 - y0) * (seconds - x0) / (x1 - x0)
+
+
+def seconds_to(curve: Sequence[Point], target: float) -> float | None:
+    """Charged seconds at which the held-out loss first came down to the target; None if it never did."""
+    last: Point | None = None
+    for x, y in curve:
+        if y <= target:
+            if last is None:
+                return x
+            x0, y0 = last
+            return x0 + (x - x0) * (y0 - target) / (y0 - y) if y0 > y else x
+        last = (x, y)
+    return None
+
+
+@dataclass
+class Ticks:
+    """Reports the first seed's loss at `of` equal shares of the budget, each once."""
+
+    budget_s: float
+    of: int
+    report: Callable[[dict[str, Any]], None]
+    curve: list[Point] = field(default_factory=list)
+    told: int = 0
+
+    def resume(self, training: Path) -> None:
+        """Take over what a training that goes on had measured before."""
+        path = training / "steps.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        steps = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.curve = [(s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
+        self.told = int(self.curve[-1][0] / self.budget_s * self.of) if self.curve else 0
+
+    def heard(self, item: Mapping[str, Any]) -> None:
+        """An item that rank 0 posts. Nothing is reported of the last share: the trial's own last report is that."""
+        step = item.get("step")
+        if step is None or step["held_out_loss"] is None:
+            return
+        self.curve = [point for point in self.curve if point[0] < step["charged_s"]]
+        self.curve.append((step["charged_s"], step["held_out_loss"]))
+        while self.told + 1 < self.of and self.curve[-1][0] >= (self.told + 1) * self.budget_s / self.of:
+            self.told += 1
+            loss = loss_at(self.curve, self.told * self.budget_s / self.of)
+            if not math.isfinite(loss):
+                loss = math.inf  # compared as the worst
+            self.report({"tick": self.told, "held_out_loss": loss, "charged_s": step["charged_s"]})

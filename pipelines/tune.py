@@ -1,0 +1,375 @@
+"""Tune: preset + search space → many trainings, best settings as a YAML that train takes.
+
+python -m pipelines.tune --preset demo --space cei,convergence --trials 20 --seconds 120 --shards out/shards \
+    --base out/base --output out/sweep
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from entprog import config, models, plans
+from entprog.config import Sweep
+from entprog.errors import UserError
+from pipelines import findings, jobs, launch, spaces, stages, sweep, sweep_charts, train, trial, worker
+from pipelines.store import how_to_open, tracking_uri
+from pipelines.tracking import RUN_FILE, Tracker
+
+app = jobs.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
+
+RECORD = "sweep.json"
+FREE = ("tune.retries", "tune.concurrent")
+"""Settings that a resumed sweep may change."""
+
+
+@app.command()
+def main(
+    space: Annotated[
+        str,
+        typer.Option(
+            help=f"Spaces joined by commas: {', '.join(spaces.names())}, or YAML files with lines like "
+            f"'{spaces.EXAMPLE}'."
+        ),
+    ],
+    preset: jobs.Preset = None,
+    trials: Annotated[int | None, typer.Option(help="Settings tried (tune.trials).")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Charged seconds of each training (train.seconds).")] = None,
+    search: Annotated[str | None, typer.Option(help="optuna, random or grid (tune.search).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of each trial, to see the spread (tune.seeds).")] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help=f"What is to be small, by commas: {', '.join(config.OBJECTIVES)} (tune.objectives)."),
+    ] = None,
+    target_loss: Annotated[float | None, typer.Option(help="For seconds_to_target (tune.target_loss).")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the sweep; the same command again resumes it.")] = Path(
+        "out/sweep"
+    ),
+    tables: Annotated[Path, typer.Option(help="Where score tables are kept, for every run to share.")] = train.TABLES,
+    config_file: jobs.ConfigFile = None,
+    set_: jobs.Set = None,
+    dry_run: jobs.DryRun = False,
+    verbose: jobs.Verbose = False,
+    help_settings: Annotated[bool, typer.Option("--help-settings", help="Explain the settings of the search.")] = False,
+) -> None:
+    """Train under many settings, each for the same charged seconds, and say which settings matter.
+
+    Leaves in OUTPUT: best.yaml (train --config takes it), trials.csv, charts of importance and response, result.json,
+    and trials/ID/ with each training's folder. In MLflow: a run of the sweep, its trials and their stages nested.
+    """
+    if help_settings:
+        rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(Sweep)]
+        rows = [row for row in rows if row[0].startswith("tune.")]
+        jobs.show("Settings of the search (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
+        return
+
+    def work() -> dict[str, Any]:
+        pairs = [f"train.seconds={seconds}", "train.steps=null"] if seconds is not None else []
+        wanted = jobs.experiment(
+            preset,
+            config_file,
+            [*pairs, *(set_ or [])],
+            Sweep,
+            data={"shards": str(shards) if shards else None},
+            model={"base": base},
+            tune={
+                "trials": trials,
+                "search": search,
+                "seeds": seeds,
+                "objectives": [name.strip() for name in objectives.split(",")] if objectives else None,
+                "target_loss": target_loss,
+            },
+        )
+        found = spaces.read(space)
+        if dry_run:
+            return explain(wanted, found)
+        check(wanted, found)  # before Ray starts
+        with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
+            return run(wanted, found, output, tables=tables, verbose=verbose)
+
+    jobs.run("tune", None if dry_run else output, work, verbose=verbose)
+
+
+def check(wanted: Sweep, space: spaces.Space) -> None:
+    """All that can be known before anything starts. Raises UserError."""
+    experiment, settings = wanted.experiment(), wanted.tune
+    if experiment.train.seconds is None or experiment.train.steps is not None:
+        raise UserError(
+            "trials are compared at equal seconds: give --seconds (train.seconds), which takes the place of train.steps"
+        )
+    train.check(experiment)
+    family = models.family(experiment.model.family)
+    for one in spaces.check(space, experiment):
+        for shape in plans.ladder(one.schedule, one.data.shape, last=False):
+            family.inspect(one.model, shape)
+    if settings.search == "grid":
+        count = len(spaces.grid(space, settings.grid_points))
+        if count > settings.trials:
+            raise UserError(
+                f"the grid has {count} trials, tune.trials allows {settings.trials}: raise --trials, lower "
+                "tune.grid_points or take fewer settings"
+            )
+
+
+def resources() -> dict[str, float]:
+    """Of the cluster that a run would use; of a local Ray as it would be started."""
+    if os.environ.get("RAY_ADDRESS"):
+        with jobs.ray_cluster(launch.LOCAL_CPUS) as ray:
+            return ray.cluster_resources()
+    import torch
+
+    return {"CPU": max(os.cpu_count() or 1, launch.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
+
+
+def explain(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
+    """Print the space, the cost and the plan of work."""
+    check(wanted, space)
+    settings, experiment = wanted.tune, wanted.experiment()
+    now = config.settings(experiment)
+    rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
+    jobs.show("Space", rows, ("setting", "values", "without the sweep"))
+    jobs.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
+    share = sweep.share(experiment, settings, resources(), os.cpu_count() or 1)
+    trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
+    least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
+                                   share.concurrent)  # fmt: skip
+    jobs.console.print(
+        f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
+        f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "
+        f"{share.threads} thread(s) each): about {_minutes(least)} to {_minutes(most)} with start-up."
+        + ("" if sweep.stops_early(settings) else " No trial is ended early.")
+    )
+    return {"trials": trials, "concurrent": share.concurrent, "seconds_low": least, "seconds_high": most}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def run(
+    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path = train.TABLES, verbose: bool = False
+) -> dict[str, Any]:
+    """All trials on the connected Ray cluster, and what they say; the figures of result.json."""
+    import ray
+
+    check(wanted, space)
+    jobs.writable(output)
+    experiment, settings = wanted.experiment(), wanted.tune
+    if settings.early_stop and not sweep.stops_early(settings):
+        jobs.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
+    record = _record(wanted, space, output, sweep.share(experiment, settings, ray.cluster_resources(), _cores()))
+    given = record["share"]
+    shared = config.merge(
+        launch.absolute(experiment).model_dump(mode="json"),
+        {"data": {"decode_cpus": given["decode_cpus"]}, "train": {"threads": given["threads"]}},
+    )
+    tracker = Tracker.start(
+        output,
+        experiment.tracking.experiment,
+        experiment.tracking.run_name or f"sweep-{output.name}",
+        params={**config.settings(wanted), **{f"space/{k}": v for k, v in spaces.described(space)}},
+        tags={"entprog.kind": "sweep", "entprog.commit": jobs.commit()},
+    )
+    spec = trial.Spec(
+        experiment=shared,
+        tune=settings.model_dump(mode="json"),
+        output=str(output.resolve()),
+        tables=str(tables.resolve()),
+        tracking_uri=tracking_uri(),
+        sweep_run_id=tracker.run_id,
+    )
+    first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
+    try:
+        statuses = sweep.run(spec, settings, space, first, given["concurrent"], verbose=verbose)
+        rows = [_row(output, name, status) for name, status in statuses.items()]
+        for row in rows:
+            if row["status"] == "stopped":
+                _close(trial.folder_of(output, row["id"]))
+        if not any(row["status"] == "finished" for row in rows):
+            reasons = [row["reason"] for row in rows if row.get("reason")]
+            raise RuntimeError(f"no trial finished; the first one's reason: {(reasons or ['unknown'])[0]}")
+        result = _leave(wanted, space, rows, output, tracker)
+    except BaseException as error:
+        tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.end("FINISHED")
+    _show(result, output)
+    return result
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _record(wanted: Sweep, space: spaces.Space, output: Path, share: sweep.Share) -> dict[str, Any]:
+    """OUTPUT/sweep.json: what this folder's sweep is. Raises UserError if it is another one's.
+
+    What a trial gets stays as it was at the start: threads decide what is computed, and equal seconds want equal cores.
+    """
+    dataset = train.check(wanted.experiment())
+    elsewhere = (*FREE, *train.FREE)
+    settings = {
+        k: v for k, v in config.settings(wanted).items() if k.startswith("tune.") and not k.startswith(elsewhere)
+    }
+    identity = config.digest(train.identity(wanted.experiment(), dataset), settings, spaces.described(space))
+    path = output / RECORD
+    if path.exists():
+        known = json.loads(path.read_text())
+        if known["identity"] != identity:
+            raise UserError(f"{output} holds a sweep with other settings, space or data: choose another --output")
+        return known
+    record = {"identity": identity, "share": vars(share), "space": dict(spaces.described(space))}
+    jobs.write_json(path, record)
+    return record
+
+
+def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
+    """A trial as result.json has it, from what it left in its folder."""
+    folder = trial.folder_of(output, trial_id)
+    path = folder / trial.RECORD
+    if not path.exists():
+        return {"id": trial_id, "settings": {}, "status": "failed", "reason": "it never started"}
+    row = json.loads(path.read_text())
+    if row["status"] != "running":
+        return row
+    steps = [step for place in sorted(folder.glob("seed-*")) for step in worker.steps_of(place)]
+    if status == "ERROR" or not steps:
+        return row | {"status": "failed", "reason": "its process ended without a word"}
+    curve = [(step["charged_s"], step["held_out_loss"]) for step in steps if step["held_out_loss"] is not None]
+    runs = [json.loads(p.read_text())["run_id"] for p in sorted(folder.glob(f"seed-*/{RUN_FILE}"))]
+    return row | {
+        "status": "stopped",
+        "held_out_loss": curve[-1][1],
+        "seconds": steps[-1]["charged_s"],
+        "search_seconds": stages.search_seconds(steps),
+        "peak_memory_bytes": max(step["memory_bytes"] for step in steps),
+        "mlflow_run_id": runs[0] if runs else None,
+        "seeds": [{"curve": curve}],
+    }
+
+
+def _close(folder: Path) -> None:
+    """End the MLflow runs of a trial that was stopped; its checkpoints are of no more use."""
+    for place in [*sorted(folder.glob("seed-*")), folder]:
+        if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
+            continue
+        known = json.loads((place / RUN_FILE).read_text())
+        tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": str(place)})
+        stages.log(tracker, worker.steps_of(place), "KILLED")
+        tracker.tags({"entprog.ended": "stopped early: not among the best at equal seconds"})
+        tracker.end("KILLED")
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+
+# ---- what it leaves ----
+
+
+def _leave(
+    wanted: Sweep, space: spaces.Space, rows: list[dict[str, Any]], output: Path, tracker: Tracker
+) -> dict[str, Any]:
+    settings = wanted.tune
+    ranked = sorted(rows, key=lambda row: (row["status"] != "finished", row.get("held_out_loss", math.inf)))
+    finished = [row for row in ranked if row["status"] == "finished"]
+    front = findings.pareto(finished, settings.objectives)
+    best = min(front, key=lambda row: trial.objective(settings.objectives[0], row, wanted.train.seconds))
+    _write_best(wanted, best, len(rows), output / "best.yaml")
+    _write_table(ranked, space, output / "trials.csv")
+    evidence = findings.evidence(rows, space, wanted.train.seconds, settings)
+    said = findings.findings(evidence, space, best, rows, settings.seeds)
+    files = [output / "best.yaml", output / "trials.csv"]
+    files.append(sweep_charts.trials_chart(ranked, best["id"], output / "trials.png"))
+    if said["responses"]:
+        files.append(sweep_charts.response_chart(evidence, said["responses"], space, output / "response.png"))
+    if said["importance"]:
+        files.append(sweep_charts.importance_chart(said["importance"], evidence.label, output / "importance.png"))
+    if len(settings.objectives) > 1:
+        files.append(sweep_charts.pareto_chart(finished, front, settings.objectives, output / "pareto.png"))
+    for file in files:
+        tracker.artifact(file)
+    counts = {how: sum(row["status"] == how for row in rows) for how in ("finished", "stopped", "failed")}
+    tracker.summary(
+        {"held_out_loss": best["held_out_loss"], **{f"trials_{how}": float(count) for how, count in counts.items()}}
+    )
+    tracker.tags({"entprog.best": best["id"], "mlflow.note.content": "\n\n".join(said["recommendation"])})
+    return {
+        "trials": [{k: v for k, v in row.items() if k != "seeds"} | {"seeds": _seeds(row)} for row in ranked],
+        "best": {k: v for k, v in best.items() if k != "seeds"} | {"config": str(output / "best.yaml")},
+        "pareto": [row["id"] for row in front],
+        "counts": counts,
+        "importance": said["importance"],
+        "responses": said["responses"],
+        "seed_noise": said["seed_noise"],
+        "recommendation": said["recommendation"],
+        "evidence": evidence.label,
+        "charts": [str(file) for file in files if file.suffix == ".png"],
+        "mlflow_run_id": tracker.run_id,
+    }
+
+
+def _seeds(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in seed.items() if k != "curve"} for seed in row.get("seeds", ()) if "seed" in seed]
+
+
+def _write_best(wanted: Sweep, best: Mapping[str, Any], trials: int, path: Path) -> None:
+    """The best trial's settings as `train --config` takes them; what the sweep shared out is left as it was given."""
+    experiment = spaces.applied(wanted.experiment(), best["settings"])
+    spread = f" ± {best['held_out_loss_std']:.2g} over seeds" if best["held_out_loss_std"] is not None else ""
+    header = (
+        f"# Best of {trials} trials: {best['id']}, held-out loss {best['held_out_loss']:.5g}{spread} after "
+        f"{best['seconds']:.0f} charged seconds.\n# python -m pipelines.train --config {path} --output out/best\n"
+    )
+    path.write_text(header + yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+
+
+SHOWN = 10
+FIGURES = ("held_out_loss", "held_out_loss_std", "seconds", "search_seconds", "score_seconds", "seconds_to_target",
+           "peak_memory_bytes", "mlflow_run_id", "reason")  # fmt: skip
+
+
+def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "status", *space, *FIGURES])
+        for row in rows:
+            values = [row["settings"].get(setting) for setting in space]
+            table.writerow([row["id"], row["status"], *values, *(row.get(name) for name in FIGURES)])
+
+
+def _show(result: Mapping[str, Any], output: Path) -> None:
+    rows = [
+        (
+            row["id"], row["status"], _number(row.get("held_out_loss")), _number(row.get("held_out_loss_std")),
+            f"{row.get('seconds', 0):.0f} / {row.get('search_seconds', 0):.0f}",
+            f"{(row.get('peak_memory_bytes') or 0) / 2**20:.0f}", "*" if row["id"] in result["pareto"] else "",
+        )
+        for row in result["trials"][:SHOWN]
+    ]  # fmt: skip
+    columns = ("trial", "status", "held-out loss", "± seeds", "s / search", "MiB", "best")
+    more = f", {SHOWN} of them here, all in {output / 'trials.csv'}" if len(result["trials"]) > SHOWN else ""
+    jobs.show(f"{len(result['trials'])} trials{more}", rows, columns)
+    jobs.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
+    for row in result["trials"]:
+        if row["status"] == "failed":
+            jobs.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}", markup=False)
+    for line in result["recommendation"]:
+        jobs.console.print(f"- {line}", markup=False)
+    jobs.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
+    jobs.console.print(f"Charts: {', '.join(result['charts'])}")
+    jobs.console.print(f"Compare runs: {how_to_open(tracking_uri())}")
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    app()

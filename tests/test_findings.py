@@ -1,0 +1,153 @@
+"""What trials say: known responses are found, noise is not taken for one, the front is the front."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray import tune
+
+from entprog import config
+from pipelines import findings, trial
+
+SPACE = {
+    "schedule.cei_threshold": tune.uniform(0.0, 0.5),
+    "priority.sign": tune.choice(["signed", "absolute"]),
+    "train.learning_rate": tune.loguniform(1e-5, 1e-3),
+}
+TUNE = config.Tune(seeds=2)
+
+
+def rows(loss, count=40, noise=0.002, seed=0):
+    """Trials drawn from SPACE whose loss is a function of their settings, with a spread over two seeds."""
+    rng = np.random.RandomState(seed)
+    out = []
+    for number in range(count):
+        values = {name: domain.sample(random_state=rng) for name, domain in SPACE.items()}
+        losses = [loss(values) + noise * rng.randn() for _ in range(2)]
+        trainings = [
+            {"seed": i, "held_out_loss": y, "steps": 100, "curve": [(5.0, 2 * y), (20.0, 1.2 * y), (60.0, y)],
+             "seconds": 60.0, "search_seconds": 5.0, "score_seconds": 1.0, "peak_memory_bytes": 100 + number,
+             "seconds_to_target": None, "mlflow_run_id": "x"}
+            for i, y in enumerate(losses)
+        ]  # fmt: skip
+        out.append({"id": f"t{number}", "settings": values, "status": "finished", "seeds": trainings})
+        out[-1] |= trial.summary(trainings)
+    return out
+
+
+def found(trials):
+    evidence = findings.evidence(trials, SPACE, 60.0, TUNE)
+    best = min(trials, key=lambda row: row["held_out_loss"])
+    return findings.findings(evidence, SPACE, best, trials, 2)
+
+
+def test_a_known_response_is_found():
+    """The loss rises beyond a threshold of 0.3 and hardly knows the sign; the learning rate does nothing."""
+    said = found(rows(lambda v: 0.1 + max(0.0, v["schedule.cei_threshold"] - 0.3)))
+    assert next(iter(said["importance"])) == "schedule.cei_threshold"
+    assert sum(said["importance"].values()) == pytest.approx(1, abs=1e-3)
+    response = said["responses"]["schedule.cei_threshold"]
+    assert {w["value"] for w in response["worse"]} >= {v for v in response["values"] if v > 0.42}
+    assert all(v in response["alike"] for v in response["values"] if v < 0.25)
+    line = next(line for line in said["recommendation"] if line.startswith("schedule.cei_threshold"))
+    assert "makes no difference beyond seed noise" in line and "0.5 costs" in line
+    for name in ("priority.sign", "train.learning_rate"):
+        line = next(line for line in said["recommendation"] if line.startswith(name))
+        assert "no value makes a difference" in line
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_alone_is_no_finding(seed):
+    said = found(rows(lambda v: 0.1, noise=0.01, seed=seed))
+    assert said["seed_noise"] == pytest.approx(0.01, rel=0.4)
+    assert not any(response["worse"] for response in said["responses"].values())
+    assert "no worse beyond seed noise" in said["recommendation"][0]
+
+
+def test_few_trials_or_one_seed_are_said():
+    trials = rows(lambda v: 0.1, count=4)
+    assert any("too few" in line for line in found(trials)["recommendation"])
+    for row in trials:
+        row["held_out_loss_std"] = None
+    said = found(trials)
+    assert said["seed_noise"] is None and "may be chance" in said["recommendation"][0]
+    for row in trials:
+        row["seeds"][0]["steps"] = 3
+    assert any("too short" in line for line in found(rows(lambda v: 0.1, count=12) + trials)["recommendation"])
+
+
+def test_stopped_trials_are_judged_where_all_have_been():
+    trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=12)
+    for row in trials[3:]:
+        row["status"] = "stopped"
+        row["seeds"] = [{"curve": row["seeds"][0]["curve"][:2]}]  # until 20 of 60 s
+    evidence = findings.evidence(trials, SPACE, 60.0, config.Tune(rungs=2, reduction=3))
+    assert "after 20 charged seconds" in evidence.label and len(evidence.losses) == 12
+    assert evidence.losses[0] == pytest.approx(1.2 * trials[0]["seeds"][0]["held_out_loss"])
+
+
+VALUES = st.one_of(st.none(), st.integers(0, 4))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), VALUES), min_size=1, max_size=12))
+def test_the_front_is_what_none_beats(points):
+    names = ("held_out_loss", "seconds_to_target")
+    found = findings.pareto([dict(zip(names, point, strict=True)) | {"n": n} for n, point in enumerate(points)], names)
+    kept = {row["n"] for row in found}
+    whole = [tuple(math.inf if x is None else x for x in point) for point in points]
+    for n, a in enumerate(whole):
+        beaten = any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in whole)
+        assert (n in kept) != beaten
+    assert kept
+
+
+CURVES = st.lists(
+    st.tuples(st.floats(0, 100), st.floats(0.01, 2)), min_size=1, max_size=10, unique_by=lambda p: p[0]
+).map(sorted)
+
+
+@given(CURVES, st.floats(0, 120))
+def test_loss_between_evaluations_is_between_their_losses(curve, seconds):
+    loss = trial.loss_at(curve, seconds)
+    assert min(y for _, y in curve) - 1e-9 <= loss <= max(y for _, y in curve) + 1e-9
+    for x, y in curve:
+        assert trial.loss_at(curve, x) == y
+
+
+@given(CURVES, st.floats(0.01, 2))
+def test_the_target_is_reached_where_the_curve_first_comes_down_to_it(curve, target):
+    reached = trial.seconds_to(curve, target)
+    if reached is None:
+        assert all(y > target for _, y in curve)
+    else:
+        assert trial.loss_at(curve, reached) <= target + 1e-6
+        assert all(y > target for x, y in curve if x < reached)
+
+
+@settings(max_examples=50)
+@given(CURVES.filter(lambda curve: curve[-1][0] > 1), st.integers(2, 27))
+def test_every_share_of_the_budget_is_reported_once_in_order(curve, of):
+    told = []
+    ticks = trial.Ticks(100.0, of, told.append)
+    for x, y in curve:
+        ticks.heard({"step": {"charged_s": x, "held_out_loss": None}})
+        ticks.heard({"step": {"charged_s": x, "held_out_loss": y}})
+    assert [r["tick"] for r in told] == list(range(1, min(int(curve[-1][0] / 100 * of + 1e-9), of - 1) + 1))
+    for report in told:
+        first = next(i for i, (x, _) in enumerate(curve) if x >= report["tick"] * 100 / of)
+        assert report["held_out_loss"] == trial.loss_at(curve[: first + 1], report["tick"] * 100 / of)
+
+
+def test_figures_of_seeds():
+    results = [
+        {"held_out_loss": loss, "seconds": 1.0, "search_seconds": 0.5, "score_seconds": 0.1, "peak_memory_bytes": m,
+         "seconds_to_target": reached, "mlflow_run_id": "x"}
+        for loss, m, reached in ((1.0, 5, 3.0), (2.0, 7, None))
+    ]  # fmt: skip
+    said = trial.summary(results)
+    assert (said["held_out_loss"], said["peak_memory_bytes"], said["seconds_to_target"]) == (1.5, 7, None)
+    assert said["held_out_loss_std"] == pytest.approx(math.sqrt(0.5))
+    assert trial.summary(results[:1])["held_out_loss_std"] is None
+    assert trial.objective("seconds_to_target", said, 10.0) == 20.0

@@ -1,0 +1,91 @@
+"""Search spaces: every key is a setting, every value builds an experiment, wrong ones are one line."""
+
+import numpy as np
+import pytest
+from conftest import tiny_experiment
+from ray import tune
+
+from entprog import config
+from entprog.errors import UserError
+from pipelines import spaces
+
+BASE = tiny_experiment(data={"shape": {"frames": 4, "height": 32, "width": 32}})
+
+
+@pytest.mark.parametrize("name", spaces.names())
+def test_keys_are_settings_and_values_build_experiments(name):
+    space = spaces.read(name)
+    known = {setting for setting, *_ in config.settings_help()}
+    assert set(space) <= known
+    assert len(spaces.check(space, BASE)) >= 2 * len(space)
+    rng = np.random.RandomState(0)
+    for _ in range(20):
+        drawn = {setting: domain.sample(random_state=rng) for setting, domain in space.items()}
+        flat = config.settings(spaces.applied(BASE, drawn))
+        for setting, value in drawn.items():
+            wanted = config.settings(spaces.applied(BASE, {setting: value}))[setting]
+            assert flat[setting] == wanted
+            if not isinstance(value, str):
+                assert flat[setting] == pytest.approx(value)
+
+
+def test_there_are_the_four_and_they_join():
+    assert set(spaces.names()) == {"cei", "convergence", "optimizer", "plans"}
+    joined = spaces.read("cei, convergence,plans,optimizer")
+    assert len(joined) == sum(len(spaces.read(name)) for name in spaces.names())
+
+
+def test_a_space_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "schedule.cei_threshold: {uniform: [0, 0.3]}\ntrain.learning_rate: {loguniform: [1e-5, 1e-3]}\n"
+        "schedule.candidates: {choice: [[0.5, 1.0], [1.0]]}\ntrain.gradient_clip: {choice: [1.0, null]}\n"
+        "schedule.stages: {randint: [1, 4]}\n"
+    )
+    space = spaces.read(str(mine))
+    assert spaces.in_words(space["train.learning_rate"]) == "1e-05 … 0.001, even over the logarithm"
+    assert spaces.applied(
+        BASE, {"schedule.candidates": space["schedule.candidates"].categories[0]}
+    ).schedule.candidates == (0.5, 1.0)
+    assert spaces.ends(space["schedule.stages"]) == [1, 3]
+    assert spaces.spread(space["schedule.stages"], 5) == [1, 2, 3]
+    assert spaces.spread(space["train.learning_rate"], 3) == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert len(spaces.grid(space, 3)) == 3 * 3 * 2 * 2 * 3
+    spaces.check(space, BASE)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("schedule.cei_treshold: {uniform: [0, 1]}", "did you mean schedule.cei_threshold"),
+        ("schedule.stages: {choice: [0, 2]}", "schedule.stages"),
+        ("schedule.stages: {gaussian: [0, 2]}", "schedule.stages needs one of uniform"),
+        ("schedule.stages: 3", "schedule.stages needs one of uniform"),
+        ("train.learning_rate: {loguniform: [0, 1]}", "train.learning_rate"),
+        ("- a", "not a mapping"),
+    ],
+)
+def test_wrong_files_are_one_line(tmp_path, text, says):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        spaces.check(spaces.read(str(mine)), BASE)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_names_are_one_line(tmp_path):
+    for given, says in {
+        "ceii": "did you mean cei",
+        "nothing.yaml": "no such settings file",
+        "cei,cei": r"schedule\.cei_threshold is in cei and in cei",
+        " , ": "names no space",
+        "mine.py": "YAML file",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            spaces.read(given)
+
+
+def test_the_experiments_own_values_are_a_point_of_the_space_or_none():
+    space = {"schedule.stages": tune.randint(1, 5), "schedule.candidates": tune.choice(["[0.34, 1.0]", "[1.0]"])}
+    assert spaces.own_values(space, BASE) == {"schedule.stages": 2, "schedule.candidates": "[0.34, 1.0]"}
+    assert spaces.own_values({**space, "schedule.cei_threshold": tune.uniform(0, 1)}, BASE) == {}, "it is None"
