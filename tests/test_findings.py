@@ -58,7 +58,7 @@ def test_a_known_response_is_found():
         assert "no value makes a difference" in line
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_noise_alone_is_no_finding(seed):
     said = found(rows(lambda v: 0.1, noise=0.01, seed=seed))
     assert said["seed_noise"] == pytest.approx(0.01, rel=0.4)
@@ -103,9 +103,8 @@ def test_the_front_is_what_none_beats(points):
     assert kept
 
 
-CURVES = st.lists(
-    st.tuples(st.floats(0, 100), st.floats(0.01, 2)), min_size=1, max_size=10, unique_by=lambda p: p[0]
-).map(sorted)
+POINTS = st.tuples(st.floats(0, 100), st.floats(0.01, 2))
+CURVES = st.lists(POINTS, min_size=1, max_size=10, unique_by=lambda point: point[0]).map(sorted)
 
 
 @given(CURVES, st.floats(0, 120))

@@ -1,0 +1,221 @@
+"""Sweeps through the real command: real clips, real Ray Tune and Train, real MLflow, a real kill."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train import SETTINGS, SHAPE
+from typer.testing import CliRunner
+
+from entprog import config
+from entprog.media import assets
+from pipelines import jobs, launch, prepare, spaces, sweep, train, tune
+
+TRIALS = {
+    "train": {"steps": None, "seconds": 4, "samples": 0, "held_out_every": 4},
+    "schedule": {"clock": "seconds", "search_share": 0.3},
+    "tune": {"trials": 4, "rungs": 1, "reduction": 2, "retries": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with MLflow's store, settings and shards in it."""
+    folder = tmp_path_factory.mktemp("tune")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    before = Path.cwd()
+    os.chdir(folder)
+    (folder / "videos").mkdir()
+    for name in ("cam01", "cam04"):
+        (folder / "videos" / f"{name}.mp4").symlink_to(assets.clip(name))
+    settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 3}}
+    prepare.run(folder / "videos", folder / "shards", config.build(settings, config.Preparation))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config.merge(SETTINGS, TRIALS)))
+    (folder / "mine.yaml").write_text(
+        "train.learning_rate: {loguniform: [1e-4, 1e-2]}\nschedule.candidates: {choice: [[0.34, 1.0], [1.0]]}\n"
+    )
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+        del os.environ["MLFLOW_TRACKING_URI"]
+
+
+def wanted(place, **over) -> config.Sweep:
+    values = config.merge(config.merge(SETTINGS, TRIALS), {"data": {"shards": str(place / "shards")}, "name": "tiny"})
+    return config.build(config.merge(values, over), config.Sweep)
+
+
+@pytest.fixture(scope="module")
+def ray(place):
+    with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def swept(place, ray):
+    """Optuna and early stopping; one of the values cannot be trained with."""
+    (place / "risky.yaml").write_text("schedule.memory_budget_bytes: {choice: [null, 1]}\n")
+    space = spaces.read(f"{place / 'mine.yaml'},{place / 'risky.yaml'}")
+    return tune.run(wanted(place), space, place / "swept", tables=place / "cei")
+
+
+def test_every_trial_is_accounted_for(swept, place):
+    trials = swept["trials"]
+    assert len(trials) == 4 and sum(swept["counts"].values()) == 4
+    for row in trials:
+        starved = row["settings"]["schedule.memory_budget_bytes"] == 1
+        assert (row["status"] == "failed") == starved
+        if starved:
+            assert "memory" in row["reason"]
+        else:
+            assert row["held_out_loss"] > 0 and row["seconds"] > row["search_seconds"] >= 0
+            assert row["peak_memory_bytes"] > 0 and row["mlflow_run_id"]
+    finished = [row for row in trials if row["status"] == "finished"]
+    assert swept["best"]["id"] == min(finished, key=lambda row: row["held_out_loss"])["id"]
+    assert swept["pareto"] == [swept["best"]["id"]]
+    with (place / "swept" / "trials.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["id"] for row in table] == [row["id"] for row in trials]
+
+
+def test_trials_share_one_table_of_scores(swept, place):
+    """The settings that were varied have no part in scoring."""
+    assert len(list((place / "cei").glob("*.json"))) == 1
+
+
+def test_train_takes_the_best_settings(swept, place):
+    best = place / "swept" / "best.yaml"
+    result = CliRunner().invoke(train.app, ["--config", str(best), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    experiment = config.build(config.read_yaml(best))
+    drawn = dict(swept["best"]["settings"].items())
+    assert experiment == spaces.applied(wanted(place).experiment(), drawn)
+
+
+def test_mlflow_has_sweep_trials_and_stages(swept):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    parent = client.get_run(swept["mlflow_run_id"])
+    assert parent.info.status == "FINISHED" and parent.data.tags["entprog.kind"] == "sweep"
+
+    def children(run_id):
+        return client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+
+    trials = {run.info.run_id: run for run in children(parent.info.run_id)}
+    for row in swept["trials"]:
+        if row["status"] == "failed":
+            continue
+        run = trials[row["mlflow_run_id"]]
+        assert run.data.tags["entprog.trial"] == row["id"] and run.data.tags["entprog.sweep"] == parent.info.run_id
+        assert run.info.status == {"finished": "FINISHED", "stopped": "KILLED"}[row["status"]]
+        assert float(run.data.params["train.learning_rate"]) == row["settings"]["train.learning_rate"]
+        stages = children(run.info.run_id)
+        assert stages and all(stage.info.status in ("FINISHED", "KILLED") for stage in stages)
+        steps = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in sorted(steps, key=lambda p: p.step)] == list(range(1, len(steps) + 1))
+
+
+def test_seeds_objectives_and_chance(place, ray):
+    over = {"trials": 2, "search": "random", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
+    result = tune.run(wanted(place, tune=over, train={"seconds": 2}), spaces.read(str(place / "mine.yaml")),
+                      place / "seeds", tables=place / "cei")  # fmt: skip
+    for row in result["trials"]:
+        assert row["status"] == "finished" and [seed["seed"] for seed in row["seeds"]] == [0, 1]
+        losses = [seed["held_out_loss"] for seed in row["seeds"]]
+        assert row["held_out_loss"] == pytest.approx(sum(losses) / 2) and row["held_out_loss_std"] > 0
+    assert result["seed_noise"] > 0 and set(result["pareto"]) <= {row["id"] for row in result["trials"]}
+    assert (place / "seeds" / "pareto.png").stat().st_size > 0
+
+
+def steps_of(output: Path) -> dict[str, int]:
+    return {path.parts[-3]: len(path.read_bytes().splitlines()) for path in output.glob("trials/*/*/steps.jsonl")}
+
+
+def test_sigkill_of_the_driver_then_the_same_command(place):
+    """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
+    output = place / "killed"
+    command = [sys.executable, "-m", "pipelines.tune", "--config", str(place / "tiny.yaml"), "--shards"]
+    command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "3", "--output", str(output)]
+    command += ["--set", "train.checkpoint_every=2", "--set", "tune.early_stop=false", "--set", "tune.concurrent=1"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)  # fmt: skip
+    deadline = time.time() + 300
+    while time.time() < deadline:
+        finished = [p for p in output.glob("trials/*/trial.json") if '"finished"' in p.read_text()]
+        running = [name for name, steps in steps_of(output).items() if steps > 4]
+        if len(finished) == 1 and len(running) == 2:
+            break
+        assert first.poll() is None
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    kept = {path: path.read_bytes() for path in finished}
+    before = steps_of(output)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    result = json.loads((output / "result.json").read_text())
+    assert set(before) < {row["id"] for row in result["trials"]} and result["counts"]["finished"] == 3
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    going = next(name for name in before if name != finished[0].parent.name)
+    lines = [json.loads(line) for line in (output / f"trials/{going}/seed-0/steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    pauses = [b["time"] - a["time"] for a, b in itertools.pairwise(lines)]
+    assert 2 <= pauses.index(max(pauses)) + 1 <= before[going], "it went on from a checkpoint"
+    assert "Traceback" not in second.stdout + second.stderr
+
+
+# -- what is refused, and what would be done
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(tune.app, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    return lines[0]
+
+
+def test_refusals_and_dry_run(place):
+    common = ["--config", place / "tiny.yaml", "--shards", place / "shards", "--output", place / "refused"]
+    assert "did you mean cei" in refused(*common, "--space", "ceii")
+    assert "--seconds" in refused(*common, "--space", "cei", "--set", "train.seconds=null", "--set", "train.steps=9")
+    assert "the grid has" in refused(*common, "--space", "cei", "--search", "grid")
+    assert "tune.target_loss" in refused(*common, "--space", "cei", "--objectives", "seconds_to_target")
+    assert "tune.search" in refused(*common, "--space", "cei", "--search", "pbt")
+    assert "schedule.candidates" in refused(*common, "--space", "cei", "--set", "schedule.candidates=[2]")
+    assert not (place / "refused").exists() or not list((place / "refused").iterdir())
+    result = CliRunner().invoke(
+        tune.app, [str(a) for a in (*common[:-1], place / "dry", "--space", "cei,plans", "--dry-run")]
+    )
+    assert result.exit_code == 0 and "Would run 4 trials" in result.output and not (place / "dry").exists()
+
+
+def test_another_sweep_in_the_same_folder_is_refused(swept, place):
+    with pytest.raises(jobs.UserError, match="choose another --output"):
+        tune.run(wanted(place), spaces.read("cei"), place / "swept")
+
+
+def test_trials_cannot_starve_each_other():
+    """Whatever the cluster: all that run at once have their workers and at least a CPU to decode with."""
+    for cpus in range(2, 40):
+        for workers in (1, 2, 3):
+            experiment = config.build({"train": {"seconds": 9, "workers": workers}})
+            if cpus < workers + launch.CPUS_FOR_DATA:
+                with pytest.raises(jobs.UserError, match=r"train\.workers"):
+                    sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)
+                continue
+            share = sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)
+            taken = share.concurrent * workers * (1 + share.decode_cpus)
+            assert share.concurrent >= 1 and taken <= cpus + 1e-9
+            assert workers * share.decode_cpus >= launch.CPUS_FOR_DATA - 1e-9
