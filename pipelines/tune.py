@@ -216,7 +216,7 @@ def _record(wanted: Sweep, space: spaces.Space, output: Path, share: sweep.Share
     What a trial gets stays as it was at the start: threads decide what is computed, and equal seconds want equal cores.
     """
     dataset = train.check(wanted.experiment())
-    elsewhere = (*FREE, *train.FREE)
+    elsewhere = (*FREE, *config.FREE)
     settings = {
         k: v for k, v in config.settings(wanted).items() if k.startswith("tune.") and not k.startswith(elsewhere)
     }

@@ -43,8 +43,8 @@ from entprog.config.sweep import OBJECTIVES, Sweep, Tune
 
 __all__ = [
     "FREE",
-    "PATHS",
     "OBJECTIVES",
+    "PATHS",
     "WHOLE",
     "Backward",
     "ClipShape",
