@@ -24,6 +24,10 @@ class Clips:
     position: torch.Tensor
     """int64 [B], on the CPU: each clip's place in the run's endless sequence of clips; seeds its noise and timestep."""
 
+    def part(self, rows: slice) -> "Clips":
+        """Some of the batch's clips."""
+        return Clips(self.video[rows], self.reference[rows], self.pose[rows], self.position[rows])
+
     def resized(self, shape: ClipShape) -> "Clips":
         """The same clips at a smaller shape: the frames in their middle, and the mean over whole areas of pixels.
 
@@ -71,3 +75,21 @@ class Latents:
         """Some of the batch's clips."""
         conditions = {name: value[rows] for name, value in self.conditions.items()}
         return Latents(self.clean[rows], conditions, self.position[rows])
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds that a rank's batches have cost it."""
+
+    wait_s: float = 0.0
+    """Waiting for the stream, starting it included."""
+    open_s: float = 0.0
+    """Of them, until a stream's first batch was there."""
+    copy_s: float = 0.0
+    """Copying to the device; most of it happens while the step before is computed, and holds nobody up."""
+    encode_s: float = 0.0
+    """Encoding clips to latents on the device."""
+
+    def since(self, before: "Spent") -> "Spent":
+        """What came to it after `before`."""
+        return Spent(*(now - then for now, then in zip(vars(self).values(), vars(before).values(), strict=True)))

@@ -1,7 +1,7 @@
 """The few things ranks must agree on, over torch.distributed; all are the identity in a single process."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,15 @@ def mean(value: float, device: torch.device | str = "cpu") -> float:
 def slowest(seconds: float, device: torch.device | str = "cpu") -> float:
     """The largest over ranks: a step takes as long as its slowest rank."""
     return _reduced(seconds, device, dist.ReduceOp.MAX) if world()[1] > 1 else seconds
+
+
+def slowest_of(seconds: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """The largest over ranks of each, in one exchange."""
+    if world()[1] == 1:
+        return list(seconds)
+    tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def _reduced(value: float, device: torch.device | str, how) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 
 from entprog import controls, distributed, losses, optimizer
 from entprog.blocks import Block
-from entprog.clips import Latents
+from entprog.clips import Latents, Spent
 from entprog.config import ClipShape, Experiment
 from entprog.freezing import Freeze
 from entprog.models import Denoiser
@@ -27,7 +27,8 @@ from entprog.state import RunState
 from entprog.supernet import Decision, Trial
 
 Batches = Callable[[ClipShape, int], Iterator[Latents]]
-"""(shape, position) → this rank's batches from that position of the run's sequence of clips on."""
+"""(shape, position) → this rank's batches from that position of the run's sequence of clips on. May have an attribute
+`spent` (`clips.Spent`): what they have cost so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,13 @@ class Step:
     seconds: float
     """The update, slowest rank, waiting for data not included."""
     wait_s: float
-    """Waiting for data, slowest rank."""
+    """Until the batch was there, slowest rank."""
+    open_s: float
+    """Of that, starting a stream."""
+    encode_s: float
+    """Of that, encoding clips to latents."""
+    copy_s: float
+    """Copying clips to the device, slowest rank; most of it during the step before."""
     charged_s: float
     """Charged so far: training, search, scoring."""
     flops: float
@@ -144,6 +151,8 @@ class _Fit:
         self.drift: float | None = None
         """Of a new table that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
+        self.told = self.spent()
+        """Of what the batches have cost, what Steps have carried."""
         self.clips_per_step = experiment.data.batch_size * self.world
 
     def run(self) -> Iterator[Step]:
@@ -235,6 +244,8 @@ class _Fit:
         model = state.models.get(plan.shape)
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         last = is_over(self.experiment, state)
+        fed, self.told = self.spent().since(self.told), self.spent()
+        open_s, copy_s, encode_s = distributed.slowest_of([fed.open_s, fed.copy_s, fed.encode_s], self.device)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
         return Step(
             step=state.step,
@@ -246,6 +257,9 @@ class _Fit:
             gradient_norm=norm,
             seconds=seconds,
             wait_s=wait_s,
+            open_s=open_s,
+            copy_s=copy_s,
+            encode_s=encode_s,
             charged_s=state.seconds.total,
             flops=state.flops.total,
             clips=self.clips_per_step,
@@ -261,7 +275,8 @@ class _Fit:
         )
 
     def update(self) -> tuple[float, float, float, float, float]:
-        """One update under the plan in force: (loss, learning rate, gradient norm, seconds, seconds waited)."""
+        """One update under the plan in force: (loss, learning rate, gradient norm, seconds, seconds until
+        the batch was there)."""
         state, train = self.state, self.experiment.train
         waiting = self.now()
         batch = self.next_batch()
@@ -293,6 +308,10 @@ class _Fit:
                 self.stream[1].close()
             self.stream = shape, iter(self.open_batches(shape, self.state.position))
         return next(self.stream[1])
+
+    def spent(self) -> Spent:
+        """What batches have cost so far; nothing where their source does not say."""
+        return getattr(self.open_batches, "spent", Spent())
 
     def put_in_force(self, plan: Plan) -> bool:
         """Whether that changed anything."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from entprog import latents
 from entprog.config import ClipShape
 from entprog.errors import UserError
 from entprog.media import shards
@@ -77,6 +78,25 @@ def stream(
     order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed)
     collate = functools.partial(clips.to_clips, device=device)
     return Stream(_batches(read, collate, order, clip_bytes, cpus))
+
+
+def latent_stream(
+    cache: latents.Cache,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    start_position: int = 0,
+    seed: int = 0,
+    cpus: float = 1.0,
+    device="cpu",
+) -> Stream:
+    """The same clips as `stream`'s, as Latents read from a cache. Iterating raises DamagedLatentsError."""
+    here = latents.located(cache)
+    count = sum(file.piece.clips for file in here.files)
+    order = Order(count, batch_size, rank, world, start_position, seed)
+    to_device = functools.partial(clips.to_device, device=device)
+    collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
+    return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus))
 
 
 def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip_bytes: int, cpus: float) -> Iterator:
@@ -169,7 +189,7 @@ def _open_errors(batches: Iterator) -> Iterator:
     try:
         yield from batches
     except Exception as error:
-        found = re.search(rf"{shards.DamagedShardError.__name__}: (.+)", str(error))
-        if found is None:
-            raise
-        raise shards.DamagedShardError(found[1]) from None
+        for kind in (shards.DamagedShardError, latents.DamagedLatentsError):
+            if found := re.search(rf"{kind.__name__}: (.+)", str(error)):
+                raise kind(found[1]) from None
+        raise

@@ -6,6 +6,7 @@ python -m pipelines.train --preset demo --shards out/demo/shards --base out/demo
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from entprog import config, fingerprints, fp8, models, plans
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
-from pipelines import charts, jobs, launch, stages, worker
+from pipelines import charts, jobs, launch, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending
 
@@ -174,7 +175,7 @@ def run(
         "decode_cpus": launch.decode_cpus(experiment),
     }
     try:
-        with _Display(experiment) as display:
+        with _Display(experiment) as display, stalls.watched(lambda line: display.heard({"warning": line})) as store:
 
             def heard(item: dict[str, Any]) -> None:
                 display.heard(item)
@@ -193,8 +194,11 @@ def run(
             "data": dataset.fingerprint,
             "wall_s": round(time.time() - started, 3),
         }
+        encodes = bool(result["stalls"]["encode_s"])
+        told = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
+        result |= {"advice": told, **store.figures()}
         _leave_charts(output, steps, result["blocks"], tracker, dataset)
-        tracker.summary(_final(result))
+        tracker.summary(_final(result) | result["stalls"] | store.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -211,7 +215,7 @@ def run(
 def _figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
     held_out = [(s["step"], s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     purposes = result["seconds_by_purpose"]
-    waited = sum(s["wait_s"] for s in steps)
+    lost = stalls.of(steps)
     return result | {
         "held_out_loss": held_out[-1][2],
         "held_out": [{"step": step, "charged_s": s, "loss": loss} for step, s, loss in held_out],
@@ -221,7 +225,8 @@ def _figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, A
         "score_seconds": purposes["score"],
         "flops": sum(result["flops_by_purpose"].values()),
         "samples_per_s": result["clips"] / max(purposes["train"] + purposes["search"], 1e-9),
-        "wait_share": waited / max(purposes["train"] + purposes["search"], 1e-9),
+        "wait_share": lost.share(lost.wait_s + lost.open_s),
+        "stalls": asdict(lost),
     }
 
 
@@ -257,7 +262,8 @@ def _show(result: dict[str, Any], output: Path, uri: str) -> None:
             ("charged seconds", result["seconds"]),
             ("  of them search / scoring", f"{result['search_seconds']:.1f} / {result['score_seconds']:.1f}"),
             ("samples per second", result["samples_per_s"]),
-            ("waiting for data", f"{result['wait_share']:.0%}"),
+            ("waiting for data / starting streams", _shares(result["stalls"], "wait_s", "open_s")),
+            *([("encoding clips", _shares(result["stalls"], "encode_s"))] if result["stalls"]["encode_s"] else []),
             (f"peak memory ({result['peak_memory_is']})", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
             ("break-even step (predicted)", _break_even(result["break_even"])),
             ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
@@ -265,7 +271,14 @@ def _show(result: dict[str, Any], output: Path, uri: str) -> None:
         ],
         ("figure", "value"),
     )
+    for line in result["advice"]:
+        jobs.console.print(line, markup=False)
     jobs.console.print(f"Compare runs: {how_to_open(uri)}")
+
+
+def _shares(seconds: dict[str, float], *names: str) -> str:
+    lost = stalls.Stalls(**seconds)
+    return " / ".join(f"{lost.share(seconds[name]):.0%}" for name in names)
 
 
 def _break_even(found: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, distributed, fingerprints, fp8, models, plans
+from entprog import cei, checkpoint, config, controls, distributed, fingerprints, fp8, latents, models, plans
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
@@ -20,7 +20,8 @@ from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, feed, machine, rendering
+from pipelines import clips, machine, rendering
+from pipelines.batches import Batches, caches
 from pipelines.jobs import write_json
 from pipelines.tracking import Tracker
 
@@ -38,6 +39,8 @@ class Setup:
     sample: Latents
     """A batch to find, count and time things on: the same on every rank."""
     blocks: list[Block]
+    caches: dict[ClipShape, latents.Cache]
+    """Latents of training clips that need not be encoded again."""
     post: Callable[[dict[str, Any]], None]
     """Tell the driver (rank 0; nothing on the others)."""
 
@@ -99,12 +102,14 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     rank, world = distributed.world()
     data = experiment.data
     held_out = [
-        denoiser.encode(batch)
+        latents.encode(denoiser, batch)
         for batch in clips.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
-    sample = denoiser.encode(clips.held_out(dataset, data.batch_size, data.batch_size, device=device)[0])
+    sample = latents.encode(denoiser, clips.held_out(dataset, data.batch_size, data.batch_size, device=device)[0])
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
-    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, post)
+    return Setup(
+        experiment, device, denoiser, dataset, held_out, sample, found, caches(experiment, dataset, denoiser), post
+    )
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
@@ -147,7 +152,7 @@ def scoring_clips(setup: Setup) -> list[Latents]:
         setup.dataset, "train", data.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
     )
     wanted = -(-experiment.priority.conditions // data.batch_size)
-    return [setup.denoiser.encode(next(source)) for _ in range(wanted)]
+    return [latents.encode(setup.denoiser, next(source)) for _ in range(wanted)]
 
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +177,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         write_json(output / "cei.json", table.as_json())
-    with closing(_Batches(setup, settings)) as batches:
+    data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
+    with closing(Batches(experiment, *data)) as batches:
         conditions = scoring_clips(setup) if table and experiment.priority.rescore else ()
         steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
         for step in steps:
@@ -219,37 +225,6 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     rendering.render(setup.denoiser, motions, data.shape, folder, settings)
 
 
-class _Batches:
-    """The run's batches at any shape of the ladder, cut out of one stream of whole clips: a change of shape between
-    two steps, as in a search, opens no new stream."""
-
-    def __init__(self, setup: Setup, settings: dict[str, Any]):
-        self.setup, self.settings = setup, settings
-        self.stream: clips.Stream | None = None
-        self.position: int | None = None
-        """Of the stream's next batch."""
-
-    def __call__(self, shape: ClipShape, position: int) -> Iterator[Latents]:
-        data = self.setup.experiment.data
-        rank, world = distributed.world()
-        if self.position != position:
-            self.close()
-            self.stream = feed.stream(
-                self.setup.dataset, "train", data.shape, data.batch_size, rank, world, position,
-                self.setup.experiment.train.seed, cpus=self.settings["decode_cpus"], device=self.setup.device,
-            )  # fmt: skip
-            self.position = position
-        while True:
-            batch = next(self.stream)
-            self.position += data.batch_size * world
-            yield self.setup.denoiser.encode(batch.resized(shape))
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-            self.stream, self.position = None, None
-
-
 def as_record(step: Step) -> dict[str, Any]:
     """A step as a line of steps.jsonl."""
     record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision")}
@@ -269,6 +244,8 @@ def metrics(step: Step) -> dict[str, float]:
         "searching": float(step.phase == "search"),
         "step_s": step.seconds,
         "wait_s": step.wait_s,
+        "copy_s": step.copy_s,
+        "encode_s": step.encode_s,
         "charged_s": step.charged_s,
         "flops": step.flops,
         "samples_per_s": step.clips / max(step.seconds + step.wait_s, 1e-9),

@@ -68,6 +68,9 @@ class Data(Part):
     """Seeds those draws; apart from `train.seed`, so that runs of different seeds are measured alike."""
     decode_cpus: float | None = Field(default=None, gt=0)
     """Logical CPUs for decoding per worker. None: what the cluster has left, shared evenly."""
+    latents: Literal["auto", "never", "require"] = "auto"
+    """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
+    shape; never; or a run without them is refused. The same batches either way, bit for bit."""
     verify: Literal["sha256", "size"] = "sha256"
     """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
 

@@ -103,7 +103,15 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-FREE = ("train.gpus", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus", "tracking")
+FREE = (
+    "train.gpus",
+    "train.keep_checkpoints",
+    "train.max_failures",
+    "data.verify",
+    "data.decode_cpus",
+    "data.latents",
+    "tracking",
+)
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them."""
 PATHS = ("model.base", "model.vae", "model.prompt_embeds")
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""

@@ -1,0 +1,288 @@
+"""Latents encoded once: what training clips look like to the network, kept beside the shards they were encoded from.
+
+SHARDS/latents/KEY/
+  latents.json                           what they are; written last: a folder without it is not finished
+  train/00000-000000-000035.safetensors  rows 0 to 34 of shard train/00000.parquet
+
+A file holds `clean` and `conditions.NAME`, float32 [N, C, F', H', W'], dimensions along which a value only repeats
+stored once, and `crc32` int64 [N] over a clip's bytes. KEY is a hash of all that encoding depends on: the VAE's weights
+and configuration, the family, the conditions, the clip shape. A file belongs to one shard by that shard's sha256: a
+dataset that has grown needs only its new shards encoded.
+"""
+
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+from entprog.clips import Clips, Latents
+from entprog.config import ClipShape, digest
+from entprog.errors import UserError
+from entprog.media import shards
+from entprog.scores import content_hash
+
+FORMAT = "entprog-latents-1"
+FOLDER = "latents"
+SPLIT = "train"
+"""Held-out clips are few, and encoded when a run starts."""
+FILE_BYTES = 64 << 20
+"""About the size of one file: what a kill may cost, and what Ray passes on at a time."""
+AGAIN = "delete its folder and run python -m pipelines.prepare --latents again"
+
+
+class DamagedLatentsError(UserError):
+    """Cached latents that are not what was written. The message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one shard, encoded into one file."""
+
+    shard: str
+    """The shard's path inside the dataset's folder."""
+    shard_sha256: str
+    first: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        """Path inside the cache's folder."""
+        return f"{self.shard.removesuffix('.parquet')}-{self.first:06d}-{self.stop:06d}.safetensors"
+
+    @property
+    def clips(self) -> int:
+        return self.stop - self.first
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file, as `latents.json` lists it."""
+
+    piece: Piece
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache."""
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor → shape of one clip, repeated dimensions in full."""
+    files: tuple[Written, ...]
+    """In the order of the split's clips."""
+
+    @property
+    def clip_bytes(self) -> int:
+        """Of one clip, as it is stored, about."""
+        return sum(file.bytes for file in self.files) // max(sum(file.piece.clips for file in self.files), 1)
+
+
+# ---- encoding ----
+
+
+def encode(denoiser, clips: Clips) -> Latents:
+    """`denoiser.encode`, with a VAE clip by clip: the bits of a convolution may depend on how many clips share a batch,
+    and a clip's latents must not, so that a cache, another batch size and other workers give the same ones."""
+    if denoiser.vae is None:
+        return denoiser.encode(clips)
+    parts = [denoiser.encode(clips.part(slice(i, i + 1))) for i in range(len(clips.position))]
+    conditions = {name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions}
+    return Latents(torch.cat([part.clean for part in parts]), conditions, clips.position)
+
+
+def key(denoiser, family: str, shape: ClipShape) -> str:
+    """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded."""
+    modules = {field.name: getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "network"}
+    hashes = {
+        name: [type(module).__name__, content_hash(module), _configuration(module)]
+        for name, module in modules.items()
+        if isinstance(module, nn.Module)
+    }
+    return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump())
+
+
+def _configuration(module: nn.Module) -> dict[str, Any]:
+    """Without what changes when the same network is saved anew."""
+    return {k: v for k, v in dict(getattr(module, "config", {})).items() if not k.startswith("_")}
+
+
+# ---- a cache as it is written ----
+
+
+def folder_of(dataset: shards.Dataset, key: str) -> Path:
+    """Where the cache of a key lies, finished or not."""
+    return dataset.folder / FOLDER / key
+
+
+def pieces(dataset: shards.Dataset, clip_bytes: int) -> list[Piece]:
+    """How the clips are spread over files. clip_bytes: of one clip's latents."""
+    rows = max(FILE_BYTES // clip_bytes, 1)
+    return [
+        Piece(shard.file, shard.sha256, first, min(first + rows, shard.clips))
+        for shard in dataset.splits.get(SPLIT, ())
+        for first in range(0, shard.clips, rows)
+    ]
+
+
+def compact(batch: Latents) -> dict[str, np.ndarray]:
+    """Tensors of one clip's latents, as `denoiser.encode` gave them: dimensions that only repeat have length 1."""
+    tensors = {"clean": batch.clean} | {f"conditions.{name}": value for name, value in batch.conditions.items()}
+    return {name: _once(value.float()).cpu().numpy() for name, value in tensors.items()}
+
+
+def _once(value: torch.Tensor) -> torch.Tensor:
+    for dimension, stride in enumerate(value.stride()):
+        if stride == 0:
+            value = value.narrow(dimension, 0, 1)
+    return value
+
+
+def write(folder: Path, piece: Piece, clips: Sequence[dict[str, np.ndarray]]) -> Written:
+    """Write a file, whole or not at all. clips: of `compact`, in order of row."""
+    tensors = {name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}
+    tensors["crc32"] = np.array([_crc32(clip) for clip in clips], np.int64)
+    path = folder / piece.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp")
+    save_file(tensors, scratch, metadata={"format": FORMAT, "shard_sha256": piece.shard_sha256})
+    scratch.replace(path)
+    return Written(piece, path.stat().st_size, shards.sha256(path))
+
+
+def _crc32(clip: dict[str, np.ndarray]) -> int:
+    out = 0
+    for name in sorted(clip):
+        out = zlib.crc32(np.ascontiguousarray(clip[name]), out)
+    return out
+
+
+def written(folder: Path, piece: Piece) -> Written | None:
+    """A finished file of an earlier attempt, every byte of it looked at; None if there is none."""
+    path = folder / piece.file
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("shard_sha256") != piece.shard_sha256:
+                return None
+            names = [name for name in file.keys() if name != "crc32"]  # noqa: SIM118
+            sums = file.get_tensor("crc32")
+            tensors = {name: file.get_tensor(name) for name in names}
+        whole = len(sums) == piece.clips and all(
+            _crc32({name: value[i : i + 1] for name, value in tensors.items()}) == sums[i] for i in range(len(sums))
+        )
+    except (OSError, SafetensorError, KeyError, IndexError):
+        return None
+    return Written(piece, path.stat().st_size, shards.sha256(path)) if whole else None
+
+
+def finish(folder: Path, shapes: dict[str, tuple[int, ...]], files: Sequence[Written], about: dict[str, Any]) -> Cache:
+    """Write `latents.json`; what else lies in the folder (of shards that are gone) is left alone."""
+    record = {"format": FORMAT, "about": about, "tensors": shapes, "files": [asdict(file) for file in files]}
+    scratch = folder / "latents.json.tmp"
+    scratch.write_text(json.dumps(record, indent=2) + "\n")
+    scratch.replace(folder / "latents.json")
+    return read_cache(folder)
+
+
+# ---- a cache as it is read ----
+
+
+def read_cache(folder: Path) -> Cache:
+    """A finished cache's description. Raises DamagedLatentsError."""
+    try:
+        record = json.loads((folder / "latents.json").read_text())
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+        files = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])
+        shapes = {name: tuple(shape) for name, shape in record["tensors"].items()}
+        for file in files:
+            if not (folder / file.piece.file).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"a file outside the folder: {file.piece.file!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DamagedLatentsError(f"{folder}/latents.json is damaged ({reason}): {AGAIN}") from None
+    return Cache(folder, shapes, files)
+
+
+def find(dataset: shards.Dataset, key: str) -> Cache | None:
+    """The finished cache of all the dataset's training clips as they are now, or None."""
+    folder = folder_of(dataset, key)
+    if not (folder / "latents.json").exists():
+        return None
+    cache = read_cache(folder)
+    covered: dict[tuple[str, str], int] = {}
+    for file in cache.files:
+        piece = file.piece
+        if covered.get((piece.shard, piece.shard_sha256), 0) != piece.first:
+            return None
+        covered[piece.shard, piece.shard_sha256] = piece.stop
+    wanted = {(shard.file, shard.sha256): shard.clips for shard in dataset.splits.get(SPLIT, ())}
+    order = list(dict.fromkeys((file.piece.shard, file.piece.shard_sha256) for file in cache.files))
+    return cache if covered == wanted and order == list(wanted) else None
+
+
+def verify(cache: Cache, how: Literal["sha256", "size"]) -> None:
+    """Check every file: its size, and with `sha256` every byte. Raises DamagedLatentsError naming the first bad one."""
+    for file in cache.files:
+        path = cache.folder / file.piece.file
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == file.bytes and (how == "size" or shards.sha256(path) == file.sha256):
+                continue
+        raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
+
+
+def read(cache: Cache, clips: np.ndarray) -> dict[str, np.ndarray]:
+    """Latents of training clips by their number: `clean` and `conditions.NAME`, float32 [B, …], repeated dimensions
+    once. Raises DamagedLatentsError naming file and row."""
+    ends = np.cumsum([file.piece.clips for file in cache.files])
+    files = np.searchsorted(ends, clips, side="right")
+    found: list[dict[str, np.ndarray] | None] = [None] * len(clips)
+    for number in np.unique(files):  # each file is opened once
+        path = cache.folder / cache.files[number].piece.file
+        places = np.flatnonzero(files == number)
+        rows = clips[places] - (ends[number] - cache.files[number].piece.clips)
+        for place, row, clip in zip(places, rows, _rows(path, rows.tolist(), list(cache.shapes)), strict=True):
+            found[place] = clip
+            if clip is None:
+                raise DamagedLatentsError(f"damaged latents {path}, row {row}: {AGAIN}")
+    return {name: np.concatenate([clip[name] for clip in found]) for name in cache.shapes}
+
+
+def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, np.ndarray] | None]:
+    """Clips of a file; None for one that cannot be read or whose checksum differs."""
+    try:
+        with safe_open(path, "numpy") as file:
+            sums = file.get_tensor("crc32")
+            for row in rows:
+                clip = {name: file.get_slice(name)[row : row + 1] for name in names}
+                yield clip if _crc32(clip) == sums[row] else None
+    except (OSError, SafetensorError, IndexError):
+        yield from [None] * len(rows)
+
+
+def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], to_device) -> Latents:
+    """What `read` gave, with `position`, as the stream's latents, value for value. to_device: array → tensor."""
+    whole = {name: to_device(arrays[name]).expand(-1, *shape) for name, shape in shapes.items()}
+    conditions = {name.removeprefix("conditions."): value for name, value in whole.items() if name != "clean"}
+    return Latents(whole["clean"], conditions, torch.tensor(arrays["position"]))
+
+
+def located(cache: Cache) -> Cache:
+    """The same with an absolute path, for tasks that run in another directory."""
+    return replace(cache, folder=cache.folder.resolve())
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder."""
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,156 @@
+"""A worker's batches of latents, from the best source there is: cached latents, or clips decoded and encoded here."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from entprog import distributed, latents, plans
+from entprog.clips import Latents, Spent
+from entprog.config import ClipShape, Experiment
+from entprog.errors import UserError
+from entprog.media import shards
+from pipelines import clips, feed
+
+LASTING = 16
+"""Batches of one shape in a row after which it is taken to go on: its own source is opened."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from."""
+
+    shape: ClipShape
+    """What the stream gives."""
+    cached: bool
+
+
+class Batches:
+    """The run's batches at any shape of the ladder (`training.Batches`).
+
+    While a search changes shapes between two steps they are cut out of one stream of whole clips, so that no change
+    opens a stream. Once a shape lasts, only its frames are decoded, or its cached latents are read.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: shards.Dataset,
+        denoiser,
+        device: torch.device,
+        decode_cpus: float,
+        caches: Mapping[ClipShape, latents.Cache],
+    ):
+        self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
+        self.decode_cpus, self.caches = decode_cpus, caches
+        self.whole = experiment.data.shape
+        self.one_shape = not experiment.schedule.shapes
+        self.stream: clips.Stream | None = None
+        self.source: Source | None = None
+        self.position: int | None = None
+        """Of the stream's next batch."""
+        self.spent = Spent()
+        """So far, on this rank."""
+
+    def __call__(self, shape: ClipShape, position: int) -> Iterator[Latents]:
+        size = self.experiment.data.batch_size * distributed.world()[1]
+        alike = 0
+        if self.position != position:
+            self.close()
+            self.position = position
+        while True:
+            alike += 1
+            self._provide(shape, lasting=self.one_shape or alike > LASTING)
+            batch = self._next()
+            self.position += size
+            yield batch if isinstance(batch, Latents) else self._encoded(batch.resized(shape))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = self.source = self.position = None
+
+    def _provide(self, shape: ClipShape, lasting: bool) -> None:
+        """Open the source that batches of a shape come from, unless one that serves is open."""
+        whole = Source(self.whole, cached=False)
+        its_frames = Source(self.whole.model_copy(update={"frames": shape.frames}), cached=False)
+        cached = Source(shape, cached=True)
+        if lasting:
+            wanted = cached if shape in self.caches else its_frames
+        else:
+            wanted = self.source if self.source in (cached, its_frames) else whole
+        if self.source != wanted:
+            position = self.position
+            self.close()
+            self.stream, self.source, self.position = self._open(wanted, position), wanted, position
+
+    def _open(self, source: Source, position: int) -> clips.Stream:
+        rank, world = distributed.world()
+        order = (self.experiment.data.batch_size, rank, world, position, self.experiment.train.seed)
+        if source.cached:
+            return feed.latent_stream(self.caches[source.shape], *order, cpus=self.decode_cpus, device=self.device)
+        return feed.stream(
+            self.dataset, latents.SPLIT, self.whole, *order,
+            cpus=self.decode_cpus, device=self.device, frames=source.shape.frames,
+        )  # fmt: skip
+
+    def _next(self):
+        stream = self.stream
+        opening, wait_s, copy_s = stream.wait_s == 0, stream.wait_s, stream.copy_s
+        batch = next(stream)
+        waited = stream.wait_s - wait_s
+        self.spent = replace(
+            self.spent,
+            wait_s=self.spent.wait_s + waited,
+            open_s=self.spent.open_s + (waited if opening else 0.0),
+            copy_s=self.spent.copy_s + stream.copy_s - copy_s,
+        )
+        return batch
+
+    def _encoded(self, batch) -> Latents:
+        started = time.perf_counter()
+        out = latents.encode(self.denoiser, batch)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.spent = replace(self.spent, encode_s=self.spent.encode_s + time.perf_counter() - started)
+        return out
+
+
+def caches(experiment: Experiment, dataset: shards.Dataset, denoiser) -> dict[ClipShape, latents.Cache]:
+    """The finished caches that `data.latents` lets a run use, by clip shape; every byte or size checked.
+
+    Rank 0 alone looks, so that ranks cannot differ in what they find. Raises UserError on every rank where one is
+    required and there is none, or where one is damaged.
+    """
+    found, mistake = {}, None
+    if distributed.world()[0] == 0 and experiment.data.latents != "never":
+        try:
+            found = _found(experiment, dataset, denoiser)
+        except UserError as error:
+            mistake = str(error)
+    found, mistake = distributed.gathered((found, mistake))[0]
+    if mistake:
+        raise UserError(mistake)
+    return found
+
+
+def _found(experiment: Experiment, dataset: shards.Dataset, denoiser) -> dict[ClipShape, latents.Cache]:
+    found, data = {}, experiment.data
+    if denoiser.vae is None:
+        if data.latents == "require":
+            raise UserError(
+                "data.latents=require, but this network works on pixels: it has no VAE; use data.latents=auto"
+            )
+        return found
+    for shape in plans.ladder(experiment.schedule, data.shape, last=False):
+        cache = latents.find(dataset, latents.key(denoiser, experiment.model.family, shape))
+        if cache is not None:
+            latents.verify(cache, data.verify)
+            found[shape] = cache
+        elif data.latents == "require":
+            raise UserError(
+                f"data.latents=require, but shards {dataset.folder} hold no latents of {shape} by this VAE and these "
+                "conditions: make them with python -m pipelines.prepare --latents, or use data.latents=auto"
+            )
+    return found
