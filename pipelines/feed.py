@@ -182,14 +182,24 @@ def _execute(
 
 
 def _open_errors(batches: Iterator) -> Iterator:
-    """Raise the damage that a task found as itself.
-
-    Ray Data wraps what a task raises, and pickling then drops the cause: only its text, one line, comes across.
-    """
+    """Raise the damage that a task found as itself."""
     try:
         yield from batches
     except Exception as error:
-        for kind in (shards.DamagedShardError, latents.DamagedLatentsError):
-            if found := re.search(rf"{kind.__name__}: (.+)", str(error)):
-                raise kind(found[1]) from None
-        raise
+        raise _cause(error) from None
+
+
+def opened(work: Callable[[], object]):
+    """What `work` gives; damage that one of its tasks found is raised as itself."""
+    try:
+        return work()
+    except Exception as error:
+        raise _cause(error) from None
+
+
+def _cause(error: Exception) -> Exception:
+    """Ray wraps what a task raises, and pickling then drops the cause: only its text, one line, comes across."""
+    for kind in (shards.DamagedShardError, latents.DamagedLatentsError, UserError):
+        if found := re.search(rf"{kind.__name__}: (.+)", str(error)):
+            return kind(found[1])
+    return error

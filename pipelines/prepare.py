@@ -28,6 +28,7 @@ from entprog.errors import UserError
 from entprog.media import attempts, cutting, fetching, inputs, ledger, pose, probing, shards, sheet, video
 from entprog.media.inputs import Inputs
 from pipelines import growing, jobs, packing, progress
+from pipelines import latents as caching
 
 Row = dict[str, Any]
 
@@ -45,12 +46,13 @@ app = jobs.app("Cut videos of people into shards of clips with pose, ready for t
 @app.command()
 def main(
     input: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Folder (searched with its subfolders), glob, manifest (.csv, .parquet, .jsonl), list of videos "
             "(.txt), folder of numbered images, or video; also s3://, gs://, https://. Never modified."
         ),
-    ],
+    ] = None,
+    *,
     output: Annotated[Path, typer.Option(help="Folder for the shards.")],
     frames: Annotated[int | None, typer.Option(help="Frames in a clip (data.shape.frames; 8).")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.height; 96).")] = None,
@@ -71,6 +73,12 @@ def main(
     max_rejected: Annotated[
         float | None, typer.Option(help="Stop when a larger share of the videos is rejected (1: never).")
     ] = None,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Also encode the clips with the base's VAE; without --input, only that.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="With --latents: diffusers folder or hub name of the VAE (model.base).")
+    ] = None,
     preset: jobs.Preset = None,
     config_file: jobs.ConfigFile = None,
     set: jobs.Set = None,
@@ -82,6 +90,8 @@ def main(
     Settings are named data.shape.* and prepare.*; --set takes those without an option of their own too
     (prepare.margin, prepare.min_motion, prepare.people, …; --dry-run shows all, docs/prepare.md explains them). A
     preset gives its clip shape. Running the same command again resumes; with new videos in the input it adds them.
+
+    --latents encodes the training clips with the base's VAE into OUTPUT/latents, where training finds them.
     """
 
     def work() -> dict[str, Any]:
@@ -90,8 +100,21 @@ def main(
         own = {"stride": stride, "held_out": held_out, "held_out_ratio": held_out_ratio, "seed": seed}
         own |= {"min_visibility": min_visibility, "clips_per_shard": clips_per_shard, "max_rejected": max_rejected}
         shape = {"frames": frames, "height": height, "width": width, "fps": fps}
-        settings = preparation(preset, config_file, set, shape, own)
-        return plan(input, output, settings) if dry_run else run(input, output, settings, verbose=verbose)
+        ours, of_model = caching.mine(set) if latents else (set, [])
+        encoding = caching.settings(preset, config_file, of_model, base) if latents else None
+        settings = preparation(preset, config_file, ours, shape, own)
+        if input is None and not latents:
+            raise UserError("no input given: --input FOLDER, glob, manifest or list of videos")
+        figures: dict[str, Any] = {}
+        if input is not None:
+            if latents:  # before clips are cut for hours
+                caching.check_model(encoding, settings.data.shape)
+            figures = plan(input, output, settings) if dry_run else run(input, output, settings, verbose=verbose)
+        if latents and dry_run and input is not None and not (output / "dataset.json").exists():
+            jobs.console.print("then latents: their size and time can be said once there are clips to measure on")
+        elif latents:
+            figures |= {"latents": caching.run(output, encoding, dry_run=dry_run, verbose=verbose)}
+        return figures
 
     jobs.run("prepare", None if dry_run else output, work, verbose=verbose)
 

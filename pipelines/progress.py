@@ -43,11 +43,11 @@ class Tally:
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call after each source with its clips: draws a bar, or says a line now and then."""
+def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
+    """Gives a function to call after each of `what` with its clips: draws a bar, or says a line now and then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[clips]} clips"), TimeElapsedColumn())
     eta = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(TextColumn("videos"), *columns, *eta, console=jobs.console) as drawn:
+    with Progress(TextColumn(what), *columns, *eta, console=jobs.console) as drawn:
         task = drawn.add_task("", total=total, clips=0, rate="")
         started = said = time.monotonic()
         clips = 0
@@ -61,6 +61,6 @@ def bar(total: int) -> Iterator[Callable[[int], None]]:
             if not jobs.console.is_terminal and now - said > SAID_EVERY_S:
                 said, done = now, int(drawn.tasks[0].completed)
                 left_s = (now - started) / done * (total - done)
-                jobs.console.print(f"{done} of {total} videos, {clips} clips, {rate}, ETA {left_s:.0f} s")
+                jobs.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
 
         yield advance

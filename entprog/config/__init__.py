@@ -20,7 +20,7 @@ from entprog.config.experiment import (
     Tracking,
     Train,
 )
-from entprog.config.jobs import Compare, Comparison, Generate, Generation, Preparation, Prepare, Shape
+from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.reading import (
     FREE,
@@ -51,6 +51,7 @@ __all__ = [
     "Compare",
     "Comparison",
     "Data",
+    "Encoding",
     "Evaluate",
     "Evaluation",
     "Experiment",

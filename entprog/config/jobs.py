@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from entprog.config.experiment import ClipShape
+from entprog.config.experiment import ClipShape, Model, Smaller
 from entprog.config.part import Part
 
 
@@ -79,6 +79,20 @@ class Preparation(Part):
 
     data: Shape = Shape()
     prepare: Prepare = Prepare()
+
+
+class Ladder(Part):
+    """The part of `Schedule` that decides at which shapes clips are encoded."""
+
+    shapes: tuple[Smaller, ...] = ()
+    """Smaller clips that stages may also train on."""
+
+
+class Encoding(Part):
+    """What latents are made with (`pipelines.prepare --latents`), beside the shards and the code."""
+
+    model: Model = Model()
+    schedule: Ladder = Ladder()
 
 
 class Generate(Part):

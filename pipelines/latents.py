@@ -1,0 +1,245 @@
+"""`pipelines.prepare --latents`: a dataset's training clips encoded once, so that training reads latents.
+
+Operators of Ray Data, a row a file of the cache: decode (CPUs) → encode (an actor with the VAE for each GPU, or one on
+the CPU) → write. A finished file is never done again: after a kill the same command goes on where it was.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from entprog import config, latents, models, plans
+from entprog.config import ClipShape, Encoding
+from entprog.errors import UserError
+from entprog.media import shards
+from pipelines import clips, feed, jobs, progress
+
+OF_MODEL = ("model.", "schedule.shapes")
+"""Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
+WARM_UP_CLIPS = 1
+TIMED_CLIPS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What encoding a dataset's clips at one shape comes to, measured on a few of them."""
+
+    shape: ClipShape
+    key: str
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor → shape of one clip, in full."""
+    clip_bytes: int
+    clip_s: float
+    """Seconds that one encoder takes for a clip."""
+    device: str
+
+
+# ---- settings ----
+
+
+def mine(pairs: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """--set's pairs: (those of preparing clips, those of the model that clips are encoded for)."""
+    pairs = list(pairs or [])
+    model = [pair for pair in pairs if pair.strip().startswith(OF_MODEL)]
+    return [pair for pair in pairs if pair not in model], model
+
+
+def settings(
+    preset: str | None, files: Sequence[Path] | None, pairs: Sequence[str], base: str | None
+) -> config.Encoding:
+    """What clips are encoded for: preset < config files < --base < --set. Of a whole experiment only `model` and
+    `schedule.shapes` count here. Raises UserError for any wrong name or value."""
+    values = config.read_preset(preset, jobs.PRESETS) if preset else {}
+    for path in files or []:
+        values = config.merge(values, config.read_yaml(path))
+    ladder = {"shapes": (values.get("schedule") or {}).get("shapes") or []}
+    values = {"model": values.get("model") or {}, "schedule": ladder}
+    if base:
+        values = config.merge(values, {"model": {"base": base}})
+    return config.build(config.merge(values, config.parse_overrides(pairs)), Encoding)
+
+
+def check_model(encoding: Encoding, shape: ClipShape) -> list[ClipShape]:
+    """The shapes at which clips of a shape are encoded. Raises UserError for what is wrong before weights are read."""
+    shapes = plans.ladder(encoding.schedule, shape, last=False)
+    for one in shapes:
+        if models.family(encoding.model.family).inspect(encoding.model, one).vae is None:
+            raise UserError(
+                f"{encoding.model.base or 'a network from model.init'} has no VAE and works on pixels: there are no "
+                "latents to make; give a base with a VAE (--base), or name one (--set model.vae=FOLDER)"
+            )
+    return shapes
+
+
+# ---- the job ----
+
+
+def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
+    """Cache the latents of a finished dataset at every clip shape asked for; figures of each. Says beforehand how large
+    they are and how long it takes; with `dry_run` that is all. Raises UserError for a wrong base or damaged shards."""
+    dataset = shards.read_dataset(folder)
+    if not dataset.clips(latents.SPLIT):
+        raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
+    shapes = check_model(encoding, dataset.shape)
+    shards.verify(dataset, "size")
+    with jobs.ray_cluster(cpus=3, verbose=verbose) as ray:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+        measure = ray.remote(**where, max_retries=0)(estimates)
+        with jobs.console.status("loading the VAE, measuring"):
+            found = feed.opened(lambda: ray.get(measure.remote(_located(dataset), encoding, shapes)))
+        return [_one_shape(ray, dataset, encoding, estimate, max(gpus, 1), where, dry_run) for estimate in found]
+
+
+def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where, dry_run: bool) -> dict[str, Any]:
+    folder = latents.folder_of(dataset, estimate.key)
+    pieces = latents.pieces(dataset, estimate.clip_bytes)
+    done = {piece: file for piece in pieces if (file := latents.written(folder, piece))}
+    left = [piece for piece in pieces if piece not in done]
+    to_do = sum(piece.clips for piece in left)
+    needed = to_do * estimate.clip_bytes
+    total = dataset.clips(latents.SPLIT)
+    figures = {
+        "shape": str(estimate.shape), "key": estimate.key, "clips": total, "bytes": total * estimate.clip_bytes,
+        "done_before": total - to_do, "estimated_s": to_do * estimate.clip_s / encoders, "folder": str(folder),
+    }  # fmt: skip
+    jobs.console.print(
+        f"latents of {total} clips of {estimate.shape}: {size(figures['bytes'])} ({size(estimate.clip_bytes)} a clip) "
+        f"in {folder}; {total - to_do} clips are done, the others take about {duration(figures['estimated_s'])} on "
+        f"{encoders} encoder(s) ({estimate.device})",
+        markup=False,
+    )
+    if dry_run:
+        return figures
+    if needed > latents.free_bytes(dataset.folder):
+        free = size(latents.free_bytes(dataset.folder))
+        raise UserError(f"latents need {size(needed)}, the disk of {dataset.folder} has {free} free: make room")
+    started = time.time()
+    encode = functools.partial(_encode_all, ray, _located(dataset), encoding, estimate, encoders, where, folder)
+    done |= {file.piece: file for file in feed.opened(lambda: encode(left))} if left else {}
+    about = {"shape": estimate.shape.model_dump(), "family": encoding.model.family, "device": estimate.device}
+    latents.finish(folder, estimate.shapes, [done[piece] for piece in pieces], about)
+    return figures | {"bytes": sum(file.bytes for file in done.values()), "seconds": round(time.time() - started, 3)}
+
+
+def _encode_all(ray, dataset, encoding, estimate: Estimate, encoders: int, where, folder: Path, pieces):
+    """The written files, as they come."""
+    rows = [{"number": number} for number in range(len(pieces))]
+    decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        functools.partial(_decode, dataset=dataset, pieces=pieces), batch_size=None, num_cpus=1
+    )
+    context = decoded.context
+    context.enable_progress_bars = False
+    context.target_max_block_size = None  # a file's clips stay one block
+    encoded = decoded.map_batches(
+        Encode,
+        fn_constructor_args=(encoding, estimate.shape, pieces, folder.resolve()),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=encoders),
+        **where,
+    )
+    out = []
+    with progress.bar(len(rows), "files") as advance:
+        for row in encoded.iter_rows():
+            piece = pieces[row["number"]]
+            out.append(latents.Written(piece, row["bytes"], row["sha256"]))
+            advance(piece.clips)
+    return out
+
+
+def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> clips.Arrays:
+    """Operator: a file's clips, decoded."""
+    (number,) = rows["number"]
+    piece = pieces[number]
+    before = 0
+    for shard in dataset.splits[latents.SPLIT]:
+        if shard.file == piece.shard:
+            break
+        before += shard.clips
+    numbers = before + np.arange(piece.first, piece.stop)
+    return {**clips.decode(dataset, latents.SPLIT, numbers), "number": np.full(piece.clips, number)}
+
+
+class Encode:
+    """Operator: decoded clips → one file of latents. Holds the denoiser."""
+
+    def __init__(self, encoding: Encoding, shape: ClipShape, pieces, folder: Path):
+        self.denoiser, self.device = load(encoding)
+        self.shape, self.pieces, self.folder = shape, pieces, folder
+
+    def __call__(self, batch: clips.Arrays) -> clips.Arrays:
+        number = int(batch["number"][0])
+        rows = encoded(self.denoiser, batch, self.shape, self.device)
+        file = latents.write(self.folder, self.pieces[number], rows)
+        return {"number": np.array([number]), "bytes": np.array([file.bytes]), "sha256": np.array([file.sha256])}
+
+
+def load(encoding: Encoding):
+    """(denoiser, device): on the GPU that Ray gave this process, or on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return models.family(encoding.model.family).load(encoding.model, device), device
+
+
+def encoded(denoiser, batch: clips.Arrays, shape: ClipShape, device) -> list[dict[str, np.ndarray]]:
+    """Clips of `clips.decode` → latents of each at a shape, as `latents.write` takes them."""
+    out = []
+    for i in range(len(batch["video"])):
+        one = {name: batch[name][i : i + 1] for name in clips.COLUMNS} | {"position": np.array([i])}
+        out.append(latents.compact(denoiser.encode(clips.to_clips(one, device).resized(shape))))
+    return out
+
+
+def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[ClipShape]) -> list[Estimate]:
+    """Task: load what encodes, and measure it on the first clips, at every shape."""
+    denoiser, device = load(encoding)
+    count = min(WARM_UP_CLIPS + TIMED_CLIPS, dataset.clips(latents.SPLIT))
+    batch = clips.decode(dataset, latents.SPLIT, np.arange(count))
+    out = []
+    for shape in shapes:
+        first = {name: value[:1] for name, value in batch.items()}
+        (row,) = encoded(denoiser, first, shape, device)
+        started = time.perf_counter()
+        encoded(denoiser, batch, shape, device)
+        one = denoiser.encode(clips.to_clips({**first, "position": np.array([0])}, device).resized(shape))
+        full = {"clean": one.clean} | {f"conditions.{name}": value for name, value in one.conditions.items()}
+        out.append(
+            Estimate(
+                shape=shape,
+                key=latents.key(denoiser, encoding.model.family, shape),
+                shapes={name: tuple(value.shape[1:]) for name, value in full.items()},
+                clip_bytes=sum(value.nbytes for value in row.values()),
+                clip_s=(time.perf_counter() - started) / (count + 1),
+                device=device if device == "cpu" else torch.cuda.get_device_name(),
+            )
+        )
+    return out
+
+
+def _located(dataset: shards.Dataset) -> shards.Dataset:
+    """With an absolute path: tasks run in another directory."""
+    return shards.Dataset(dataset.folder.resolve(), dataset.shape, dataset.splits, {}, dataset.fingerprint)
+
+
+# ---- words ----
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
