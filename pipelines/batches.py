@@ -1,5 +1,6 @@
 """A worker's batches of latents, from the best source there is: cached latents, or clips decoded and encoded here."""
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,30 +47,37 @@ class Batches:
         self.decode_cpus, self.caches = decode_cpus, caches
         self.whole = experiment.data.shape
         self.one_shape = not experiment.schedule.shapes
+        self.rank, self.world = distributed.world()
+        self.batches = self.world
+        """Of an update, over all ranks."""
+        self.mine = len(range(self.rank, self.batches, self.world))
         self.stream: clips.Stream | None = None
         self.source: Source | None = None
-        self.position: int | None = None
-        """Of the stream's next batch."""
+        self.begun, self.taken = 0, 0
+        """Position of the stream's first update, and this rank's batches since."""
         self.spent = Spent()
         """So far, on this rank."""
 
+    @property
+    def position(self) -> int | None:
+        """Of the next update; None within one, where no stream can begin."""
+        updates, within = divmod(self.taken, self.mine)
+        return None if within else self.begun + updates * self.batches * self.experiment.data.batch_size
+
     def __call__(self, shape: ClipShape, position: int) -> Iterator[Latents]:
-        size = self.experiment.data.batch_size * distributed.world()[1]
-        alike = 0
         if self.position != position:
             self.close()
-            self.position = position
-        while True:
-            alike += 1
+            self.begun, self.taken = position, 0
+        for alike in itertools.count(1):
             self._provide(shape, lasting=self.one_shape or alike > LASTING)
             batch = self._next()
-            self.position += size
+            self.taken += 1
             yield batch if isinstance(batch, Latents) else self._encoded(batch.resized(shape))
 
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
-            self.stream = self.source = self.position = None
+            self.stream = self.source = None
 
     def _provide(self, shape: ClipShape, lasting: bool) -> None:
         """Open the source that batches of a shape come from, unless one that serves is open."""
@@ -80,20 +88,17 @@ class Batches:
             wanted = cached if shape in self.caches else its_frames
         else:
             wanted = self.source if self.source in (cached, its_frames) else whole
-        if self.source != wanted:
-            position = self.position
+        if self.source != wanted and self.position is not None:
+            self.begun, self.taken = self.position, 0
             self.close()
-            self.stream, self.source, self.position = self._open(wanted, position), wanted, position
+            self.stream, self.source = self._open(wanted, self.begun), wanted
 
     def _open(self, source: Source, position: int) -> clips.Stream:
-        rank, world = distributed.world()
-        order = (self.experiment.data.batch_size, rank, world, position, self.experiment.train.seed)
+        order = (self.experiment.data.batch_size, self.rank, self.world, position, self.experiment.train.seed)
+        how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
         if source.cached:
-            return feed.latent_stream(self.caches[source.shape], *order, cpus=self.decode_cpus, device=self.device)
-        return feed.stream(
-            self.dataset, latents.SPLIT, self.whole, *order,
-            cpus=self.decode_cpus, device=self.device, frames=source.shape.frames,
-        )  # fmt: skip
+            return feed.latent_stream(self.caches[source.shape], *order, **how)
+        return feed.stream(self.dataset, latents.SPLIT, self.whole, *order, **how, frames=source.shape.frames)
 
     def _next(self):
         stream = self.stream

@@ -1,9 +1,9 @@
 """Clips by their place in a run: shards → decoded clips in an order that the seed fixes.
 
 A run has one endless sequence of clips. Position p lies in epoch p // n of the n clips of a split, each epoch a
-shuffle of its own, and global batch k is positions k·G … (k+1)·G - 1 with G = batch_size · workers. Every worker reads
-its own slice of each global batch, so the clips of step k depend on the seed and on G alone, a resume is a start
-position, and no state of an iterator has to be saved.
+shuffle of its own, and update k sees positions k·G … (k+1)·G - 1, with G clips an update. Every worker reads its own
+share of each update, so the clips of step k depend on the seed and on G alone, a resume is a start position, also with
+other workers, and no state of an iterator has to be saved.
 """
 
 import functools
@@ -51,10 +51,19 @@ def clips_at(positions: np.ndarray, clips: int, seed: int) -> np.ndarray:
     return out
 
 
-def rank_positions(rows: np.ndarray, start_position: int, batch_size: int, rank: int, world: int) -> np.ndarray:
-    """Position of a rank's rows 0, 1, … when its first batch belongs to the global batch at `start_position`."""
+def rank_positions(
+    rows: np.ndarray, start_position: int, batch_size: int, rank: int, world: int, batches: int | None = None
+) -> np.ndarray:
+    """Position of a rank's rows 0, 1, … when its first batch belongs to the update at `start_position`.
+
+    An update sees `batches` batches (None: one a rank). Rank r takes number r, r + world, … of each, so that updates
+    see the same clips however many ranks share them.
+    """
+    batches = batches or world
+    mine = len(range(rank, batches, world))
     batch, place = np.divmod(rows, batch_size)
-    return start_position + (batch * world + rank) * batch_size + place
+    update, turn = np.divmod(batch, mine)
+    return start_position + (update * batches + turn * world + rank) * batch_size + place
 
 
 # ---- decoding: shared by all that read clips ----
@@ -209,12 +218,13 @@ def local_stream(
     seed: int = 0,
     device="cpu",
     frames: int | None = None,
+    batches: int | None = None,
 ) -> Stream:
     """The same Clips as `feed.stream`, bit for bit, decoded in this process without Ray."""
     check_shape(dataset, shape)
     read = functools.partial(decode, dataset, split, frames=frames)
     rows = (np.arange(batch_size) + first for first in itertools.count(0, batch_size))
-    positions = (rank_positions(r, start_position, batch_size, rank, world) for r in rows)
+    positions = (rank_positions(r, start_position, batch_size, rank, world, batches) for r in rows)
     collate = functools.partial(to_clips, device=device)
     return Stream(timed(collate, at_positions(read, p, dataset.clips(split), seed)) for p in positions)
 

@@ -47,6 +47,8 @@ class Order:
     world: int
     start_position: int
     seed: int
+    batches: int
+    """Of an update, over all ranks."""
 
 
 def stream(
@@ -61,11 +63,13 @@ def stream(
     cpus: float = 1.0,
     device="cpu",
     frames: int | None = None,
+    batches: int | None = None,
 ) -> Stream:
-    """This rank's Clips from the global batch at `start_position` on, without end, decoded by Ray Data.
+    """This rank's Clips from the update at `start_position` on, without end, decoded by Ray Data.
 
     cpus: logical CPUs that this rank's decoding may take; they must be free of Ray Train's workers. frames: only those
-    in the middle of each clip are decoded; None: all. Works in a driver and in a Ray Train worker.
+    in the middle of each clip are decoded; None: all. batches: of an update, over all ranks; None: one each. Works in a
+    driver and in a Ray Train worker.
     Raises UserError for an empty split or shards of another shape; iterating raises DamagedShardError naming the shard
     and the row of a damaged clip.
     """
@@ -75,7 +79,7 @@ def stream(
     located = replace(dataset, folder=dataset.folder.resolve(), settings={})  # tasks run in another directory
     read = functools.partial(clips.decode, located, split, frames=frames)
     clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-    order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed)
+    order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed, batches or world)
     collate = functools.partial(clips.to_clips, device=device)
     return Stream(_batches(read, collate, order, clip_bytes, cpus))
 
@@ -89,11 +93,12 @@ def latent_stream(
     seed: int = 0,
     cpus: float = 1.0,
     device="cpu",
+    batches: int | None = None,
 ) -> Stream:
     """The same clips as `stream`'s, as Latents read from a cache. Iterating raises DamagedLatentsError."""
     here = latents.located(cache)
     count = sum(file.piece.clips for file in here.files)
-    order = Order(count, batch_size, rank, world, start_position, seed)
+    order = Order(count, batch_size, rank, world, start_position, seed, batches or world)
     to_device = functools.partial(clips.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
     return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus))
@@ -149,7 +154,9 @@ def _task(rows: Arrays, read: Read, order: Order) -> Arrays:
     """One decode task: a block that holds the number of its first row and how many there are → their clips."""
     (first,), (count,) = rows["first"], rows["count"]
     numbers = first + np.arange(count)
-    positions = clips.rank_positions(numbers, order.start_position, order.batch_size, order.rank, order.world)
+    positions = clips.rank_positions(
+        numbers, order.start_position, order.batch_size, order.rank, order.world, order.batches
+    )
     return clips.at_positions(read, positions, order.clips, order.seed)
 
 

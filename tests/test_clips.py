@@ -5,44 +5,27 @@ import time
 
 import numpy as np
 import pytest
+import real_clips
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from entprog.config import ClipShape
 from entprog.errors import UserError
 from entprog.media import assets, color, shards, video
-from pipelines import clips, feed
+from pipelines import clips, feed, stalls
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3
 
 
 def row(source: str, split: str, start_s: float) -> dict:
-    """A clip of a real video as prepare writes it."""
-    times = video.clip_times(start_s, SHAPE.frames, SHAPE.fps)
-    frames, _ = video.read_frames(assets.clip(source), times, size=(SHAPE.height, SHAPE.width))
-    png = io.BytesIO()
-    Image.fromarray(frames[0]).save(png, "PNG")
-    sizes = {"height": SHAPE.height, "width": SHAPE.width}
-    rng = np.random.default_rng(int(start_s * 1000))
-    return {
-        "clip_id": f"{source}-{start_s:.3f}", "source": f"{source}.mp4", "source_sha256": "0" * 64, "split": split,
-        "caption": "", "start_s": start_s, "fps": SHAPE.fps, "frames": SHAPE.frames, **sizes,
-        **{f"source_{k}": v for k, v in sizes.items()}, **{f"crop_{k}": v for k, v in sizes.items()},
-        "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
-        "pose": rng.random((SHAPE.frames, shards.POINTS, 3), np.float32), "video": video.encode(frames, SHAPE.fps),
-    }  # fmt: skip
+    return real_clips.row(source, split, start_s, SHAPE)
 
 
 def write(folder, splits) -> shards.Dataset:
-    """splits: {split: [[row, …] for each shard]}."""
-    infos = {
-        split: [shards.write_shard(folder, f"{split}/{i:05d}.parquet", rows, SHAPE) for i, rows in enumerate(files)]
-        for split, files in splits.items()
-    }
-    return shards.write_dataset(folder, SHAPE, infos, {})
+    return real_clips.write(folder, splits, SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +86,36 @@ def test_ranks_share_each_global_batch_without_gap_or_overlap(batch, world, star
         for rank in range(world)
     ]
     assert np.concatenate(parts, axis=1).ravel().tolist() == list(range(start, start + batch * world * steps))
+
+
+@st.composite
+def histories(draw):
+    """A run in pieces: after each some updates more, by another number of workers."""
+    batches = draw(st.integers(1, 12))
+    pieces = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, batches)), min_size=1, max_size=5))
+    return batches, pieces
+
+
+@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(1, 5), histories())
+def test_resumed_by_any_workers_a_run_sees_the_clips_of_the_uninterrupted_one(count, seed, batch, history):
+    """Each update the same clips, so each clip once an epoch, wherever a run was cut and however many went on."""
+    batches, pieces = history
+    due = clips.clips_at(np.arange(sum(steps for steps, _ in pieces) * batches * batch), count, seed)
+    found, position = [], 0
+    for steps, world in pieces:
+        ranks = [
+            clips.rank_positions(np.arange(steps * share * batch), position, batch, rank, world, batches)
+            for rank in range(world)
+            if (share := len(range(rank, batches, world)))
+        ]
+        for step in range(steps):
+            parts = [rows.reshape(steps, -1)[step] for rows in ranks]
+            found.append(np.sort(np.concatenate(parts)))
+        position += steps * batches * batch
+    positions = np.concatenate(found) if found else np.empty(0, int)
+    assert clips.clips_at(positions, count, seed).tolist() == due.tolist()
+    whole_epochs = len(due) // count * count
+    assert all(sorted(epoch) == list(range(count)) for epoch in due[:whole_epochs].reshape(-1, count))
 
 
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 200), st.integers(0, 40))
@@ -182,6 +195,15 @@ def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):
         next(local(damaged(rows, tmp_path, video=video.encode(frames, SHAPE.fps))))
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6))
+def test_only_the_middle_frames_are_decoded_and_are_those_of_the_whole_clip(dataset, frames):
+    whole, few = next(local(dataset, 4)), next(local(dataset, 4, frames=frames))
+    cut = whole.resized(SHAPE.model_copy(update={"frames": frames}))
+    assert few.video.shape[1] == frames
+    assert_equal([few], [cut])
+
+
 # ---- through Ray Data ----
 
 
@@ -247,13 +269,22 @@ def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypa
     while before != (before := len(list(decoded.iterdir()))) and before <= due:
         time.sleep(2)
     stream.close()
-    assert before <= due, "an execution has 128 tasks: the reader does not hold them back"
+    assert before <= due, "an execution has 256 tasks: the reader does not hold them back"
 
 
 def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path):
     stream = ray_stream(damaged(rows, tmp_path, video=b"not a video"))
     with pytest.raises(shards.DamagedShardError, match=r"train/00000\.parquet, row 1"):
         take(stream, 3)
+
+
+def test_spilling_of_the_object_store_is_seen(ray):
+    told = []
+    with stalls.watched(told.append, every_s=0.2) as watch:
+        held = [ray.put(np.zeros(100 << 20, np.uint8)) for _ in range(6)]
+        assert len(held) == 6
+    assert watch.figures()["spilled_bytes"] > 0 and watch.peak_used_share > 0.2
+    assert any("spilled" in line for line in told)
 
 
 def test_inside_two_train_workers(ray, dataset, tmp_path):

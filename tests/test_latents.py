@@ -1,0 +1,255 @@
+"""Cached latents: the same batches bit for bit, made and used by the real commands with a real (tiny) VAE."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import real_clips
+import torch
+from conftest import TINY
+from diffusers import AutoencoderKLWan
+from typer.testing import CliRunner
+
+from entprog import config, latents, models
+from entprog.config import ClipShape
+from entprog.errors import UserError
+from entprog.media import shards
+from pipelines import clips, feed, jobs, prepare, train
+from pipelines import latents as caching
+
+SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    torch.manual_seed(3)
+    sizes = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+    folder = tmp_path_factory.mktemp("vae")
+    scale = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
+    AutoencoderKLWan(**sizes, **scale).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(vae, tmp_path_factory) -> Path:
+    """A tiny Wan with that VAE, as training leaves it."""
+    settings = {"init": {**TINY, "out_channels": 4, "patch_size": [1, 2, 2]}, "vae": str(vae)}
+    denoiser = models.family("wan").load(config.build(settings, config.Model), "cpu", 0)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    denoiser.save(folder, shape=SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def denoiser(base):
+    return models.family("wan").load(config.build({"base": str(base)}, config.Model), "cpu", 0)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [real_clips.row("cam01", "train", 0.1 * i, SHAPE) for i in range(11)]
+
+
+@pytest.fixture
+def dataset(rows, tmp_path) -> shards.Dataset:
+    return fresh(rows, tmp_path / "shards")
+
+
+def fresh(rows, folder) -> shards.Dataset:
+    held_out = [real_clips.row("cam04", "held_out", 0.2, SHAPE)]
+    return real_clips.write(folder, {"train": [rows[:4], rows[4:6], rows[6:]], "held_out": [held_out]}, SHAPE)
+
+
+def cached(dataset, denoiser, shape=SHAPE, clip_bytes=1) -> latents.Cache:
+    """A cache made in this process. clip_bytes: decides how many clips share a file."""
+    folder = latents.folder_of(dataset, latents.key(denoiser, "wan", shape))
+    files, before, tensors = [], 0, {}
+    for piece in latents.pieces(dataset, clip_bytes):
+        batch = clips.decode(dataset, "train", np.arange(before, before := before + piece.clips))
+        encoded = caching.encoded(denoiser, batch, shape, "cpu")
+        files.append(latents.write(folder, piece, encoded))
+        one = denoiser.encode(clips.to_clips({**batch, "position": np.arange(piece.clips)}).resized(shape))
+        tensors = {"clean": one.clean} | {f"conditions.{name}": value for name, value in one.conditions.items()}
+    shapes = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
+    return latents.finish(folder, shapes, files, {})
+
+
+def read(cache, numbers):
+    arrays = {**latents.read(cache, np.array(numbers)), "position": np.array(numbers)}
+    return latents.to_latents(arrays, cache.shapes, clips.to_device)
+
+
+def assert_same_bits(found, due):
+    assert found.clean.dtype == due.clean.dtype == torch.float32
+    assert torch.equal(found.position, due.position) and torch.equal(found.clean, due.clean)
+    assert found.conditions.keys() == due.conditions.keys() == {"reference", "pose"}
+    for name, value in due.conditions.items():
+        assert torch.equal(found.conditions[name], value), name
+
+
+# ---- the format ----
+
+
+def test_read_in_any_order_is_what_the_stream_encodes(dataset, denoiser):
+    cache = cached(dataset, denoiser, clip_bytes=latents.FILE_BYTES // 2)  # files of 2 clips at most
+    assert [file.piece.clips for file in cache.files] == [2, 2, 2, 2, 2, 1]
+    for numbers in ([3, 0, 10], [7, 7, 1, 6], list(range(11))):
+        batch = {**clips.decode(dataset, "train", np.array(numbers)), "position": np.array(numbers)}
+        assert_same_bits(read(cache, numbers), latents.encode(denoiser, clips.to_clips(batch)))
+
+
+def test_what_repeats_is_stored_once(dataset, denoiser):
+    stored = latents.read(cached(dataset, denoiser), np.array([0]))
+    assert stored["clean"].shape == (1, 4, 2, 8, 4) and stored["conditions.reference"].shape == (1, 4, 1, 8, 4)
+
+
+def test_a_smaller_shape_has_a_cache_of_its_own(dataset, denoiser):
+    small = SHAPE.model_copy(update={"frames": 1})
+    cache = cached(dataset, denoiser, small)
+    batch = {**clips.decode(dataset, "train", np.array([5, 2])), "position": np.array([5, 2])}
+    assert_same_bits(read(cache, [5, 2]), latents.encode(denoiser, clips.to_clips(batch).resized(small)))
+    assert latents.find(dataset, latents.key(denoiser, "wan", SHAPE)) is None
+
+
+def test_the_key_is_the_vae_and_what_it_encodes(denoiser, base, vae):
+    key = latents.key(denoiser, "wan", SHAPE)
+    again = models.family("wan").load(config.build({"base": str(base)}, config.Model), "cpu", 1)
+    with torch.no_grad():
+        next(again.network.parameters()).add_(1)  # the network that is trained encodes nothing
+    assert latents.key(again, "wan", SHAPE) == key
+    assert latents.key(denoiser, "wan", SHAPE.model_copy(update={"frames": 1})) != key
+    assert latents.key(replace(denoiser, conditions=("reference",)), "wan", SHAPE) != key
+    with torch.no_grad():
+        next(again.vae.parameters()).add_(1)
+    assert latents.key(again, "wan", SHAPE) != key
+
+
+def test_a_cache_is_of_the_shards_as_they_are(rows, dataset, denoiser):
+    cache = cached(dataset, denoiser)
+    key = latents.key(denoiser, "wan", SHAPE)
+    assert latents.find(dataset, key) == cache
+    grown = [rows[:4], rows[4:6], rows[6:], rows[:1]]
+    infos = {"train": grown, "held_out": []}
+    assert latents.find(real_clips.write(dataset.folder, infos, SHAPE), key) is None
+    # Of the shards that are still the same nothing has to be done again.
+    again = shards.read_dataset(dataset.folder)
+    done = [latents.written(cache.folder, piece) for piece in latents.pieces(again, 1)]
+    assert [file is not None for file in done] == [True, True, True, False]
+
+
+def test_damage_is_found(dataset, denoiser):
+    cache = cached(dataset, denoiser)
+    path = cache.folder / cache.files[1].piece.file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    latents.verify(cache, "size")
+    with pytest.raises(latents.DamagedLatentsError, match=path.name):
+        latents.verify(cache, "sha256")
+    assert latents.written(cache.folder, cache.files[1].piece) is None
+    with pytest.raises(latents.DamagedLatentsError, match=f"{path.name}, row"):
+        read(cache, [4, 5])
+    read(cache, [0, 6])
+    path.unlink()
+    with pytest.raises(latents.DamagedLatentsError, match=path.name):
+        latents.verify(cache, "size")
+    (cache.folder / "latents.json").write_text("{")
+    with pytest.raises(latents.DamagedLatentsError, match=r"latents\.json"):
+        latents.find(dataset, latents.key(denoiser, "wan", SHAPE))
+
+
+# ---- the real commands ----
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    with jobs.ray_cluster(4):
+        yield folder
+    del os.environ["MLFLOW_TRACKING_URI"]
+
+
+def prepare_latents(*arguments, status=0):
+    result = CliRunner().invoke(prepare.app, ["--latents", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, base, denoiser):
+    dataset = fresh(rows, place / "shards")
+    arguments = ["--output", dataset.folder, "--base", base]
+    told = " ".join(prepare_latents(*arguments, "--dry-run").output.split())
+    assert "latents of 11 clips of 5 frames of 32x64" in told and "take about" in told
+    assert not (dataset.folder / "latents").exists()
+
+    import ray
+
+    command = [sys.executable, "-m", "pipelines.prepare", "--latents", *map(str, arguments)]
+    address = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    killed = subprocess.Popen(command, env=address, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 200
+    while not (written := list(dataset.folder.rglob("*.safetensors"))):
+        assert time.time() < deadline and killed.poll() is None, "nothing was written"
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    first = {path: path.stat().st_mtime_ns for path in written}
+
+    result = prepare_latents(*arguments)
+    assert "0 clips are done" not in result.output
+    assert {path: path.stat().st_mtime_ns for path in written} == first
+    record = json.loads((dataset.folder / "result.json").read_text())["latents"]
+    cache = latents.find(dataset, record[0]["key"])
+    assert record[0]["clips"] == 11 and cache is not None
+    latents.verify(cache, "sha256")
+
+    stream = feed.latent_stream(cache, BATCH, rank=1, world=2, start_position=8, seed=5)
+    plain = clips.local_stream(dataset, "train", SHAPE, BATCH, rank=1, world=2, start_position=8, seed=5)
+    for _ in range(6):  # over the end of an epoch
+        assert_same_bits(next(stream), latents.encode(denoiser, next(plain)))
+    stream.close()
+
+    both = {}
+    for use in ("require", "never"):
+        settings = {
+            "model": {"base": str(base)},
+            "data": {"shards": str(dataset.folder), "shape": SHAPE.model_dump(), "batch_size": BATCH, "latents": use},
+            "train": {"steps": 6, "threads": 1, "samples": 0},
+            "schedule": {"kind": "full"},
+        }
+        both[use] = train.run(config.build(settings), place / use)
+    assert both["require"]["losses"] == both["never"]["losses"]
+    assert both["require"]["held_out_loss"] == both["never"]["held_out_loss"]
+    assert both["require"]["stalls"]["encode_s"] == 0 < both["never"]["stalls"]["encode_s"]
+    assert both["never"]["stalls"]["open_s"] > 0 and both["never"]["spilled_bytes"] == 0
+
+
+def test_mistakes_are_one_line(place, rows, base, vae, tmp_path):
+    dataset = fresh(rows, tmp_path / "shards")
+    settings = {
+        "model": {"base": str(base)},
+        "data": {"shards": str(dataset.folder), "shape": SHAPE.model_dump(), "batch_size": 1, "latents": "require"},
+        "train": {"steps": 1}, "schedule": {"kind": "full"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"hold no latents of 5 frames .* prepare --latents"):
+        train.run(config.build(settings), tmp_path / "run")
+
+    def refused(*arguments) -> str:
+        lines = [line for line in prepare_latents(*arguments, status=2).stderr.splitlines() if line.strip()]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "no network" in refused("--output", dataset.folder)
+    assert "missing" in refused("--output", dataset.folder, "--base", tmp_path / "missing")
+    pixels = ["--set", "model.init={patch_size: [1, 4, 4], out_channels: 3}", "--set", "model.vae=none"]
+    assert "works on pixels" in refused("--output", dataset.folder, *pixels)
+    assert "not a finished dataset" in refused("--output", tmp_path, "--base", base)
