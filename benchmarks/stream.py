@@ -1,20 +1,22 @@
 """Frames per second of the training stream, against plain decoding on the same cores.
 
-    python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: < 4 minutes on two cores
+    python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: about 4 minutes on two cores
 
 Every number of cores is a process that may run on those alone, with all that it starts: Ray too. In it all arrangements
 take turns over the same clips of real video, each with as many decoding processes as cores and one decoding thread:
 
 - `stream`: pipelines.feed.stream, as training reads it: batches of planes on the reader's side, with the reference
-  image and the pose, which no other arrangement here gives;
+  image and the pose, which only `decode` has beside it;
+- `decode`: what the stream's tasks do, in plain processes without Ray: nothing is sent;
 - `pyav`: plain processes that decode, count and throw away. Nothing is sent: no reader ever gets this;
 - `dataloader`: torch's DataLoader with PyAV in its workers, batches sent to the reader;
 - `decord2`, `torchcodec`: the libraries' own readers, in plain processes as `pyav`, where they are installed.
 
-Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert on the CPU, as most training code does.
-Leaves benchmarks/results/stream.json.
+Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert on the CPU, as most training code does,
+and so do decord2 and torchcodec: their ratios are to the `_rgb` arms. Leaves benchmarks/results/stream.json.
 """
 
+import functools
 import io
 import json
 import os
@@ -36,19 +38,20 @@ from PIL import Image
 from benchmarks import common
 from entprog.config import ClipShape
 from entprog.media import assets, shards, video
-from pipelines import feed, jobs
+from pipelines import clips, feed, jobs
 
 app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
 
 SIZES = {
     "256x256": (ClipShape(frames=48, height=256, width=256, fps=24), 4),
-    "1080x1920": (ClipShape(frames=8, height=1920, width=1080, fps=12), 1),
-    "64x96": (ClipShape(frames=8, height=96, width=64, fps=12), 4),
+    "1080x1920": (ClipShape(frames=16, height=1920, width=1080, fps=12), 1),
 }
-"""Clip shape and batch size. The small one is where Ray's cost a task shows most."""
+"""Clip shape and batch size."""
 SOURCE = "cam01"
-CLIPS = 16
+CLIPS = 8
 """Different clips of each size."""
+WARM_UP_S = 0.3
+SHOWN = ("arrangement", "cores", "frames_per_s", "spread", "over_pyav", "over_pyav_rgb", "over_dataloader", "note")
 Decode = Callable[[str], int]
 """A clip's file → frames decoded."""
 
@@ -58,7 +61,7 @@ def main(
     sizes: Annotated[list[str] | None, typer.Option("--size", help=f"Clips: {', '.join(SIZES)}. Default: all.")] = None,
     cores: Annotated[list[int] | None, typer.Option(help="Numbers of cores. Default: 1, 2, 4, … as there are.")] = None,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="Only these arrangements.")] = None,
-    seconds: Annotated[float, typer.Option(help="About how long one turn of an arrangement lasts.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="About how long one turn of an arrangement lasts.")] = 1.3,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each arrangement, interleaved.")] = 3,
 ) -> None:
     """Measure all arrangements in turns; print and keep frames per second and ratios."""
@@ -73,7 +76,8 @@ def main(
                 command = [sys.executable, "-c", "from benchmarks import stream; stream.turns()", scratch]
                 found = subprocess.run([*command, json.dumps(task)], check=True, stdout=subprocess.PIPE, text=True)
                 figures += rows_of(size, count, json.loads(found.stdout.splitlines()[-1]))
-                common.show(f"{size} on {count} core(s)", [row for row in figures if row["size"] == size])
+                rows = [{name: row[name] for name in SHOWN} for row in figures if row["size"] == size]
+            common.show(f"clips of {size}", rows)
     jobs.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
 
 
@@ -81,8 +85,7 @@ def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[
     """A row an arrangement. found: its frames/s in every round, or why it is not there."""
 
     def over(name: str, base: str) -> float | None:
-        """Median ratio within rounds to the base of the same pixels."""
-        base += "_rgb" if name.endswith("_rgb") or name in ("decord2", "torchcodec") else ""
+        """Median ratio within rounds."""
         if base not in found or isinstance(found[name], str):
             return None
         return round(statistics.median(a / b for a, b in zip(found[name], found[base], strict=True)), 3)
@@ -94,12 +97,18 @@ def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[
             "cores": cores,
             "frames_per_s": None if isinstance(rates, str) else round(statistics.median(rates), 1),
             "spread": None if isinstance(rates, str) else [round(min(rates), 1), round(max(rates), 1)],
-            "over_pyav": over(name, "pyav"),
-            "over_dataloader": over(name, "dataloader"),
+            "over_pyav": over(name, "pyav" + pixels(name)),
+            "over_pyav_rgb": over(name, "pyav_rgb"),
+            "over_dataloader": over(name, "dataloader" + pixels(name)),
             "note": rates if isinstance(rates, str) else "",
         }
         for name, rates in found.items()
     ]
+
+
+def pixels(arrangement: str) -> str:
+    """Ending of the arms that give the same pixels: `_rgb`, or none for YUV 4:2:0."""
+    return "_rgb" if arrangement.endswith("_rgb") or arrangement in ("decord2", "torchcodec") else ""
 
 
 def write_clips(folder: Path, shape: ClipShape) -> None:
@@ -137,12 +146,14 @@ def turns() -> None:
     folder = folder / task["size"]
     files = sorted(str(path) for path in (folder / "files").iterdir())
     found: dict[str, Any] = {}
-    plain = {"pyav": decode_pyav, "pyav_rgb": decode_pyav_rgb, "decord2": decode_decord, "torchcodec": decode_codec}
+    in_shards = [f"{folder}:{i}" for i in range(CLIPS)]
+    plain = {"pyav": (decode_pyav, files), "pyav_rgb": (decode_pyav_rgb, files), "decode": (decode_shard, in_shards)}
+    plain |= {"decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
     with get_context("spawn").Pool(cores, _start) as pool, jobs.ray_cluster(cores + 2):
         arms: dict[str, Callable[[float], float]] = {}
-        for name, decode in plain.items():
-            arms[name] = partial(plain_rate, pool, decode, files, cores)
+        for name, (decode, what) in plain.items():
+            arms[name] = partial(plain_rate, pool, decode, what, cores)
         for name, decode in loaders.items():
             arms[name] = partial(loader_rate, decode, files, batch_size, cores, shape.frames)
         arms["stream"] = partial(stream_rate, shards.read_dataset(folder), shape, batch_size, cores)
@@ -150,10 +161,10 @@ def turns() -> None:
             arms = {name: arm for name, arm in arms.items() if name in task["arms"]}
         for number in range(1 + task["repeats"]):
             for name, arm in arms.items():
-                if isinstance(found.get(name), str):
+                if isinstance(found.get(name), str) or (not number and name not in plain):
                     continue
                 try:
-                    rate = arm(task["seconds"] if number else 0.5)  # the first round warms up
+                    rate = arm(task["seconds"] if number else WARM_UP_S)
                 except Exception as error:
                     if name not in ("decord2", "torchcodec"):
                         raise
@@ -247,6 +258,17 @@ def decode_pyav(file: str, format: str = "yuv420p") -> np.ndarray:
                 out = np.empty((container.streams.video[0].frames, *image.shape), np.uint8)
             out[i] = image
     return out
+
+
+def decode_shard(place: str) -> np.ndarray:
+    """place: a dataset's folder and a clip's number."""
+    folder, _, number = place.rpartition(":")
+    return clips.decode(_dataset(folder), "train", np.array([int(number)]))["video"][0]
+
+
+@functools.cache
+def _dataset(folder: str) -> shards.Dataset:
+    return shards.read_dataset(Path(folder))
 
 
 decode_pyav_rgb = partial(decode_pyav, format="rgb24")

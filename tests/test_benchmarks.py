@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import common, step_cost
+from benchmarks import common, step_cost, stream
+from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
 RATIOS = ["speedup", "speedup_limit", "flops_ratio", "memory_ratio"]
@@ -72,3 +74,29 @@ def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch)
         assert row["note"] == ("out of memory" if full else "")
         assert row["speedup"] is None and (row["step_s"] is None) == full
         assert full or row["trained"][-1] == "blocks.3"
+
+
+def test_stream_decoders_give_the_same_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CLIPS", 2)
+    stream.write_clips(tmp_path, config.ClipShape(frames=6, height=64, width=48, fps=12))
+    for i in range(2):
+        file = str(tmp_path / "files" / f"{i}.mp4")
+        planes = stream.decode_pyav(file)
+        assert planes.shape == (6, 96, 48)
+        assert np.array_equal(planes, stream.decode_shard(f"{tmp_path}:{i}"))
+        assert stream.decode_pyav_rgb(file).shape == (6, 64, 48, 3)
+
+
+def test_stream_ratios_are_taken_within_rounds():
+    found = {
+        "pyav": [100.0, 200.0, 400.0], "pyav_rgb": [50.0, 50.0, 50.0], "dataloader": [80.0, 80.0, 80.0],
+        "dataloader_rgb": [20.0, 20.0, 20.0], "stream": [90.0, 100.0, 360.0], "decord2": [100.0, 100.0, 100.0],
+        "torchcodec": "ImportError: no",
+    }  # fmt: skip
+    rows = {row["arrangement"]: row for row in stream.rows_of("256x256", 2, found)}
+    assert rows["stream"] == {
+        "size": "256x256", "arrangement": "stream", "cores": 2, "frames_per_s": 100.0, "spread": [90.0, 360.0],
+        "over_pyav": 0.9, "over_pyav_rgb": 2.0, "over_dataloader": 1.25, "note": "",
+    }  # fmt: skip
+    assert rows["decord2"]["over_pyav"] == 2.0 and rows["decord2"]["over_dataloader"] == 5.0
+    assert rows["torchcodec"]["frames_per_s"] is None and rows["torchcodec"]["note"] == "ImportError: no"
