@@ -1,76 +1,252 @@
-"""Checkpoints: a folder with everything a resume needs, written whole or not at all, never pickled from outside.
+"""Checkpoints: a folder with everything a resume needs, written beside the training, whole or not at all, never pickled.
 
 step-00000040/
-  network.safetensors   every weight and buffer
-  optimizer.pt          optimizer state (read with weights_only=True)
-  ema.safetensors       averaged weights
-  state.json            RunState, and the hash of the experiment it belongs to
+  *.safetensors   `network/NAME`: weights and buffers; `moments/KIND/NAME`: of the optimizer; `ema/NAME`: averages
+  state.json      RunState, the hash of the experiment it belongs to, and the size of every file: written last
+
+A network that every rank holds whole is written by rank 0; of a sharded one each rank writes its own parts, and any
+number of ranks, sharded or not, can take them up again.
 """
 
-import json
-import os
 import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from entprog import distributed, parallel
 from entprog.errors import UserError
 from entprog.state import RunState
+from entprog.storage import Place
 
 STATE = "state.json"
 
 
-def save(folder: Path, network: nn.Module, state: RunState, experiment_hash: str, keep: int) -> Path:
-    """Write `folder/step-N` from a scratch folder by one rename; remove all but the newest `keep`."""
-    target = folder / f"step-{state.step:08d}"
-    scratch = folder / f".{target.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, scratch / "network.safetensors")
-    torch.save(state.optimizer.state_dict(), scratch / "optimizer.pt")
-    save_file({k: v.contiguous() for k, v in state.ema.items()}, scratch / "ema.safetensors")
-    (scratch / STATE).write_text(json.dumps({"experiment": experiment_hash, **state.as_json()}))
-    for file in scratch.iterdir():  # a rename must not be on disk before what it names
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    for old in found(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+class Saver:
+    """Saves a run's checkpoints in a thread; training waits for the copy to the host alone, and for a save before that
+    has not ended. A save that fails for want of space (or of the network) is a warning: the run goes on, the
+    checkpoint before it stays."""
+
+    def __init__(
+        self, folder: str | Path, experiment_hash: str, keep: int, warn: Callable[[str], None] = lambda line: None
+    ):
+        self.place, self.experiment_hash, self.keep, self.warn = Place.at(folder), experiment_hash, keep, warn
+        self.rank, self.ranks = distributed.world()
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+        self.group: dist.ProcessGroup | None = None
+        """For the threads of a sharded network's ranks: their collectives must not meet those of training."""
+
+    def save(self, network: nn.Module, state: RunState) -> float:
+        """Begin to save the state at this step; every rank calls it. Returns the seconds that it took away."""
+        started = time.perf_counter()
+        self.wait()
+        sharded = parallel.is_sharded(network) and self.ranks > 1
+        if sharded and self.group is None:
+            self.group = dist.new_group(backend="gloo")
+        if sharded or self.rank == 0:
+            tensors = _on_host(_tensors(network, state))
+            values = {"experiment": self.experiment_hash, **state.as_json()}
+            self.pending = self.thread.submit(self._write, tensors, values)
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until what was begun is saved, or has failed."""
+        pending, self.pending = self.pending, None
+        if pending is not None and (failure := pending.result()) and self.rank == 0:
+            self.warn(failure)
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+    def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> str | None:
+        """In the thread; returns why it failed, on every rank the same."""
+        target = self.place / f"step-{values['step']:08d}"
+        scratch = self.place / f".{target.name}.{self._shared(uuid.uuid4().hex[:8])}.partial"
+        local = scratch.local or Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        failure = None
+        try:
+            _save(tensors, local, self.group)
+            if scratch.local is None:
+                target.upload(local)
+        except OSError as error:
+            failure = str(error.strerror or error)
+        finally:
+            if scratch.local is None:
+                shutil.rmtree(local, ignore_errors=True)
+        failure = next((line for line in self._gathered(failure) if line), None)
+        if self.rank == 0 and failure is None:
+            failure = self._complete(scratch, target, values)
+        if self.rank == 0 and failure is not None:
+            (scratch if scratch.local else target).remove()
+        if failure is None:
+            return None
+        return f"the checkpoint after step {values['step']} was not saved in {self.place}: {failure}; training goes on"
+
+    def _complete(self, scratch: Place, target: Place, values: dict[str, Any]) -> str | None:
+        """Make a checkpoint of files that are all there; remove old ones."""
+        written = scratch if scratch.local else target
+        try:
+            written.write_json(STATE, {**values, "files": written.files()})
+            if scratch.local:
+                target.remove()
+                scratch.local.rename(target.local)
+            for name in _complete_names(self.place)[: -self.keep]:
+                (self.place / name).remove()
+            for name in self.place.folders():  # left by a process that was killed
+                if name.endswith(".partial"):
+                    (self.place / name).remove()
+        except OSError as error:
+            return str(error.strerror or error)
+        return None
+
+    def _shared(self, value: Any) -> Any:
+        return self._gathered(value)[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        out = [None] * self.ranks
+        dist.all_gather_object(out, value, group=self.group)
+        return out
 
 
-def found(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
+def save(folder: str | Path, network: nn.Module, state: RunState, experiment_hash: str, keep: int) -> None:
+    """Save and wait until it is done. Raises OSError if it cannot be."""
+
+    def failed(line: str) -> None:
+        raise OSError(line)
+
+    with closing(Saver(folder, experiment_hash, keep, failed)) as saver:
+        saver.save(network, state)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+def found(folder: str | Path) -> list[str]:
+    """Names of complete checkpoints, oldest first; a checkpoint that lost a file, or a part of one, is none."""
+    return _complete_names(Place.at(folder))
+
+
+def newest(folder: str | Path) -> str | None:
+    """The newest complete checkpoint's name, or None."""
     return (found(folder) or [None])[-1]
 
 
-def load(path: Path, network: nn.Module, state: RunState, experiment_hash: str) -> None:
+def damaged(folder: str | Path) -> list[str]:
+    """Checkpoints that are not complete, though they were once."""
+    place = Place.at(folder)
+    return [name for name in _names(place) if not _is_complete(place / name)]
+
+
+def load(folder: str | Path, name: str, network: nn.Module, state: RunState, experiment_hash: str) -> None:
     """Put a checkpoint into the network and the state, on the network's device.
 
     Raises UserError if it belongs to another experiment or is damaged.
     """
-    device = next(network.parameters()).device
+    place = Place.at(folder) / name
+    scratch = None if place.local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
     try:
-        values = json.loads((path / STATE).read_text())
-        weights = load_file(path / "network.safetensors", device=str(device))
-        moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
-        ema = load_file(path / "ema.safetensors", device=str(device))
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({type(error).__name__}): delete it to resume earlier") from None
-    if values.pop("experiment") != experiment_hash:
-        raise UserError(
-            f"checkpoint {path} belongs to other settings or other data: choose another --output, or delete it"
-        )
-    network.load_state_dict(weights)
-    state.optimizer.load_state_dict(moments)
-    state.ema = ema
+        values = place.read_json(STATE)
+        if values.pop("experiment") != experiment_hash:
+            raise UserError(
+                f"checkpoint {place} belongs to other settings or other data: choose another --output, or delete it"
+            )
+        if scratch:
+            place.download(scratch)
+        _load(scratch or place.local, network, state)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, dcp.CheckpointException) as error:
+        raise UserError(f"checkpoint {place} is damaged ({type(error).__name__}): delete it to resume earlier") from None
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+    values.pop("files")
     state.update(values)
+
+
+def _names(place: Place) -> list[str]:
+    return [name for name in place.folders() if name.startswith("step-")]
+
+
+def _complete_names(place: Place) -> list[str]:
+    return [name for name in _names(place) if _is_complete(place / name)]
+
+
+def _is_complete(place: Place) -> bool:
+    try:
+        promised = place.read_json(STATE)["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    there = place.files()
+    return all(there.get(name) == size for name, size in promised.items())
+
+
+def _tensors(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
+    tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        for kind, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"moments/{kind}/{name}"] = value
+    return tensors | {f"ema/{name}": tensor for name, tensor in state.ema.items()}
+
+
+def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, also of what is on the host already."""
+    plain = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    stager = DefaultStager(plain)
+    try:
+        return stager.stage(tensors)
+    finally:
+        stager.close()
+
+
+def _save(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Raises OSError."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if not isinstance(cause, OSError):
+                raise cause from None
+        raise causes[0] from None
+
+
+def _load(folder: Path, network: nn.Module, state: RunState) -> None:
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    kept = reader.read_metadata().state_dict_metadata
+    parameters = dict(network.named_parameters())
+    wanted = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    ema: dict[str, torch.Tensor] = {}
+    for full_name, about in kept.items():
+        part, _, rest = full_name.partition("/")
+        if part == "moments":
+            kind, _, name = rest.partition("/")
+            wanted[full_name] = moments.setdefault(name, {})[kind] = _like(parameters[name], about)
+        elif part == "ema":
+            wanted[full_name] = ema[rest] = _like(parameters[rest], about)
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    state.optimizer.state.clear()
+    state.optimizer.state.update({parameters[name]: values for name, values in moments.items()})
+    state.ema = ema
+
+
+def _like(parameter: nn.Parameter, about) -> torch.Tensor:
+    """Room for a tensor that belongs to a parameter: in parts as that is, or a single number."""
+    dtype = about.properties.dtype
+    if about.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(about.size, dtype=dtype, device=parameter.device)

@@ -138,3 +138,17 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 
 FIXED = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "twin_bytes", "update_per_byte")
 """What does not depend on the number of clips."""
+
+
+def split(model: CostModel, parts: int) -> CostModel:
+    """The model of a rank that holds one of `parts` parts of every weight, gradient and moment."""
+
+    def part(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: -(-value // parts) if name in HELD else value for name, value in values.items()}
+
+    values = model.as_json()
+    return CostModel.from_json(part(values) | {"blocks": tuple(part(b) for b in values["blocks"])})
+
+
+HELD = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes")
+"""What a rank holds, and updates, its part of."""

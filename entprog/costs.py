@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from entprog.blocks import is_checkpointed, own_forward, twin_bytes
+from entprog.parallel import gathered, held
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ class Cost:
     recomputed_bytes: int
     """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
     weight_bytes: int
-    """All weights, frozen ones and their fp8 twins too."""
+    """All weights that one device holds, frozen ones and their fp8 twins too."""
     gradient_bytes: int
     """Gradients of trained weights."""
 
@@ -130,11 +131,11 @@ def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip)
 
     loss_of_one_clip() → scalar loss of a single clip.
     """
-    weights = storages(network.parameters()).keys()
     gradients = [p.grad for p in trained]
     for parameter in trained:
         parameter.grad = None
-    with flop_counter() as counter:
+    with gathered(network), flop_counter() as counter:
+        weights = storages(network.parameters()).keys()
         checkpointed = _Checkpointed(network, weights, counter)
         with saving(weights) as saved:
             loss = loss_of_one_clip()
@@ -147,6 +148,6 @@ def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip)
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()),
         recomputed_bytes=checkpointed.recomputed_bytes,
-        weight_bytes=sum(p.nbytes for p in network.parameters()) + sum(map(twin_bytes, network.modules())),
-        gradient_bytes=sum(p.nbytes for p in trained),
+        weight_bytes=sum(held(p).nbytes for p in network.parameters()) + sum(map(twin_bytes, network.modules())),
+        gradient_bytes=sum(held(p).nbytes for p in trained),
     )

@@ -84,9 +84,33 @@ def gathered(value: Any) -> list[Any]:
     return out
 
 
+class DisagreementError(RuntimeError):
+    """Ranks hold different values of what must be one decision; raised on all of them, so that none waits."""
+
+
 def agree(what: str, value: Any) -> None:
-    """Raises RuntimeError on every rank if any rank holds another value: before ranks drift apart or hang."""
-    seen = gathered(digest(value))
-    if len(set(seen)) > 1:
-        rank, _ = world()
-        raise RuntimeError(f"ranks disagree on {what}: {seen}; rank {rank} holds {json.dumps(value, default=str)}")
+    """Raises DisagreementError on every rank if any rank holds another value, or decides something else: before ranks
+    drift apart or hang. Its message tells which ranks hold what; it is the same on every rank."""
+    seen = gathered((what, digest(value)))
+    if len(set(seen)) == 1:
+        return
+    held = _differing(gathered(json.loads(json.dumps(value, default=str))))
+    groups = {each: [rank for rank, own in enumerate(seen) if own == each] for each in dict.fromkeys(seen)}
+    told = [f"{_ranks(ranks)}: {each[0]} = {_short(json.dumps(held[ranks[0]]))}" for each, ranks in groups.items()]
+    raise DisagreementError(f"ranks disagree on {what}: " + "; ".join(told))
+
+
+def _differing(values: list[Any]) -> list[Any]:
+    """Of mappings only what is not the same in all."""
+    if not all(isinstance(value, dict) for value in values):
+        return values
+    names = [name for name in values[0] if any(value.get(name) != values[0][name] for value in values)]
+    return [{name: value.get(name) for name in names} or value for value in values]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', …' * (len(ranks) > 8)}"
+
+
+def _short(text: str, limit: int = 600) -> str:
+    return text if len(text) <= limit else text[:limit] + "…"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from entprog import blocks, distributed
+from entprog import blocks, distributed, parallel
 from entprog.blocks import Block
 from entprog.config import Experiment
 from entprog.models import Denoiser
@@ -38,6 +38,7 @@ class Freeze:
         if plan == self.plan:
             return False
         distributed.agree("what to train", plan.as_json())
+        parallel.in_parts(self.network)
         self.trained = blocks.unfreeze(
             self.network,
             self.found,
@@ -47,6 +48,7 @@ class Freeze:
             self.checkpointing,
             self.frozen_precision,
         )
+        parallel.spare_frozen(self.found, plan.trainable, plan.backward)
         self.plan = plan
         return True
 

@@ -6,7 +6,7 @@ from entprog import costs, distributed, losses, measuring, plans
 from entprog.blocks import Block
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
-from entprog.costmodel import CostModel, scaled
+from entprog.costmodel import CostModel, scaled, split
 from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
@@ -32,7 +32,6 @@ class Prices:
         self.experiment = experiment
         self.models = models
         self.counts: dict[Plan, costs.Cost] = {}
-        self.world = distributed.world()[1]
         self.full = plans.full([block.name for block in self.found], experiment.data.shape)
         self.by_seconds = experiment.schedule.clock == "seconds"
 
@@ -50,7 +49,9 @@ class Prices:
 
     def step_flops(self, plan: Plan) -> float:
         """FLOPs of one update, all ranks."""
-        return float(self.counted(plan).step_flops(self.experiment.data.batch_size * self.world))
+        train = self.experiment.train
+        clips = self.experiment.data.batch_size * train.workers * train.accumulate
+        return float(self.counted(plan).step_flops(clips))
 
     def evaluation_flops(self) -> float:
         """One search evaluation: a forward pass per clip, a third of full training's."""
@@ -76,13 +77,15 @@ class Prices:
                     checkpointing=self.experiment.model.gradient_checkpointing,
                     frozen_precision=self.experiment.schedule.frozen_precision,
                 )
-            self.models[shape] = scaled(measured, data.batch_size)
+            parts = distributed.world()[1] if train.parallel == "fsdp" else 1
+            self.models[shape] = split(scaled(measured, data.batch_size), parts)
         return self.models[shape]
 
     def step(self, plan: Plan) -> float:
         """Cost of one update in the schedule's clock: counted FLOPs of all ranks, or predicted seconds."""
         if self.by_seconds:
-            return self.model(plan.shape).step(plan.trainable, plan.backward)
+            clips = self.experiment.data.batch_size * self.experiment.train.accumulate
+            return scaled(self.model(plan.shape), clips).step(plan.trainable, plan.backward)
         return self.step_flops(plan)
 
     def evaluation(self) -> float:
@@ -100,3 +103,17 @@ class Prices:
         part = self.sample.part(slice(0, clips))
         cut = {name: value[..., :frames, :height, :width] for name, value in part.conditions.items()}
         return Latents(part.clean[..., :frames, :height, :width], cut, part.position)
+
+
+def measured_whole(
+    denoiser: Denoiser, found: Sequence[Block], sample: Latents, experiment: Experiment
+) -> dict[ClipShape, CostModel]:
+    """Cost models of all shapes that a search may ask for, for a network that will be sharded: blocks in parts cannot
+    be measured one by one. What it costs to bring weights together is in no model."""
+    schedule = experiment.schedule
+    if schedule.kind != "entprog" and schedule.memory_budget_bytes is None:
+        return {}
+    prices = Prices(denoiser, found, sample, Freeze(denoiser, found, experiment), experiment, {})
+    for shape in plans.ladder(schedule, experiment.data.shape, last=False):
+        prices.model(shape)
+    return prices.models

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import controls, distributed, losses, optimizer
+from entprog import config, controls, distributed, losses, optimizer, parallel
 from entprog.blocks import Block
 from entprog.clips import Latents, Spent
 from entprog.config import ClipShape, Experiment
@@ -143,6 +143,11 @@ class _Fit:
             state.flops.score = float(scores.flops)
         self.device = next(denoiser.network.parameters()).device
         self.rank, self.world = distributed.world()
+        if self.world > experiment.train.workers * experiment.train.accumulate:
+            raise ValueError(f"{self.world} ranks, but train.workers · train.accumulate is smaller")
+        distributed.agree("the settings", config.settings(experiment))
+        distributed.agree("the blocks' priorities", priority)
+        distributed.agree("where the run stands", state.as_json())
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models)
         self.search = Search(self.names, priority, self.prices, experiment, state)
@@ -153,7 +158,12 @@ class _Fit:
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
         self.told = self.spent()
         """Of what the batches have cost, what Steps have carried."""
-        self.clips_per_step = experiment.data.batch_size * self.world
+        total = experiment.train.workers * experiment.train.accumulate
+        self.clips_per_step = experiment.data.batch_size * total
+        self.batches_per_step = len(range(self.rank, total, self.world))
+        """This rank's share of an update's batches."""
+        self.weight = self.world / total
+        """Of each of them: what ranks then average is the mean over all."""
 
     def run(self) -> Iterator[Step]:
         try:
@@ -186,7 +196,8 @@ class _Fit:
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
         priority, seed = self.experiment.priority, self.experiment.train.seed
-        new = controls.score(self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed)
+        with parallel.gathered(self.denoiser.network):
+            new = controls.score(self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed)
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))
@@ -266,7 +277,7 @@ class _Fit:
             memory_bytes=state.peak_memory_bytes,
             plan_memory_bytes=memory,
             optimizer_bytes=optimizer.state_bytes(state.optimizer, self.device),
-            predicted_s=model.step(plan.trainable, plan.backward) if model and self.prices.by_seconds else None,
+            predicted_s=self.prices.step(plan) if model and self.prices.by_seconds else None,
             predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
             decision=decision,
@@ -278,27 +289,30 @@ class _Fit:
         """One update under the plan in force: (loss, learning rate, gradient norm, seconds, seconds until
         the batch was there)."""
         state, train = self.state, self.experiment.train
-        waiting = self.now()
-        batch = self.next_batch()
-        started = self.now()
         rate = optimizer.set_learning_rate(
             state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
         )
-        loss = losses.training_loss(self.denoiser, batch, train)
-        loss.backward()
-        distributed.reduce_gradients(self.freeze.trained)
+        begun, wait_s, loss = self.now(), 0.0, 0.0
+        for _ in range(self.batches_per_step):
+            waiting = self.now()
+            batch = self.next_batch()
+            wait_s += self.now() - waiting
+            part = losses.training_loss(self.denoiser, batch, train) * self.weight
+            part.backward()
+            loss += part.detach().double()
+        if not parallel.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
+            distributed.reduce_gradients(self.freeze.trained)
         limit = train.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit)
+        norm = parallel.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if train.ema_decay:
             optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
-        values = torch.stack([loss.detach().double(), norm.detach().double()]).tolist()
-        ended = self.now()
+        values = torch.stack([loss, norm.detach().double()]).tolist()
+        seconds = distributed.slowest(self.now() - begun - wait_s, self.device)
         state.step += 1
         state.position += self.clips_per_step
-        seconds = distributed.slowest(ended - started, self.device)
-        wait_s = distributed.slowest(started - waiting, self.device)
+        wait_s = distributed.slowest(wait_s, self.device)
         return distributed.mean(values[0], self.device), rate, values[1], seconds, wait_s
 
     def next_batch(self) -> Latents:
@@ -337,11 +351,14 @@ class _Fit:
         return self.prices.counted(plan).memory_bytes(self.experiment.data.batch_size)
 
     def search_loss(self) -> float:
-        return losses.held_out_loss(self.denoiser, self.search_held_out, 1, self.experiment.data.held_out_seed)
+        return self.held_out_loss(self.search_held_out, 1)
 
     def record_loss(self) -> float:
-        data = self.experiment.data
-        return losses.held_out_loss(self.denoiser, self.held_out, data.held_out_draws, data.held_out_seed)
+        return self.held_out_loss(self.held_out, self.experiment.data.held_out_draws)
+
+    def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
+        with parallel.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
+            return losses.held_out_loss(self.denoiser, held_out, draws, self.experiment.data.held_out_seed)
 
     def now(self) -> float:
         if self.device.type == "cuda":

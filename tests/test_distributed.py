@@ -1,5 +1,7 @@
 """Ranks: gradients equal the single process's on the union batch with a trained set that changes; all decide alike."""
 
+import collections
+import itertools
 import json
 import os
 from pathlib import Path
@@ -9,8 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import batches, latents, tiny_denoiser, tiny_experiment
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from entprog import cei, distributed, scores
+from entprog import cei, distributed, parallel, scores
 from entprog.blocks import blocks, unfreeze
 from entprog.training import fit, start
 
@@ -35,43 +39,97 @@ def run_ranks(target, world, folder, *args):
     mp.spawn(target, args=(world, folder, *args), nprocs=world)
 
 
-def gradients(denoiser, found, trained, backward, rows):
-    parameters = unfreeze(denoiser.network, found, trained, denoiser.outside()["conditions"], backward)
-    batch = latents(rows)
-    denoiser.network.zero_grad(set_to_none=True)
-    out = denoiser.predict(batch.clean, torch.full((len(rows),), 0.5), batch.conditions)
-    (out - batch.clean).square().mean().backward()
-    return parameters
+WAYS = [(parallel, backward) for parallel in ("ddp", "fsdp") for backward in ("exact", "residual")]
 
 
-def _gradient_rank(rank, world, folder, backward):
+class OnTheWire(TorchDispatchMode):
+    """Counts the bytes that this rank gives to collectives, by kind: what torch.distributed is really asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function.__name__.split(".")[0].strip("_")
+            given = args[1] if name in ("allgather_base", "reduce_scatter_base") else args[0]  # after the output
+            self.bytes[name] += sum(tensor.nbytes for tensor in tree_leaves(given))
+        return function(*args, **(kwargs or {}))
+
+
+def _gradient_rank(rank, world, folder):
+    """All ways of training in parallel, through all sets; two batches of two clips for each rank."""
     join(rank, world, folder)
-    denoiser = tiny_denoiser(tiny_experiment())
-    found = blocks(denoiser.network)
     out = []
-    for trained in SETS:
-        parameters = gradients(denoiser, found, trained, backward, list(range(rank * 2, rank * 2 + 2)))
-        distributed.reduce_gradients(parameters, bucket_bytes=20_000)
-        out.append({n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None})
+    for way, backward in WAYS:
+        denoiser = tiny_denoiser(tiny_experiment())
+        found = blocks(denoiser.network)
+        if way == "fsdp":
+            parallel.shard(denoiser.network, found)
+        for trained in SETS:
+            parallel.in_parts(denoiser.network)
+            outside = denoiser.outside()["conditions"]
+            parameters = unfreeze(denoiser.network, found, trained, outside, backward)
+            parallel.spare_frozen(found, trained, backward)
+            denoiser.network.zero_grad(set_to_none=True)
+            with OnTheWire() as wire:
+                for half in range(2):
+                    first = (half * world + rank) * 2
+                    (loss_of(denoiser, [first, first + 1]) / 2).backward()
+                if way == "ddp":
+                    distributed.reduce_gradients(parameters, bucket_bytes=20_000)
+            named = denoiser.network.named_parameters()
+            gradients = {name: p.grad for name, p in named if p.grad is not None}
+            held = sum(parallel.held(gradient).nbytes for gradient in gradients.values())
+            whole = {name: parallel.whole(gradient).clone() for name, gradient in gradients.items()}
+            parts = sum(parallel.held(p).nbytes for p in denoiser.network.parameters())
+            out.append({"gradients": whole, "held": held, "weights": parts, "wire": dict(wire.bytes)})
     torch.save(out, folder / f"{rank}.pt")
     leave()
 
 
-@pytest.mark.parametrize("backward", ["exact", "residual"])
-def test_gradients_equal_a_single_process_on_the_union_batch(tmp_path, backward):
-    run_ranks(_gradient_rank, 2, tmp_path, backward)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def loss_of(denoiser, rows):
+    batch = latents(rows)
+    out = denoiser.predict(batch.clean, torch.full((len(rows),), 0.5), batch.conditions)
+    return (out - batch.clean).square().mean()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_equal_a_single_process_on_the_union_batch(tmp_path, world):
+    run_ranks(_gradient_rank, world, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     denoiser = tiny_denoiser(tiny_experiment())
     found = blocks(denoiser.network)
-    for number, trained in enumerate(SETS):
-        gradients(denoiser, found, trained, backward, [0, 1, 2, 3])
+    weights = sum(p.nbytes for p in denoiser.network.parameters())
+    block_bytes = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in found}
+    for number, ((way, backward), trained) in enumerate(itertools.product(WAYS, SETS)):
+        unfreeze(denoiser.network, found, trained, denoiser.outside()["conditions"], backward)
+        denoiser.network.zero_grad(set_to_none=True)
+        loss_of(denoiser, list(range(4 * world))).backward()
         expected = {n: p.grad for n, p in denoiser.network.named_parameters() if p.grad is not None}
-        for got in ranks:
-            assert got[number].keys() == expected.keys()
+        trained_bytes = sum(gradient.nbytes for gradient in expected.values())
+        for rank in ranks:
+            got = rank[number]
+            assert got["gradients"].keys() == expected.keys(), "frozen parameters have no gradient"
             for name in expected:
-                torch.testing.assert_close(got[number][name], expected[name], rtol=1e-4, atol=1e-7)
-        for name in expected:
-            assert torch.equal(ranks[0][number][name], ranks[1][number][name])
+                torch.testing.assert_close(got["gradients"][name], expected[name], rtol=1e-4, atol=1e-7)
+                assert torch.equal(got["gradients"][name], ranks[0][number]["gradients"][name])
+            wire = got["wire"]
+            if way == "ddp":
+                assert got["held"] == trained_bytes and got["weights"] == weights
+                assert wire == {"allreduce": trained_bytes}, "once an update, frozen ones not at all"
+            else:
+                every = [rank[number] for rank in ranks]
+                assert sum(each["held"] for each in every) == trained_bytes
+                assert sum(each["weights"] for each in every) == weights
+                assert got["weights"] < 1.2 * weights / world, "rows that do not divide evenly go to the first ranks"
+                scattered = wire.pop("reduce_scatter_base")  # each batch's, so that no whole gradient is kept
+                assert 2 * trained_bytes <= scattered <= 2.2 * trained_bytes
+                frozen = sum(size for name, size in block_bytes.items() if name not in trained)
+                again = 0 if backward == "residual" else frozen
+                needed = 2 * (weights + (weights - frozen) + again) / world
+                assert needed * 0.75 <= wire.pop("allgather_base") <= needed * 1.1
+                assert not wire
 
 
 def _fit_rank(rank, world, folder):

@@ -104,6 +104,12 @@ class Train(Part):
     """Seeds order, noise, timesteps, candidates, new weights."""
     workers: int = Field(default=1, ge=1)
     """Ray Train workers (one GPU each, or one CPU process each)."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches per worker and update: gradients are summed over them, clipped and applied once. An update sees
+    data.batch_size · train.workers · train.accumulate clips."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the whole network, trained gradients are averaged; `fsdp`: weights, gradients and
+    moments are split over the workers (FSDP2), and weights are whole only for scoring, evaluation and saving."""
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has any."""
     threads: int | None = Field(default=None, ge=1)

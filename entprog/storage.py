@@ -1,0 +1,89 @@
+"""Folders of a run, on a disk or behind s3:// or gs://: what checkpoints need of either, over pyarrow's file systems."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from entprog.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder. Local ones (NFS too) have atomic renames; in an object store what is complete says so in a last file."""
+
+    system: fs.FileSystem
+    root: str
+
+    @staticmethod
+    def at(where: str | Path) -> "Place":
+        """A path, or an address like s3://bucket/runs/7 (its settings as pyarrow has them: ?region=…,
+        ?endpoint_override=…; credentials come from the environment). Raises UserError for an address of no known kind."""
+        where = str(where)
+        if "://" not in where:
+            return Place(fs.LocalFileSystem(), str(Path(where).absolute()))
+        try:
+            system, root = fs.FileSystem.from_uri(where)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where.split('?')[0]} is no place for checkpoints: {reason}; use a folder, s3:// or gs://")
+        return Place(system, root.rstrip("/"))
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where it is one of a file system that this machine mounts."""
+        return Path(self.root) if isinstance(self.system, fs.LocalFileSystem) else None
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(self.system, f"{self.root}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.root.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.root if self.local else f"{self.system.type_name}://{self.root}"
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it."""
+        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        return sorted(info.base_name for info in inside if info.type == fs.FileType.Directory)
+
+    def files(self) -> dict[str, int]:
+        """{name: bytes} of the files in it."""
+        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        return {info.base_name: info.size for info in inside if info.type == fs.FileType.File}
+
+    def read_json(self, name: str) -> Any:
+        """Raises FileNotFoundError, OSError or ValueError."""
+        with self.system.open_input_stream(f"{self.root}/{name}") as stream:
+            return json.loads(stream.read())
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.local:
+            with (self.local / name).open("w") as file:
+                json.dump(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        with self.system.open_output_stream(f"{self.root}/{name}") as stream:
+            stream.write(json.dumps(value).encode())
+
+    def remove(self) -> None:
+        if self.local:
+            shutil.rmtree(self.local, ignore_errors=True)
+        elif self.system.get_file_info(self.root).type != fs.FileType.NotFound:
+            self.system.delete_dir(self.root)
+
+    def upload(self, folder: Path) -> None:
+        """Every file of a local folder."""
+        fs.copy_files(str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system)
+
+    def download(self, folder: Path) -> None:
+        """Every file, into a local folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(self.root, str(folder), source_filesystem=self.system, destination_filesystem=fs.LocalFileSystem())
