@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with everything a resume needs, written beside the training, whole or not at all, never pickled.
+"""Checkpoints: a folder with all that a resume needs, written beside the training, whole or not at all, no pickle.
 
 step-00000040/
   *.safetensors   `network/NAME`: weights and buffers; `moments/KIND/NAME`: of the optimizer; `ema/NAME`: averages
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -31,6 +32,8 @@ from entprog.state import RunState
 from entprog.storage import Place
 
 STATE = "state.json"
+# Said of every save without a process group, which rank 0's of a whole network is.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 class Saver:
@@ -166,7 +169,9 @@ def load(folder: str | Path, name: str, network: nn.Module, state: RunState, exp
             place.download(scratch)
         _load(scratch or place.local, network, state)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, dcp.CheckpointException) as error:
-        raise UserError(f"checkpoint {place} is damaged ({type(error).__name__}): delete it to resume earlier") from None
+        raise UserError(
+            f"checkpoint {place} is damaged ({type(error).__name__}): delete it to resume earlier"
+        ) from None
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)

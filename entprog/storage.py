@@ -1,4 +1,4 @@
-"""Folders of a run, on a disk or behind s3:// or gs://: what checkpoints need of either, over pyarrow's file systems."""
+"""Folders of a run, on a disk or behind s3:// or gs://: what checkpoints need of either, by pyarrow."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from entprog.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """A folder. Local ones (NFS too) have atomic renames; in an object store what is complete says so in a last file."""
+    """A folder. Local ones (NFS too) have atomic renames; an object store's are complete once a last file says so."""
 
     system: fs.FileSystem
     root: str
@@ -22,7 +22,10 @@ class Place:
     @staticmethod
     def at(where: str | Path) -> "Place":
         """A path, or an address like s3://bucket/runs/7 (its settings as pyarrow has them: ?region=…,
-        ?endpoint_override=…; credentials come from the environment). Raises UserError for an address of no known kind."""
+        ?endpoint_override=…; credentials come from the environment).
+
+        Raises UserError for an address of no known kind.
+        """
         where = str(where)
         if "://" not in where:
             return Place(fs.LocalFileSystem(), str(Path(where).absolute()))
@@ -30,7 +33,9 @@ class Place:
             system, root = fs.FileSystem.from_uri(where)
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{where.split('?')[0]} is no place for checkpoints: {reason}; use a folder, s3:// or gs://")
+            raise UserError(
+                f"{where.split('?')[0]} is no place for checkpoints: {reason}; use a folder, s3:// or gs://"
+            ) from None
         return Place(system, root.rstrip("/"))
 
     @property
@@ -81,9 +86,13 @@ class Place:
 
     def upload(self, folder: Path) -> None:
         """Every file of a local folder."""
-        fs.copy_files(str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system)
+        fs.copy_files(
+            str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system
+        )
 
     def download(self, folder: Path) -> None:
         """Every file, into a local folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(self.root, str(folder), source_filesystem=self.system, destination_filesystem=fs.LocalFileSystem())
+        fs.copy_files(
+            self.root, str(folder), source_filesystem=self.system, destination_filesystem=fs.LocalFileSystem()
+        )

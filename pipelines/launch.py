@@ -7,30 +7,21 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from entprog.config import Experiment
 from entprog.errors import UserError
+from entprog.storage import Place
+from pipelines.board import Listener
 
 CPUS_FOR_DATA = 1
 """Logical CPUs that must be left beside the workers: with none, Ray Data waits for ever."""
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
-
-
-class Board:
-    """A tiny actor through which rank 0 tells the driver what happens; no shared file system is needed."""
-
-    def __init__(self):
-        self.items: list[dict[str, Any]] = []
-
-    def post(self, item: dict[str, Any]) -> None:
-        self.items.append(item)
-
-    def take(self) -> list[dict[str, Any]]:
-        out, self.items = self.items, []
-        return out
+STOP_S = 60.0
+"""How long workers that are told to end may take for it."""
 
 
 def use_gpus(experiment: Experiment) -> bool:
@@ -38,18 +29,24 @@ def use_gpus(experiment: Experiment) -> bool:
     import ray
 
     cluster, train = ray.cluster_resources(), experiment.train
-    gpus = int(cluster.get("GPU", 0))
+    growing = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # what an autoscaler may add
+
+    def most(resource: str) -> int:
+        return int(max(cluster.get(resource, 0), growing.get(resource, 0)))
+
+    workers = train.min_workers or train.workers
+    name = "train.min_workers" if train.min_workers else "train.workers"
+    gpus = most("GPU")
     wanted = train.gpus == "yes" or (train.gpus == "auto" and gpus > 0)
-    if wanted and gpus < train.workers:
+    if wanted and gpus < workers:
         raise UserError(
-            f"train.workers={train.workers} needs {train.workers} GPUs, the cluster has {gpus}: "
-            "lower train.workers, or set train.gpus=no"
+            f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
         )
-    cpus = int(cluster.get("CPU", 0))
-    if cpus < train.workers + CPUS_FOR_DATA:
+    cpus = most("CPU")
+    if cpus < workers + CPUS_FOR_DATA:
         raise UserError(
-            f"train.workers={train.workers} needs {train.workers + CPUS_FOR_DATA} CPUs (one a worker, "
-            f"{CPUS_FOR_DATA} for decoding), the cluster has {cpus}: lower train.workers or join a larger cluster"
+            f"{name}={workers} needs {workers + CPUS_FOR_DATA} CPUs (one a worker, "
+            f"{CPUS_FOR_DATA} for decoding), the cluster has {cpus}: lower {name} or join a larger cluster"
         )
     return wanted
 
@@ -71,7 +68,8 @@ def threads(experiment: Experiment) -> int:
 
 def absolute(experiment: Experiment) -> Experiment:
     """The same with every local path absolute: workers run in a folder of their own."""
-    model, data = experiment.model, experiment.data
+    model, data, train = experiment.model, experiment.data, experiment.train
+    place = train.checkpoints
 
     def located(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
@@ -81,6 +79,7 @@ def absolute(experiment: Experiment) -> Experiment:
         update={
             "model": model.model_copy(update=paths),
             "data": data.model_copy(update={"shards": located(data.shards)}),
+            "train": train.model_copy(update={"checkpoints": place and str(Place.at(place).local or place)}),
         }
     )
 
@@ -94,66 +93,96 @@ def run_workers(
 ) -> dict[str, Any]:
     """Run `worker(settings)` on every worker of a TorchTrainer; `heard` gets what rank 0 posts; returns its last word.
 
-    A worker posts `{"result": {…}}` when all is done, or `{"user_error": line}` for a person's mistake that only it
-    could see. A crash restarts the group up to `train.max_failures` times. Raises UserError, or RuntimeError with the
-    workers' own reason in one line.
+    A worker posts `{"result": {…}}` when all is done, `{"user_error": line}` for a person's mistake that only it could
+    see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end. Whatever
+    else ends the workers, or their trainer, starts them again, up to `train.max_failures` times in a row without a step
+    gained. SIGTERM to this process lets the workers save a checkpoint, and then raises KeyboardInterrupt. Raises
+    UserError, or RuntimeError with the workers' own reason in one line.
     """
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     gpus = use_gpus(experiment)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    last: dict[str, Any] = {}
-    done = threading.Event()
-
-    def listen() -> None:
-        while True:
-            ended = done.is_set()
-            for item in ray.get(board.take.remote()):
-                if "result" in item or "user_error" in item:
-                    last.update(item)
-                else:
-                    heard(item)
-            if ended:
-                return
-            done.wait(0.3)
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    listener = Listener(heard)
+    tries, most = experiment.train.max_failures, 0
+    try:
+        with _stopping(listener):
+            while True:
+                failure = _attempt(worker, {**settings, "board": listener.board}, experiment, gpus, storage)
+                listener.read()
+                last = listener.last
+                if "user_error" in last:
+                    raise UserError(last["user_error"])
+                if "stopped" in last:
+                    raise KeyboardInterrupt
+                if "result" in last:
+                    return last["result"]
+                reason = last.get("failure") or (_reason(failure) if failure else "the workers ended without a result")
+                if listener.step > most:
+                    tries, most = experiment.train.max_failures, listener.step
+                if "failure" in last or not tries:
+                    raise RuntimeError(reason) from failure
+                tries -= 1
+                heard({"warning": f"{reason}: starting the workers again, from the newest checkpoint"})
+    finally:
+        listener.close()
+
+
+def _attempt(worker, settings: dict[str, Any], experiment: Experiment, gpus: bool, storage: Path) -> Exception | None:
+    """One group of workers from its start to its end; why it failed."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.stopping import Listening
+
+    train = experiment.train
     trainer = TorchTrainer(
         worker,
-        train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json"), "board": board},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=experiment.train.workers, use_gpu=gpus),
+        train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
+        torch_config=Listening(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=gpus,
+            elastic_resize_monitor_interval_s=train.resize_every_s,
+        ),
         run_config=RunConfig(
             # A name of its own: Ray must not look for state under it; we resume from our own checkpoints.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
             storage_path=str(storage.resolve()),
-            failure_config=FailureConfig(max_failures=experiment.train.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # `run_workers` tries again
         ),
     )
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
-        failure = None
     except Exception as error:
-        failure = error
+        return error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind, which fails once it is done
-        done.set()
-        listener.join(timeout=10)
-        ray.kill(board)
-    if "user_error" in last:
-        raise UserError(last["user_error"])
-    if failure is not None:
-        raise RuntimeError(_reason(failure)) from failure
-    if "result" not in last:
-        raise RuntimeError("the workers ended without a result")
-    return last["result"]
+    return None
+
+
+@contextmanager
+def _stopping(listener: Listener):
+    """SIGTERM tells the workers to save and end; if they cannot within STOP_S, they are ended."""
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep: the sweep hears it
+        yield
+        return
+    timers: list[threading.Timer] = []
+
+    def tell(*_) -> None:
+        listener.board.stop.remote()
+        timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for timer in timers:
+            timer.cancel()
 
 
 def _reason(error: BaseException) -> str:

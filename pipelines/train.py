@@ -18,6 +18,7 @@ from entprog import config, fingerprints, fp8, models, plans
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
+from entprog.storage import Place
 from pipelines import charts, jobs, launch, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending
@@ -94,6 +95,8 @@ def check(experiment: Experiment) -> shards.Dataset:
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
             raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
+    if experiment.train.checkpoints:
+        Place.at(experiment.train.checkpoints)
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         models.family(experiment.model.family).inspect(experiment.model, shape)
@@ -120,7 +123,8 @@ def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
     elsewhere = (*config.FREE, *config.PATHS, "data.shards")
     deciding = {k: v for k, v in config.settings(experiment).items() if not k.startswith(elsewhere)}
     vae = experiment.model.vae if experiment.model.vae in ("auto", "none") else None
-    return config.digest(deciding, vae, fingerprints.base(experiment.model), dataset.fingerprint)
+    batches = experiment.train.workers * experiment.train.accumulate
+    return config.digest(deciding, batches, vae, fingerprints.base(experiment.model), dataset.fingerprint)
 
 
 def run(

@@ -10,7 +10,20 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, distributed, fingerprints, fp8, latents, models, plans
+from entprog import (
+    cei,
+    checkpoint,
+    config,
+    controls,
+    distributed,
+    fingerprints,
+    fp8,
+    latents,
+    models,
+    parallel,
+    plans,
+    prices,
+)
 from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
@@ -23,6 +36,7 @@ from entprog.training import Step, fit, start
 from pipelines import clips, machine, rendering
 from pipelines.batches import Batches, caches
 from pipelines.jobs import write_json
+from pipelines.stopping import GOES_ON, MACHINE_ENDS, LeavingError, Notices
 from pipelines.tracking import Tracker
 
 
@@ -52,7 +66,7 @@ def train(settings: dict[str, Any]) -> None:
 
 def score(settings: dict[str, Any]) -> None:
     """Train loop of `pipelines.score`: the table of scores alone."""
-    _reporting_mistakes(settings, lambda setup, settings: scores(setup, settings).as_json())
+    _reporting_mistakes(settings, lambda setup, settings: {"result": scores(setup, settings).as_json()})
 
 
 def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[str, Any]], Any]) -> None:
@@ -77,13 +91,16 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         return
     try:
         result = work(setup, settings)
+    except distributed.DisagreementError as error:  # all ranks have it; another try would end alike
+        ray.get(board.post.remote({"failure": str(error)}))
+        return
     except UserError as error:  # such as a damaged clip: this rank alone may have met it
         ray.get(board.post.remote({"user_error": str(error)}))
         if world > 1:
             raise  # ends the other ranks, which wait for this one
         return
     if rank == 0:
-        ray.get(board.post.remote({"result": result}))
+        ray.get(board.post.remote(result))
 
 
 def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> Setup:
@@ -160,13 +177,16 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     output = Path(settings["output"])
     rank, _ = distributed.world()
     table = None if experiment.schedule.kind == "full" else scores(setup, settings)
+    measured = {}
+    if experiment.train.parallel == "fsdp":
+        measured = prices.measured_whole(denoiser, setup.blocks, setup.sample, experiment)
+        parallel.shard(denoiser.network, setup.blocks)
     state = start(denoiser.network, experiment)
-    resumed = distributed.gathered(str(checkpoint.newest(output / "checkpoints") or ""))[0]
-    if resumed:
-        checkpoint.load(Path(resumed), denoiser.network, state, settings["identity"])
-        setup.post({"resumed": state.step})
-    log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
+    state.models |= measured
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
+    saver = _take_up(setup, settings, state, warn)
+    notices = Notices(settings["board"], setup.device)
+    log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
         scored = {"entprog.scores": table.key} if table else {}
@@ -189,19 +209,21 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
                 setup.post({"step": record})
-            if step.last or step.step % experiment.train.checkpoint_every == 0:
+            notice = GOES_ON if step.last else notices.heard()
+            if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
+                saver.save(denoiser.network, state)
                 if rank == 0:
-                    checkpoint.save(
-                        output / "checkpoints", denoiser.network, state, settings["identity"],
-                        experiment.train.keep_checkpoints,
-                    )  # fmt: skip
                     tracker.flush()
+            if notice:
+                saver.wait()
                 torch.distributed.barrier()
+                if notice == MACHINE_ENDS:
+                    raise LeavingError(f"a worker's machine is about to end (SIGTERM) after step {step.step}")
+                return {"stopped": step.step}
+    saver.close()
+    setup = _final_network(setup, state)
+    denoiser = setup.denoiser
     if rank == 0:
-        with torch.no_grad():
-            for name, parameter in denoiser.network.named_parameters():
-                if name in state.ema:
-                    parameter.copy_(state.ema[name])
         # A base keeps its own sampling shift; new weights know only the one they were trained with.
         flow = isinstance(denoiser.process, Flow)
         shift = experiment.train.timestep_shift if flow and not experiment.model.base else None
@@ -210,7 +232,38 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         log.close()
         tracker.close()
     torch.distributed.barrier()
-    return final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}
+    return {"result": final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}}
+
+
+def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Callable[[str], None]) -> checkpoint.Saver:
+    """Put the newest complete checkpoint, if there is one, into network and state; what will save the next ones."""
+    train = setup.experiment.train
+    folder = train.checkpoints or str(Path(settings["output"]) / "checkpoints")
+    if distributed.world()[0] == 0:
+        for name in checkpoint.damaged(folder):
+            warn(f"checkpoint {name} in {folder} was cut short: not used")
+    newest = distributed.gathered(checkpoint.newest(folder))[0]  # rank 0's: a shared disk may show others less
+    if newest is not None:
+        checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
+        setup.post({"resumed": state.step})
+    return checkpoint.Saver(folder, settings["identity"], train.keep_checkpoints, warn)
+
+
+def _final_network(setup: Setup, state: RunState) -> Setup:
+    """With the averaged weights, where there are any; on rank 0 a whole network also where it was sharded."""
+    denoiser, experiment = setup.denoiser, setup.experiment
+    with torch.no_grad():
+        for name, parameter in denoiser.network.named_parameters():
+            if name in state.ema:
+                parameter.copy_(state.ema[name])
+    if not parallel.is_sharded(denoiser.network):
+        return setup
+    weights = {name: parallel.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
+    if distributed.world()[0] != 0:
+        return setup
+    plain = models.family(experiment.model.family).load(experiment.model, setup.device, experiment.train.seed)
+    plain.network.load_state_dict(weights)
+    return replace(setup, denoiser=plain)
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:

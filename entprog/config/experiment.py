@@ -104,6 +104,11 @@ class Train(Part):
     """Seeds order, noise, timesteps, candidates, new weights."""
     workers: int = Field(default=1, ge=1)
     """Ray Train workers (one GPU each, or one CPU process each)."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: go on with as few workers as this when machines are gone, and grow to train.workers again when they are
+    back, each time from the newest checkpoint; an update sees the same clips throughout. None: always train.workers."""
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """Elastic: seconds between two looks for machines that came back."""
     accumulate: int = Field(default=1, ge=1)
     """Batches per worker and update: gradients are summed over them, clipped and applied once. An update sees
     data.batch_size · train.workers · train.accumulate clips."""
@@ -120,15 +125,21 @@ class Train(Part):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept: a folder that all nodes see, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
+    None: OUTPUT/checkpoints."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group after a crash, each from the newest checkpoint."""
+    """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
+    further than before."""
 
     @model_validator(mode="after")
     def _has_an_end(self):
         if self.steps is None and self.seconds is None:
             raise ValueError("a run needs an end: set train.steps or train.seconds")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"train.min_workers={self.min_workers} is more than train.workers={self.workers}")
         return self
 
 

@@ -104,15 +104,12 @@ def _number_or_text(text: str) -> float | str:
 
 
 FREE = (
-    "train.gpus",
-    "train.keep_checkpoints",
-    "train.max_failures",
-    "data.verify",
-    "data.decode_cpus",
-    "data.latents",
-    "tracking",
-)
-"""Settings, and parts of them, that do not touch what is computed: a resumed run may change them."""
+    "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
+    "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus",
+    "data.latents", "tracking",
+)  # fmt: skip
+"""Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
+accumulate only the product counts: the batches of an update."""
 PATHS = ("model.base", "model.vae", "model.prompt_embeds")
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"

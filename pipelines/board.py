@@ -1,0 +1,74 @@
+"""How rank 0 tells the driver what happens, and the driver rank 0 that the job is to end: without a shared disk."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+LAST_WORDS = ("result", "user_error", "failure", "stopped")
+"""Items after which nothing more is done."""
+
+
+class Board:
+    """A tiny actor on the driver's node: it must outlive the workers' nodes."""
+
+    def __init__(self):
+        self.items: list[dict[str, Any]] = []
+        self.told_to_stop = asyncio.Event()
+
+    async def post(self, item: dict[str, Any]) -> None:
+        self.items.append(item)
+
+    async def take(self) -> list[dict[str, Any]]:
+        out, self.items = self.items, []
+        return out
+
+    async def stop(self) -> None:
+        self.told_to_stop.set()
+
+    async def stopping(self) -> None:
+        """Returns once the job is to end."""
+        await self.told_to_stop.wait()
+
+
+class Listener:
+    """The driver's end: hands on what is posted, from a thread."""
+
+    def __init__(self, heard: Callable[[dict[str, Any]], None]):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        self.heard = heard
+        self.last: dict[str, Any] = {}
+        """The last words."""
+        self.step = 0
+        """The furthest step heard of."""
+        self._reading = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def read(self) -> None:
+        """Hand on what is there now."""
+        import ray
+
+        with self._reading:
+            for item in ray.get(self.board.take.remote()):
+                if item.keys() & set(LAST_WORDS):
+                    self.last |= item
+                    continue
+                self.step = max(self.step, item.get("step", {}).get("step", 0))
+                self.heard(item)
+
+    def _listen(self) -> None:
+        while not self._done.wait(0.3):
+            self.read()
+
+    def close(self) -> None:
+        import ray
+
+        self._done.set()
+        self._thread.join(timeout=10)
+        ray.kill(self.board)

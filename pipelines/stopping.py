@@ -1,0 +1,59 @@
+"""Notices that something is about to end: a spot machine (SIGTERM to its workers), or the job (SIGTERM to the driver).
+
+Either way the workers save a checkpoint after the step they are at. Then a group whose machine leaves is started anew
+on what is there; a job that is told to stop ends, and the same command resumes it.
+"""
+
+import signal
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray.train.torch import TorchConfig
+
+from entprog import distributed
+
+GOES_ON, MACHINE_ENDS, JOB_ENDS = 0, 1, 2
+
+_told = threading.Event()
+"""SIGTERM has come to this worker's process."""
+
+
+class LeavingError(RuntimeError):
+    """A worker's machine is about to end; the checkpoint is saved, the group has to start anew without it."""
+
+
+@dataclass
+class Listening(TorchConfig):
+    """Workers that take SIGTERM as a notice; without it Ray's own handler ends the process at once."""
+
+    @property
+    def backend_cls(self):
+        class Backend(super().backend_cls):
+            def on_start(self, worker_group, backend_config):
+                super().on_start(worker_group, backend_config)
+                worker_group.execute(_listen)  # in the worker's main thread, as signals want it
+
+        return Backend
+
+
+def _listen() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: _told.set())
+
+
+class Notices:
+    """What a worker has been told; every rank asks after every step, and all hear the same."""
+
+    def __init__(self, board: Any, device: torch.device):
+        self.device = device
+        self.job_ends = board.stopping.remote() if distributed.world()[0] == 0 else None
+
+    def heard(self) -> int:
+        """GOES_ON, MACHINE_ENDS or JOB_ENDS."""
+        import ray
+
+        mine = MACHINE_ENDS if _told.is_set() else GOES_ON
+        if self.job_ends is not None and ray.wait([self.job_ends], timeout=0)[0]:
+            mine = JOB_ENDS
+        return int(distributed.slowest(float(mine), self.device))

@@ -1,0 +1,249 @@
+"""Checkpoints: whole or not at all, on a disk and behind s3://, from any number of ranks to any other."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import latents, tiny_denoiser, tiny_experiment
+from test_distributed import join, leave, run_ranks
+
+from entprog import checkpoint, losses, parallel
+from entprog.blocks import blocks
+from entprog.errors import UserError
+from entprog.optimizer import update_ema
+from entprog.training import start
+
+
+class Trained:
+    """A tiny network after a few updates, with moments of some blocks alone and an average."""
+
+    def __init__(self, steps=2, sharded=False):
+        self.experiment = tiny_experiment(data={"batch_size": 2})
+        self.denoiser = tiny_denoiser(self.experiment, seed=3)
+        self.network = self.denoiser.network
+        found = blocks(self.network)
+        if sharded:
+            parallel.shard(self.network, found)
+        self.state = start(self.network, self.experiment)
+        for block in found[3:]:
+            block.module.requires_grad_(False)
+        for _ in range(steps):
+            self.update()
+
+    def update(self):
+        losses.training_loss(self.denoiser, latents([0, 1]), self.experiment.train).backward()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.state.ema, self.network, 0.9)
+        self.state.step += 1
+
+    def tensors(self):
+        """Everything that a checkpoint has to bring back, whole."""
+        return {name: parallel.whole(t).clone() for name, t in checkpoint._tensors(self.network, self.state).items()}
+
+
+def resumed(folder, **options):
+    fresh = Trained(steps=0, **options)
+    checkpoint.load(folder, checkpoint.newest(folder), fresh.network, fresh.state, "id")
+    return fresh
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def test_what_is_saved_is_the_moment_of_saving_though_training_goes_on(tmp_path):
+    run = Trained()
+    expected = run.tensors()
+    with closing(checkpoint.Saver(tmp_path, "id", keep=1, warn=pytest.fail)) as saver:
+        saver.save(run.network, run.state)
+        run.update()  # while it is being written
+    again = resumed(tmp_path)
+    assert again.state.step == 2
+    assert_equal(again.tensors(), expected)
+
+
+def test_whole_pruned_and_guarded(tmp_path):
+    run = Trained()
+    for step in (1, 2, 3, 4):
+        run.state.step = step
+        checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
+    assert checkpoint.found(tmp_path) == ["step-00000003", "step-00000004"]
+    newest = tmp_path / checkpoint.newest(tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        checkpoint.load(tmp_path, newest.name, run.network, run.state, "another")
+    (shard,) = newest.glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(tmp_path, newest.name, run.network, run.state, "id")
+
+
+@pytest.mark.parametrize("cut", ["a shard in the middle", "a shard missing", "the last file", "the last file missing"])
+def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
+    run = Trained()
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
+    expected = run.tensors()
+    run.update()
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
+    newest = tmp_path / checkpoint.newest(tmp_path)
+    victim = newest / "state.json" if "last file" in cut else next(newest.glob("*.safetensors"))
+    if "missing" in cut:
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    assert checkpoint.damaged(tmp_path) == [newest.name]
+    again = resumed(tmp_path)
+    assert again.state.step == 2
+    assert_equal(again.tensors(), expected)
+
+
+WRITER = """
+import sys
+from test_checkpoint import Trained
+from entprog import checkpoint
+run = Trained(steps=1)
+saver = checkpoint.Saver(sys.argv[1], "id", keep=2)
+while True:
+    run.state.step += 1
+    saver.save(run.network, run.state)
+    saver.wait()
+    print(run.state.step, flush=True)
+"""
+
+
+def test_sigkill_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
+    """Killed at five moments of a process that does nothing but save."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())])}
+    for kill in range(3):
+        with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=env, stdout=subprocess.PIPE) as writer:
+            for _ in range(3):
+                told = int(writer.stdout.readline())
+            time.sleep(0.004 * kill)
+            writer.kill()
+        again = resumed(tmp_path)
+        assert again.state.step >= told
+    run = Trained()
+    run.state.step = 10**6
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-01000000"], "no scratch folders stay behind"
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
+    """The kernel refuses to write further, as a full disk does."""
+    run, told = Trained(), []
+    with closing(checkpoint.Saver(tmp_path, "id", keep=2, warn=told.append)) as saver:
+        saver.save(run.network, run.state)
+        saver.wait()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            run.update()
+            saver.save(run.network, run.state)
+            saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert len(told) == 1 and "after step 3 was not saved" in told[0] and "training goes on" in told[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+        run.update()
+        saver.save(run.network, run.state)
+    assert checkpoint.found(tmp_path) == ["step-00000002", "step-00000004"] and len(told) == 1
+
+
+def _sharded_rank(rank, world, folder, how):
+    join(rank, world, folder)
+    if how == "save":
+        run = Trained(sharded=True)
+        with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
+            saver.save(run.network, run.state)
+            expected = run.tensors()
+            run.update()
+        sizes = [path.stat().st_size for path in (folder / "checkpoints" / "step-00000002").glob("*.safetensors")]
+        assert len(sizes) == world and max(sizes) < 1.3 * min(sizes), "each rank its part"
+    else:
+        expected = resumed(folder / "checkpoints", sharded=True).tensors()
+    if rank == 0:
+        torch.save(expected, folder / f"{how}.pt")
+    leave()
+
+
+def test_parts_of_two_ranks_are_taken_up_by_three_and_by_one(tmp_path):
+    run_ranks(_sharded_rank, 2, tmp_path, "save")
+    (tmp_path / "store").unlink()
+    run_ranks(_sharded_rank, 3, tmp_path, "load")
+    expected = torch.load(tmp_path / "save.pt", weights_only=True)
+    assert_equal(torch.load(tmp_path / "load.pt", weights_only=True), expected)
+    assert_equal(resumed(tmp_path / "checkpoints").tensors(), expected)
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """Address of a bucket of a real S3 server on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+    )
+    address = (
+        f"s3://runs/one?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_s3(bucket):
+    from entprog.storage import Place
+
+    run = Trained()
+    place = Place.at(bucket)
+    place.system.create_dir("runs")
+    with closing(checkpoint.Saver(bucket, "id", keep=2, warn=pytest.fail)) as saver:
+        for step in (1, 2, 3):
+            run.state.step = step
+            saver.save(run.network, run.state)
+    assert checkpoint.found(bucket) == ["step-00000002", "step-00000003"]
+    assert_equal(resumed(bucket).tensors(), run.tensors())
+    # Cut short: an upload that ended before the last file, as an object store leaves it.
+    place.system.delete_file("runs/one/step-00000003/state.json")
+    assert checkpoint.newest(bucket) == "step-00000002" and checkpoint.damaged(bucket) == ["step-00000003"]
+    assert resumed(bucket).state.step == 2
+
+
+def test_no_place():
+    with pytest.raises(UserError, match="s3:// or gs://"):
+        checkpoint.newest("ftp://somewhere/else")
+
+
+def test_the_state_is_plain_json(tmp_path):
+    run = Trained()
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    folder = tmp_path / checkpoint.newest(tmp_path)
+    values = json.loads((folder / "state.json").read_text())
+    assert values["files"] == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}, "nothing to unpickle"
