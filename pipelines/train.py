@@ -298,6 +298,7 @@ class _Display:
         train = experiment.train
         self.by: Literal["step", "charged_s"] = "step" if train.steps else "charged_s"
         self.total = train.steps or train.seconds
+        self.elastic, self.most = train.min_workers is not None, train.workers
         self.blocks = 0
         self.clips, self.since, self.begun = 0, time.time(), 0.0
         """Since the first step heard of, which bore the start-up."""
@@ -324,6 +325,8 @@ class _Display:
     def heard(self, item: dict[str, Any]) -> None:
         if "scored" in item:
             self.bar.update(self.task, description=f"scoring blocks: condition {item['scored']}/{item['of']}")
+        elif "workers" in item and self.elastic:
+            self.bar.console.print(f"Workers: {item['workers']} of {self.most}.")
         elif "resumed" in item:
             self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
         elif "warning" in item:

@@ -243,6 +243,7 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
         for name in checkpoint.damaged(folder):
             warn(f"checkpoint {name} in {folder} was cut short: not used")
     newest = distributed.gathered(checkpoint.newest(folder))[0]  # rank 0's: a shared disk may show others less
+    setup.post({"workers": distributed.world()[1]})
     if newest is not None:
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})

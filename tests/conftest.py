@@ -1,6 +1,7 @@
 """Shared material: tiny real networks and latents."""
 
 import os
+import shutil
 
 os.environ.setdefault("ENTPROG_OBJECT_STORE_BYTES", str(500 * 2**20))
 
@@ -66,6 +67,25 @@ def batches(experiment: config.Experiment, rank: int = 0, world: int = 1):
             position += size * world
 
     return open_at
+
+
+CLIPS = config.ClipShape(frames=8, height=48, width=32, fps=12)
+"""Of `two_people`."""
+
+
+def two_people(tmp_path_factory):
+    """Shards of two real videos, one of them held out; prepared once for all modules, in the Ray of the first."""
+    from entprog.media import assets
+    from pipelines import prepare
+
+    folder = tmp_path_factory.getbasetemp() / "two-people"
+    if not (folder / "dataset.json").exists():
+        videos = tmp_path_factory.mktemp("videos")
+        for name in ("cam01", "cam04"):
+            shutil.copy(assets.clip(name), videos / f"{name}.mp4")
+        settings = {"data": {"shape": CLIPS.model_dump()}, "prepare": {"held_out": ["cam04"], "stride": 3}}
+        prepare.run(videos, folder, config.build(settings, config.Preparation))
+    return folder
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Ranks: gradients equal the single process's on the union batch with a trained set that changes; all decide alike."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ from conftest import batches, latents, tiny_denoiser, tiny_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entprog import cei, distributed, parallel, scores
+from entprog import cei, distributed, parallel, prices, scores
 from entprog.blocks import blocks, unfreeze
 from entprog.training import fit, start
 
@@ -160,19 +161,102 @@ def test_ranks_score_decide_and_end_alike_though_their_seconds_differ(tmp_path):
     assert a == b and len(a["decisions"]) == 2 and len(a["losses"]) == 16
 
 
-def _disagreeing_rank(rank, world, folder):
+def fitted(experiment, rank, world):
+    """Losses, gradient norms and plans of a whole run with its searches, and the weights it came to."""
+    denoiser = tiny_denoiser(experiment)
+    found = blocks(denoiser.network)
+    table = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    measured = {}
+    if experiment.train.parallel == "fsdp":
+        measured = prices.measured_whole(denoiser, found, latents([0, 1]), experiment)
+        parallel.shard(denoiser.network, found)
+    state = start(denoiser.network, experiment)
+    state.models |= measured
+    held_out = [latents(range(3))] if rank == 0 else []  # sharded ranks too may run different numbers of forwards
+    steps = list(
+        fit(denoiser, found, batches(experiment, rank, world), held_out, latents([0, 1]), table, experiment, state)
+    )
+    weights = {name: parallel.whole(tensor).clone() for name, tensor in denoiser.network.state_dict().items()}
+    return {
+        "losses": [step.loss for step in steps],
+        "norms": [step.gradient_norm for step in steps],
+        "held_out": [step.held_out_loss for step in steps if step.held_out_loss is not None],
+        "plans": [step.plan.as_json() for step in steps],
+        "clips": state.position,
+        "memory": max(step.memory_bytes for step in steps),
+        "weights": weights,
+    }
+
+
+def shared_out(way, workers, accumulate):
+    """The same updates of eight clips."""
+    return tiny_experiment(
+        train={
+            "steps": 12, "parallel": way, "workers": workers, "accumulate": accumulate, "ema_decay": 0.9,
+            "gradient_clip": 0.05,
+        },
+        schedule={"backward": ["exact", "residual"]},
+    )  # fmt: skip
+
+
+def _run_rank(rank, world, folder):
     join(rank, world, folder)
-    try:
-        distributed.agree("the plan", {"m": rank})
-    except RuntimeError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
+    out = {way: fitted(shared_out(way, world, 4 // world), rank, world) for way in ("ddp", "fsdp")}
+    torch.save(out, folder / f"{rank}.pt")
     leave()
 
 
-def test_a_rank_that_disagrees_fails_everywhere_with_a_clear_message(tmp_path):
-    run_ranks(_disagreeing_rank, 2, tmp_path)
+def test_a_whole_run_is_the_same_in_one_process_and_shared_out_either_way(tmp_path):
+    """Search, clipping, averages and accumulation: one process takes four batches an update, two ranks two each."""
+    run_ranks(_run_rank, 2, tmp_path)
+    alone = fitted(shared_out("ddp", 1, 4), 0, 1)
+    assert max(alone["norms"]) > 0.05, "the clip has something to do"
     for rank in range(2):
-        assert "ranks disagree on the plan" in (tmp_path / f"{rank}.txt").read_text()
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for way in ("ddp", "fsdp"):
+            mine = got[way]
+            assert mine["plans"] == alone["plans"] and mine["clips"] == alone["clips"] == 12 * 8
+            for name in ("losses", "norms", "held_out"):
+                assert mine[name] == pytest.approx(alone[name], rel=1e-3), (way, name)
+            for name, tensor in alone["weights"].items():
+                torch.testing.assert_close(mine["weights"][name], tensor, rtol=2e-2, atol=2e-4)
+        assert got["fsdp"]["memory"] < got["ddp"]["memory"], "weights, gradients and moments in parts"
+
+
+def _disagreeing_rank(rank, world, folder):
+    join(rank, world, folder)
+    told = []
+    try:
+        distributed.agree("the plan", {"m": rank, "shape": "the same"})
+    except distributed.DisagreementError as error:
+        told.append(str(error))
+    experiment = tiny_experiment(train={"workers": 2, "learning_rate": 1e-3 * (rank + 1)})
+    denoiser = tiny_denoiser(experiment)
+    found = blocks(denoiser.network)
+    table = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    other = tiny_experiment(train={"workers": 2})
+    if rank == 1:
+        flipped = [dataclasses.replace(block, score=-block.score) for block in table.blocks]
+        table = dataclasses.replace(table, blocks=tuple(flipped))
+    for settings in (experiment, other):
+        try:
+            state, source = start(denoiser.network, settings), batches(settings, rank, world)
+            next(fit(denoiser, found, source, [latents(range(3))], latents([0]), table, settings, state))
+        except distributed.DisagreementError as error:
+            told.append(str(error))
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    leave()
+
+
+def test_a_rank_that_disagrees_fails_everywhere_at_once_with_a_clear_message(tmp_path):
+    """No rank is left waiting for another: both end, long before a collective would time out."""
+    run_ranks(_disagreeing_rank, 2, tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    plan, settings, priorities = ranks[0]
+    assert plan == 'ranks disagree on the plan: rank 0: the plan = {"m": 0}; rank 1: the plan = {"m": 1}'
+    assert "the settings" in settings and '"train.learning_rate": 0.002' in settings and "batch_size" not in settings
+    assert "priorities" in priorities
 
 
 def test_two_workers_train_like_one_with_the_union_batch():

@@ -13,14 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import TINY
+from conftest import CLIPS, TINY, two_people
 from typer.testing import CliRunner
 
 from entprog import config
-from entprog.media import assets
-from pipelines import jobs, launch, prepare, score, train
+from pipelines import jobs, launch, score, train
 
-SHAPE = {"frames": 8, "height": 48, "width": 32, "fps": 12}
+SHAPE = CLIPS.model_dump()
 SETTINGS = {
     "model": {"init": {**TINY, "patch_size": [2, 8, 8]}, "vae": "none"},
     "data": {"shape": SHAPE, "batch_size": 2, "held_out_clips": 4, "held_out_draws": 2},
@@ -48,15 +47,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shards(place):
-    """Two real videos, one held out."""
-    videos = place / "videos"
-    videos.mkdir()
-    for name in ("cam01.mp4", "cam04.mp4"):
-        shutil.copy(assets.clip(name.removesuffix(".mp4")), videos / name)
-    settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 3}}
-    prepare.run(videos, place / "shards", config.build(settings, config.Preparation))
-    return place / "shards"
+def shards(place, tmp_path_factory):
+    return two_people(tmp_path_factory)
 
 
 def experiment(shards, **over):

@@ -1,0 +1,189 @@
+"""A run on a cluster of several nodes, with real processes, whose parts are killed one after another."""
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import two_people
+from ray.cluster_utils import Cluster
+from test_train import SETTINGS
+
+from entprog import config
+from pipelines import jobs, train
+
+MIB = 2**20
+
+
+class Nodes:
+    """A head that holds no worker, and nodes with room for both workers each."""
+
+    def __init__(self):
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "object_store_memory": 150 * MIB, "include_dashboard": False},
+        )
+        self.nodes = []
+
+    def add(self, cpus):
+        self.nodes.append(self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MIB))
+
+    def kill_one_with_a_worker(self):
+        """SIGKILL of a node: its raylet and all that runs under it, at once."""
+        holders = {process.ppid() for process in running("RayTrainWorker")}
+        for node in self.nodes:
+            (raylet,) = (info.process.pid for info in node.all_processes["raylet"])
+            if raylet in holders:
+                for process in [*psutil.Process(raylet).children(recursive=True), psutil.Process(raylet)]:
+                    process.kill()
+                self.nodes.remove(node)
+                self.cluster.remove_node(node, allow_graceful=False)
+                return
+        raise AssertionError("no node holds a worker")
+
+
+def running(title: str) -> list[psutil.Process]:
+    """This machine's Ray actors of a class, of this test's cluster alone."""
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    return [p for p in psutil.process_iter(["cmdline"]) if p.pid in mine and title in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    before, cwd = dict(os.environ), Path.cwd()
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.chdir(folder)
+    nodes = Nodes()
+    try:
+        os.environ["RAY_ADDRESS"] = nodes.cluster.address
+        with jobs.ray_cluster(4):
+            yield folder, nodes
+    finally:
+        nodes.cluster.shutdown()
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def nodes(place):
+    return place[1]
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    """run(name, settings) → (result, what the workers told) of two workers on two real videos."""
+    folder, nodes = place
+    nodes.add(3)
+    nodes.add(3)
+    shards = two_people(tmp_path_factory)
+
+    def start(name, **over):
+        values = config.merge(SETTINGS, {"data": {"shards": str(shards)}, "name": name})
+        values = config.merge(values, {"train": {"workers": 2, "steps": 20, "checkpoint_every": 2, "max_failures": 1}})
+        told = []
+        experiment = config.build(config.merge(values, over))
+        return train.run(experiment, folder / name, tables=folder / "tables", listen=told.append), told
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run):
+    return run("whole")[0]
+
+
+def at_steps(output: Path, *acts) -> threading.Thread:
+    """Do things one after another, each once the run has written that many steps."""
+
+    def watch():
+        for lines, act in acts:
+            deadline = time.time() + 200
+            while time.time() < deadline:
+                if (output / "steps.jsonl").exists():
+                    seen = (output / "steps.jsonl").read_bytes().splitlines()
+                    if seen and json.loads(seen[-1])["step"] >= lines:
+                        break
+                time.sleep(0.01)
+            done.append(act())
+
+    done = []
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.done = done
+    thread.start()
+    return thread
+
+
+def no_space():
+    """The kernel refuses the workers large files: what a checkpoint meets on a full disk."""
+    for worker in running("RayTrainWorker"):
+        worker.rlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+
+
+def kill_controller():
+    (controller,) = running("TrainController")
+    controller.kill()
+
+
+def spot_notice():
+    running("RayTrainWorker")[0].send_signal(signal.SIGTERM)
+
+
+def resumed_at(told):
+    return [item["resumed"] for item in told if "resumed" in item]
+
+
+def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed, nodes, place):
+    folder, _ = place
+    watcher = at_steps(
+        folder / "disturbed",
+        (3, no_space),
+        (7, kill_controller),
+        (11, spot_notice),
+        (15, nodes.kill_one_with_a_worker),
+    )
+    result, told = run("disturbed")
+    assert len(watcher.done) == 4
+    warnings = [item["warning"] for item in told if "warning" in item]
+    assert any("was not saved" in line and "training goes on" in line for line in warnings)
+    assert any("SIGTERM" in line and "from the newest checkpoint" in line for line in warnings)
+    after_controller, after_notice, after_node = resumed_at(told)
+    assert after_controller <= 4, "no checkpoint could be written before"
+    assert after_notice >= 11, "a notice is time for a checkpoint of its own"
+    assert after_node >= after_notice
+    assert result["losses"] == undisturbed["losses"]
+    assert result["held_out"] == [dict(point, charged_s=mine["charged_s"]) for point, mine in zip(
+        undisturbed["held_out"], result["held_out"], strict=True)]  # fmt: skip
+    from mlflow import MlflowClient
+
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (found,) = [
+        run
+        for run in client.search_runs([client.get_experiment_by_name("entprog").experiment_id])
+        if run.info.run_name.startswith("disturbed") and "mlflow.parentRunId" not in run.data.tags
+    ]
+    assert found.info.run_id == result["mlflow_run_id"] and found.info.status == "FINISHED"
+    points = client.get_metric_history(found.info.run_id, "loss")
+    assert {p.step: p.value for p in points} == dict(enumerate(result["losses"], 1)), "no point is lost"
+
+
+def test_elastic_two_workers_one_and_two_again(run, nodes, place):
+    """A node goes and another comes: fewer workers take more batches each, and an update sees the same clips."""
+    folder, _ = place
+    plain = {"schedule": {"kind": "full"}, "train": {"steps": 200, "checkpoint_every": 5}}
+    one = config.merge(plain, {"train": {"workers": 1, "accumulate": 2, "steps": 40}})
+    alone, _ = run("alone", **one)
+    for _ in range(2 - len(nodes.nodes)):
+        nodes.add(1)
+    watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(3)))
+    result, told = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
+    worlds = [item["workers"] for item in told if "workers" in item]
+    assert len(watcher.done) == 2 and worlds == [2, 1, 2]
+    assert result["clips"] == 200 * 4
+    assert result["losses"][:40] == pytest.approx(alone["losses"], rel=1e-3)
