@@ -108,8 +108,15 @@ def describe(device: torch.device | str) -> str:
     return f"CPU, {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
-def write(name: str, figures: Sequence[Mapping[str, Any]], *, device: torch.device | str, repeats: int) -> Path:
-    """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with."""
+def write(
+    name: str,
+    figures: Sequence[Mapping[str, Any]],
+    *,
+    device: torch.device | str,
+    repeats: int,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
+    """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with; `more` beside them."""
     path = RESULTS / f"{name}.json"
     jobs.write_json(
         path,
@@ -123,6 +130,7 @@ def write(name: str, figures: Sequence[Mapping[str, Any]], *, device: torch.devi
             "repeats": repeats,
             "load_average": os.getloadavg()[0],
             "figures": list(figures),
+            **(more or {}),
         },
     )
     return path

@@ -168,6 +168,8 @@ def load(folder: str | Path, name: str, network: nn.Module, state: RunState, exp
         if scratch:
             place.download(scratch)
         _load(scratch or place.local, network, state)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, dcp.CheckpointException) as error:
         raise UserError(
             f"checkpoint {place} is damaged ({type(error).__name__}): delete it to resume earlier"

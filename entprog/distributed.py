@@ -1,7 +1,9 @@
 """The few things ranks must agree on, over torch.distributed; all are the identity in a single process."""
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +68,29 @@ def slowest_of(seconds: Sequence[float], device: torch.device | str = "cpu") -> 
     tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long each rank took for its own part of a step."""
+
+    median_s: float
+    slowest_s: float
+    slowest_rank: int
+
+
+def pace(seconds: float, device: torch.device | str = "cpu") -> Pace:
+    """Of all ranks; the same on every rank."""
+    _, ranks = world()
+    each = torch.zeros(ranks, dtype=torch.float64, device=device)
+    mine = torch.tensor([seconds], dtype=torch.float64, device=device)
+    if ranks > 1:
+        dist.all_gather_into_tensor(each, mine)
+    else:
+        each[0] = seconds
+    values = each.tolist()
+    slowest = max(range(ranks), key=values.__getitem__)
+    return Pace(statistics.median(values), values[slowest], slowest)
 
 
 def _reduced(value: float, device: torch.device | str, how) -> float:

@@ -74,6 +74,9 @@ class Step:
     held_out_loss: float | None = None
     decision: Decision | None = None
     """The stage's decision, on the step after which it was taken."""
+    pace: distributed.Pace | None = None
+    """How long ranks took for forward and backward of their own clips, before they wait for each other; sharded ranks
+    wait in there already."""
     drift: float | None = None
     """Kendall's τ of a stage's new scores to the first table's, on the stage's first step (`priority.rescore`)."""
     last: bool = False
@@ -153,6 +156,8 @@ class _Fit:
         self.search = Search(self.names, priority, self.prices, experiment, state)
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
+        self.pace: distributed.Pace | None = None
+        """Of the last update."""
         self.drift: float | None = None
         """Of a new table that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
@@ -281,6 +286,7 @@ class _Fit:
             predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
             decision=decision,
+            pace=self.pace,
             drift=drifted,
             last=last,
         )
@@ -300,6 +306,7 @@ class _Fit:
             part = losses.training_loss(self.denoiser, batch, train) * self.weight
             part.backward()
             loss += part.detach().double()
+        self.pace = distributed.pace(self.now() - begun - wait_s, self.device)
         if not parallel.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
             distributed.reduce_gradients(self.freeze.trained)
         limit = train.gradient_clip or math.inf

@@ -48,7 +48,7 @@ class Batches:
         self.whole = experiment.data.shape
         self.one_shape = not experiment.schedule.shapes
         self.rank, self.world = distributed.world()
-        self.batches = self.world
+        self.batches = experiment.train.workers * experiment.train.accumulate
         """Of an update, over all ranks."""
         self.mine = len(range(self.rank, self.batches, self.world))
         self.stream: clips.Stream | None = None

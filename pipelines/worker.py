@@ -33,7 +33,7 @@ from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, machine, rendering
+from pipelines import clips, gauges, machine, rendering
 from pipelines.batches import Batches, caches
 from pipelines.jobs import write_json
 from pipelines.stopping import GOES_ON, MACHINE_ENDS, LeavingError, Notices
@@ -186,6 +186,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
     notices = Notices(settings["board"], setup.device)
+    dials = gauges.Gauges(warn)
     log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
@@ -202,6 +203,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         conditions = scoring_clips(setup) if table and experiment.priority.rescore else ()
         steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
         for step in steps:
+            dials.show(step)
             if rank == 0:
                 record = as_record(step)
                 log.add(record)
@@ -281,7 +283,8 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
 
 def as_record(step: Step) -> dict[str, Any]:
     """A step as a line of steps.jsonl."""
-    record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision")}
+    record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision", "pace")}
+    record |= gauges.record(step)
     record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
     record["shape"] = str(step.plan.shape)
     return record | ({"decision": step.decision.as_json()} if step.decision else {})
@@ -307,6 +310,7 @@ def metrics(step: Step) -> dict[str, float]:
         "plan_memory_bytes": step.plan_memory_bytes,
         "optimizer_bytes": step.optimizer_bytes,
     }
+    values |= gauges.metrics(step)
     if step.held_out_loss is not None:
         values["held_out_loss"] = step.held_out_loss
     if step.drift is not None:

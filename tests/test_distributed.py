@@ -165,7 +165,7 @@ def fitted(experiment, rank, world):
     """Losses, gradient norms and plans of a whole run with its searches, and the weights it came to."""
     denoiser = tiny_denoiser(experiment)
     found = blocks(denoiser.network)
-    table = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    table = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
     measured = {}
     if experiment.train.parallel == "fsdp":
         measured = prices.measured_whole(denoiser, found, latents([0, 1]), experiment)
@@ -233,7 +233,7 @@ def _disagreeing_rank(rank, world, folder):
     experiment = tiny_experiment(train={"workers": 2, "learning_rate": 1e-3 * (rank + 1)})
     denoiser = tiny_denoiser(experiment)
     found = blocks(denoiser.network)
-    table = cei.cei(denoiser.predict, found, [latents(range(2))], experiment.priority)
+    table = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
     other = tiny_experiment(train={"workers": 2})
     if rank == 1:
         flipped = [dataclasses.replace(block, score=-block.score) for block in table.blocks]

@@ -58,6 +58,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     before, cwd = dict(os.environ), Path.cwd()
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for the nodes' workers
     os.chdir(folder)
     nodes = Nodes()
     try:

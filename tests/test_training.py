@@ -39,7 +39,7 @@ class Run:
 
 
 def comparable(step):
-    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s")}
+    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s", "pace")}
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
