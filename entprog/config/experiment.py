@@ -303,4 +303,9 @@ class Experiment(Part):
                     f"schedule.frozen_precision=fp8 needs model.dtype=bfloat16, given {self.model.dtype}: fp8 layers "
                     "give bfloat16"
                 )
+            if self.train.parallel == "fsdp":
+                raise ValueError(
+                    "schedule.frozen_precision=fp8 keeps twins of whole blocks, train.parallel=fsdp splits them: "
+                    "set train.parallel=ddp, or frozen_precision=full"
+                )
         return self
