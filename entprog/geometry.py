@@ -25,9 +25,11 @@ class Geometry:
     """Most patches along one side."""
     most_frames: float = math.inf
     """Most latent frames."""
+    only: tuple[int, int] | None = None
+    """Latent rows and columns, where no others fit."""
 
     @classmethod
-    def of(cls, vae: nn.Module | None, patch: Sequence[int] = (1, 1, 1), **limits: float) -> "Geometry":
+    def of(cls, vae: nn.Module | None, patch: Sequence[int] = (1, 1, 1), **limits) -> "Geometry":
         """vae: may be on the meta device; None: pixels."""
         temporal, spatial = (1, 1) if vae is None else vaes.factors(vae)
         return cls(temporal, spatial, tuple(patch), **limits)
@@ -64,6 +66,9 @@ class Geometry:
                 f"data.shape.frames: {shape.frames} frames are {latents[0]} latent frames, this network has positions "
                 f"for {self.most_frames:g}"
             )
+        if self.only not in (None, latents[1:]):
+            rows, columns = (size * self.spatial for size in self.only)
+            raise UserError(f"data.shape: {shape}, but this network has positions for {columns}x{rows} alone")
         if max(size // patch for size, patch in zip(latents, self.patch, strict=True)) > self.longest:
             raise UserError(
                 f"data.shape: {shape} is more than {self.longest:g} patches along one side, this network's most"

@@ -220,6 +220,9 @@ def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:
     with torch.enable_grad():
         given, named = tree_map_only(torch.Tensor, leaf, (args, kwargs))
         outputs = costs.tensors_in(blocks.bypass(module, *given, **named))
+        outputs = [output for output in outputs if output.requires_grad]
+        if not outputs:  # a branch whose shortcut is not its own
+            return set()
         asked = [i for i, t in enumerate(leaves) if t.requires_grad]
         gradients = torch.autograd.grad(
             outputs, [leaves[i] for i in asked], [torch.ones_like(o) for o in outputs], allow_unused=True

@@ -6,7 +6,9 @@
     load(settings: config.Model, device="cpu", seed=0) -> Denoiser
                                                   the base (or a new network from `init`), its input layer widened
                                                   with zeros for conditions it lacks; UserError for a wrong folder
-and registers its block classes with `entprog.blocks.bypass`.
+and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
+Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
+`inspect` and `load` for it.
 """
 
 import importlib

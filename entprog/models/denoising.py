@@ -90,6 +90,18 @@ class VideoDenoiser:
         return ()
 
     @classmethod
+    def new_inputs(cls, channels: int, conditions: tuple[str, ...]) -> dict[str, int]:
+        """The part of a new network's configuration that latents and conditions decide."""
+        return {"in_channels": channels * (1 + len(conditions))}
+
+    @classmethod
+    def planned_inputs(
+        cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """(conditions, input channels in groups) of a network after widening (`inputs.planned`)."""
+        return inputs.planned(network.in_channels, about, cls.own_conditions(network, channels), channels, settings)
+
+    @classmethod
     def initialise(cls, network: nn.Module) -> None:
         """Weights of a new network, where the class's own constructor does not do it. Its prediction must not be zero
         everywhere: CEI of that is undefined."""
@@ -191,7 +203,7 @@ class VideoDenoiser:
             "family": self.FAMILY,
             "conditions": self.conditions,
             "latent_channels": self.latent_channels,
-            "input_channels": inputs.splits(self.network.get_submodule(self.INPUT)),
+            "input_channels": inputs.splits(self.network.get_submodule(self.INPUT), self.network.config.in_channels),
             "vae": self.vae is not None,
             "shape": shape and shape.model_dump(),
             "shift": self.shift if shift is None else shift,

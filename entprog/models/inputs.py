@@ -65,11 +65,13 @@ class SplitLinear(_Split, nn.Linear):
         return functional.linear(x, weight, bias)
 
 
-def widened(layer: nn.Module, splits: Sequence[int]) -> nn.Module:
+def widened(layer: nn.Module, splits: Sequence[int], channels: int) -> nn.Module:
     """The same layer, its input channels in groups; channels that it lacks come last, with zero weights.
 
-    layer: Conv2d, Conv3d or Linear. splits: channels of each group.
+    layer: Conv2d, Conv3d, or a Linear over patches, channel by channel. splits: channels of each group; channels: that
+    it has now.
     """
+    splits = [count * _features(layer, channels) for count in splits]
     total = sum(splits)
     if isinstance(layer, nn.Linear):
         new = SplitLinear(total, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -88,9 +90,15 @@ def widened(layer: nn.Module, splits: Sequence[int]) -> nn.Module:
     return new
 
 
-def splits(layer: nn.Module) -> tuple[int, ...]:
+def splits(layer: nn.Module, channels: int) -> tuple[int, ...]:
     """The layer's input channels, in the groups that are summed apart."""
-    return layer.splits if isinstance(layer, _Split) else (layer.weight.shape[1],)
+    groups = layer.splits if isinstance(layer, _Split) else (layer.weight.shape[1],)
+    return tuple(count // _features(layer, channels) for count in groups)
+
+
+def _features(layer: nn.Module, channels: int) -> int:
+    """Input features of the layer for each channel: pixels of a patch for a Linear, one for a convolution."""
+    return layer.weight.shape[1] // channels
 
 
 def planned(

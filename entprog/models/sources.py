@@ -73,8 +73,7 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         outputs = network.config.out_channels or network.config.in_channels
         has = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
         raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
-    own = cls.own_conditions(network.config, channels)
-    conditions, splits = inputs.planned(network.config.in_channels, about, own, channels, settings)
+    conditions, splits = cls.planned_inputs(network.config, about, channels, settings)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape)
     tensors = cls.tensors(network.config, settings, root)
@@ -126,7 +125,8 @@ def load(
 
 def _widen(cls: type[VideoDenoiser], network: nn.Module, splits: tuple[int, ...]) -> None:
     """The input layer takes `splits` channels, those it lacks with zero weights, and the configuration says so."""
-    network.set_submodule(cls.INPUT, inputs.widened(network.get_submodule(cls.INPUT), splits))
+    layer = network.get_submodule(cls.INPUT)
+    network.set_submodule(cls.INPUT, inputs.widened(layer, splits, network.config.in_channels))
     outputs = network.config.out_channels or network.config.in_channels  # a class's default may be as many as inputs
     network.register_to_config(in_channels=sum(splits), out_channels=outputs)
 
@@ -180,12 +180,13 @@ def _vae(cls: type[VideoDenoiser], folder: Path, setting: str) -> nn.Module:
 
 def _new_configuration(cls: type[VideoDenoiser], settings: config.Model, channels: int) -> dict[str, Any]:
     known = [name for name in python_inspect.signature(cls.NETWORK.__init__).parameters if name != "self"]
+    computed = cls.new_inputs(channels, settings.conditions)
     for name in settings.init:
-        if name == "in_channels":
-            raise UserError("model.init.in_channels is computed from the latents and conditions: leave it out")
+        if name in computed:
+            raise UserError(f"model.init.{name} is computed from the latents and conditions: leave it out")
         if name not in known:
             raise UserError(f"unknown setting model.init.{name}{close_to(name, known)}")
-    return {"out_channels": channels, **settings.init, "in_channels": channels * (1 + len(settings.conditions))}
+    return {"out_channels": channels, **settings.init, **computed}
 
 
 def _on_meta(cls: type, values: dict[str, Any], setting: str):

@@ -85,7 +85,7 @@ def _(vae: AutoencoderKLCogVideoX, latents):
 
 @factors.register
 def _(vae: AutoencoderKLCogVideoX):
-    return vae.config.temporal_compression_ratio, 2 ** (len(vae.config.block_out_channels) - 1)
+    return int(vae.config.temporal_compression_ratio), 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 # ---- image VAEs: one factor, sometimes a shift ----

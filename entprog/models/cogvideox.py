@@ -1,0 +1,102 @@
+"""CogVideoX (1.0 and 1.5): diffusers' `CogVideoXTransformer3DModel`, whose blocks carry two streams, video and text.
+
+Reference and pose enter through new input channels; an image-to-video checkpoint's own image channels are fed zeros, as
+if no image was given. Text and video share one attention, so the number of text tokens matters: `model.prompt_embeds`,
+or zeros, is filled up with zeros to the network's own number.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from torch import nn
+
+from entprog import config
+from entprog.blocks import bypass
+from entprog.geometry import Geometry
+from entprog.models import sources, texts
+from entprog.models.denoising import VideoDenoiser
+from entprog.processes import Diffusion
+
+CLASS = "CogVideoXTransformer3DModel"
+
+OFS = 2.0
+"""What CogVideoX 1.5's image-to-video networks are told beside the timestep: a constant of diffusers' pipeline."""
+
+
+@bypass.register
+def _(module: CogVideoXBlock, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args, **kwargs):
+    return hidden_states, encoder_hidden_states
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogVideoXDenoiser(VideoDenoiser):
+    """A CogVideoX network with its VAE, conditions and text; predicts v."""
+
+    FAMILY = "cogvideox"
+    NETWORK = CogVideoXTransformer3DModel
+    VAES = (AutoencoderKLCogVideoX,)
+    INPUT = "patch_embed.proj"
+    PROCESS = Diffusion
+    SCHEDULER: ClassVar[dict[str, Any]] = {
+        "_class_name": "CogVideoXDDIMScheduler",
+        "prediction_type": "v_prediction",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 1.0,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+    }
+
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        sizes = self.network.config
+        (v,) = self.network(
+            hidden_states=inputs.transpose(1, 2),
+            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            timestep=timestep,
+            ofs=None if sizes.ofs_embed_dim is None else inputs.new_full((1,), OFS),
+            image_rotary_emb=_rotary(sizes, *inputs.shape[2:], inputs.device),
+            return_dict=False,
+        )
+        return v.transpose(1, 2)
+
+    @classmethod
+    def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
+        patch = (network.patch_size_t or 1, network.patch_size, network.patch_size)
+        size = network.sample_height, network.sample_width
+        if network.use_learned_positional_embeddings:
+            return Geometry.of(vae, patch, only=size)
+        if network.patch_size_t is not None:  # 1.5 takes its positions out of a table of that size
+            return Geometry.of(vae, patch, longest=min(size) // network.patch_size)
+        return Geometry.of(vae, patch)
+
+    @classmethod
+    def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
+        text = texts.embeddings(settings, root, network.text_embed_dim)
+        return {"text": texts.padded(text, network.max_text_seq_length)}
+
+
+def _rotary(sizes: Any, frames: int, rows: int, columns: int, device: torch.device):
+    """Rotary positions of a clip's latents as diffusers' pipeline has them; None for a network without."""
+    if not sizes.use_rotary_positional_embeddings:
+        return None
+    patch = sizes.patch_size
+    grid, base = (rows // patch, columns // patch), (sizes.sample_height // patch, sizes.sample_width // patch)
+    common = {"embed_dim": sizes.attention_head_dim, "grid_size": grid, "device": device}
+    if sizes.patch_size_t is None:  # 1.0
+        crops = get_resize_crop_region_for_grid(grid, base[1], base[0])
+        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
+    frames = -(-frames // sizes.patch_size_t)  # 1.5
+    return get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=base, **common)
+
+
+inspect = partial(sources.inspect, CogVideoXDenoiser)
+load = partial(sources.load, CogVideoXDenoiser)

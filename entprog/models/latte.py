@@ -1,0 +1,92 @@
+"""Latte: diffusers' `LatteTransformer3DModel`, whose blocks mix positions within a frame and frames in turn: the shape
+of the paper's network.
+
+Trained to predict ε (IDDPM, arXiv 2102.09672). Where the output has channels for a learned variance too, ε is its first
+half: the loss is on ε alone, as the paper's is, and the samplers of diffusers use no other.
+Text cross-attention sees `model.prompt_embeds`, or zeros. Clips may be shorter than the `video_length` that it was made
+for: its positions in time are those of the first frames.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, LatteTransformer3DModel
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from torch import nn
+
+from entprog import blocks, config
+from entprog.errors import UserError
+from entprog.geometry import Geometry
+from entprog.models import sources, texts
+from entprog.models import units as units  # registers its block class
+from entprog.models.denoising import VideoDenoiser
+from entprog.processes import Diffusion
+
+CLASS = "LatteTransformer3DModel"
+
+
+@blocks.kind.register
+def _(network: LatteTransformer3DModel, name: str) -> blocks.Kind:
+    return "temporal" if name.startswith("temporal_") else "spatial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatteDenoiser(VideoDenoiser):
+    """A Latte network with its VAE, conditions and text; predicts ε."""
+
+    FAMILY = "latte"
+    NETWORK = LatteTransformer3DModel
+    VAES = (AutoencoderKL, AutoencoderKLTemporalDecoder)
+    INPUT = "pos_embed.proj"
+    PROCESS = Diffusion
+    SCHEDULER: ClassVar[dict[str, Any]] = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "clip_sample": False,
+    }
+
+    frames: torch.Tensor
+    """Positions of frames [1, video_length, width]."""
+
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.network.temp_pos_embed = self.frames[:, : inputs.shape[2]]
+        (noise,) = self.network(
+            hidden_states=inputs,
+            timestep=timestep,
+            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            return_dict=False,
+        )
+        return noise[:, : self.latent_channels]
+
+    @classmethod
+    def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
+        return Geometry.of(vae, (1, network.patch_size, network.patch_size), most_frames=network.video_length)
+
+    @classmethod
+    def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
+        width = network.num_attention_heads * network.attention_head_dim
+        steps = torch.arange(network.video_length).unsqueeze(1)
+        frames = get_1d_sincos_pos_embed_from_grid(width, steps, output_type="pt").float().unsqueeze(0)
+        return {"text": texts.embeddings(settings, root, network.caption_channels), "frames": frames}
+
+    @classmethod
+    def predicted(cls, network: Any) -> tuple[int, ...]:
+        outputs = network.out_channels or network.in_channels
+        return (outputs, outputs // 2)
+
+    @classmethod
+    def check_network(cls, network: Any) -> None:
+        if network.norm_type != "ada_norm_single" or network.caption_channels is None:
+            raise UserError(
+                f"a Latte network needs norm_type ada_norm_single and caption_channels, given {network.norm_type} and "
+                f"{network.caption_channels}"
+            )
+
+
+inspect = partial(sources.inspect, LatteDenoiser)
+load = partial(sources.load, LatteDenoiser)

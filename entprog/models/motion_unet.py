@@ -1,0 +1,80 @@
+"""AnimateDiff: diffusers' `UNetMotionModel`, an image UNet with temporal modules between its layers.
+
+A checkpoint is a folder with `unet/`, `vae/` and `scheduler/`, as `AnimateDiffPipeline.save_pretrained` writes it:
+image model and motion adapter joined once, by diffusers. Reference and pose enter through new input channels.
+Text cross-attention sees `model.prompt_embeds`, or zeros.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, UNetMotionModel
+from torch import nn
+
+from entprog import blocks, config
+from entprog.errors import UserError
+from entprog.geometry import Geometry
+from entprog.models import sources, texts
+from entprog.models import units as units  # registers its block classes
+from entprog.models.denoising import VideoDenoiser
+from entprog.processes import Diffusion
+
+CLASS = "UNetMotionModel"
+
+
+@blocks.kind.register
+def _(network: UNetMotionModel, name: str) -> blocks.Kind:
+    return "temporal" if ".motion_modules." in name else "spatial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionUnetDenoiser(VideoDenoiser):
+    """An AnimateDiff network with its VAE, conditions and text; predicts ε."""
+
+    FAMILY = "motion_unet"
+    NETWORK = UNetMotionModel
+    PART = "unet"
+    VAES = (AutoencoderKL,)
+    INPUT = "conv_in"
+    PROCESS = Diffusion
+    SCHEDULER: ClassVar[dict[str, Any]] = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "timestep_spacing": "linspace",
+        "steps_offset": 1,
+    }
+
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        clips, _, frames = inputs.shape[:3]
+        (noise,) = self.network(
+            sample=inputs,
+            timestep=timestep,
+            encoder_hidden_states=self.text.expand(clips * frames, -1, -1),
+            return_dict=False,
+        )
+        return noise
+
+    @classmethod
+    def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
+        return Geometry.of(vae, most_frames=network.motion_max_seq_length)
+
+    @classmethod
+    def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
+        width = network.cross_attention_dim
+        return {"text": texts.embeddings(settings, root, width if isinstance(width, int) else width[0])}
+
+    @classmethod
+    def check_network(cls, network: Any) -> None:
+        for name in ("addition_embed_type", "encoder_hid_dim_type"):
+            if getattr(network, name) is not None:
+                raise UserError(f"UNetMotionModel with {name}={getattr(network, name)} (SDXL) is not supported")
+
+
+inspect = partial(sources.inspect, MotionUnetDenoiser)
+load = partial(sources.load, MotionUnetDenoiser)
