@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from entprog import fp8
@@ -140,7 +141,8 @@ def along_bypass(module: nn.Module, *args, **kwargs):
     """
     if not torch.is_grad_enabled():
         return own_forward(module)(*args, **kwargs)
-    run = functools.partial(module.__dict__.get(TWIN_FORWARD) or own_forward(module), *args, **kwargs)
+    given, named = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    run = functools.partial(module.__dict__.get(TWIN_FORWARD) or own_forward(module), *given, **named)
     shortcut = bypass(module, *args, **kwargs)
     if isinstance(shortcut, tuple):
         return _AlongBypass.apply(run, *shortcut)

@@ -17,6 +17,8 @@ class Geometry:
 
     temporal: int
     """Clip frames per latent frame, after the first."""
+    step: int
+    """Clips have a multiple of this many frames after the first."""
     spatial: int
     """Pixels per latent row or column."""
     patch: tuple[int, int, int]
@@ -32,7 +34,8 @@ class Geometry:
     def of(cls, vae: nn.Module | None, patch: Sequence[int] = (1, 1, 1), **limits) -> "Geometry":
         """vae: may be on the meta device; None: pixels."""
         temporal, spatial = (1, 1) if vae is None else vaes.factors(vae)
-        return cls(temporal, spatial, tuple(patch), **limits)
+        step = 1 if vae is None else vaes.frame_step(vae)
+        return cls(temporal, step, spatial, tuple(patch), **limits)
 
     def latent_frames(self, frames: int) -> int:
         return 1 + (frames - 1) // self.temporal
@@ -43,11 +46,11 @@ class Geometry:
 
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit."""
-        if (shape.frames - 1) % self.temporal:
-            fewer = shape.frames - (shape.frames - 1) % self.temporal
+        if (shape.frames - 1) % self.step:
+            fewer = shape.frames - (shape.frames - 1) % self.step
             raise UserError(
-                f"data.shape.frames must be {self.temporal}n+1 with this VAE, given {shape.frames}: "
-                f"take {fewer} or {fewer + self.temporal}"
+                f"data.shape.frames must be {self.step}n+1 with this VAE, given {shape.frames}: "
+                f"take {fewer} or {fewer + self.step}"
             )
         for name, pixels, patch in (("height", shape.height, self.patch[1]), ("width", shape.width, self.patch[2])):
             if pixels % (self.spatial * patch):

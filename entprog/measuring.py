@@ -172,8 +172,9 @@ class Probe:
         own = blocks.own_forward(module)
         body = blocks.CheckpointedForward(own) if self.checkpointing else own
         with torch.no_grad():
-            forward = self.meter(lambda: own(*args, **kwargs))
-            low, twin_bytes = self.in_twin(module, args, kwargs) if self.frozen_precision == "fp8" else (forward, 0)
+            given, named = leaves(())  # a counter of FLOPs takes no views of tensors that require gradient
+            forward = self.meter(lambda: own(*given, **named))
+            low, twin_bytes = self.in_twin(module, given, named) if self.frozen_precision == "fp8" else (forward, 0)
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
         trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, _, _ = kept(asked - stream, trained=True)

@@ -3,7 +3,19 @@
 A new family is one file in `entprog/models/` and one entry in `TINY`.
 """
 
+import diffusers
+import pytest
+import torch
+from conftest import SHAPE, batches, latents, tiny_experiment
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from test_wan import clips
+
+from entprog import blocks, cei, checkpoint, costs, losses, measuring, models, sampling
+from entprog.clips import Clips, Latents
+from entprog.config import ClipShape, Model, Priority
+from entprog.errors import UserError
+from entprog.models import inputs
+from entprog.training import fit, start
 
 WAN = {
     "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 16,
@@ -41,7 +53,7 @@ TINY = {
         "init": {
             "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24,
             "sample_size": 8, "patch_size": 4, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False, "caption_channels": 8, "video_length": 8, "attention_bias": True,
+            "norm_elementwise_affine": False, "caption_channels": 8, "video_length": 12, "attention_bias": True,
             "num_embeds_ada_norm": 1000, "out_channels": 6,
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
@@ -49,7 +61,7 @@ TINY = {
     "svd": {
         "family": "svd",
         "init": {
-            "block_out_channels": [32, 64], "layers_per_block": 1, "num_attention_heads": [2, 2],
+            "block_out_channels": [32, 32], "layers_per_block": 1, "num_attention_heads": [2, 2],
             "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
             "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
             "cross_attention_dim": 8, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 12,
@@ -65,7 +77,7 @@ TINY = {
             "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
             "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
             "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"],
-            "num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 8,
+            "num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 12,
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
     },
@@ -83,3 +95,364 @@ TINY = {
         "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
     },
 }  # fmt: skip
+
+NAMES = list(TINY)
+APART = {"latte", "svd", "motion_unet"}
+"""Families whose spatial and temporal blocks are apart."""
+T = torch.tensor([0.2, 0.8])
+
+
+def settings(name, **changes) -> Model:
+    tiny = TINY[name]
+    return Model(**{"family": tiny["family"], "init": tiny["init"], "vae": "none", **changes})
+
+
+def load(name, seed=0, **changes):
+    return models.family(TINY[name]["family"]).load(settings(name, **changes), seed=seed)
+
+
+def again(folder, name, **changes):
+    """What was saved to a folder, or what a folder holds."""
+    return load(name, init={}, base=str(folder), **{"vae": "auto", **changes})
+
+
+def ordered(denoiser, batch):
+    return cei.blocks_in_order(blocks.blocks(denoiser.network), denoiser.predict, batch.part(slice(0, 1)))
+
+
+def predict(denoiser, batch):
+    return denoiser.predict(batch.clean, T, batch.conditions)
+
+
+def by_hand(block):
+    """y = bypass(x) + (f(x) - bypass(x)).detach(), written out."""
+    own = type(block.module).forward.__get__(block.module)
+
+    def forward(*args, **kwargs):
+        shortcut = blocks.bypass(block.module, *args, **kwargs)
+        with torch.no_grad():
+            whole = own(*args, **kwargs)
+        if isinstance(whole, tuple):
+            return tuple(x + (y - x).detach() for x, y in zip(shortcut, whole, strict=True))
+        return shortcut + (whole - shortcut).detach()
+
+    return forward
+
+
+def small(batch):
+    """A corner of every clip: UNets have many blocks."""
+    conditions = {name: value[..., :8, :8] for name, value in batch.conditions.items()}
+    return Latents(batch.clean[..., :8, :8], conditions, batch.position)
+
+
+def gradients(denoiser, batch):
+    denoiser.network.zero_grad(set_to_none=True)
+    predict(denoiser, batch).square().mean().backward()
+    return {name: p.grad.clone() for name, p in denoiser.network.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tiny(request):
+    """(name, a network in evaluation mode that no test changes, a batch, its blocks in execution order)"""
+    denoiser, batch = load(request.param), latents(range(2))
+    return request.param, denoiser, batch, ordered(denoiser, batch)
+
+
+def test_blocks_are_found_once_and_in_the_order_in_which_they_run(tiny):
+    name, denoiser, batch, found = tiny
+    ran = []
+    hooks = [
+        b.module.register_forward_hook(lambda *_, n=b.name: ran.append(n)) for b in blocks.blocks(denoiser.network)
+    ]
+    with torch.no_grad():
+        predict(denoiser, batch)
+    for hook in hooks:
+        hook.remove()
+    assert [block.name for block in found] == ran and len(set(ran)) == len(hooks)
+    assert {block.kind for block in found} == ({"spatial", "temporal"} if name in APART else {"both"})
+    for block in found:
+        assert (block.kind == "temporal") == any(word in block.name for word in ("temporal", "motion")), block.name
+
+
+def test_every_parameter_is_in_one_place(tiny):
+    name, denoiser, _, found = tiny
+    groups = denoiser.outside()
+    places = [p for block in found for p in block.module.parameters()] + groups["conditions"] + groups["rest"]
+    assert len(places) == len({id(p) for p in places})
+    left_out = {n for n, p in denoiser.network.named_parameters() if id(p) not in {id(q) for q in places}}
+    assert all(n.startswith("motion_encoder.") for n in left_out) and bool(left_out) == (name == "wan_animate")
+
+
+@torch.no_grad()
+def test_every_skip_changes_the_output_and_restores_it(tiny):
+    _, denoiser, batch, found = tiny
+    before = predict(denoiser, batch)
+    assert before.shape == batch.clean.shape and before.dtype == torch.float32 and before.std() > 0
+    for block in found:
+        with blocks.skipped(block):
+            without = predict(denoiser, batch)
+        assert not torch.equal(without, before) and without.isfinite().all(), block.name
+    assert torch.equal(predict(denoiser, batch), before)
+    for name in denoiser.conditions:  # every condition is seen
+        other = {**batch.conditions, name: batch.conditions[name] + 1}
+        assert not torch.equal(denoiser.predict(batch.clean, T, other), before), name
+    # one clip's prediction does not depend on the others in its batch
+    one = batch.part(slice(0, 1))
+    torch.testing.assert_close(denoiser.predict(one.clean, T[:1], one.conditions), before[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_replayed_scores_equal_naive_scores(tiny):
+    _, denoiser, _, found = tiny
+    batch, few = small(latents(range(4))), Priority(conditions=2, draws=4)
+    replayed, naive = (cei.cei(denoiser, found, [batch], few, replay=replay) for replay in (True, False))
+    assert replayed.per_condition == naive.per_condition
+    assert [b.loss_increase for b in replayed.blocks] == [b.loss_increase for b in naive.blocks]
+    assert replayed.flops < naive.flops
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_gradients_of_trained_blocks_are_right_and_others_have_none(tiny, backward):
+    """Exact: those of full training. Residual: of y = bypass + (f - bypass).detach(), written out."""
+    _, denoiser, batch, found = tiny
+    with torch.no_grad():
+        plain = predict(denoiser, batch)
+    trained = [block.name for block in found[1 :: max(len(found) // 3, 2)]]
+    outside = denoiser.outside()["conditions"]
+    try:
+        blocks.unfreeze(denoiser.network, found, trained, outside, backward)
+        assert torch.equal(predict(denoiser, batch).detach(), plain)
+        got = gradients(denoiser, batch)
+        if backward == "exact":
+            blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
+            everything = gradients(denoiser, batch)
+            expected = {name: everything[name] for name in got}
+        else:
+            blocks.unfreeze(denoiser.network, found, trained, outside, "exact")
+            for block in found:
+                if block.name not in trained:
+                    block.module.forward = by_hand(block)
+            expected = gradients(denoiser, batch)
+        of_conditions = {n for n, p in denoiser.network.named_parameters() if any(p is q for q in outside)}
+        of_blocks = {n for n in got if n.startswith(tuple(f"{name}." for name in trained))}
+        assert of_blocks and of_conditions and got.keys() == of_blocks | of_conditions == expected.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    finally:
+        blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
+        denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_costs_are_foreseen(tiny, backward):
+    _, denoiser, batch, found = tiny
+    outside, names = denoiser.outside()["conditions"], [block.name for block in found]
+    loss = lambda: predict(denoiser, batch).square().mean()  # noqa: E731
+    try:
+        model = measuring.measure(denoiser.network, found, outside, loss, clips=2, seconds=False)
+        for trainable in (names, names[::3], names[-1:]):
+            trained = blocks.unfreeze(denoiser.network, found, trainable, outside, backward)
+            counted = costs.count(denoiser.network, trained, loss)
+            assert model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.1), trainable
+            assert model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.15), trainable
+    finally:
+        blocks.unfreeze(denoiser.network, found, names, outside)
+        denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "wan_animate"])  # has them natively
+def test_conditions_that_a_base_lacks_change_nothing_at_step_0(tmp_path, name):
+    base = load(name, conditions=())
+    base.save(tmp_path / "base")
+    wide, batch = again(tmp_path / "base", name), latents(range(2))
+    assert wide.conditions == ("reference", "pose")
+    with torch.no_grad():
+        assert torch.equal(predict(wide, batch), base.predict(batch.clean, T, {}))
+    got = gradients(wide, batch)[f"{wide.INPUT}.weight"]
+    layer = wide.network.get_submodule(wide.INPUT)
+    new = layer.weight.split(layer.splits, dim=1)[1]
+    assert new.shape[1] == 2 * layer.splits[0] and not new.any()
+    assert got.split(layer.splits, dim=1)[1].any()  # and they learn
+    # a network that was widened and saved is wide, also to itself
+    wide.save(tmp_path / "wide")
+    assert inputs.splits(again(tmp_path / "wide", name).network.get_submodule(wide.INPUT), 9) == (3, 6)
+
+
+def test_a_saved_network_gives_the_same_bits_and_is_a_diffusers_folder(tmp_path, tiny):
+    name, denoiser, batch, _ = tiny
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    loaded = again(tmp_path / "model", name, seed=9)
+    with torch.no_grad():  # weights read from a file lie elsewhere in memory, which the CPU's last bits may depend on
+        torch.testing.assert_close(predict(loaded, batch), predict(denoiser, batch), rtol=1e-4, atol=1e-5)
+    for n, value in denoiser.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[n], value), n
+    assert loaded.shape == SHAPE and loaded.process == denoiser.process and loaded.conditions == denoiser.conditions
+    plain = getattr(diffusers, models.family(denoiser.FAMILY).CLASS).from_pretrained(tmp_path / "model" / denoiser.PART)
+    assert plain.state_dict().keys() == denoiser.network.state_dict().keys()
+    assert all(torch.equal(a, denoiser.network.state_dict()[n]) for n, a in plain.state_dict().items())
+    scheduler = denoiser.scheduler()
+    read = type(scheduler).from_pretrained(tmp_path / "model" / "scheduler")
+    strip = lambda c: {k: v for k, v in c.items() if not k.startswith("_")}  # noqa: E731
+    assert strip(read.config) == strip(scheduler.config)
+    assert again(tmp_path / "model" / denoiser.PART, name).shape == SHAPE  # the network's own folder is the checkpoint
+
+
+def test_fit_resumes_to_the_bit_and_frozen_blocks_never_move(tmp_path, tiny):
+    name = tiny[0]
+    model = settings(name).model_dump()
+    experiment = tiny_experiment(
+        model=model,
+        data={"held_out_draws": 1},
+        train={"steps": 5, "held_out_every": 5, "ema_decay": 0.9},
+        schedule={"stages": 1, "search_steps": 1, "backward": "residual", "outside": "conditions", "search_share": 1.0},
+    )
+    table = cei.cei(tiny[1], tiny[3], [small(latents(range(4)))], experiment.priority)
+
+    def run(folder=None):
+        denoiser = load(name)
+        found = ordered(denoiser, tiny[2])
+        state = start(denoiser.network, experiment)
+        if folder:
+            checkpoint.load(checkpoint.newest(folder), denoiser.network, state, "id")
+        steps = fit(denoiser, found, batches(experiment), [latents([0])], latents([0, 1]), table, experiment, state)
+        return denoiser, state, steps
+
+    whole, _, steps = run()
+    before = {n: p.detach().clone() for n, p in whole.network.named_parameters()}
+    conditions = {id(p) for p in whole.outside()["conditions"]}
+    narrow, losses_ = 0, []
+    for step in steps:
+        losses_.append(step.loss)
+        for n, p in whole.network.named_parameters():
+            trained = n.startswith(tuple(f"{b}." for b in step.plan.trainable))
+            assert trained or id(p) in conditions or torch.equal(p, before[n]), (step.step, n)
+            before[n] = p.detach().clone()
+        narrow += len(step.plan.trainable) < len(tiny[3])
+    assert narrow and len(losses_) == 5
+    first, state, steps = run()
+    for step in steps:
+        if step.step == 3:
+            checkpoint.save(tmp_path, first.network, state, "id", keep=1)
+            break
+    second, _, steps = run(tmp_path)
+    assert [step.loss for step in steps] == losses_[3:]
+    assert all(torch.equal(p, before[n]) for n, p in second.network.named_parameters())
+
+
+def test_training_lowers_the_loss(tiny):
+    denoiser, batch = load(tiny[0]), tiny[2]
+    train = tiny_experiment().train
+    optimizer = torch.optim.AdamW(denoiser.network.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(12):
+        loss = losses.training_loss(denoiser, batch, train)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    assert seen[-1] < 0.9 * seen[0], seen
+
+
+@torch.no_grad()
+def test_a_clip_is_sampled_and_its_noise_is_its_own(tiny):
+    _, denoiser, batch, _ = tiny
+    size = (2, *denoiser.latent_shape(SHAPE))
+    clip = sampling.sample(denoiser, batch.conditions, size, steps=4, seed=1)
+    assert clip.shape == batch.clean.shape and clip.isfinite().all()
+    one = batch.part(slice(1, 2))
+    alone = sampling.sample(denoiser, one.conditions, (1, *size[1:]), steps=4, seed=1, first=1)
+    torch.testing.assert_close(alone, clip[1:], rtol=1e-2, atol=1e-2)
+    assert denoiser.decode(clip).shape == (2, SHAPE.frames, 3, SHAPE.height, SHAPE.width)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cogvideox15"])
+def test_a_pipeline_s_vae_is_used_as_the_pipeline_does(tmp_path, name):
+    kind, sizes = TINY[name]["vae"]
+    torch.manual_seed(3)
+    vae = kind(**sizes).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    init = {k: v for k, v in TINY[name]["init"].items() if k != "out_channels"}
+    denoiser = load(name, vae=str(tmp_path), init=init)
+    shape = ClipShape(frames=9, height=32, width=32, fps=8)
+    denoiser.check(shape)
+    encoded = denoiser.encode(clips(2, shape))
+    assert encoded.clean.shape == (2, *denoiser.latent_shape(shape)) and encoded.clean.is_contiguous()
+    for value in encoded.conditions.values():
+        assert value.shape == encoded.clean.shape and value.std() > 0
+    alone = denoiser.encode(Clips(*(value[:1] for value in vars(clips(2, shape)).values())))
+    torch.testing.assert_close(alone.clean, encoded.clean[:1], rtol=1e-3, atol=1e-4)
+    video = denoiser.decode(encoded.clean)
+    assert video.shape == (2, 9, 3, 32, 32) and video.abs().max() <= 1
+    torch.testing.assert_close(video, expected_round_trip(vae, clips(2, shape)).clamp(-1, 1), rtol=1e-3, atol=1e-4)
+    assert predict(denoiser, encoded).isfinite().all()
+    denoiser.save(tmp_path / "model", shape=shape)
+    assert torch.equal(again(tmp_path / "model", name).encode(clips(2, shape)).clean, encoded.clean)
+
+
+def expected_round_trip(vae, batch):
+    """A clip through the VAE and back, unscaled: float [B, F, 3, H, W]."""
+    from entprog.media.color import yuv420_to_rgb
+
+    video = yuv420_to_rgb(batch.video).transpose(1, 2)
+    if isinstance(vae, AutoencoderKLWan | AutoencoderKLCogVideoX):
+        return vae.decode(vae.encode(video).latent_dist.mode()).sample.transpose(1, 2)
+    out = []
+    for clip in video.transpose(1, 2):
+        mode = vae.encode(clip).latent_dist.mode()
+        frames = {"num_frames": len(clip)} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+        out.append(vae.decode(mode, **frames).sample)
+    return torch.stack(out)
+
+
+def test_half_precision_and_checkpointing(tiny):
+    name, _, batch, _ = tiny
+    if name == "svd":
+        with pytest.raises(UserError, match="SVD's temporal convolutions"):
+            load(name, dtype="bfloat16")
+        return
+    half = load(name, dtype="bfloat16")
+    found = ordered(half, batch)
+    for backward in ("exact", "residual"):
+        blocks.unfreeze(half.network, found, [found[1].name], half.outside()["conditions"], backward, True)
+        got = gradients(half, batch)
+        assert got and all(g.isfinite().all() for g in got.values())
+    assert predict(half, batch).dtype == torch.float32
+
+
+WRONG = [
+    ({"base": "{}/other"}, "holds a HunyuanVideoTransformer3DModel, not a .*; families there are: .*README"),
+    ({"base": "{}/family"}, "set model.family="),
+    ({"init": {}, "base": None}, "no network: set model.base"),
+    ({"init": {"no_such_setting": 2}}, "unknown setting model.init.no_such_setting"),
+    ({"init": {"in_channels": 2}}, "computed"),
+    ({"vae": "{}/vae"}, "holds a AutoencoderKLMochi, .* needs an Autoencoder"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+    ).save_pretrained(folder / "other" / "transformer")  # fmt: skip
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLMochi"}')
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+@pytest.mark.parametrize("name", NAMES)
+def test_mistakes_are_one_line(wrong, tmp_path, name, changes, message):
+    if changes.get("base") == "{}/family":
+        other = "latte" if TINY[name]["family"] != "latte" else "svd"
+        load(other).save(tmp_path / "family")
+        changes = {"base": str(tmp_path / "family")}
+    given = {key: value.format(wrong) if isinstance(value, str) else value for key, value in changes.items()}
+    if given.get("base"):
+        given["init"] = {}
+    with pytest.raises(UserError, match=message) as error:
+        models.family(TINY[name]["family"]).inspect(settings(name, **given))
+    assert "\n" not in str(error.value)

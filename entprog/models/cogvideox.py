@@ -58,6 +58,9 @@ class CogVideoXDenoiser(VideoDenoiser):
 
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sizes = self.network.config
+        # 1.5 takes frames in pairs. As in its training a clip that does not come out even begins with its first again.
+        extra = -inputs.shape[2] % (sizes.patch_size_t or 1)
+        inputs = torch.cat([inputs[:, :, :1].expand(-1, -1, extra, -1, -1), inputs], dim=2)
         (v,) = self.network(
             hidden_states=inputs.transpose(1, 2),
             encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
@@ -66,11 +69,11 @@ class CogVideoXDenoiser(VideoDenoiser):
             image_rotary_emb=_rotary(sizes, *inputs.shape[2:], inputs.device),
             return_dict=False,
         )
-        return v.transpose(1, 2)
+        return v.transpose(1, 2)[:, :, extra:]
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
-        patch = (network.patch_size_t or 1, network.patch_size, network.patch_size)
+        patch = (1, network.patch_size, network.patch_size)
         size = network.sample_height, network.sample_width
         if network.use_learned_positional_embeddings:
             return Geometry.of(vae, patch, only=size)

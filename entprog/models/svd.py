@@ -59,6 +59,11 @@ class SvdDenoiser(VideoDenoiser):
         "steps_offset": 1,
     }
 
+    def __post_init__(self):
+        if self.autocast is not None and self.device.type == "cpu":
+            # torch 2.13's CPU kernel leaves parts of such a Conv3d's weight gradient unwritten.
+            raise UserError("model.dtype: SVD's temporal convolutions have no sound bfloat16 on a CPU; take float32")
+
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         told = inputs.new_tensor([FPS - 1, MOTION, REFERENCE_NOISE])
         (v,) = self.network(

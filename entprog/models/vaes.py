@@ -38,6 +38,12 @@ def factors(vae: nn.Module) -> tuple[int, int]:
     return 1, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@functools.singledispatch
+def frame_step(vae: nn.Module) -> int:
+    """Clips have a multiple of this many frames after the first."""
+    return factors(vae)[0]
+
+
 # ---- Wan: mean and deviation of every channel ----
 
 
@@ -86,6 +92,11 @@ def _(vae: AutoencoderKLCogVideoX, latents):
 @factors.register
 def _(vae: AutoencoderKLCogVideoX):
     return int(vae.config.temporal_compression_ratio), 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@frame_step.register
+def _(vae: AutoencoderKLCogVideoX):
+    return 2 * factors(vae)[0]  # it decodes an even number of latent frames to too many frames
 
 
 # ---- image VAEs: one factor, sometimes a shift ----
