@@ -12,7 +12,7 @@ from test_wan import clips
 
 from entprog import blocks, cei, checkpoint, costs, losses, measuring, models, sampling
 from entprog.clips import Clips, Latents
-from entprog.config import ClipShape, Model, Priority
+from entprog.config import ClipShape, Generate, Model, Priority
 from entprog.errors import UserError
 from entprog.models import inputs
 from entprog.training import fit, start
@@ -358,10 +358,10 @@ def test_training_lowers_the_loss(tiny):
 def test_a_clip_is_sampled_and_its_noise_is_its_own(tiny):
     _, denoiser, batch, _ = tiny
     size = (2, *denoiser.latent_shape(SHAPE))
-    clip = sampling.sample(denoiser, batch.conditions, size, steps=4, seed=1)
+    clip = sampling.sample(denoiser, batch.conditions, size, Generate(steps=4, seed=1), [0, 1])
     assert clip.shape == batch.clean.shape and clip.isfinite().all()
     one = batch.part(slice(1, 2))
-    alone = sampling.sample(denoiser, one.conditions, (1, *size[1:]), steps=4, seed=1, first=1)
+    alone = sampling.sample(denoiser, one.conditions, (1, *size[1:]), Generate(steps=4, seed=1), [1])
     torch.testing.assert_close(alone, clip[1:], rtol=1e-2, atol=1e-2)
     assert denoiser.decode(clip).shape == (2, SHAPE.frames, 3, SHAPE.height, SHAPE.width)
 
