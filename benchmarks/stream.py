@@ -111,8 +111,8 @@ def pixels(arrangement: str) -> str:
     return "_rgb" if arrangement.endswith("_rgb") or arrangement in ("decord2", "torchcodec") else ""
 
 
-def write_clips(folder: Path, shape: ClipShape) -> None:
-    """Clips of a real video as shards, and the same bytes as one mp4 file each."""
+def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dataset:
+    """Clips of a real video as shards, the last `held_out` of them held out, and the same bytes as one mp4 each."""
     rows = []
     for i in range(CLIPS):
         start_s = 0.02 * i
@@ -131,8 +131,11 @@ def write_clips(folder: Path, shape: ClipShape) -> None:
         file = folder / "files" / f"{i}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(rows[-1]["video"])
-    info = shards.write_shard(folder, "train/00000.parquet", rows, shape)
-    shards.write_dataset(folder, shape, {"train": [info], "held_out": []}, {})
+    infos: dict[str, list[shards.ShardInfo]] = {"train": [], "held_out": []}
+    for split, part in (("train", rows[: CLIPS - held_out]), ("held_out", rows[CLIPS - held_out :])):
+        if part:
+            infos[split] = [shards.write_shard(folder, f"{split}/00000.parquet", part, shape)]
+    return shards.write_dataset(folder, shape, infos, {})
 
 
 # ---- one number of cores: in a process of its own ----

@@ -1,0 +1,98 @@
+"""How long training waits for its clips: in a run of the demo's size, and between two executions of Ray Data.
+
+    python -m benchmarks.waiting               # about 2 minutes on two cores
+
+`training` is pipelines.train itself: the demo's network, clip shape and batch on real clips, plainly trained; seconds
+as its steps.jsonl has them. `change_over` reads the stream alone through several short executions, at the pace of a
+training step, and notes the longest wait after the first batch. Leaves benchmarks/results/waiting.json.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import common, stream
+from entprog import config
+from entprog.config import ClipShape
+from entprog.media import shards
+from pipelines import feed, jobs, launch, train, worker
+
+app = jobs.app("How long training waits for its clips.")
+
+SHAPE = ClipShape(frames=8, height=48, width=32, fps=12)
+STEP_S = 0.02
+"""Pace at which the stream alone is read."""
+TASKS = 8
+"""Decode tasks in one of its executions: far fewer than in training, so that there are several to look at."""
+EXECUTIONS = 4
+
+
+@app.command()
+def main(
+    steps: Annotated[int, typer.Option(min=2, help="Training steps.")] = 300,
+    repeats: Annotated[int, typer.Option(min=1, help="Times the stream alone is read.")] = 3,
+) -> None:
+    """Train and read; print and keep the seconds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/mlflow.db"
+        dataset = stream.write_clips(Path(scratch, "shards"), SHAPE, held_out=4)
+        with jobs.ray_cluster(launch.LOCAL_CPUS):
+            figures = [training(dataset, Path(scratch), steps), *(change_over(dataset) for _ in range(repeats))]
+    for row in figures:
+        common.show(row["what"], [{"figure": name, "value": value} for name, value in row.items()])
+    jobs.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
+
+
+def training(dataset: shards.Dataset, scratch: Path, steps: int) -> dict[str, Any]:
+    """A run of the demo's size."""
+    experiment = jobs.experiment(
+        "demo_base", None, None, data={"shards": str(dataset.folder), "held_out_clips": 4},
+        train={"steps": steps, "samples": 0},
+    )  # fmt: skip
+    result = train.run(experiment, scratch / "run", tables=scratch / "tables")
+    waits = [step["wait_s"] - step["open_s"] for step in worker.steps_of(scratch / "run")]
+    lost, running_s = result["stalls"], sum(result["stalls"].values()) - result["stalls"]["copy_s"]
+    return {
+        "what": "training",
+        "steps": steps,
+        **{name: round(value, 3) for name, value in lost.items()},
+        "wait_share": round(lost["wait_s"] / (running_s - lost["open_s"]), 4),
+        "longest_wait_s": round(max(waits), 3),
+        "object_store_peak_share": result["object_store_peak_share"],
+        "spilled_bytes": result["spilled_bytes"],
+        "settings": config.settings(experiment),
+    }
+
+
+def change_over(dataset: shards.Dataset, batch_size: int = 2) -> dict[str, Any]:
+    """The stream alone, read at the pace of a training step."""
+    before, feed.TASKS = feed.TASKS, TASKS
+    source = feed.stream(dataset, "train", dataset.shape, batch_size, cpus=1.0)
+    try:
+        next(source)
+        open_s, waits = source.wait_s, []
+        for _ in range(EXECUTIONS * TASKS * feed.TASK_BATCHES - 1):
+            time.sleep(STEP_S)
+            so_far = source.wait_s
+            next(source)
+            waits.append(source.wait_s - so_far)
+    finally:
+        source.close()
+        feed.TASKS = before
+    total_s = sum(waits) + STEP_S * len(waits)
+    return {
+        "what": "change_over",
+        "executions": EXECUTIONS,
+        "batches": len(waits) + 1,
+        "open_s": round(open_s, 3),
+        "longest_wait_s": round(max(waits), 3),
+        "wait_share": round(sum(waits) / total_s, 4),
+    }
+
+
+if __name__ == "__main__":
+    app()
