@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -122,40 +122,38 @@ class Batches:
         return out
 
 
-def caches(experiment: Experiment, dataset: shards.Dataset, denoiser) -> dict[ClipShape, latents.Cache]:
-    """The finished caches that `data.latents` lets a run use, by clip shape; every byte or size checked.
+def caches(
+    experiment: Experiment, dataset: shards.Dataset, denoiser, warn: Callable[[str], None] = lambda line: None
+) -> dict[ClipShape, latents.Cache]:
+    """The finished caches that `data.latents` lets a run use, by clip shape.
 
-    Rank 0 alone looks, so that ranks cannot differ in what they find. Raises UserError on every rank where one is
-    required and there is none, or where one is damaged.
+    Every rank looks for itself, rank 0 at every byte if `data.verify` says so: one that found less would give the same
+    batches, so nothing has to be agreed on. Raises UserError where a cache is required and there is none, or where one
+    is damaged.
     """
-    found, mistake = {}, None
-    if distributed.world()[0] == 0 and experiment.data.latents != "never":
-        try:
-            found = _found(experiment, dataset, denoiser)
-        except UserError as error:
-            mistake = str(error)
-    found, mistake = distributed.gathered((found, mistake))[0]
-    if mistake:
-        raise UserError(mistake)
-    return found
-
-
-def _found(experiment: Experiment, dataset: shards.Dataset, denoiser) -> dict[ClipShape, latents.Cache]:
     found, data = {}, experiment.data
+    if data.latents == "never":
+        return found
     if denoiser.vae is None:
         if data.latents == "require":
             raise UserError(
-                "data.latents=require, but this network works on pixels: it has no VAE; use data.latents=auto"
+                "data.latents=require, but this network works on pixels, it has no VAE: use data.latents=auto"
             )
         return found
+    make = "python -m pipelines.prepare --latents"
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
-        cache = latents.find(dataset, latents.key(denoiser, experiment.model.family, shape))
+        key = latents.key(denoiser, experiment.model.family, shape)
+        cache = latents.find(dataset, key)
         if cache is not None:
-            latents.verify(cache, data.verify)
+            latents.verify(cache, data.verify if distributed.world()[0] == 0 else "size")
             found[shape] = cache
         elif data.latents == "require":
             raise UserError(
                 f"data.latents=require, but shards {dataset.folder} hold no latents of {shape} by this VAE and these "
-                "conditions: make them with python -m pipelines.prepare --latents, or use data.latents=auto"
+                f"conditions: make them with {make}, or use data.latents=auto"
+            )
+        elif latents.folder_of(dataset, key).exists():
+            warn(
+                f"latents of {shape} are not finished, or of the shards as they were before: not used; run {make} again"
             )
     return found

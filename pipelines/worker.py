@@ -124,9 +124,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     ]
     sample = latents.encode(denoiser, clips.held_out(dataset, data.batch_size, data.batch_size, device=device)[0])
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
-    return Setup(
-        experiment, device, denoiser, dataset, held_out, sample, found, caches(experiment, dataset, denoiser), post
-    )
+    cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
+    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post)
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:

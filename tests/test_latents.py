@@ -21,7 +21,7 @@ from entprog import config, latents, models
 from entprog.config import ClipShape
 from entprog.errors import UserError
 from entprog.media import shards
-from pipelines import clips, feed, jobs, prepare, train
+from pipelines import batches, clips, feed, jobs, prepare, train
 from pipelines import latents as caching
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
@@ -233,15 +233,21 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     assert both["never"]["stalls"]["open_s"] > 0 and both["never"]["spilled_bytes"] == 0
 
 
-def test_mistakes_are_one_line(place, rows, base, vae, tmp_path):
+def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
     dataset = fresh(rows, tmp_path / "shards")
     settings = {
         "model": {"base": str(base)},
         "data": {"shards": str(dataset.folder), "shape": SHAPE.model_dump(), "batch_size": 1, "latents": "require"},
         "train": {"steps": 1}, "schedule": {"kind": "full"},
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"hold no latents of 5 frames .* prepare --latents"):
-        train.run(config.build(settings), tmp_path / "run")
+    with pytest.raises(UserError, match=r"hold no latents of 5 frames .*prepare --latents"):
+        batches.caches(config.build(settings), dataset, denoiser)
+    auto, told = config.build(config.merge(settings, {"data": {"latents": "auto"}})), []
+    assert batches.caches(auto, dataset, denoiser, told.append) == {} and not told
+    cache = cached(dataset, denoiser)
+    assert batches.caches(auto, dataset, denoiser, told.append) == {SHAPE: cache} and not told
+    (cache.folder / "latents.json").unlink()  # as after a kill
+    assert batches.caches(auto, dataset, denoiser, told.append) == {} and "unfinished" in told[0]
 
     def refused(*arguments) -> str:
         lines = [line for line in prepare_latents(*arguments, status=2).stderr.splitlines() if line.strip()]
