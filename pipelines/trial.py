@@ -8,6 +8,7 @@ at equal seconds, whatever the steps they took.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ def run(
             if not math.isfinite(result["held_out_loss"]):
                 raise UserError(f"held-out loss is {result['held_out_loss']} after {result['steps']} steps")
             results.append(figures(result, seed, settings.target_loss))
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
         last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
     except UserError as error:

@@ -1,9 +1,10 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
+import fcntl
 import json
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -139,23 +140,33 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
     rest = [model.family, process, model.conditions, model.dtype, str(shape), experiment.train.seed]
     key = table_key(contents, setup.dataset.fingerprint, priority, rest)
     kept = Path(settings["tables"]) / f"{key}.json"
-    # Rank 0 alone looks, so that ranks cannot differ in what they find.
-    known = distributed.gathered(json.loads(kept.read_text()) if kept.exists() else None)[0]
-    if known is not None:
-        return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
-    table = controls.score(
-        setup.denoiser,
-        setup.blocks,
-        scoring_clips(setup),
-        priority,
-        key=key,
-        seed=experiment.train.seed,
-        progress=lambda done, of: setup.post({"scored": done, "of": of}),
-    )
-    if distributed.world()[0] == 0:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, table.as_json())
+    rank = distributed.world()[0]
+    with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
+        # Rank 0 alone looks, so that ranks cannot differ in what they find.
+        known = distributed.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
+        if known is not None:
+            return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
+        table = controls.score(
+            setup.denoiser,
+            setup.blocks,
+            scoring_clips(setup),
+            priority,
+            key=key,
+            seed=experiment.train.seed,
+            progress=lambda done, of: setup.post({"scored": done, "of": of}),
+        )
+        if rank == 0:
+            write_json(kept, table.as_json())
     return table
+
+
+@contextmanager
+def _alone(table: Path) -> Iterator[None]:
+    """One process at a time looks for a table and makes it: a second one waits, and finds it."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def scoring_clips(setup: Setup) -> list[Latents]:
