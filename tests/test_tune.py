@@ -20,7 +20,7 @@ from entprog.media import assets
 from pipelines import jobs, launch, prepare, spaces, sweep, train, tune
 
 TRIALS = {
-    "train": {"steps": None, "seconds": 4, "samples": 0, "held_out_every": 4},
+    "train": {"steps": None, "seconds": 8, "samples": 0, "held_out_every": 4},
     "schedule": {"clock": "seconds", "search_share": 0.3},
     "tune": {"trials": 4, "rungs": 1, "reduction": 2, "retries": 0},
 }
@@ -127,8 +127,8 @@ def test_mlflow_has_sweep_trials_and_stages(swept):
 
 def test_seeds_objectives_and_chance(place, ray):
     over = {"trials": 2, "search": "random", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
-    result = tune.run(wanted(place, tune=over, train={"seconds": 2}), spaces.read(str(place / "mine.yaml")),
-                      place / "seeds", tables=place / "cei")  # fmt: skip
+    plain = wanted(place, tune=over, train={"seconds": 3}, schedule={"kind": "full"})
+    result = tune.run(plain, spaces.read(str(place / "mine.yaml")), place / "seeds")
     for row in result["trials"]:
         assert row["status"] == "finished" and [seed["seed"] for seed in row["seeds"]] == [0, 1]
         losses = [seed["held_out_loss"] for seed in row["seeds"]]
@@ -145,8 +145,9 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
     output = place / "killed"
     command = [sys.executable, "-m", "pipelines.tune", "--config", str(place / "tiny.yaml"), "--shards"]
-    command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "3", "--output", str(output)]
-    command += ["--set", "train.checkpoint_every=2", "--set", "tune.early_stop=false", "--set", "tune.concurrent=1"]
+    command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "2", "--output", str(output)]
+    command += ["--set", "train.checkpoint_every=2", "--set", "tune.early_stop=false", "--set", "tune.concurrent=1", "--seconds", "5"]
+    command += ["--set", "schedule.kind=full"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)  # fmt: skip
@@ -165,7 +166,7 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     result = json.loads((output / "result.json").read_text())
-    assert set(before) < {row["id"] for row in result["trials"]} and result["counts"]["finished"] == 3
+    assert set(before) == {row["id"] for row in result["trials"]} and result["counts"]["finished"] == 2
     assert all(path.read_bytes() == data for path, data in kept.items())
     going = next(name for name in before if name != finished[0].parent.name)
     lines = [json.loads(line) for line in (output / f"trials/{going}/seed-0/steps.jsonl").read_text().splitlines()]

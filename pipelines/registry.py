@@ -1,0 +1,53 @@
+"""A trained checkpoint in MLflow's model registry: its diffusers folder, what goes in and out, and how to load it."""
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from entprog.config import ClipShape
+from pipelines.store import one_line
+from pipelines.tracking import VERSIONS, Tracker
+
+SERVED = Path(__file__).with_name("served.py")
+
+
+def register(
+    tracker: Tracker, name: str, folder: Path, shape: ClipShape, warn: Callable[[str], None] = warnings.warn
+) -> str | None:
+    """Log the checkpoint to the run as a model and make it the newest version of `name`; that version's number.
+
+    None, and a warning, where MLflow does not take it: what was trained lies in `folder` all the same.
+    """
+    import mlflow
+
+    packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
+    try:
+        mlflow.set_tracking_uri(tracker.uri)
+        with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+            about = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(SERVED),
+                artifacts={"checkpoint": str(folder)},
+                signature=signature(shape),
+                pip_requirements=packages,
+                registered_model_name=name,
+            )
+        return str(about.registered_model_version)
+    except Exception as error:  # whatever store, network or disk raise: tracking must not fail a training
+        warn(f"MLflow: {folder} was not registered as {name}: {one_line(error, tracker.uri)}")
+        return None
+
+
+def signature(shape: ClipShape):
+    """Reference images and poses in, clips out, of the shape that the network was trained on."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    frames, height, width = shape.frames, shape.height, shape.width
+    reference = TensorSpec(np.dtype("uint8"), (-1, height, width, 3), "reference")
+    pose = TensorSpec(np.dtype("float32"), (-1, frames, 33, 3), "pose")
+    clip = TensorSpec(np.dtype("uint8"), (-1, frames, height, width, 3))
+    params = ParamSchema([ParamSpec("seed", "long", 0), ParamSpec("steps", "long", 20)])
+    return ModelSignature(Schema([reference, pose]), Schema([clip]), params)

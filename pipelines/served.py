@@ -1,0 +1,34 @@
+"""What MLflow loads a registered model with: reference image and pose in, clip out. MLflow runs this file itself."""
+
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.pyfunc import PythonModel
+
+from entprog import config
+from pipelines import checkpoints, rendering
+from pipelines.motions import Motion
+
+
+class Animator(PythonModel):
+    """A checkpoint as a function of people and motions."""
+
+    def load_context(self, context: Any) -> None:
+        settings = config.Generate()
+        self.checkpoint = checkpoints.find(context.artifacts["checkpoint"], settings)
+        self.denoiser = checkpoints.load(self.checkpoint, settings)
+
+    def predict(self, context: Any, model_input: dict[str, np.ndarray], params: dict[str, Any] | None = None):
+        """{"reference": uint8 [B, H, W, 3], "pose": float32 [B, F, 33, 3]} → uint8 RGB [B, F, H, W, 3].
+
+        params: `seed` and `steps` of generating.
+        """
+        settings = config.Generate(**(params or {}))
+        people, poses = (np.asarray(model_input[name]) for name in ("reference", "pose"))
+        pairs = enumerate(zip(people, poses, strict=True))
+        motions = [Motion(str(n), reference, pose, None) for n, (reference, pose) in pairs]
+        return rendering.make(self.denoiser, motions, self.checkpoint.shape, settings)
+
+
+mlflow.models.set_model(Animator())
