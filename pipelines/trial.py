@@ -86,6 +86,10 @@ def run(
                 config.merge(experiment.model_dump(), {"train": {"seed": seed}, "tracking": {"run_name": own}})
             )
             place = folder / f"seed-{seed}"
+            if elsewhere := experiment.train.checkpoints:  # each training's own folder in it
+                one = config.build(
+                    config.merge(one.model_dump(), {"train": {"checkpoints": f"{elsewhere}/{trial_id}/seed-{seed}"}})
+                )
             if number == 0:
                 ticks.resume(place)
             result = train.run(

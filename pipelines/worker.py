@@ -232,6 +232,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 if notice == MACHINE_ENDS:
                     raise LeavingError(f"a worker's machine is about to end (SIGTERM) after step {step.step}")
                 return {"stopped": step.step}
+    if state.step == 0:
+        raise UserError(
+            f"scoring took {state.seconds.score:.1f} s, no less than train.seconds={experiment.train.seconds:g}: raise "
+            "train.seconds, or lower priority.conditions × priority.draws"
+        )
     saver.close()
     setup = _final_network(setup, state)
     denoiser = setup.denoiser

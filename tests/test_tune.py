@@ -146,7 +146,16 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     output = place / "killed"
     command = [sys.executable, "-m", "pipelines.tune", "--config", str(place / "tiny.yaml"), "--shards"]
     command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "2", "--output", str(output)]
-    command += ["--set", "train.checkpoint_every=2", "--set", "tune.early_stop=false", "--set", "tune.concurrent=1", "--seconds", "5"]
+    command += [
+        "--set",
+        "train.checkpoint_every=2",
+        "--set",
+        "tune.early_stop=false",
+        "--set",
+        "tune.concurrent=1",
+        "--seconds",
+        "5",
+    ]
     command += ["--set", "schedule.kind=full"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -340,7 +340,10 @@ def _edit(path, **values):
     [
         ({"base": "{}/nowhere"}, "no such folder"),
         ({"base": "{}/empty"}, "no diffusers checkpoint in .* neither config.json nor transformer/config.json"),
-        ({"base": "{}/other"}, "holds a CogVideoXTransformer3DModel, not a WanTransformer3DModel; set model.family=cogvideox"),
+        (
+            {"base": "{}/other"},
+            "holds a CogVideoXTransformer3DModel, not a WanTransformer3DModel; set model.family=cogvideox",
+        ),
         ({"base": "{}/latents"}, "16 output channels, pixels have 3 channels: give its own VAE as model.vae"),
         ({"base": "{}/truncated"}, r"cannot read .*truncated/transformer/.*.safetensors"),
         ({"base": "{}/garbage"}, r"cannot read .*garbage/transformer/.*.safetensors"),
