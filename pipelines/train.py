@@ -19,7 +19,7 @@ from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
 from entprog.storage import Place
-from pipelines import charts, jobs, launch, stages, stalls, worker
+from pipelines import charts, jobs, launch, registry, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending
 
@@ -204,6 +204,9 @@ def run(
         _leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(_final(result) | result["stalls"] | store.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})
+        if name := experiment.tracking.model_name:
+            version = registry.register(tracker, name, output / "model", experiment.data.shape)
+            result["registered"] = version and f"models:/{name}/{version}"
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         stages.log(tracker, worker.steps_of(output), status)
