@@ -17,19 +17,20 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import nn
 
-from entprog.clips import Clips, Latents
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
 from entprog.media import shards
-from entprog.scores import content_hash
+
+if TYPE_CHECKING:
+    from entprog.clips import Clips, Latents
+
+# torch is imported where tensors are made: tasks that read run in processes of their own that never need it.
 
 FORMAT = "entprog-latents-1"
 FOLDER = "latents"
@@ -92,9 +93,13 @@ class Cache:
 # ---- encoding ----
 
 
-def encode(denoiser, clips: Clips) -> Latents:
+def encode(denoiser, clips: "Clips") -> "Latents":
     """`denoiser.encode`, with a VAE clip by clip: the bits of a convolution may depend on how many clips share a batch,
     and a clip's latents must not, so that a cache, another batch size and other workers give the same ones."""
+    import torch
+
+    from entprog.clips import Latents
+
     if denoiser.vae is None:
         return denoiser.encode(clips)
     parts = [denoiser.encode(clips.part(slice(i, i + 1))) for i in range(len(clips.position))]
@@ -104,6 +109,10 @@ def encode(denoiser, clips: Clips) -> Latents:
 
 def key(denoiser, family: str, shape: ClipShape) -> str:
     """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded."""
+    from torch import nn
+
+    from entprog.scores import content_hash
+
     modules = {field.name: getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "network"}
     hashes = {
         name: [type(module).__name__, content_hash(module), _configuration(module)]
@@ -113,7 +122,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump())
 
 
-def _configuration(module: nn.Module) -> dict[str, Any]:
+def _configuration(module) -> dict[str, Any]:
     """Without what changes when the same network is saved anew."""
     return {k: v for k, v in dict(getattr(module, "config", {})).items() if not k.startswith("_")}
 
@@ -136,13 +145,13 @@ def pieces(dataset: shards.Dataset, clip_bytes: int) -> list[Piece]:
     ]
 
 
-def compact(batch: Latents) -> dict[str, np.ndarray]:
+def compact(batch: "Latents") -> dict[str, np.ndarray]:
     """Tensors of one clip's latents, as `denoiser.encode` gave them: dimensions that only repeat have length 1."""
     tensors = {"clean": batch.clean} | {f"conditions.{name}": value for name, value in batch.conditions.items()}
     return {name: _once(value.float()).cpu().numpy() for name, value in tensors.items()}
 
 
-def _once(value: torch.Tensor) -> torch.Tensor:
+def _once(value):
     for dimension, stride in enumerate(value.stride()):
         if stride == 0:
             value = value.narrow(dimension, 0, 1)
@@ -271,8 +280,12 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
         yield from [None] * len(rows)
 
 
-def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], to_device) -> Latents:
+def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], to_device) -> "Latents":
     """What `read` gave, with `position`, as the stream's latents, value for value. to_device: array → tensor."""
+    import torch
+
+    from entprog.clips import Latents
+
     whole = {name: to_device(arrays[name]).expand(-1, *shape) for name, shape in shapes.items()}
     conditions = {name.removeprefix("conditions."): value for name, value in whole.items() if name != "clean"}
     return Latents(whole["clean"], conditions, torch.tensor(arrays["position"]))

@@ -1,6 +1,8 @@
 """The training stream: the same clips in the same order whoever reads them, on real clips and a real Ray."""
 
 import io
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from entprog import config
 from entprog.config import ClipShape
 from entprog.errors import UserError
 from entprog.media import assets, color, shards, video
-from pipelines import clips, feed, stalls
+from pipelines import clips, feed, stalls, train
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3
@@ -202,6 +205,21 @@ def test_only_the_middle_frames_are_decoded_and_are_those_of_the_whole_clip(data
     cut = whole.resized(SHAPE.model_copy(update={"frames": frames}))
     assert few.video.shape[1] == frames
     assert_equal([few], [cut])
+
+
+def test_decode_tasks_do_not_load_torch():
+    """Each of their processes would need seconds and 200 MB for it."""
+    program = "import sys, pipelines.feed; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_workers_may_change_on_a_resume_where_an_update_stays_the_same(dataset):
+    def identity(**numbers) -> str:
+        settings = {"model": {"init": {"num_layers": 1}}, "train": {"steps": 1, **numbers}}
+        return train.identity(config.build(settings), dataset)
+
+    assert identity(workers=4) == identity(workers=1, accumulate=4) == identity(workers=2, accumulate=2)
+    assert identity(workers=4) != identity(workers=2)
 
 
 # ---- through Ray Data ----
