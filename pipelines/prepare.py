@@ -36,6 +36,8 @@ SHEET_SOURCES = 24
 """Sources on the contact sheet at most, spread evenly."""
 SHEET_SHARDS = 48
 """Shards that they are looked for in."""
+LOOK_BYTES, TRACK_BYTES, CUT_BYTES = 200 * 2**20, 300 * 2**20, 250 * 2**20
+"""Memory that a process of each stage takes with videos in 1080p."""
 BLOCKS_PER_CPU = 100
 ROWS_PER_BLOCK = 10
 """Sources in one task of Ray Data at most: what a crash makes it do again."""
@@ -287,22 +289,27 @@ def _cut_all(
 
 
 def _stages(ray, rows: list[Row], parts: Path, settings: Preparation, cpus: int):
-    """The Dataset of sources done: probe → shots → track → cut. Each of them takes one CPU."""
+    """The Dataset of sources done: probe and shots, which share a task, → track → cut.
+
+    Each takes a CPU and has memory of its own: operators that ask for the same are made one by Ray Data, and then
+    everything would wait in the tracking actors while the other CPUs had nothing to do.
+    """
     # Tracking costs more than all else together; what its actors hold, the others cannot have.
     actors = min(len(rows), cpus - 1, max(1, round(0.6 * cpus)))
     stage = {"settings": settings, "parts": parts}
     return (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS_PER_CPU * cpus))
-        .map(partial(probing.probe, **stage))
-        .map(partial(probing.cut_shots, **stage))
+        .map(partial(probing.probe, **stage), num_cpus=1, memory=LOOK_BYTES)
+        .map(partial(probing.cut_shots, **stage), num_cpus=1, memory=LOOK_BYTES)
         .map(
             cutting.Track,
             fn_constructor_args=(settings, parts),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=1,
             num_gpus=settings.prepare.track_gpus or None,
+            memory=TRACK_BYTES,
         )
-        .map(partial(cutting.cut, **stage))
+        .map(partial(cutting.cut, **stage), num_cpus=1, memory=CUT_BYTES)
     )
 
 

@@ -112,6 +112,7 @@ def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
 
 def _remuxed(mp4: bytes, container: str, options: dict[str, str]) -> bytes:
     out = io.BytesIO()
+    options = {"fflags": "+bitexact"} | options  # no random numbers in the file
     with av.open(io.BytesIO(mp4)) as source, av.open(out, "w", format=container, options=options) as file:
         stream = file.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):

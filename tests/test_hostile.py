@@ -126,6 +126,7 @@ def test_reasons_are_the_right_ones(ran):
 
 def test_memory_is_bounded(ran):
     *_, watch, _ = ran
+    print(f"most memory: {watch.peak_bytes / 2**20:.0f} MiB in {watch.who}")
     assert 0 < watch.peak_bytes < WORKER_BYTES, f"{watch.peak_bytes / 2**20:.0f} MiB in {watch.who}"
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def test_killed_while_adding_it_ends_the_same(frames, tmp_path):
         video.write_mp4(folder / f"{i}.mp4", frames["one"][i : i + 5], fps=10)
     arguments = ["--input", folder, "--output", output, *SHAPE, "--held-out", "0"]
     assert run(*arguments).exit_code == 0
+    shutil.copytree(output, tmp_path / "undisturbed")
     before = shards.read_dataset(output)
     for i in range(3, 9):
         video.write_mp4(folder / f"{i}.mp4", frames["other"][i - 3 : i + 2], fps=10)
@@ -213,4 +215,8 @@ def test_killed_while_adding_it_ends_the_same(frames, tmp_path):
         sum(len(shards.index(shards.read_dataset(output), s)) for s in shards.SPLITS),
     )
     assert not (output / "parts").exists()
-    shards.verify(shards.read_dataset(output))
+    dataset = shards.read_dataset(output)
+    shards.verify(dataset)
+    arguments[3] = tmp_path / "undisturbed"
+    assert run(*arguments).exit_code == 0
+    assert shards.read_dataset(tmp_path / "undisturbed").fingerprint == dataset.fingerprint != before.fingerprint
