@@ -129,6 +129,15 @@ def test_a_wrong_manifest_is_one_line(content, told, tmp_path):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+def test_half_a_character_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"path": "a.mp4"}\n{"path": "b\\ud800.mp4"}\n')
+    with pytest.raises(UserError, match="row 2: half a character"):
+        inputs.find(tmp_path / "m.jsonl", 30)
+    for name, content in {"m.csv": "path\na.mp4\n", "m.txt": "a.mp4\n", "m.jsonl": '{"path": "a.mp4"}'}.items():
+        (tmp_path / name).write_text("\ufeff" + content)
+        assert names(inputs.find(tmp_path / name, 30)) == ["a.mp4"], name
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

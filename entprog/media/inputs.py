@@ -232,7 +232,7 @@ def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Row:
         file = fetching.without_secrets(text) + (f"@{entry.crop}" if entry.crop else "")
         query = urlsplit(text).query
         file += f"?{digest(query)[:8]}" if query else ""
-        is_folder = entry.fps or not Path(urlsplit(path).path).suffix
+        is_folder = entry.fps or not (Path(urlsplit(path).path).suffix or path.startswith("http"))
         return _row(file, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | told
     row = _entry_at(file, Path(path), entry.fps or frames_fps)
     return row | told | ({"frames_fps": entry.fps} if entry.fps else {})

@@ -41,7 +41,7 @@ def read(path: Path, name: str) -> tuple[list[Entry], list[str]]:
     suffix = path.suffix.lower()
     try:
         if suffix in LISTS:
-            lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+            lines = (line.strip() for line in path.read_text("utf-8-sig").splitlines())
             return [Entry(line) for line in lines if line and not line.startswith("#")], []
         rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[suffix](path)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -59,7 +59,7 @@ def _csv(path: Path) -> list[dict[str, Any]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -81,6 +81,10 @@ def _entry(row: dict[str, Any], where: str) -> Entry:
             raise UserError(f"{where}: no path")
         found = ", ".join(row) or "none"
         raise UserError(f"{where}: no column 'path'{close_to('path', row)}; columns found: {found}")
+    try:
+        f"{given['path']}{given.get('caption', '')}".encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a character (a lone surrogate) in path or caption; write it as UTF-8") from None
     split = str(given.get("split", ""))
     if split and split not in SPLITS:
         raise UserError(f"{where}: split is {split!r}, give {' or '.join(SPLITS)}, or leave it empty")
