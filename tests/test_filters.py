@@ -61,6 +61,15 @@ def test_a_splice_of_two_real_videos_is_cut_there(outcome):
     assert np.frombuffer(outcome["plain"][0]["cuts"], np.int32).tolist() == []
 
 
+def test_a_full_disk_ends_the_job_and_is_no_verdict(outcome, tmp_path):
+    settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
+    row, *_ = outcome["plain"]
+    (tmp_path / "plain.parquet.tmp").symlink_to("/dev/full")  # where the part is written first
+    with pytest.raises(attempts.MachineError, match="No space left"):
+        cutting.cut(row, settings, tmp_path)
+    assert not (tmp_path / "plain.json").exists(), "a source that could not be written is not done"
+
+
 def test_shots_shorter_than_a_clip_are_too_short(outcome):
     row, (line,), _ = outcome["flickers"]
     assert row["reason"] == line["reason"] == "too_short" and "longest shot of 4" in line["message"]

@@ -190,7 +190,7 @@ def test_limits_are_reasons(folder, tmp_path):
     assert reason(row) == reason(images) == ""
     assert reason(row, max_pixels=134 * 240 - 1) == reason(images, max_pixels=134 * 240 - 1) == "too_large"
     assert reason(row, max_duration_s=0.5) == reason(images, max_duration_s=0.3) == "too_long"
-    assert reason(row, max_bytes=1000) == "too_large"
+    assert reason(row, max_bytes=1000) == reason(images, max_bytes=1000) == "too_large"
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):

@@ -16,6 +16,10 @@ MAX_CRASHES = 2
 _REARM_S = 1.0
 
 
+class MachineError(Exception):
+    """What failed for want of the machine (a full disk), not of the source: it ends the job and is no verdict."""
+
+
 @contextmanager
 def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterator[bool]:
     """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.

@@ -21,6 +21,7 @@ from PIL import Image
 
 from entprog.config import Preparation
 from entprog.media import footage, ledger, pose, shards, shots, video, windows
+from entprog.media.attempts import MachineError
 from entprog.media.probing import opened, tried
 from entprog.media.video import VideoError
 
@@ -137,7 +138,10 @@ def _cut(row: Row, settings: Preparation, heard, parts: Path) -> Row:
             first = next(of_source, None)
             if first is not None:
                 file = f"{row['key']}.parquet"
-                part = shards.write_shard(parts, file, chain([first], of_source), settings.data.shape)
+                try:
+                    part = shards.write_shard(parts, file, chain([first], of_source), settings.data.shape)
+                except OSError as error:  # what the source may raise is a VideoError
+                    raise MachineError(f"cannot write {parts / file}: {error}") from None
     lines = []
     for start, (stage, reason) in sorted(verdicts.items()):
         sha256, size = encoded.get(start, ("", 0))

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from entprog.errors import UserError
 from entprog.media import frames
+from entprog.media.attempts import MachineError
 from entprog.media.video import VideoError
 
 PIECE_BYTES = 1 << 20
@@ -78,6 +79,8 @@ def _local(path: Path, row: dict[str, Any], max_bytes: int) -> Path:
     if row["frames_fps"]:
         if not stat.S_ISDIR(known.st_mode):
             raise VideoError("unreadable", f"{row['file']}: not a folder of numbered images")
+        if row["bytes"] > max_bytes:
+            raise VideoError("too_large", f"{row['file']}: {row['bytes']} bytes, more than {max_bytes} are not read")
         return path
     if not stat.S_ISREG(known.st_mode):  # a pipe would be waited for without end
         raise VideoError("unreadable", f"{row['file']}: not a plain file")
@@ -105,7 +108,7 @@ def _copy(uri: str, scratch: Path, row: dict[str, Any], max_bytes: int, heard) -
         for name in frames.numbered(list(names)):
             left -= _download(files, names[name], scratch / name, left, row, heard)
         return scratch
-    except VideoError:
+    except (VideoError, MachineError):
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own
         raise _RemoteError(error) from None
@@ -118,5 +121,8 @@ def _download(files, path: str, target: Path, max_bytes: int, row: dict[str, Any
             got += len(piece)
             if got > max_bytes:
                 raise VideoError("too_large", f"{row['file']}: more than {max_bytes} bytes are not read")
-            out.write(piece)
+            try:
+                out.write(piece)
+            except OSError as error:
+                raise MachineError(f"cannot write to the scratch folder {target.parent}: {error.strerror}") from None
     return got

@@ -46,7 +46,8 @@ def sha256(folder: Path) -> str:
     whole = hashlib.sha256()
     for path in paths(folder):
         try:
-            content = hashlib.sha256(path.read_bytes()).digest()
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
         except OSError as error:
             raise VideoError("unreadable", f"{path}: {error.strerror}") from None
         whole.update(os.fsencode(path.name) + b"\0" + content)

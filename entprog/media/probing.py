@@ -53,8 +53,12 @@ def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work)
         heard = partial(attempts.heard, stall_s=prepare.stall_s, watched=parts is not None)
         try:
             return work(row, settings, heard)
+        except attempts.MachineError:
+            raise
         except VideoError as error:
             return ledger.rejected(row, stage, error.reason, str(error))
+        except OSError as error:
+            return ledger.rejected(row, stage, "unreadable", f"{row['file']}: {error.strerror or error}")
         except Exception as error:  # one bad file must not end a long job, nor vanish: the ledger names the exception
             return ledger.rejected(row, stage, "error", f"{type(error).__name__}: {error}")
 
