@@ -53,6 +53,15 @@ def find(given: str, settings: Generate) -> Checkpoint:
     return Checkpoint(root, about, shape, process)
 
 
+def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
+    """The sampler's class, and its timestep shift where there is one."""
+    from entprog.samplers import sampler
+
+    shift = settings.shift or checkpoint.about["shift"]
+    name = type(sampler(checkpoint.process, settings.sampler, settings.shift)).__name__
+    return name if shift == 1 else f"{name}, shift {shift:g}"
+
+
 def load(checkpoint: Checkpoint, settings: Generate):
     """Its denoiser on its device. Raises UserError for a GPU that is asked for and not there."""
     import torch

@@ -183,6 +183,7 @@ def _generate(
         "checkpoint": str(checkpoint.root),
         "shape": checkpoint.shape.model_dump(),
         "settings": config.flat(settings.model_dump(mode="json")),
+        "sampler": checkpoints.sampler_name(checkpoint, settings.generate),
         "shift": settings.generate.shift or checkpoint.about["shift"],
         "videos": [record["video"] for record in records],
         "clips": records,

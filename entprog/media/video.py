@@ -39,6 +39,8 @@ EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pi
 
 BT709 = 1  # ITU-T H.273 code, the same for matrix, primaries and transfer
 UNSPECIFIED = 2
+CRF = 16
+"""Quality (x264) of videos that are written to be looked at and measured."""
 
 
 class VideoError(Exception):
@@ -195,7 +197,7 @@ def encode(frames: np.ndarray, fps: float, crf: int = 18, gop: int = 8) -> bytes
     return out.getvalue()
 
 
-def write_mp4(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 16) -> Path:
+def write_mp4(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = CRF) -> Path:
     """Write frames (uint8 RGB [F, H, W, 3], or an iterable of [H, W, 3]) for people to watch: plays while it loads.
 
     Odd sizes are padded to even ones by repeating the last row or column. Atomic.

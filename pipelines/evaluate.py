@@ -1,0 +1,303 @@
+"""Evaluate: checkpoint + held-out shards → figures with intervals, each with the card of how it was obtained.
+
+    python -m pipelines.evaluate --checkpoint out/run/model --shards shards/ --output out/evaluation
+    python -m pipelines.evaluate --generated clips/ --shards shards/ --output out/evaluation
+
+Clips are generated for the split's references and poses, or taken from a folder, and compared with their truth. Figures
+of unlike cards say nothing about each other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entprog import config
+from entprog.config import Evaluation
+from entprog.errors import UserError
+from entprog.media import shards as datasets
+from entprog.media import sheet
+from entprog.quality.figures import Figure, frechet_figure, mean_figure
+from entprog.quality.metrics import METRICS, Meter, choose
+from pipelines import checkpoints, jobs, judging, launch, motions, protocol
+from pipelines.store import connect, masked, one_line, tracking_uri
+from pipelines.tracking import RUN_FILE, Tracker
+
+app = jobs.app("Judge what a checkpoint generates against the truth.")
+
+SHOWN = 6
+"""Clips on the contact sheet."""
+
+
+@app.command()
+def main(
+    shards: Annotated[Path, typer.Option(help="Folder of pipelines.prepare: references, poses and true clips.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder that pipelines.train wrote.")] = None,
+    generated: Annotated[
+        Path | None,
+        typer.Option(help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the figures; the same command again resumes it.")] = Path(
+        "out/evaluation"
+    ),
+    split: Annotated[str | None, typer.Option(help="Split of the shards (evaluate.split).")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Names, with commas between [all that need no fetched weights] (evaluate.metrics)."),
+    ] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips, spread over the split [all] (evaluate.clips).")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="MLflow run that gets the figures [the training's own].")
+    ] = None,
+    config_file: jobs.ConfigFile = None,
+    set_: jobs.Set = None,
+    dry_run: jobs.DryRun = False,
+    verbose: jobs.Verbose = False,
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", is_eager=True, help="Explain every setting and metric.")
+    ] = False,
+) -> None:
+    """Generate a split's clips with a checkpoint (or take them from a folder), and measure them against the truth.
+
+    Leaves in OUTPUT: evaluation.json (figures and cards), clips.json (values of every clip), sheet.png, generated/,
+    result.json; the figures go to the training's MLflow run too.
+    """
+
+    def work() -> dict[str, Any]:
+        own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
+        given = {"generated": generated, "run_id": run_id}
+        chosen = settings(config_file, set_, own)
+        if dry_run:
+            return run(checkpoint, shards, output, chosen, dry_run=True, **given)
+        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+            return run(checkpoint, shards, output, chosen, **given)
+
+    if help_settings:
+        explain_settings()
+        return
+    jobs.run("evaluate", None if dry_run else output, work, verbose=verbose)
+
+
+def explain_settings() -> None:
+    """Print every setting and every metric."""
+    rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(Evaluation)]
+    jobs.show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
+    known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
+    jobs.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
+
+
+def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Evaluation:
+    """Config files < the command's own options (None: not given) < --set. Of a whole experiment's file only the parts
+    that matter here count. Raises UserError for any wrong name or value."""
+    values: dict[str, Any] = {}
+    for path in files or []:
+        values = config.merge(values, config.read_yaml(path))
+    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
+    values = config.merge(values, {"evaluate": {name: value for name, value in own.items() if value is not None}})
+    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Evaluation)
+
+
+def run(
+    checkpoint: Path | str | None,
+    shards: Path,
+    output: Path,
+    settings: Evaluation | None = None,
+    *,
+    generated: Path | None = None,
+    run_id: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Generate what is missing and judge it on the connected Ray cluster; the job's figures.
+
+    Raises UserError for anything wrong with the checkpoint, the shards, the clips given or the metrics.
+    """
+    settings = settings or Evaluation()
+    if (checkpoint is None) == (generated is None):
+        told = "neither was" if checkpoint is None else "both were"
+        raise UserError(f"--checkpoint generates clips, --generated takes some that are there: give one, {told} given")
+    chosen, dataset = settings.evaluate, datasets.read_dataset(shards)
+    datasets.verify(dataset, "size")
+    maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
+    if maker is not None and maker.shape != dataset.shape:
+        raise UserError(f"shards {shards} hold clips of {dataset.shape}, the checkpoint makes {maker.shape}")
+    folder = Path(output) / "generated" if generated is None else Path(generated)
+    todo = judging.places(dataset, chosen.split, chosen.clips, folder)
+    made = protocol.how_made(maker, settings, dataset) if generated is None else protocol.how_given(folder)
+    if generated is not None:
+        todo = _given(todo, folder)
+    names, left_out = choose(chosen.metrics, dataset.shape, len(todo))
+    meter = Meter(names, chosen)
+    logged = _mlflow_run(maker, run_id)
+    missing = [place for place in todo if not Path(place.file).is_file()]
+    if dry_run:
+        source = f"{len(missing)} of them to be generated with {maker.root}" if maker else f"from {generated}"
+        jobs.console.print(
+            f"Would judge {len(todo)} clips of {dataset.shape} ({chosen.split} of {shards}), {source}, by "
+            f"{', '.join(names)}; figures go to {f'MLflow run {logged}' if logged else 'no MLflow run'}.",
+            markup=False,
+        )
+        return {"settings": config.flat(settings.model_dump(mode="json"))}
+    for name, why in left_out.items():
+        jobs.console.print(f"left out: {name} {why}", markup=False)
+    jobs.writable(Path(output))
+    workers, gpus = _workers(settings)
+    if maker is not None:
+        protocol.claim(folder, made)
+        if missing:
+            judging.generate(missing, maker, settings, workers, gpus)
+        else:
+            jobs.console.print(f"All {len(todo)} clips are there already: {folder}", markup=False)
+    rows = judging.judge(todo, names, settings, workers, gpus)
+    cards = {name: protocol.card(name, meter, settings, dataset, len(todo), made, todo[0].file) for name in names}
+    figures, unmeasured = _figures(rows, names, settings)
+    left_out |= unmeasured
+    evaluation = {
+        "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
+        "cards": {cards[name].id: asdict(cards[name]) for name in figures},
+    }
+    output = Path(output)
+    jobs.write_json(output / "evaluation.json", evaluation)
+    jobs.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in todo])
+    picture = _sheet(todo, output)
+    if logged:
+        _log(logged, output, figures)
+    _show(evaluation, len(todo))
+    jobs.console.print(f"At a glance: {picture}", markup=False)
+    return {
+        "figures": {name: figure.value for name, figure in figures.items()},
+        "evaluation": str(output / "evaluation.json"),
+        "clips": len(todo),
+        "generated": str(folder),
+        "generated_now": len(missing),
+        "left_out": left_out,
+        "mlflow_run_id": logged,
+        "sheet": str(picture),
+        "settings": config.flat(settings.model_dump(mode="json")),
+    }
+
+
+def _given(todo: list[judging.Place], folder: Path) -> list[judging.Place]:
+    """Places with the files that a folder holds for them. Raises UserError for the first clip that it lacks."""
+    if not folder.is_dir():
+        raise UserError(f"--generated: no such folder: {folder}")
+    listed = protocol.read_json(folder / "result.json").get("clips", []) if (folder / "result.json").is_file() else []
+    results = {r["clip"]: Path(r["result"]) for r in listed if isinstance(r, dict) and "result" in r}
+    out = []
+    for place in todo:
+        # A moved folder's own files come before where its result.json once said they lie.
+        named = results.get(place.clip_id)
+        options = [Path(place.file), *([folder / "videos" / named.name, named] if named else [])]
+        path = next((option for option in options if option.is_file()), None)
+        if path is None:
+            raise UserError(
+                f"--generated: {folder} has no clip for {place.clip_id}: it should be {Path(place.file).name}, or be "
+                "listed in the result.json of pipelines.generate"
+            )
+        out.append(replace(place, file=str(path.resolve())))
+    return out
+
+
+# ---- figures ----
+
+
+def _figures(
+    rows: dict[str, dict[str, Any]], names: Sequence[str], settings: Evaluation
+) -> tuple[dict[str, Figure], dict[str, str]]:
+    """({metric: Figure}, {metric: why there is none})."""
+    chosen = settings.evaluate
+    figures, without = {}, {}
+    for name in names:
+        if METRICS[name].of == "set":
+            real, made = ([row[f"{side}/{name}"] for row in rows.values()] for side in ("real", "made"))
+            figures[name] = frechet_figure(
+                real, made, chosen.frechet_bootstrap, chosen.confidence, chosen.bootstrap_seed
+            )
+            continue
+        values = [float(row[f"value/{name}"]) for row in rows.values()]
+        try:
+            figures[name] = mean_figure(values, chosen.bootstrap, chosen.confidence, chosen.bootstrap_seed)
+        except ValueError as error:
+            without[name] = str(error)
+            jobs.console.print(f"left out: {name}: {error}", markup=False)
+    return figures, without
+
+
+def _values(row: dict[str, Any], place: judging.Place) -> dict[str, Any]:
+    values = {name.removeprefix("value/"): float(v) for name, v in row.items() if name.startswith("value/")}
+    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {"clip": place.clip_id, "file": place.file, **known}
+
+
+def _sheet(todo: Sequence[judging.Place], output: Path) -> Path:
+    """Some clips, truth over result."""
+    rows = []
+    for place in todo[:: -(-len(todo) // SHOWN)]:
+        truth = motions.from_row(Path(place.shard), place.row).video
+        rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(Path(place.file), truth.shape))]
+    return sheet.contact_sheet(rows, output / "sheet.png")
+
+
+def _show(evaluation: dict[str, Any], clips: int) -> None:
+    def interval(figure: dict[str, Any]) -> str:
+        return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
+
+    rows = []
+    for name, figure in evaluation["figures"].items():
+        card = evaluation["cards"][figure["card"]]
+        judge = card["network"] or "pixels"
+        rows.append((name, figure["value"], interval(figure), card["better"], figure["clips"], judge, figure["card"]))
+    columns = ("metric", "value", "interval over clips", "better", "clips", "judged by", "card")
+    jobs.show(f"{clips} clips against their truth", rows, columns)
+
+
+# ---- around ----
+
+
+def _workers(settings: Evaluation) -> tuple[int, bool]:
+    """(actors, whether each has a GPU). Raises UserError for GPUs that are asked for and not there."""
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if settings.evaluate.gpus == "yes" and not there:
+        raise UserError("evaluate.gpus=yes, but the Ray cluster has no GPU")
+    gpus = bool(there) and settings.evaluate.gpus != "no"
+    return settings.evaluate.workers or (there if gpus else 1), gpus
+
+
+def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str | None:
+    """The MLflow run that gets the figures: the one named, or the training's whose output the checkpoint lies in.
+
+    Raises UserError for a named run that is not there.
+    """
+    record = maker and maker.root.parent / RUN_FILE
+    run_id = wanted or (protocol.read_json(record).get("run_id") if record and record.is_file() else None)
+    if run_id is None:
+        return None
+    uri = tracking_uri()
+    try:
+        connect(uri).get_run(run_id)
+    except Exception as error:  # whatever store or network raise
+        told = f"MLflow at {masked(uri)} has no run {run_id} ({one_line(error, uri)})"
+        if wanted:
+            raise UserError(f"--run: {told}; check MLFLOW_TRACKING_URI") from None
+        jobs.console.print(f"warning: {told}: the figures stay in the output folder", markup=False)
+        return None
+    return run_id
+
+
+def _log(run_id: str, output: Path, figures: dict[str, Any]) -> None:
+    tracker = Tracker.attach(
+        {"uri": tracking_uri(), "run_id": run_id, "output": str(output)},
+        warn=lambda text: jobs.console.print(f"warning: {text}", markup=False),
+    )
+    tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})
+    for name in ("evaluation.json", "sheet.png"):
+        tracker.artifact(output / name, None if name.endswith("json") else "evaluation")
+    tracker.close()
+
+
+if __name__ == "__main__":
+    app()

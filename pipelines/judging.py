@@ -1,0 +1,189 @@
+"""Evaluation's work on a Ray cluster: clips are generated, then judged, by actors that hold the networks.
+
+Every clip is a row that names a place in the shards; what was generated lies in a folder, a file a clip, so that what
+is there is not generated again.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from entprog import config
+from entprog.config import Evaluation
+from entprog.errors import UserError
+from entprog.media import shards
+from entprog.media import video as videos
+from pipelines import checkpoints, jobs, motions
+
+TELL_S = 5.0
+"""Seconds between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A clip of a split, and the file that holds (or is to hold) what was generated for it."""
+
+    clip_id: str
+    shard: str
+    """Path of the shard file."""
+    row: int
+    """Inside the shard."""
+    number: int
+    """Inside the split: seeds the clip's noise, so that it does not depend on which others are made."""
+    file: str
+    """Path of the generated clip."""
+
+
+def file_name(clip_id: str) -> str:
+    """A clip's file: its id with all but letters, digits and `_.-~` as %XX. No two ids share one."""
+    return f"{quote(clip_id, safe='')}.mp4"
+
+
+def places(dataset: shards.Dataset, split: str, count: int | None, folder: Path) -> list[Place]:
+    """The clips of a split, or `count` of them spread evenly. Raises UserError for a split without clips."""
+    total = dataset.clips(split)
+    if not total:
+        there = ", ".join(f"{name} ({dataset.clips(name)} clips)" for name in dataset.splits)
+        raise UserError(f"no clips in split {split!r} of {dataset.folder}; there are: {there}")
+    picked = np.unique(np.linspace(0, total - 1, min(count or total, total)).round().astype(int)).tolist()
+    index = shards.index(dataset, split)
+    ids: dict[int, str] = {}
+    for file in dict.fromkeys(index[i][0] for i in picked):
+        mine = [i for i in picked if index[i][0] == file]
+        path = dataset.folder / file
+        rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id"])
+        ids |= {i: row["clip_id"] for i, row in zip(mine, rows, strict=True)}
+    root = dataset.folder.resolve()  # actors work in another directory
+    return [
+        Place(ids[i], str(root / index[i][0]), index[i][1], i, str(folder.resolve() / file_name(ids[i])))
+        for i in picked
+    ]
+
+
+# ---- actors ----
+
+
+class Generator:
+    """Samples clips and writes each as an mp4."""
+
+    def __init__(self, checkpoint: checkpoints.Checkpoint, settings: config.Generate):
+        self._checkpoint, self._settings = checkpoint, settings
+        self._denoiser = checkpoints.load(checkpoint, settings)
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        from pipelines.rendering import make
+
+        batch = [
+            motions.from_row(Path(path), int(row), int(number))
+            for path, row, number in zip(rows["shard"], rows["row"], rows["number"], strict=True)
+        ]
+        made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
+        for file, frames in zip(rows["file"], made, strict=True):
+            videos.write_mp4(Path(file), frames, self._checkpoint.shape.fps)
+        return {"clip_id": rows["clip_id"]}
+
+
+class Judge:
+    """Measures clips against their truth."""
+
+    def __init__(self, names: Sequence[str], settings: config.Evaluate, device: str):
+        from entprog.quality.metrics import Meter
+
+        self._names = names
+        self._meter = Meter(names, settings, device)
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = []
+        for path, row, file in zip(rows["shard"], rows["row"], rows["file"], strict=True):
+            motion = motions.from_row(Path(path), int(row))
+            result = read_result(Path(file), motion.video.shape)
+            found.append(self._meter.measure(result, motion.video, motion.reference, motion.pose))
+        out = {"clip_id": rows["clip_id"]}
+        for name in found[0].values:
+            out[f"value/{name}"] = np.array([m.values[name] for m in found])
+        for name in found[0].features:
+            for side, which in enumerate(("real", "made")):
+                out[f"{which}/{name}"] = np.stack([m.features[name][side] for m in found])
+        return out
+
+
+def read_result(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A generated clip: uint8 RGB [F, H, W, 3]. Raises UserError if it cannot be read or has another shape."""
+    try:
+        frames = np.stack([frame for _, frame in videos.iter_frames(path)])
+    except videos.VideoError as error:
+        raise UserError(f"generated clip cannot be read: {error}") from None
+    if frames.shape != shape:
+        raise UserError(f"generated clip {path} is {_size(frames.shape)}, its truth {_size(shape)}")
+    return frames
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} frames of {shape[2]}x{shape[1]}"
+
+
+# ---- running them ----
+
+
+def generate(
+    todo: Sequence[Place], checkpoint: checkpoints.Checkpoint, settings: Evaluation, workers: int, gpus: bool
+) -> None:
+    """Write the clips of all places. Raises UserError for damaged shards."""
+    arguments = {"checkpoint": checkpoint, "settings": settings.generate}
+    made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
+    for _ in told("generating", made, len(todo)):
+        pass
+
+
+def judge(
+    todo: Sequence[Place], names: Sequence[str], settings: Evaluation, workers: int, gpus: bool
+) -> dict[str, dict[str, Any]]:
+    """{clip id: {`value/METRIC`, `real/METRIC`, `made/METRIC`}} of all places."""
+    arguments = {"names": tuple(names), "settings": settings.evaluate, "device": "cuda" if gpus else "cpu"}
+    found = _over(todo, Judge, arguments, 1, workers, gpus)
+    return {row["clip_id"]: row for row in told("judging", found, len(todo))}
+
+
+def _over(
+    todo: Sequence[Place], actor: type, arguments: dict[str, Any], batch_size: int, workers: int, gpus: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows that actors make of the places, as they come."""
+    import ray.data
+
+    blocks = -(-len(todo) // batch_size)
+    data = ray.data.from_items([vars(place) for place in todo], override_num_blocks=blocks).map_batches(
+        actor,
+        fn_constructor_kwargs=arguments,
+        batch_size=batch_size,
+        concurrency=min(workers, blocks),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    data.context.enable_progress_bars = False
+    try:
+        yield from data.iter_rows()
+    except Exception as error:
+        # Ray wraps what an actor raises, and pickling drops the cause: only its text comes across.
+        found = re.search(r"(?:UserError|DamagedShardError): (.+)", str(error))
+        if found is None:
+            raise
+        raise UserError(found[1]) from None
+
+
+def told(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """The rows, with a line now and then: how many are done, how fast, how long still."""
+    started = last = time.time()
+    for done, row in enumerate(rows, 1):
+        yield row
+        now = time.time()
+        if done == total or now - last >= TELL_S:
+            rate = done / max(now - started, 1e-9)
+            left = (total - done) / rate
+            jobs.console.print(f"{what}: {done}/{total} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
+            last = now

@@ -1,0 +1,107 @@
+"""How generated clips were made: what a folder of them says, and what goes onto the cards of their figures."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from entprog import fingerprints
+from entprog.config import Evaluation
+from entprog.errors import UserError
+from entprog.media import video as videos
+from entprog.media.shards import Dataset
+from entprog.quality.card import ProtocolCard
+from entprog.quality.metrics import METRICS, Meter
+from pipelines import checkpoints, jobs
+from pipelines.checkpoints import Checkpoint
+
+FILE = "protocol.json"
+"""In a folder of generated clips: how they were made."""
+
+
+def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """All that decides what a checkpoint's clips look like."""
+    chosen = settings.generate
+    return {
+        "checkpoint": fingerprints.folder(maker.root),
+        "dataset": dataset.fingerprint,
+        "split": settings.evaluate.split,
+        "sampler": checkpoints.sampler_name(maker, chosen),
+        "steps": chosen.steps,
+        "guidance": _guidance(chosen.reference_guidance, chosen.pose_guidance),
+        "seed": chosen.seed,
+        "dtype": chosen.dtype,
+    }
+
+
+def _guidance(reference: float, pose: float) -> str:
+    return f"reference {reference:g}, pose {pose:g}"
+
+
+def how_given(folder: Path) -> dict[str, Any]:
+    """What a folder of clips says of how they were made; {} if nothing."""
+    if (folder / FILE).is_file():
+        return read_json(folder / FILE)
+    known = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    if known.get("job") != "generate":
+        return {}
+    told = {name.removeprefix("generate."): value for name, value in known["settings"].items()}
+    return {
+        "sampler": known.get("sampler"),
+        "steps": told.get("steps"),
+        "guidance": _guidance(told.get("reference_guidance", math.nan), told.get("pose_guidance", math.nan)),
+        "seed": told.get("seed"),
+    }
+
+
+def claim(folder: Path, made: dict[str, Any]) -> None:
+    """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
+    path = folder / FILE
+    if path.is_file() and (known := read_json(path)) != made:
+        name = next(n for n in (*made, *known) if known.get(n) != made.get(n))
+        raise UserError(
+            f"{folder} holds clips made with another {name} ({known.get(name)}, now {made.get(name)}): choose another "
+            "--output, or delete the folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs.writeread_json(path, made)
+
+
+def card(
+    name: str, meter: Meter, settings: Evaluation, dataset: Dataset, clips: int, made: dict[str, Any], file: str
+) -> ProtocolCard:
+    """The card of one metric's figure. made: of `how_made` or `how_given`; file: one of the clips."""
+    network, sha256, resize = meter.judge(name)
+    shape = dataset.shape
+    crf = dataset.settings.get("prepare", {}).get("crf") if isinstance(dataset.settings, dict) else None
+    truth = "h264" if crf is None else f"h264 crf {crf}"
+    result = f"{videos.probe(file).codec}{f' crf {videos.CRF}' if 'checkpoint' in made else ''}"
+    return ProtocolCard(
+        metric=name,
+        better=METRICS[name].better,
+        network=network,
+        weights_sha256=sha256,
+        resize=resize,
+        frames=shape.frames,
+        height=shape.height,
+        width=shape.width,
+        fps=shape.fps,
+        codec=f"truth {truth}, result {result}, 4:2:0",
+        clips=clips,
+        split=settings.evaluate.split,
+        dataset=dataset.fingerprint,
+        sampler=made.get("sampler"),
+        steps=made.get("steps"),
+        guidance=made.get("guidance"),
+        seed=made.get("seed"),
+        details=f"within {settings.evaluate.pck_threshold:g}" if name == "pck" else "",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} for other JSON. Raises UserError if it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return found if isinstance(found, dict) else {}

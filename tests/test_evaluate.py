@@ -1,0 +1,184 @@
+"""evaluate on a real Ray: known answers, agreement with the library, resume, cards, MLflow."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+from typer.testing import CliRunner
+
+from entprog.config import Evaluation, Model
+from entprog.errors import UserError
+from entprog.media import shards
+from entprog.models.wan import load
+from entprog.quality.card import unlike
+from entprog.quality.metrics import Meter
+from pipelines import evaluate, generate, jobs, judging, motions
+from pipelines.store import connect, tracking_uri
+from pipelines.tracking import Tracker
+from tests.test_generate import SHAPE, row
+from tests.test_wan import NETWORK
+
+FAST = {"evaluate": {"metrics": ["psnr", "ssim", "frechet_transnetv2", "pck"], "frechet_bootstrap": 5}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint of a tracked run, and shards with three held-out clips."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    load(Model(init=NETWORK, vae="none")).save(folder / "run" / "model", shape=SHAPE)
+    held_out = shards.write_shard(folder / "shards", "held_out/0.parquet", [row(0), row(1), row(2)], SHAPE)
+    shards.write_dataset(folder / "shards", SHAPE, {"train": [], "held_out": [held_out]}, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with jobs.ray_cluster(2) as ray:
+        yield ray
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def how(**generate) -> Evaluation:
+    return Evaluation.model_validate({**FAST, "generate": {"steps": 2, "batch_size": 2, **generate}})
+
+
+def truth_as_generated(made, folder: Path) -> Path:
+    folder.mkdir()
+    dataset = shards.read_dataset(made / "shards")
+    for place in judging.places(dataset, "held_out", None, folder):
+        (columns,) = shards.read_rows(Path(place.shard), [place.row], ["video"])
+        Path(place.file).write_bytes(columns["video"])
+    return folder
+
+
+def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, cluster, tmp_path):
+    folder = truth_as_generated(made, tmp_path / "clips")
+    chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})
+    result = evaluate.run(None, made / "shards", tmp_path / "out", chosen, generated=folder)
+    figures = result["figures"]
+    assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1, abs=1e-6) and figures["stlpips"] == 0
+    assert figures["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)
+    assert figures["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6)
+    assert figures["pck"] == 0 and figures["pose_found"] == 0  # squares are nobody
+    assert "ms_ssim" in result["left_out"] and result["clips"] == 3
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for name, figure in evaluation["figures"].items():
+        assert set(figure) == {"value", "low", "high", "clips", "card"} and figure["clips"] == 3
+        card = evaluation["cards"][figure["card"]]
+        assert card["metric"] == name and card["steps"] is None and card["split"] == "held_out"
+        assert card["codec"].startswith("truth h264, result h264") and card["frames"] == SHAPE.frames
+    assert Path(result["sheet"]).is_file()
+    assert len(json.loads((tmp_path / "out" / "clips.json").read_text())) == 3
+
+
+def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_training_s_run(made, cluster, tmp_path, store):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    tracker = Tracker.start(run, "test", "training", params={}, tags={})
+    tracker.end("FINISHED")
+    out = tmp_path / "out"
+    some = Evaluation.model_validate({**how().model_dump(), "evaluate": {**FAST["evaluate"], "clips": 2}})
+    first = evaluate.run(run / "model", made / "shards", out, some)
+    assert (first["clips"], first["generated_now"], first["mlflow_run_id"]) == (2, 2, tracker.run_id)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "generated").glob("*.mp4")}
+    assert len(before) == 2
+
+    # All three now: two are there. One was lost on the way, and comes back the same.
+    lost = min(before)
+    lost.unlink()
+    result = evaluate.run(run / "model", made / "shards", out, how())
+    assert (result["clips"], result["generated_now"]) == (3, 2)
+    for path, (mtime, content) in before.items():
+        assert path.read_bytes() == content and (path == lost or path.stat().st_mtime_ns == mtime)
+
+    # What actors measured is what the library says of the same frames, in this process.
+    values = {v["clip"]: v for v in json.loads((out / "clips.json").read_text())}
+    meter = Meter(FAST["evaluate"]["metrics"], some.evaluate)
+    for place in judging.places(shards.read_dataset(made / "shards"), "held_out", None, out / "generated"):
+        motion = motions.from_row(Path(place.shard), place.row)
+        frames = judging.read_result(Path(place.file), motion.video.shape)
+        ours = meter.measure(frames, motion.video, motion.reference, motion.pose).values
+        sides = [torch.from_numpy(f).permute(0, 3, 1, 2) / 255 for f in (frames, motion.video)]
+        direct = structural_similarity_index_measure(*sides, data_range=1.0)
+        assert values[place.clip_id]["ssim"] == pytest.approx(float(direct), abs=1e-6)
+        assert values[place.clip_id]["psnr"] == pytest.approx(ours["psnr"], abs=1e-5)
+    assert result["figures"]["ssim"] == pytest.approx(np.mean([v["ssim"] for v in values.values()]))
+
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    cards = {
+        evaluation["cards"][f["card"]]["metric"]: evaluation["cards"][f["card"]] for f in evaluation["figures"].values()
+    }
+    assert cards["psnr"]["sampler"] == "FlowMatchEulerDiscreteScheduler" and cards["psnr"]["steps"] == 2
+    assert (
+        unlike(cards["psnr"], cards["ssim"]) == "metric"
+        and unlike(cards["psnr"], {**cards["psnr"], "seed": 1}) == "seed"
+    )
+    client = connect(tracking_uri())
+    assert "evaluation.json" in {f.path for f in client.list_artifacts(tracker.run_id)}
+    assert client.get_run(tracker.run_id).data.metrics["evaluation/ssim"] == pytest.approx(result["figures"]["ssim"])
+
+    # Clips made in another way are not mixed with these.
+    with pytest.raises(UserError, match=r"holds clips made with another steps \(2, now 3\): choose another --output"):
+        evaluate.run(run / "model", made / "shards", out, how(steps=3))
+
+
+def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
+    def work():
+        chosen = generate.settings(None, None, {"steps": 1, "count": 3, "pose_guidance": 2.0})
+        return generate.run(made / "run", tmp_path / "made", chosen, shards=made / "shards")
+
+    jobs.run("generate", tmp_path / "made", work)
+    moved = (tmp_path / "made").rename(tmp_path / "elsewhere")
+    folder = evaluate.protocol.how_given(moved)
+    assert folder["steps"] == 1 and folder["guidance"] == "reference 1, pose 2"
+    assert folder["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    args = ["--shards", made / "shards", "--generated", moved, "--output", tmp_path / "out", "--dry-run"]
+    done = CliRunner().invoke(evaluate.app, [str(a) for a in args])
+    assert done.exit_code == 0 and "Would judge 3 clips" in done.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give one, neither was given"),
+        ({"checkpoint": "{}/run", "generated": "{}/run"}, "give one, both were given"),
+        ({"checkpoint": "{}/nowhere"}, "--checkpoint: no such folder"),
+        ({"generated": "{}/nowhere"}, "--generated: no such folder"),
+        ({"generated": "{}/run"}, "has no clip for square 0.mp4#000000: it should be square%200.mp4%23000000.mp4"),
+        ({"checkpoint": "{}/run", "split": "train"}, "no clips in split 'train'"),
+        ({"checkpoint": "{}/run", "metrics": ["fvd"]}, "fvd needs clips of 10 frames, these have 5"),
+        ({"checkpoint": "{}/run", "metrics": ["fid_vid"]}, "evaluate.resnet3d=FILE"),
+        ({"checkpoint": "{}/run", "sampler": "DDIMScheduler"}, "generate.sampler: DDIMScheduler does not fit"),
+        ({"checkpoint": "{}/run", "run_id": "0" * 32}, "--run: MLflow at .* has no run 000"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(made, tmp_path, store, given, message):
+    paths = {k: Path(given[k].format(made)) for k in ("checkpoint", "generated") if k in given}
+    parts = {"evaluate": {k: given[k] for k in ("split", "metrics") if k in given}}
+    parts["generate"] = {k: given[k] for k in ("sampler",) if k in given}
+    chosen, checkpoint = Evaluation.model_validate(parts), paths.pop("checkpoint", None)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.run(checkpoint, made / "shards", tmp_path / "out", chosen, run_id=given.get("run_id"), **paths)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_clip_is_one_line_from_the_actor(made, cluster, tmp_path):
+    folder = truth_as_generated(made, tmp_path / "clips")
+    victim = sorted(folder.glob("*.mp4"))[1]
+    victim.write_bytes(victim.read_bytes()[:900])
+    with pytest.raises(UserError, match=f"generated clip.*{victim.name}") as error:
+        evaluate.run(None, made / "shards", tmp_path / "out", how(), generated=folder)
+    assert "\n" not in str(error.value)
+
+
+def test_no_two_clips_share_a_file():
+    ids = ["a b.mp4#0", "a_b.mp4#0", "a/b.mp4#0", "ä.mp4#0", "a%20b.mp4#0"]
+    names = {judging.file_name(i) for i in ids}
+    assert len(names) == len(ids) and not any("/" in name for name in names)
