@@ -9,7 +9,7 @@ of unlike cards say nothing about each other.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from entprog.config import Evaluation
 from entprog.errors import UserError
 from entprog.media import shards as datasets
 from entprog.media import sheet
+from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
 from pipelines import checkpoints, jobs, judging, launch, motions, protocol
@@ -68,12 +69,12 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
-        given = {"generated": generated, "run_id": run_id}
         chosen = settings(config_file, set_, own)
+        task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
         if dry_run:
-            return run(checkpoint, shards, output, chosen, dry_run=True, **given)
+            return explain(task)
         with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(checkpoint, shards, output, chosen, **given)
+            return run(task, output)
 
     if help_settings:
         explain_settings()
@@ -100,21 +101,44 @@ def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dic
     return config.build(config.merge(values, config.parse_overrides(pairs or [])), Evaluation)
 
 
-def run(
+@dataclass(frozen=True)
+class Task:
+    """An evaluation that was checked: all that can be known to be wrong before anything starts is not."""
+
+    settings: Evaluation
+    dataset: datasets.Dataset
+    maker: checkpoints.Checkpoint | None
+    """Makes the clips; None: they are there."""
+    folder: Path
+    """Of the generated clips."""
+    places: list[judging.Place]
+    made: dict[str, Any]
+    """How the clips are made, as far as it is known."""
+    names: list[str]
+    """Of the metrics."""
+    left_out: dict[str, str]
+    """Metrics that do not fit, and why."""
+    meter: Meter
+    run_id: str | None
+    """MLflow run that gets the figures."""
+
+    @property
+    def missing(self) -> list[judging.Place]:
+        return [place for place in self.places if not Path(place.file).is_file()]
+
+
+def plan(
     checkpoint: Path | str | None,
     shards: Path,
     output: Path,
-    settings: Evaluation | None = None,
+    settings: Evaluation,
     *,
     generated: Path | None = None,
     run_id: str | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Generate what is missing and judge it on the connected Ray cluster; the job's figures.
-
-    Raises UserError for anything wrong with the checkpoint, the shards, the clips given or the metrics.
+) -> Task:
+    """What is to be done. Raises UserError for anything wrong with the checkpoint, the shards, the clips given, the
+    metrics or the run named.
     """
-    settings = settings or Evaluation()
     if (checkpoint is None) == (generated is None):
         told = "neither was" if checkpoint is None else "both were"
         raise UserError(f"--checkpoint generates clips, --generated takes some that are there: give one, {told} given")
@@ -123,60 +147,80 @@ def run(
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
     if maker is not None and maker.shape != dataset.shape:
         raise UserError(f"shards {shards} hold clips of {dataset.shape}, the checkpoint makes {maker.shape}")
-    folder = Path(output) / "generated" if generated is None else Path(generated)
-    todo = judging.places(dataset, chosen.split, chosen.clips, folder)
-    made = protocol.how_made(maker, settings, dataset) if generated is None else protocol.how_given(folder)
-    if generated is not None:
-        todo = _given(todo, folder)
-    names, left_out = choose(chosen.metrics, dataset.shape, len(todo))
-    meter = Meter(names, chosen)
-    logged = _mlflow_run(maker, run_id)
-    missing = [place for place in todo if not Path(place.file).is_file()]
-    if dry_run:
-        source = f"{len(missing)} of them to be generated with {maker.root}" if maker else f"from {generated}"
-        jobs.console.print(
-            f"Would judge {len(todo)} clips of {dataset.shape} ({chosen.split} of {shards}), {source}, by "
-            f"{', '.join(names)}; figures go to {f'MLflow run {logged}' if logged else 'no MLflow run'}.",
-            markup=False,
-        )
-        return {"settings": config.flat(settings.model_dump(mode="json"))}
-    for name, why in left_out.items():
+    folder = Path(generated or Path(output) / "generated")
+    places = judging.places(dataset, chosen.split, chosen.clips, folder)
+    if maker is None:
+        made, places = protocol.how_given(folder), _given(places, folder)
+    else:
+        made = protocol.how_made(maker, settings, dataset)
+        protocol.check(folder, made)
+    names, left_out = choose(chosen.metrics, dataset.shape, len(places))
+    run_id = _mlflow_run(maker, run_id)
+    return Task(settings, dataset, maker, folder, places, made, names, left_out, Meter(names, chosen), run_id)
+
+
+def explain(task: Task) -> dict[str, Any]:
+    """Print the plan of work."""
+    source = f"in {task.folder}"
+    if task.maker is not None:
+        source = f"{len(task.missing)} of them to be generated with {task.maker.root} ({_protocol(task.made)})"
+    jobs.console.print(
+        f"Would judge {len(task.places)} clips of {task.dataset.shape} ({task.settings.evaluate.split} of "
+        f"{task.dataset.folder}), {source}, by {', '.join(task.names)}; figures go to "
+        f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
+        markup=False,
+    )
+    return {"settings": config.flat(task.settings.model_dump(mode="json"))}
+
+
+def _protocol(made: dict[str, Any]) -> str:
+    return f"{made['sampler']}, {made['steps']} steps, guidance {made['guidance']}, seed {made['seed']}"
+
+
+def run(task: Task, output: Path) -> dict[str, Any]:
+    """Generate what is missing and judge it all on the connected Ray cluster; the job's figures."""
+    jobs.writable(output)
+    settings, names, missing = task.settings, task.names, task.missing
+    for name, why in task.left_out.items():
         jobs.console.print(f"left out: {name} {why}", markup=False)
-    jobs.writable(Path(output))
     workers, gpus = _workers(settings)
-    if maker is not None:
-        protocol.claim(folder, made)
+    if task.maker is not None:
+        protocol.claim(task.folder, task.made)
+        there = len(task.places) - len(missing)
+        if there:
+            jobs.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}", markup=False)
         if missing:
-            judging.generate(missing, maker, settings, workers, gpus)
-        else:
-            jobs.console.print(f"All {len(todo)} clips are there already: {folder}", markup=False)
-    rows = judging.judge(todo, names, settings, workers, gpus)
-    cards = {name: protocol.card(name, meter, settings, dataset, len(todo), made, todo[0].file) for name in names}
+            judging.generate(missing, task.maker, settings, workers, gpus)
+    rows = judging.judge(task.places, names, settings, workers, gpus)
     figures, unmeasured = _figures(rows, names, settings)
-    left_out |= unmeasured
+    cards = {name: _card(task, name) for name in figures}
     evaluation = {
         "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
-        "cards": {cards[name].id: asdict(cards[name]) for name in figures},
+        "cards": {card.id: asdict(card) for card in cards.values()},
     }
-    output = Path(output)
     jobs.write_json(output / "evaluation.json", evaluation)
-    jobs.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in todo])
-    picture = _sheet(todo, output)
-    if logged:
-        _log(logged, output, figures)
-    _show(evaluation, len(todo))
+    jobs.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
+    picture = _sheet(task.places, output)
+    if task.run_id:
+        _log(task.run_id, output, figures)
+    _show(evaluation, len(task.places))
     jobs.console.print(f"At a glance: {picture}", markup=False)
     return {
         "figures": {name: figure.value for name, figure in figures.items()},
         "evaluation": str(output / "evaluation.json"),
-        "clips": len(todo),
-        "generated": str(folder),
-        "generated_now": len(missing),
-        "left_out": left_out,
-        "mlflow_run_id": logged,
+        "clips": len(task.places),
+        "generated": str(task.folder),
+        "generated_now": 0 if task.maker is None else len(missing),
+        "left_out": task.left_out | unmeasured,
+        "mlflow_run_id": task.run_id,
         "sheet": str(picture),
         "settings": config.flat(settings.model_dump(mode="json")),
     }
+
+
+def _card(task: Task, name: str) -> ProtocolCard:
+    count, file = len(task.places), task.places[0].file
+    return protocol.card(name, task.meter, task.settings, task.dataset, count, task.made, file)
 
 
 def _given(todo: list[judging.Place], folder: Path) -> list[judging.Place]:

@@ -54,8 +54,8 @@ def how_given(folder: Path) -> dict[str, Any]:
     }
 
 
-def claim(folder: Path, made: dict[str, Any]) -> None:
-    """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
+def check(folder: Path, made: dict[str, Any]) -> None:
+    """Raises UserError if a folder holds clips that were made otherwise."""
     path = folder / FILE
     if path.is_file() and (known := read_json(path)) != made:
         name = next(n for n in (*made, *known) if known.get(n) != made.get(n))
@@ -63,8 +63,12 @@ def claim(folder: Path, made: dict[str, Any]) -> None:
             f"{folder} holds clips made with another {name} ({known.get(name)}, now {made.get(name)}): choose another "
             "--output, or delete the folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs.writeread_json(path, made)
+
+
+def claim(folder: Path, made: dict[str, Any]) -> None:
+    """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
+    check(folder, made)
+    jobs.write_json(folder / FILE, made)
 
 
 def card(

@@ -22,6 +22,11 @@ from pipelines.tracking import Tracker
 from tests.test_generate import SHAPE, row
 from tests.test_wan import NETWORK
 
+
+def evaluated(checkpoint, folder, output, settings, **given):
+    return evaluate.run(evaluate.plan(checkpoint, folder, output, settings, **given), output)
+
+
 FAST = {"evaluate": {"metrics": ["psnr", "ssim", "frechet_transnetv2", "pck"], "frechet_bootstrap": 5}}
 
 
@@ -62,7 +67,7 @@ def truth_as_generated(made, folder: Path) -> Path:
 def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, cluster, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})
-    result = evaluate.run(None, made / "shards", tmp_path / "out", chosen, generated=folder)
+    result = evaluated(None, made / "shards", tmp_path / "out", chosen, generated=folder)
     figures = result["figures"]
     assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1, abs=1e-6) and figures["stlpips"] == 0
     assert figures["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)
@@ -85,7 +90,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     tracker.end("FINISHED")
     out = tmp_path / "out"
     some = Evaluation.model_validate({**how().model_dump(), "evaluate": {**FAST["evaluate"], "clips": 2}})
-    first = evaluate.run(run / "model", made / "shards", out, some)
+    first = evaluated(run / "model", made / "shards", out, some)
     assert (first["clips"], first["generated_now"], first["mlflow_run_id"]) == (2, 2, tracker.run_id)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "generated").glob("*.mp4")}
     assert len(before) == 2
@@ -93,7 +98,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     # All three now: two are there. One was lost on the way, and comes back the same.
     lost = min(before)
     lost.unlink()
-    result = evaluate.run(run / "model", made / "shards", out, how())
+    result = evaluated(run / "model", made / "shards", out, how())
     assert (result["clips"], result["generated_now"]) == (3, 2)
     for path, (mtime, content) in before.items():
         assert path.read_bytes() == content and (path == lost or path.stat().st_mtime_ns == mtime)
@@ -126,7 +131,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
 
     # Clips made in another way are not mixed with these.
     with pytest.raises(UserError, match=r"holds clips made with another steps \(2, now 3\): choose another --output"):
-        evaluate.run(run / "model", made / "shards", out, how(steps=3))
+        evaluated(run / "model", made / "shards", out, how(steps=3))
 
 
 def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
@@ -165,7 +170,7 @@ def test_wrong_input_is_one_clear_line(made, tmp_path, store, given, message):
     parts["generate"] = {k: given[k] for k in ("sampler",) if k in given}
     chosen, checkpoint = Evaluation.model_validate(parts), paths.pop("checkpoint", None)
     with pytest.raises(UserError, match=message) as error:
-        evaluate.run(checkpoint, made / "shards", tmp_path / "out", chosen, run_id=given.get("run_id"), **paths)
+        evaluate.plan(checkpoint, made / "shards", tmp_path / "out", chosen, run_id=given.get("run_id"), **paths)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -174,7 +179,7 @@ def test_a_damaged_clip_is_one_line_from_the_actor(made, cluster, tmp_path):
     victim = sorted(folder.glob("*.mp4"))[1]
     victim.write_bytes(victim.read_bytes()[:900])
     with pytest.raises(UserError, match=f"generated clip.*{victim.name}") as error:
-        evaluate.run(None, made / "shards", tmp_path / "out", how(), generated=folder)
+        evaluated(None, made / "shards", tmp_path / "out", how(), generated=folder)
     assert "\n" not in str(error.value)
 
 

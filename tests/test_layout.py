@@ -33,7 +33,7 @@ def test_readme_names_every_file():
                 assert re.search(rf"^\s+{re.escape(str(name))}\s", readme, re.M), f"README's file tree lacks {name}"
 
 
-@pytest.mark.parametrize("job", ["prepare", "score", "train", "generate", "compare", "demo", "tune"])
+@pytest.mark.parametrize("job", ["prepare", "score", "train", "generate", "evaluate", "compare", "demo", "tune"])
 def test_every_job_takes_the_common_options(job):
     out = subprocess.run(
         [sys.executable, "-m", f"pipelines.{job}", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
