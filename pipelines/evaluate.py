@@ -29,6 +29,8 @@ from pipelines.tracking import RUN_FILE, Tracker
 
 app = jobs.app("Judge what a checkpoint generates against the truth.")
 
+CPUS_PER_WORKER = 4
+"""Logical CPUs for every actor where there is no GPU."""
 SHOWN = 6
 """Clips on the contact sheet."""
 
@@ -308,7 +310,8 @@ def _workers(settings: Evaluation) -> tuple[int, bool]:
     if settings.evaluate.gpus == "yes" and not there:
         raise UserError("evaluate.gpus=yes, but the Ray cluster has no GPU")
     gpus = bool(there) and settings.evaluate.gpus != "no"
-    return settings.evaluate.workers or (there if gpus else 1), gpus
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return settings.evaluate.workers or (there if gpus else max(cpus // CPUS_PER_WORKER, 1)), gpus
 
 
 def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str | None:

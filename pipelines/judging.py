@@ -7,7 +7,7 @@ is there is not generated again.
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,8 @@ from entprog.media import shards
 from entprog.media import video as videos
 from pipelines import checkpoints, jobs, motions
 
+WEIGHTS = ("inception", "i3d", "resnet3d")
+"""Settings that name files."""
 TELL_S = 5.0
 """Seconds between two lines of progress."""
 
@@ -135,7 +137,8 @@ def generate(
     todo: Sequence[Place], checkpoint: checkpoints.Checkpoint, settings: Evaluation, workers: int, gpus: bool
 ) -> None:
     """Write the clips of all places. Raises UserError for damaged shards."""
-    arguments = {"checkpoint": checkpoint, "settings": settings.generate}
+    absolute = replace(checkpoint, root=checkpoint.root.resolve())  # actors work in another directory
+    arguments = {"checkpoint": absolute, "settings": settings.generate}
     made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
     for _ in told("generating", made, len(todo)):
         pass
@@ -145,7 +148,10 @@ def judge(
     todo: Sequence[Place], names: Sequence[str], settings: Evaluation, workers: int, gpus: bool
 ) -> dict[str, dict[str, Any]]:
     """{clip id: {`value/METRIC`, `real/METRIC`, `made/METRIC`}} of all places."""
-    arguments = {"names": tuple(names), "settings": settings.evaluate, "device": "cuda" if gpus else "cpu"}
+    paths = {name: value for name in WEIGHTS if (value := getattr(settings.evaluate, name)) is not None}
+    absolute = {name: str(Path(value).expanduser().resolve()) for name, value in paths.items()}
+    chosen = settings.evaluate.model_copy(update=absolute)
+    arguments = {"names": tuple(names), "settings": chosen, "device": "cuda" if gpus else "cpu"}
     found = _over(todo, Judge, arguments, 1, workers, gpus)
     return {row["clip_id"]: row for row in told("judging", found, len(todo))}
 

@@ -77,7 +77,8 @@ def card(
     """The card of one metric's figure. made: of `how_made` or `how_given`; file: one of the clips."""
     network, sha256, resize = meter.judge(name)
     shape = dataset.shape
-    crf = dataset.settings.get("prepare", {}).get("crf") if isinstance(dataset.settings, dict) else None
+    prepared = dataset.settings.get("prepare", {})
+    crf = prepared.get("crf")
     truth = "h264" if crf is None else f"h264 crf {crf}"
     result = f"{videos.probe(file).codec}{f' crf {videos.CRF}' if 'checkpoint' in made else ''}"
     return ProtocolCard(
@@ -98,8 +99,15 @@ def card(
         steps=made.get("steps"),
         guidance=made.get("guidance"),
         seed=made.get("seed"),
-        details=f"within {settings.evaluate.pck_threshold:g}" if name == "pck" else "",
+        details=_details(name, settings, prepared),
     )
+
+
+def _details(name: str, settings: Evaluation, prepared: dict[str, Any]) -> str:
+    if METRICS[name].network != "blazepose":
+        return ""
+    within = f"within {settings.evaluate.pck_threshold:g}, " if name == "pck" else ""
+    return f"{within}wanted pose by {prepared.get('pose', 'blazepose')}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Evaluate(Part):
     lpips_trunk: Literal["alex", "vgg"] = "alex"
     """Trunk of metric `lpips`, which torchvision fetches."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes that generate and judge at once, one GPU each where there are any. None: as many as GPUs, or one."""
+    """Processes that generate and judge at once, one GPU each where there are any. None: as many as GPUs, or one for
+    every four CPUs."""
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has them."""
 
