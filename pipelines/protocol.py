@@ -47,6 +47,7 @@ def how_given(folder: Path) -> dict[str, Any]:
         return {}
     told = {name.removeprefix("generate."): value for name, value in known["settings"].items()}
     return {
+        "checkpoint": known.get("checkpoint"),
         "sampler": known.get("sampler"),
         "steps": told.get("steps"),
         "guidance": _guidance(told.get("reference_guidance", math.nan), told.get("pose_guidance", math.nan)),
