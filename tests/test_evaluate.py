@@ -69,7 +69,7 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, cluster,
     chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})
     result = evaluated(None, made / "shards", tmp_path / "out", chosen, generated=folder)
     figures = result["figures"]
-    assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1, abs=1e-6) and figures["stlpips"] == 0
+    assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1, abs=1e-9) and figures["stlpips"] == 0
     assert figures["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)
     assert figures["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6)
     assert figures["pck"] == 0 and figures["pose_found"] == 0  # squares are nobody
@@ -110,7 +110,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
         motion = motions.from_row(Path(place.shard), place.row)
         frames = judging.read_result(Path(place.file), motion.video.shape)
         ours = meter.measure(frames, motion.video, motion.reference, motion.pose).values
-        sides = [torch.from_numpy(f).permute(0, 3, 1, 2) / 255 for f in (frames, motion.video)]
+        sides = [torch.from_numpy(f).permute(0, 3, 1, 2).double() / 255 for f in (frames, motion.video)]
         direct = structural_similarity_index_measure(*sides, data_range=1.0)
         assert values[place.clip_id]["ssim"] == pytest.approx(float(direct), abs=1e-6)
         assert values[place.clip_id]["psnr"] == pytest.approx(ours["psnr"], abs=1e-5)

@@ -64,7 +64,7 @@ def same(meter, clips):
 
 
 def test_equal_clips_have_perfect_figures(same):
-    assert same["psnr"] == pictures.PSNR_LIMIT and same["ssim"] == pytest.approx(1, abs=1e-6)
+    assert same["psnr"] == pictures.PSNR_LIMIT and same["ssim"] == pytest.approx(1, abs=1e-9)
     assert same["stlpips"] == 0
     assert same["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6)
     assert same["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)

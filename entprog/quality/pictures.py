@@ -31,4 +31,5 @@ def ms_ssim(result: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _unit(*clips: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(clip.float() / 255 for clip in clips)
+    """0..1 in float64: SSIM subtracts squares of means, which in float32 makes equal flat pictures differ."""
+    return tuple(clip.double() / 255 for clip in clips)
