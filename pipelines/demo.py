@@ -3,7 +3,8 @@
     make demo
 
 prepare → brief pre-training of a tiny base (reference image only) → score → plain training and Ent-Prog with equal
-seconds from the same base → a generated clip of the held-out motion by each → a table. It reports what came out.
+seconds from the same base, several seeds → a sweep of a few short trials → a generated clip of the held-out motion by
+each arm → one page that compares them. It reports what came out.
 """
 
 import shutil
@@ -17,12 +18,18 @@ import typer
 
 from entprog import config
 from entprog.media import assets, shards, sheet, skeleton, video
-from pipelines import charts, generate, jobs, launch, motions, prepare, rendering, score, train
+from pipelines import (
+    charts, compare, generate, jobs, launch, motions, prepare, rendering, score, spaces, train, tune,
+)  # fmt: skip
 from pipelines.store import how_to_open, tracking_uri
 
-app = jobs.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, generate.")
+app = jobs.app(
+    "The whole pipeline on real clips: prepare, pre-train, score, train both ways, sweep, generate, compare."
+)
 
 ARMS = {"full": "plain training", "entprog": "Ent-Prog"}
+SPACE = "convergence"
+"""What the sweep varies."""
 
 
 @app.command()
@@ -30,52 +37,82 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
         "out/demo"
     ),
-    seconds: Annotated[float, typer.Option(help="Charged seconds of each arm (train.seconds).")] = 120.0,
-    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 600,
+    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 60.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 2,
+    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 500,
+    trials: Annotated[int, typer.Option(min=0, help="Trials of the sweep; 0: none (tune.trials).")] = 4,
+    trial_seconds: Annotated[float, typer.Option(help="Charged seconds of each trial (train.seconds).")] = 20.0,
     config_file: jobs.ConfigFile = None,
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
 ) -> None:
-    """Run everything once and print the comparison. Settings given here apply to both arms.
+    """Run everything once and print the comparison. Settings given here apply to both arms and to the sweep.
 
-    Leaves in OUTPUT: shards/, base/, full/, entprog/ (each with model/, charts, result.json), generated clips,
-    comparison.png and result.json; the runs are in MLflow.
+    Leaves in OUTPUT: shards/, base/, full/, entprog/ (each with model/, charts; further seeds beside them), sweep/,
+    generated clips, compare/comparison.html and result.json; the runs are in MLflow.
     """
 
     def work() -> dict[str, Any]:
         base_experiment = jobs.experiment("demo_base", None, None, train={"steps": base_steps})
-        arms = {name: arm(name, seconds, output, config_file, set_) for name in ARMS}
+        arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in ARMS]
+        sweep = sweep_of(trials, trial_seconds, output, config_file, set_) if trials else None
         if dry_run:
-            jobs.show("Both arms", list(config.settings(arms["entprog"]).items()), ("setting", "value"))
+            jobs.show("Ent-Prog", list(config.settings(arms[1]).items()), ("setting", "value"))
             jobs.console.print(
-                f"Would prepare real clips, pre-train for {base_steps} steps, score, train {' and '.join(ARMS)} for "
-                f"{seconds:g} s each and generate, in {output}."
+                f"Would prepare real clips, pre-train for {base_steps} steps, score, train {' and '.join(ARMS)} with "
+                f"{seeds} seed(s) of {seconds:g} s each, try {trials} settings for {trial_seconds:g} s each, "
+                f"generate and compare, in {output}."
             )
             return {}
-        return run(base_experiment, arms, output, verbose=verbose)
+        return run(base_experiment, arms, sweep, output, verbose=verbose)
 
     jobs.run("demo", None if dry_run else output, work, verbose=verbose)
 
 
-def arm(name: str, seconds: float, output: Path, files, pairs) -> config.Experiment:
-    """Settings of one arm: the preset `demo` with a budget in seconds; the schedule is all that differs."""
+def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
+    """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
     return jobs.experiment(
         "demo",
         files,
-        ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or [])],
+        ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
         data={"shards": str(output / "shards")},
         model={"base": str(output / "base")},
+        tracking={"run_name": f"demo-{name}-seed-{seed}"},
     )
 
 
+def sweep_of(trials: int, seconds: float, output: Path, files, pairs) -> config.Sweep:
+    """The same experiment, many times over."""
+    return jobs.experiment(
+        "demo",
+        files,
+        ["train.steps=null", f"train.seconds={seconds}", *(pairs or [])],
+        config.Sweep,
+        data={"shards": str(output / "shards")},
+        model={"base": str(output / "base")},
+        tune={"trials": trials},
+    )
+
+
+def place(output: Path, experiment: config.Experiment) -> Path:
+    """Folder of a run: `full`, `entprog`, and for further seeds `full-seed-1`, …."""
+    seed = experiment.train.seed
+    return output / (experiment.schedule.kind + (f"-seed-{seed}" if seed else ""))
+
+
 def run(
-    base_experiment: config.Experiment, arms: dict[str, config.Experiment], output: Path, *, verbose: bool
+    base_experiment: config.Experiment,
+    arms: list[config.Experiment],
+    sweep: config.Sweep | None,
+    output: Path,
+    *,
+    verbose: bool,
 ) -> dict[str, Any]:
     """All the steps; each is skipped when it was finished before."""
     started = time.time()
     tables = output / "cei"
-    with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+    with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=sweep is not None, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         videos = assets.demo_videos(output / "videos")
         settings = config.build(
@@ -96,43 +133,59 @@ def run(
             shutil.copytree(output / "pretraining" / "model", output / "base")
 
         _say(3, "score: how much does the prediction's entropy grow without each block?")
-        scored = score.run(arms["entprog"], output / "score", tables=tables)
+        first = {experiment.schedule.kind: experiment for experiment in arms if experiment.train.seed == 0}
+        scored = score.run(first["entprog"], output / "score", tables=tables)
 
-        trained = {}
-        for number, (name, title) in enumerate(ARMS.items(), 4):
-            _say(number, f"{title}, {arms[name].train.seconds:g} s from that base; pose enters")
-            trained[name] = train.run(arms[name], output / name, tables=tables)
+        _say(4, f"train {len(arms)} times from that base, {arms[0].train.seconds:g} s each; pose enters")
+        trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+        for experiment in arms:
+            name = experiment.schedule.kind
+            jobs.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
+            trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
+
+        swept = None
+        if sweep is not None:
+            _say(5, f"sweep: {sweep.tune.trials} short trials of other settings ({SPACE})")
+            swept = tune.run(sweep, spaces.read(SPACE), output / "sweep", tables=tables, verbose=verbose)
 
     _say(6, "generate the held-out motion with both")
     made = {}
-    for name in ARMS:
-        folder = output / name / "generated"
-        made[name] = generate.run(output / name / "model", folder, shards=output / "shards", split="held_out")
-    figures = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
-    results = {
-        name: {k: result[k] for k in figures}
-        | {"mlflow_run_id": result["mlflow_run_id"], "videos": made[name]["videos"], "sheet": made[name]["sheet"]}
-        for name, result in trained.items()
-    }
+    for name, experiment in first.items():
+        folder = place(output, experiment)
+        made[name] = generate.run(folder / "model", folder / "generated", shards=output / "shards", split="held_out")
     curves = {
-        ARMS[name]: [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
-        for name, result in trained.items()
+        f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
+        for name, results in trained.items()
+        for seed, result in enumerate(results)
     }
     chart = charts.loss_chart(curves, output / "comparison.png")
     picture = _picture(made, output)
-    _table(results, trained)
+
+    _say(7, "compare (few seeds, a tiny network: this shows the machinery and proves nothing)")
+    ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
+    compared = compare.run(arms[0].tracking.experiment, output / "compare", wanted=ids)
     jobs.console.print(f"Held-out motion, truth and both arms: {picture}")
-    jobs.console.print(f"Loss over time: {chart}")
     jobs.console.print(f"Runs in MLflow: {how_to_open(tracking_uri())}")
     return {
-        "arms": results,
+        "arms": {name: _arm(results, made[name]) for name, results in trained.items()},
         "base_held_out_loss": base["held_out_loss"],
         "prepared": {k: prepared[k] for k in ("inputs", "clips")},
         "score": scored,
+        "sweep": swept and {k: swept[k] for k in ("best", "counts", "recommendation")},
         "comparison": str(chart),
+        "compared": {k: compared[k] for k in ("headline", "target_loss", "time_to_target_ratio")},
+        "page": compared["page"],
         "picture": str(picture),
         "wall_s": round(time.time() - started, 1),
     }
+
+
+def _arm(results: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any]:
+    """The first seed's figures and clips, with all seeds' figures beside."""
+    names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+    names = (*names, "mlflow_run_id")
+    seeds = [{name: result[name] for name in names} for result in results]
+    return seeds[0] | {"videos": made["videos"], "sheet": made["sheet"], "seeds": seeds}
 
 
 def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> Path:
@@ -152,31 +205,7 @@ def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> P
 
 
 def _say(number: int, what: str) -> None:
-    jobs.console.print(f"\n[bold]{number}/6[/bold] {what}")
-
-
-def _table(results: dict[str, dict[str, Any]], trained: dict[str, dict[str, Any]]) -> None:
-    def row(title, figure):
-        return (title, *(figure(name) for name in ARMS))
-
-    memory = trained["full"]["peak_memory_is"]
-    jobs.show(
-        "Equal seconds from the same base (one seed, tiny network: shows the machinery, proves nothing)",
-        [
-            row("held-out loss", lambda n: f"{results[n]['held_out_loss']:.5f}"),
-            row("seconds charged", lambda n: f"{results[n]['seconds']:.1f}"),
-            row("of them search", lambda n: f"{results[n]['search_seconds']:.1f}"),
-            row("of them scoring", lambda n: f"{results[n]['score_seconds']:.1f}"),
-            row("updates", lambda n: results[n]["steps"]),
-            row("TFLOP", lambda n: f"{results[n]['flops'] / 1e12:.2f}"),
-            row(f"peak memory, {memory} (MiB)", lambda n: f"{results[n]['peak_memory_bytes'] / 2**20:.0f}"),
-            row(
-                "blocks trained, by stage",
-                lambda n: ", ".join(str(len(d["plan"]["trainable"])) for d in trained[n]["decisions"]),
-            ),
-        ],
-        ("", *ARMS.values()),
-    )
+    jobs.console.print(f"\n[bold]{number}/7[/bold] {what}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         ("Break-even", "mean loss below the baseline's for good"),
         ("Paid back at step", "by cheaper steps alone"),
         ("Search, scoring", "share of charged seconds"),
+        ("Charged", "mean of the runs"),
         ("Steps", "mean"),
+        ("Compute", "counted FLOPs, mean"),
         ("Peak memory", ", ".join(["highest", *_memory_is(verdict)])),
     ]
     rows = []
@@ -137,7 +139,8 @@ def summary(verdict: Verdict) -> dict[str, Any]:
             _time_to_target(judged), _ratio(judged, verdict), _break_even(judged, verdict),
             "–" if judged.break_even_step is None else f"{judged.break_even_step:.0f}",
             "–" if judged.overhead is None else words.percent(judged.overhead),
-            "–" if judged.steps is None else f"{judged.steps:.0f}", words.memory(judged.peak_memory_bytes),
+            words.seconds(judged.seconds), "–" if judged.steps is None else f"{judged.steps:.0f}",
+            words.flops(judged.flops), words.memory(judged.peak_memory_bytes),
         ]  # fmt: skip
         rows.append({"key": _key(judged.group, place), "cells": cells})
     return {"columns": columns, "rows": rows}

@@ -58,6 +58,8 @@ class Judged:
     seconds: float | None
     """Mean charged seconds of a run."""
     steps: float | None
+    flops: float | None
+    """Mean counted FLOPs of a run."""
     peak_memory_bytes: float | None
     """Highest of its runs."""
 
@@ -161,6 +163,7 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
         overhead=_overhead(runs),
         seconds=_mean([run.figures.get("seconds") for run in runs]),
         steps=_mean([run.figures.get("steps") for run in runs]),
+        flops=_mean([run.figures.get("flops") for run in runs]),
         peak_memory_bytes=max((run.figures.get("peak_memory_bytes", 0) for run in runs), default=0) or None,
     )
 

@@ -1,5 +1,6 @@
 """The verdict in sentences that are true: a difference is one only beyond the noise of seeds."""
 
+import math
 from collections.abc import Sequence
 
 from pipelines.comparison.verdict import Estimate, Judged, Verdict
@@ -154,6 +155,13 @@ def memory(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value / 2**30:.1f}{GLUE}GiB" if value >= 2 * 2**30 else f"{value / 2**20:.0f}{GLUE}MiB"
+
+
+def flops(value: float | None) -> str:
+    if value is None:
+        return "–"
+    power = min(max(int(math.log10(max(value, 1)) // 3), 0), 7)
+    return f"{value / 1000**power:.3g}{GLUE}{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}FLOP"
 
 
 def interval(estimate: Estimate | None, form=lambda v: f"{v:#.4g}") -> str:
