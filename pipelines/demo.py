@@ -19,7 +19,18 @@ import typer
 from entprog import config
 from entprog.media import assets, shards, sheet, skeleton, video
 from pipelines import (
-    charts, compare, generate, jobs, launch, motions, prepare, rendering, score, spaces, train, tune,
+    charts,
+    compare,
+    generate,
+    jobs,
+    launch,
+    motions,
+    prepare,
+    rendering,
+    score,
+    spaces,
+    train,
+    tune,
 )  # fmt: skip
 from pipelines.store import how_to_open, tracking_uri
 
