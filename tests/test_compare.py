@@ -295,6 +295,23 @@ def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
     assert "Only one group has finished" in result["headline"]
 
 
+def test_a_sweep_stands_for_its_trials(store, tmp_path):
+    short = {"train": {"steps": 3, "held_out_every": 1}, "schedule": {"kind": "full"}}
+    sweep = Tracker.start(tmp_path / "sweep", "swept", "sweep-a", params={}, tags={"entprog.kind": "sweep"})
+    sweep.end("FINISHED")
+    trials = [
+        train(tmp_path / name, name, "swept", {"entprog.sweep": sweep.run_id, "entprog.ended": "stopped early"},
+              status, **short)
+        for name, status in (("trial-1", "FINISHED"), ("trial-2", "KILLED"))
+    ]  # fmt: skip
+    train(tmp_path / "other", "other", "swept", **short)
+    status, said = invoke("--experiment", "swept", "--runs", "sweep-a", "--output", tmp_path / "out")
+    assert status == 0, said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [run["run_id"] for run in result["runs"]] == trials
+    assert "stopped early" in Page(result["page"]).text
+
+
 # ---- the verdict ----
 
 

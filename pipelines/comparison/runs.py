@@ -14,6 +14,8 @@ from entprog.config import close_to
 from entprog.errors import UserError
 from pipelines.store import connect, database_file, masked, one_line, tracking_uri
 
+ABOVE = ("mlflow.parentRunId", "entprog.sweep")
+"""Tags that hold the run which a training is a part of."""
 FIGURES = (
     "held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps",
     "break_even_step",
@@ -150,7 +152,7 @@ def _chosen(runs: list, wanted: Sequence[str], experiment: str) -> list:
     for word in wanted:
         hits = [r for r in runs if word == r.info.run_name or (len(word) >= 6 and r.info.run_id.startswith(word))]
         below = {r.info.run_id for r in hits}
-        mine = [r for r in trainings if below & {r.info.run_id, r.data.tags.get("mlflow.parentRunId")}]
+        mine = [r for r in trainings if below & {r.info.run_id, *(r.data.tags.get(tag) for tag in ABOVE)}]
         if not mine:
             names = list(dict.fromkeys(r.info.run_name for r in trainings))
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
