@@ -3,6 +3,7 @@
 python -m pipelines.compare --experiment entprog --output out/compare
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -151,7 +152,8 @@ def _group(judged: Judged) -> dict[str, Any]:
 
 def _run(training: Training, group: Group) -> dict[str, Any]:
     about = {"run_id": training.run_id, "name": training.name, "group": group.label, "status": training.status}
-    return about | {"seed": training.seed, "counts": training.counts} | dict(training.figures)
+    known = {name: value if math.isfinite(value) else None for name, value in training.figures.items()}  # strict JSON
+    return about | {"seed": training.seed, "counts": training.counts} | known
 
 
 def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:

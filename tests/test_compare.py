@@ -282,7 +282,7 @@ def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
         train(tmp_path / name[:5], name, "odd", **options, **short)
     status, said = invoke("--experiment", "odd", "--output", tmp_path / "out")
     assert status == 0, said
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    result = json.loads((tmp_path / "out" / "result.json").read_text(), parse_constant=pytest.fail)
     statuses = {run["name"]: (run["status"], run["counts"]) for run in result["runs"]}
     assert statuses == {
         "whole": ("finished", True), hostile: ("failed", False), "stopped": ("killed", False),
