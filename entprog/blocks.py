@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entprog import fp8
 from entprog.config import Backward, FrozenPrecision
+from entprog.errors import UserError
 
 Kind = Literal["spatial", "temporal", "both"]
 
@@ -59,7 +60,7 @@ def is_block(module: nn.Module) -> bool:
 
 
 def blocks(network: nn.Module) -> list[Block]:
-    """The outermost modules that have a bypass, in order of definition. Raises TypeError if there is none."""
+    """The outermost modules that have a bypass, in order of definition. Raises UserError if there is none."""
     found: list[Block] = []
 
     def walk(name: str, module: nn.Module) -> None:
@@ -71,9 +72,11 @@ def blocks(network: nn.Module) -> list[Block]:
 
     walk("", network)
     if not found:
-        raise TypeError(
-            f"no blocks in {type(network).__name__}: register a bypass for its block class with "
-            "@entprog.blocks.bypass.register"
+        candidates = sorted({type(m).__name__ for m in network.modules() if isinstance(m, nn.ModuleList) for m in m})
+        raise UserError(
+            f"no block of {type(network).__name__} is known: register what is seen where one is skipped with "
+            f"@entprog.blocks.bypass.register for its class, perhaps {' or '.join(candidates[:4]) or 'one of its own'} "
+            "(README, 'Adding a model family')"
         )
     return found
 

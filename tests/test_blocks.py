@@ -9,6 +9,7 @@ from torch import nn
 
 from entprog import costs, objectives
 from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
+from entprog.errors import UserError
 
 
 def predict(denoiser, n=2):
@@ -21,8 +22,8 @@ def test_blocks_are_the_transformer_blocks_in_order(found):
 
 
 def test_unknown_network_says_how_to_register():
-    with pytest.raises(TypeError, match="bypass"):
-        blocks(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(UserError, match=r"bypass.register for its class, perhaps Linear .README"):
+        blocks(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from entprog import config, folders
+from entprog.blocks import blocks
 from entprog.config import ClipShape, close_to
 from entprog.errors import UserError
 from entprog.models import HOW_TO_ADD, families, family, inputs, vaes
@@ -69,6 +70,7 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         values = _new_configuration(cls, settings, channels)
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
     cls.check_network(network.config)
+    blocks(network)
     if channels not in cls.predicted(network.config):
         outputs = network.config.out_channels or network.config.in_channels
         has = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
