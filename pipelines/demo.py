@@ -102,7 +102,7 @@ def sweep_of(trials: int, seconds: float, output: Path, files, pairs) -> config.
         config.Sweep,
         data={"shards": str(output / "shards")},
         model={"base": str(output / "base")},
-        tune={"trials": trials},
+        tune={"trials": trials, "early_stop": False},  # so few are all needed
     )
 
 
