@@ -143,7 +143,7 @@ def run(
             name=NAME,
             storage_path=str(output.resolve()),
             config=None if settings.search == "optuna" else dict(space),
-            num_samples=1 if settings.search == "grid" else settings.trials,
+            num_samples=samples,
             search_alg=searcher(settings, space, first, concurrent),
             scheduler=scheduler(settings),
             resume_config=tune.ResumeConfig() if resume else None,

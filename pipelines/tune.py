@@ -26,7 +26,7 @@ from pipelines.tracking import RUN_FILE, Tracker
 app = jobs.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
 
 RECORD = "sweep.json"
-FREE = ("tune.retries", "tune.concurrent")
+FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""
 
 
@@ -166,8 +166,9 @@ def run(
     experiment, settings = wanted.experiment(), wanted.tune
     if settings.early_stop and not sweep.stops_early(settings):
         jobs.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
-    record = _record(wanted, space, output, sweep.share(experiment, settings, ray.cluster_resources(), _cores()))
-    given = record["share"]
+    now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
+    given = _record(wanted, space, output, now)["share"]
+    concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     shared = config.merge(
         launch.absolute(experiment).model_dump(mode="json"),
         {"data": {"decode_cpus": given["decode_cpus"]}, "train": {"threads": given["threads"]}},
@@ -189,7 +190,7 @@ def run(
     )
     first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
     try:
-        statuses = sweep.run(spec, settings, space, first, given["concurrent"], verbose=verbose)
+        statuses = sweep.run(spec, settings, space, first, concurrent, verbose=verbose)
         rows = [_row(output, name, status) for name, status in statuses.items()]
         for row in rows:
             if row["status"] == "stopped":
