@@ -9,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import SHAPE, tiny_denoiser, tiny_experiment
 
 from entprog.errors import UserError
+from pipelines import registry, tracking
 from pipelines import store as mlflow_store
-from pipelines import tracking
 from pipelines.tracking import Tracker
 
+WRITERS = 8
 DRIVER = """
 import sys, time
 from pathlib import Path
@@ -33,10 +36,10 @@ tracker.end("FINISHED")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A SQLite store that three driver processes made, all at once: its URI and the three outputs."""
+    """A SQLite store that eight driver processes made, all at once: its URI and their outputs."""
     folder = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{folder}/out/mlflow.db"
-    outputs = [folder / f"run{i}" for i in range(3)]
+    outputs = [folder / f"run{i}" for i in range(WRITERS)]
     env = {**os.environ, "MLFLOW_TRACKING_URI": uri}
     drivers = [
         subprocess.Popen([sys.executable, "-c", DRIVER, output], env=env, stderr=subprocess.PIPE, text=True)
@@ -68,10 +71,10 @@ def begin(output, warn=None, **options):
     return Tracker.start(output, "tests", "a run", warn=warn or pytest.fail, **values)
 
 
-def test_three_drivers_at_once_on_a_fresh_store_lose_nothing(store):
+def test_eight_drivers_at_once_on_a_fresh_store_lose_nothing(store):
     uri, outputs = store
     ids = [json.loads((output / tracking.RUN_FILE).read_text())["run_id"] for output in outputs]
-    assert len(set(ids)) == 3
+    assert len(set(ids)) == WRITERS
     for run_id in ids:
         assert history(uri, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(300)]
         assert len(history(uri, run_id, "seconds")) == 300
@@ -145,6 +148,24 @@ def test_nested_runs_are_made_once(uri, tmp_path):
     (child,) = client(uri).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
     assert (child.info.status, child.info.start_time, child.info.end_time) == ("FINISHED", 990_000, 1_000_000)
     assert child.data.params == {"m": "2"} and len(history(uri, child.info.run_id, "loss")) == 1
+
+
+def test_a_registered_model_makes_clips(uri, tmp_path):
+    import mlflow
+
+    tiny_denoiser(tiny_experiment()).save(tmp_path / "model", shape=SHAPE)
+    tracker = begin(tmp_path)
+    assert registry.register(tracker, "dancer", tmp_path / "model", SHAPE, warn=pytest.fail) == "1"
+    warned = []
+    assert registry.register(tracker, "dancer", tmp_path / "nothing", SHAPE, warn=warned.append) is None
+    assert len(warned) == 1 and "\n" not in warned[0]
+    tracker.end("FINISHED")
+    model = mlflow.pyfunc.load_model("models:/dancer/1")
+    assert [spec.name for spec in model.metadata.signature.inputs] == ["reference", "pose"]
+    people = np.zeros((2, SHAPE.height, SHAPE.width, 3), np.uint8)
+    motions = np.zeros((2, SHAPE.frames, 33, 3), np.float32)
+    clips = np.asarray(model.predict({"reference": people, "pose": motions}, params={"steps": 2}))
+    assert clips.dtype == np.uint8 and clips.shape == (2, SHAPE.frames, SHAPE.height, SHAPE.width, 3)
 
 
 def test_not_finite_values_and_odd_names_are_logged_visibly(uri, tmp_path):
