@@ -83,7 +83,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        record |= {"status": "interrupted", "error": "interrupted by the person (Ctrl-C)"}
+        record |= {"status": "interrupted", "error": "interrupted (Ctrl-C, or told to stop): the same command resumes"}
         status = 1
     except Exception as error:  # failed at work: the reason in one line, the trace in a file
         record |= {"status": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:2000]}

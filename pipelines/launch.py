@@ -107,7 +107,8 @@ def run_workers(
     try:
         with _stopping(listener):
             while True:
-                failure = _attempt(worker, {**settings, "board": listener.board}, experiment, gpus, storage)
+                with _leaving_nothing_reserved():
+                    failure = _attempt(worker, {**settings, "board": listener.board}, experiment, gpus, storage)
                 listener.read()
                 last = listener.last
                 if "user_error" in last:
@@ -160,6 +161,31 @@ def _attempt(worker, settings: dict[str, Any], experiment: Experiment, gpus: boo
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind, which fails once it is done
     return None
+
+
+@contextmanager
+def _leaving_nothing_reserved():
+    """Afterwards the placement groups made inside are gone: a trainer's controller that was killed leaves its own, and
+    with it CPUs and GPUs that would be missing from then on. Trials of a sweep, which share a job, are left to Ray."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.SCRIPT_MODE:  # inside a trial
+        yield
+        return
+    job = context.get_job_id()
+
+    def reserved() -> set[str]:
+        return {key for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+    before = reserved()
+    yield
+    for key in reserved() - before:
+        if key.endswith(job):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from entprog import config
 from pipelines import jobs, train
 
 MIB = 2**20
+pytestmark = pytest.mark.timeout(300)
 
 
 class Nodes:
@@ -81,8 +82,8 @@ def nodes(place):
 def run(place, tmp_path_factory):
     """run(name, settings) → (result, what the workers told) of two workers on two real videos."""
     folder, nodes = place
-    nodes.add(3)
-    nodes.add(3)
+    nodes.add(4)
+    nodes.add(4)
     shards = two_people(tmp_path_factory)
 
     def start(name, **over):
@@ -182,7 +183,7 @@ def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     alone, _ = run("alone", **one)
     for _ in range(2 - len(nodes.nodes)):
         nodes.add(1)
-    watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(3)))
+    watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(4)))
     result, told = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
     worlds = [item["workers"] for item in told if "workers" in item]
     assert len(watcher.done) == 2 and worlds == [2, 1, 2]
