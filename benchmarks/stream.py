@@ -43,7 +43,7 @@ from pipelines import clips, feed, jobs
 app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
 
 SIZES = {
-    "256x256": (ClipShape(frames=48, height=256, width=256, fps=24), 4),
+    "256x256": (ClipShape(frames=48, height=256, width=256, fps=30), 4),
     "1080x1920": (ClipShape(frames=16, height=1920, width=1080, fps=12), 1),
 }
 """Clip shape and batch size."""

@@ -43,7 +43,7 @@ def main(
         with jobs.ray_cluster(launch.LOCAL_CPUS):
             figures = [training(dataset, Path(scratch), steps), *(change_over(dataset) for _ in range(repeats))]
     for row in figures:
-        common.show(row["what"], [{"figure": name, "value": value} for name, value in row.items()])
+        common.show(row["what"], [{"figure": k, "value": v} for k, v in row.items() if k != "settings"])
     jobs.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
 
 
