@@ -18,7 +18,7 @@ from entprog import config, latents, models, plans
 from entprog.config import ClipShape, Encoding
 from entprog.errors import UserError
 from entprog.media import shards
-from pipelines import clips, feed, jobs, progress
+from pipelines import clips, feed, jobs, launch, progress
 
 OF_MODEL = ("model.", "schedule.shapes")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
@@ -88,6 +88,7 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
         raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
     shapes = check_model(encoding, dataset.shape)
     shards.verify(dataset, "size")
+    encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
     with jobs.ray_cluster(cpus=3, verbose=verbose) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}

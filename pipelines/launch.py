@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entprog.config import Experiment
+from entprog.config import Experiment, Model
 from entprog.errors import UserError
 from entprog.storage import Place
 from pipelines.board import Listener
@@ -68,20 +68,24 @@ def threads(experiment: Experiment) -> int:
 
 def absolute(experiment: Experiment) -> Experiment:
     """The same with every local path absolute: workers run in a folder of their own."""
-    model, data, train = experiment.model, experiment.data, experiment.train
+    data, train = experiment.data, experiment.train
     place = train.checkpoints
-
-    def located(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
-
-    paths = {name: located(getattr(model, name)) for name in ("base", "vae", "prompt_embeds")}
     return experiment.model_copy(
         update={
-            "model": model.model_copy(update=paths),
-            "data": data.model_copy(update={"shards": located(data.shards)}),
+            "model": absolute_model(experiment.model),
+            "data": data.model_copy(update={"shards": _located(data.shards)}),
             "train": train.model_copy(update={"checkpoints": place and str(Place.at(place).local or place)}),
         }
     )
+
+
+def absolute_model(model: Model) -> Model:
+    """The part of `absolute` that says what is trained."""
+    return model.model_copy(update={name: _located(getattr(model, name)) for name in ("base", "vae", "prompt_embeds")})
+
+
+def _located(path: str | None) -> str | None:
+    return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
 
 
 def run_workers(
