@@ -198,7 +198,7 @@ def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place)
     command += ["--output", str(output), "--set", "tracking.run_name=driver"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, start_new_session=True)
-    when_at(output / "steps.jsonl", 6, lambda: os.killpg(first.pid, signal.SIGKILL)).join()
+    when_at(output / "steps.jsonl", 9, lambda: os.killpg(first.pid, signal.SIGKILL)).join()
     assert first.wait() == -signal.SIGKILL
     second = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
