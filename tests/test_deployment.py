@@ -111,10 +111,11 @@ class Head:
     """A head node as `ray start --head` makes it, on loopback, guarded by a token."""
 
     def __init__(self, folder):
-        with socket.socket() as one, socket.socket() as two:
-            for each in (one, two):
+        # The agent's port too: with another Ray on this machine its usual one is taken, and jobs then find no agent.
+        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+            for each in (one, two, three):
                 each.bind(("127.0.0.1", 0))
-            self.port, self.dashboard = one.getsockname()[1], two.getsockname()[1]
+            self.port, self.dashboard, agent = (each.getsockname()[1] for each in (one, two, three))
         token = folder / "token"
         token.write_text("a-token-of-this-test-alone-" + "0" * 16)
         token.chmod(0o600)
@@ -130,7 +131,8 @@ class Head:
         self.process = subprocess.Popen(
             [
                 self.ray, "start", "--head", "--block", f"--port={self.port}", "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={self.dashboard}", "--num-cpus=4", f"--object-store-memory={200 * 2**20}",
+                f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=4",
+                f"--object-store-memory={200 * 2**20}",
                 "--disable-usage-stats",
             ],
             env=self.env, stdout=self.log, stderr=self.log, start_new_session=True,
