@@ -211,6 +211,23 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
         block.module.__dict__[COMPILED] = compiler(type(block.module).forward.__get__(block.module))
 
 
+ADAPTER = ".lora_"
+"""In the name of a low-rank adapter's parameters (`entprog.lora`)."""
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """What of a block is trained when it is: its adapters, if it has any, or all its parameters."""
+    adapters = [parameter for name, parameter in module.named_parameters() if ADAPTER in name]
+    return adapters or list(module.parameters())
+
+
+def train_block(module: nn.Module, trained: bool) -> None:
+    """Unfreeze a block, or freeze it."""
+    module.requires_grad_(False)
+    for parameter in trainable(module):
+        parameter.requires_grad_(trained)
+
+
 def unfreeze(
     network: nn.Module,
     found: Iterable[Block],
@@ -239,7 +256,7 @@ def unfreeze(
     for block in found:
         block.module.__dict__.pop("forward", None)
         trained = block.name in trainable
-        block.module.requires_grad_(trained)
+        train_block(block.module, trained)
         along = not trained and backward == "residual"
         if not (along and frozen_precision == "fp8"):
             drop_twin(block.module)

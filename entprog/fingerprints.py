@@ -43,7 +43,11 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
     data = experiment.data
     clips = min(data.held_out_clips, dataset.clips("held_out"))
     return digest(
-        [shard.sha256 for shard in dataset.splits["held_out"]], clips, data.held_out_draws, data.held_out_seed
+        [shard.sha256 for shard in dataset.splits["held_out"]],
+        clips,
+        data.held_out_draws,
+        data.held_out_seed,
+        str(data.shape),
     )
 
 

@@ -12,17 +12,21 @@ from entprog.models import Denoiser
 from entprog.plans import Plan
 
 
+def outside(denoiser: Denoiser, experiment: Experiment) -> list[nn.Parameter]:
+    """Parameters outside blocks that every plan trains (`schedule.outside`)."""
+    groups = denoiser.outside()
+    return {
+        "always": [p for group in groups.values() for p in group],
+        "conditions": groups["conditions"],
+        "never": [],
+    }[experiment.schedule.outside]
+
+
 class Freeze:
     """Freezes and unfreezes a network's parameters, plan by plan."""
 
     def __init__(self, denoiser: Denoiser, found: Sequence[Block], experiment: Experiment):
-        groups = denoiser.outside()
-        self.outside: list[nn.Parameter] = {
-            "always": [p for group in groups.values() for p in group],
-            "conditions": groups["conditions"],
-            "never": [],
-        }[experiment.schedule.outside]
-        """Parameters outside blocks that every plan trains."""
+        self.outside: list[nn.Parameter] = outside(denoiser, experiment)
         self.network = denoiser.network
         self.found = list(found)
         self.checkpointing = experiment.model.gradient_checkpointing

@@ -142,7 +142,7 @@ class Probe:
             )
 
         def cost(body: Callable, wanted: Collection[int], trained: bool) -> float:
-            module.requires_grad_(trained)
+            blocks.train_block(module, trained)
 
             def run() -> None:
                 module.zero_grad(set_to_none=True)
@@ -154,7 +154,7 @@ class Probe:
 
         def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, bool]:
             """Bytes kept, bytes recomputed, and whether common inputs are kept."""
-            module.requires_grad_(trained)
+            blocks.train_block(module, trained)
             shared = costs.storages(t for i, t in enumerate(tensors) if i not in stream)
             given, named = leaves(wanted)
             with torch.enable_grad(), costs.saving(self.weights) as saved:
@@ -192,7 +192,7 @@ class Probe:
             through_bytes=through_bytes,
             recomputed_bytes=recomputed_bytes,
             through_recomputed_bytes=through_recomputed_bytes,
-            parameter_bytes=sum(p.nbytes for p in module.parameters()),
+            parameter_bytes=sum(p.nbytes for p in blocks.trainable(module)),
             twin_bytes=twin_bytes,
         )
         module.requires_grad_(False)
@@ -265,7 +265,7 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
 
 def _update_per_byte(block: Block, meter: Meter) -> float:
     """Seconds of clipping and AdamW for each byte of weights, on a copy of a block's."""
-    copies = [nn.Parameter(p.detach().clone()) for p in block.module.parameters()]
+    copies = [nn.Parameter(p.detach().clone()) for p in blocks.trainable(block.module)]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     optimizer = torch.optim.AdamW(copies, fused=True)

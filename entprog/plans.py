@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from entprog import budget
+from entprog.blocks import Block
 from entprog.config import Backward, ClipShape, Schedule
 from entprog.costmodel import CostModel
 from entprog.errors import UserError
@@ -34,6 +36,11 @@ class Plan:
         return Plan(
             trainable=tuple(values["trainable"]), backward=values["backward"], shape=ClipShape(**values["shape"])
         )
+
+
+def eligible(found: Sequence[Block], which: Literal["all", "spatial", "temporal"]) -> list[str]:
+    """Names of the blocks that may be trained (`schedule.blocks`); all where none is of that kind."""
+    return [block.name for block in found if which in ("all", block.kind)] or [block.name for block in found]
 
 
 def full(names: Sequence[str], shape: ClipShape) -> Plan:

@@ -32,7 +32,11 @@ class Prices:
         self.experiment = experiment
         self.models = models
         self.counts: dict[Plan, costs.Cost] = {}
-        self.full = plans.full([block.name for block in self.found], experiment.data.shape)
+        shape = experiment.data.shape
+        self.full = plans.full(plans.eligible(self.found, experiment.schedule.blocks), shape)
+        """Plain training: every block that may be trained."""
+        self.whole = plans.full([block.name for block in self.found], shape)
+        """Every block there is."""
         self.by_seconds = experiment.schedule.clock == "seconds"
 
     def counted(self, plan: Plan) -> costs.Cost:
@@ -54,9 +58,9 @@ class Prices:
         return float(self.counted(plan).step_flops(clips))
 
     def evaluation_flops(self) -> float:
-        """One search evaluation: a forward pass per clip, a third of full training's."""
+        """One search evaluation: a forward pass per clip, a third of what training every block takes."""
         return (
-            self.counted(self.full).flops
+            self.counted(self.whole).flops
             / 3
             * min(self.experiment.schedule.search_clips, self.experiment.data.held_out_clips)
         )

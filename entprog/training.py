@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import config, controls, distributed, losses, optimizer, parallel
+from entprog import config, controls, distributed, losses, optimizer, parallel, plans
 from entprog.blocks import Block
 from entprog.clips import Latents, Spent
 from entprog.config import ClipShape, Experiment
@@ -134,7 +134,7 @@ class _Fit:
         self.sample: Latents = sample
         self.experiment: Experiment = experiment
         self.state: RunState = state
-        self.names = [block.name for block in self.found]
+        self.names = plans.eligible(self.found, experiment.schedule.blocks)
         schedule = experiment.schedule
         if scores is None and schedule.kind != "full":
             raise ValueError(f"schedule {schedule.kind} needs a score table")

@@ -45,7 +45,7 @@ class Batches:
     ):
         self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
         self.decode_cpus, self.caches = decode_cpus, caches
-        self.whole = experiment.data.shape
+        self.whole = dataset.shape
         self.one_shape = not experiment.schedule.shapes
         self.rank, self.world = distributed.world()
         self.batches = experiment.train.workers * experiment.train.accumulate

@@ -14,12 +14,13 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, fingerprints, fp8, models, plans
+from entprog import config, fingerprints, fp8, lora, models, plans
+from entprog.blocks import blocks
 from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
 from entprog.storage import Place
-from pipelines import charts, jobs, launch, registry, stages, stalls, worker
+from pipelines import charts, jobs, launch, phases, registry, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending
 
@@ -72,7 +73,7 @@ def main(
             },
         )
         if dry_run:
-            return explain(experiment)
+            return explain(experiment, output)
         with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, output)
 
@@ -87,10 +88,10 @@ def check(experiment: Experiment) -> shards.Dataset:
     if not data.shards:
         raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
     dataset = shards.read_dataset(Path(data.shards))
-    if dataset.shape != data.shape:
+    if not data.shape.is_cut_of(dataset.shape):
         raise UserError(
             f"shards {data.shards} hold clips of {dataset.shape}, the experiment wants {data.shape}: prepare them "
-            "anew, or set data.shape to theirs"
+            "anew, or set data.shape to theirs (or to fewer frames, height and width divided by a whole number)"
         )
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
@@ -99,14 +100,44 @@ def check(experiment: Experiment) -> shards.Dataset:
         Place.at(experiment.train.checkpoints)
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
-        models.family(experiment.model.family).inspect(experiment.model, shape)
+        source = models.family(experiment.model.family).inspect(experiment.model, shape)
+    if experiment.train.lora:
+        lora.check(source.network, blocks(source.network), experiment.train.lora)
     return dataset
 
 
-def explain(experiment: Experiment) -> dict[str, Any]:
+def check_phases(experiment: Experiment, output: Path) -> dict[str, tuple[Experiment, shards.Dataset]]:
+    """The phases with their data, each checked as far as can be before the one before it has run. Raises UserError."""
+    link = output / "model"
+    if link.exists() and not link.is_symlink():
+        raise UserError(f"{output} holds a training that is not in phases: choose another --output")
+    parts = config.phases(experiment, output)
+    first = next(iter(parts.values()))
+    out = {}
+    for name, phase in parts.items():
+        # Its base is not there yet: it will be this network, widened. Of shards every byte is read once.
+        network = first.model.model_copy(update={"conditions": phase.model.conditions})
+        data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
+        try:
+            out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))
+        except UserError as error:
+            raise UserError(f"phase {name}: {error}") from None
+    return out
+
+
+def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
-    dataset = check(experiment)
     jobs.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
+    if experiment.phases:
+        for name, (phase, dataset) in check_phases(experiment, output).items():
+            jobs.console.print(f"Phase {name}, conditions {', '.join(phase.model.conditions)}, {phase.data.shape}:")
+            _explain(phase, dataset)
+    else:
+        _explain(experiment, check(experiment))
+    return {"settings": config.settings(experiment)}
+
+
+def _explain(experiment: Experiment, dataset: shards.Dataset) -> None:
     train, schedule = experiment.train, experiment.schedule
     ends = [f"{number:g} {unit}" for number, unit in ((train.steps, "steps"), (train.seconds, "s")) if number]
     jobs.console.print(
@@ -115,7 +146,6 @@ def explain(experiment: Experiment) -> dict[str, Any]:
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
         f"({schedule.stages} stages, backward {' or '.join(schedule.backwards)}, clock {schedule.clock})."
     )
-    return {"settings": config.settings(experiment)}
 
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
@@ -143,6 +173,9 @@ def run(
     """
     started = time.time()
     jobs.writable(output)
+    if experiment.phases:
+        check_phases(experiment, output)
+        return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     dataset = check(experiment)
     key = identity(experiment, dataset)
     finished = output / "finished.json"

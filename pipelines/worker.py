@@ -20,6 +20,7 @@ from entprog import (
     fingerprints,
     fp8,
     latents,
+    lora,
     models,
     parallel,
     plans,
@@ -29,6 +30,7 @@ from entprog.blocks import Block, blocks
 from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
 from entprog.errors import UserError
+from entprog.freezing import outside
 from entprog.media import shards
 from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
@@ -115,15 +117,18 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
         fp8.check_device(device)
     dataset = shards.read_dataset(Path(experiment.data.shards))
     denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
+    if experiment.train.lora:
+        lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, experiment.train.seed)
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
     rank, world = distributed.world()
     data = experiment.data
     held_out = [
-        latents.encode(denoiser, batch)
+        latents.encode(denoiser, batch.resized(data.shape))
         for batch in clips.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
-    sample = latents.encode(denoiser, clips.held_out(dataset, data.batch_size, data.batch_size, device=device)[0])
+    (first,) = clips.held_out(dataset, data.batch_size, data.batch_size, device=device)
+    sample = latents.encode(denoiser, first.resized(data.shape))
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
     return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post)
@@ -176,10 +181,10 @@ def scoring_clips(setup: Setup) -> list[Latents]:
     if experiment.priority.kind in controls.WITHOUT_DATA:
         return []
     source = clips.local_stream(
-        setup.dataset, "train", data.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
+        setup.dataset, "train", setup.dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
     )
     wanted = -(-experiment.priority.conditions // data.batch_size)
-    return [latents.encode(setup.denoiser, next(source)) for _ in range(wanted)]
+    return [latents.encode(setup.denoiser, next(source).resized(data.shape)) for _ in range(wanted)]
 
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +246,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     setup = _final_network(setup, state)
     denoiser = setup.denoiser
     if rank == 0:
+        if experiment.train.lora:
+            trained = outside(denoiser, experiment)
+            lora.save(denoiser.network, experiment.train.lora, trained, output / "adapter")
+            lora.merge(denoiser.network)
         # A base keeps its own sampling shift; new weights know only the one they were trained with.
         flow = isinstance(denoiser.process, Flow)
         shift = experiment.train.timestep_shift if flow and not experiment.model.base else None
@@ -291,7 +300,9 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
         return
     motions = []
     for batch in clips.held_out(setup.dataset, count, data.batch_size):
-        motions += rendering.motions_of(batch, [f"held-out clip {n}" for n in batch.position.tolist()])
+        motions += rendering.motions_of(
+            batch.resized(data.shape), [f"held-out clip {n}" for n in batch.position.tolist()]
+        )
     settings = config.Generate(batch_size=data.batch_size, shift=shift)
     rendering.render(setup.denoiser, motions, data.shape, folder, settings)
 

@@ -13,6 +13,7 @@ from entprog.config.experiment import (
     Experiment,
     Fraction,
     FrozenPrecision,
+    Lora,
     Model,
     Priority,
     Schedule,
@@ -22,6 +23,7 @@ from entprog.config.experiment import (
 )
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Preparation, Prepare, Shape
 from entprog.config.part import Part
+from entprog.config.phases import phases
 from entprog.config.reading import (
     FREE,
     PATHS,
@@ -59,6 +61,7 @@ __all__ = [
     "FrozenPrecision",
     "Generate",
     "Generation",
+    "Lora",
     "Model",
     "Part",
     "Preparation",
@@ -78,6 +81,7 @@ __all__ = [
     "flat",
     "merge",
     "parse_overrides",
+    "phases",
     "presets",
     "read_preset",
     "read_yaml",

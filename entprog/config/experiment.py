@@ -24,6 +24,12 @@ class ClipShape(Part):
     fps: float = Field(default=12.0, gt=0)
     """Frames per second."""
 
+    def is_cut_of(self, whole: "ClipShape") -> bool:
+        """Whether clips of `whole` can be cut to this shape: fewer frames, height and width divided by one number."""
+        shrink = whole.height // self.height
+        sizes = (self.height * shrink, self.width * shrink) == (whole.height, whole.width)
+        return sizes and self.frames <= whole.frames and self.fps == whole.fps
+
     def __str__(self) -> str:
         return f"{self.frames} frames of {self.width}x{self.height} at {self.fps:g} fps"
 
@@ -57,7 +63,8 @@ class Data(Part):
     shards: str | None = None
     """Folder written by `pipelines.prepare`."""
     shape: ClipShape = ClipShape()
-    """Clip shape; must equal the shards' own."""
+    """Clip shape: the shards' own, or one cut out of it: the frames in the middle, height and width divided by a whole
+    number."""
     batch_size: int = Field(default=4, ge=1)
     """Clips per worker and step."""
     held_out_clips: int = Field(default=8, ge=1)
@@ -73,6 +80,17 @@ class Data(Part):
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""
     verify: Literal["sha256", "size"] = "sha256"
     """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
+
+
+class Lora(Part):
+    """Low-rank adapters (LoRA, arXiv 2106.09685), through peft: y = W x + alpha/rank · B A x, A and B trained."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rows of A."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scale of what the adapter adds is alpha/rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear layers of a block that get an adapter, by the ends of their names."""
 
 
 class Train(Part):
@@ -128,6 +146,9 @@ class Train(Part):
     checkpoints: str | None = None
     """Where checkpoints are kept: a folder that all nodes see, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
     None: OUTPUT/checkpoints."""
+    lora: Lora | None = None
+    """Where it is set (`train.lora.rank=16`) blocks are trained through low-rank adapters, their own weights stay. What
+    lies outside blocks is trained as `schedule.outside` says."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
     max_failures: int = Field(default=3, ge=0)
@@ -234,6 +255,9 @@ class Schedule(Part):
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False
     """Candidates never shrink from one stage to the next."""
+    blocks: Literal["all", "spatial", "temporal"] = "all"
+    """Which blocks may be trained: all, those that mix positions within a frame, or those that mix frames; a network
+    without any of that kind trains all."""
     outside: Literal["always", "conditions", "never"] = "always"
     """Parameters outside blocks: all trained, only the condition input layer, or none."""
     clock: Literal["seconds", "flops"] = "seconds"
@@ -275,12 +299,24 @@ class Experiment(Part):
     priority: Priority = Priority()
     schedule: Schedule = Schedule()
     tracking: Tracking = Tracking()
+    phases: dict[str, dict[str, Any]] = {}
+    """Trainings one after another, each from the last one's weights: name → its settings over the common ones, e.g.
+    `phases.pose.train.steps=200`. Empty: one training."""
 
     @model_validator(mode="after")
     def _clock_is_repeatable(self):
         if self.schedule.clock == "flops" and self.train.seconds is not None:
             raise ValueError(
                 "train.seconds cannot end a run whose schedule.clock is flops: set train.steps, and train.seconds=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_weights(self):
+        if self.train.parallel == "fsdp" and (self.train.lora or self.in_fp8):
+            which = "train.lora" if self.train.lora else "schedule.frozen_precision=fp8"
+            raise ValueError(
+                f"{which} needs every worker to hold whole weights: train.parallel=fsdp does not go with it"
             )
         return self
 

@@ -1,0 +1,88 @@
+"""Low-rank adapters inside blocks (LoRA, arXiv 2106.09685), through peft: y = W x + alpha/rank · B A x.
+
+Every block gets adapters; which of them train is the plan's to say, as it is of a block's own weights without adapters
+(`blocks.trainable`). B starts at zero, so that an adapter that never trained changes nothing, to the bit.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from entprog import folders
+from entprog.blocks import ADAPTER, Block
+from entprog.config import Lora
+from entprog.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+"""peft's own name; `adapter_config.json` beside."""
+OUTSIDE = "outside.safetensors"
+"""Trained parameters that lie in no block: the other half of what training changed."""
+
+
+def check(network: nn.Module, found: Iterable[Block], settings: Lora) -> None:
+    """Raises UserError without peft, or for a target that no linear layer of a block is."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("train.lora needs peft: pip install 'entprog[lora]', or set train.lora=null")
+    linear = [n for block in found for n, m in block.module.named_modules() if isinstance(m, nn.Linear)]
+    for target in settings.targets:
+        if not any(re.fullmatch(_ending(target), name) for name in linear):
+            known = ", ".join(sorted({name.removeprefix("attn1.").removeprefix("attn2.") for name in linear}))
+            raise UserError(
+                f"train.lora.targets: no linear layer of a {type(network).__name__}'s block ends in {target}; "
+                f"there are: {known}"
+            )
+
+
+def add(network: nn.Module, found: Iterable[Block], settings: Lora, seed: int) -> None:
+    """Put adapters into every block, A drawn from the seed. Raises UserError as `check` does."""
+    found = list(found)
+    check(network, found, settings)
+    from peft import inject_adapter_in_model
+
+    inside = "|".join(re.escape(block.name) for block in found)
+    wanted = rf"(?:{inside})\.(?:{'|'.join(map(_ending, settings.targets))})"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(_config(settings, wanted), network)
+
+
+def save(network: nn.Module, settings: Lora, outside: Iterable[nn.Parameter], folder: Path) -> None:
+    """Write the adapters in peft's format (`PeftModel.from_pretrained` reads them), and what was trained `outside`."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    adapters = {
+        f"base_model.model.{name.replace('.default', '')}": tensor.detach().cpu().contiguous()
+        for tensor, name in names.items()
+        if ADAPTER in name
+    }
+    rest = {names[parameter]: parameter.detach().cpu().contiguous() for parameter in outside}
+    layers = sorted({name.removeprefix("base_model.model.").rpartition(ADAPTER)[0] for name in adapters})
+    with folders.replacing(folder) as scratch:
+        _config(settings, layers).save_pretrained(scratch)
+        save_file(adapters, scratch / WEIGHTS)
+        if rest:
+            save_file(rest, scratch / OUTSIDE)
+
+
+def merge(network: nn.Module) -> None:
+    """Add every adapter to the weight it adapts and take it away: the network is of its own class again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            network.set_submodule(name, module.get_base_layer())
+
+
+def _ending(target: str) -> str:
+    return rf"(?:.*\.)?{re.escape(target)}"
+
+
+def _config(settings: Lora, targets: str | list[str]):
+    from peft import LoraConfig
+
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)

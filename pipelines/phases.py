@@ -1,0 +1,112 @@
+"""A training in phases: one after another, each from the last one's weights, nested under one run in MLflow.
+
+A phase is an ordinary training (`train.run`) in OUTPUT/NAME. It is finished, resumed or refused as any other, so the
+same command again goes on wherever it stopped, within a phase or between two.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from entprog import config
+from entprog.config import Experiment
+from pipelines import jobs
+from pipelines.tracking import Tracker
+
+SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops", "wall_s")
+"""Figures that add up over phases; of the others the last phase's stand."""
+
+
+def run(
+    experiment: Experiment,
+    output: Path,
+    train: Callable[..., dict[str, Any]],
+    *,
+    tables: Path,
+    parent: str | None,
+    tags: Mapping[str, str] | None,
+    listen: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train every phase on the connected Ray cluster; returns the figures of result.json.
+
+    train: `train.run`. The last phase's model is OUTPUT/model too.
+    """
+    parts = config.phases(experiment, output)
+    tracker = Tracker.start(
+        output,
+        experiment.tracking.experiment,
+        experiment.tracking.run_name or experiment.name,
+        params=config.settings(experiment),
+        tags={"entprog.commit": jobs.commit(), "entprog.kind": "phases", **(tags or {})},
+        parent=parent,
+    )
+    results: dict[str, dict[str, Any]] = {}
+    status = "FAILED"
+    try:
+        for number, (name, phase) in enumerate(parts.items(), 1):
+            jobs.console.print(f"\n[bold]Phase {number} of {len(parts)}: {name}[/bold]")
+            done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
+
+            def heard(item: dict[str, Any], number: int = number, done: dict[str, Any] = done) -> None:
+                if "step" in item and item["step"]["held_out_loss"] is not None:
+                    tracker.metrics(done["steps"] + item["step"]["step"], _point(item["step"], number, done["seconds"]))
+                listen(item)
+
+            about = {"entprog.phase": name, **(tags or {})}
+            results[name] = train(phase, output / name, tables=tables, parent=tracker.run_id, tags=about, listen=heard)
+            tracker.metrics(done["steps"], {f"phase/{name}_held_out_loss": results[name]["held_out_loss"]})
+        result = together(results) | {"mlflow_run_id": tracker.run_id, "model": str(output / "model")}
+        _point_at(output / "model", output / next(reversed(parts)) / "model")
+        names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+        tracker.summary({name: result[name] for name in names})
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.end(status)
+    _show(results, result, output)
+    return result
+
+
+def together(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All phases' figures in one, with each phase's own under `phases`."""
+    last = results[next(reversed(results))]
+    return dict(last) | {
+        **{name: sum(result[name] for result in results.values()) for name in SUMS},
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results.values()),
+        "losses": [loss for result in results.values() for loss in result["losses"]],
+        "phases": {name: dict(result) for name, result in results.items()},
+    }
+
+
+def _point(step: Mapping[str, Any], phase: int, before_s: float) -> dict[str, float]:
+    """What the run over all phases shows of a step."""
+    return {
+        "phase": phase,
+        "held_out_loss": step["held_out_loss"],
+        "loss": step["loss"],
+        "trained_blocks": len(step["trained"]),
+        "charged_s": before_s + step["charged_s"],
+    }
+
+
+def _point_at(link: Path, model: Path) -> None:
+    """OUTPUT/model stands for the last phase's, which may be large: a link, relative, so that OUTPUT can be moved."""
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(model.relative_to(link.parent), target_is_directory=True)
+
+
+def _show(results: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], output: Path) -> None:
+    rows = [
+        (name, r["steps"], r["held_out_loss"], r["seconds"], ", ".join(str(m) for m in _trained(r)))
+        for name, r in results.items()
+    ]
+    columns = ("phase", "steps", "held-out loss", "charged seconds", "trained blocks by stage")
+    jobs.show("Phases (each judged on its own clips and conditions)", rows, columns)
+    jobs.console.print(f"Model: {output / 'model'}, after {result['seconds']:.1f} charged seconds in all")
+
+
+def _trained(result: Mapping[str, Any]) -> list[int]:
+    return [len(decision["plan"]["trainable"]) for decision in result["decisions"]]

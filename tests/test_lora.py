@@ -1,0 +1,125 @@
+"""Adapters inside the chosen blocks: what trains, what it costs, what a resume keeps, and what is saved."""
+
+import pytest
+import test_training
+import torch
+from conftest import latents, tiny_denoiser, tiny_experiment
+from safetensors.torch import load_file
+from test_training import Run, comparable
+
+from entprog import checkpoint, costs, lora, measuring
+from entprog.blocks import ADAPTER, blocks, unfreeze
+from entprog.errors import UserError
+from entprog.freezing import outside
+from entprog.losses import training_loss
+
+LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
+
+
+def adapted(experiment, seed=0):
+    denoiser = tiny_denoiser(experiment, seed)
+    lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, experiment.train.seed)
+    return denoiser
+
+
+@pytest.fixture
+def experiment():
+    return tiny_experiment(**LORA)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    monkeypatch.setattr(test_training, "tiny_denoiser", adapted)
+
+
+def prediction(denoiser, network=None):
+    batch = latents(range(2))
+    with torch.no_grad():
+        return denoiser.predict(batch.clean, torch.tensor([0.2, 0.8]), batch.conditions)
+
+
+def test_new_adapters_change_nothing_and_depend_on_the_seed_alone(experiment):
+    plain, one, two = tiny_denoiser(experiment), adapted(experiment), adapted(experiment)
+    assert torch.equal(prediction(one), prediction(plain))
+    states = [denoiser.network.state_dict() for denoiser in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert sum(ADAPTER in name for name in states[0]) == 6 * 2 * 4 * 2  # blocks, attentions, layers, A and B
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_only_chosen_blocks_adapters_and_what_lies_outside_train(runs, backward):
+    run = Run(tiny_experiment(**LORA | {"schedule": {"search_steps": 1, "backward": backward}}))
+    before, narrow = run.weights(), 0
+    for step in run.steps():
+        after = run.weights()
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        inside = tuple(name + "." for name in step.plan.trainable)
+        chosen = {n for n in after if n.startswith(inside) and ADAPTER in n}
+        assert moved and {n for n in moved if n.startswith("blocks.")} <= chosen, step.step
+        narrow += step.plan.m < 6
+        before = after
+    assert narrow and step.optimizer_bytes < sum(p.nbytes for p in run.denoiser.network.parameters())  # else twice
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_costs_are_foreseen(experiment, backward):
+    denoiser = adapted(experiment)
+    found, free = blocks(denoiser.network), denoiser.outside()["conditions"]
+    loss = lambda: training_loss(denoiser, latents([0]), experiment.train)  # noqa: E731
+    model = measuring.measure(denoiser.network, found, free, loss, clips=1, seconds=False)
+    for trainable in (["blocks.1"], ["blocks.0", "blocks.4"], [block.name for block in found]):
+        trained = unfreeze(denoiser.network, found, trainable, free, backward)
+        counted = costs.count(denoiser.network, trained, loss)
+        assert model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.01)
+        assert model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.05)
+        assert model.trained_bytes(trainable) == counted.gradient_bytes
+
+
+def test_resume_equals_no_interruption(runs, tmp_path):
+    experiment = tiny_experiment(**LORA | {"train": LORA["train"] | {"ema_decay": 0.9}})
+    whole, first, got = Run(experiment), Run(experiment), []
+    expected = [comparable(step) for step in whole.steps()]
+    for step in first.steps():
+        got.append(comparable(step))
+        if step.step == 5:
+            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
+            break
+    second = Run(experiment, tmp_path)
+    got += [comparable(step) for step in second.steps()]
+    assert got == expected
+    assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in whole.weights().items())
+    assert {name for name in whole.state.ema if name.startswith("blocks.")} == {
+        name for name in whole.weights() if ADAPTER in name
+    }
+
+
+def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):
+    from diffusers import WanTransformer3DModel
+    from peft import PeftModel
+
+    run = Run(experiment)
+    list(run.steps())
+    network, expected = run.denoiser.network, prediction(run.denoiser)
+    assert not torch.equal(expected, prediction(tiny_denoiser(experiment)))
+    lora.save(network, experiment.train.lora, outside(run.denoiser, experiment), tmp_path / "adapter")
+    lora.merge(network)
+    torch.testing.assert_close(prediction(run.denoiser), expected, rtol=1e-4, atol=1e-5)
+    run.denoiser.save(tmp_path / "model")
+    merged = WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    assert all(torch.equal(a, network.state_dict()[name]) for name, a in merged.state_dict().items())
+
+    other = tiny_denoiser(experiment)  # the base, with what was trained beside it
+    rest = load_file(tmp_path / "adapter" / lora.OUTSIDE)
+    missing = other.network.load_state_dict(rest, strict=False).missing_keys
+    assert all(name.startswith("blocks.") for name in missing)
+    PeftModel.from_pretrained(other.network, str(tmp_path / "adapter"))  # adapts the network in place
+    torch.testing.assert_close(prediction(other), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_is_no_layer_is_refused_with_those_there_are(experiment):
+    with pytest.raises(UserError, match=r"train\.parallel=fsdp"):
+        tiny_experiment(train={"lora": {"rank": 4}, "parallel": "fsdp"})
+    wrong = tiny_experiment(train={"lora": {"targets": ["to_q", "query"]}})
+    with pytest.raises(UserError, match=r"ends in query; there are: .*ffn\.net\.2.*to_q"):
+        adapted(wrong)
