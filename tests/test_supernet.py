@@ -63,5 +63,6 @@ def test_paired_finds_the_best_candidate_where_the_papers_form_does_not():
         for estimator in hits:
             values = [efficiency([t for t in trials if t.candidate == c], estimator) for c in range(3)]
             hits[estimator] += int(np.argmax(values)) == best
-    assert hits["paired"] >= 0.95 * repeats
-    assert hits["paper"] < hits["paired"]
+    # Of 200: paired 200, the paper's form 31, which mostly ranks by where the other candidates' steps left the loss.
+    assert hits["paired"] >= 0.95 * repeats, hits
+    assert hits["paper"] < 0.5 * repeats, hits
