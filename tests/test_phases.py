@@ -114,13 +114,14 @@ def interrupted(place):
     return json.loads((output / "result.json").read_text()), output
 
 
-def test_phases_equal_the_three_trainings_by_hand(interrupted, place):
-    result = interrupted[0]
+def test_phases_equal_the_trainings_by_hand(interrupted, place):
+    result, output = interrupted
     values = yaml.safe_load((jobs.PRESETS / "three_phases.yaml").read_text())
     values = config.merge(values, SETTINGS) | {"name": "by-hand"}
     own = values.pop("phases")
-    base = {}
-    for name, over in own.items():
+    base = {"base": str(output / "subject" / "model"), "init": {}}
+    for name in ("pose", "video"):
+        over = own[name]
         experiment = config.build(
             config.merge(config.merge(values, over), {"model": base, "data": {"shards": str(place / "shards")}})
         )
