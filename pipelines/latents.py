@@ -89,7 +89,7 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
     shapes = check_model(encoding, dataset.shape)
     shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
-    with jobs.ray_cluster(cpus=3, verbose=verbose) as ray:
+    with jobs.stderr_into(folder / "latents.log", verbose=verbose), jobs.ray_cluster(cpus=3, verbose=verbose) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
