@@ -76,7 +76,7 @@ def main(
         if dry_run:
             return explain(task)
         with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(task, output)
+            return run(task, output, verbose=verbose)
 
     if help_settings:
         explain_settings()
@@ -179,7 +179,7 @@ def _protocol(made: dict[str, Any]) -> str:
     return f"{made['sampler']}, {made['steps']} steps, guidance {made['guidance']}, seed {made['seed']}"
 
 
-def run(task: Task, output: Path) -> dict[str, Any]:
+def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     """Generate what is missing and judge it all on the connected Ray cluster; the job's figures."""
     jobs.writable(output)
     settings, names, missing = task.settings, task.names, task.missing
@@ -191,9 +191,10 @@ def run(task: Task, output: Path) -> dict[str, Any]:
         there = len(task.places) - len(missing)
         if there:
             jobs.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}", markup=False)
-        if missing:
+    with jobs.stderr_into(output / "ray.log", verbose=verbose):
+        if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
-    rows = judging.judge(task.places, names, settings, workers, gpus)
+        rows = judging.judge(task.places, names, settings, workers, gpus)
     figures, unmeasured = _figures(rows, names, settings)
     cards = {name: _card(task, name) for name in figures}
     evaluation = {
@@ -206,6 +207,7 @@ def run(task: Task, output: Path) -> dict[str, Any]:
     if task.run_id:
         _log(task.run_id, output, figures)
     _show(evaluation, len(task.places))
+    jobs.console.print(f"How each was measured: {output / 'evaluation.json'}", markup=False)
     jobs.console.print(f"At a glance: {picture}", markup=False)
     return {
         "figures": {name: figure.value for name, figure in figures.items()},
@@ -290,13 +292,11 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
     def interval(figure: dict[str, Any]) -> str:
         return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
 
-    rows = []
-    for name, figure in evaluation["figures"].items():
-        card = evaluation["cards"][figure["card"]]
-        judge = card["network"] or "pixels"
-        rows.append((name, figure["value"], interval(figure), card["better"], figure["clips"], judge, figure["card"]))
-    columns = ("metric", "value", "interval over clips", "better", "clips", "judged by", "card")
-    jobs.show(f"{clips} clips against their truth", rows, columns)
+    rows = [
+        (name, figure["value"], interval(figure), evaluation["cards"][figure["card"]]["better"], figure["clips"])
+        for name, figure in evaluation["figures"].items()
+    ]
+    jobs.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips"))
 
 
 # ---- around ----

@@ -1,7 +1,9 @@
 """Which metrics there are, and what they measure of one clip and of a set."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -105,7 +107,15 @@ class Meter:
         self._names, self._settings = tuple(names), settings
         wanted = dict.fromkeys(METRICS[name].network for name in names)
         self.networks = {n: networks.load(n, settings, device) for n in wanted if n in networks.NETWORKS}
-        self._poses = PoseEstimator() if "blazepose" in wanted else None
+        self._sees_poses = "blazepose" in wanted
+        if self._sees_poses:  # known now, though the estimator is made by the first clip
+            assets.network("pose_landmark_full")
+            if importlib.util.find_spec("ai_edge_litert") is None:
+                raise UserError("pose metrics need ai-edge-litert: pip install 'entprog[pose]'")
+
+    @cached_property
+    def _poses(self) -> PoseEstimator:
+        return PoseEstimator()
 
     def measure(self, result: np.ndarray, truth: np.ndarray, reference: np.ndarray, pose: np.ndarray) -> Measured:
         """result, truth uint8 RGB [F, H, W, 3]; reference uint8 RGB [H, W, 3]; pose float [F, 33, 3], the wanted one.
@@ -137,7 +147,7 @@ class Meter:
                 values[name] = consistency.identity(seen(metric.network, "made"), seen(metric.network, "reference")[0])
             elif name == "temporal":
                 values[name] = consistency.temporal(seen(metric.network, "made"))
-        if self._poses is not None:
+        if self._sees_poses:
             found = self._poses.track(result)
             poses = posing.pose_values(pose, found, *result.shape[1:3], self._settings.pck_threshold)
             values |= {name: value for name, value in poses.items() if name in self._names}
