@@ -427,7 +427,7 @@ WRONG = [
     ({"init": {}, "base": None}, "no network: set model.base"),
     ({"init": {"no_such_setting": 2}}, "unknown setting model.init.no_such_setting"),
     ({"init": {"in_channels": 2}}, "computed"),
-    ({"vae": "{}/vae"}, "holds a AutoencoderKLMochi, .* needs an Autoencoder"),
+    ({"vae": "{}/vae"}, "holds AutoencoderKLMochi, .* needs Autoencoder"),
 ]
 
 

@@ -355,7 +355,7 @@ def _edit(path, **values):
         ({"base": "{}/bad_record"}, "input layer has 9 channels"),
         ({"base": "{}/good", "vae": "{}/good"}, "no VAE in"),
         ({"base": "{}/good", "vae": "{}/nowhere"}, "model.vae: no such folder"),
-        ({"base": "{}/good", "vae": "{}/other/transformer"}, "needs an AutoencoderKLWan"),
+        ({"base": "{}/good", "vae": "{}/other/transformer"}, "needs AutoencoderKLWan"),
         ({"base": "{}/good", "conditions": ["pose"]}, "trained with reference, pose; add reference"),
         ({"base": "{}/good", "init": {"num_layers": 2}}, "both given"),
         ({"base": "{}/wrong_shape"}, "cannot load WanTransformer3DModel"),

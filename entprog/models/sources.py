@@ -55,15 +55,14 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
     root = folders.locate(settings.base, "model.base") if settings.base else None
     about = folders.saved(root) if root else {}
+    part = _network_folder(cls, root, settings.base) if root else None
     vae_folder, setting = _vae_folder(cls, settings, root, about)
     vae = None
     if vae_folder is not None:
         vae = _vae(cls, vae_folder, setting)
         folders.check_weights(vae_folder, setting)
     channels = 3 if vae is None else vaes.channels(vae)
-    part = None
-    if root:
-        part = _network_folder(cls, root, settings.base)
+    if part:
         folders.check_weights(part, "model.base")
         values = folders.read_json(part / "config.json")
     else:
@@ -176,7 +175,7 @@ def _vae(cls: type[VideoDenoiser], folder: Path, setting: str) -> nn.Module:
     kind = next((kind for kind in cls.VAES if kind.__name__ == values.get("_class_name")), None)
     if kind is None:
         needed = " or ".join(kind.__name__ for kind in cls.VAES)
-        raise UserError(f"{setting}: {folder} holds a {values.get('_class_name')}, {cls.FAMILY} needs an {needed}")
+        raise UserError(f"{setting}: {folder} holds {values.get('_class_name')}, {cls.FAMILY} needs {needed}")
     return _on_meta(kind, values, setting)
 
 
