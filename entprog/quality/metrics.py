@@ -167,4 +167,4 @@ class Meter:
 
 def _frames(clip: np.ndarray) -> torch.Tensor:
     """uint8 [F, H, W, 3] → uint8 [F, 3, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2)  # a copy: what comes from elsewhere may be read-only
