@@ -12,7 +12,7 @@ demo: setup
 
 test: setup
 	$(bin)/ruff check . && $(bin)/ruff format --check .
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 setup: $(VENV)/.installed assets
 
