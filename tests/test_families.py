@@ -30,6 +30,11 @@ FRAMES_VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
 }  # fmt: skip
 WAN_VAE = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1, -0.2, 0.3, 0.0]}
+WAN22_VAE = {  # as TI2V-5B's: more channels, 16×16 pixels
+    "base_dim": 8, "decoder_base_dim": 8, "z_dim": 6, "num_res_blocks": 1, "is_residual": True, "patch_size": 2,
+    "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.1] * 6,
+    "latents_std": [1.5] * 6,
+}  # fmt: skip
 COGVIDEOX_VAE = {
     "block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
 }  # fmt: skip
@@ -367,13 +372,16 @@ def test_a_clip_is_sampled_and_its_noise_is_its_own(tiny):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "cogvideox15"])
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "cogvideox15"), "wan22"])
 def test_a_pipeline_s_vae_is_used_as_the_pipeline_does(tmp_path, name):
-    kind, sizes = TINY[name]["vae"]
+    kind, sizes = (AutoencoderKLWan, WAN22_VAE) if name == "wan22" else TINY[name]["vae"]
+    name = "wan" if name == "wan22" else name
     torch.manual_seed(3)
     vae = kind(**sizes).eval()
     vae.save_pretrained(tmp_path / "vae")
     init = {k: v for k, v in TINY[name]["init"].items() if k != "out_channels"}
+    if sizes is WAN22_VAE:
+        init["patch_size"] = [1, 2, 2]
     denoiser = load(name, vae=str(tmp_path), init=init)
     shape = ClipShape(frames=9, height=32, width=32, fps=8)
     denoiser.check(shape)

@@ -48,7 +48,8 @@ class Model(Part):
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
     prompt_embeds: str | None = None
-    """safetensors file with `prompt_embeds` [tokens, dim] shown to text cross-attention. None: zeros."""
+    """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for SVD an image's embedding.
+    None: zeros."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
