@@ -6,7 +6,6 @@ finished part is never done again: after a kill the same command goes on where i
 folder without it is no dataset. Run again when there are new videos, the command adds shards of theirs.
 """
 
-import io
 import json
 import shutil
 from collections import defaultdict
@@ -16,26 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import pyarrow.parquet as pq
-import torch
 import typer
-from PIL import Image
 
 from entprog import config
 from entprog.config import Preparation
 from entprog.errors import UserError
-from entprog.media import attempts, cutting, fetching, inputs, ledger, pose, probing, shards, sheet, video
+from entprog.media import attempts, cutting, fetching, inputs, ledger, pose, probing, shards
 from entprog.media.inputs import Inputs
-from pipelines import growing, jobs, packing, progress
+from pipelines import growing, jobs, packing, progress, sheets
 from pipelines import latents as caching
 
 Row = dict[str, Any]
 
-SHEET_SOURCES = 24
-"""Sources on the contact sheet at most, spread evenly."""
-SHEET_SHARDS = 48
-"""Shards that they are looked for in."""
 LOOK_BYTES, TRACK_BYTES, CUT_BYTES = 200 * 2**20, 300 * 2**20, 250 * 2**20
 """Memory that a process of each stage takes with videos in 1080p."""
 BLOCKS_PER_CPU = 100
@@ -224,7 +215,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
     growing.mend(output, work.before)
     if work.before is not None and not work.to_do:
         if (output / "parts").exists():  # killed after the dataset was finished
-            _sheet(output, work.before.dataset)
+            sheets.of_dataset(output, work.before.dataset)
             shutil.rmtree(output / "parts")
         jobs.console.print(f"nothing to do: {output} is finished, with the same input and settings", markup=False)
         return _report(output, ledger.summary(work.before.lines))
@@ -254,7 +245,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
     dataset = growing.finish(output, settings, lines, written)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
-    _sheet(output, dataset)
+    sheets.of_dataset(output, dataset)
     shutil.rmtree(parts)
     return _report(output, ledger.summary(lines))
 
@@ -347,43 +338,6 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
 
 
 # ---- what a person sees ----
-
-
-def _sheet(output: Path, dataset: shards.Dataset) -> None:
-    """Two clips of every kept source, of up to SHEET_SOURCES: the reference, then frames with the pose over them."""
-    files = [(name, info.file) for name, infos in dataset.splits.items() for info in infos]
-    of_source = defaultdict(list)
-    for name, file in _some(files, SHEET_SHARDS):
-        sources = pq.read_table(output / file, columns=["source"]).column("source").to_pylist()
-        for row, source in enumerate(sources):
-            of_source[source].append((name, file, row))
-    rows = []
-    for source in _some(sorted(of_source), SHEET_SOURCES):
-        clips = of_source[source]
-        for split_name, file, at in [clips[i] for i in sorted({len(clips) // 4, 3 * len(clips) // 4})]:
-            (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s"])
-            rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
-    sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
-
-
-def _some(of: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, spread evenly."""
-    return [of[i] for i in np.unique(np.linspace(0, len(of) - 1, count).round().astype(int))] if of else []
-
-
-def _strip(clip: Row) -> np.ndarray:
-    """uint8 RGB [1 + n, H, W, 3], enlarged to be looked at: the reference, then frames with their pose."""
-    frames = video.decode_rgb(clip["video"])
-    reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
-    some = np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))
-    height, width = frames.shape[1:3]
-    times = max(1.0, 192 / height)
-    size = round(height * times), round(width * times)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # pictures this small only wait for each other's threads, up to 50 times as long
-    shown = sheet.overlay(np.stack([video.scale(frames[i], size) for i in some]), clip["pose"][some])
-    torch.set_num_threads(threads)
-    return np.concatenate([video.scale(reference, size)[None], shown])
 
 
 def _report(output: Path, figures: Row) -> Row:

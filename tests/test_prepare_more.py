@@ -1,18 +1,22 @@
 """prepare through the real command: manifests, new videos later, mostly bad input, kills while adding."""
 
+import functools
 import hashlib
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from PIL import Image
 from typer.testing import CliRunner
 
 from entprog.media import assets, ledger, shards, video
@@ -125,11 +129,29 @@ def test_what_is_gone_or_changed_is_said(grown, tmp_path):
     assert run("--input", folder, *again).exit_code == 0 and hashes(output) == before
 
 
+def served(folder: Path) -> str:
+    """The folder over HTTP on this machine alone, until the tests end: its address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def hashes_of(caption: str, clips: list[dict]) -> list[str]:
+    return [hashlib.sha256(clip["video"]).hexdigest() for clip in clips if clip["caption"] == caption]
+
+
 def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
     both = [np.concatenate(pair, 1) for pair in zip(frames["one"], frames["other"], strict=True)]
     video.write_mp4(tmp_path / "in" / "both.mp4", both, fps=10)
     video.write_mp4(tmp_path / "alone.mp4", frames["one"], fps=10)
+    images = tmp_path / "in" / "00001" / "images"
+    images.mkdir(parents=True)
+    for i, frame in enumerate(frames["one"]):
+        Image.fromarray(frame).save(images / f"{i:04d}.png")
     entries = [
+        {"path": f"{served(tmp_path)}/alone.mp4", "caption": "from afar", "split": "train"},
+        {"path": "00001/images", "caption": "images", "split": "train", "fps": 10},
         {"path": "both.mp4", "caption": "on the left", "split": "train", "crop": "0,0,272,480"},
         {"path": "both.mp4", "caption": "on the right", "split": "held_out", "crop": "272,0,272,480"},
         {"path": "both.mp4", "caption": "outside", "split": "", "crop": "300,0,272,480"},
@@ -139,27 +161,30 @@ def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
     (tmp_path / "in" / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     arguments = ["--input", tmp_path / "in" / "m.jsonl", "--output", tmp_path / "deep" / "out", *SHAPE]
     dry = run(*arguments, "--dry-run")
-    assert "input: manifest " in dry.output and "4 captions, 3 splits, 3 crops" in dry.output.replace("\n", " ")
+    assert "input: manifest " in dry.output and "6 captions, 5 splits, 3 crops" in dry.output.replace("\n", " ")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     output = tmp_path / "deep" / "out"
     assert verdicts(output) == {
+        entries[0]["path"]: ("", "train"),
+        "00001/images": ("", "train"),
         "both.mp4@0,0,272,480": ("", "train"),
         "both.mp4@272,0,272,480": ("", "held_out"),
         "both.mp4@300,0,272,480": ("bad_crop", ""),
         "../alone.mp4": ("", "train"),
         "../../../../../../etc/passwd": ("not_a_video", ""),
     }
-    columns = ["caption", "source_width", "crop_left", "crop_width", "source"]
+    columns = ["video", "caption", "source_width", "crop_left", "crop_width", "source"]
     clips = clips_of(output, columns)
-    assert {clip["caption"] for clip in clips} == {"on the left", "on the right", ""}
+    assert {clip["caption"] for clip in clips} == {"on the left", "on the right", "", "images", "from afar"}
     for clip in clips:
-        left = {"on the left": 0, "on the right": 272, "": 0}[clip["caption"]]
+        left = 272 if clip["caption"] == "on the right" else 0
         assert left <= clip["crop_left"] and clip["crop_left"] + clip["crop_width"] <= left + 272
-        assert clip["source_width"] == (272 if clip["caption"] == "" else 544)
+        assert clip["source_width"] == (544 if clip["caption"].startswith("on the") else 272)
+    assert hashes_of("", clips) == hashes_of("from afar", clips), "the same video, the same clips"
     written = {str(path.relative_to(tmp_path)).split("/")[0] for path in tmp_path.rglob("*")}
     assert written == {"in", "alone.mp4", "deep"}, "something was written outside the output"
-    entries[0]["split"] = "held_out"
+    entries[2]["split"] = "held_out"
     (tmp_path / "in" / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     moved = run(*arguments)
     assert moved.exit_code == 2 and "asks for another split of 1 sources" in moved.output

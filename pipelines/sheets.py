@@ -1,0 +1,58 @@
+"""The contact sheet of a dataset: what was kept, with the pose drawn on it, for a person to look at."""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from entprog.media import shards, sheet, video
+
+Row = dict[str, Any]
+
+SHEET_SOURCES = 24
+"""Sources on the contact sheet at most, spread evenly."""
+SHEET_SHARDS = 48
+"""Shards that they are looked for in."""
+
+
+def of_dataset(output: Path, dataset: shards.Dataset) -> None:
+    """Two clips of every kept source, of up to SHEET_SOURCES: the reference, then frames with the pose over them."""
+    files = [(name, info.file) for name, infos in dataset.splits.items() for info in infos]
+    of_source = defaultdict(list)
+    for name, file in _some(files, SHEET_SHARDS):
+        sources = pq.read_table(output / file, columns=["source"]).column("source").to_pylist()
+        for row, source in enumerate(sources):
+            of_source[source].append((name, file, row))
+    rows = []
+    for source in _some(sorted(of_source), SHEET_SOURCES):
+        clips = of_source[source]
+        for split_name, file, at in [clips[i] for i in sorted({len(clips) // 4, 3 * len(clips) // 4})]:
+            (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s"])
+            rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
+    sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
+
+
+def _some(of: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, spread evenly."""
+    return [of[i] for i in np.unique(np.linspace(0, len(of) - 1, count).round().astype(int))] if of else []
+
+
+def _strip(clip: Row) -> np.ndarray:
+    """uint8 RGB [1 + n, H, W, 3], enlarged to be looked at: the reference, then frames with their pose."""
+    frames = video.decode_rgb(clip["video"])
+    reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
+    some = np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))
+    height, width = frames.shape[1:3]
+    times = max(1.0, 192 / height)
+    size = round(height * times), round(width * times)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pictures this small only wait for each other's threads, up to 50 times as long
+    shown = sheet.overlay(np.stack([video.scale(frames[i], size) for i in some]), clip["pose"][some])
+    torch.set_num_threads(threads)
+    return np.concatenate([video.scale(reference, size)[None], shown])
