@@ -279,6 +279,7 @@ def _spread(values: Sequence[float]) -> float:
 
 def gpus() -> tuple[Constants, dict[str, str]]:
     """Wan 2.1 1.3B, 17 frames of 832x480 as latents, one clip a GPU: counted on the real class without its weights."""
+    models.family("wan")  # its blocks are known from then on
     with torch.device("meta"):
         network = WanTransformer3DModel(
             num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, freq_dim=256
