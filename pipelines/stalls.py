@@ -62,7 +62,7 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> l
         each = " per worker" if workers > 1 else ""
         told += f"{each} (data.decode_cpus={ceil(decode_cpus + more)}, on a machine or cluster that has them)"
         out.append(told + (f", or cache latents: {CACHE}" if encodes else ""))
-    if stalls.share(stalls.encode_s) >= WORTH_TELLING:
+    if encodes and stalls.share(stalls.encode_s) >= WORTH_TELLING:
         out.append(f"encode-bound: {stalls.share(stalls.encode_s):.0%} of the time in the VAE: {CACHE}")
     if waiting >= WORTH_TELLING and stalls.copy_s > stalls.compute_s:
         out.append(

@@ -231,7 +231,8 @@ def run(
             "data": dataset.fingerprint,
             "wall_s": round(time.time() - started, 3),
         }
-        encodes = bool(result["stalls"]["encode_s"])
+        has_vae = models.family(experiment.model.family).inspect(experiment.model).vae is not None
+        encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
         told = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": told, **store.figures()}
         _leave_charts(output, steps, result["blocks"], tracker, dataset)
