@@ -146,6 +146,7 @@ def write_json(path: Path, value: Any) -> None:
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
     """A small table of final figures on the terminal."""
     table = Table(*columns, title=title, title_justify="left")
+    table.columns[0].overflow = "fold"  # names of blocks and files: all of them, on as many lines as that takes
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
