@@ -121,6 +121,7 @@ class Head:
         token.chmod(0o600)
         base = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.env = base | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{base['PATH']}",  # as in an activated environment
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",

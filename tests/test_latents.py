@@ -247,7 +247,7 @@ def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
     cache = cached(dataset, denoiser)
     assert batches.caches(auto, dataset, denoiser, told.append) == {SHAPE: cache} and not told
     (cache.folder / "latents.json").unlink()  # as after a kill
-    assert batches.caches(auto, dataset, denoiser, told.append) == {} and "unfinished" in told[0]
+    assert batches.caches(auto, dataset, denoiser, told.append) == {} and "not finished" in told[0]
 
     def refused(*arguments) -> str:
         lines = [line for line in prepare_latents(*arguments, status=2).stderr.splitlines() if line.strip()]

@@ -7,6 +7,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
+from torch.utils._pytree import tree_map
+
 from entprog import costs, measuring
 from entprog.blocks import COMPILED, Block, blocks, bypass, compile_blocks, execution_order, unfreeze
 
@@ -28,8 +30,8 @@ def by_hand(block: Block):
     def forward(*args, **kwargs):
         shortcut = bypass(block.module, *args, **kwargs)
         with torch.no_grad():
-            branch = own(*args, **kwargs) - shortcut
-        return shortcut + branch
+            branch = tree_map(torch.sub, own(*args, **kwargs), shortcut)
+        return tree_map(torch.add, shortcut, branch)
 
     return forward
 

@@ -165,6 +165,7 @@ def setup_of(experiment, seed=0):
         [],
         latents([0]),
         blocks(denoiser.network),
+        {},
         lambda item: None,
     )
 
