@@ -161,6 +161,9 @@ class _Fit:
         self.drift: float | None = None
         """Of a new table that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
+        self.startup_s = 0.0
+        """Until the first batch was there: the same for every schedule and repeated by every resume, so that no budget
+        pays for it."""
         self.told = self.spent()
         """Of what the batches have cost, what Steps have carried."""
         total = experiment.train.workers * experiment.train.accumulate
@@ -323,12 +326,17 @@ class _Fit:
         return distributed.mean(values[0], self.device), rate, values[1], seconds, wait_s
 
     def next_batch(self) -> Latents:
-        shape = self.freeze.plan.shape
-        if self.stream is None or self.stream[0] != shape:
-            if self.stream is not None and hasattr(self.stream[1], "close"):
+        shape, starting = self.freeze.plan.shape, self.stream is None
+        if starting or self.stream[0] != shape:
+            if not starting and hasattr(self.stream[1], "close"):
                 self.stream[1].close()
             self.stream = shape, iter(self.open_batches(shape, self.state.position))
-        return next(self.stream[1])
+        began = self.now()
+        batch = next(self.stream[1])
+        if starting:
+            self.startup_s = self.now() - began
+            self.told = self.spent()
+        return batch
 
     def spent(self) -> Spent:
         """What batches have cost so far; nothing where their source does not say."""
@@ -368,6 +376,7 @@ class _Fit:
             return losses.held_out_loss(self.denoiser, held_out, draws, self.experiment.data.held_out_seed)
 
     def now(self) -> float:
+        """The run's clock: it stands still while the first batch is waited for."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.perf_counter() - self.startup_s

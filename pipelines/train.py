@@ -338,7 +338,7 @@ class _Display:
         self.elastic, self.most = train.min_workers is not None, train.workers
         self.blocks = 0
         self.clips, self.since, self.begun = 0, time.time(), 0.0
-        """Since the first step heard of, which bore the start-up."""
+        """Since the first step heard of."""
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
