@@ -63,8 +63,14 @@ class Listener:
                 self.heard(item)
 
     def _listen(self) -> None:
+        from ray.exceptions import RayError
+
         while not self._done.wait(0.3):
-            self.read()
+            try:
+                self.read()
+            except RayError:
+                if not self._done.is_set():
+                    raise
 
     def close(self) -> None:
         import ray
