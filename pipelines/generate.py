@@ -8,6 +8,7 @@ The motion is a driving video (its pose is estimated), a pose sequence (.npz wit
 0..1 of the picture, visibility 0..1), or clips out of shards, for which the true video is known.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,9 @@ app = jobs.app("Generate clips from a checkpoint, a reference image and a motion
 @app.command()
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
-    output: Annotated[Path, typer.Option(help="Folder for the videos, sheet.png and result.json.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the videos, sheet.png and result.json; the same command again resumes it.")
+    ],
     reference: Annotated[
         Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")
     ] = None,
@@ -99,11 +102,12 @@ def run(
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Generate and write the clips; returns the figures of result.json: `videos` (side by side), `clips` (one record
-    each), `left_out` (files of a folder that could not be used, with the reason), `sheet`.
+    each), `left_out` (files of a folder that could not be used, with the reason), `sheet`. Clips that an earlier call
+    has finished are kept.
 
     Exactly one of pose, video and shards says how the person moves; `reference` says who it is (with shards: instead
     of each clip's own). Each may be a folder: every motion is made with every reference. Raises UserError for anything
-    wrong with them.
+    wrong with them, and for an output that holds clips of another checkpoint or other settings.
     """
     settings = settings or Generation()
     _check_options(reference, pose, video, shards, clip, split)
@@ -168,10 +172,15 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
 def _generate(
     checkpoint: Checkpoint, made: list[motions.Motion], output: Path, settings: Generation, without: str | None
 ) -> dict[str, Any]:
+    from pipelines import protocol
     from pipelines.rendering import render
 
-    denoiser = checkpoints.load(checkpoint, settings.generate)
-    records, picture = render(denoiser, made, checkpoint.shape, output, settings.generate, without)
+    how = protocol.how_sampled(checkpoint, settings.generate)
+    how |= {"overlap": settings.generate.overlap, "without": without}
+    protocol.claim(output, how)
+    load = functools.partial(checkpoints.load, checkpoint, settings.generate)
+    shape, key = checkpoint.shape, config.digest(how)
+    records, picture = render(load, made, shape, output, settings.generate, without, key)
     columns = ("clip", "video", *(["difference"] if without else []))
     jobs.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:

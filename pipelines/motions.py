@@ -1,5 +1,6 @@
 """What a generated clip is to show: who, from a picture, and how they move, from a video, a pose file or a shard."""
 
+import hashlib
 import io
 import math
 import zipfile
@@ -39,6 +40,15 @@ class Motion:
     video_title: str = "ground truth"
     place: int = 0
     """Its place among all that are made: with the seed it decides the noise."""
+
+    def digest(self) -> str:
+        """Hash of all of it."""
+        found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
+        for array in (self.reference, self.pose, self.video):
+            if array is not None:
+                found.update(repr(array.shape).encode())
+                found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
 
 def wanted_frames(seconds: float | None, shape: ClipShape) -> float:

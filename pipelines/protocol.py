@@ -1,12 +1,11 @@
 """How generated clips were made: what a folder of them says, and what goes onto the cards of their figures."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from entprog import fingerprints
-from entprog.config import Evaluation
+from entprog.config import Evaluation, Generate
 from entprog.errors import UserError
 from entprog.media import video as videos
 from entprog.media.shards import Dataset
@@ -19,40 +18,27 @@ FILE = "protocol.json"
 """In a folder of generated clips: how they were made."""
 
 
-def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[str, Any]:
-    """All that decides what a checkpoint's clips look like."""
-    chosen = settings.generate
+def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
+    """All that decides what a checkpoint makes of a motion."""
     return {
         "checkpoint": fingerprints.folder(maker.root),
-        "dataset": dataset.fingerprint,
-        "split": settings.evaluate.split,
         "sampler": checkpoints.sampler_name(maker, chosen),
         "steps": chosen.steps,
-        "guidance": _guidance(chosen.reference_guidance, chosen.pose_guidance),
+        "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}",
         "seed": chosen.seed,
         "dtype": chosen.dtype,
     }
 
 
-def _guidance(reference: float, pose: float) -> str:
-    return f"reference {reference:g}, pose {pose:g}"
+def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """All that decides what a checkpoint's clips of a split look like."""
+    whose = {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
+    return how_sampled(maker, settings.generate) | whose
 
 
 def how_given(folder: Path) -> dict[str, Any]:
     """What a folder of clips says of how they were made; {} if nothing."""
-    if (folder / FILE).is_file():
-        return read_json(folder / FILE)
-    known = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
-    if known.get("job") != "generate":
-        return {}
-    told = {name.removeprefix("generate."): value for name, value in known["settings"].items()}
-    return {
-        "checkpoint": known.get("checkpoint"),
-        "sampler": known.get("sampler"),
-        "steps": told.get("steps"),
-        "guidance": _guidance(told.get("reference_guidance", math.nan), told.get("pose_guidance", math.nan)),
-        "seed": told.get("seed"),
-    }
+    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
 def check(folder: Path, made: dict[str, Any]) -> None:

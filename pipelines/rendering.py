@@ -1,24 +1,29 @@
 """Clips made by a network, beside what they were made from: mp4s and a contact sheet."""
 
 import itertools
+import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from entprog import sampling
+from entprog import config, sampling
 from entprog.clips import Clips
 from entprog.config import ClipShape, Generate
 from entprog.media import color, sheet, skeleton
 from entprog.media import video as videos
 from entprog.models import Denoiser
 from pipelines import jobs
+from pipelines.jobs import console
 from pipelines.motions import Motion
+
+SHOWN = 8
+"""Clips on the contact sheet."""
 
 
 def motions_of(clips: Clips, names: Sequence[str]) -> list[Motion]:
@@ -63,60 +68,117 @@ def fitting(denoiser: Denoiser, motion: Motion, shape: ClipShape) -> Motion:
 
 
 def render(
-    denoiser: Denoiser,
+    load: Callable[[], Denoiser],
     motions: Sequence[Motion],
     shape: ClipShape,
     output: Path,
     settings: Generate,
     without: str | None = None,
+    key: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Sample every motion and write it: a record each (`clip`, `video` side by side, `result` alone), contact sheet.
 
-    Pose and truth lie beside the result on their own too, for other runs' results to be shown with. without: a
-    condition; each clip is made a second time with it zeroed and shown beside, `difference` being the largest one of
-    the two in levels of 0..255.
+    Pose and truth lie beside the result on their own too, for other runs' results to be shown with. load: gives the
+    network, once there is a clip to make. without: a condition; each clip is made a second time with it zeroed and
+    shown beside, `difference` being the largest one of the two in levels of 0..255. key: of all that decides how clips
+    are made, beside the motions; clips that lie in `output` under it are kept. None: all are made.
     """
-    motions = [fitting(denoiser, motion, shape) for motion in motions]
-    records, rows = [], []
-    started = time.time()
-    for batch in _batches(motions, settings.batch_size):
-        made = make(denoiser, batch, shape, settings)
-        bare = made if without is None else make(denoiser, batch, shape, settings, without)
-        for motion, result, other in zip(batch, made, bare, strict=True):
-            drawn = pixels(skeleton.draw(torch.from_numpy(motion.pose), shape.height, shape.width))
-            still = np.broadcast_to(motion.reference, result.shape)
-            parts = [("reference", still), ("pose", drawn), ("result", result)]
-            if without is not None:
-                parts.append((f"without {without}", other))
-            if motion.video is not None:
-                parts.append((motion.video_title, motion.video))
-            record = _write(output / "videos", len(records), motion, parts, shape.fps)
-            if without is not None:
-                record["difference"] = int(np.abs(result.astype(int) - other).max())
-            records.append(record)
-            rows += [(f"{motion.name}: {title}", frames) for title, frames in parts[1:]]
-        rate = len(records) / (time.time() - started)
-        left = (len(motions) - len(records)) / rate
-        jobs.console.print(f"{len(records)}/{len(motions)} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
-    return records, sheet.contact_sheet(rows, output / "sheet.png")
+    identities = [None if key is None else config.digest(key, motion.digest()) for motion in motions]
+    each = enumerate(zip(motions, identities, strict=True))
+    files = [Files(output / "videos", number, motion, identity) for number, (motion, identity) in each]
+    todo = [clip for clip in files if not clip.kept()]
+    if len(todo) < len(files):
+        console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}", markup=False)
+    if todo:
+        _make_all(load(), todo, shape, settings, without)
+    shown = files[:: -(-len(files) // SHOWN)]
+    rows = [row for clip in shown for row in clip.rows(without)]
+    return [clip.record() for clip in files], sheet.contact_sheet(rows, output / "sheet.png")
 
 
-def _batches(motions: Sequence[Motion], size: int) -> Iterator[list[Motion]]:
+def _make_all(
+    denoiser: Denoiser, todo: Sequence["Files"], shape: ClipShape, settings: Generate, without: str | None
+) -> None:
+    todo = [replace(clip, motion=fitting(denoiser, clip.motion, shape)) for clip in todo]
+    started, done = time.time(), 0
+    for batch in _batches(todo, settings.batch_size):
+        motions = [clip.motion for clip in batch]
+        made = make(denoiser, motions, shape, settings)
+        bare = None if without is None else make(denoiser, motions, shape, settings, without)
+        for number, clip in enumerate(batch):
+            clip.write(made[number], shape.fps, *(() if bare is None else (without, bare[number])))
+        done += len(batch)
+        rate = done / (time.time() - started)
+        left = (len(todo) - done) / rate
+        console.print(f"{done}/{len(todo)} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
+
+
+def _batches(clips: Sequence["Files"], size: int) -> Iterator[list["Files"]]:
     """Neighbours of one length, at most `size` at once."""
-    for _, group in itertools.groupby(motions, lambda motion: len(motion.pose)):
+    for _, group in itertools.groupby(clips, lambda clip: len(clip.motion.pose)):
         of_length = list(group)
         for first in range(0, len(of_length), size):
             yield of_length[first : first + size]
 
 
-def _write(folder: Path, number: int, motion: Motion, parts, fps: float) -> dict[str, Any]:
-    name = f"{number:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', motion.name)[:80]}"
-    beside = videos.write_mp4(folder / f"{name}.mp4", sheet.side_by_side(parts), fps)
-    shown = dict(parts)
-    alone = {"pose": shown["pose"], "result": shown["result"]}
-    alone |= {} if motion.video is None else {"truth": motion.video}
-    paths = {part: videos.write_mp4(folder / f"{name}_{part}.mp4", v, fps) for part, v in alone.items()}
-    return {"clip": motion.name, "video": str(beside), "result": str(paths["result"])}
+@dataclass(frozen=True)
+class Files:
+    """What is left of one clip: NAME.mp4 side by side, NAME_pose.mp4 and others alone, NAME.json once it is whole."""
+
+    folder: Path
+    number: int
+    motion: Motion
+    identity: str | None
+    """Of everything that decides what the clip looks like; None: never kept."""
+
+    def path(self, end: str) -> Path:
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.motion.name)[:80]
+        return self.folder / f"{self.number:03d}_{name}{end}"
+
+    def kept(self) -> bool:
+        """Whether it is there already, made of this very motion in this very way."""
+        there = all(self.path(end).is_file() for end in (".json", ".mp4", "_result.mp4"))
+        return self.identity is not None and there and self._note()["identity"] == self.identity
+
+    def write(self, result: np.ndarray, fps: float, without: str = "", bare: np.ndarray | None = None) -> None:
+        motion = self.motion
+        drawn = pixels(skeleton.draw(torch.from_numpy(motion.pose), *result.shape[1:3]))
+        alone = {"pose": drawn, "result": result}
+        alone |= {} if bare is None else {"without": bare}
+        alone |= {} if motion.video is None else {"truth": motion.video}
+        still = ("reference", np.broadcast_to(motion.reference, result.shape))
+        titles = self._titles(without)
+        self.path(".json").unlink(missing_ok=True)
+        for part, frames in alone.items():
+            videos.write_mp4(self.path(f"_{part}.mp4"), frames, fps)
+        parts = [still, *((titles[part], frames) for part, frames in alone.items())]
+        videos.write_mp4(self.path(".mp4"), sheet.side_by_side(parts), fps)
+        note = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
+        jobs.write_json(self.path(".json"), {"identity": self.identity, **note})
+
+    def record(self) -> dict[str, Any]:
+        """The clip as result.json has it."""
+        about = {name: value for name, value in self._note().items() if name != "identity"}
+        video, result = str(self.path(".mp4")), str(self.path("_result.mp4"))
+        return {"clip": self.motion.name, "video": video, "result": result, **about}
+
+    def rows(self, without: str | None) -> list[tuple[str, np.ndarray]]:
+        """The clip on a contact sheet."""
+        paths = {title: self.path(f"_{part}.mp4") for part, title in self._titles(without).items()}
+        return [(f"{self.motion.name}: {title}", _glance(path)) for title, path in paths.items() if path.is_file()]
+
+    def _titles(self, without: str | None) -> dict[str, str]:
+        bare = {"without": f"without {without}"} if without else {}
+        return {"pose": "pose", "result": "result", **bare, "truth": self.motion.video_title}
+
+    def _note(self) -> dict[str, Any]:
+        return json.loads(self.path(".json").read_text())
+
+
+def _glance(path: Path) -> np.ndarray:
+    """The frames of a clip that a contact sheet has room for."""
+    frames = [frame for _, frame in videos.iter_frames(path)]
+    return np.stack([frames[i] for i in sheet.spread(len(frames))])
 
 
 def pixels(video) -> np.ndarray:

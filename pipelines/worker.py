@@ -304,7 +304,7 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
             batch.resized(data.shape), [f"held-out clip {n}" for n in batch.position.tolist()]
         )
     settings = config.Generate(batch_size=data.batch_size, shift=shift)
-    rendering.render(setup.denoiser, motions, data.shape, folder, settings)
+    rendering.render(lambda: setup.denoiser, motions, data.shape, folder, settings)
 
 
 def as_record(step: Step) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,44 @@ def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_pat
     assert one != bytes_of("guided", pose_guidance=3.0)
 
 
+def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path):
+    for number in range(4):
+        np.savez(tmp_path / f"{number}.npz", pose=np.random.default_rng(number).random((5, 33, 3)))
+    output = tmp_path / "out"
+    given = ["--checkpoint", made / "run", "--reference", made / "me.png", "--pose", tmp_path, "--output", output]
+    given += ["--steps", 80, "--set", "generate.batch_size=1"]
+    first = subprocess.Popen([sys.executable, "-m", "pipelines.generate", *map(str, given)], stdout=subprocess.DEVNULL)
+    whole = lambda: sorted((output / "videos").glob("*.json"))  # noqa: E731
+    while len(whole()) < 2:
+        assert first.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    notes = whole()
+    kept = {path: path.stat().st_mtime_ns for note in notes for path in output.glob(f"videos/{note.stem}*")}
+    assert len(notes) < 4 and len(kept) == 4 * len(notes)
+    assert f"{len(notes)} of 4 clips are there already" in command(*given)
+    result = json.loads((output / "result.json").read_text())
+    assert len(whole()) == len(result["clips"]) == 4 and {p: p.stat().st_mtime_ns for p in kept} == kept
+
+    # What was made after the kill is what one run makes; a clip that was lost comes back, one of another motion is new.
+    chosen = Generation.model_validate({"generate": {"steps": 80}})
+    paths = {"reference": made / "me.png", "pose": tmp_path}
+    again = generate.run(made / "run", tmp_path / "again", chosen, **paths)
+    results = [[Path(clip["result"]) for clip in found["clips"]] for found in (result, again)]
+    for one, other in zip(*results, strict=True):  # in batches of other sizes, which the last bits depend on
+        one, other = (video.decode_rgb(path.read_bytes()).astype(int) for path in (one, other))
+        assert np.abs(one - other).mean() < 1
+    before = {path: path.stat().st_mtime_ns for path in results[1]}
+    results[1][0].unlink()
+    np.savez(tmp_path / "3.npz", pose=np.random.default_rng(9).random((5, 33, 3)))
+    generate.run(made / "run", tmp_path / "again", chosen, **paths)
+    assert [path.stat().st_mtime_ns != before[path] for path in results[1]] == [True, False, False, True]
+    other = Generation.model_validate({"generate": {"steps": 81}})
+    with pytest.raises(UserError, match=r"made with another steps \(80, now 81\): choose another --output"):
+        generate.run(made / "run", tmp_path / "again", other, **paths)
+
+
 def test_every_motion_of_a_folder_with_every_reference(made, tmp_path):
     for folder in ("people", "poses"):
         (tmp_path / folder).mkdir()
@@ -162,8 +201,11 @@ def test_with_and_without_pose_are_equal_before_training_and_differ_after(made, 
     chosen = Generation.model_validate({"generate": {"steps": 2, "count": 1}})
     (record,) = generate.run(tmp_path / "step0", tmp_path / "out", chosen, **paths)["clips"]
     assert record["difference"] == 0
-    (record,) = generate.run(made / "run", tmp_path / "out", chosen, **paths)["clips"]
+    (record,) = generate.run(made / "run", tmp_path / "trained", chosen, **paths)["clips"]
     assert record["difference"] > 0
+    assert {path.name[4:].partition("_000000")[2] for path in (tmp_path / "trained/videos").iterdir()} == {
+        ".json", ".mp4", "_pose.mp4", "_result.mp4", "_truth.mp4", "_without.mp4",
+    }  # fmt: skip
     with pytest.raises(UserError, match=r"--without: pose is no condition of .*; its conditions: reference"):
         generate.run(tmp_path / "base", tmp_path / "out", chosen, **paths)
 

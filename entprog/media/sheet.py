@@ -16,8 +16,17 @@ PAPER = (24, 24, 28)
 INK = (235, 235, 235)
 
 
+COLUMNS = 8
+"""Frames of a clip on a contact sheet."""
+
+
+def spread(count: int, columns: int = COLUMNS) -> list[int]:
+    """At most `columns` of `count` frames, evenly, first and last among them."""
+    return np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int)).tolist()
+
+
 def contact_sheet(
-    rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 8, frame_height: int = 192
+    rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = COLUMNS, frame_height: int = 192
 ) -> Path:
     """Write a PNG: a row per (label, uint8 RGB [F, H, W, 3]), at most `columns` frames spread evenly over the clip.
 
@@ -29,8 +38,7 @@ def contact_sheet(
     label_height = 26
     strips = []
     for label, frames in rows:
-        picked = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
-        images = [_scale_to_height(frames[i], frame_height) for i in picked]
+        images = [_scale_to_height(frames[i], frame_height) for i in spread(len(frames), columns)]
         strips.append((label, images))
     width = max(sum(image.width + GAP for image in images) for _, images in strips) + GAP
     width = max(width, *(int(font.getlength(label)) + 2 * GAP for label, _ in strips), 1)
