@@ -45,9 +45,9 @@ class Fp8Linear(nn.Module):
         )
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] → bfloat16 [..., outputs]."""
-        return functional.linear(x.to(torch.bfloat16), self.weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] → bfloat16 [..., outputs]. Named as nn.Linear's: some blocks pass it by name."""
+        return functional.linear(input.to(torch.bfloat16), self.weight, self.bias)
 
     @property
     def nbytes(self) -> int:
