@@ -6,7 +6,6 @@ from conftest import latents, tiny_denoiser, tiny_experiment
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-
 from torch.utils._pytree import tree_map
 
 from entprog import costs, measuring
