@@ -71,7 +71,7 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
-        chosen = settings(config_file, set_, own)
+        chosen = jobs.own_settings(Evaluation, config_file, set_, evaluate=own)
         task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
         if dry_run:
             return explain(task)
@@ -90,17 +90,6 @@ def explain_settings() -> None:
     jobs.show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
     known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
     jobs.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
-
-
-def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Evaluation:
-    """Config files < the command's own options (None: not given) < --set. Of a whole experiment's file only the parts
-    that matter here count. Raises UserError for any wrong name or value."""
-    values: dict[str, Any] = {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
-    values = config.merge(values, {"evaluate": {name: value for name, value in own.items() if value is not None}})
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Evaluation)
 
 
 @dataclass(frozen=True)

@@ -71,20 +71,10 @@ def main(
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
         given["without"] = without
-        return run(checkpoint, output, settings(config_file, set_, own), dry_run=dry_run, **given)
+        chosen = jobs.own_settings(Generation, config_file, set_, generate=own)
+        return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
     jobs.run("generate", None if dry_run else output, work, verbose=verbose)
-
-
-def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Generation:
-    """Config files < the command's own options (None: not given) < --set. Of a whole experiment's file only the parts
-    that matter here count. Raises UserError for any wrong name or value."""
-    values: dict[str, Any] = {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
-    values = config.merge(values, {"generate": {name: value for name, value in own.items() if value is not None}})
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Generation)
 
 
 def run(

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,6 +26,7 @@ from entprog import config
 from entprog.errors import UserError
 
 E = TypeVar("E", bound=config.Experiment)
+S = TypeVar("S")
 PRESETS = Path(__file__).parent / "presets"
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -58,6 +59,20 @@ def experiment(
     values = config.read_preset(preset, PRESETS) if preset else {}
     for path in files or []:
         values = config.merge(values, config.read_yaml(path))
+    values = config.merge(values, _without_none(options))
+    return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
+
+
+def own_settings(whole: type[S], files: Sequence[Path] | None, pairs: Sequence[str] | None, **options) -> S:
+    """The settings of a job that trains nothing: config files < options (None: not given) < --set.
+
+    Of a whole experiment's file only the parts that matter to the job count.
+    Raises UserError for any wrong name or value.
+    """
+    values: dict[str, Any] = {}
+    for path in files or []:
+        values = config.merge(values, config.read_yaml(path))
+    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
     values = config.merge(values, _without_none(options))
     return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
 

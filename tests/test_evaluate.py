@@ -10,6 +10,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from typer.testing import CliRunner
 
+from entprog import config
 from entprog.config import Evaluation, Model
 from entprog.errors import UserError
 from entprog.media import shards
@@ -136,7 +137,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
 
 def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
     def work():
-        chosen = generate.settings(None, None, {"steps": 1, "count": 3, "pose_guidance": 2.0})
+        chosen = config.build({"generate": {"steps": 1, "count": 3, "pose_guidance": 2.0}}, config.Generation)
         return generate.run(made / "run", tmp_path / "made", chosen, shards=made / "shards")
 
     jobs.run("generate", tmp_path / "made", work)
