@@ -35,6 +35,14 @@ SHOWN = 6
 """Clips on the contact sheet."""
 
 
+def _explain_metrics() -> None:
+    known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
+    jobs.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
+
+
+HelpSettings = jobs.help_settings(Evaluation, also=_explain_metrics)
+
+
 @app.command()
 def main(
     shards: Annotated[Path, typer.Option(help="Folder of pipelines.prepare: references, poses and true clips.")],
@@ -59,9 +67,7 @@ def main(
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
-    help_settings: Annotated[
-        bool, typer.Option("--help-settings", is_eager=True, help="Explain every setting and metric.")
-    ] = False,
+    help_settings: HelpSettings = False,
 ) -> None:
     """Generate a split's clips with a checkpoint (or take them from a folder), and measure them against the truth.
 
@@ -78,18 +84,7 @@ def main(
         with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(task, output, verbose=verbose)
 
-    if help_settings:
-        explain_settings()
-        return
     jobs.run("evaluate", None if dry_run else output, work, verbose=verbose)
-
-
-def explain_settings() -> None:
-    """Print every setting and every metric."""
-    rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(Evaluation)]
-    jobs.show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
-    known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
-    jobs.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def main(
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
+    help_settings: jobs.help_settings(Generation) = False,
 ) -> None:
     """Generate clips from a checkpoint, a reference image and a motion: give one of --video, --pose or --shards."""
 

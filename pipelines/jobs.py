@@ -38,6 +38,25 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
 
 
+def help_settings(whole: type = config.Experiment, only: str = "", also: Callable[[], None] | None = None):
+    """The option `--help-settings` of a job whose settings are `whole`'s, or those of them that begin with `only`.
+
+    It answers before anything else is asked for. also: what else there is to explain.
+    """
+
+    def explain(asked: bool) -> None:
+        if asked:
+            rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(whole)]
+            rows = [row for row in rows if row[0].startswith(only)]
+            show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
+            if also is not None:
+                also()
+            raise typer.Exit
+
+    told = "Explain every setting, with its default."
+    return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=told)]
+
+
 def app(help: str) -> typer.Typer:
     """A command line of one job."""
     return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -77,6 +77,7 @@ def main(
     set: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
+    help_settings: jobs.help_settings(config.Preparation) = False,
 ) -> None:
     """Cut videos of people into shards of clips with pose, ready for training.
 

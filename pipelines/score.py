@@ -37,6 +37,7 @@ def main(
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
+    help_settings: jobs.help_settings() = False,
 ) -> None:
     """Skip every block in turn and measure what it does to the prediction's entropy and to the loss.
 

@@ -47,18 +47,12 @@ def main(
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
-    help_settings: Annotated[
-        bool, typer.Option("--help-settings", help="Explain every setting, with its default.")
-    ] = False,
+    help_settings: jobs.help_settings() = False,
 ) -> None:
     """Fine-tune on prepared clips: score blocks, then train the ones that matter.
 
     Leaves in OUTPUT: model/ (diffusers), checkpoints/, steps.jsonl (a line a step), cei.json and charts, result.json.
     """
-    if help_settings:
-        rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help()]
-        jobs.show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
-        return
 
     def work() -> dict[str, Any]:
         experiment = jobs.experiment(

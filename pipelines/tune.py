@@ -59,18 +59,13 @@ def main(
     set_: jobs.Set = None,
     dry_run: jobs.DryRun = False,
     verbose: jobs.Verbose = False,
-    help_settings: Annotated[bool, typer.Option("--help-settings", help="Explain the settings of the search.")] = False,
+    help_settings: jobs.help_settings(Sweep, only="tune.") = False,
 ) -> None:
     """Train under many settings, each for the same charged seconds, and say which settings matter.
 
     Leaves in OUTPUT: best.yaml (train --config takes it), trials.csv, charts of importance and response, result.json,
     and trials/ID/ with each training's folder. In MLflow: a run of the sweep, its trials and their stages nested.
     """
-    if help_settings:
-        rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(Sweep)]
-        rows = [row for row in rows if row[0].startswith("tune.")]
-        jobs.show("Settings of the search (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
-        return
 
     def work() -> dict[str, Any]:
         pairs = [f"train.seconds={seconds}", "train.steps=null"] if seconds is not None else []

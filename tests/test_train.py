@@ -1,5 +1,6 @@
 """The train and score jobs through their real commands: real clips, real Ray, real MLflow, real kills."""
 
+import importlib
 import json
 import os
 import shutil
@@ -279,6 +280,19 @@ def test_dry_run_writes_nothing(base_command, place):
     assert result.exit_code == 0 and "Would train" in result.output and not (place / "dry").exists()
 
 
-def test_help_teaches():
-    result = CliRunner().invoke(train.app, ["--help-settings"])
-    assert result.exit_code == 0 and "schedule.search_share" in result.output
+@pytest.mark.parametrize(
+    ("job", "setting"),
+    [
+        ("prepare", "prepare.min_visibility"),
+        ("score", "priority.draws"),
+        ("train", "schedule.search_share"),
+        ("tune", "tune.trials"),
+        ("generate", "generate.steps"),
+        ("evaluate", "evaluate.metrics"),
+    ],
+)
+def test_help_teaches_without_other_options(job, setting):
+    app = importlib.import_module(f"pipelines.{job}").app
+    result = CliRunner().invoke(app, ["--help-settings"])
+    assert result.exit_code == 0 and setting in result.output
+    assert "--help-settings" in CliRunner().invoke(app, ["--help"]).output
