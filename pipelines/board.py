@@ -5,8 +5,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-LAST_WORDS = ("result", "user_error", "failure", "stopped")
-"""Items after which nothing more is done."""
+LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
+"""Items with which a group of workers ends."""
+GOES_ON, GROWS, MACHINE_ENDS, JOB_ENDS = range(4)
+"""Notices to workers (`pipelines.stopping`): the higher, the more urgent."""
 
 
 class Board:
@@ -14,7 +16,8 @@ class Board:
 
     def __init__(self):
         self.items: list[dict[str, Any]] = []
-        self.told_to_stop = asyncio.Event()
+        self.notice = GOES_ON
+        self.noticed = asyncio.Event()
 
     async def post(self, item: dict[str, Any]) -> None:
         self.items.append(item)
@@ -23,12 +26,21 @@ class Board:
         out, self.items = self.items, []
         return out
 
-    async def stop(self) -> None:
-        self.told_to_stop.set()
+    async def tell(self, notice: int) -> None:
+        """Give the workers a notice; none takes the place of a more urgent one."""
+        self.notice = max(self.notice, notice)
+        self.noticed.set()
 
-    async def stopping(self) -> None:
-        """Returns once the job is to end."""
-        await self.told_to_stop.wait()
+    async def forget(self, notice: int) -> None:
+        """Take a notice back that was meant for workers who have ended."""
+        if self.notice == notice:
+            self.notice = GOES_ON
+            self.noticed.clear()
+
+    async def heard(self) -> int:
+        """The notice, once there is one."""
+        await self.noticed.wait()
+        return self.notice
 
 
 class Listener:
@@ -45,6 +57,8 @@ class Listener:
         """The last words."""
         self.step = 0
         """The furthest step heard of."""
+        self.begun = threading.Event()
+        """A group of workers has made a step; whoever starts one clears it."""
         self._reading = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -59,7 +73,9 @@ class Listener:
                 if item.keys() & set(LAST_WORDS):
                     self.last |= item
                     continue
-                self.step = max(self.step, item.get("step", {}).get("step", 0))
+                if "step" in item:
+                    self.step = max(self.step, item["step"]["step"])
+                    self.begun.set()
                 self.heard(item)
 
     def _listen(self) -> None:

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entprog.config import Experiment, Model
+from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.storage import Place
-from pipelines.board import Listener
+from pipelines import elastic
+from pipelines.board import GROWS, JOB_ENDS, Listener
+from pipelines.elastic import CPUS_FOR_DATA
 
-CPUS_FOR_DATA = 1
-"""Logical CPUs that must be left beside the workers: with none, Ray Data waits for ever."""
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
 STOP_S = 60.0
@@ -98,23 +98,31 @@ def run_workers(
     """Run `worker(settings)` on every worker of a TorchTrainer; `heard` gets what rank 0 posts; returns its last word.
 
     A worker posts `{"result": {…}}` when all is done, `{"user_error": line}` for a person's mistake that only it could
-    see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end. Whatever
-    else ends the workers, or their trainer, starts them again, up to `train.max_failures` times in a row without a step
-    gained. SIGTERM to this process lets the workers save a checkpoint, and then raises KeyboardInterrupt. Raises
-    UserError, or RuntimeError with the workers' own reason in one line.
+    see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end, and
+    `{"grows": step}` when there is room for more workers. Whatever else ends the workers, or their trainer, starts them
+    again, up to `train.max_failures` times in a row without a step gained. SIGTERM to this process lets the workers
+    save a checkpoint, and then raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own reason
+    in one line.
     """
     gpus = use_gpus(experiment)
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(heard)
-    tries, most = experiment.train.max_failures, 0
+    train, tries, furthest = experiment.train, experiment.train.max_failures, 0
+    workers = train.workers
     try:
         with _stopping(listener):
             while True:
-                with _leaving_nothing_reserved():
-                    failure = _attempt(worker, {**settings, "board": listener.board}, experiment, gpus, storage)
+                if train.min_workers:
+                    wait = lambda line: heard({"warning": line})  # noqa: E731
+                    workers = elastic.room(train.min_workers, train.workers, gpus, wait)
+                with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus):
+                    told = {**settings, "board": listener.board}
+                    failure = _attempt(worker, told, experiment, workers, gpus, storage)
                 listener.read()
                 last = listener.last
+                if last.pop("grows", None) is not None:
+                    continue
                 if "user_error" in last:
                     raise UserError(last["user_error"])
                 if "stopped" in last:
@@ -122,8 +130,8 @@ def run_workers(
                 if "result" in last:
                     return last["result"]
                 reason = last.get("failure") or (_reason(failure) if failure else "the workers ended without a result")
-                if listener.step > most:
-                    tries, most = experiment.train.max_failures, listener.step
+                if listener.step > furthest:
+                    tries, furthest = train.max_failures, listener.step
                 if "failure" in last or not tries:
                     raise RuntimeError(reason) from failure
                 tries -= 1
@@ -132,23 +140,35 @@ def run_workers(
         listener.close()
 
 
-def _attempt(worker, settings: dict[str, Any], experiment: Experiment, gpus: bool, storage: Path) -> Exception | None:
+@contextmanager
+def _growing(listener: Listener, train: Train, workers: int, gpus: bool):
+    """A group that is smaller than it should be is told when it can grow."""
+    import ray
+
+    ray.get(listener.board.forget.remote(GROWS))
+    listener.begun.clear()
+
+    def grow() -> None:
+        listener.board.tell.remote(GROWS)
+
+    with elastic.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow):
+        yield
+
+
+def _attempt(
+    worker, settings: dict[str, Any], experiment: Experiment, workers: int, gpus: bool, storage: Path
+) -> Exception | None:
     """One group of workers from its start to its end; why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from pipelines.stopping import Listening
 
-    train = experiment.train
     trainer = TorchTrainer(
         worker,
         train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
         torch_config=Listening(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
-            use_gpu=gpus,
-            elastic_resize_monitor_interval_s=train.resize_every_s,
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=RunConfig(
             # A name of its own: Ray must not look for state under it; we resume from our own checkpoints.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
@@ -201,7 +221,7 @@ def _stopping(listener: Listener):
     timers: list[threading.Timer] = []
 
     def tell(*_) -> None:
-        listener.board.stop.remote()
+        listener.board.tell.remote(JOB_ENDS)
         timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].daemon = True
         timers[-1].start()

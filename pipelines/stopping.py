@@ -1,7 +1,8 @@
-"""Notices that something is about to end: a spot machine (SIGTERM to its workers), or the job (SIGTERM to the driver).
+"""Notices that something is about to end: a spot machine (SIGTERM to its workers), the job (SIGTERM to the driver), or
+a group of workers in favour of a larger one.
 
-Either way the workers save a checkpoint after the step they are at. Then a group whose machine leaves is started anew
-on what is there; a job that is told to stop ends, and the same command resumes it.
+Always the workers save a checkpoint after the step they are at. Then a group whose machine leaves, or which can grow,
+is started anew on what is there; a job that is told to stop ends, and the same command resumes it.
 """
 
 import signal
@@ -13,8 +14,7 @@ import torch
 from ray.train.torch import TorchConfig
 
 from entprog import distributed
-
-GOES_ON, MACHINE_ENDS, JOB_ENDS = 0, 1, 2
+from pipelines.board import GOES_ON, MACHINE_ENDS
 
 _told = threading.Event()
 """SIGTERM has come to this worker's process."""
@@ -47,13 +47,13 @@ class Notices:
 
     def __init__(self, board: Any, device: torch.device):
         self.device = device
-        self.job_ends = board.stopping.remote() if distributed.world()[0] == 0 else None
+        self.of_driver = board.heard.remote() if distributed.world()[0] == 0 else None
 
     def heard(self) -> int:
-        """GOES_ON, MACHINE_ENDS or JOB_ENDS."""
+        """GOES_ON, GROWS, MACHINE_ENDS or JOB_ENDS."""
         import ray
 
         mine = MACHINE_ENDS if _told.is_set() else GOES_ON
-        if self.job_ends is not None and ray.wait([self.job_ends], timeout=0)[0]:
-            mine = JOB_ENDS
+        if self.of_driver is not None and ray.wait([self.of_driver], timeout=0)[0]:
+            mine = max(mine, ray.get(self.of_driver))
         return int(distributed.slowest(float(mine), self.device))

@@ -38,8 +38,9 @@ from entprog.state import RunState
 from entprog.training import Step, fit, start
 from pipelines import clips, gauges, machine, rendering
 from pipelines.batches import Batches, caches
+from pipelines.board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.jobs import write_json
-from pipelines.stopping import GOES_ON, MACHINE_ENDS, LeavingError, Notices
+from pipelines.stopping import LeavingError, Notices
 from pipelines.tracking import Tracker
 
 
@@ -236,7 +237,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 torch.distributed.barrier()
                 if notice == MACHINE_ENDS:
                     raise LeavingError(f"a worker's machine is about to end (SIGTERM) after step {step.step}")
-                return {"stopped": step.step}
+                return {"grows" if notice == GROWS else "stopped": step.step}
     if state.step == 0:
         raise UserError(
             f"scoring took {state.seconds.score:.1f} s, no less than train.seconds={experiment.train.seconds:g}: raise "

@@ -1,10 +1,12 @@
 """Shared material: tiny real networks and latents."""
 
+import contextlib
 import os
 import shutil
 
 os.environ.setdefault("ENTPROG_OBJECT_STORE_BYTES", str(500 * 2**20))
 
+import psutil
 import pytest
 import torch
 
@@ -86,6 +88,16 @@ def two_people(tmp_path_factory):
         settings = {"data": {"shape": CLIPS.model_dump()}, "prepare": {"held_out": ["cam04"], "stride": 3}}
         prepare.run(videos, folder, config.build(settings, config.Preparation))
     return folder
+
+
+def running(title: str) -> list[psutil.Process]:
+    """Ray's actors of a class, of the Ray and the commands that this test started alone."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """The train and score jobs through their real commands: real clips, real Ray, real MLflow, real kills."""
 
 import importlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,13 +13,14 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+import torch
 import yaml
-from conftest import CLIPS, TINY, two_people
+from conftest import CLIPS, TINY, running, two_people
+from diffusers import WanTransformer3DModel
 from typer.testing import CliRunner
 
-from entprog import config
+from entprog import checkpoint, config
 from pipelines import jobs, launch, score, train
 
 SHAPE = CLIPS.model_dump()
@@ -71,8 +74,6 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert result["flops"] > 0 and result["peak_memory_bytes"] > 0
     for name in ("schedule.png", "cei.png", "loss.png", "cei.json", "steps.jsonl", "model/entprog.json"):
         assert (output / name).stat().st_size > 0
-    from diffusers import WanTransformer3DModel
-
     network = WanTransformer3DModel.from_pretrained(output / "model" / "transformer")
     assert network.config.in_channels == 9  # noise, reference, pose
 
@@ -134,10 +135,6 @@ def test_another_experiment_in_the_same_folder_is_refused(undisturbed, shards, p
         train.run(experiment(shards, train={"learning_rate": 0.5}), output, tables=place / "tables")
 
 
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-
-
 def when_at(steps_file: Path, lines: int, act) -> threading.Thread:
     """Do something once the run has come that far."""
 
@@ -158,7 +155,7 @@ def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
     killed = []
 
     def kill():
-        for process in workers():
+        for process in running("RayTrainWorker"):
             process.kill()
             killed.append(process.pid)
 
@@ -173,9 +170,14 @@ def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
     assert plans[0] == plans[1]
 
 
-def test_two_workers_train_one_model(shards, place):
-    result = train.run(experiment(shards, train={"workers": 2, "steps": 8}), place / "two", tables=place / "tables")
-    assert result["clips"] == 8 * 2 * 2 and len(result["losses"]) == 8
+@pytest.fixture(scope="module")
+def two(shards, place):
+    """What two workers come to that hold the network whole."""
+    return train.run(experiment(shards, train={"workers": 2}), place / "two", tables=place / "tables")
+
+
+def test_two_workers_train_one_model(two):
+    assert two["clips"] == 16 * 2 * 2 and len(two["losses"]) == 16
 
 
 def test_plain_training_has_no_search(shards, place):
@@ -192,22 +194,73 @@ def test_score_uses_the_table_that_training_made(undisturbed, shards, place):
     assert sorted(result["ranking"]) == [f"blocks.{i}" for i in range(6)]
 
 
+class Command:
+    """`pipelines.train` as a person types it, in a process and a Ray of its own."""
+
+    def __init__(self, place, shards, name):
+        self.place, self.output = place, place / name
+        self.words = [sys.executable, "-m", "pipelines.train", "--config", "tiny.yaml", "--shards", str(shards)]
+        self.words += ["--output", str(self.output), "--set", f"tracking.run_name={name}"]
+        self.env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+    def killed(self, *settings, **acts):
+        """Begin it; do things at steps (`at_7=…`); after the last of them SIGKILL the driver's whole group."""
+        words = [*self.words, *itertools.chain(*(("--set", each) for each in settings))]
+        process = subprocess.Popen(
+            words, env=self.env, cwd=self.place, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        for step, act in acts.items():
+            when_at(self.output / "steps.jsonl", int(step.removeprefix("at_")), act).join()
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    def again(self, *settings):
+        """To its end: what it said, and its result.json."""
+        words = [*self.words, *itertools.chain(*(("--set", each) for each in settings))]
+        done = subprocess.run(words, env=self.env, cwd=self.place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        return done.stdout, json.loads((self.output / "result.json").read_text())
+
+
 def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place):
-    """The whole command in its own process and its own Ray; killed, then typed again."""
-    output = place / "driver"
-    command = [sys.executable, "-m", "pipelines.train", "--config", str(place / "tiny.yaml"), "--shards", str(shards)]
-    command += ["--output", str(output), "--set", "tracking.run_name=driver"]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, start_new_session=True)
-    when_at(output / "steps.jsonl", 9, lambda: os.killpg(first.pid, signal.SIGKILL)).join()
-    assert first.wait() == -signal.SIGKILL
-    second = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "Resumed from the checkpoint after step" in second.stdout
-    record = json.loads((output / "result.json").read_text())
+    command = Command(place, shards, "driver")
+    command.killed(at_9=lambda: None)
+    said, record = command.again()
+    assert "Resumed from the checkpoint after step" in said
     assert record["status"] == "done" and record["job"] == "train" and record["commit"]
     assert record["losses"] == undisturbed[0]["losses"]
-    assert "Traceback" not in second.stdout + second.stderr
+
+
+def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, place):
+    """FSDP: a killed worker, then a killed driver; then one worker with two batches an update takes up what two had
+    saved in parts. It sees the clips that two undisturbed workers with whole networks see, and ends like them."""
+    command, told = Command(place, shards, "fsdp"), []
+    checkpoints = command.output / "checkpoints"
+
+    def kill_a_worker():
+        running("RayTrainWorker")[1].kill()
+
+    def look():
+        newest = checkpoints / checkpoint.newest(checkpoints)
+        told.append((newest.name, len(list(newest.glob("*.safetensors")))))
+
+    command.killed("train.parallel=fsdp", "train.workers=2", at_6=kill_a_worker, at_14=look)
+    ((name, parts),) = told
+    assert name >= "step-00000008" and parts == 2, "each worker's own"
+    said, record = command.again("train.parallel=fsdp", "train.workers=1", "train.accumulate=2")
+    step = re.search(r"Resumed from the checkpoint after step (\d+)", said)
+    assert int(step[1]) >= 8
+    assert record["clips"] == two["clips"]
+    assert record["losses"] == pytest.approx(two["losses"], rel=1e-3)
+    assert [d["plan"] for d in record["decisions"]] == [d["plan"] for d in two["decisions"]]
+    got, expected = (
+        WanTransformer3DModel.from_pretrained(Path(folder) / "transformer").state_dict()
+        for folder in (record["model"], two["model"])
+    )
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-2, atol=2e-4)
 
 
 # -- bad input: one line, exit status 2, before anything starts

@@ -124,10 +124,10 @@ class Train(Part):
     workers: int = Field(default=1, ge=1)
     """Ray Train workers (one GPU each, or one CPU process each)."""
     min_workers: int | None = Field(default=None, ge=1)
-    """Elastic: go on with as few workers as this when machines are gone, and grow to train.workers again when they are
-    back, each time from the newest checkpoint; an update sees the same clips throughout. None: always train.workers."""
+    """Elastic: go on with as few workers as this when machines are gone, from the newest checkpoint, and grow to
+    train.workers again when they are back; an update sees the same clips throughout. None: always train.workers."""
     resize_every_s: float = Field(default=60.0, gt=0)
-    """Elastic: seconds between two looks for machines that came back."""
+    """Elastic: seconds that fewer workers train at least before they save a checkpoint and start again as more."""
     accumulate: int = Field(default=1, ge=1)
     """Batches per worker and update: gradients are summed over them, clipped and applied once. An update sees
     data.batch_size · train.workers · train.accumulate clips."""
