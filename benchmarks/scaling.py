@@ -20,10 +20,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -105,18 +105,18 @@ def rows(constants: Constants, counts: Sequence[int], about: dict) -> list[dict]
 class Worker:
     """One worker's network and batch under a plan."""
 
-    def __init__(self, schedule: str):
-        self.experiment = config.build(SETTINGS)
-        self.denoiser = models.family("wan").load(self.experiment.model, "cpu", 0)
+    def __init__(self, schedule: str, settings: Mapping[str, Any] = SETTINGS, device: str = "cpu"):
+        self.experiment = config.build(settings)
+        self.denoiser = models.family("wan").load(self.experiment.model, device, 0)
         self.found = blocks(self.denoiser.network)
         self.state = start(self.denoiser.network, self.experiment)
         groups = self.denoiser.outside()
         outside = [parameter for group in groups.values() for parameter in group]
         self.trained = plan(self.denoiser.network, self.found, outside, schedule)
         clips, shape = self.experiment.data.batch_size, self.denoiser.latent_shape(self.experiment.data.shape)
-        noise = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         conditions = {name: noise.roll(1, -1) for name in self.experiment.model.conditions}
-        self.batch = Latents(noise, conditions, torch.arange(clips))
+        self.batch = Latents(noise, conditions, torch.arange(clips, device=device))
 
     def compute(self) -> None:
         losses.training_loss(self.denoiser, self.batch, self.experiment.train).backward()

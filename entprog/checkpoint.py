@@ -59,7 +59,7 @@ class Saver:
         if sharded and self.group is None:
             self.group = dist.new_group(backend="gloo")
         if sharded or self.rank == 0:
-            tensors = _on_host(_tensors(network, state))
+            tensors = _on_host(contents(network, state))
             values = {"experiment": self.experiment_hash, **state.as_json()}
             self.pending = self.thread.submit(self._write, tensors, values)
         return time.perf_counter() - started
@@ -198,7 +198,8 @@ def _is_complete(place: Place) -> bool:
     return all(there.get(name) == size for name, size in promised.items())
 
 
-def _tensors(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
+def contents(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by its name in there."""
     tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         for kind, value in state.optimizer.state.get(parameter, {}).items():

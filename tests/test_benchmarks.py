@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import common, step_cost, stream
+from benchmarks import checkpointing, common, step_cost, stream
 from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -74,6 +74,16 @@ def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch)
         assert row["note"] == ("out of memory" if full else "")
         assert row["speedup"] is None and (row["step_s"] is None) == full
         assert full or row["trained"][-1] == "blocks.3"
+
+
+def test_checkpointing(results):
+    options = "--device cpu --layers 1 --heads 2 --repeats 2"
+    outcome = CliRunner().invoke(checkpointing.app, options.split(), catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    (row,) = json.loads((results / "checkpointing.json").read_text())["figures"]
+    for arm in ("step", "copy", "save", "save_and_write", "step_while_writing"):
+        assert 0 < row[f"{arm}_s_spread"][0] <= row[f"{arm}_s"] <= row[f"{arm}_s_spread"][1]
+    assert row["checkpoint_bytes"] > 0 and row["save_over_copy"][0] > 0
 
 
 def test_stream_decoders_give_the_same_frames(tmp_path, monkeypatch):

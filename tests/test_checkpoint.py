@@ -48,7 +48,7 @@ class Trained:
 
     def tensors(self):
         """Everything that a checkpoint has to bring back, whole."""
-        return {name: parallel.whole(t).clone() for name, t in checkpoint._tensors(self.network, self.state).items()}
+        return {name: parallel.whole(t).clone() for name, t in checkpoint.contents(self.network, self.state).items()}
 
 
 def resumed(folder, **options):
