@@ -185,10 +185,10 @@ def _all_reduce(repeats: int) -> dict[str, list[float]]:
     return out
 
 
-def measured(repeats: int) -> dict[int, dict]:
-    """Workers → what they measured; each number of workers in turn, twice over, so that drift meets both."""
+def measured(repeats: int, turns: int) -> dict[int, dict]:
+    """Workers → what they measured; each number of workers in turn, several times over, so that drift meets both."""
     found: dict[int, dict] = {}
-    for _ in range(2):
+    for _ in range(turns):
         for world in (1, 2):
             with tempfile.TemporaryDirectory() as folder:
                 mp.start_processes(_rank, args=(world, folder, repeats), nprocs=world, start_method="spawn")
@@ -332,10 +332,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(repeats: Annotated[int, typer.Option(help="Timed steps of each arm and turn.")] = 15) -> None:
+def main(
+    repeats: Annotated[int, typer.Option(help="Timed steps of each arm and turn.")] = 15,
+    turns: Annotated[int, typer.Option(help="Turns of each number of workers.")] = 2,
+) -> None:
     """Measure 1 and 2 workers, check the model against them, predict 8 to 1,024 GPUs; writes results/scaling.json."""
     torch.set_num_threads(1)
-    found = measured(repeats)
+    found = measured(repeats, turns)
     constants, sources = here(found, repeats)
     machine = {"machine": "this CPU, one core a worker"}
     figures = []
@@ -346,6 +349,8 @@ def main(repeats: Annotated[int, typer.Option(help="Timed steps of each arm and 
             steps = [step for step, _, _ in times]
             middle = statistics.median(steps)
             foreseen = predicted(constants, schedule, workers)
+            # What no step here does: wait for data, save.
+            foreseen_s = foreseen["compute_s"] + foreseen["all_reduce_s"] + foreseen["slowest_s"]
             figures.append(
                 {
                     "gpus": workers, "schedule": schedule, "samples_per_s": workers * constants.clips / middle,
@@ -353,13 +358,13 @@ def main(repeats: Annotated[int, typer.Option(help="Timed steps of each arm and 
                     "step_s_spread": [min(steps), max(steps)],
                     "compute_s": statistics.median(compute for _, compute, _ in times),
                     "all_reduce_s": statistics.median(reduce for _, _, reduce in times),
-                    "predicted_step_s": foreseen["compute_s"] + foreseen["all_reduce_s"] + foreseen["slowest_s"],
+                    "predicted_step_s": foreseen_s, "predicted_over_measured": foreseen_s / middle,
                     **machine,
                 }
             )  # fmt: skip
     wan, wan_sources = gpus()
     figures += rows(wan, GPUS, {"machine": "A100 as assumed, Wan 2.1 1.3B, one clip a GPU"})
-    common.write("scaling", figures, device="cpu", repeats=2 * repeats, more={
+    common.write("scaling", figures, device="cpu", repeats=turns * repeats, more={
         "constants": [
             {"machine": machine["machine"], "values": dataclasses.asdict(constants), "from": sources},
             {"machine": "A100 as assumed", "values": dataclasses.asdict(wan), "from": wan_sources},

@@ -61,11 +61,11 @@ def slowest(seconds: float, device: torch.device | str = "cpu") -> float:
     return _reduced(seconds, device, dist.ReduceOp.MAX) if world()[1] > 1 else seconds
 
 
-def slowest_of(seconds: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+def largest_of(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """The largest over ranks of each, in one exchange."""
     if world()[1] == 1:
-        return list(seconds)
-    tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,16 @@ from typing import Any
 from pyarrow import fs
 
 from entprog.errors import UserError
+
+GIVE_UP_S = 20
+"""Google's client tries for a quarter of an hour, which is right for a run and too long for a check before it."""
+
+
+def quickly(where: str) -> str:
+    """The same address, for a client that gives up soon."""
+    if not where.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in where:
+        return where
+    return f"{where}{'&' if '?' in where else '?'}retry_limit_seconds={GIVE_UP_S}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,22 @@ class Place:
                 f"{where.split('?')[0]} is no place for checkpoints: {reason}; use a folder, s3:// or gs://"
             ) from None
         return Place(system, root.rstrip("/"))
+
+    def check(self) -> None:
+        """Write a file and remove it. Raises UserError where that fails: before a run, not after hours of it."""
+        probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
+        try:
+            if self.local:
+                self.local.mkdir(parents=True, exist_ok=True)
+            with self.system.open_output_stream(probe) as stream:
+                stream.write(b"can this be written?")
+            self.system.delete_file(probe)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"checkpoints cannot be written to {self}: {reason}; look at its name and at the credentials in the "
+                "environment"
+            ) from None
 
     @property
     def local(self) -> Path | None:

@@ -62,7 +62,8 @@ class Step:
     clips: int
     """Clips of this update, all ranks."""
     memory_bytes: int
-    """Peak so far: allocated on the GPU; counted (weights, gradients, moments, activations) on a CPU."""
+    """Peak so far, largest of all ranks: allocated on the GPU; counted (weights, gradients, moments, activations) on a
+    CPU."""
     plan_memory_bytes: int
     """The same since this plan came into force."""
     optimizer_bytes: int
@@ -259,12 +260,13 @@ class _Fit:
         state, train = self.state, self.experiment.train
         decision, self.news = self.news, None
         drifted, self.drift = self.drift, None
-        memory = self.memory(plan)
         model = state.models.get(plan.shape)
-        state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         last = is_over(self.experiment, state)
         fed, self.told = self.spent().since(self.told), self.spent()
-        open_s, copy_s, encode_s = distributed.slowest_of([fed.open_s, fed.copy_s, fed.encode_s], self.device)
+        mine = [fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(plan))]
+        open_s, copy_s, encode_s, most = distributed.largest_of(mine, self.device)
+        memory = int(most)
+        state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
         return Step(
             step=state.step,

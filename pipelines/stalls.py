@@ -113,7 +113,7 @@ class Watch:
         self.spilled_bytes = store.spilled - self.first.spilled
         remedy = "give Ray a larger object store (ENTPROG_OBJECT_STORE_BYTES), or use smaller batches"
         if self.spilled_bytes:
-            told = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB of clips to disk, which slows the stream"
+            told = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB to disk, which slows the stream"
             self._once("spill", f"{told}: {remedy}")
         elif store.used_share >= NEARLY_FULL:
             told = f"Ray's object store ({store.capacity / 1e9:.2g} GB) is {store.used_share:.0%} full, about to spill"

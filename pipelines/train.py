@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, fingerprints, fp8, lora, models, plans
+from entprog import config, fingerprints, fp8, lora, models, plans, storage
 from entprog.blocks import blocks
 from entprog.config import Experiment
 from entprog.errors import UserError
@@ -178,6 +178,8 @@ def run(
         jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
+    if experiment.train.checkpoints:
+        Place.at(storage.quickly(experiment.train.checkpoints)).check()
     if experiment.in_fp8 and not gpus:
         fp8.check_device(torch.device("cpu"))
     uri = tracking_uri()

@@ -202,7 +202,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
     notices = Notices(settings["board"], setup.device)
-    dials = gauges.Gauges(warn)
+    dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
     log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:

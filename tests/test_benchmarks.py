@@ -1,12 +1,13 @@
 """Benchmarks at their smallest: that they run, and leave what others read."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import checkpointing, common, step_cost, stream
+from benchmarks import checkpointing, common, scaling, step_cost, stream
 from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -74,6 +75,27 @@ def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch)
         assert row["note"] == ("out of memory" if full else "")
         assert row["speedup"] is None and (row["step_s"] is None) == full
         assert full or row["trained"][-1] == "blocks.3"
+
+
+def test_scaling(results):
+    outcome = CliRunner().invoke(scaling.app, ["--repeats", "1", "--turns", "1"], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    record = json.loads((results / "scaling.json").read_text())
+    for row in record["figures"]:
+        assert {"gpus", "schedule", "samples_per_s", "efficiency", "measured"} <= row.keys() and row["step_s"] > 0
+    measured = [row for row in record["figures"] if row["measured"]]
+    assert [(row["schedule"], row["gpus"]) for row in measured] == [
+        ("full", 1), ("full", 2), ("entprog", 1), ("entprog", 2),
+    ]  # fmt: skip
+    assert all(row["predicted_over_measured"] == row["predicted_step_s"] / row["step_s"] for row in measured)
+    foreseen = {(row["schedule"], row["gpus"]): row for row in record["figures"] if not row["measured"]}
+    assert sorted(foreseen) == sorted((s, n) for s in scaling.SCHEDULES for n in scaling.GPUS)
+    for schedule in scaling.SCHEDULES:
+        efficiencies = [foreseen[schedule, gpus]["efficiency"] for gpus in scaling.GPUS]
+        assert efficiencies == sorted(efficiencies, reverse=True) and 0 < efficiencies[-1] < efficiencies[0] < 1
+    for constants in record["constants"]:
+        assert constants["values"].keys() == constants["from"].keys()
+        assert all(re.match("measured|counted|assumed|setting", source) for source in constants["from"].values())
 
 
 def test_checkpointing(results):

@@ -223,6 +223,10 @@ def test_s3(bucket):
     run = Trained()
     place = Place.at(bucket)
     place.system.create_dir("runs")
+    place.check()
+    assert place.files() == {}
+    with pytest.raises(UserError, match="checkpoints cannot be written to s3://nowhere"):
+        Place.at(bucket.replace("runs/one", "nowhere/one").replace("&allow_bucket_creation=true", "")).check()
     with closing(checkpoint.Saver(bucket, "id", keep=2, warn=pytest.fail)) as saver:
         for step in (1, 2, 3):
             run.state.step = step

@@ -242,6 +242,16 @@ class Server:
             start_new_session=True,
         )  # fmt: skip
 
+    def wait(self):
+        """Until it answers."""
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
     def kill(self):
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)

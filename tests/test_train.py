@@ -1,5 +1,6 @@
 """The train and score jobs through their real commands: real clips, real Ray, real MLflow, real kills."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -11,17 +12,24 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
+import ray
 import torch
 import yaml
 from conftest import CLIPS, TINY, running, two_people
 from diffusers import WanTransformer3DModel
+from mlflow import MlflowClient
+from test_tracking import Server
 from typer.testing import CliRunner
 
 from entprog import checkpoint, config
 from pipelines import jobs, launch, score, train
+from pipelines import store as mlflow_store
 
 SHAPE = CLIPS.model_dump()
 SETTINGS = {
@@ -39,6 +47,7 @@ def place(tmp_path_factory):
     """A working folder with MLflow's store in it, and one Ray for the module."""
     folder = tmp_path_factory.mktemp("train")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112
     before = Path.cwd()
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
@@ -47,7 +56,8 @@ def place(tmp_path_factory):
             yield folder
     finally:
         os.chdir(before)
-        del os.environ["MLFLOW_TRACKING_URI"]
+        for name in ("MLFLOW_TRACKING_URI", "RAY_metrics_report_interval_ms"):
+            del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +89,6 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
 
 
 def test_mlflow_has_the_run(undisturbed, place):
-    from mlflow import MlflowClient
-
     result, _ = undisturbed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = client.get_run(result["mlflow_run_id"])
@@ -100,8 +108,6 @@ def test_mlflow_has_the_run(undisturbed, place):
 
 
 def test_mlflow_has_the_stages_nested(undisturbed, place):
-    from mlflow import MlflowClient
-
     result, output = undisturbed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = client.get_run(result["mlflow_run_id"])
@@ -263,6 +269,83 @@ def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, plac
         torch.testing.assert_close(got[name], expected[name], rtol=2e-2, atol=2e-4)
 
 
+def test_a_full_object_store_and_a_tracking_server_away(undisturbed, shards, place, tmp_path, monkeypatch, capsys):
+    """Other objects fill Ray's store, MLflow's server is killed and comes back: the run is the undisturbed one."""
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    server, ballast = Server(store, tmp_path / "server.log"), []
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    server.wait()
+    capacity = int(ray.cluster_resources()["object_store_memory"])
+
+    def disturb():
+        server.kill()
+        ballast.extend(ray.put(np.zeros(capacity // 8, np.uint8)) for _ in range(9))
+
+    output = place / "strained"
+    first = when_at(output / "steps.jsonl", 2, disturb)
+    second = when_at(output / "steps.jsonl", 12, server.start)
+    try:
+        result = train.run(experiment(shards), output, tables=place / "tables")
+        first.join(), second.join()
+        assert result["losses"] == undisturbed[0]["losses"]
+        assert result["spilled_bytes"] > 0 and "Ray has spilled" in capsys.readouterr().out
+        run = mlflow_store.connect(server.uri).get_run(result["mlflow_run_id"])
+        assert run.info.status == "FINISHED" and run.data.metrics["final/spilled_bytes"] == result["spilled_bytes"]
+        points = mlflow_store.connect(server.uri).get_metric_history(run.info.run_id, "loss")
+        assert [p.step for p in points] == list(range(1, 17)) and [p.value for p in points] == result["losses"]
+    finally:
+        server.kill()
+
+
+def test_a_straggler_is_named_and_every_step_has_its_spread(shards, place):
+    """One of two workers is stopped most of the time, as by a machine that something else keeps busy."""
+    told, seen, over = [], {}, threading.Event()
+
+    def hold_up():
+        slow = running("RayTrainWorker")[0]
+        told.append({"pid": slow.pid})
+        with contextlib.suppress(psutil.NoSuchProcess):  # the run is over
+            while not over.is_set():
+                slow.suspend()
+                time.sleep(0.05)
+                slow.resume()
+                time.sleep(0.03)
+
+    def scrape():
+        (node,) = ray.nodes()
+        page = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+        while not over.is_set() and {"0", "1"} - seen.keys():
+            with urllib.request.urlopen(page) as answer:
+                seen.update(re.findall(r'ray_entprog_step_s{.*rank="(\d)".*} (\S+)', answer.read().decode()))
+            time.sleep(0.2)
+
+    output = place / "straggler"
+    watchers = [when_at(output / "steps.jsonl", 1, act) for act in (hold_up, scrape)]
+    plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 52, "workers": 2})
+    try:
+        result = train.run(plain, output, tables=place / "tables", listen=told.append)
+    finally:
+        over.set()
+        for watcher in watchers:
+            watcher.join()
+    (pid,) = [item["pid"] for item in told if "pid" in item]
+    (line,) = [item["warning"] for item in told if "is the slowest" in item.get("warning", "")]
+    named = re.fullmatch(r"rank (\d) \(node [\d.]+, process (\d+)\) is the slowest of 2 in (\d+) of 50 steps .*", line)
+    assert int(named[2]) == pid
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.data.tags["entprog.straggler"] == line
+    history = {
+        name: {p.step: p.value for p in client.get_metric_history(run.info.run_id, f"ranks/{name}")}
+        for name in ("median_s", "slowest_s", "slowest_rank")
+    }
+    assert all(sorted(values) == list(range(1, 53)) for values in history.values())
+    assert sum(history["slowest_rank"][step] == int(named[1]) for step in range(1, 51)) == int(named[3])
+    assert all(history["slowest_s"][step] >= history["median_s"][step] > 0 for step in range(1, 53))
+    assert seen.keys() == {"0", "1"} and all(float(seconds) > 0 for seconds in seen.values()), "Ray's own metrics"
+
+
 # -- bad input: one line, exit status 2, before anything starts
 
 
@@ -315,6 +398,12 @@ def test_a_checkpoint_of_another_family(base_command, place):
 
 def test_more_workers_than_the_cluster_has(base_command):
     assert "train.workers=99" in refused(*base_command, "--set", "train.workers=99")
+
+
+def test_a_bucket_that_does_not_answer(base_command):
+    nobody = "gs://anonymous@bucket/run?scheme=http&endpoint_override=127.0.0.1:1&retry_limit_seconds=1"
+    assert "cannot be written to gcs://bucket/run" in refused(*base_command, "--set", f"train.checkpoints={nobody}")
+    assert "bucket name" in refused(*base_command, "--set", "train.checkpoints=gs:///run")
 
 
 def test_fp8_without_a_gpu_that_has_it(base_command):
