@@ -35,7 +35,8 @@ def room(least: int, most: int, gpus: bool, told: Callable[[str], None]) -> int:
                 if count >= 1 + least:
                     break
                 if not waited:
-                    told(f"there is room for {max(count - 1, 0)} workers, train.min_workers={least}: waiting for more")
+                    here = max(count - 1, 0)
+                    told(f"there is room for {here} of {most} workers, train.min_workers={least}: waiting for more")
                     waited = True
             time.sleep(LOOK_S)
         return count - 1

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from ray.cluster_utils import Cluster
 from test_train import SETTINGS
 
 from entprog import config
-from pipelines import jobs, train
+from pipelines import elastic, jobs, train
 
 MIB = 2**20
 
@@ -181,6 +182,20 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
     assert found.info.run_id == result["mlflow_run_id"] and found.info.status == "FINISHED"
     points = client.get_metric_history(found.info.run_id, "loss")
     assert {p.step: p.value for p in points} == dict(enumerate(result["losses"], 1)), "no point is lost"
+
+
+def test_too_little_room_is_told_and_waited_for(nodes):
+    nodes.are(1)
+    told = []
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(elastic.room, 2, 3, False, told.append)
+        while not told:
+            assert not found.done()
+            time.sleep(0.1)
+        nodes.add(4)
+        assert found.result() == 3
+    assert told == ["there is room for 1 of 3 workers, train.min_workers=2: waiting for more"]
+    assert elastic.room(1, 3, False, told.append) == 3 and len(told) == 1, "what was asked for is given back"
 
 
 def test_elastic_two_workers_one_and_two_again(run, nodes, place):
