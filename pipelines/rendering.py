@@ -123,7 +123,8 @@ def _batches(clips: Sequence["Files"], size: int) -> Iterator[list["Files"]]:
 
 @dataclass(frozen=True)
 class Files:
-    """What is left of one clip: NAME.mp4 side by side, NAME_pose.mp4 and others alone, NAME.json once it is whole."""
+    """What is left of one clip: NAME.mp4 side by side, NAME_pose.mp4 and others alone; NAME.json once it is whole,
+    where that is of use."""
 
     folder: Path
     number: int
@@ -153,12 +154,14 @@ class Files:
             videos.write_mp4(self.path(f"_{part}.mp4"), frames, fps)
         parts = [still, *((titles[part], frames) for part, frames in alone.items())]
         videos.write_mp4(self.path(".mp4"), sheet.side_by_side(parts), fps)
-        note = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
-        jobs.write_json(self.path(".json"), {"identity": self.identity, **note})
+        if self.identity is not None:
+            found = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
+            jobs.write_json(self.path(".json"), {"identity": self.identity, **found})
 
     def record(self) -> dict[str, Any]:
         """The clip as result.json has it."""
-        about = {name: value for name, value in self._note().items() if name != "identity"}
+        note = {} if self.identity is None else self._note()
+        about = {name: value for name, value in note.items() if name != "identity"}
         video, result = str(self.path(".mp4")), str(self.path("_result.mp4"))
         return {"clip": self.motion.name, "video": video, "result": result, **about}
 

@@ -170,7 +170,9 @@ class Watch(Callback):
         self.best, self.best_id = math.inf, ""
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}
         self.running: set[str] = set()
-        self.started, self.before = time.time(), 0
+        self.started = time.time()
+        self.before: int | None = None
+        """Trials that an earlier start has ended; None until the first one of this start begins."""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -193,7 +195,7 @@ class Watch(Callback):
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **_) -> None:
         self.running.add(trial.trial_id)
-        if self.before == 0:  # those that an earlier start has ended
+        if self.before is None:
             self.before = sum(one.status in ("TERMINATED", "ERROR") for one in trials)
         self._show(trials)
 
@@ -226,11 +228,12 @@ class Watch(Callback):
 
     def _where(self) -> str:
         here = sum(self.ended.values())
-        left = self.trials - self.before - here
+        before = self.before or 0
+        left = self.trials - before - here
         eta_s = (time.time() - self.started) / max(here, 1) * left
         counts = ", ".join(f"{count} {how}" for how, count in self.ended.items() if count)
-        kept = f" ({self.before} from before)" if self.before else ""
-        return f"  [{here + self.before}/{self.trials}{kept}: {counts}; ETA {eta_s:.0f} s]"
+        kept = f" ({before} from before)" if before else ""
+        return f"  [{here + before}/{self.trials}{kept}: {counts}; ETA {eta_s:.0f} s]"
 
     def _show(self, trials: Sequence[Any]) -> None:
         over = sum(trial.status in ("TERMINATED", "ERROR") for trial in trials)

@@ -1,10 +1,11 @@
-"""The real commands on every family beside Wan, on real clips: train, generate, evaluate."""
+"""The real commands on every family beside Wan, on real clips: train, generate, evaluate, compare."""
 
 import json
 import os
 from pathlib import Path
 
 import diffusers
+import mlflow
 import numpy as np
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from entprog import models
 from entprog.config import ClipShape
 from entprog.media import video
-from pipelines import evaluate, generate, jobs, judging, launch, train
+from pipelines import compare, evaluate, generate, jobs, judging, launch, train
 from pipelines.store import connect, tracking_uri
 
 SHAPE = ClipShape(frames=4, height=32, width=32, fps=12)
@@ -53,16 +54,18 @@ def command(job, output: Path, *arguments) -> dict:
 
 
 @pytest.mark.parametrize("name", ["wan_animate", "latte", "svd", "motion_unet", "cogvideox"])
-def test_a_family_is_trained_generated_with_and_judged(place, name):
+def test_a_family_is_trained_generated_with_judged_and_shown(place, name):
     tiny, folder = TINY[name], place / name
     folder.mkdir()
     model = {"family": tiny["family"], "init": tiny["init"], "vae": "none", "dtype": "float32"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
-    trained = command(train, folder / "run", "--config", folder / "tiny.yaml", "--shards", place / "shards")
+    given = ["--config", folder / "tiny.yaml", "--shards", place / "shards"]
+    trained = command(train, folder / "run", *given, "--set", f"tracking.model_name={name}")
     assert trained["steps"] == 3 and len(trained["decisions"]) == 2 and np.isfinite(trained["losses"]).all()
     assert 0 < len(trained["decisions"][0]["plan"]["trainable"]) <= len(trained["blocks"])
     family = models.family(tiny["family"])
-    getattr(diffusers, family.CLASS).from_pretrained(folder / "run" / "model" / family.load.args[0].PART)
+    network, part = getattr(diffusers, family.CLASS), family.load.args[0].PART
+    network.from_pretrained(folder / "run" / "model" / part)
 
     how = ["--checkpoint", folder / "run", "--shards", place / "shards"]
     made = command(generate, folder / "clips", *how, "--steps", 2, "--without", "pose")
@@ -75,3 +78,14 @@ def test_a_family_is_trained_generated_with_and_judged(place, name):
         theirs = Path(judged["generated"]) / judging.file_name(clip["clip"])
         ours, theirs = (video.decode_rgb(Path(path).read_bytes()).astype(int) for path in (clip["result"], theirs))
         assert ours.shape == theirs.shape == (4, 32, 32, 3) and np.abs(ours - theirs).mean() < 2
+
+    compared = command(compare, folder / "page", "--runs", trained["mlflow_run_id"])
+    assert [run["run_id"] for run in compared["runs"]] == [trained["mlflow_run_id"]]
+    page = Path(compared["page"]).read_text()
+    assert "psnr" in page and f"{judged['figures']['psnr']:.4g}" in page, "the figures that evaluate left in MLflow"
+
+    assert trained["registered"] == f"models:/{name}/1"
+    about = mlflow.models.get_model_info(trained["registered"])
+    assert [spec.name for spec in about.signature.inputs] == ["reference", "pose"]
+    checkpoint = Path(mlflow.artifacts.download_artifacts(trained["registered"])) / "artifacts" / "model"
+    network.from_pretrained(checkpoint / part)
