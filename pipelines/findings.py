@@ -119,7 +119,7 @@ def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[
     cannot be told from it: whose excess over it is within `noise` (of a difference between trials' means) or whose 90 %
     interval reaches 0. worse: {value: (excess, low, high)} of the others.
     """
-    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.ensemble import ExtraTreesRegressor
 
     count = len(evidence.losses)
     if count < FEW:
@@ -131,7 +131,7 @@ def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[
     curves = []
     for number in range(BOOTSTRAPS):
         drawn = rng.integers(0, count, count)
-        forest = RandomForestRegressor(TREES, min_samples_leaf=2, random_state=number)
+        forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=number)  # draws no second bootstrap
         forest.fit(inputs[drawn], evidence.losses[drawn])
         curves.append(forest.predict(outputs).reshape(-1, count).mean(1))
     curves = np.array(curves)  # [bootstrap, value of every setting]

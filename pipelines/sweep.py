@@ -150,7 +150,8 @@ def run(
             sync_config=tune.SyncConfig(sync_period=STATE_EVERY_S),
             max_failures=settings.retries,
             raise_on_failed_trial=False,
-            reuse_actors=False,
+            # A process that imports anew costs seconds a trial; one whose trial was ended early is still busy with it.
+            reuse_actors=not stops_early(settings),
             callbacks=[watch],
             trial_dirname_creator=lambda one: one.trial_id,
             verbose=0,

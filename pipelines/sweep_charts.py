@@ -1,6 +1,7 @@
 """Charts of a sweep, in the manner of `charts`: trials over time, importance, responses, Pareto front."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Pa
         )  # fmt: skip
         if row["status"] == "stopped":
             axes.plot(*curve[-1], "x", color=RED, markersize=6, zorder=4)
-    counts = ", ".join(
-        f"{sum(row['status'] == how for row in rows)} {how}" for how in ("finished", "stopped", "failed")
-    )
+    counts = Counter(row["status"] for row in rows)
+    told = ", ".join(f"{counts[how]} {how}" for how in ("finished", "stopped", "failed") if counts[how])
     losses = [y for row in drawn for _, y in row["seeds"][0]["curve"]]
     if losses and min(losses) > 0 and max(losses) / min(losses) > 5:
         axes.set_yscale("log")
@@ -45,7 +45,8 @@ def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Pa
     axes.grid(color=GREY, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.suptitle(f"Trials over time ({counts}; × stopped early)", fontsize=11)
+    ends = "; × stopped early" if counts["stopped"] else ""
+    figure.suptitle(f"Trials over time ({told}{ends})", fontsize=11)
     return save(figure, path)
 
 
@@ -53,10 +54,11 @@ def importance_chart(importance: Mapping[str, float], label: str, path: Path) ->
     """Bars, the most important setting on top."""
     figure, axes = figure_and_axes(1, 1, (7.5, 1.3 + ROW_INCHES * len(importance)))
     names = list(importance)
-    axes.barh(range(len(names)), [importance[name] for name in names], color=BLUE, height=0.7)
+    bars = axes.barh(range(len(names)), [importance[name] for name in names], color=BLUE, height=0.7)
+    axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.08)  # room for the numbers
     axes.set_xlabel("share of the variance explained (fANOVA)")
     figure.suptitle(f"Which settings matter: {label}", fontsize=11)
     return save(figure, path)
@@ -112,7 +114,7 @@ def response_chart(
 def pareto_chart(
     finished: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], objectives: Sequence[str], path: Path
 ) -> Path:
-    """The first objective against each other one; the front is named and joined."""
+    """The first objective against each other one; the front is named."""
     others = objectives[1:]
     figure, panels = figure_and_axes(1, len(others), (4.8 * len(others), 4), squeeze=False, sharey=True)
     scale = {"peak_memory_bytes": 2**20}
@@ -127,11 +129,12 @@ def pareto_chart(
         panel.plot([x for (x, _), _ in best], [y for (_, y), _ in best], "D", color=BLUE, markersize=6)
         for point, name in best:
             panel.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+        panel.margins(x=0.2)  # room for the names
         panel.set_xlabel(NAMES[other])
         panel.grid(color=GREY, linewidth=0.8)
         panel.set_axisbelow(True)
         if len(shown) < len(finished):
             panel.set_title(f"{len(finished) - len(shown)} trials never reached the target", fontsize=8)
     panels[0][0].set_ylabel(NAMES[objectives[0]])
-    figure.suptitle(f"Pareto front: {len(front)} of {len(finished)} trials are beaten by none (blue)", fontsize=11)
+    figure.suptitle(f"Pareto front: none beats {len(front)} of {len(finished)} trials (blue)", fontsize=11)
     return save(figure, path)
