@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def ratios(verdict: Verdict) -> Drawing | None:
     rows = [(place, j) for place, j in enumerate(verdict.judged) if j.ratio is not None]
     if not rows:
         return None
-    figure, axes = _figure(WIDTH, 1.0 + 0.42 * len(rows))
+    figure, axes = _figure(WIDTH, 1.0 + 0.46 * len(rows))
     for row, (place, judged) in enumerate(rows):
         found, ink = judged.ratio, colour(series(place))
         if found.low is not None:
@@ -93,13 +94,13 @@ def ratios(verdict: Verdict) -> Drawing | None:
         axes.annotate(f"{found.value:.2f}×", (found.value, row), xytext=(0, 8), textcoords="offset points",
                       ha="center", color=colour("ink"))  # fmt: skip
     axes.axvline(1, color=colour("muted"), linewidth=1, linestyle=(0, (3, 3)))
-    axes.set_yticks(range(len(rows)), [_short(j.group.label) for _, j in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(j.group.label, 24) for _, j in rows])
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.set_xscale("log")
     ends = [v for _, j in rows for v in (j.ratio.value, j.ratio.low, j.ratio.high) if v is not None]
     low, high = min(*ends, 1 / 1.1), max(*ends, 1.1)
     axes.set_xlim(max(low / 1.15, 0.02), min(high * 1.15, 50))
-    axes.set_xlabel(f"times sooner at the target than {_short(verdict.baseline.group.label)}")
+    axes.set_xlabel(textwrap.fill(f"times sooner at the target than {verdict.baseline.group.label}", 48))
     axes.grid(axis="x", color=colour("grid"), linewidth=0.7)
     _plain_numbers(axes)
     told = "; ".join(f"{j.group.label} {j.ratio.value:.2f}" for _, j in rows)
@@ -131,7 +132,7 @@ def schedule(
     for start_s in list(stages.values())[1:]:
         axes.axvline(start_s, color=colour("ink"), linewidth=0.8)
     step = max(1, -(-len(names) // 16))
-    axes.set_yticks(range(0, len(names), step), [_short(n, 16) for n in names[::step]])
+    axes.set_yticks(range(0, len(names), step), [_short(n) for n in names[::step]])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, until_s)
     axes.set_xlabel("charged seconds")
@@ -163,7 +164,7 @@ def scores(table: Mapping[str, Any], title: str) -> Drawing:
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.locator_params(axis="x", nbins=4)
     step = max(1, -(-len(names) // 16))
-    panels[0][0].set_yticks(range(0, len(names), step), [_short(n, 16) for n in names[::step]])
+    panels[0][0].set_yticks(range(0, len(names), step), [_short(n) for n in names[::step]])
     top = max(rows, key=lambda row: row["score"])["name"]
     return _drawing(figure, title, f"Block scores of {len(rows)} blocks; the highest is {top}.")
 
@@ -251,5 +252,5 @@ def _plain_numbers(axes) -> None:
             axis.set_minor_formatter(NullFormatter())
 
 
-def _short(label: str, most: int = 22) -> str:
+def _short(label: str, most: int = 16) -> str:
     return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-(most // 2) :]}"

@@ -153,7 +153,11 @@ def _labels(parts: Sequence[tuple[dict[str, Any], tuple[Training, ...]]]) -> lis
     if len(names) == 1 and words:
         labels = [str(s[names[0]]) for s, _ in parts]
     else:
-        labels = [", ".join(f"{n} {text(s[name])}" for n, name in zip(shown, names, strict=True)) for s, _ in parts]
+        pairs = list(zip(shown, names, strict=True))
+        for digits in (3, 6):  # no more than it takes to tell them apart
+            labels = [", ".join(f"{n} {text(s[name], digits)}" for n, name in pairs) for s, _ in parts]
+            if len(set(labels)) == len(labels):
+                break
     own = [{run.name for run in runs} for _, runs in parts]
     for i, (label, mine) in enumerate(zip(labels, own, strict=True)):
         if not label or len(label) > LABEL:
@@ -171,12 +175,12 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def text(value: Any) -> str:
-    """A setting's value for people."""
+def text(value: Any, digits: int = 6) -> str:
+    """A setting's value for people, numbers to so many significant digits."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.{digits}g}"
     if isinstance(value, list | tuple) and value and not any(isinstance(v, dict | list) for v in value):
-        return "/".join(text(v) for v in value)
+        return "/".join(text(v, digits) for v in value)
     return json.dumps(value, default=str)

@@ -285,4 +285,5 @@ def _scores(groups: Sequence[Group]):
         if table:
             tables.setdefault(table["key"], (table, []))[1].append(group.label)
     for table, labels in tables.values():
-        yield drawings.scores(table, ", ".join(labels))
+        alone = len(tables) == 1 and len(labels) > 1
+        yield drawings.scores(table, "all groups" if alone else ", ".join(labels))

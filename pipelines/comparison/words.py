@@ -30,11 +30,12 @@ def _chosen(verdict: Verdict, best: Judged) -> str:
 
 
 def _sooner(name: str, base: str, ratio: Estimate, verdict: Verdict) -> str:
-    goal = f"the final loss of {base}" if verdict.target_is.startswith("final") else "the target loss"
+    goal = "the latter's final loss" if (final := verdict.target_is.startswith("final")) else "the target loss"
     if ratio.low is not None and ratio.low <= 1 <= ratio.high:
         return f"No difference beyond seed noise between {name} and {base} in the time to {goal}"
     if ratio.value >= 1:
-        said = f"{name} reached {goal} {times(ratio.value)} sooner than {base}"
+        where = f"the final loss of {base} {times(ratio.value)} sooner"  # labels may be long: once is enough
+        said = f"{name} reached {where if final else f'{goal} {times(ratio.value)} sooner than {base}'}"
     else:
         said = f"{name} took {times(1 / ratio.value)} as long as {base} to reach {goal}"
     return said if ratio.low is not None else f"{said} – in one seed, which tells nothing about chance"
@@ -97,7 +98,7 @@ def warnings(verdict: Verdict) -> list[str]:
     ]
     if met:
         out.append(
-            f"The target loss {loss(verdict.target_loss)} was met at the first measurement already ({', '.join(met)}): "
+            f"The target loss {loss(verdict.target_loss)} was met at the first measurement already ({'; '.join(met)}): "
             "the time to it says little; give a lower one with --target-loss"
         )
     few = {len(j.group.counted) for j in verdict.judged if j.group.counted}
