@@ -24,7 +24,8 @@ def register(
     packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
     try:
         mlflow.set_tracking_uri(tracker.uri)
-        with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+        with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # counsel on type hints and examples, for lack of which it has a signature
             about = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(SERVED),

@@ -90,7 +90,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     tracker = Tracker.start(run, "test", "training", params={}, tags={})
     tracker.end("FINISHED")
     out = tmp_path / "out"
-    some = Evaluation.model_validate({**how().model_dump(), "evaluate": {**FAST["evaluate"], "clips": 2}})
+    some = Evaluation.model_validate({**how().model_dump(), "evaluate": {"metrics": ["psnr"], "clips": 2}})
     first = evaluated(run / "model", made / "shards", out, some)
     assert (first["clips"], first["generated_now"], first["mlflow_run_id"]) == (2, 2, tracker.run_id)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "generated").glob("*.mp4")}
@@ -181,7 +181,8 @@ def test_a_damaged_clip_is_one_line_from_the_actor(made, cluster, tmp_path):
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"generated clip.*{victim.name}") as error:
-        evaluated(None, made / "shards", tmp_path / "out", how(), generated=folder)
+        one = Evaluation.model_validate({"evaluate": {"metrics": ["psnr"]}})
+        evaluated(None, made / "shards", tmp_path / "out", one, generated=folder)
     assert "\n" not in str(error.value)
 
 
