@@ -168,7 +168,7 @@ class Watch(Callback):
 
     def __init__(self, trials: int, objective: str):
         self.trials, self.objective = trials, objective
-        self.best, self.best_id = math.inf, ""
+        self.best = math.inf
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}
         self.running: set[str] = set()
         self.started = time.time()
@@ -201,9 +201,7 @@ class Watch(Callback):
         self._show(trials)
 
     def on_trial_result(self, iteration: int, trials: Sequence[Any], trial: Any, result: dict[str, Any], **_) -> None:
-        value = result.get(self.objective, math.inf)
-        if value < self.best:
-            self.best, self.best_id = value, trial.trial_id
+        self.best = min(self.best, result.get(self.objective, math.inf))
         self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **_) -> None:
