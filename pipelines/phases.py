@@ -10,7 +10,7 @@ from typing import Any
 
 from entprog import config
 from entprog.config import Experiment
-from pipelines import jobs
+from pipelines import jobs, worker
 from pipelines.tracking import Tracker
 
 SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops", "wall_s")
@@ -46,14 +46,17 @@ def run(
         for number, (name, phase) in enumerate(parts.items(), 1):
             jobs.console.print(f"\n[bold]Phase {number} of {len(parts)}: {name}[/bold]")
             done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
+            tell = _teller(tracker, number, **done)
 
-            def heard(item: dict[str, Any], number: int = number, done: dict[str, Any] = done) -> None:
-                if "step" in item and item["step"]["held_out_loss"] is not None:
-                    tracker.metrics(done["steps"] + item["step"]["step"], _point(item["step"], number, done["seconds"]))
+            def heard(item: dict[str, Any], tell: Callable[[Mapping[str, Any]], None] = tell) -> None:
+                if "step" in item:
+                    tell(item["step"])
                 listen(item)
 
             about = {"entprog.phase": name, **(tags or {})}
             results[name] = train(phase, output / name, tables=tables, parent=tracker.run_id, tags=about, listen=heard)
+            for step in worker.steps_of(output / name):  # what was told to a driver that was killed; the rest is there
+                tell(step)
             tracker.metrics(done["steps"], {f"phase/{name}_held_out_loss": results[name]["held_out_loss"]})
         result = together(results) | {"mlflow_run_id": tracker.run_id, "model": str(output / "model")}
         _point_at(output / "model", output / next(reversed(parts)) / "model")
@@ -80,15 +83,25 @@ def together(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _point(step: Mapping[str, Any], phase: int, before_s: float) -> dict[str, float]:
-    """What the run over all phases shows of a step."""
-    return {
-        "phase": phase,
-        "held_out_loss": step["held_out_loss"],
-        "loss": step["loss"],
-        "trained_blocks": len(step["trained"]),
-        "charged_s": before_s + step["charged_s"],
-    }
+def _teller(tracker: Tracker, phase: int, steps: int, seconds: float) -> Callable[[Mapping[str, Any]], None]:
+    """Tells the run over all phases a step of one (a line of steps.jsonl) that the held-out loss was measured at.
+
+    steps, seconds: of the phases before.
+    """
+
+    def tell(step: Mapping[str, Any]) -> None:
+        if step["held_out_loss"] is None:
+            return
+        point = {
+            "phase": phase,
+            "held_out_loss": step["held_out_loss"],
+            "loss": step["loss"],
+            "trained_blocks": len(step["trained"]),
+            "charged_s": seconds + step["charged_s"],
+        }
+        tracker.metrics(steps + step["step"], point, step["time"])
+
+    return tell
 
 
 def _point_at(link: Path, model: Path) -> None:

@@ -100,10 +100,13 @@ class Tracker:
         tracker._adopt_pending()
         return tracker
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values at a step. NaN and infinities are logged too, and named in the tag `not_finite`."""
-        now_ms = int(time.time() * 1000)
-        points = [(_key(name), float(value), now_ms, int(step)) for name, value in values.items()]
+    def metrics(self, step: int, values: Mapping[str, float], at_s: float | None = None) -> None:
+        """Log values at a step. NaN and infinities are logged too, and named in the tag `not_finite`.
+
+        at_s: seconds since 1970, None: now. The same values at the same step and time a second time change nothing.
+        """
+        at_ms = int((time.time() if at_s is None else at_s) * 1000)
+        points = [(_key(name), float(value), at_ms, int(step)) for name, value in values.items()]
         with self._change:
             self._points += points
         self._wake()

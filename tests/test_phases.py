@@ -37,7 +37,7 @@ SETTINGS = {
     "phases": {
         "subject": {"data": {"batch_size": 2}, "train": {"steps": 4}},
         "pose": {"train": {"steps": 12}},
-        "video": {"train": {"steps": 12}, "schedule": {"backward": "residual"}},
+        "video": {"train": {"steps": 12, "lora": {"rank": 4}}, "schedule": {"backward": "residual"}},
     },
 }  # fmt: skip
 
@@ -144,12 +144,13 @@ def test_conditions_grow_and_the_last_model_is_the_runs(interrupted):
     shapes = {name: json.loads((output / name / "model/entprog.json").read_text())["shape"] for name in
               ("subject", "pose", "video")}  # fmt: skip
     assert [shape["frames"] for shape in shapes.values()] == [1, 1, 2]
+    assert (output / "video/adapter/adapter_model.safetensors").exists() and not (output / "pose/adapter").exists()
 
 
 def test_mlflow_has_one_run_with_the_phases_in_it(interrupted):
     from mlflow import MlflowClient
 
-    result, _ = interrupted
+    result, output = interrupted
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED" and run.data.metrics["final/steps"] == 28
@@ -160,6 +161,14 @@ def test_mlflow_has_one_run_with_the_phases_in_it(interrupted):
     assert [r.data.tags["entprog.phase"] for r in inside] == ["subject", "pose", "video"]
     assert {r.info.status for r in inside} == {"FINISHED"}
     points = client.get_metric_history(run.info.run_id, "phase")
+    told = [(p.step, p.timestamp) for p in points]
+    assert len(set(told)) == len(told)
+    done = 0  # what a killed driver had heard of is there as well, at its own time
+    for phase in ("subject", "pose", "video"):
+        steps = [json.loads(line) for line in (output / phase / "steps.jsonl").read_text().splitlines()]
+        measured = {(done + s["step"], int(s["time"] * 1000)) for s in steps if s["held_out_loss"] is not None}
+        assert measured and measured <= set(told), phase
+        done += len(steps)
     assert {p.step: p.value for p in points} == {1: 1, 4: 1, 5: 2, 8: 2, 12: 2, 16: 2, 17: 3, 20: 3, 24: 3, 28: 3}
 
 
