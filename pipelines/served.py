@@ -19,10 +19,10 @@ class Animator(PythonModel):
         self.checkpoint = checkpoints.find(context.artifacts["checkpoint"], settings)
         self.denoiser = checkpoints.load(self.checkpoint, settings)
 
-    def predict(self, context: Any, model_input: dict[str, np.ndarray], params: dict[str, Any] | None = None):
+    def predict(self, context: Any, model_input, params: dict[str, Any] | None = None):
         """{"reference": uint8 [B, H, W, 3], "pose": float32 [B, F, 33, 3]} → uint8 RGB [B, F, H, W, 3].
 
-        params: `seed` and `steps` of generating.
+        params: `seed` and `steps` of generating. MLflow would make a signature of a type hint on `model_input`.
         """
         settings = config.Generate(**(params or {}))
         people, poses = (np.asarray(model_input[name]) for name in ("reference", "pose"))
