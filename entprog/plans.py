@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from entprog import budget
+from entprog import budget, rotation
 from entprog.blocks import Block
 from entprog.config import Backward, ClipShape, Schedule
 from entprog.costmodel import CostModel
@@ -79,10 +79,12 @@ def candidates(
     stage: int,
     now: Plan | None = None,
     models: Mapping[ClipShape, CostModel] | None = None,
+    seed: int = 0,
 ) -> list[Plan]:
     """What stage `stage` (0-based) may choose from, each once: smallest first, full training last.
 
-    shape: of the shards' clips. models: cost model of each shape on the ladder, for generator `budget`.
+    shape: of the shards' clips. models: cost model of each shape on the ladder, for generator `budget`. seed: of the
+    kinds that draw blocks.
 
     A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in).
     `monotone` keeps only sets no smaller than `now`. A schedule other than entprog leaves one plan.
@@ -93,6 +95,9 @@ def candidates(
     if schedule.kind == "linear":
         m = count((stage + 1) / schedule.stages, len(names))
         return [top(m, names, priority, schedule, shape)]
+    if schedule.kind in rotation.KINDS:
+        chosen = rotation.KINDS[schedule.kind](names, schedule, stage, seed)
+        return [of_set(chosen, names, schedule.backwards[0], shape)]
     eligible = list(names)
     if schedule.cei_threshold is not None and not last:
         eligible = [name for name in names if priority[name] >= schedule.cei_threshold]

@@ -39,7 +39,9 @@ class Search:
         if schedule.kind == "entprog":
             last = stage == schedule.stages - 1
             models = {each: self.prices.model(each) for each in plans.ladder(schedule, shape, last)}
-        found = plans.candidates(self.names, self.priority, schedule, shape, stage, before, models)
+        found = plans.candidates(
+            self.names, self.priority, schedule, shape, stage, before, models, self.experiment.train.seed
+        )
         found, state.fitting = plans.fitting(found, self.prices.memory, schedule.memory_budget_bytes)
         state.candidates = tuple(found)
         if len(found) == 1:
@@ -88,6 +90,8 @@ class Search:
         budgets = []
         if train.seconds:
             budgets.append(train.seconds / stages)
+        if train.flops:
+            budgets.append(train.flops / stages)
         if train.steps:
             budgets.append(train.steps / stages * self.prices.step(self.prices.full))
         return min(budgets)

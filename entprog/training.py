@@ -99,11 +99,12 @@ def fit(
     state: RunState,
     conditions: Sequence[Latents] = (),
 ) -> Iterator[Step]:
-    """Train until `train.steps` or `train.seconds`; yields after every update, with `state` at the step's end.
+    """Train until the budget (`train.steps`, `seconds`, `flops`) is used up; yields after every update, with `state` at
+    the step's end.
 
     held_out: this rank's share of the held-out batches, which may be empty; their position is their place among all
     held-out clips. sample: any batch, to count and time plans
-    on. scores: needed for every schedule but `full`. conditions: clips to score on, the same on every rank, where
+    on. scores: needed where blocks are ranked. conditions: clips to score on, the same on every rank, where
     `priority.rescore` asks for it.
     """
     if not is_over(experiment, state):
@@ -115,7 +116,8 @@ def progress(experiment: Experiment, state: RunState) -> float:
     train = experiment.train
     by_steps = state.step / train.steps if train.steps else 0.0
     by_seconds = state.seconds.total / train.seconds if train.seconds else 0.0
-    return max(by_steps, by_seconds)
+    by_flops = state.flops.total / train.flops if train.flops else 0.0
+    return max(by_steps, by_seconds, by_flops)
 
 
 def is_over(experiment: Experiment, state: RunState) -> bool:
@@ -137,7 +139,7 @@ class _Fit:
         self.state: RunState = state
         self.names = plans.eligible(self.found, experiment.schedule.blocks)
         schedule = experiment.schedule
-        if scores is None and schedule.kind != "full":
+        if scores is None and schedule.needs_scores:
             raise ValueError(f"schedule {schedule.kind} needs a score table")
         self.scores: ScoreTable | None = scores
         self.conditions: Sequence[Latents] = conditions

@@ -35,7 +35,9 @@ def main(
     preset: jobs.Preset = None,
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
-    schedule: Annotated[str | None, typer.Option(help="full: plain training; entprog; linear (schedule.kind).")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="full: plain training; entprog; linear; lisa; badam (schedule.kind).")
+    ] = None,
     memory_budget: Annotated[
         str | None,
         typer.Option(help="Memory per device, like 24GB: only plans that fit (schedule.memory_budget_bytes)."),
@@ -133,7 +135,8 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
 
 def _explain(experiment: Experiment, dataset: shards.Dataset) -> None:
     train, schedule = experiment.train, experiment.schedule
-    ends = [f"{number:g} {unit}" for number, unit in ((train.steps, "steps"), (train.seconds, "s")) if number]
+    budgets = ((train.steps, "steps"), (train.seconds, "s"), (train.flops, "FLOPs"))
+    ends = [f"{number:g} {unit}" for number, unit in budgets if number]
     jobs.console.print(
         f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
         f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
@@ -329,8 +332,10 @@ class _Display:
 
     def __init__(self, experiment: Experiment):
         train = experiment.train
-        self.by: Literal["step", "charged_s"] = "step" if train.steps else "charged_s"
-        self.total = train.steps or train.seconds
+        self.by: Literal["step", "charged_s", "flops"] = (
+            "step" if train.steps else "charged_s" if train.seconds else "flops"
+        )
+        self.total = train.steps or train.seconds or train.flops
         self.elastic, self.most = train.min_workers is not None, train.workers
         self.blocks = 0
         self.clips, self.since, self.begun = 0, time.time(), 0.0

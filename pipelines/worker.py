@@ -192,7 +192,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     experiment, denoiser = setup.experiment, setup.denoiser
     output = Path(settings["output"])
     rank, _ = distributed.world()
-    table = None if experiment.schedule.kind == "full" else scores(setup, settings)
+    table = scores(setup, settings) if experiment.schedule.needs_scores else None
     measured = {}
     if experiment.train.parallel == "fsdp":
         measured = prices.measured_whole(denoiser, setup.blocks, setup.sample, experiment)
@@ -240,8 +240,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 return {"grows" if notice == GROWS else "stopped": step.step}
     if state.step == 0:
         raise UserError(
-            f"scoring took {state.seconds.score:.1f} s, no less than train.seconds={experiment.train.seconds:g}: raise "
-            "train.seconds, or lower priority.conditions × priority.draws"
+            f"scoring took {state.seconds.score:.1f} s and {state.flops.score:.3g} FLOPs, the whole budget: raise "
+            "train.seconds (train.flops), or lower priority.conditions × priority.draws"
         )
     saver.close()
     setup = _final_network(setup, state)

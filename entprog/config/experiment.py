@@ -101,6 +101,9 @@ class Train(Part):
     """Stop after this many updates."""
     seconds: float | None = Field(default=None, gt=0)
     """Stop after this many charged seconds (training, search and scoring; not evaluation for the record)."""
+    flops: float | None = Field(default=None, gt=0)
+    """Stop after this many charged FLOPs, of all workers: the same budget where seconds cannot be trusted. Needs
+    schedule.clock=flops."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -158,7 +161,7 @@ class Train(Part):
 
     @model_validator(mode="after")
     def _has_an_end(self):
-        if self.steps is None and self.seconds is None:
+        if self.steps is None and self.seconds is None and self.flops is None:
             raise ValueError("a run needs an end: set train.steps or train.seconds")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"train.min_workers={self.min_workers} is more than train.workers={self.workers}")
@@ -218,10 +221,13 @@ class Smaller(Part):
 class Schedule(Part):
     """What is trained when (Ent-Prog §3.3-3.4)."""
 
-    kind: Literal["full", "entprog", "linear"] = "entprog"
-    """`full`: all blocks always; `entprog`: the search decides; `linear`: top-m grows evenly with stages."""
+    kind: Literal["full", "entprog", "linear", "lisa", "badam"] = "entprog"
+    """`full`: all blocks always; `entprog`: the search decides; `linear`: top-m grows evenly with stages; `lisa`: a
+    random share of the blocks, another one each stage; `badam`: one block a stage, in turns (`entprog/rotation.py`)."""
     stages: int = Field(default=3, ge=1)
     """K, stages of equal budget."""
+    lisa_share: Fraction = 0.25
+    """Kind `lisa`: share of the blocks that a stage trains."""
     candidates: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)
     """Numbers of trained blocks to choose from, as fractions of L."""
     generators: tuple[Literal["count", "suffix", "budget"], ...] = ("count",)
@@ -263,6 +269,11 @@ class Schedule(Part):
     """Parameters outside blocks: all trained, only the condition input layer, or none."""
     clock: Literal["seconds", "flops"] = "seconds"
     """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether blocks are ranked."""
+        return self.kind in ("entprog", "linear")
 
     @property
     def backwards(self) -> tuple[Backward, ...]:
@@ -310,6 +321,8 @@ class Experiment(Part):
             raise ValueError(
                 "train.seconds cannot end a run whose schedule.clock is flops: set train.steps, and train.seconds=null"
             )
+        if self.schedule.clock == "seconds" and self.train.flops is not None:
+            raise ValueError("train.flops ends runs that count them: set schedule.clock=flops")
         return self
 
     @model_validator(mode="after")

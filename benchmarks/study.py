@@ -1,0 +1,255 @@
+"""Does it pay? Ent-Prog against its controls at equal cost, several seeds, all costs charged.
+
+    python -m benchmarks.study --scale cpu                       # hours on one core; a kill costs one unit
+    python -m benchmarks.study --scale gpu --sitting-s 500       # one GPU, in sittings: the same command goes on
+    python -m benchmarks.study --scale cpu --report              # docs/study.md and its charts anew, from the JSON
+
+Makes the clips (benchmarks.mocap; real ones by pipelines.prepare), pre-trains a base without pose for each family,
+tunes every arm's learning rate with the same small budget, and trains every arm with every seed to the same budget.
+Each of these is a unit with a record of its own under WORK; finished ones are never done again. Leaves
+benchmarks/results/study_cpu.json (study_gpu.json), docs/study.md, docs/study/*.png and pipelines/gains.json.
+"""
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import common, mocap, study_figures, study_page
+from benchmarks.study_arms import ARMS, FEW, SCALES, SEARCHED, TASKS, Scale
+from benchmarks.study_units import Bench, Unit, work
+from entprog import config
+from entprog.errors import UserError
+from entprog.media import assets
+from pipelines import jobs, prepare
+
+WAIT_S = 2.0
+"""Between two looks for a unit that can be done."""
+
+app = jobs.app("The study: Ent-Prog against its controls at equal cost.")
+
+
+@app.command()
+def main(
+    scale: Annotated[str, typer.Option(help=f"How large: {', '.join(SCALES)}.")] = "cpu",
+    work_folder: Annotated[
+        Path | None, typer.Option("--work", help="Folder of clips, bases and records. Default: out/study-SCALE.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda for the scale gpu, else cpu.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="torch's CPU threads.")] = 1,
+    sitting_s: Annotated[
+        float | None, typer.Option(min=0, help="Begin no unit after so many seconds; the same command goes on.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write documents and charts, from the JSON.")] = False,
+    dry_run: jobs.DryRun = False,
+) -> None:
+    """Run what is not done yet, then write figures, charts and the document."""
+    try:
+        if scale not in SCALES:
+            raise UserError(f"no scale {scale!r}{config.close_to(scale, SCALES)}; there are: {', '.join(SCALES)}")
+        device = device or ("cuda" if scale == "gpu" else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("torch sees no GPU here: --scale cpu, or --device cpu")
+        torch.set_num_threads(threads)
+        bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device))
+        name = f"study_{'gpu' if device == 'cuda' else 'cpu'}" if scale != "smoke" else "study_smoke"
+        if dry_run:
+            explain(bench)
+            return
+        if not report:
+            jobs.writable(bench.work)
+            done = run(bench, sitting_s)
+            write(name, bench, scale, done)
+        study_page.leave(common.RESULTS)
+    except UserError as error:
+        jobs.complain("error", str(error))
+        raise typer.Exit(2) from None
+
+
+def units(scale: Scale) -> list[Unit]:
+    """All there is to do, in an order in which every unit's own needs come first, and every arm's first seed before any
+    arm's second: whenever it is stopped, arms have been treated alike."""
+    out: list[Unit] = []
+    first = scale.tasks[0]
+    for task in scale.tasks:
+        arms = [arm for arm in TASKS[task].arms if arm in scale.arms]
+        known = [TASKS[unit.task] for unit in out]
+        if TASKS[task].target not in {each.target for each in known}:
+            out.append(Unit(kind="clips", task=task))
+        if TASKS[task].family not in {each.family for each in known}:
+            out.append(Unit(kind="base", task=task))
+        out.append(Unit(kind="budget", task=task))
+        out += [Unit(kind="scores", task=task, seed=seed) for seed in scale.seeds]
+        if TASKS[task].tuned:
+            out += [
+                Unit(kind="tune", task=task, arm=arm, seed=scale.tune_seed, rate=rate)
+                for arm in arms
+                for rate in scale.rates
+            ]
+        for seed in scale.seeds:
+            out += [Unit(kind="run", task=task, arm=arm, seed=seed) for arm in arms]
+        if task == first:
+            out += [
+                Unit(kind="hindsight", task=task, arm=arm, seed=seed, stage=stage)
+                for stage in scale.hindsight_stages
+                for seed in scale.seeds
+                for arm in SEARCHED
+                if arm in arms
+            ]
+    return out
+
+
+def clips(bench: Bench, target: str) -> dict[str, Any]:
+    """Render or prepare a target's clips, with the source's. Raises UserError where a package or asset is missing."""
+    scale = bench.scale
+    with jobs.ray_cluster(2):
+        if target == "rendered":
+            counts = {"source": scale.source_clips, "target": scale.target_clips}
+            return {
+                name: mocap.run(bench.shards(name), name, count, scale.held_out_clips, scale.rendered, seed=0)
+                for name, count in counts.items()
+            }
+        cut = {"held_out": ["cam04"], "stride": 1}
+        settings = config.build({"data": {"shape": scale.rendered.model_dump()}, "prepare": cut}, config.Preparation)
+        return prepare.run(str(assets.demo_videos(bench.work / "videos")), bench.shards(target), settings)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Finished units' records."""
+
+    records: dict[Unit, dict[str, Any]]
+    left: list[Unit]
+
+    def of(self, kind: str, task: str, arm: str | None = None) -> dict[Unit, dict[str, Any]]:
+        """The records of one kind and task, and arm if given."""
+        return {u: r for u, r in self.records.items() if (u.kind, u.task) == (kind, task) and arm in (None, u.arm)}
+
+    def is_ready(self, scale: Scale, unit: Unit) -> bool:
+        """Whether what a unit needs is there: its base, its budget, its learning rate."""
+        if unit.kind == "clips":
+            return True
+        of = TASKS[unit.task]
+        ready = any(u.kind == "clips" and TASKS[u.task].target == of.target for u in self.records)
+        if unit.kind == "base":
+            return ready
+        ready = ready and any(u.kind == "base" and TASKS[u.task].family == of.family for u in self.records)
+        if unit.kind in ("tune", "run", "hindsight"):
+            ready = ready and bool(self.of("budget", unit.task))
+        if unit.kind in ("run", "hindsight"):
+            ready = ready and len(self.of("tune", _tuned_on(scale, unit), unit.arm)) == len(scale.rates)
+        return ready
+
+    def rate(self, scale: Scale, unit: Unit) -> float:
+        """The learning rate that a unit trains with, before its arm's factor: its own, or the best that was tried."""
+        if unit.rate is not None or unit.kind not in ("run", "hindsight"):
+            return unit.rate or scale.rates[0]
+        tried = {u.rate: r["held_out_loss"] for u, r in self.of("tune", _tuned_on(scale, unit), unit.arm).items()}
+        return min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
+
+    def budget(self, unit: Unit) -> float:
+        """Of a run of its task, in the clock; 0 where it is not known yet."""
+        return next((record["budget"] for record in self.of("budget", unit.task).values()), 0.0)
+
+
+def _tuned_on(scale: Scale, unit: Unit) -> str:
+    return unit.task if TASKS[unit.task].tuned else scale.tasks[0]
+
+
+def read(bench: Bench) -> Done:
+    """What is finished so far."""
+    wanted = units(bench.scale)
+    found = {unit: json.loads(path.read_text()) for unit in wanted if (path := bench.work / unit.file).exists()}
+    return Done(found, [unit for unit in wanted if unit not in found])
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the unit of that record; another one's claim ends with it, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not path.exists()
+
+
+def run(bench: Bench, sitting_s: float | None) -> Done:
+    """Do what is left, until it is done or the sitting is over. Several processes may share a work folder."""
+    started, costs = time.time(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=jobs.console, disable=not jobs.console.is_terminal) as bar:
+        shown = bar.add_task("study", total=len(units(bench.scale)))
+        while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
+            bar.update(shown, completed=len(done.records))
+            unit = next((u for u in done.left if done.is_ready(bench.scale, u) and do(bench, u, done)), None)
+            if unit is None:  # others are at all that can be done now
+                time.sleep(WAIT_S)
+                continue
+            costs.append((time.time() - started) / (len(costs) + 1))
+            left = len(done.left) - 1
+            line = f"{unit.kind} {unit.task} {unit.arm} seed {unit.seed}"
+            bar.update(shown, description=line)
+            jobs.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")
+    return read(bench)
+
+
+def do(bench: Bench, unit: Unit, done: Done) -> bool:
+    """Do a unit and keep its record, unless another process has it; whether it was done here."""
+    path = bench.work / unit.file
+    with claimed(path) as mine:
+        if not mine:
+            return False
+        begun = time.time()
+        if unit.kind == "clips":
+            record = clips(bench, TASKS[unit.task].target)
+        else:
+            record = work(bench, unit, done.budget(unit), done.rate(bench.scale, unit))
+        jobs.write_json(path, {"commit": jobs.commit(), "unit_s": time.time() - begun, **record})
+        return True
+
+
+def explain(bench: Bench) -> None:
+    """Print the plan of work."""
+    wanted, done = units(bench.scale), read(bench)
+    kinds = dict.fromkeys(unit.kind for unit in wanted)
+    rows = [(kind, sum(u.kind == kind for u in wanted), sum(u.kind == kind for u in done.records)) for kind in kinds]
+    jobs.show("Units of the study", rows, ("kind", "all", "done"))
+    scale = bench.scale
+    jobs.console.print(
+        f"Budget of a run: {scale.full_steps} steps of full training, in {scale.clock}; {len(scale.arms)} arms "
+        f"({', '.join(ARMS[arm].title for arm in scale.arms)}) on {scale.tasks[0]}, {len(FEW)} on the others; "
+        f"{len(scale.seeds)} seeds; clips {scale.shape}. Work folder {bench.work}."
+    )
+
+
+def write(name: str, bench: Bench, scale: str, done: Done) -> Path:
+    """The result file, out of the records."""
+    figures, more = study_figures.summary(bench.scale, done.records)
+    if not figures:
+        raise UserError(f"nothing to report yet: {len(done.left)} units are left, none of them a finished run")
+    path = common.write(
+        name,
+        figures,
+        device=bench.device,
+        repeats=len(bench.scale.seeds),
+        more={"scale": scale, "units_left": len(done.left), **more},
+    )
+    common.show("The study", [{k: row[k] for k in study_figures.SHOWN} for row in figures])
+    jobs.console.print(f"Wrote {path}" + (f"; {len(done.left)} units are left" if done.left else ""))
+    return path
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,287 @@
+"""What the study compares, and at which scale: arms and scales as settings, nothing that runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from entprog import config
+from entprog.config import ClipShape, Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train."""
+
+    title: str
+    settings: Mapping[str, Any]
+    """Over the scale's own."""
+    rate_factor: float = 1.0
+    """Its learning rates are the scale's times this: adapters want larger ones."""
+
+
+PAPER = {
+    "priority": {"kind": "cei", "sign": "signed"},
+    "schedule": {
+        "kind": "entprog", "generators": ["count"], "candidates": [0.25, 0.5, 0.75, 1.0], "backward": "exact",
+        "efficiency": "paper", "search_until_clear": False,
+    },
+}  # fmt: skip
+PAST = {
+    "priority": {"kind": "cei", "sign": "absolute"},
+    "schedule": {
+        "kind": "entprog", "generators": ["count", "budget"], "candidates": [0.25, 0.5], "budgets": [0.6],
+        "backward": ["residual", "exact"], "efficiency": "paired", "search_until_clear": True,
+    },
+}  # fmt: skip
+
+
+def _past(**parts: Mapping[str, Any]) -> dict[str, Any]:
+    return config.merge(PAST, parts)
+
+
+def _lora(rank: int) -> dict[str, Any]:
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    return {"schedule": {"kind": "full"}, "train": {"lora": {"rank": rank, "alpha": rank, "targets": targets}}}
+
+
+ARMS = {
+    "full": Arm(title="full training", settings={"schedule": {"kind": "full"}}),
+    "paper": Arm(title="Ent-Prog as in the paper", settings=PAPER),
+    "past": Arm(title="Ent-Prog past the paper", settings=PAST),
+    "past_random": Arm(title="… random order instead of CEI", settings=_past(priority={"kind": "random"})),
+    "past_linear": Arm(
+        title="… linear instead of adaptive", settings=_past(schedule={"kind": "linear", "backward": "residual"})
+    ),
+    "past_exact": Arm(title="… exact backward only", settings=_past(schedule={"backward": "exact"})),
+    "past_count": Arm(title="… counts only", settings=_past(schedule={"generators": ["count"]})),
+    "past_unpaired": Arm(title="… the paper's estimator", settings=_past(schedule={"efficiency": "paper"})),
+    "past_signed": Arm(title="… signed CEI", settings=_past(priority={"sign": "signed"})),
+    "past_reverse": Arm(title="… reverse CEI", settings=_past(priority={"kind": "reverse_cei"})),
+    "past_gradient": Arm(title="… gradient norm", settings=_past(priority={"kind": "gradient"})),
+    "past_last": Arm(title="… last blocks first (last-m)", settings=_past(priority={"kind": "depth_last"})),
+    "lora_small": Arm(title="LoRA, rank 4", settings=_lora(4), rate_factor=3.0),
+    "lora_large": Arm(title="LoRA, rank 16", settings=_lora(16), rate_factor=3.0),
+    "lisa": Arm(
+        title="LISA", settings={"schedule": {"kind": "lisa", "stages": 16, "lisa_share": 0.25, "backward": "exact"}}
+    ),
+    "badam": Arm(
+        title="BAdam",
+        settings={
+            "schedule": {"kind": "badam", "stages": 16, "backward": "exact"},
+            "train": {"frozen_state": "drop"},
+        },
+    ),
+}
+"""Name → arm. Full training is what the others are measured against."""
+FEW = ("full", "paper", "past")
+"""Arms of the tasks beside the first."""
+SEARCHED = ("paper", "past")
+"""Arms whose choices are looked at in hindsight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A network and what it is fine-tuned on."""
+
+    family: str
+    target: str
+    """`rendered` or `real`."""
+    arms: tuple[str, ...]
+    tuned: bool = True
+    """Whether it tunes its own learning rates; otherwise those of the first task count."""
+
+
+TASKS = {
+    "wan_rendered": Task(family="wan", target="rendered", arms=tuple(ARMS)),
+    "latte_rendered": Task(family="latte", target="rendered", arms=FEW),
+    "wan_real": Task(family="wan", target="real", arms=FEW, tuned=False),
+}
+"""In the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large all of it is."""
+
+    rendered: ClipShape
+    """Of the shards."""
+    shape: ClipShape
+    """Of the clips that are trained on, cut out of them."""
+    source_clips: int
+    target_clips: int
+    networks: Mapping[str, Mapping[str, Any]]
+    """Family → configuration of its new network."""
+    batch_size: int
+    full_steps: int
+    """The budget: what full training takes for so many steps, in the clock."""
+    base_steps: int
+    """Of pre-training without pose."""
+    base_rate: float
+    rates: tuple[float, ...]
+    """Learning rates tried by every arm."""
+    tune_share: float
+    """Share of the budget that each of these tries takes."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tune_seed: int = 100
+    clock: str = "flops"
+    points: int = 12
+    """Evaluations of a run, spread evenly over its budget."""
+    held_out_clips: int = 64
+    """Rendered held-out clips: the first for searches, the next for tuning, the next again for judging arms."""
+    search_clips: int = 4
+    tune_clips: int = 12
+    test_clips: int = 24
+    draws: int = 2
+    """Noise draws of a judged clip."""
+    quality_clips: int = 4
+    quality_steps: int = 10
+    metrics: tuple[str, ...] = ("psnr", "ssim", "stlpips")
+    hindsight_stages: tuple[int, ...] = (0, 1)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    arms: tuple[str, ...] = tuple(ARMS)
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of every experiment."""
+
+
+WAN = {
+    "patch_size": [2, 4, 4], "attention_head_dim": 32, "text_dim": 16, "freq_dim": 64, "cross_attn_norm": True,
+    "rope_max_seq_len": 64, "out_channels": 3,
+}  # fmt: skip
+LATTE = {
+    "patch_size": 4, "attention_head_dim": 32, "caption_channels": 16, "sample_size": 32, "out_channels": 3,
+    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+    "attention_bias": True, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+COMMON = {
+    "model": {"vae": "none"},
+    "train": {"warmup_steps": 10, "samples": 0, "threads": 1},
+    "priority": {"conditions": 4, "draws": 4},
+    "schedule": {"stages": 2, "search_steps": 2, "search_share": 0.2},
+}
+CPU = Scale(
+    rendered=ClipShape(frames=8, height=64, width=48, fps=12),
+    shape=ClipShape(frames=4, height=32, width=24, fps=12),
+    source_clips=2000,
+    target_clips=512,
+    networks={
+        "wan": {**WAN, "num_attention_heads": 3, "num_layers": 8, "ffn_dim": 192},
+        "latte": {**LATTE, "num_attention_heads": 2, "num_layers": 4, "cross_attention_dim": 64, "video_length": 4},
+    },
+    batch_size=4,
+    full_steps=160,
+    base_steps=450,
+    base_rate=2e-3,
+    rates=(2e-4, 6e-4, 1.8e-3),
+    tune_share=0.25,
+    points=10,
+    search_clips=2,
+    tune_clips=16,
+    test_clips=32,
+    quality_steps=8,
+    hindsight_stages=(0,),
+    common=COMMON,
+)
+SMOKE = Scale(
+    rendered=ClipShape(frames=2, height=32, width=16, fps=12),
+    shape=ClipShape(frames=2, height=32, width=16, fps=12),
+    source_clips=8,
+    target_clips=8,
+    networks={
+        "wan": {**WAN, "patch_size": [1, 8, 8], "num_attention_heads": 1, "num_layers": 4, "ffn_dim": 32},
+        "latte": {**LATTE, "num_attention_heads": 1, "num_layers": 2, "cross_attention_dim": 32, "video_length": 2},
+    },
+    batch_size=2,
+    full_steps=24,
+    base_steps=6,
+    base_rate=2e-3,
+    rates=(1e-3, 3e-3),
+    tune_share=0.25,
+    seeds=(0, 1),
+    points=4,
+    held_out_clips=12,
+    search_clips=2,
+    tune_clips=2,
+    quality_clips=2,
+    quality_steps=2,
+    metrics=("psnr", "ssim"),
+    hindsight_stages=(0,),
+    tasks=("wan_rendered", "latte_rendered"),
+    arms=("full", "past", "lora_small", "badam"),
+    common=config.merge(COMMON, {"priority": {"conditions": 2}, "schedule": {"search_share": 0.9}}),
+)
+GPU = Scale(
+    rendered=ClipShape(frames=16, height=128, width=96, fps=12),
+    shape=ClipShape(frames=16, height=128, width=96, fps=12),
+    source_clips=20000,
+    target_clips=4000,
+    networks={
+        "wan": {
+            **WAN, "patch_size": [1, 8, 8], "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 16,
+            "ffn_dim": 3072, "text_dim": 64, "freq_dim": 256, "rope_max_seq_len": 1024,
+        },
+        "latte": {
+            **LATTE, "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 9, "cross_attention_dim": 768,
+            "patch_size": 8, "sample_size": 128, "video_length": 16,
+        },
+    },
+    batch_size=8,
+    full_steps=3000,
+    base_steps=10000,
+    base_rate=2e-4,
+    rates=(3e-5, 1e-4, 3e-4),
+    tune_share=0.2,
+    clock="seconds",
+    points=20,
+    held_out_clips=160,
+    search_clips=8,
+    tune_clips=24,
+    test_clips=128,
+    quality_clips=32,
+    quality_steps=30,
+    metrics=("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0", "identity", "temporal"),
+    hindsight_stages=(0, 1, 2),
+    common=config.merge(
+        COMMON,
+        {
+            "model": {"dtype": "bfloat16"},
+            "train": {"warmup_steps": 100},
+            "priority": {"conditions": 16, "draws": 16},
+            "schedule": {"stages": 3, "search_steps": 4, "search_share": 0.1},
+        },
+    ),
+)  # fmt: skip
+"""Over 100 M parameters; its clock is seconds, of a machine that nobody shares."""
+SCALES = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+
+
+def experiment(scale: Scale, task: str, arm: str, *, base: str, seed: int, rate: float, budget: float) -> Experiment:
+    """What one run of an arm is told. budget: in the scale's clock. Raises UserError for settings that do not fit."""
+    of_all = {
+        "name": f"study-{task}-{arm}",
+        "model": {"family": TASKS[task].family, "base": base, "conditions": ["reference", "pose"]},
+        "data": {
+            "shape": scale.shape.model_dump(), "batch_size": scale.batch_size, "held_out_clips": scale.search_clips,
+            "held_out_draws": 1,
+        },
+        "train": {
+            scale.clock: budget, "learning_rate": rate * ARMS[arm].rate_factor, "seed": seed,
+            "held_out_every": 1_000_000,  # judged from outside, on other clips
+        },
+        "schedule": {"clock": scale.clock, "search_clips": scale.search_clips},
+    }  # fmt: skip
+    return config.build(config.merge(config.merge(scale.common, of_all), ARMS[arm].settings))
+
+
+def pretraining(scale: Scale, family: str) -> Experiment:
+    """How a base is made: plain training on the source, which has no pose."""
+    values = {
+        "name": f"study-base-{family}",
+        "model": {"family": family, "init": dict(scale.networks[family]), "conditions": ["reference"]},
+        "data": {"shape": scale.shape.model_dump(), "batch_size": 2 * scale.batch_size, "held_out_draws": 1},
+        "train": {
+            "steps": scale.base_steps, "learning_rate": scale.base_rate, "cooldown_share": 0.3,
+            "held_out_every": 1_000_000,
+        },
+        "schedule": {"kind": "full"},
+    }  # fmt: skip
+    return config.build(config.merge(scale.common, values))
