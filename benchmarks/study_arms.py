@@ -156,7 +156,7 @@ COMMON = {
     "model": {"vae": "none"},
     "train": {"warmup_steps": 10, "samples": 0, "threads": 1},
     "priority": {"conditions": 4, "draws": 4},
-    "schedule": {"stages": 2, "search_steps": 2, "search_share": 0.2},
+    "schedule": {"stages": 2, "search_steps": 2, "search_share": 0.25},
 }
 CPU = Scale(
     rendered=ClipShape(frames=8, height=64, width=48, fps=12),
@@ -168,15 +168,15 @@ CPU = Scale(
         "latte": {**LATTE, "num_attention_heads": 2, "num_layers": 4, "cross_attention_dim": 64, "video_length": 4},
     },
     batch_size=4,
-    full_steps=160,
+    full_steps=90,
     base_steps=450,
     base_rate=2e-3,
-    rates=(2e-4, 6e-4, 1.8e-3),
-    tune_share=0.25,
-    points=10,
+    rates=(5e-4, 1.2e-3, 3e-3),
+    tune_share=0.3,
+    points=9,
     search_clips=2,
     tune_clips=16,
-    test_clips=32,
+    test_clips=24,
     quality_steps=8,
     hindsight_stages=(0,),
     common=COMMON,
@@ -254,8 +254,13 @@ GPU = Scale(
 SCALES = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
 
 
-def experiment(scale: Scale, task: str, arm: str, *, base: str, seed: int, rate: float, budget: float) -> Experiment:
-    """What one run of an arm is told. budget: in the scale's clock. Raises UserError for settings that do not fit."""
+def experiment(
+    scale: Scale, task: str, arm: str, *, base: str, seed: int, rate: float, budget: float, tuning: bool = False
+) -> Experiment:
+    """What one run of an arm is told. budget: in the scale's clock; tuning: it is a share of a whole run's.
+
+    Raises UserError for settings that do not fit.
+    """
     of_all = {
         "name": f"study-{task}-{arm}",
         "model": {"family": TASKS[task].family, "base": base, "conditions": ["reference", "pose"]},
@@ -269,14 +274,17 @@ def experiment(scale: Scale, task: str, arm: str, *, base: str, seed: int, rate:
         },
         "schedule": {"clock": scale.clock, "search_clips": scale.search_clips},
     }  # fmt: skip
-    return config.build(config.merge(config.merge(scale.common, of_all), ARMS[arm].settings))
+    values = config.merge(config.merge(scale.common, of_all), ARMS[arm].settings)
+    if tuning and values["schedule"]["kind"] == "entprog":  # stages of so short a run could not pay for a search
+        values = config.merge(values, {"schedule": {"stages": 1}})
+    return config.build(values)
 
 
 def pretraining(scale: Scale, family: str) -> Experiment:
-    """How a base is made: plain training on the source, which has no pose."""
+    """How a base is made: plain training on the source's clips alone, as a text-to-video model is."""
     values = {
         "name": f"study-base-{family}",
-        "model": {"family": family, "init": dict(scale.networks[family]), "conditions": ["reference"]},
+        "model": {"family": family, "init": dict(scale.networks[family]), "conditions": []},
         "data": {"shape": scale.shape.model_dump(), "batch_size": 2 * scale.batch_size, "held_out_draws": 1},
         "train": {
             "steps": scale.base_steps, "learning_rate": scale.base_rate, "cooldown_share": 0.3,

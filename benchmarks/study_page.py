@@ -1,5 +1,328 @@
-"""docs/study.md and its charts, from the JSON alone."""
+"""docs/study.md, its charts and the shipped table of gains: from the study's result files, and nothing else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import charts, expectation, jobs
+
+ROOT = Path(__file__).parents[1]
+FRAME = Path(__file__).with_suffix(".md")
+"""What the document says beside its figures."""
+SCALES = ("gpu", "cpu")
+"""Of result files, the one that counts more first."""
+PAPER = (
+    ("Bilibili", "full training", "132.06", ".128", "72", "–"),
+    ("Bilibili", "Ent-Prog", "119.77", ".121", "53", "2.17"),
+    ("TikTok", "full training", "385.64", ".316", "72", "–"),
+    ("TikTok", "Ent-Prog", "264.03", ".268", "44", "1.52"),
+    ("TikTok", "no adaptive schedule", "382.41", ".272", "", "2.11"),
+    ("TikTok", "no CEI", "285.94", ".270", "", "1.95"),
+)
+"""The paper's own: data, training, FVD, LPIPS, GB, times as fast."""
+HIGHLIGHTED = ("full", "paper", "past", "lisa", "badam", "lora_large")
+"""Arms of the first chart."""
 
 
-def leave(results):
-    pass
+def leave(results: Path, docs: Path = ROOT / "docs", table: Path = expectation.TABLE) -> Path | None:
+    """Write the document, its charts and the table; None where no study has been run yet."""
+    found = {
+        scale: json.loads(path.read_text()) for scale in SCALES if (path := results / f"study_{scale}.json").exists()
+    }
+    if not found:
+        return None
+    sections = "\n\n".join(section(scale, record, docs / "study") for scale, record in found.items())
+    path = docs / "study.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(FRAME.read_text().replace("<!-- figures -->", sections))
+    best = next(iter(found))
+    jobs.write_json(table, gains(best, found[best]))
+    return path
+
+
+def gains(scale: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pipelines.train` tells people before a long run: family → arm → how much sooner."""
+    tasks = {"": record["arms"]} | {name: arms for name, arms in record["tasks"].items() if name.endswith("_rendered")}
+    first = next(iter(record["cei"].values()))["family"]
+    out: dict[str, Any] = {}
+    for name, arms in tasks.items():
+        family = name.removesuffix("_rendered") or first
+        out[family] = {
+            arm: {key: round(of["time_to_full_loss_ratio"][key], 3) for key in ("median", "low", "high")}
+            | {"seeds": len(of["seeds"])}
+            for arm, of in arms.items()
+        }
+    about = {
+        "scale": scale, "device": record["device"], "commit": record["commit"],
+        "steps": record["steps"],
+        "parameters": {family: base["parameters"] for family, base in record["bases"].items()},
+    }  # fmt: skip
+    return {"about": about, "families": out}
+
+
+# ---- the document ----
+
+
+def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
+    """All that one result file says."""
+    arms, lines = record["arms"], []
+    sizes = ", ".join(
+        f"{family} {base['parameters'] / 1e6:.2g} M parameters in {base['blocks']} blocks"
+        for family, base in record["bases"].items()
+    )
+    lines.append(f"## Scale `{scale}`")
+    lines.append(
+        f"`benchmarks/results/study_{scale}.json`: {record['device']}, commit {record['commit'][:8]} (runs: "
+        f"{', '.join(commit[:8] for commit in record['commits'])}). Networks: {sizes}. Every run may spend "
+        f"{record['budget']}; the clock is {record['clock_is']}."
+        + (f" {record['units_left']} of the study's units have not been run." if record["units_left"] else "")
+    )
+    lines.append(verdict(arms))
+    lines.append("### Fine-tuning on rendered people, new motions and bodies (Wan's shape)\n\n" + table(arms))
+    loss_chart(arms, record["clock"], folder / f"{scale}_loss.png")
+    ratio_chart(arms, folder / f"{scale}_ratio.png")
+    lines.append(
+        f"![held-out loss of some arms over the budget](study/{scale}_loss.png)\n\n"
+        f"![how much sooner than full training each arm reached its loss](study/{scale}_ratio.png)"
+    )
+    for name, others in record["tasks"].items():
+        lines.append(f"### {TASKS_IN_WORDS.get(name, name)}\n\n" + table(others))
+    lines.append(scores(record["cei"], folder / f"{scale}_cei.png", scale))
+    lines.append(choices(record["hindsight"]))
+    lines.append(gradients(record["residual"]))
+    lines.append(beside_paper(arms))
+    return "\n\n".join(lines)
+
+
+def verdict(arms: Mapping[str, Any]) -> str:
+    """What the numbers say, in sentences made of them."""
+    said = [f"**{arms[name]['title']}**: {in_words(arms[name])}." for name in ("paper", "past") if name in arms]
+    losses = {name: arm["held_out_loss"] for name, arm in arms.items()}
+    titles = {name: arm["title"].removeprefix("… ") for name, arm in arms.items()}
+    others = [name for name in arms if name != "full"]
+    if others:
+        best = min(others, key=losses.get)
+        said.append(
+            f"Lowest mean loss of all arms but full training: {titles[best]}, {losses[best]:.4f} against "
+            f"{losses['full']:.4f}{'' if losses[best] < losses['full'] else ': no arm beat plain training'}."
+        )
+    changes = [name for name in arms if name.startswith("past_")]
+    if "past" in arms and changes:
+        worse = ", ".join(titles[name] for name in changes if losses[name] > losses["past"])
+        better = ", ".join(titles[name] for name in changes if losses[name] <= losses["past"])
+        said.append(
+            f"Single changes to *past the paper* that made it worse: {worse or 'none'}; that did not: "
+            f"{better or 'none'} (means over seeds; see the intervals before believing an order)."
+        )
+    return "\n".join(f"- {line}" for line in said)
+
+
+def in_words(arm: Mapping[str, Any]) -> str:
+    """One arm against full training."""
+    ratio = arm["time_to_full_loss_ratio"]
+    if ratio["low"] > 1:
+        found = "sooner than full training in every resample"
+    elif ratio["high"] < 1:
+        found = "later than full training in every resample: plain training wins"
+    else:
+        found = "not told apart from full training by these seeds"
+    return (
+        f"{spread(ratio, '.2f')} times as soon at full training's final loss, which {ratio['reached']} of "
+        f"{len(arm['seeds'])} runs reached; final loss {spread(arm['loss_minus_full'])} against it; {found}"
+    )
+
+
+def spread(figure: Mapping[str, Any], digits: str = "+.4f") -> str:
+    """A median with its interval."""
+    return "{} [{}, {}]".format(*(format(figure[name], digits) for name in ("median", "low", "high")))
+
+
+def table(arms: Mapping[str, Any]) -> str:
+    """Every arm, a row each."""
+    metrics, full = list(arms["full"]["quality"]), arms["full"]
+    rows = [
+        {
+            "arm": arm["title"],
+            "loss": f"{arm['held_out_loss']:.4f}",
+            "− full's": spread(arm["loss_minus_full"]),
+            "× as soon": spread(arm["time_to_full_loss_ratio"], ".2f"),
+            "reached": f"{arm['time_to_full_loss_ratio']['reached']}/{len(arm['seeds'])}",
+            "by CPU time": f"{arm['time_to_full_loss_ratio_cpu']['median']:.2f}",
+            "loss at equal steps": f"{arm['equal_steps']['held_out_loss']:.4f}",
+            "steps": f"{arm['steps']:.0f}",
+            "memory": f"{arm['memory_over_full']:.2f}",
+            "overhead": f"{arm['overhead']:.0%}",
+            "CPU s": f"{arm['cpu_seconds'] / full['cpu_seconds']:.2f}",
+            "rate": f"{arm['learning_rate']:.0e}",
+            **{name: f"{arm['quality'][name]['mean']:.3g}" for name in metrics},
+        }
+        for arm in arms.values()
+    ]
+    cards = ", ".join(f"{name} {full['quality'][name]['card']['id']}" for name in metrics)
+    return (
+        _markdown(rows)
+        + "\n\nLoss: mean over seeds, on clips that neither searches nor tuning saw. − full's, × as soon: median over "
+        f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak over full training's. "
+        "Overhead: share of the budget that search and scoring took. CPU s: over full training's, for the same budget. "
+        f"Cards: {cards}."
+    )
+
+
+TAUS = {
+    "tau_signed_to_loss": "τ(π, loss)",
+    "tau_absolute_to_loss": "τ(|π|, loss)",
+    "tau_signed_to_absolute": "τ(π, |π|)",
+    "tau_halves": "τ of halves",
+}
+
+
+def scores(found: Mapping[str, Any], path: Path, scale: str) -> str:
+    """CEI against the loss increase on skip."""
+    if not found:
+        return ""
+    cei_chart(found, path)
+    rows = [
+        {
+            "network, clips": name.replace("_", ", "),
+            "blocks": len(of["blocks"]),
+            "draws": of["draws"],
+            **{title: f"{of[tau]['median']:+.2f}" for tau, title in TAUS.items()},
+            "blocks with π < 0": sum(value < 0 for value in of["pi"]),
+        }
+        for name, of in found.items()
+    ]
+    return (
+        "### Does CEI say what a block is worth?\n\nKendall's τ between rankings of the blocks on the base, median "
+        "over seeds of draws. Loss: how much the loss grows when the block is skipped.\n\n"
+        + _markdown(rows)
+        + f"\n\n![π and loss increase of every block](study/{scale}_cei.png)"
+    )
+
+
+def choices(found: Mapping[str, Any]) -> str:
+    """How good the searches' choices were in hindsight."""
+    title = "### Did the search choose well?\n\n"
+    if not found:
+        return title + "Not measured yet."
+    rows = [
+        {
+            "arm": arm,
+            "choices": of["choices"],
+            "of them searched": sum(one["searched"] for one in of["decisions"]),
+            "chose the best": of["best"],
+            "by chance": f"{of['by_chance']:.1f}",
+            "loss given away": f"{of['regret']:.4f}",
+            "best to worst": f"{of['spread']:.4f}",
+            "places": ", ".join(f"{one['place']}/{one['candidates']}" for one in of["decisions"]),
+            "the best were": ", ".join(f"{one['best']['m']} {one['best']['backward']}" for one in of["decisions"]),
+        }
+        for arm, of in found.items()
+    ]
+    return (
+        title + "After a search each of its candidates was trained from the same weights for the rest of the stage's "
+        "budget, and judged on clips that the search had not seen.\n\n" + _markdown(rows)
+    )
+
+
+def gradients(found: Mapping[str, Any]) -> str:
+    """What the residual gradient costs."""
+    title = "### What does the residual gradient cost?\n\n"
+    if not found["pairs"]:
+        return title + "Not measured yet."
+    return (
+        title + f"{found['pairs']} pairs of candidates that train the same blocks from the same weights with either "
+        f"backward. Loss of the residual one minus the exact one's: {spread(found['loss_minus_exact_at_same_steps'])} "
+        f"at equal steps; {spread(found['loss_minus_exact_at_same_cost'])} at equal cost, where it takes "
+        f"{found['steps_over_exact_at_same_cost']:.2f} times the steps (intervals over pairs)."
+    )
+
+
+IN_THE_PAPERS_WORDS = {
+    "full": "full training",
+    "paper": "Ent-Prog",
+    "past": "past the paper",
+    "past_linear": "past the paper, no adaptive schedule",
+    "past_random": "past the paper, no CEI",
+}
+
+
+def beside_paper(arms: Mapping[str, Any]) -> str:
+    """The paper's table, and ours in its shape."""
+    head = ("data", "training", "FVD", "LPIPS", "memory, GB", "times as fast")
+    rows = [dict(zip(head, row, strict=True)) for row in PAPER]
+    for name, title in IN_THE_PAPERS_WORDS.items():
+        if name in arms:
+            perceptual = arms[name]["quality"].get("stlpips")
+            lpips = f"{perceptual['mean']:.3f}*" if perceptual else "–"
+            fast = "–" if name == "full" else f"{arms[name]['time_to_full_loss_ratio']['median']:.2f}"
+            ours = ("ours", title, "–", lpips, f"{arms[name]['memory_over_full']:.2f}×", fast)
+            rows.append(dict(zip(head, ours, strict=True)))
+    return (
+        "### The paper's table beside ours\n\n"
+        + _markdown(rows)
+        + "\n\nIn shape alone: other networks, data and hardware; the paper's times are of one run each, until it "
+        "judged quality equal, without the costs of scoring and search. *: stlpips, another distance. Ours: memory "
+        "over full training's; times as fast to full training's final held-out loss, everything charged."
+    )
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# ---- charts ----
+
+
+def loss_chart(arms: Mapping[str, Any], clock: str, path: Path) -> Path:
+    """Held-out loss over the budget, mean over seeds, with each seed faintly."""
+    figure, axes = charts.figure_and_axes(1, 1, (8, 4.5))
+    shown = [name for name in HIGHLIGHTED if name in arms]
+    for color, name in zip(charts.LINES, shown, strict=False):
+        curves = arms[name]["curves"]
+        for number, curve in enumerate(curves):
+            axes.plot(
+                [point["spent"] for point in curve], [point["loss"] for point in curve], color=color, alpha=0.6,
+                linewidth=1.2, label=arms[name]["title"] if number == 0 else None,
+            )  # fmt: skip
+    axes.set_xlabel({"flops": "charged FLOPs", "seconds": "charged seconds"}[clock])
+    axes.set_ylabel("held-out loss, a line a seed")
+    axes.legend(frameon=False, fontsize=8)
+    return charts.save(figure, path)
+
+
+def ratio_chart(arms: Mapping[str, Any], path: Path) -> Path:
+    """How much sooner each arm is at full training's loss, with intervals and each seed's value."""
+    names = [name for name in arms if name != "full"]
+    figure, axes = charts.figure_and_axes(1, 1, (8, 1.5 + charts.ROW_INCHES * len(names)))
+    for place, name in enumerate(names):
+        ratio = arms[name]["time_to_full_loss_ratio"]
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=charts.BLUE, linewidth=2)
+        axes.plot(ratio["by_seed"], [place] * len(ratio["by_seed"]), "o", color=charts.ORANGE, markersize=4)
+        axes.plot([ratio["median"]], [place], "s", color=charts.BLUE, markersize=6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), [arms[name]["title"] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("times as soon as full training at its final loss (dots: seeds)")
+    return charts.save(figure, path)
+
+
+def cei_chart(found: Mapping[str, Any], path: Path) -> Path:
+    """π over the loss increase on skip, a panel a network."""
+    figure, panels = charts.figure_and_axes(1, len(found), (4.2 * len(found), 3.6))
+    for axes, (name, of) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
+        axes.plot(of["pi"], of["loss_increase"], "o", color=charts.BLUE, markersize=5)
+        for number, point in enumerate(zip(of["pi"], of["loss_increase"], strict=True)):
+            axes.annotate(str(number), point, textcoords="offset points", xytext=(4, 3), fontsize=8)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{name}: block numbers", fontsize=9)
+        axes.set_xlabel("π")
+        axes.set_ylabel("loss increase on skip")
+    return charts.save(figure, path)
+
+
+TASKS_IN_WORDS = {
+    "latte_rendered": "The same with Latte's shape: spatial and temporal blocks apart",
+    "wan_real": "Real clips, the fourth camera held out (the learning rates of the rendered task)",
+}

@@ -271,9 +271,8 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]
     """One training of an arm, judged along the way on clips that neither it nor tuning saw."""
     scale, goods = bench.scale, material(bench, unit.task)
     tuning = unit.kind == "tune"
-    wanted = experiment(
-        scale, unit.task, unit.arm, base=_base_of(bench, unit), seed=unit.seed, rate=rate, budget=budget
-    )
+    told = {"seed": unit.seed, "rate": rate, "budget": budget, "tuning": tuning}
+    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **told)
     began = time.perf_counter()
     cpu = time.process_time()
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)

@@ -20,7 +20,7 @@ from entprog.config import Experiment
 from entprog.errors import UserError
 from entprog.media import shards
 from entprog.storage import Place
-from pipelines import charts, jobs, launch, phases, registry, stages, stalls, worker
+from pipelines import charts, expectation, jobs, launch, phases, registry, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending
 
@@ -143,6 +143,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset) -> None:
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
         f"({schedule.stages} stages, backward {' or '.join(schedule.backwards)}, clock {schedule.clock})."
     )
+    expectation.tell(experiment)
 
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
@@ -180,6 +181,7 @@ def run(
         deliver_pending(output)
         jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
+    expectation.tell(experiment)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     if experiment.train.checkpoints:
         Place.at(storage.quickly(experiment.train.checkpoints)).check()
