@@ -14,7 +14,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,9 @@ def main(
     sitting_s: Annotated[
         float | None, typer.Option(min=0, help="Begin no unit after so many seconds; the same command goes on.")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Arms, with commas between them: others wait for another sitting.")
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write documents and charts, from the JSON.")] = False,
     dry_run: jobs.DryRun = False,
 ) -> None:
@@ -67,7 +70,7 @@ def main(
             return
         if not report:
             jobs.writable(bench.work)
-            done = run(bench, sitting_s)
+            done = run(bench, sitting_s, chosen(only))
             write(name, bench, scale, done)
         study_page.leave(common.RESULTS)
     except UserError as error:
@@ -185,20 +188,32 @@ def claimed(path: Path) -> Iterator[bool]:
         yield not path.exists()
 
 
-def run(bench: Bench, sitting_s: float | None) -> Done:
-    """Do what is left, until it is done or the sitting is over. Several processes may share a work folder."""
+def chosen(only: str | None) -> tuple[str, ...]:
+    """The arms of a sitting. Raises UserError for a wrong name."""
+    names = tuple(only.split(",")) if only else tuple(ARMS)
+    for name in names:
+        if name not in ARMS:
+            raise UserError(f"no arm {name!r}{config.close_to(name, ARMS)}; there are: {', '.join(ARMS)}")
+    return names
+
+
+def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARMS)) -> Done:
+    """Do what is left of some arms, until it is done or the sitting is over. Several processes may share a folder."""
     started, costs = time.time(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=jobs.console, disable=not jobs.console.is_terminal) as bar:
         shown = bar.add_task("study", total=len(units(bench.scale)))
         while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
             bar.update(shown, completed=len(done.records))
-            unit = next((u for u in done.left if done.is_ready(bench.scale, u) and do(bench, u, done)), None)
+            mine = [unit for unit in done.left if unit.arm in only]
+            if not mine:
+                break
+            unit = next((u for u in mine if done.is_ready(bench.scale, u) and do(bench, u, done)), None)
             if unit is None:  # others are at all that can be done now
                 time.sleep(WAIT_S)
                 continue
             costs.append((time.time() - started) / (len(costs) + 1))
-            left = len(done.left) - 1
+            left = len(mine) - 1
             line = f"{unit.kind} {unit.task} {unit.arm} seed {unit.seed}"
             bar.update(shown, description=line)
             jobs.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")

@@ -121,7 +121,9 @@ def verdict(arms: Mapping[str, Any]) -> str:
 def in_words(arm: Mapping[str, Any]) -> str:
     """One arm against full training."""
     ratio = arm["time_to_full_loss_ratio"]
-    if ratio["low"] > 1:
+    if len(arm["seeds"]) < expectation.FEWEST_SEEDS:
+        found = "too few seeds to tell"
+    elif ratio["low"] > 1:
         found = "sooner than full training in every resample"
     elif ratio["high"] < 1:
         found = "later than full training in every resample: plain training wins"

@@ -19,6 +19,8 @@ TABLE = Path(__file__).parent / "gains.json"
 """What the study found, in short; `python -m benchmarks.study` writes it."""
 LONG_STEPS, LONG_S = 1000, 600.0
 """A run of so many steps, or seconds, is long."""
+FEWEST_SEEDS = 3
+"""With fewer the study's interval says nothing."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def measured(experiment: Experiment, table: Mapping[str, Any]) -> str:
         f"{found['seeds']} seeds, {about['device'].split(',')[0]}"
     )
     said = f"{found['median']:.2f}x as soon as plain training [{found['low']:.2f}, {found['high']:.2f}], all costs paid"
-    if found["high"] < 1:
+    if found["seeds"] < FEWEST_SEEDS:
+        verdict = "too few seeds to tell"
+    elif found["high"] < 1:
         verdict = "plain training won there: consider --schedule full"
     elif found["low"] > 1:
         verdict = "it paid there"

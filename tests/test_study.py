@@ -1,0 +1,271 @@
+"""The study at its smallest: what it renders, compares and says, and that a unit is done once."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import latents, tiny_denoiser, tiny_experiment
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import common, study, study_figures, study_page
+from benchmarks.study_arms import ARMS, CPU, GPU, SCALES, SMOKE, TASKS, experiment
+from benchmarks.study_units import Bench, Unit, material, work
+from entprog import config, plans
+from entprog.blocks import blocks
+from entprog.freezing import Freeze
+from entprog.media import shards, video
+from entprog.prices import Prices
+from pipelines import expectation, jobs
+
+FULL = {
+    "backward": ["exact", "residual"], "candidates": [0.25, 1.0], "kind": "entprog", "search_share": 0.1,
+}  # fmt: skip
+
+
+# ---- what is rendered ----
+
+
+def test_a_rendered_pose_lies_on_the_body():
+    pytest.importorskip("pybullet")
+    from benchmarks import mannequin, mocap
+
+    red = dict.fromkeys(("skin", "shirt", "trousers", "shoes", "sleeve"), (1.0, 0.0, 0.0))
+    body = mannequin.Body(legs=1.1, arms=0.9, girth=1.0, head=1.0, colors=red)
+    stage = mannequin.Stage(body)
+    world = stage.put(mannequin.at(stage.data, "dance_b", 1.3))
+    camera = mocap._camera(world[None], 1.0, np.random.default_rng(3))
+    points = camera.project(world, 1.0)
+    assert points.min() > 0 and points.max() < 1
+    picture = stage.picture(camera, 256, 256, np.array([5.0, 10, 5])).astype(int)
+    is_body = picture[..., 0] - picture[..., 1] > 40
+    for joint in (11, 12, 13, 14, 23, 24, 25, 26, 27, 28):  # shoulders, elbows, hips, knees, ankles
+        x, y = (points[joint] * 256).astype(int)
+        assert is_body[y - 3 : y + 4, x - 3 : x + 4].any(), joint
+    assert points[0, 1] < points[23, 1] < points[27, 1]  # upright: nose over hips over ankles
+    mirrored = points * (-1, 1) + (1, 0)
+    off = [not is_body[int(y * 256), int(x * 256)] for x, y in mirrored[[13, 14, 25, 26]]]
+    assert any(off)  # the test sees a wrong pose
+
+
+def test_equal_seeds_render_equal_clips():
+    pytest.importorskip("pybullet")
+    from benchmarks import mocap
+
+    shape = config.ClipShape(frames=2, height=32, width=24, fps=12)
+    first = mocap.render("target", "train", 4, shape, seed=1)
+    mocap.render("source", "train", 2, shape, seed=1)
+    again, other = (mocap.render("target", "train", 4, shape, seed=seed) for seed in (1, 2))
+    assert first["video"] == again["video"] and np.array_equal(first["pose"], again["pose"])
+    assert first["video"] != other["video"]
+    assert (first["pose"][..., :2] > 0).all() and (first["pose"][..., :2] < 1).all()
+
+
+# ---- what is run ----
+
+
+def rows(split, count, shape):
+    """Clips of a bright square that moves, in place of people."""
+    for number in range(count):
+        frames = np.full((shape.frames, shape.height, shape.width, 3), 20 + 8 * number, np.uint8)
+        for i, frame in enumerate(frames):
+            left = (number + 2 * i) % (shape.width - 8)
+            frame[8:16, left : left + 8] = 200
+        png = io.BytesIO()
+        Image.fromarray(frames[0]).save(png, "PNG")
+        pose = np.full((shape.frames, 33, 3), 0.5, np.float32)
+        yield {
+            "clip_id": f"{split}{number}", "source": "s", "source_sha256": "", "split": split, "caption": "",
+            "start_s": 0.0, "fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width,
+            "source_height": 1, "source_width": 1, "crop_left": 0, "crop_top": 0, "crop_width": 1, "crop_height": 1,
+            "visibility": 1.0, "reference_s": 0.0, "reference": png.getvalue(), "pose": pose,
+            "video": video.encode(frames, shape.fps),
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A work folder with clips and a base."""
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("source", "target"):
+        out = folder / "mocap" / name
+        infos = {
+            split: [shards.write_shard(out, f"{split}/00000.parquet", rows(split, n, SMOKE.rendered), SMOKE.rendered)]
+            for split, n in (("train", 8), ("held_out", 12))
+        }
+        shards.write_dataset(out, SMOKE.rendered, infos, {})
+    bench = Bench(SMOKE, folder, torch.device("cpu"))
+    jobs.write_json(folder / Unit(kind="clips", task="wan_rendered").file, {"commit": "x"})
+    return bench
+
+
+def test_units_go_through_fit_and_are_done_once(bench, monkeypatch):
+    done = study.read(bench)
+    base = Unit(kind="base", task="wan_rendered")
+    run = Unit(kind="run", task="wan_rendered", arm="past")
+    assert done.is_ready(SMOKE, base) and not done.is_ready(SMOKE, run)
+    with study.claimed(bench.work / base.file) as mine:
+        assert mine and not study.do(bench, base, done)  # another process has it
+    for kind in ("base", "budget"):
+        assert study.do(bench, Unit(kind=kind, task="wan_rendered"), study.read(bench))
+    assert not study.do(bench, base, study.read(bench))
+    for number, rate in enumerate(SMOKE.rates):
+        tried = Unit(kind="tune", task="wan_rendered", arm="past", seed=SMOKE.tune_seed, rate=rate)
+        jobs.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
+    done = study.read(bench)
+    assert done.is_ready(SMOKE, run) and done.rate(SMOKE, run) == SMOKE.rates[1]  # a run that diverged never wins
+
+    monkeypatch.setattr(study_figures, "RESAMPLES", 50)
+    records = {}
+    for unit in (run, dataclasses.replace(run, arm="full")):
+        records[unit] = {"commit": "x", **work(bench, unit, done.budget(unit), SMOKE.rates[0])}
+    past, full = records.values()
+    budget = done.budget(run)
+    assert full["steps"] == SMOKE.full_steps and full["curve"][-1]["spent"] == budget
+    assert full["curve"][0]["loss"] == past["curve"][0]["loss"]  # all arms start from the same network
+    assert budget <= past["curve"][-1]["spent"] < 1.1 * budget and past["flops"]["score"] > 0
+    looked = work(bench, dataclasses.replace(run, kind="hindsight"), budget, SMOKE.rates[0])
+    assert sum(one["chosen"] for one in looked["candidates"]) == 1 and looked["searched"]
+    assert len({one["loss"] for one in looked["candidates"]}) > 1
+
+
+def test_search_tuning_and_judging_see_disjoint_clips(bench):
+    if not (bench.work / "bases" / "wan").exists():
+        study.do(bench, Unit(kind="base", task="wan_rendered"), study.read(bench))
+    goods = material(bench, "wan_rendered")
+    parts = [torch.cat([batch.clean for batch in part]) for part in (goods.search, goods.tune, goods.test)]
+    assert [len(part) for part in parts] == [SMOKE.search_clips, SMOKE.tune_clips, 8]
+    for i, one in enumerate(parts):
+        for other in parts[i + 1 :]:
+            assert not any(torch.equal(a, b) for a in one for b in other)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_every_arm_of_every_scale_is_an_experiment(scale):
+    for task in scale.tasks:
+        for arm in scale.arms:
+            built = experiment(scale, task, arm, base="x", seed=0, rate=1e-3, budget=1e9, tuning=arm == "past")
+            assert built.model.family == TASKS[task].family and built.schedule.clock == scale.clock
+    wanted = study.units(scale)
+    assert len({unit.file for unit in wanted}) == len(wanted)
+
+
+def test_the_gpu_scale_is_as_large_as_it_says():
+    from entprog import models
+
+    settings = {"family": "wan", "init": dict(GPU.networks["wan"]), "vae": "none"}
+    source = models.family("wan").inspect(config.Model(**settings), GPU.shape)
+    assert sum(p.numel() for p in source.network.parameters()) > 1e8 and GPU.shape.frames >= 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(["--scale", "gpuu"], "did you mean gpu?"), (["--only", "lissa"], "did you mean lisa?")]
+)
+def test_a_wrong_name_is_one_line(capsys, tmp_path, wrong, told):
+    outcome = CliRunner().invoke(study.app, ["--scale", "smoke", "--work", str(tmp_path), *wrong])
+    assert outcome.exit_code == 2
+    assert told in capsys.readouterr().err + outcome.output
+
+
+# ---- what is said ----
+
+
+def curve(*losses, step=1.0):
+    return [{"step": i * 10, "spent": i * step, "cpu_s": i * step, "loss": loss} for i, loss in enumerate(losses)]
+
+
+def test_sooner_is_a_ratio_of_first_crossings():
+    full = curve(1.0, 0.8, 0.6, 0.4)
+    assert study_figures.sooner(full, full, "spent") == pytest.approx(1)
+    assert study_figures.sooner(curve(1.0, 0.4, 0.3, 0.2), full, "spent") == pytest.approx(3)
+    assert study_figures.sooner(curve(1.0, 0.9, 0.8, 0.7), full, "spent") == pytest.approx(1.5 / 3)  # never there
+    assert study_figures.sooner(curve(1.0, 1.1, 1.2, 1.3), full, "spent") == 0
+    assert study_figures.at(full, "step", 15) == pytest.approx(0.7)
+
+
+def run_record(loss, rate=1e-3):
+    card = {"metric": "psnr", "id": "abc"}
+    return {
+        "commit": "c", "rate": rate, "curve": curve(1.0, (1 + loss) / 2, loss), "held_out_loss": loss, "steps": 20,
+        "seconds": 9.0, "cpu_s": 4.0, "overhead": 0.1, "peak_memory_bytes": 100, "trained_blocks": [4],
+        "decisions": [{"backward": "exact"}], "quality": [{"metric": "psnr", "value": 20.0, "card": card}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records():
+    """Three seeds in which one arm is always worse and another always better than full training."""
+    found = {Unit(kind="base", task="wan_rendered"): {"commit": "c", "parameters": 1e6, "blocks": 8}}
+    block = {"name": "b0", "pi_std": -0.1, "loss_increase": 0.2}
+    taus = {"loss_tau": {"signed": -1.0, "absolute": 1.0}, "signed_absolute_tau": -1.0, "halves_tau": 1.0}
+    for seed in range(3):
+        scored = {"commit": "c", "blocks": [block], "conditions": 4, "draws": 4, **taus}
+        found[Unit(kind="scores", task="wan_rendered", seed=seed)] = scored
+        for arm, loss in (("full", 0.5), ("paper", 0.6), ("lisa", 0.4)):
+            found[Unit(kind="run", task="wan_rendered", arm=arm, seed=seed)] = run_record(loss + 0.01 * seed)
+    candidates = [
+        {"m": m, "backward": backward, "trained": trained, "loss": loss, "loss_at_same_steps": loss + 0.1, "steps": 3,
+         "chosen": loss == 0.3}
+        for m, backward, trained, loss in (
+            (1, "residual", ["b0"], 0.3), (1, "exact", ["b0"], 0.2), (2, "exact", ["b0", "b1"], 0.4)
+        )
+    ]  # fmt: skip
+    looked = {"commit": "c", "candidates": candidates, "searched": True}
+    return found | {Unit(kind="hindsight", task="wan_rendered", arm="past"): looked}
+
+
+def test_the_page_says_what_the_numbers_say(records, tmp_path):
+    figures, more = study_figures.summary(CPU, records)
+    assert {row["arm"] for row in figures} == {"full", "paper", "lisa"}
+    arms = more["arms"]
+    assert arms["paper"]["time_to_full_loss_ratio"]["high"] < 1 < arms["lisa"]["time_to_full_loss_ratio"]["low"]
+    assert arms["paper"]["time_to_full_loss_ratio"]["reached"] == 0 and arms["lisa"]["seeds"] == [0, 1, 2]
+    assert more["hindsight"]["past"]["best"] == 0 and more["hindsight"]["past"]["regret"] == pytest.approx(0.1)
+    assert more["residual"]["loss_minus_exact_at_same_cost"]["median"] == pytest.approx(0.1)
+    about = {"device": "CPU, x", "commit": "c" * 40, "scale": "cpu", "units_left": 2}
+    (tmp_path / "study_cpu.json").write_text(json.dumps({**about, "figures": figures, **more}))
+    page = study_page.leave(tmp_path, tmp_path / "docs", tmp_path / "gains.json").read_text()
+    assert "plain training wins" in page and "2 of the study's units have not been run" in page
+    for picture in ("loss", "ratio", "cei"):
+        assert (
+            f"study/cpu_{picture}.png" in page and (tmp_path / "docs" / "study" / f"cpu_{picture}.png").stat().st_size
+        )
+    told = json.loads((tmp_path / "gains.json").read_text())
+    assert told["families"]["wan"]["paper"]["high"] < 1
+    long = tiny_experiment(train={"steps": 2000}, schedule={**FULL, "backward": "exact"})
+    assert "plain training won there" in expectation.lines(long, 6, told)[-1]
+    paid = tiny_experiment(train={"steps": 2000}, schedule={"kind": "lisa"})
+    assert "it paid there" in expectation.lines(paid, 6, told)[-1]
+
+
+def test_nothing_is_told_of_short_or_plain_runs():
+    table = {"about": {}, "families": {}}
+    assert expectation.lines(tiny_experiment(), 6, table) == []
+    assert expectation.lines(tiny_experiment(train={"steps": 9999}, schedule={"kind": "full"}), 6, table) == []
+    lines = expectation.lines(tiny_experiment(train={"steps": 9999}), 6, table)
+    assert len(lines) == 2 and "no figure" in lines[1]
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_the_counted_limit_is_a_limit(backward):
+    """Against FLOPs counted on a real network: no plan of the schedule costs less, and the cheapest little more."""
+    wanted = tiny_experiment(schedule={**FULL, "backward": backward, "candidates": [0.34, 1.0]}, train={"steps": 2000})
+    denoiser = tiny_denoiser(wanted)
+    found = blocks(denoiser.network)
+    freeze = Freeze(denoiser, found, wanted)
+    prices = Prices(denoiser, found, latents([0, 1]), freeze, wanted, {})
+    names = [block.name for block in found]
+    plan = plans.of_set(names[:2], names, backward, wanted.data.shape)
+    counted = prices.step_flops(plan) / prices.step_flops(prices.full)
+    limit = expectation.limit(wanted, len(found)).step
+    assert limit <= counted * 1.02 and counted < limit * 1.25
+
+
+def test_the_shipped_table_is_readable():
+    table = json.loads(expectation.TABLE.read_text())
+    for family in table["families"].values():
+        assert all(arm in ARMS and of["low"] <= of["median"] <= of["high"] for arm, of in family.items())
+    assert not (common.RESULTS / "study_cpu.json").exists() or table["families"]
