@@ -6,6 +6,7 @@ and holds the truth less often than its 95 % say.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,8 @@ def _row(task: str, name: str, arm: Mapping[str, Any]) -> dict[str, Any]:
         "arm": name,
         "seeds": len(arm["seeds"]),
         "held_out_loss": arm["held_out_loss"],
-        "against_full": f"{difference['median']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]",
-        "ratio": f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+        "against_full": spread(difference),
+        "ratio": spread(ratio, ".2f"),
         "memory_ratio": arm["memory_over_full"],
         "overhead": arm["overhead"],
     }
@@ -129,8 +130,10 @@ def _quality(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Median with its bootstrap interval, mean, and the seeds' own values."""
-    found = np.asarray(values, float)
+    """Median with its bootstrap interval, mean, and the seeds' own values; None where no seed has one."""
+    found = np.asarray([value for value in values if math.isfinite(value)], float)
+    if not len(found):
+        return dict.fromkeys(("median", "low", "high", "mean")) | {"by_seed": []}
     picks = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.median(found[picks], axis=1), [tail, 1 - tail])
@@ -138,6 +141,13 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
         "median": float(np.median(found)), "low": float(low), "high": float(high), "mean": float(found.mean()),
         "by_seed": found.tolist(),
     }  # fmt: skip
+
+
+def spread(figure: Mapping[str, Any], digits: str = "+.4f") -> str:
+    """A median with its interval, in words."""
+    if figure["median"] is None:
+        return "–"
+    return "{} [{}, {}]".format(*(format(figure[name], digits) for name in ("median", "low", "high")))
 
 
 def at(curve: Curve, name: str, value: float) -> float:
@@ -162,9 +172,12 @@ def reached(curve: Curve, full: Curve) -> bool:
 def sooner(curve: Curve, full: Curve, name: str) -> float:
     """Full training's time to its final loss ÷ the arm's, all its costs paid: above 1 the arm is sooner.
 
-    Where the arm never gets there, both are timed at the lowest loss that the arm reached; 0 if it never improved.
+    Where the arm never gets there, both are timed at the lowest loss that the arm reached; 0 if it never improved, and
+    NaN where full training did not: there is nothing to time.
     """
     target = full[-1]["loss"]
+    if target >= full[0]["loss"]:
+        return math.nan
     if not reached(curve, full):
         target = min(point["loss"] for point in curve)
         if target >= curve[0]["loss"]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study_figures import spread
 from pipelines import charts, expectation, jobs
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,7 @@ def gains(scale: str, record: Mapping[str, Any]) -> dict[str, Any]:
             arm: {key: round(of["time_to_full_loss_ratio"][key], 3) for key in ("median", "low", "high")}
             | {"seeds": len(of["seeds"])}
             for arm, of in arms.items()
+            if of["time_to_full_loss_ratio"]["median"] is not None
         }
     about = {
         "scale": scale, "device": record["device"], "commit": record["commit"],
@@ -121,6 +123,8 @@ def verdict(arms: Mapping[str, Any]) -> str:
 def in_words(arm: Mapping[str, Any]) -> str:
     """One arm against full training."""
     ratio = arm["time_to_full_loss_ratio"]
+    if ratio["median"] is None:
+        return "full training itself ended no lower than it began: there is nothing to time"
     if len(arm["seeds"]) < expectation.FEWEST_SEEDS:
         found = "too few seeds to tell"
     elif ratio["low"] > 1:
@@ -135,11 +139,6 @@ def in_words(arm: Mapping[str, Any]) -> str:
     )
 
 
-def spread(figure: Mapping[str, Any], digits: str = "+.4f") -> str:
-    """A median with its interval."""
-    return "{} [{}, {}]".format(*(format(figure[name], digits) for name in ("median", "low", "high")))
-
-
 def table(arms: Mapping[str, Any]) -> str:
     """Every arm, a row each."""
     metrics, full = list(arms["full"]["quality"]), arms["full"]
@@ -150,7 +149,7 @@ def table(arms: Mapping[str, Any]) -> str:
             "− full's": spread(arm["loss_minus_full"]),
             "× as soon": spread(arm["time_to_full_loss_ratio"], ".2f"),
             "reached": f"{arm['time_to_full_loss_ratio']['reached']}/{len(arm['seeds'])}",
-            "by CPU time": f"{arm['time_to_full_loss_ratio_cpu']['median']:.2f}",
+            "by CPU time": spread(arm["time_to_full_loss_ratio_cpu"], ".2f").split(" ")[0],
             "loss at equal steps": f"{arm['equal_steps']['held_out_loss']:.4f}",
             "steps": f"{arm['steps']:.0f}",
             "memory": f"{arm['memory_over_full']:.2f}",
@@ -166,6 +165,7 @@ def table(arms: Mapping[str, Any]) -> str:
         _markdown(rows)
         + "\n\nLoss: mean over seeds, on clips that neither searches nor tuning saw. − full's, × as soon: median over "
         f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak over full training's. "
+        "–: full training ended no lower than it began, so that there is nothing to time. "
         "Overhead: share of the budget that search and scoring took. CPU s: over full training's, for the same budget. "
         f"Cards: {cards}."
     )

@@ -117,8 +117,8 @@ def material(bench: Bench, task: str) -> Material:
     first, last = scale.search_clips, scale.search_clips + (scale.tune_clips if of.tuned else 0)
     held_out = min(last + scale.test_clips, dataset.clips("held_out"))
     parts = [
-        _batches(encoded(network, dataset, "held_out", np.arange(start, stop), scale.shape), JUDGED_AT_ONCE)
-        for start, stop in ((0, first), (first, last), (last, held_out))
+        _batches(encoded(network, dataset, "held_out", numbers, scale.shape), JUDGED_AT_ONCE) if len(numbers) else []
+        for numbers in np.split(np.arange(held_out), (first, last))
     ]
     shown = np.arange(last, min(last + scale.quality_clips, held_out))
     made = clips.to_clips({**clips.decode(dataset, "held_out", shown), "position": shown - last}).resized(scale.shape)
