@@ -51,7 +51,7 @@ def gains(scale: str, record: Mapping[str, Any]) -> dict[str, Any]:
         family = name.removesuffix("_rendered") or first
         out[family] = {
             arm: {key: round(of["time_to_full_loss_ratio"][key], 3) for key in ("median", "low", "high")}
-            | {"seeds": len(of["seeds"])}
+            | {"seeds": len(of["seeds"]), "by_cpu_time": round(of["time_to_full_loss_ratio_cpu"]["median"], 3)}
             for arm, of in arms.items()
             if of["time_to_full_loss_ratio"]["median"] is not None
         }
@@ -80,7 +80,7 @@ def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
         f"{record['budget']}; the clock is {record['clock_is']}."
         + (f" {record['units_left']} of the study's units have not been run." if record["units_left"] else "")
     )
-    lines.append(verdict(arms))
+    lines.append(verdict(arms) + edges(record["tuning"]))
     lines.append("### Fine-tuning on rendered people, new motions and bodies (Wan's shape)\n\n" + table(arms))
     loss_chart(arms, record["clock"], folder / f"{scale}_loss.png")
     ratio_chart(arms, folder / f"{scale}_ratio.png")
@@ -120,6 +120,20 @@ def verdict(arms: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in said)
 
 
+def edges(tuning: Mapping[str, Any]) -> str:
+    """How many arms' best learning rate lay at an end of what was tried."""
+    lowest = highest = arms = 0
+    for tried in (rates for of_task in tuning.values() for rates in of_task.values()):
+        best = min(tried, key=tried.get)
+        arms += 1
+        lowest += float(best) == min(map(float, tried))
+        highest += float(best) == max(map(float, tried))
+    return (
+        f"\n- Learning rates: of {arms} tunings {lowest} chose the lowest rate tried and {highest} the highest; a "
+        "better one may lie beyond an end. Tries were shorter than the runs, which favours low rates."
+    )
+
+
 def in_words(arm: Mapping[str, Any]) -> str:
     """One arm against full training."""
     ratio = arm["time_to_full_loss_ratio"]
@@ -133,9 +147,10 @@ def in_words(arm: Mapping[str, Any]) -> str:
         found = "later than full training in every resample: plain training wins"
     else:
         found = "not told apart from full training by these seeds"
+    own, final = spread(arm["time_to_full_loss_ratio_cpu"], ".2f"), spread(arm["loss_minus_full"])
     return (
         f"{spread(ratio, '.2f')} times as soon at full training's final loss, which {ratio['reached']} of "
-        f"{len(arm['seeds'])} runs reached; final loss {spread(arm['loss_minus_full'])} against it; {found}"
+        f"{len(arm['seeds'])} runs reached (by CPU time {own}); final loss {final} against it; {found}"
     )
 
 

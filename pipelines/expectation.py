@@ -123,6 +123,8 @@ def measured(experiment: Experiment, table: Mapping[str, Any]) -> str:
         verdict = "too few seeds to tell"
     elif found["high"] < 1:
         verdict = "plain training won there: consider --schedule full"
+    elif found["low"] > 1 and found["by_cpu_time"] < 1:
+        verdict = "it paid there in FLOPs and not in time: --schedule full is the simpler choice"
     elif found["low"] > 1:
         verdict = "it paid there"
     else:
