@@ -143,6 +143,8 @@ def in_words(arm: Mapping[str, Any]) -> str:
         found = "too few seeds to tell"
     elif ratio["low"] > 1:
         found = "sooner than full training in every resample"
+        if arm["time_to_full_loss_ratio_cpu"]["median"] < 1:
+            found += " by the clock, and later by CPU time"
     elif ratio["high"] < 1:
         found = "later than full training in every resample: plain training wins"
     else:
