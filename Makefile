@@ -19,7 +19,7 @@ setup: $(VENV)/.installed assets
 # Rebuilt only when what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: use make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[pose,test]'
 	@touch $@
 
