@@ -75,9 +75,9 @@ def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
     )
     lines.append(f"## Scale `{scale}`")
     lines.append(
-        f"`benchmarks/results/study_{scale}.json`: {record['device']}, commit {record['commit'][:8]} (runs: "
-        f"{', '.join(commit[:8] for commit in record['commits'])}). Networks: {sizes}. Every run may spend "
-        f"{record['budget']}; the clock is {record['clock_is']}."
+        f"`benchmarks/results/study_{scale}.json`: {record['device']}, commit {_short(record['commit'])} (runs: "
+        f"{', '.join(map(_short, record['commits']))}; +: with changes that were not committed). Networks: {sizes}. "
+        f"Every run may spend {record['budget']}; the clock is {record['clock_is']}."
         + (f" {record['units_left']} of the study's units have not been run." if record["units_left"] else "")
     )
     lines.append(verdict(arms) + edges(record["tuning"]))
@@ -95,6 +95,10 @@ def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
     lines.append(gradients(record["residual"]))
     lines.append(beside_paper(arms))
     return "\n\n".join(lines)
+
+
+def _short(commit: str) -> str:
+    return commit[:8] + ("+" if commit.endswith("+") else "")
 
 
 def verdict(arms: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def training(dataset: shards.Dataset, scratch: Path, steps: int) -> dict[str, An
         "longest_wait_s": round(max(waits), 3),
         "object_store_peak_share": result["object_store_peak_share"],
         "spilled_bytes": result["spilled_bytes"],
-        "settings": config.settings(experiment),
+        "settings": {k: v for k, v in config.settings(experiment).items() if k != "data.shards"},  # a scratch folder
     }
 
 

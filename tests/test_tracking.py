@@ -45,13 +45,10 @@ def store(tmp_path_factory):
         subprocess.Popen([sys.executable, "-c", DRIVER, output], env=env, stderr=subprocess.PIPE, text=True)
         for output in outputs
     ]
-    for driver, output in zip(drivers, outputs, strict=True):
+    for driver in drivers:
         _, errors = driver.communicate(timeout=300)
         assert driver.returncode == 0, errors
-        assert not errors or tracking.PENDING_FILE in errors, "a quiet driver, but where the store was too busy"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", uri)
-            assert tracking.deliver_pending(output, warn=pytest.fail)
+        assert errors == "", "a quiet driver"
     return uri, outputs
 
 
