@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.mannequin import Camera, Stage, at, motion, random_body
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
-from entprog.media import shards, sheet, video
+from entprog.media import h264, shards, sheet, video
 from pipelines import jobs
 
 app = jobs.app("Render motion capture into shards of clips with exact pose.")
@@ -168,7 +168,7 @@ def render(name: str, split: str, number: int, shape: ClipShape, seed: int) -> d
         "reference_s": 0.0,
         "reference": reference.getvalue(),
         "pose": pose,
-        "video": video.encode(np.stack(pictures[1:]), shape.fps, crf=CRF),
+        "video": h264.encode(np.stack(pictures[1:]), shape.fps, crf=CRF),
     }
 
 
@@ -224,7 +224,7 @@ def show(dataset: shards.Dataset, path: Path, clips: int = 8) -> Path:
         for number in np.unique(np.linspace(0, len(index) - 1, clips // 2).round().astype(int)):
             file, row = index[number]
             (clip,) = shards.read_rows(dataset.folder / file, [row])
-            seen = video.decode_rgb(clip["video"])
+            seen = h264.decode_rgb(clip["video"])
             reference = np.asarray(Image.open(io.BytesIO(clip["reference"]), formats=["PNG"]))
             drawn = sheet.overlay(seen, clip["pose"])
             rows.append(

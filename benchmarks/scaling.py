@@ -205,17 +205,17 @@ def measured(repeats: int, turns: int) -> dict[int, dict]:
 
 def decode_rate(repeats: int) -> float:
     """Clips a second on one core, of the settings' shape and encoded as shards hold them; a real video's frames."""
-    from entprog.media import assets, video
+    from entprog.media import assets, h264, video
 
     shape = config.build(SETTINGS).data.shape
     times = [frame / shape.fps for frame in range(shape.frames)]
     frames, _ = video.read_frames(assets.clip("cam01"), times, size=(shape.height, shape.width))
-    data = video.encode(frames, shape.fps)
+    data = h264.encode(frames, shape.fps)
     rates = []
     for _ in range(repeats):
         started = time.process_time()
         for _ in range(20):
-            video.decode_yuv(data)
+            h264.decode_yuv(data)
         rates.append(20 / (time.process_time() - started))
     return statistics.median(rates)
 

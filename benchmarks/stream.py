@@ -3,15 +3,18 @@
     python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: about 4 minutes on two cores
 
 Every number of cores is a process that may run on those alone, with all that it starts: Ray too. In it all arrangements
-take turns over the same clips of real video, each with as many decoding processes as cores and one decoding thread:
+take turns over the same frames of real video, each with as many decoding threads or processes as cores:
 
 - `stream`: pipelines.feed.stream, as training reads it: batches of planes on the reader's side, with the reference
-  image and the pose, which only `decode` has beside it;
-- `decode`: what the stream's tasks do, in plain processes without Ray: nothing is sent;
+  image and the pose, which only `decode` has beside it; `stream_cluster`: the same with data.decode=cluster;
+- `decode`: what the stream does to a clip, in plain processes without Ray: nothing is sent;
 - `pyav`: plain processes that decode, count and throw away. Nothing is sent: no reader ever gets this;
 - `dataloader`: torch's DataLoader with PyAV in its workers, batches sent to the reader;
-- `decord2`, `torchcodec`: the libraries' own readers, in plain processes as `pyav`, where they are installed.
+- `decord2`, `torchcodec`: the libraries' own readers, in plain processes as `pyav`, where they are installed;
+- `pyav_shards`: as `pyav`, of the shards' own clips, whose encoding (entprog.media.h264) is chosen to decode fast.
 
+The others read what a person has without preparing shards: each clip an mp4 as x264 makes it by default, one key frame
+and all, and no need to look for it in a longer video.
 Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert on the CPU, as most training code does,
 and so do decord2 and torchcodec: their ratios are to the `_rgb` arms. Leaves benchmarks/results/stream.json.
 """
@@ -37,7 +40,7 @@ from PIL import Image
 
 from benchmarks import common
 from entprog.config import ClipShape
-from entprog.media import assets, shards, video
+from entprog.media import assets, h264, shards, video
 from pipelines import clips, feed, jobs
 
 app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
@@ -51,7 +54,9 @@ SOURCE = "cam01"
 CLIPS = 8
 """Different clips of each size."""
 WARM_UP_S = 0.3
-SHOWN = ("arrangement", "cores", "frames_per_s", "spread", "over_pyav", "over_pyav_rgb", "over_dataloader", "note")
+SHOWN = (
+    "arrangement", "cores", "frames_per_s", "spread", "over_pyav", "over_pyav_shards", "over_dataloader", "note",
+)  # fmt: skip
 Decode = Callable[[str], int]
 """A clip's file → frames decoded."""
 
@@ -98,7 +103,7 @@ def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[
             "frames_per_s": None if isinstance(rates, str) else round(statistics.median(rates), 1),
             "spread": None if isinstance(rates, str) else [round(min(rates), 1), round(max(rates), 1)],
             "over_pyav": over(name, "pyav" + pixels(name)),
-            "over_pyav_rgb": over(name, "pyav_rgb"),
+            "over_pyav_shards": over(name, "pyav_shards"),
             "over_dataloader": over(name, "dataloader" + pixels(name)),
             "note": rates if isinstance(rates, str) else "",
         }
@@ -112,7 +117,8 @@ def pixels(arrangement: str) -> str:
 
 
 def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dataset:
-    """Clips of a real video as shards, the last `held_out` of them held out, and the same bytes as one mp4 each."""
+    """Clips of a real video as shards, the last `held_out` of them held out, and in files/ as one mp4 each, NAME.mp4 by
+    x264's defaults and NAME.clip as the shards have it."""
     rows = []
     for i in range(CLIPS):
         start_s = 0.02 * i
@@ -126,16 +132,29 @@ def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dat
             "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **size,
             **{f"source_{k}": v for k, v in size.items()}, **{f"crop_{k}": v for k, v in size.items()},
             "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
-            "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": video.encode(frames, shape.fps),
+            "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": h264.encode(frames, shape.fps),
         })  # fmt: skip
         file = folder / "files" / f"{i}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(rows[-1]["video"])
+        write_plain(file, frames, shape.fps)
+        file.with_suffix(".clip").write_bytes(rows[-1]["video"])
     infos: dict[str, list[shards.ShardInfo]] = {"train": [], "held_out": []}
     for split, part in (("train", rows[: CLIPS - held_out]), ("held_out", rows[CLIPS - held_out :])):
         if part:
             infos[split] = [shards.write_shard(folder, f"{split}/00000.parquet", part, shape)]
     return shards.write_dataset(folder, shape, infos, {})
+
+
+def write_plain(path: Path, frames: np.ndarray, fps: float) -> None:
+    """An mp4 with all of x264's defaults."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=round(fps))
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 # ---- one number of cores: in a process of its own ----
@@ -147,11 +166,12 @@ def turns() -> None:
     os.sched_setaffinity(0, task["cores"])
     cores, (shape, batch_size) = len(task["cores"]), SIZES[task["size"]]
     folder = folder / task["size"]
-    files = sorted(str(path) for path in (folder / "files").iterdir())
+    files = sorted(str(path) for path in (folder / "files").glob("*.mp4"))
+    own = sorted(str(path) for path in (folder / "files").glob("*.clip"))
     found: dict[str, Any] = {}
     in_shards = [f"{folder}:{i}" for i in range(CLIPS)]
     plain = {"pyav": (decode_pyav, files), "pyav_rgb": (decode_pyav_rgb, files), "decode": (decode_shard, in_shards)}
-    plain |= {"decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
+    plain |= {"pyav_shards": (decode_pyav, own), "decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
     with get_context("spawn").Pool(cores, _start) as pool, jobs.ray_cluster(cores + 2):
         arms: dict[str, Callable[[float], float]] = {}
@@ -159,7 +179,8 @@ def turns() -> None:
             arms[name] = partial(plain_rate, pool, decode, what, cores)
         for name, decode in loaders.items():
             arms[name] = partial(loader_rate, decode, files, batch_size, cores, shape.frames)
-        arms["stream"] = partial(stream_rate, shards.read_dataset(folder), shape, batch_size, cores)
+        for name, where in (("stream", "worker"), ("stream_cluster", "cluster")):
+            arms[name] = partial(stream_rate, shards.read_dataset(folder), shape, batch_size, cores, where)
         if task["arms"]:
             arms = {name: arm for name, arm in arms.items() if name in task["arms"]}
         for number in range(1 + task["repeats"]):
@@ -226,9 +247,11 @@ def loader_rate(decode, files, batch_size: int, workers: int, frames: int, secon
     )
 
 
-def stream_rate(dataset: shards.Dataset, shape: ClipShape, batch_size: int, cores: int, seconds: float) -> float:
+def stream_rate(
+    dataset: shards.Dataset, shape: ClipShape, batch_size: int, cores: int, where: str, seconds: float
+) -> float:
     """Frames/s at the reader of our stream, from its first batch on."""
-    stream = feed.stream(dataset, "train", shape, batch_size, cpus=cores)
+    stream = feed.stream(dataset, "train", shape, batch_size, cpus=cores, where=where)
     try:
         return _reader_rate(stream, batch_size * shape.frames, seconds)
     finally:

@@ -98,7 +98,8 @@ class Batches:
         how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
         if source.cached:
             return feed.latent_stream(self.caches[source.shape], *order, **how)
-        return feed.stream(self.dataset, latents.SPLIT, self.whole, *order, **how, frames=source.shape.frames)
+        how |= {"frames": source.shape.frames, "where": self.experiment.data.decode}
+        return feed.stream(self.dataset, latents.SPLIT, self.whole, *order, **how)
 
     def _next(self):
         stream = self.stream

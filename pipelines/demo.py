@@ -17,7 +17,7 @@ import torch
 import typer
 
 from entprog import config
-from entprog.media import assets, shards, sheet, skeleton, video
+from entprog.media import assets, h264, shards, sheet, skeleton
 from pipelines import (
     charts,
     compare,
@@ -211,7 +211,7 @@ def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> P
         rows += [("pose", np.concatenate([np.zeros_like(still[:1]), drawn]))]
         for name, title in ARMS.items():
             result = next(Path(c["result"]) for c in made[name]["clips"] if c["clip"] == motion.name)
-            rows += [(title, np.concatenate([np.zeros_like(still[:1]), video.decode_rgb(result.read_bytes())]))]
+            rows += [(title, np.concatenate([np.zeros_like(still[:1]), h264.decode_rgb(result.read_bytes())]))]
     return sheet.contact_sheet(rows, output / "demo.png", columns=shape.frames + 1)
 
 

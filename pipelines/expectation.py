@@ -12,7 +12,7 @@ from typing import Any
 
 from entprog import controls, models
 from entprog.blocks import blocks
-from entprog.config import Experiment
+from entprog.config import Experiment, Model
 from pipelines import jobs
 
 TABLE = Path(__file__).parent / "gains.json"
@@ -35,9 +35,12 @@ class Limit:
     """Times as soon at the same number of steps, at most; None where the budget is not in steps."""
 
 
-def tell(experiment: Experiment) -> None:
-    """Print what a run can be expected to gain, if it is long and not plain training."""
-    network = models.family(experiment.model.family).inspect(experiment.model, experiment.data.shape).network
+def tell(experiment: Experiment, model: Model | None = None) -> None:
+    """Print what a run can be expected to gain, if it is long and not plain training.
+
+    model: with as many blocks as the experiment's, where that is not there yet (a later phase's).
+    """
+    network = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape).network
     for line in lines(experiment, len(blocks(network))):
         jobs.console.print(line, markup=False)
 

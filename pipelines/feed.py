@@ -1,4 +1,8 @@
-"""The training stream: clips in the run's order, decoded ahead of their reader by Ray Data.
+"""The training stream: clips in the run's order, ahead of their reader, by Ray Data.
+
+Ray Data reads clips as they are stored, and threads of the process that trains decode them: frames are many times as
+large, and their way through the object store costs more than decoding them. Where a machine's own cores cannot keep up,
+Ray Data's tasks decode, anywhere on the cluster (`data.decode`).
 
 An execution of Ray Data is finite and the stream is not: executions follow one another, each started while the one
 before is being read, so that the reader meets no gap.
@@ -7,11 +11,15 @@ before is being read, so that the reader meets no gap.
 import functools
 import itertools
 import math
+import os
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -24,16 +32,22 @@ from pipelines.clips import Arrays, Read, Stream
 
 TASK_BYTES = 32 << 20
 TASK_BATCHES = 32
-"""A decode task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about
-20 ms of two cores, and 32 MiB of clips about 150 ms of one."""
+"""A task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about 20 ms of
+two cores, and to decode 32 MiB of clips about 100 ms of one."""
 TASKS = 256
-"""Decode tasks in one execution of Ray Data."""
+"""Tasks in one execution of Ray Data."""
 TASKS_AHEAD = 8
-"""Tasks' worth of decoded clips that may wait for the reader. Without this limit Ray Data decodes until half of the
-object store is full, and takes the cores that training needs."""
+"""Tasks' worth of clips that may wait for the reader. Without this limit Ray Data goes on until half of the object
+store is full, and takes the cores that training needs."""
 STORE_SHARE = 0.3
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 PREFETCH_BATCHES = 2
+THREADS = 16
+"""Most threads that decode for one reader: beyond it they wait for Python's lock, a tenth of their work at 256²."""
+BATCHES_AHEAD = 2, 4
+"""Batches that are decoded at once: at least and, where they hold fewer clips than threads decode, at most."""
+Decode = Callable[[Arrays, Callable[..., Iterable]], tuple[object, float]]
+"""(stored clips, a pool's `map`) → (batch, seconds to copy it to the device)."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,14 @@ def stream(
     device="cpu",
     frames: int | None = None,
     batches: int | None = None,
+    where: Literal["worker", "cluster"] = "worker",
 ) -> Stream:
-    """This rank's Clips from the update at `start_position` on, without end, decoded by Ray Data.
+    """This rank's Clips from the update at `start_position` on, without end.
 
-    cpus: logical CPUs that this rank's decoding may take; they must be free of Ray Train's workers. frames: only those
-    in the middle of each clip are decoded; None: all. batches: of an update, over all ranks; None: one each. Works in a
-    driver and in a Ray Train worker.
+    cpus: that this rank's decoding may take, as threads here or as logical CPUs of tasks; they must be free of Ray
+    Train's workers. frames: only those in the middle of each clip are decoded; None: all. batches: of an update, over
+    all ranks; None: one each. where: clips are decoded in threads here, or by tasks on the cluster; the same bits.
+    Works in a driver and in a Ray Train worker.
     Raises UserError for an empty split or shards of another shape; iterating raises DamagedShardError naming the shard
     and the row of a damaged clip.
     """
@@ -77,11 +93,42 @@ def stream(
     if not dataset.clips(split):
         raise UserError(f"shards {dataset.folder} have no clips in split {split!r}: prepare more videos")
     located = replace(dataset, folder=dataset.folder.resolve(), settings={})  # tasks run in another directory
-    read = functools.partial(clips.decode, located, split, frames=frames)
-    clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
     order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed, batches or world)
     collate = functools.partial(clips.to_clips, device=device)
-    return Stream(_batches(read, collate, order, clip_bytes, cpus))
+    if where == "cluster":
+        read = functools.partial(clips.decode, located, split, frames=frames)
+        clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
+        return Stream(_batches(read, collate, order, clip_bytes, cpus))
+    read = functools.partial(clips.read, located, split)
+    stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
+
+    def decode(stored: Arrays, apply: Callable[..., Iterable]) -> tuple[object, float]:
+        decoded = clips.decoded(stored, located, split, frames, apply)
+        return clips.timed(collate, {**decoded, "position": stored["position"]})
+
+    return Stream(_decoded(_batches(read, _as_it_is, order, stored_bytes, cpus), decode, math.ceil(cpus), batch_size))
+
+
+def _as_it_is(stored: Arrays) -> Arrays:
+    return stored
+
+
+def _decoded(stored: Iterator[tuple[Arrays, float]], decode: Decode, cpus: int, batch_size: int) -> Iterator:
+    """`decode` of each batch, in order, ahead of the reader: some batches at once, their clips shared by threads."""
+    threads = min(cpus, THREADS, os.cpu_count() or 1)
+    least, most = BATCHES_AHEAD
+    count = min(max(math.ceil(threads / batch_size), least), most)
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(threads, "decode") as pool, ThreadPoolExecutor(count, "batches") as batches:
+        try:
+            for batch, _ in stored:
+                ahead.append(batches.submit(decode, batch, pool.map))
+                if len(ahead) > count:
+                    yield ahead.popleft().result()
+        finally:
+            _close(stored)
+            for future in ahead:
+                future.cancel()
 
 
 def latent_stream(
@@ -104,8 +151,8 @@ def latent_stream(
     return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus))
 
 
-def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip_bytes: int, cpus: float) -> Iterator:
-    """(batch, seconds to copy it) without end."""
+def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip_bytes: float, cpus: float) -> Iterator:
+    """(batch, seconds to collate it) without end."""
     import ray
 
     store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / order.world
@@ -116,7 +163,7 @@ def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip
     task = functools.partial(_task, read=read, order=order)
 
     def execution(number: int) -> Iterator:
-        """Clips of TASKS decode tasks, in order."""
+        """Clips of TASKS tasks, in order."""
         tasks = [{"first": i * rows, "count": rows} for i in range(number * TASKS, (number + 1) * TASKS)]
         return _execute(task, tasks, order.batch_size, ahead_bytes, cpus, collate)
 
@@ -151,7 +198,7 @@ def _close(batches: Iterator) -> None:
 
 
 def _task(rows: Arrays, read: Read, order: Order) -> Arrays:
-    """One decode task: a block that holds the number of its first row and how many there are → their clips."""
+    """One task: a block that holds the number of its first row and how many there are → their clips."""
     (first,), (count,) = rows["first"], rows["count"]
     numbers = first + np.arange(count)
     positions = clips.rank_positions(
@@ -171,29 +218,39 @@ def _execute(
         def __call__(self, batch):
             return clips.timed(collate, batch)
 
-    decoded = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+    read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         task, batch_size=None, num_cpus=min(1.0, cpus)
     )
-    context = decoded.context  # this dataset's own copy
+    context = read.context  # this dataset's own copy
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's clips stay one block
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=ahead_bytes)
     # A split of one: the executor runs in an actor of its own. In this process its busy loop would hold Python's lock
     # while the network trains, and slow every step on a CPU down.
-    (split,) = decoded.streaming_split(1, equal=False)
-    batches = split.iter_torch_batches(
-        batch_size=batch_size, prefetch_batches=PREFETCH_BATCHES, collate_fn=Collate(), device="cpu"
+    (split,) = read.streaming_split(1, equal=False)
+    batches = iter(
+        split.iter_torch_batches(
+            batch_size=batch_size, prefetch_batches=PREFETCH_BATCHES, collate_fn=Collate(), device="cpu"
+        )
     )
-    yield from _open_errors(iter(batches))
-
-
-def _open_errors(batches: Iterator) -> Iterator:
-    """Raise the damage that a task found as itself."""
+    others, mine = _reading(), set()
     try:
-        yield from batches
+        for batch in batches:
+            mine = mine or _reading() - others  # started by the first `next`
+            yield batch
     except Exception as error:
         raise _cause(error) from None
+    finally:
+        batches.close()
+        # Ray ends the whole process if one of them touches it after `ray.shutdown`.
+        for thread in mine:
+            thread.join(10)
+
+
+def _reading() -> set[threading.Thread]:
+    """Ray Data's threads that read for an iterator."""
+    return {thread for thread in threading.enumerate() if thread.name == "iter_threaded"}
 
 
 def opened(work: Callable[[], object]):

@@ -17,7 +17,7 @@ import numpy as np
 from entprog import config
 from entprog.config import Evaluation
 from entprog.errors import UserError
-from entprog.media import shards
+from entprog.media import h264, shards
 from entprog.media import video as videos
 from pipelines import checkpoints, jobs, motions
 
@@ -87,7 +87,7 @@ class Generator:
         ]
         made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
         for file, frames in zip(rows["file"], made, strict=True):
-            videos.write_mp4(Path(file), frames, self._checkpoint.shape.fps)
+            h264.write(Path(file), frames, self._checkpoint.shape.fps)
         return {"clip_id": rows["clip_id"]}
 
 

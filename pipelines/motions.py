@@ -15,10 +15,10 @@ from PIL import Image, ImageOps
 from entprog import config
 from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
+from entprog.media import h264, windows
 from entprog.media import pose as poses
 from entprog.media import shards as datasets
 from entprog.media import video as videos
-from entprog.media import windows
 from pipelines import jobs
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -149,7 +149,7 @@ def from_row(path: Path, row: int, place: int = 0) -> Motion:
     try:
         with Image.open(io.BytesIO(columns["reference"]), formats=["PNG"]) as image:
             reference = np.asarray(image.convert("RGB"))
-        frames = videos.decode_rgb(columns["video"])
+        frames = h264.decode_rgb(columns["video"])
     except (videos.VideoError, OSError, ValueError, SyntaxError, zlib.error) as error:
         raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {_line(error)}; prepare it again") from None
     return Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)

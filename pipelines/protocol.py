@@ -7,6 +7,7 @@ from typing import Any
 from entprog import fingerprints
 from entprog.config import Evaluation, Generate
 from entprog.errors import UserError
+from entprog.media import h264
 from entprog.media import video as videos
 from entprog.media.shards import Dataset
 from entprog.quality.card import ProtocolCard
@@ -67,7 +68,7 @@ def card(
     prepared = dataset.settings.get("prepare", {})
     crf = prepared.get("crf")
     truth = "h264" if crf is None else f"h264 crf {crf}"
-    result = f"{videos.probe(file).codec}{f' crf {videos.CRF}' if 'checkpoint' in made else ''}"
+    result = f"{videos.probe(file).codec}{f' crf {h264.CRF}' if 'checkpoint' in made else ''}"
     return ProtocolCard(
         metric=name,
         better=METRICS[name].better,

@@ -15,7 +15,7 @@ import torch
 from entprog import config, sampling
 from entprog.clips import Clips
 from entprog.config import ClipShape, Generate
-from entprog.media import color, sheet, skeleton
+from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
 from entprog.models import Denoiser
 from pipelines import jobs
@@ -151,9 +151,9 @@ class Files:
         titles = self._titles(without)
         self.path(".json").unlink(missing_ok=True)
         for part, frames in alone.items():
-            videos.write_mp4(self.path(f"_{part}.mp4"), frames, fps)
+            h264.write(self.path(f"_{part}.mp4"), frames, fps)
         parts = [still, *((titles[part], frames) for part, frames in alone.items())]
-        videos.write_mp4(self.path(".mp4"), sheet.side_by_side(parts), fps)
+        h264.write(self.path(".mp4"), sheet.side_by_side(parts), fps)
         if self.identity is not None:
             found = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
             jobs.write_json(self.path(".json"), {"identity": self.identity, **found})

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from entprog.media import shards, sheet, video
+from entprog.media import h264, shards, sheet, video
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def _some(of: Sequence[Any], count: int) -> list[Any]:
 
 def _strip(clip: Row) -> np.ndarray:
     """uint8 RGB [1 + n, H, W, 3], enlarged to be looked at: the reference, then frames with their pose."""
-    frames = video.decode_rgb(clip["video"])
+    frames = h264.decode_rgb(clip["video"])
     reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
     some = np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))
     height, width = frames.shape[1:3]

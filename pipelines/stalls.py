@@ -60,7 +60,7 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> l
         more = max(decode_cpus * stalls.wait_s / max(running_s - stalls.wait_s, 1e-9), 0.0)
         told = f"decode-bound: waiting {waiting:.0%} of the time: give decoding about {ceil(more)} more CPUs"
         each = " per worker" if workers > 1 else ""
-        told += f"{each} (data.decode_cpus={ceil(decode_cpus + more)}, on a machine or cluster that has them)"
+        told += f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; those of other nodes with data.decode=cluster)"
         out.append(told + (f", or cache latents: {CACHE}" if encodes else ""))
     if encodes and stalls.share(stalls.encode_s) >= WORTH_TELLING:
         out.append(f"encode-bound: {stalls.share(stalls.encode_s):.0%} of the time in the VAE: {CACHE}")

@@ -125,15 +125,17 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     jobs.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
     if experiment.phases:
-        for name, (phase, dataset) in check_phases(experiment, output).items():
+        parts = check_phases(experiment, output)
+        first = next(iter(parts.values()))[0]
+        for name, (phase, dataset) in parts.items():
             jobs.console.print(f"Phase {name}, conditions {', '.join(phase.model.conditions)}, {phase.data.shape}:")
-            _explain(phase, dataset)
+            _explain(phase, dataset, first.model)
     else:
-        _explain(experiment, check(experiment))
+        _explain(experiment, check(experiment), experiment.model)
     return {"settings": config.settings(experiment)}
 
 
-def _explain(experiment: Experiment, dataset: shards.Dataset) -> None:
+def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Model) -> None:
     train, schedule = experiment.train, experiment.schedule
     budgets = ((train.steps, "steps"), (train.seconds, "s"), (train.flops, "FLOPs"))
     ends = [f"{number:g} {unit}" for number, unit in budgets if number]
@@ -143,7 +145,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset) -> None:
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
         f"({schedule.stages} stages, backward {' or '.join(schedule.backwards)}, clock {schedule.clock})."
     )
-    expectation.tell(experiment)
+    expectation.tell(experiment, model)
 
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:

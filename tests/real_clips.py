@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from entprog.config import ClipShape
-from entprog.media import assets, shards, video
+from entprog.media import assets, h264, shards, video
 
 
 def row(source: str, split: str, start_s: float, shape: ClipShape) -> dict:
@@ -22,7 +22,7 @@ def row(source: str, split: str, start_s: float, shape: ClipShape) -> dict:
         "caption": "", "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **sizes,
         **{f"source_{k}": v for k, v in sizes.items()}, **{f"crop_{k}": v for k, v in sizes.items()},
         "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
-        "pose": rng.random((shape.frames, shards.POINTS, 3), np.float32), "video": video.encode(frames, shape.fps),
+        "pose": rng.random((shape.frames, shards.POINTS, 3), np.float32), "video": h264.encode(frames, shape.fps),
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from entprog import config
 from entprog.config import ClipShape
 from entprog.errors import UserError
-from entprog.media import assets, color, shards, video
+from entprog.media import assets, color, h264, shards, video
 from pipelines import clips, feed, stalls, train
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
@@ -149,7 +149,7 @@ def test_clips_are_what_was_written(dataset, rows):
         assert np.array_equal(batch.pose[place], written["pose"])
         assert np.array_equal(batch.reference[place], Image.open(io.BytesIO(written["reference"])))
         shown = (color.yuv420_to_rgb(batch.video[place]).permute(0, 2, 3, 1) + 1) * 127.5
-        assert (shown - torch.tensor(video.decode_rgb(written["video"]))).abs().max() <= 1.01
+        assert (shown - torch.tensor(h264.decode_rgb(written["video"]))).abs().max() <= 1.01
     assert (batch.video.dtype, batch.reference.dtype, batch.pose.dtype) == (torch.uint8, torch.uint8, torch.float32)
 
 
@@ -195,7 +195,7 @@ def test_undecodable_clip_is_named(rows, tmp_path, column):
 def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):
     frames, _ = video.read_frames(assets.clip("cam01"), [0.0], size=(SHAPE.height, SHAPE.width))
     with pytest.raises(shards.DamagedShardError, match="row 1"):
-        next(local(damaged(rows, tmp_path, video=video.encode(frames, SHAPE.fps))))
+        next(local(damaged(rows, tmp_path, video=h264.encode(frames, SHAPE.fps))))
 
 
 @settings(deadline=None, max_examples=40)
@@ -229,10 +229,13 @@ def ray_stream(dataset, batch=BATCH, **options):
     return feed.stream(dataset, "train", SHAPE, batch, **options)
 
 
-def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, monkeypatch):
+@pytest.mark.parametrize("where", ["worker", "cluster"])
+def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, monkeypatch, where):
     monkeypatch.setattr(feed, "TASKS", 3)
     monkeypatch.setattr(feed, "TASK_BATCHES", 2)
-    found = take(ray_stream(dataset, cpus=2, seed=5), 15)  # 45 clips: 3 epochs of 13, 3 executions of 6 batches
+    found = take(
+        ray_stream(dataset, cpus=2, seed=5, where=where), 15
+    )  # 45 clips: 3 epochs of 13, 3 executions of 6 batches
     assert_equal(found, take(local(dataset, seed=5), 15))
     epoch = torch.cat([batch.position for batch in found])
     assert epoch.tolist() == list(range(45))
@@ -271,7 +274,7 @@ def test_nothing_global_is_changed(ray, dataset):
     assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
 
 
-def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, tmp_path):
+def test_tasks_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, tmp_path):
     decoded = tmp_path / "decoded"
     decoded.mkdir()
 
@@ -281,7 +284,7 @@ def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypa
 
     original = feed._task
     monkeypatch.setattr(feed, "_task", task)
-    stream = ray_stream(dataset, cpus=2)
+    stream = ray_stream(dataset, cpus=2, where="cluster")
     next(stream)
     due, before = 2 * feed.TASKS_AHEAD + 2, -1
     while before != (before := len(list(decoded.iterdir()))) and before <= due:
@@ -290,8 +293,24 @@ def test_decoding_does_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypa
     assert before <= due, "an execution has 256 tasks: the reader does not hold them back"
 
 
-def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path):
-    stream = ray_stream(damaged(rows, tmp_path, video=b"not a video"))
+def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch):
+    begun = []
+    original = clips.decoded
+    monkeypatch.setattr(clips, "decoded", lambda *args: (begun.append(1), original(*args))[1])
+    stream = ray_stream(dataset, cpus=2, batch=1)
+    for taken in range(1, 9):
+        next(stream)
+        time.sleep(0.3)
+        assert len(begun) - taken <= max(feed.BATCHES_AHEAD)
+    stream.close()
+    ended = len(begun)
+    time.sleep(0.3)
+    assert len(begun) == ended
+
+
+@pytest.mark.parametrize("where", ["worker", "cluster"])
+def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path, where):
+    stream = ray_stream(damaged(rows, tmp_path, video=b"not a video"), where=where)
     with pytest.raises(shards.DamagedShardError, match=r"train/00000\.parquet, row 1"):
         take(stream, 3)
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.media import video
+from entprog.media import h264
 from pipelines import charts, compare, worker
 from pipelines import store as store_of_runs
 from pipelines.comparison import drawings, groups, verdict, words
@@ -62,7 +62,7 @@ def train(output, name, experiment="like", tags=(), status="FINISHED", quality=N
         files += [output / "cei.json", charts.cei_chart(run.table.as_json(), output / "cei.png")]
     clip = np.random.default_rng(run.experiment.train.seed).integers(0, 255, (4, 32, 32, 3), np.uint8)
     for part in ("pose", "truth", "result"):  # as rendering leaves them
-        files.append(video.write_mp4(output / f"000_held-out_clip_0_{part}.mp4", clip, 8))
+        files.append(h264.write(output / f"000_held-out_clip_0_{part}.mp4", clip, 8))
     if quality is not None:
         figure = {"value": 20.0 + run.experiment.train.seed, "low": 19.0, "high": 22.0, "clips": 4, "card": "c1"}
         (output / "evaluation.json").write_text(json.dumps({"figures": {"psnr": figure}, "cards": quality}))
@@ -180,7 +180,7 @@ def test_the_page_shows_what_there_is_to_show(compared):
     clips = [a for t, a in page.tags if t == "video"]
     assert len(clips) == 4 and all(a["aria-label"] for a in clips), "pose, truth and a result of each group"
     mp4 = base64.b64decode(clips[0]["src"].partition(",")[2])
-    assert video.decode_rgb(mp4).shape == (4, 32, 32, 3)
+    assert h264.decode_rgb(mp4).shape == (4, 32, 32, 3)
     assert not re.search("#fe[0-9a-f]{2}ab", page.source), "every colour is the page's own"
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))

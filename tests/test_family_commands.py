@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from entprog import models
 from entprog.config import ClipShape
-from entprog.media import video
+from entprog.media import h264
 from pipelines import compare, evaluate, generate, jobs, judging, launch, train
 from pipelines.store import connect, tracking_uri
 
@@ -76,7 +76,7 @@ def test_a_family_is_trained_generated_with_judged_and_shown(place, name):
     assert {n: kept[f"evaluation/{n}"] for n in ("psnr", "ssim")} == pytest.approx(judged["figures"])
     for clip in made["clips"]:  # what evaluate's actors made is what generate made
         theirs = Path(judged["generated"]) / judging.file_name(clip["clip"])
-        ours, theirs = (video.decode_rgb(Path(path).read_bytes()).astype(int) for path in (clip["result"], theirs))
+        ours, theirs = (h264.decode_rgb(Path(path).read_bytes()).astype(int) for path in (clip["result"], theirs))
         assert ours.shape == theirs.shape == (4, 32, 32, 3) and np.abs(ours - theirs).mean() < 2
 
     compared = command(compare, folder / "page", "--runs", trained["mlflow_run_id"])

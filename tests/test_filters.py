@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from entprog import config
-from entprog.media import assets, attempts, cutting, inputs, probing, shards, shots, video, windows
+from entprog.media import assets, attempts, cutting, h264, inputs, probing, shards, shots, video, windows
 
 SHAPE = {"frames": 6, "height": 48, "width": 32, "fps": 10}
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
         "two people": [np.concatenate(pair, 1) for pair in zip(one, other, strict=True)],
     }
     for name, frames in made.items():
-        video.write_mp4(folder / f"{name}.mp4", frames, fps=10)
+        h264.write(folder / f"{name}.mp4", frames, fps=10)
     return folder
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from entprog.config import ClipShape, Generation, Model
 from entprog.errors import UserError
-from entprog.media import assets, shards, video
+from entprog.media import assets, h264, shards, video
 from entprog.models.wan import load
 from pipelines import generate, motions
 from tests.test_wan import NETWORK
@@ -60,7 +60,7 @@ def row(number, split="held_out"):
         "reference_s": 0.0,
         "reference": png(frames[0]),
         "pose": points,
-        "video": video.encode(frames, SHAPE.fps),
+        "video": h264.encode(frames, SHAPE.fps),
     }
 
 
@@ -91,7 +91,7 @@ def test_clips_of_a_split_by_the_command(made, tmp_path):
     assert (result["job"], result["status"], len(result["videos"])) == ("generate", "done", 2)
     assert result["settings"]["generate.steps"] == 2
     for path, record in zip(result["videos"], result["clips"], strict=True):
-        beside = video.decode_rgb(Path(path).read_bytes())
+        beside = h264.decode_rgb(Path(path).read_bytes())
         alone, _ = video.read_frames(record["result"], video.clip_times(0, SHAPE.frames, SHAPE.fps))
         assert len(beside) == SHAPE.frames and beside.shape[2] > 3 * beside.shape[1] * 32 / 48
         assert alone.shape == (SHAPE.frames, SHAPE.height, SHAPE.width, 3) and alone.std() > 10
@@ -140,7 +140,7 @@ def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path
     again = generate.run(made / "run", tmp_path / "again", chosen, **paths)
     results = [[Path(clip["result"]) for clip in found["clips"]] for found in (result, again)]
     for one, other in zip(*results, strict=True):  # in batches of other sizes, which the last bits depend on
-        one, other = (video.decode_rgb(path.read_bytes()).astype(int) for path in (one, other))
+        one, other = (h264.decode_rgb(path.read_bytes()).astype(int) for path in (one, other))
         assert np.abs(one - other).mean() < 1
     before = {path: path.stat().st_mtime_ns for path in results[1]}
     results[1][0].unlink()
@@ -183,7 +183,7 @@ def test_a_long_motion_is_made_in_windows(made, tmp_path):
     def frames(**values):
         chosen = Generation.model_validate({"generate": {"steps": 2, **values}})
         (record,) = generate.run(made / "run", tmp_path / str(len(values)), chosen, **paths)["clips"]
-        return video.decode_rgb(Path(record["result"]).read_bytes())
+        return h264.decode_rgb(Path(record["result"]).read_bytes())
 
     assert len(frames()) == SHAPE.frames
     assert len(frames(seconds=1.0)) == 12

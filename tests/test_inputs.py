@@ -17,7 +17,7 @@ from PIL import Image
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.media import assets, fetching, footage, frames, inputs, manifest, probing, video
+from entprog.media import assets, fetching, footage, frames, h264, inputs, manifest, probing, video
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("in put")
     size = (240, 134)
     few = [f for _, f in video.iter_frames(assets.clip("cam01"), fps=10, end_s=1, size=size)]
-    video.write_mp4(folder / "a" / "cam01.mp4", few, fps=10)
+    h264.write(folder / "a" / "cam01.mp4", few, fps=10)
     images = folder / "00001" / "images"
     images.mkdir(parents=True)
     for i, frame in enumerate(few):

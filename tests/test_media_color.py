@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from entprog.media import assets, color, video
+from entprog.media import assets, color, h264, video
 
 
 @pytest.mark.parametrize(("name", "height", "width"), [("cam01", 96, 64), ("walk", 98, 162), ("jump", 240, 352)])
 def test_within_one_level_of_swscale_on_real_clips(name, height, width):
     frames, _ = video.read_frames(assets.clip(name), [0, 0.5, 1.0], size=(height, width))
     frames[2] = np.random.default_rng(0).integers(0, 256, frames[2].shape)  # the hardest chroma there is
-    mp4 = video.encode(frames, 12)
-    rgb = color.yuv420_to_rgb(torch.from_numpy(video.decode_yuv(mp4)))
+    mp4 = h264.encode(frames, 12)
+    rgb = color.yuv420_to_rgb(torch.from_numpy(h264.decode_yuv(mp4)))
     assert rgb.shape == (3, 3, height, width) and rgb.dtype == torch.float32
     levels = (rgb * 127.5 + 127.5).permute(0, 2, 3, 1).numpy()
-    assert np.abs(levels - video.decode_rgb(mp4)).max() < 1
+    assert np.abs(levels - h264.decode_rgb(mp4)).max() < 1
 
 
 def test_batches_and_known_colours():

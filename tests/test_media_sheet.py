@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from entprog.media import assets, sheet, video
+from entprog.media import assets, h264, sheet, video
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_side_by_side_can_be_encoded(clip, tmp_path):
     assert joined.dtype == np.uint8 and joined.shape[0] == 5
     assert joined.shape[1] % 2 == joined.shape[2] % 2 == 0 and joined.shape[1] > 384
     assert not np.array_equal(joined[0], joined[4])
-    assert video.probe(video.write_mp4(tmp_path / "a.mp4", joined, 5)).frames == 5
+    assert video.probe(h264.write(tmp_path / "a.mp4", joined, 5)).frames == 5
     with pytest.raises(ValueError, match=r"one length, given \[4, 5\]"):
         sheet.side_by_side([("a", clip), ("b", clip[:4])])
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.media import assets, attempts, cutting, inputs, ledger, probing, shards, video
+from entprog.media import assets, attempts, cutting, h264, inputs, ledger, probing, shards, video
 from pipelines import packing, prepare
 
 ARGUMENTS = ["--frames", "6", "--height", "48", "--width", "32", "--fps", "10", "--stride", "3", "--held-out", "cam04"]
@@ -46,7 +46,7 @@ def shortened(name: str, path: Path, seconds: float, height: int) -> None:
     info = video.probe(assets.clip(name))
     size = height, round(height * info.width / info.height)
     frames = video.iter_frames(assets.clip(name), fps=20, end_s=seconds, size=size)
-    video.write_mp4(path, (frame for _, frame in frames), fps=20)
+    h264.write(path, (frame for _, frame in frames), fps=20)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_clips_are_what_their_columns_say(prepared):
         for clip in clips:
             assert clip["split"] == split and clip["clip_id"] not in seen
             seen.add(clip["clip_id"])
-            frames = video.decode_rgb(clip["video"])
+            frames = h264.decode_rgb(clip["video"])
             assert frames.shape == (6, 48, 32, 3) and frames.std() > 10
             assert clip["reference"].startswith(b"\x89PNG")
             assert clip["pose"].shape == (6, 33, 3) and np.isfinite(clip["pose"]).all()

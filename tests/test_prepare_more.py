@@ -19,7 +19,7 @@ import ray
 from PIL import Image
 from typer.testing import CliRunner
 
-from entprog.media import assets, ledger, shards, video
+from entprog.media import assets, h264, ledger, shards, video
 from pipelines import jobs, prepare
 
 SHAPE = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "2"]
@@ -71,13 +71,13 @@ def grown(frames, tmp_path_factory):
     """A dataset of a folder, and what it was before videos were added: (folder, output, facts of each run)."""
     folder, output = tmp_path_factory.mktemp("videos"), tmp_path_factory.mktemp("shards")
     for i in range(4):
-        video.write_mp4(folder / f"{i}.mp4", frames["one"][i : i + 6], fps=10)
+        h264.write(folder / f"{i}.mp4", frames["one"][i : i + 6], fps=10)
     (folder / "late.mp4").write_bytes((folder / "0.mp4").read_bytes()[:3000])  # its copying is not finished
     facts = []
     for step in range(2):
         if step:
             for i in range(4, 8):
-                video.write_mp4(folder / f"{i}.mp4", frames["other"][i - 4 : i + 3], fps=10)
+                h264.write(folder / f"{i}.mp4", frames["other"][i - 4 : i + 3], fps=10)
             (folder / "late.mp4").write_bytes((folder / "0.mp4").read_bytes())
         done = run("--input", folder, "--output", output, *SHAPE, "--held-out-ratio", "0.25", "--clips-per-shard", "3")
         assert done.exit_code == 0, done.output
@@ -143,8 +143,8 @@ def hashes_of(caption: str, clips: list[dict]) -> list[str]:
 
 def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
     both = [np.concatenate(pair, 1) for pair in zip(frames["one"], frames["other"], strict=True)]
-    video.write_mp4(tmp_path / "in" / "both.mp4", both, fps=10)
-    video.write_mp4(tmp_path / "alone.mp4", frames["one"], fps=10)
+    h264.write(tmp_path / "in" / "both.mp4", both, fps=10)
+    h264.write(tmp_path / "alone.mp4", frames["one"], fps=10)
     images = tmp_path / "in" / "00001" / "images"
     images.mkdir(parents=True)
     for i, frame in enumerate(frames["one"]):
@@ -192,7 +192,7 @@ def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
 
 def test_mostly_bad_input_is_stopped_with_the_reasons(frames, tmp_path):
     folder = tmp_path / "in"
-    video.write_mp4(folder / "good.mp4", frames["one"][:5], fps=10)
+    h264.write(folder / "good.mp4", frames["one"][:5], fps=10)
     for i in range(3):
         (folder / f"bad{i}.mp4").write_bytes(b"no video at all")
     (folder / "empty.mp4").touch()
@@ -212,13 +212,13 @@ def test_mostly_bad_input_is_stopped_with_the_reasons(frames, tmp_path):
 def test_killed_while_adding_it_ends_the_same(frames, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     for i in range(3):
-        video.write_mp4(folder / f"{i}.mp4", frames["one"][i : i + 5], fps=10)
+        h264.write(folder / f"{i}.mp4", frames["one"][i : i + 5], fps=10)
     arguments = ["--input", folder, "--output", output, *SHAPE, "--held-out", "0"]
     assert run(*arguments).exit_code == 0
     shutil.copytree(output, tmp_path / "undisturbed")
     before = shards.read_dataset(output)
     for i in range(3, 9):
-        video.write_mp4(folder / f"{i}.mp4", frames["other"][i - 3 : i + 2], fps=10)
+        h264.write(folder / f"{i}.mp4", frames["other"][i - 3 : i + 2], fps=10)
     command = [sys.executable, "-m", "pipelines.prepare", *map(str, arguments)]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:

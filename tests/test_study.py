@@ -17,7 +17,7 @@ from benchmarks.study_units import Bench, Unit, material, work
 from entprog import config, plans
 from entprog.blocks import blocks
 from entprog.freezing import Freeze
-from entprog.media import shards, video
+from entprog.media import h264, shards
 from entprog.prices import Prices
 from pipelines import expectation, jobs
 
@@ -82,7 +82,7 @@ def rows(split, count, shape):
             "start_s": 0.0, "fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width,
             "source_height": 1, "source_width": 1, "crop_left": 0, "crop_top": 0, "crop_width": 1, "crop_height": 1,
             "visibility": 1.0, "reference_s": 0.0, "reference": png.getvalue(), "pose": pose,
-            "video": video.encode(frames, shape.fps),
+            "video": h264.encode(frames, shape.fps),
         }  # fmt: skip
 
 

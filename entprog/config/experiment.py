@@ -74,8 +74,12 @@ class Data(Part):
     """Fixed (timestep, noise) draws per held-out clip."""
     held_out_seed: int = Field(default=0, ge=0)
     """Seeds those draws; apart from `train.seed`, so that runs of different seeds are measured alike."""
+    decode: Literal["worker", "cluster"] = "worker"
+    """Where clips are decoded: in threads of the worker that trains on them, or by Ray Data's tasks on any node, whose
+    frames then travel through the object store. The same batches either way, bit for bit."""
     decode_cpus: float | None = Field(default=None, gt=0)
-    """Logical CPUs for decoding per worker. None: what the cluster has left, shared evenly."""
+    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks. None: what the cluster has left, shared
+    evenly."""
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""

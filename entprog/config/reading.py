@@ -105,7 +105,7 @@ def _number_or_text(text: str) -> float | str:
 
 FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
-    "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode_cpus",
+    "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode",
     "data.latents", "tracking",
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and

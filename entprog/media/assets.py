@@ -259,13 +259,13 @@ def _is_cut(cache: Path, name: str) -> bool:
 
 
 def _cut(cache: Path, name: str, cut: Cut) -> None:
-    from entprog.media import video  # here: not needed when all is cached, and slow to import
+    from entprog.media import h264, video  # here: not needed when all is cached, and slow to import
 
     left, top, width, height = cut.crop
     info = video.probe(cache / ASSETS[cut.source].local)
     times_s = video.clip_times(cut.start / info.fps, cut.stop - cut.start, info.fps)
     frames, _ = video.read_frames(cache / ASSETS[cut.source].local, times_s, crop=(left, top, width, height))
-    content = video.encode(frames, info.fps, crf=14, gop=30)
+    content = h264.encode(frames, info.fps, crf=14, gop=30, tune=None)
     path, record = _cut_record(cache, name)
     _put(path, content)
     _put(record, f"{hashlib.sha256(content).hexdigest()} {cut}\n".encode())

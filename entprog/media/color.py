@@ -8,10 +8,10 @@ KR, KB = 0.2126, 0.0722
 
 
 def yuv420_to_rgb(planes: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., H*3/2, W] (BT.709 limited range, as `video.decode_yuv` gives) → float32 [..., 3, H, W] in -1..1.
+    """uint8 [..., H*3/2, W] (BT.709 limited range, as `h264.decode_yuv` gives) → float32 [..., 3, H, W] in -1..1.
 
-    Chroma is interpolated linearly between samples in the middle of four pixels, where `video.encode` puts them.
-    In levels (·127.5 + 127.5) it is swscale's RGB (`video.decode_rgb`: bilinear, accurate_rnd, full_chroma_int)
+    Chroma is interpolated linearly between samples in the middle of four pixels, where `h264.encode` puts them.
+    In levels (·127.5 + 127.5) it is swscale's RGB (`h264.decode_rgb`: bilinear, accurate_rnd, full_chroma_int)
     before rounding.
     """
     *leading, rows, width = planes.shape

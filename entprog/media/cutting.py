@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from entprog.config import Preparation
-from entprog.media import footage, ledger, pose, shards, shots, video, windows
+from entprog.media import footage, h264, ledger, pose, shards, shots, video, windows
 from entprog.media.attempts import MachineError
 from entprog.media.probing import opened, tried
 from entprog.media.video import VideoError
@@ -216,7 +216,7 @@ def _extract(row: Row, kept: list[_Window], pictures: Iterator[np.ndarray], sett
                 window.frames.clear()
                 window.reason = windows.picture_verdict(clip, prepare.min_motion, prepare.min_sharpness) or ""
                 if not window.reason:
-                    window.video = video.encode(clip, shape.fps, crf=prepare.crf)
+                    window.video = h264.encode(clip, shape.fps, crf=prepare.crf)
         for window in reference_at.pop(i, ()):
             window.reference = _png(_crop(frame, window.reference_box, size))
         while waiting and waiting[0].reference and (waiting[0].video or waiting[0].reason):

@@ -1,14 +1,12 @@
-"""Video files ↔ frames: probing, frames by time, H.264 clips in memory.
+"""Video files → frames: probing, frames by time.
 
 Everything here decodes with one thread: who runs many at once (Ray) decides how many cores are used.
 """
 
 import io
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
@@ -35,12 +33,9 @@ them: their name would be a video's, and what they show another file of the mach
 # Linear chroma interpolation, exact rounding: without ACCURATE_RND and FULL_CHR_H_INT swscale takes a faster path that
 # repeats chroma samples and is off by up to 3 levels.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pixels, not of every second one
 
 BT709 = 1  # ITU-T H.273 code, the same for matrix, primaries and transfer
 UNSPECIFIED = 2
-CRF = 16
-"""Quality (x264) of videos that are written to be looked at and measured."""
 
 
 class VideoError(Exception):
@@ -92,8 +87,8 @@ def probe(source: Source, limits: Limits | None = None) -> VideoInfo:
     Raises VideoError: `empty` (no bytes), `unreadable` (no such file, not permitted), `corrupt` (not a video file, or
     its first frame cannot be decoded), `no_video_stream`, `no_frames`, `too_large` and `too_long` (over the limits).
     """
-    with _opened(source, limits) as (container, stream):
-        _, frame = next(_frames(source, container, stream))
+    with opened(source, limits) as (container, stream):
+        _, frame = next(decoded_frames(source, container, stream))
         rotation = _rotation(frame)
         width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
         if stream.duration is not None:
@@ -188,64 +183,6 @@ def read_frames(
     return np.stack(images), np.array(own)
 
 
-def encode(frames: np.ndarray, fps: float, crf: int = 18, gop: int = 8) -> bytes:
-    """uint8 RGB [F, H, W, 3], H and W even → an mp4 in memory: H.264, 4:2:0, BT.709 limited range, key frame every
-    `gop` frames. Equal input gives equal bytes.
-    """
-    out = io.BytesIO()
-    _mux(out, iter(frames), fps, crf, gop)
-    return out.getvalue()
-
-
-def write_mp4(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = CRF) -> Path:
-    """Write frames (uint8 RGB [F, H, W, 3], or an iterable of [H, W, 3]) for people to watch: plays while it loads.
-
-    Odd sizes are padded to even ones by repeating the last row or column. Atomic.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _mux(f"file:{temporary}", (_even(frame) for frame in frames), fps, crf, gop=round(2 * fps) or 1)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None = None) -> np.ndarray:
-    """A clip's planes without colour conversion: uint8 [F, H*3/2, W]; each frame is Y, U, V one after the other.
-
-    `frames`: which frames (ascending; default all); decoding begins at the key frame before the first. `out`: where to
-    write them. Raises VideoError if it is not a readable clip as `encode` makes them (even size, 4:2:0, BT.709 limited
-    range), has fewer frames, or frames of another size than `out`.
-    """
-    planes = None
-    for i, frame, count in _clip(mp4, frames):
-        height, width = frame.height, frame.width
-        if planes is None:
-            due = (count, height * 3 // 2, width)
-            out = np.empty(due, np.uint8) if out is None else out
-            if out.shape != due:
-                raise VideoError("corrupt", f"it decodes to {due} where {out.shape} is due")
-            planes = out.reshape(count, -1)
-        start = 0
-        for plane in frame.planes:
-            stop = start + plane.height * plane.width
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # lines are padded
-            planes[i, start:stop].reshape(plane.height, plane.width)[:] = rows[: plane.height, : plane.width]
-            start = stop
-    return out
-
-
-def decode_rgb(mp4: bytes, frames: range | None = None) -> np.ndarray:
-    """A clip as RGB by swscale: uint8 [F, H, W, 3]; what `color.yuv420_to_rgb` is checked against.
-
-    Raises VideoError as decode_yuv does.
-    """
-    return np.stack([_convert(frame).to_ndarray() for _, frame, _ in _clip(mp4, frames)])
-
-
 def scale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 RGB [H, W, 3] → [height, width, 3] of `size`: bicubic, averaging over all pixels when it gets smaller."""
     if image.shape[:2] == tuple(size):
@@ -276,7 +213,7 @@ def _too_long(source: Source, seconds: float, limits: Limits) -> VideoError:
 
 
 @contextmanager
-def _opened(source: Source, limits: Limits | None = None):
+def opened(source: Source, limits: Limits | None = None):
     """(container, first video stream); PyAV's errors inside become VideoError."""
     try:
         if isinstance(source, bytes):
@@ -305,7 +242,7 @@ def _opened(source: Source, limits: Limits | None = None):
         raise _error(source, error) from None
 
 
-def _frames(source: Source, container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
+def decoded_frames(source: Source, container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
     """Decode from where the container stands: (seconds from the stream's start, frame), ascending; at least one."""
     time_base, start = stream.time_base, stream.start_time or 0
     step_s = float(1 / (stream.average_rate or stream.guessed_rate or 25))
@@ -349,18 +286,18 @@ def _decoded(source: Source, from_s: float, limits: Limits | None = None) -> Ite
 
 
 def _from_key_frame(source: Source, from_s: float, limits: Limits | None) -> Iterator[tuple[float, av.VideoFrame]]:
-    with _opened(source, limits) as (container, stream):
+    with opened(source, limits) as (container, stream):
         ahead = None
         if from_s > 0.5 and stream.start_time is not None:
             container.seek(int(from_s / stream.time_base) + stream.start_time, stream=stream)
-            decoded = _frames(source, container, stream)
+            decoded = decoded_frames(source, container, stream)
             with suppress(VideoError):  # nothing to decode there: from the start, then
                 ahead = next(decoded)
             if ahead is None or ahead[0] > from_s:  # the index may count in decoding, not presentation, times
                 container.seek(stream.start_time, stream=stream)
                 ahead = None
         if ahead is None:
-            yield from _frames(source, container, stream)
+            yield from decoded_frames(source, container, stream)
         else:
             yield from chain([ahead], decoded)
 
@@ -402,7 +339,7 @@ def _rotation(frame: av.VideoFrame) -> int:
     return round(-frame.rotation / 90) % 4 * 90
 
 
-def _convert(frame: av.VideoFrame, flags: Interpolation = EXACT) -> av.VideoFrame:
+def to_rgb(frame: av.VideoFrame, flags: Interpolation = EXACT) -> av.VideoFrame:
     """To RGB with the frame's own matrix; untagged video is BT.709 from 720 lines up, else BT.601, as players do."""
     matrix = None
     if frame.colorspace == UNSPECIFIED:
@@ -420,82 +357,7 @@ def _rgb(frame: av.VideoFrame, crop: Box | None, size: tuple[int, int] | None, q
         raise ValueError(f"crop {crop} is not inside the {full[0]}x{full[1]} frame")
     if size is not None and height >= 2 * size[0] and width >= 2 * size[1]:
         quick = True  # the scaling averages over each chroma sample anyway
-    image = _convert(frame, Interpolation.BILINEAR if quick else EXACT).to_ndarray()
+    image = to_rgb(frame, Interpolation.BILINEAR if quick else EXACT).to_ndarray()
     image = np.rot90(image, -turns)[top : top + height, left : left + width]
     image = np.ascontiguousarray(image)
     return image if size is None else scale(image, size)
-
-
-def _clip(mp4: bytes, wanted: range | None) -> Iterator[tuple[int, av.VideoFrame, int]]:
-    """(place in the result, frame, number of frames in all) of a clip that `encode` made."""
-    with _opened(mp4) as (container, stream):
-        wanted = range(stream.frames) if wanted is None else wanted
-        given, rate = 0, float(stream.average_rate or 0)
-        if wanted and wanted[0] and 0 < rate < 1e4:
-            container.seek(round(wanted[0] / rate / float(stream.time_base)), stream=stream)  # key frame at or before
-        for time_s, frame in _frames(mp4, container, stream):
-            if given == len(wanted):
-                return
-            if round(time_s * rate) != wanted[given]:
-                continue
-            if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
-                raise VideoError(
-                    "corrupt", f"not an even-sized 4:2:0 clip: {frame.width}x{frame.height} {frame.format.name}"
-                )
-            if (frame.colorspace, frame.color_range) != (BT709, ColorRange.MPEG):
-                raise VideoError("corrupt", "not a clip in BT.709 limited range")
-            yield given, frame, len(wanted)
-            given += 1
-        if given < len(wanted):
-            raise VideoError("corrupt", f"{_name(mp4)}: only {given} of {len(wanted)} frames")
-
-
-# ---- writing ----
-
-
-def _even(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else image
-
-
-def _mux(out: str | io.BytesIO, frames: Iterator[np.ndarray], fps: float, crf: int, gop: int) -> None:
-    """H.264 mp4 into a file or memory. One thread and no time stamps in the file: equal frames give equal bytes."""
-    first = next(frames, None)
-    if first is None:
-        raise ValueError("no frames to encode")
-    height, width = first.shape[:2]
-    if height % 2 or width % 2:
-        raise ValueError(f"4:2:0 needs even sizes, given {width}x{height}")
-    options = {"fflags": "+bitexact"}
-    if isinstance(out, str):  # index first, so that it plays while it loads; needs a second pass over the file
-        options["movflags"] = "+faststart"
-    with av.open(out, "w", format="mp4", container_options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.thread_count = 1
-        context.color_primaries = context.color_trc = context.colorspace = BT709
-        context.color_range = ColorRange.MPEG
-        # No B-frames: frames are stored in the order they are shown, so a part of a clip decodes without the rest.
-        # Chroma in the middle of four pixels is where swscale puts it; H.264 would assume their left edge.
-        # x264's macroblock tree reads memory that nobody wrote: with it, equal frames rarely give other bytes.
-        context.options = {
-            "crf": str(crf),
-            "g": str(gop),
-            "bf": "0",
-            "sc_threshold": "0",
-            "mbtree": "0",
-            "rc-lookahead": "0",
-            "chroma_sample_location": "center",
-        }
-        for image in chain([first], frames):
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            yuv = rgb.reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=EXACT_INPUT,
-                threads=1,
-            )
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode(None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entprog.media import video
+from entprog.media import h264, video
 from pipelines.comparison.groups import Group
 from pipelines.comparison.runs import Training
 
@@ -72,7 +72,7 @@ def _data(mp4: bytes, largest_bytes: int) -> str:
 
 
 def _smaller(mp4: bytes) -> bytes:
-    frames = video.decode_rgb(mp4, range(LONGEST_FRAMES))
+    frames = h264.decode_rgb(mp4, range(LONGEST_FRAMES))
     height = min(HEIGHT, frames.shape[1])
     size = (height, max(2, round(frames.shape[2] * height / frames.shape[1] / 2) * 2))
-    return video.encode(np.stack([video.scale(frame, size) for frame in frames]), video.probe(mp4).fps, CRF)
+    return h264.encode(np.stack([video.scale(frame, size) for frame in frames]), video.probe(mp4).fps, CRF)
