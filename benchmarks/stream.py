@@ -1,6 +1,6 @@
 """Frames per second of the training stream, against plain decoding on the same cores.
 
-    python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: about 4 minutes on two cores
+    python -m benchmarks.stream                # 256² and 1080p clips, one and two cores: about 8 minutes on two cores
 
 Every number of cores is a process that may run on those alone, with all that it starts: Ray too. In it all arrangements
 take turns over the same frames of real video, each with as many decoding threads or processes as cores:
@@ -66,7 +66,7 @@ def main(
     sizes: Annotated[list[str] | None, typer.Option("--size", help=f"Clips: {', '.join(SIZES)}. Default: all.")] = None,
     cores: Annotated[list[int] | None, typer.Option(help="Numbers of cores. Default: 1, 2, 4, … as there are.")] = None,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="Only these arrangements.")] = None,
-    seconds: Annotated[float, typer.Option(help="About how long one turn of an arrangement lasts.")] = 1.3,
+    seconds: Annotated[float, typer.Option(help="About how long one turn of an arrangement lasts.")] = 3.0,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each arrangement, interleaved.")] = 3,
 ) -> None:
     """Measure all arrangements in turns; print and keep frames per second and ratios."""

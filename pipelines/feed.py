@@ -11,7 +11,6 @@ before is being read, so that the reader meets no gap.
 import functools
 import itertools
 import math
-import os
 import re
 import threading
 from collections import deque
@@ -34,10 +33,13 @@ TASK_BYTES = 32 << 20
 TASK_BATCHES = 32
 """A task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about 20 ms of
 two cores, and to decode 32 MiB of clips about 100 ms of one."""
-TASKS = 256
-"""Tasks in one execution of Ray Data."""
+TASKS = 16
+"""Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends, and sleeps: one
+that has to wait for room asks for it without pause and keeps a core busy."""
+TASKS_HELD_BACK = 256
+"""Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
 TASKS_AHEAD = 8
-"""Tasks' worth of clips that may wait for the reader. Without this limit Ray Data goes on until half of the object
+"""Tasks' worth of frames that may wait for the reader. Without this limit Ray Data goes on until half of the object
 store is full, and takes the cores that training needs."""
 STORE_SHARE = 0.3
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
@@ -98,7 +100,7 @@ def stream(
     if where == "cluster":
         read = functools.partial(clips.decode, located, split, frames=frames)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-        return Stream(_batches(read, collate, order, clip_bytes, cpus))
+        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD))
     read = functools.partial(clips.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
 
@@ -106,7 +108,9 @@ def stream(
         decoded = clips.decoded(stored, located, split, frames, apply)
         return clips.timed(collate, {**decoded, "position": stored["position"]})
 
-    return Stream(_decoded(_batches(read, _as_it_is, order, stored_bytes, cpus), decode, math.ceil(cpus), batch_size))
+    one_at_a_time = min(1.0, cpus)  # reading is quick
+    stored = _batches(read, _as_it_is, order, stored_bytes, one_at_a_time, TASKS, TASKS)
+    return Stream(_decoded(stored, decode, math.ceil(cpus), batch_size))
 
 
 def _as_it_is(stored: Arrays) -> Arrays:
@@ -115,7 +119,7 @@ def _as_it_is(stored: Arrays) -> Arrays:
 
 def _decoded(stored: Iterator[tuple[Arrays, float]], decode: Decode, cpus: int, batch_size: int) -> Iterator:
     """`decode` of each batch, in order, ahead of the reader: some batches at once, their clips shared by threads."""
-    threads = min(cpus, THREADS, os.cpu_count() or 1)
+    threads = min(cpus, THREADS)
     least, most = BATCHES_AHEAD
     count = min(max(math.ceil(threads / batch_size), least), most)
     ahead: deque[Future] = deque()
@@ -148,24 +152,33 @@ def latent_stream(
     order = Order(count, batch_size, rank, world, start_position, seed, batches or world)
     to_device = functools.partial(clips.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
-    return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus))
+    return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus, TASKS, TASKS))
 
 
-def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip_bytes: float, cpus: float) -> Iterator:
-    """(batch, seconds to collate it) without end."""
+def _batches(
+    read: Read,
+    collate: Callable[[Arrays], object],
+    order: Order,
+    clip_bytes: float,
+    cpus: float,
+    tasks: int,
+    tasks_ahead: int,
+) -> Iterator:
+    """(batch, seconds to collate it) without end, by executions of `tasks`; `tasks_ahead` of one may wait for the
+    reader."""
     import ray
 
     store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / order.world
-    task_bytes = min(TASK_BYTES, store_bytes / TASKS_AHEAD)
+    task_bytes = min(TASK_BYTES, store_bytes / (2 * tasks_ahead))  # two executions overlap
     batches = int(min(max(task_bytes // (clip_bytes * order.batch_size), 1), TASK_BATCHES))
     rows = batches * order.batch_size
-    ahead_bytes = min(TASKS_AHEAD * rows * clip_bytes, store_bytes)
+    ahead_bytes = min(tasks_ahead * rows * clip_bytes, store_bytes) if tasks_ahead < tasks else None
     task = functools.partial(_task, read=read, order=order)
 
     def execution(number: int) -> Iterator:
-        """Clips of TASKS tasks, in order."""
-        tasks = [{"first": i * rows, "count": rows} for i in range(number * TASKS, (number + 1) * TASKS)]
-        return _execute(task, tasks, order.batch_size, ahead_bytes, cpus, collate)
+        """Its clips, in order."""
+        inputs = [{"first": i * rows, "count": rows} for i in range(number * tasks, (number + 1) * tasks)]
+        return _execute(task, inputs, order.batch_size, ahead_bytes, cpus, collate)
 
     # The thread waits for Ray alone: starting takes a second or two.
     starter = ThreadPoolExecutor(1, "next-execution")
@@ -176,7 +189,7 @@ def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip
             first, current = ahead.result()
             ahead = None
             for done, batch in enumerate(itertools.chain([first], current)):
-                if done == TASKS * batches // 2:
+                if done == tasks * batches // 2:
                     ahead = starter.submit(_begun, execution(number))
                 yield batch
     finally:
@@ -208,7 +221,7 @@ def _task(rows: Arrays, read: Read, order: Order) -> Arrays:
 
 
 def _execute(
-    task, tasks: list[dict[str, int]], batch_size: int, ahead_bytes: float, cpus: float, collate
+    task, tasks: list[dict[str, int]], batch_size: int, ahead_bytes: float | None, cpus: float, collate
 ) -> Iterator[tuple[object, float]]:
     import ray.data
     from ray.data import ExecutionResources
@@ -225,7 +238,7 @@ def _execute(
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's clips stay one block
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=ahead_bytes)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus, object_store_memory=ahead_bytes)
     # A split of one: the executor runs in an actor of its own. In this process its busy loop would hold Python's lock
     # while the network trains, and slow every step on a CPU down.
     (split,) = read.streaming_split(1, equal=False)

@@ -68,8 +68,12 @@ def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None =
         start = 0
         for plane in frame.planes:
             stop = start + plane.height * plane.width
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # lines are padded
-            planes[i, start:stop].reshape(plane.height, plane.width)[:] = rows[: plane.height, : plane.width]
+            stored = np.frombuffer(plane, np.uint8)
+            if plane.line_size == plane.width:
+                planes[i, start:stop] = stored[: stop - start]
+            else:  # lines are padded
+                lines = stored.reshape(-1, plane.line_size)[: plane.height, : plane.width]
+                planes[i, start:stop].reshape(plane.height, plane.width)[:] = lines
             start = stop
     return out
 

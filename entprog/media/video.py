@@ -244,7 +244,7 @@ def opened(source: Source, limits: Limits | None = None):
 
 def decoded_frames(source: Source, container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
     """Decode from where the container stands: (seconds from the stream's start, frame), ascending; at least one."""
-    time_base, start = stream.time_base, stream.start_time or 0
+    start, numerator, denominator = stream.start_time or 0, stream.time_base.numerator, stream.time_base.denominator
     step_s = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     last_s = None
     for packet in container.demux(stream):
@@ -254,7 +254,7 @@ def decoded_frames(source: Source, container, stream) -> Iterator[tuple[float, a
             if frame.is_corrupt:  # the decoder painted over what it could not read
                 raise VideoError("corrupt", f"{_name(source)}: damaged after {last_s or 0:.2f} s")
             if frame.pts is not None:
-                time_s = float((frame.pts - start) * time_base)
+                time_s = (frame.pts - start) * numerator / denominator  # as Fraction would, in a tenth of its time
             else:
                 time_s = 0.0 if last_s is None else last_s + step_s
             if last_s is None or time_s > last_s:
