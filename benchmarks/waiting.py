@@ -3,8 +3,9 @@
     python -m benchmarks.waiting               # about 5 minutes on two cores
 
 `training` is pipelines.train itself: the demo's network, clip shape and batch on real clips, plainly trained; seconds
-as its steps.jsonl has them. Runs that decode in the worker and on the cluster (`data.decode`) take turns. `change_over` reads the stream alone through several short executions, at the pace of a
-training step, and notes the longest wait after the first batch. Leaves benchmarks/results/waiting.json.
+as its steps.jsonl has them. Runs that decode in the worker and on the cluster (`data.decode`) take turns. `change_over`
+reads the stream alone through several short executions, at the pace of a training step, and notes the longest wait
+after the first batch. Leaves benchmarks/results/waiting.json.
 """
 
 import os
