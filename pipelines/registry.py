@@ -25,7 +25,8 @@ def register(
     try:
         mlflow.set_tracking_uri(tracker.uri)
         with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # counsel on type hints and examples, for lack of which it has a signature
+            # Counsel on type hints and examples, for lack of which it has a signature; MLflow undoes a filter of ours.
+            warnings.showwarning = lambda *args, **options: None
             about = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(SERVED),
