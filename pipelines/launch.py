@@ -88,6 +88,20 @@ def _located(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
 
 
+def training(settings: dict[str, Any]) -> None:
+    """What workers run that train."""
+    from pipelines import worker  # here: their controller unpickles this function, and needs no network for it
+
+    worker.train(settings)
+
+
+def scoring(settings: dict[str, Any]) -> None:
+    """What workers run that score."""
+    from pipelines import worker
+
+    worker.score(settings)
+
+
 def run_workers(
     worker: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],

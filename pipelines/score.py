@@ -13,7 +13,7 @@ import typer
 from entprog import config, controls
 from entprog.config import Experiment
 from entprog.scores import ScoreTable
-from pipelines import charts, jobs, launch, worker
+from pipelines import charts, jobs, launch
 from pipelines.train import TABLES, check
 
 app = jobs.app("Score the blocks of a network by Conditional Entropy Inflation.")
@@ -92,7 +92,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
             if "scored" in item:
                 status.update(f"scoring blocks: condition {item['scored']} of {item['of']}")
 
-        known = launch.run_workers(worker.score, settings, experiment, output / "ray", heard)
+        known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", heard)
     table = ScoreTable.from_json(known)
     jobs.write_json(output / "cei.json", known)
     charts.cei_chart(known, output / "cei.png")

@@ -225,7 +225,7 @@ def run(
                     stages.log(tracker, worker.steps_of(output))
                 listen(item)
 
-            result = launch.run_workers(worker.train, settings, experiment, output / "ray", heard)
+            result = launch.run_workers(launch.training, settings, experiment, output / "ray", heard)
         steps = worker.steps_of(output)
         result = _figures(result, steps) | {
             "identity": key,
