@@ -125,7 +125,8 @@ def test_stream_decoders_give_the_same_frames(tmp_path, monkeypatch):
 def test_stream_ratios_are_taken_within_rounds():
     found = {
         "pyav": [100.0, 200.0, 400.0], "pyav_rgb": [50.0, 50.0, 50.0], "dataloader": [80.0, 80.0, 80.0],
-        "pyav_shards": [50.0, 50.0, 50.0], "dataloader_rgb": [20.0, 20.0, 20.0], "stream": [90.0, 100.0, 360.0], "decord2": [100.0, 100.0, 100.0],
+        "pyav_shards": [50.0, 50.0, 50.0], "dataloader_rgb": [20.0, 20.0, 20.0],
+        "stream": [90.0, 100.0, 360.0], "decord2": [100.0, 100.0, 100.0],
         "torchcodec": "ImportError: no",
     }  # fmt: skip
     rows = {row["arrangement"]: row for row in stream.rows_of("256x256", 2, found)}

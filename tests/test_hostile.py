@@ -130,6 +130,11 @@ def test_memory_is_bounded(ran):
     assert 0 < watch.peak_bytes < WORKER_BYTES, f"{watch.peak_bytes / 2**20:.0f} MiB in {watch.who}"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux's way to ask")
+def test_making_the_corpus_leaves_this_process_its_priority(ran):
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_the_corpus_is_seeded(tmp_path):
     def content(folder: Path, seed: int) -> dict[str, bytes]:
         folder.mkdir()
