@@ -192,6 +192,13 @@ def test_undecodable_clip_is_named(rows, tmp_path, column):
             next(local(damaged(rows, folder, **{column: value})))
 
 
+def test_a_reference_that_unpacks_to_far_more_than_its_clip_is_not_decoded(rows, tmp_path):
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(png, "PNG")
+    with pytest.raises(shards.DamagedShardError, match=r"row 1: .*avcodec"):
+        next(local(damaged(rows, tmp_path, reference=png.getvalue())))
+
+
 def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):
     frames, _ = video.read_frames(assets.clip("cam01"), [0.0], size=(SHAPE.height, SHAPE.width))
     with pytest.raises(shards.DamagedShardError, match="row 1"):
