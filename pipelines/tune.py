@@ -188,8 +188,8 @@ def run(
         statuses = sweep.run(spec, settings, space, first, concurrent, verbose=verbose)
         rows = [_row(output, name, status) for name, status in statuses.items()]
         for row in rows:
-            if row["status"] == "stopped":
-                _close(trial.folder_of(output, row["id"]))
+            if _cut_short(folder := trial.folder_of(output, row["id"])):
+                _close(folder)
         if not any(row["status"] == "finished" for row in rows):
             reasons = [row["reason"] for row in rows if row.get("reason")]
             raise RuntimeError(f"no trial finished; the first one's reason: {(reasons or ['unknown'])[0]}")
@@ -235,13 +235,15 @@ def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
     if not path.exists():
         return {"id": trial_id, "settings": {}, "status": "failed", "reason": "it never started"}
     row = json.loads(path.read_text())
-    if row["status"] != "running":
+    if not _cut_short(folder):
         return row
     steps = [step for place in sorted(folder.glob("seed-*")) for step in worker.steps_of(place)]
     if status == "ERROR" or not steps:
         return row | {"status": "failed", "reason": "its process ended without a word"}
     curve = [(step["charged_s"], step["held_out_loss"]) for step in steps if step["held_out_loss"] is not None]
     runs = [json.loads(p.read_text())["run_id"] for p in sorted(folder.glob(f"seed-*/{RUN_FILE}"))]
+    if not math.isfinite(curve[-1][1]):  # it was stopped for that, before it could say so itself
+        return row | {"status": "failed", "reason": f"held-out loss is {curve[-1][1]} after {len(steps)} steps"}
     return row | {
         "status": "stopped",
         "held_out_loss": curve[-1][1],
@@ -253,8 +255,14 @@ def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
     }
 
 
+def _cut_short(folder: Path) -> bool:
+    """Whether a trial was ended by Tune, or with its process: it could not say how it ended."""
+    path = folder / trial.RECORD
+    return path.exists() and json.loads(path.read_text())["status"] == "running"
+
+
 def _close(folder: Path) -> None:
-    """End the MLflow runs of a trial that was stopped; its checkpoints are of no more use."""
+    """End the MLflow runs of a trial that was cut short; its checkpoints are of no more use."""
     for place in [*sorted(folder.glob("seed-*")), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
