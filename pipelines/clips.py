@@ -165,7 +165,7 @@ def _only(wanted: range, of: int) -> range | None:
 
 
 def _decode_png(data: bytes, pixels: int) -> np.ndarray:
-    """By FFmpeg, in two thirds of Pillow's time; not if its header claims far more pixels."""
+    """By FFmpeg, sooner than by Pillow; not if its header claims far more pixels."""
     decoder = av.CodecContext.create("png", "r")
     decoder.options = {"max_pixels": str(2 * pixels + (1 << 14))}  # FFmpeg counts padding
     (frame,) = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]

@@ -31,11 +31,11 @@ from pipelines.clips import Arrays, Read, Stream
 
 TASK_BYTES = 32 << 20
 TASK_BATCHES = 32
-"""A task makes several batches while they fit in TASK_BYTES, at most this many: one task of Ray costs about 20 ms of
-two cores, and to decode 32 MiB of clips about 100 ms of one."""
+"""A task makes several batches while they fit in TASK_BYTES, at most this many: starting a task of Ray has its
+price."""
 TASKS = 16
 """Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends, and sleeps: one
-that has to wait for room asks for it without pause and keeps a core busy."""
+that has to wait for room asks for it without pause, which keeps a core busy."""
 TASKS_HELD_BACK = 256
 """Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
 TASKS_AHEAD = 8
@@ -45,7 +45,7 @@ STORE_SHARE = 0.3
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 PREFETCH_BATCHES = 2
 THREADS = 16
-"""Most threads that decode for one reader: beyond it they wait for Python's lock, a tenth of their work at 256²."""
+"""Most threads that decode for one reader: beyond it they wait for Python's lock."""
 BATCHES_AHEAD = 2, 4
 """Batches that are decoded at once: at least and, where they hold fewer clips than threads decode, at most."""
 Decode = Callable[[Arrays, Callable[..., Iterable]], tuple[object, float]]

@@ -20,8 +20,8 @@ EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pi
 CRF = 16
 """Quality (x264) of videos that are written to be looked at and measured."""
 TUNE = "fastdecode"
-"""x264's tuning of clips that are read once an epoch: no arithmetic coding and no deblocking, so half the time to
-decode for about a tenth more bytes at the same quality."""
+"""x264's tuning of clips that are read once an epoch: no arithmetic coding and no deblocking, so they
+decode faster for some more bytes at the same quality."""
 
 
 def encode(frames: np.ndarray, fps: float, crf: int = 18, gop: int = 8, tune: str | None = TUNE) -> bytes:
