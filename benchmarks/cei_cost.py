@@ -17,7 +17,7 @@ import typer
 from benchmarks import common
 from entprog import cei, config, models
 from entprog.blocks import blocks
-from entprog.clips import Latents
+from entprog.data.clips import Latents
 from pipelines import jobs
 
 app = jobs.app("Time and FLOPs of CEI scoring: replay against the naive pass.")

@@ -23,8 +23,9 @@ from PIL import Image
 
 from benchmarks.mannequin import Camera, Stage, at, motion, random_body
 from entprog.config import ClipShape, digest
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import h264, shards, sheet, video
+from entprog.media import h264, sheet, video
 from pipelines import jobs
 
 app = jobs.app("Render motion capture into shards of clips with exact pose.")

@@ -32,9 +32,10 @@ import typer
 from diffusers import WanTransformer3DModel
 
 from benchmarks import common
-from entprog import checkpoint, config, costs, distributed, losses, models
+from entprog import checkpoint, config, costs, losses, models
 from entprog.blocks import blocks, unfreeze
-from entprog.clips import Latents
+from entprog.data.clips import Latents
+from entprog.distributed import agree
 from entprog.training import start
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -130,7 +131,7 @@ class Worker:
         started = time.perf_counter()
         self.compute()
         computed = time.perf_counter()
-        distributed.reduce_gradients(self.trained)
+        agree.reduce_gradients(self.trained)
         reduced = time.perf_counter()
         self.update()
         return computed - started + time.perf_counter() - reduced, reduced - computed

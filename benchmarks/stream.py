@@ -40,8 +40,9 @@ from PIL import Image
 
 from benchmarks import common
 from entprog.config import ClipShape
-from entprog.media import assets, h264, shards, video
-from pipelines import clips, feed, jobs
+from entprog.data import clip_stream, shards
+from entprog.media import assets, h264, video
+from pipelines import feed, jobs
 
 app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
 
@@ -295,7 +296,7 @@ def decode_pyav(file: str, format: str = "yuv420p") -> np.ndarray:
 def decode_shard(place: str) -> np.ndarray:
     """place: a dataset's folder and a clip's number."""
     folder, _, number = place.rpartition(":")
-    return clips.decode(_dataset(folder), "train", np.array([int(number)]))["video"][0]
+    return clip_stream.decode(_dataset(folder), "train", np.array([int(number)]))["video"][0]
 
 
 @functools.cache

@@ -19,10 +19,10 @@ import torch
 from benchmarks.study_arms import TASKS, Scale, experiment, pretraining
 from entprog import cei, checkpoint, config, controls, lora, losses, models
 from entprog.blocks import Block, blocks
-from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
+from entprog.data import clip_stream, shards
+from entprog.data.clips import Latents
 from entprog.freezing import Freeze
-from entprog.media import shards
 from entprog.plans import Plan
 from entprog.prices import Prices
 from entprog.quality import figures as quality_figures
@@ -30,7 +30,7 @@ from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, rendering
+from pipelines import rendering
 
 Kind = Literal["clips", "base", "budget", "scores", "tune", "run", "hindsight"]
 DECODED_AT_ONCE, JUDGED_AT_ONCE = 32, 24
@@ -121,7 +121,9 @@ def material(bench: Bench, task: str) -> Material:
         for numbers in np.split(np.arange(held_out), (first, last))
     ]
     shown = np.arange(last, min(last + scale.quality_clips, held_out))
-    made = clips.to_clips({**clips.decode(dataset, "held_out", shown), "position": shown - last}).resized(scale.shape)
+    made = clip_stream.to_clips({**clip_stream.decode(dataset, "held_out", shown), "position": shown - last}).resized(
+        scale.shape
+    )
     motions = rendering.motions_of(made, [f"held-out {number}" for number in shown])
     train = encoded(network, dataset, "train", np.arange(dataset.clips("train")), scale.shape)
     return Material(train, *parts, motions, dataset)
@@ -133,7 +135,7 @@ def encoded(
     """Clips of a split, cut to a shape, as latents; positions count from 0. What repeats over frames is kept once."""
     parts = []
     for some in np.split(numbers, range(DECODED_AT_ONCE, len(numbers), DECODED_AT_ONCE)):
-        decoded = clips.to_clips({**clips.decode(dataset, split, some), "position": some})
+        decoded = clip_stream.to_clips({**clip_stream.decode(dataset, split, some), "position": some})
         batch = denoiser.encode(decoded.resized(shape))
         once = {name: value[:, :, :1] if name == "reference" else value for name, value in batch.conditions.items()}
         parts.append(Latents(batch.clean, once, batch.position))
@@ -159,12 +161,12 @@ def _to(batches: Sequence[Latents], device: torch.device) -> list[Latents]:
 
 
 def stream(of: Latents, size: int, seed: int, device: torch.device):
-    """Batches for `fit` in the order of `pipelines.clips`: the seed alone decides it, so that all arms see the same."""
+    """Batches for `fit` in the order of `entprog.data.clip_stream`: the seed alone decides it, so all arms see the same."""
 
     def open_at(shape, position):
         while True:
             positions = position + np.arange(size)
-            yield rows(of, clips.clips_at(positions, len(of.position), seed), positions, device)
+            yield rows(of, clip_stream.clips_at(positions, len(of.position), seed), positions, device)
             position += size
 
     return open_at

@@ -20,7 +20,7 @@ import typer
 from benchmarks import common, stream
 from entprog import config
 from entprog.config import ClipShape
-from entprog.media import shards
+from entprog.data import shards
 from pipelines import feed, jobs, launch, train, worker
 
 app = jobs.app("How long training waits for its clips.")

@@ -18,8 +18,8 @@ from torch import nn
 
 from entprog import objectives, scores
 from entprog.blocks import Block, bypass, execution_order, replaced, skipped
-from entprog.clips import Latents
 from entprog.config import Priority
+from entprog.data.clips import Latents
 from entprog.models import Denoiser
 from entprog.processes import Process
 from entprog.scores import Predict, Row, ScoreTable

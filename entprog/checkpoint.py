@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from entprog import distributed, parallel
+from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.state import RunState
 from entprog.storage import Place
@@ -45,7 +45,7 @@ class Saver:
         self, folder: str | Path, experiment_hash: str, keep: int, warn: Callable[[str], None] = lambda line: None
     ):
         self.place, self.experiment_hash, self.keep, self.warn = Place.at(folder), experiment_hash, keep, warn
-        self.rank, self.ranks = distributed.world()
+        self.rank, self.ranks = agree.world()
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
         self.group: dist.ProcessGroup | None = None
@@ -55,7 +55,7 @@ class Saver:
         """Begin to save the state at this step; every rank calls it. Returns the seconds that it took away."""
         started = time.perf_counter()
         self.wait()
-        sharded = parallel.is_sharded(network) and self.ranks > 1
+        sharded = fsdp.is_sharded(network) and self.ranks > 1
         if sharded and self.group is None:
             self.group = dist.new_group(backend="gloo")
         if sharded or self.rank == 0:

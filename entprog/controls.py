@@ -19,8 +19,8 @@ import torch
 from entprog import objectives, scores
 from entprog.blocks import Block, replaced
 from entprog.cei import cei, draws
-from entprog.clips import Latents
 from entprog.config import Priority
+from entprog.data.clips import Latents
 from entprog.models import Denoiser
 from entprog.scores import BlockScore, Row, ScoreTable
 

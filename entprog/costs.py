@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from entprog.blocks import is_checkpointed, own_forward, twin_bytes
-from entprog.parallel import gathered, held
+from entprog.distributed.fsdp import gathered, held
 
 aten = torch.ops.aten
 

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from entprog import blocks, distributed, parallel
+from entprog import blocks
 from entprog.blocks import Block
 from entprog.config import Experiment
+from entprog.distributed import agree, fsdp
 from entprog.models import Denoiser
 from entprog.plans import Plan
 
@@ -41,8 +42,8 @@ class Freeze:
         """Put a plan in force, the same on every rank; whether that changed anything."""
         if plan == self.plan:
             return False
-        distributed.agree("what to train", plan.as_json())
-        parallel.in_parts(self.network)
+        agree.agree("what to train", plan.as_json())
+        fsdp.in_parts(self.network)
         self.trained = blocks.unfreeze(
             self.network,
             self.found,
@@ -52,7 +53,7 @@ class Freeze:
             self.checkpointing,
             self.frozen_precision,
         )
-        parallel.spare_frozen(self.found, plan.trainable, plan.backward)
+        fsdp.spare_frozen(self.found, plan.trainable, plan.backward)
         self.plan = plan
         return True
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from entprog import distributed, objectives
-from entprog.clips import Latents
+from entprog import objectives
 from entprog.config import Train
+from entprog.data.clips import Latents
+from entprog.distributed import agree
 from entprog.models import Denoiser
 
 
@@ -29,7 +30,7 @@ def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, s
                 t = ((draw + (batch.position * 0.6180339887) % 1) / draws).clamp(0.02, 0.98)
                 losses = clip_losses(denoiser, batch, numbers, t, seed)
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
-    parts = distributed.gathered(total.tolist())
+    parts = agree.gathered(total.tolist())
     return sum(part[0] for part in parts) / sum(part[1] for part in parts)
 
 

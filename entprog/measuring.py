@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from entprog import blocks, costs, distributed
+from entprog import blocks, costs
 from entprog.blocks import Block
 from entprog.config import FrozenPrecision
 from entprog.costmodel import BlockCost, CostModel
+from entprog.distributed import agree
 
 REPEATS = 3
 """Timed runs of a pass after one to warm up; the quickest counts: whatever else runs only ever adds time."""
@@ -294,4 +295,4 @@ def _slowest(model: CostModel) -> CostModel:
             return tuple(largest(parts) for parts in zip(*values, strict=True))
         return values[0] if isinstance(values[0], str) else max(values)
 
-    return CostModel.from_json(largest(distributed.gathered(model.as_json())))
+    return CostModel.from_json(largest(agree.gathered(model.as_json())))

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from entprog import parallel
 from entprog.blocks import blocks
 from entprog.config import Train
+from entprog.distributed import fsdp
 
 OUTSIDE = ""
 """`block` of the group of parameters that are in none."""
@@ -80,7 +80,7 @@ def _move(state: dict, device: torch.device) -> None:
 def state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Bytes of optimizer state on a device."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    return sum(parallel.held(t).nbytes for t in tensors if t.device == device)
+    return sum(fsdp.held(t).nbytes for t in tensors if t.device == device)
 
 
 @torch.no_grad()

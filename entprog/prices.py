@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from entprog import costs, distributed, losses, measuring, plans
+from entprog import costs, losses, measuring, plans
 from entprog.blocks import Block
-from entprog.clips import Latents
 from entprog.config import ClipShape, Experiment
 from entprog.costmodel import CostModel, scaled, split
+from entprog.data.clips import Latents
+from entprog.distributed import agree
 from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
@@ -81,7 +82,7 @@ class Prices:
                     checkpointing=self.experiment.model.gradient_checkpointing,
                     frozen_precision=self.experiment.schedule.frozen_precision,
                 )
-            parts = distributed.world()[1] if train.parallel == "fsdp" else 1
+            parts = agree.world()[1] if train.parallel == "fsdp" else 1
             self.models[shape] = split(scaled(measured, data.batch_size), parts)
         return self.models[shape]
 

@@ -15,10 +15,11 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from entprog import costs, distributed
+from entprog import costs
 from entprog.blocks import Block
-from entprog.clips import Latents
 from entprog.config import Priority, digest
+from entprog.data.clips import Latents
+from entprog.distributed import agree
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """(noisy, t, conditions) → ε̂."""
@@ -236,7 +237,7 @@ def measured(
     clips = [batch.part(slice(i, i + 1)) for batch in conditions for i in range(len(batch.position))]
     if len(clips) < settings.conditions:
         raise ValueError(f"priority.conditions is {settings.conditions}, but only {len(clips)} clips were given")
-    rank, world = distributed.world()
+    rank, world = agree.world()
     started = time.perf_counter()
     rows: list[Row] = []
     with torch.compiler.set_stance("force_eager"):
@@ -247,12 +248,12 @@ def measured(
             for number in range(len(rows) + rank, end, world):
                 mine[number] = score(clips[number], number, marks(settings))
                 progress(number + 1, settings.conditions)
-            everyone = {number: row for part in distributed.gathered(mine) for number, row in part.items()}
+            everyone = {number: row for part in agree.gathered(mine) for number, row in part.items()}
             rows += [everyone[number] for number in range(len(rows), end)]
             stable = settings.until_stable is not None and halves_tau(rows, measure) >= settings.until_stable
-            if distributed.gathered(stable)[0]:  # rank 0's word, should ranks' arithmetic ever differ
+            if agree.gathered(stable)[0]:  # rank 0's word, should ranks' arithmetic ever differ
                 break
-    seconds = distributed.slowest(time.perf_counter() - started, clips[0].clean.device)
+    seconds = agree.slowest(time.perf_counter() - started, clips[0].clean.device)
     return Measured(rows, seconds, counter.get_total_flops() * len(rows) * settings.draws)
 
 

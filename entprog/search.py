@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from entprog import distributed, plans, supernet
+from entprog import plans, supernet
 from entprog.config import Experiment
+from entprog.distributed import agree
 from entprog.plans import Plan
 from entprog.prices import Prices
 from entprog.state import RunState
@@ -112,7 +113,7 @@ class Search:
         )
         if self.schedule.kind == "entprog":
             decision = self.with_forecast(decision)
-        distributed.agree(f"the decision of stage {state.stage}", decision.as_json())
+        agree.agree(f"the decision of stage {state.stage}", decision.as_json())
         state.decisions.append(decision)
         state.plan = decision.plan
         return decision

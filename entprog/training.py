@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import config, controls, distributed, losses, optimizer, parallel, plans
+from entprog import config, controls, losses, optimizer, plans
 from entprog.blocks import Block
-from entprog.clips import Latents, Spent
 from entprog.config import ClipShape, Experiment
+from entprog.data.clips import Latents, Spent
+from entprog.distributed import agree, fsdp
 from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
@@ -75,7 +76,7 @@ class Step:
     held_out_loss: float | None = None
     decision: Decision | None = None
     """The stage's decision, on the step after which it was taken."""
-    pace: distributed.Pace | None = None
+    pace: agree.Pace | None = None
     """How long ranks took for forward and backward of their own clips, before they wait for each other; sharded ranks
     wait in there already."""
     drift: float | None = None
@@ -148,18 +149,18 @@ class _Fit:
             state.seconds.score = scores.seconds
             state.flops.score = float(scores.flops)
         self.device = next(denoiser.network.parameters()).device
-        self.rank, self.world = distributed.world()
+        self.rank, self.world = agree.world()
         if self.world > experiment.train.workers * experiment.train.accumulate:
             raise ValueError(f"{self.world} ranks, but train.workers · train.accumulate is smaller")
-        distributed.agree("the settings", config.settings(experiment))
-        distributed.agree("the blocks' priorities", priority)
-        distributed.agree("where the run stands", state.as_json())
+        agree.agree("the settings", config.settings(experiment))
+        agree.agree("the blocks' priorities", priority)
+        agree.agree("where the run stands", state.as_json())
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models)
         self.search = Search(self.names, priority, self.prices, experiment, state)
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
-        self.pace: distributed.Pace | None = None
+        self.pace: agree.Pace | None = None
         """Of the last update."""
         self.drift: float | None = None
         """Of a new table that no Step has carried yet."""
@@ -199,7 +200,7 @@ class _Fit:
             if decision is not None:
                 self.carry_out(decision)
             if schedule.kind == "entprog":  # counting and timing candidates is part of the search
-                elapsed = distributed.slowest(self.now() - started, self.device)
+                elapsed = agree.slowest(self.now() - started, self.device)
                 self.charge("search", elapsed, 0.0)
                 state.search_cost += self.in_clock(elapsed, 0.0)
         return state.plan is None
@@ -207,7 +208,7 @@ class _Fit:
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
         priority, seed = self.experiment.priority, self.experiment.train.seed
-        with parallel.gathered(self.denoiser.network):
+        with fsdp.gathered(self.denoiser.network):
             new = controls.score(self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed)
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
@@ -246,7 +247,7 @@ class _Fit:
         loss, rate, norm, seconds, wait_s = self.update()
         before, state.loss_now = state.loss_now, self.search_loss()
         flops += step_flops + self.prices.evaluation_flops()
-        elapsed = distributed.slowest(self.now() - started, self.device)
+        elapsed = agree.slowest(self.now() - started, self.device)
         self.charge("search", elapsed, flops)
         cost = self.in_clock(seconds, step_flops)
         trial = Trial(candidate=number, loss_before=before, loss=state.loss_now, cost=cost)
@@ -266,7 +267,7 @@ class _Fit:
         last = is_over(self.experiment, state)
         fed, self.told = self.spent().since(self.told), self.spent()
         mine = [fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(plan))]
-        open_s, copy_s, encode_s, most = distributed.largest_of(mine, self.device)
+        open_s, copy_s, encode_s, most = agree.largest_of(mine, self.device)
         memory = int(most)
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
@@ -313,21 +314,21 @@ class _Fit:
             part = losses.training_loss(self.denoiser, batch, train) * self.weight
             part.backward()
             loss += part.detach().double()
-        self.pace = distributed.pace(self.now() - begun - wait_s, self.device)
-        if not parallel.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
-            distributed.reduce_gradients(self.freeze.trained)
+        self.pace = agree.pace(self.now() - begun - wait_s, self.device)
+        if not fsdp.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
+            agree.reduce_gradients(self.freeze.trained)
         limit = train.gradient_clip or math.inf
-        norm = parallel.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
+        norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if train.ema_decay:
             optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
         values = torch.stack([loss, norm.detach().double()]).tolist()
-        seconds = distributed.slowest(self.now() - begun - wait_s, self.device)
+        seconds = agree.slowest(self.now() - begun - wait_s, self.device)
         state.step += 1
         state.position += self.clips_per_step
-        wait_s = distributed.slowest(wait_s, self.device)
-        return distributed.mean(values[0], self.device), rate, values[1], seconds, wait_s
+        wait_s = agree.slowest(wait_s, self.device)
+        return agree.mean(values[0], self.device), rate, values[1], seconds, wait_s
 
     def next_batch(self) -> Latents:
         shape, starting = self.freeze.plan.shape, self.stream is None
@@ -376,7 +377,7 @@ class _Fit:
         return self.held_out_loss(self.held_out, self.experiment.data.held_out_draws)
 
     def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
-        with parallel.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
+        with fsdp.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
             return losses.held_out_loss(self.denoiser, held_out, draws, self.experiment.data.held_out_seed)
 
     def now(self) -> float:

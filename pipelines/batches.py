@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from entprog import distributed, latents, plans
-from entprog.clips import Latents, Spent
+from entprog import plans
 from entprog.config import ClipShape, Experiment
+from entprog.data import clip_stream, latents, shards
+from entprog.data.clips import Latents, Spent
+from entprog.distributed import agree
 from entprog.errors import UserError
-from entprog.media import shards
-from pipelines import clips, feed
+from pipelines import feed
 
 LASTING = 16
 """Batches of one shape in a row after which it is taken to go on: its own source is opened."""
@@ -47,11 +48,11 @@ class Batches:
         self.decode_cpus, self.caches = decode_cpus, caches
         self.whole = dataset.shape
         self.one_shape = not experiment.schedule.shapes
-        self.rank, self.world = distributed.world()
+        self.rank, self.world = agree.world()
         self.batches = experiment.train.workers * experiment.train.accumulate
         """Of an update, over all ranks."""
         self.mine = len(range(self.rank, self.batches, self.world))
-        self.stream: clips.Stream | None = None
+        self.stream: clip_stream.Stream | None = None
         self.source: Source | None = None
         self.begun, self.taken = 0, 0
         """Position of the stream's first update, and this rank's batches since."""
@@ -93,7 +94,7 @@ class Batches:
             self.close()
             self.stream, self.source = self._open(wanted, self.begun), wanted
 
-    def _open(self, source: Source, position: int) -> clips.Stream:
+    def _open(self, source: Source, position: int) -> clip_stream.Stream:
         order = (self.experiment.data.batch_size, self.rank, self.world, position, self.experiment.train.seed)
         how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
         if source.cached:
@@ -146,7 +147,7 @@ def caches(
         key = latents.key(denoiser, experiment.model.family, shape)
         cache = latents.find(dataset, key)
         if cache is not None:
-            latents.verify(cache, data.verify if distributed.world()[0] == 0 else "size")
+            latents.verify(cache, data.verify if agree.world()[0] == 0 else "size")
             found[shape] = cache
         elif data.latents == "require":
             raise UserError(

@@ -17,7 +17,8 @@ import torch
 import typer
 
 from entprog import config
-from entprog.media import assets, h264, shards, sheet, skeleton
+from entprog.data import shards
+from entprog.media import assets, h264, sheet, skeleton
 from pipelines import (
     charts,
     compare,

@@ -17,8 +17,8 @@ import typer
 
 from entprog import config
 from entprog.config import Evaluation
+from entprog.data import shards as datasets
 from entprog.errors import UserError
-from entprog.media import shards as datasets
 from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure

@@ -22,12 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from entprog import latents
 from entprog.config import ClipShape
+from entprog.data import clip_stream, latents, shards
+from entprog.data.clip_stream import Arrays, Read, Stream
 from entprog.errors import UserError
-from entprog.media import shards
-from pipelines import clips
-from pipelines.clips import Arrays, Read, Stream
 
 TASK_BYTES = 32 << 20
 TASK_BATCHES = 32
@@ -91,22 +89,22 @@ def stream(
     Raises UserError for an empty split or shards of another shape; iterating raises DamagedShardError naming the shard
     and the row of a damaged clip.
     """
-    clips.check_shape(dataset, shape)
+    clip_stream.check_shape(dataset, shape)
     if not dataset.clips(split):
         raise UserError(f"shards {dataset.folder} have no clips in split {split!r}: prepare more videos")
     located = replace(dataset, folder=dataset.folder.resolve(), settings={})  # tasks run in another directory
     order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed, batches or world)
-    collate = functools.partial(clips.to_clips, device=device)
+    collate = functools.partial(clip_stream.to_clips, device=device)
     if where == "cluster":
-        read = functools.partial(clips.decode, located, split, frames=frames)
+        read = functools.partial(clip_stream.decode, located, split, frames=frames)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
         return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD))
-    read = functools.partial(clips.read, located, split)
+    read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
 
     def decode(stored: Arrays, apply: Callable[..., Iterable]) -> tuple[object, float]:
-        decoded = clips.decoded(stored, located, split, frames, apply)
-        return clips.timed(collate, {**decoded, "position": stored["position"]})
+        decoded = clip_stream.decoded(stored, located, split, frames, apply)
+        return clip_stream.timed(collate, {**decoded, "position": stored["position"]})
 
     one_at_a_time = min(1.0, cpus)  # reading is quick
     stored = _batches(read, _as_it_is, order, stored_bytes, one_at_a_time, TASKS, TASKS)
@@ -150,7 +148,7 @@ def latent_stream(
     here = latents.located(cache)
     count = sum(file.piece.clips for file in here.files)
     order = Order(count, batch_size, rank, world, start_position, seed, batches or world)
-    to_device = functools.partial(clips.to_device, device=device)
+    to_device = functools.partial(clip_stream.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
     return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus, TASKS, TASKS))
 
@@ -214,10 +212,10 @@ def _task(rows: Arrays, read: Read, order: Order) -> Arrays:
     """One task: a block that holds the number of its first row and how many there are → their clips."""
     (first,), (count,) = rows["first"], rows["count"]
     numbers = first + np.arange(count)
-    positions = clips.rank_positions(
+    positions = clip_stream.rank_positions(
         numbers, order.start_position, order.batch_size, order.rank, order.world, order.batches
     )
-    return clips.at_positions(read, positions, order.clips, order.seed)
+    return clip_stream.at_positions(read, positions, order.clips, order.seed)
 
 
 def _execute(
@@ -229,7 +227,7 @@ def _execute(
 
     class Collate(NumpyBatchCollateFn):  # runs in threads ahead of the reader
         def __call__(self, batch):
-            return clips.timed(collate, batch)
+            return clip_stream.timed(collate, batch)
 
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         task, batch_size=None, num_cpus=min(1.0, cpus)

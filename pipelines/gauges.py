@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from entprog import distributed
+from entprog.distributed import agree
 from entprog.training import Step
 
 LOOK_AT = 50
@@ -23,7 +23,7 @@ class Gauges:
         from ray.util.metrics import Gauge
 
         self.warn = warn
-        rank, self.world = distributed.world()
+        rank, self.world = agree.world()
         tags = {"rank": str(rank)}
 
         def gauge(name: str, meaning: str):
@@ -36,7 +36,7 @@ class Gauges:
         self.wait_s = gauge("wait_s", "Seconds that an update waited for data, slowest rank")
         self.clips_per_s = gauge("clips_per_s", "Clips trained on per second, all ranks")
         self.memory_bytes = gauge("gpu_memory_bytes", "Allocated on this rank's GPU")
-        self.places = distributed.gathered(place())
+        self.places = agree.gathered(place())
         self.slowest: Counter[int] = Counter()
         self.excess: list[float] = []
         """Slowest rank's seconds over the median's."""
@@ -50,7 +50,7 @@ class Gauges:
             self.memory_bytes.set(torch.cuda.memory_allocated())
         self.look_for_stragglers(step.pace)
 
-    def look_for_stragglers(self, pace: distributed.Pace) -> None:
+    def look_for_stragglers(self, pace: agree.Pace) -> None:
         if self.world == 1:
             return
         self.slowest[pace.slowest_rank] += 1

@@ -10,10 +10,11 @@ from rich.progress import track
 
 from entprog import config
 from entprog.config import Preparation
+from entprog.data import shards
+from entprog.data.shards import Dataset
 from entprog.errors import UserError
-from entprog.media import fetching, inputs, ledger, probing, shards
-from entprog.media.shards import Dataset
 from entprog.media.video import VideoError
+from entprog.preparing import fetching, inputs, ledger, probing
 from pipelines import jobs, packing
 
 Row = dict[str, Any]

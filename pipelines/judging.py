@@ -16,8 +16,9 @@ import numpy as np
 
 from entprog import config
 from entprog.config import Evaluation
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import h264, shards
+from entprog.media import h264
 from entprog.media import video as videos
 from pipelines import checkpoints, jobs, motions
 

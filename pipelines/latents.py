@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from entprog import config, latents, models, plans
+from entprog import config, models, plans
 from entprog.config import ClipShape, Encoding
+from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
-from entprog.media import shards
-from pipelines import clips, feed, jobs, launch, progress
+from pipelines import feed, jobs, launch, progress
 
 OF_MODEL = ("model.", "schedule.shapes")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
@@ -154,7 +154,7 @@ def _encode_all(ray, dataset, encoding, estimate: Estimate, encoders: int, where
     return out
 
 
-def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> clips.Arrays:
+def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> clip_stream.Arrays:
     """Operator: a file's clips, decoded."""
     (number,) = rows["number"]
     piece = pieces[number]
@@ -164,7 +164,7 @@ def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> cli
             break
         before += shard.clips
     numbers = before + np.arange(piece.first, piece.stop)
-    return {**clips.decode(dataset, latents.SPLIT, numbers), "number": np.full(piece.clips, number)}
+    return {**clip_stream.decode(dataset, latents.SPLIT, numbers), "number": np.full(piece.clips, number)}
 
 
 class Encode:
@@ -174,7 +174,7 @@ class Encode:
         self.denoiser, self.device = load(encoding)
         self.shape, self.pieces, self.folder = shape, pieces, folder
 
-    def __call__(self, batch: clips.Arrays) -> clips.Arrays:
+    def __call__(self, batch: clip_stream.Arrays) -> clip_stream.Arrays:
         number = int(batch["number"][0])
         rows = encoded(self.denoiser, batch, self.shape, self.device)
         file = latents.write(self.folder, self.pieces[number], rows)
@@ -187,12 +187,12 @@ def load(encoding: Encoding):
     return models.family(encoding.model.family).load(encoding.model, device), device
 
 
-def encoded(denoiser, batch: clips.Arrays, shape: ClipShape, device) -> list[dict[str, np.ndarray]]:
+def encoded(denoiser, batch: clip_stream.Arrays, shape: ClipShape, device) -> list[dict[str, np.ndarray]]:
     """Clips of `clips.decode` → latents of each at a shape, as `latents.write` takes them."""
     out = []
     for i in range(len(batch["video"])):
-        one = {name: batch[name][i : i + 1] for name in clips.COLUMNS} | {"position": np.array([i])}
-        out.append(latents.compact(denoiser.encode(clips.to_clips(one, device).resized(shape))))
+        one = {name: batch[name][i : i + 1] for name in clip_stream.COLUMNS} | {"position": np.array([i])}
+        out.append(latents.compact(denoiser.encode(clip_stream.to_clips(one, device).resized(shape))))
     return out
 
 
@@ -200,14 +200,14 @@ def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[Clip
     """Task: load what encodes, and measure it on the first clips, at every shape."""
     denoiser, device = load(encoding)
     count = min(WARM_UP_CLIPS + TIMED_CLIPS, dataset.clips(latents.SPLIT))
-    batch = clips.decode(dataset, latents.SPLIT, np.arange(count))
+    batch = clip_stream.decode(dataset, latents.SPLIT, np.arange(count))
     out = []
     for shape in shapes:
         first = {name: value[:1] for name, value in batch.items()}
         (row,) = encoded(denoiser, first, shape, device)
         started = time.perf_counter()
         encoded(denoiser, batch, shape, device)
-        one = denoiser.encode(clips.to_clips({**first, "position": np.array([0])}, device).resized(shape))
+        one = denoiser.encode(clip_stream.to_clips({**first, "position": np.array([0])}, device).resized(shape))
         full = {"clean": one.clean} | {f"conditions.{name}": value for name, value in one.conditions.items()}
         out.append(
             Estimate(

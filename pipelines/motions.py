@@ -14,11 +14,12 @@ from PIL import Image, ImageOps
 
 from entprog import config
 from entprog.config import ClipShape, Generation, Prepare
+from entprog.data import shards as datasets
 from entprog.errors import UserError
-from entprog.media import h264, windows
+from entprog.media import h264
 from entprog.media import pose as poses
-from entprog.media import shards as datasets
 from entprog.media import video as videos
+from entprog.preparing import windows
 from pipelines import jobs
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")

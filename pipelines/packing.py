@@ -13,9 +13,10 @@ from typing import Any
 
 from entprog import config
 from entprog.config import ClipShape, Preparation
+from entprog.data import shards
+from entprog.data.shards import ShardInfo
 from entprog.errors import UserError
-from entprog.media import ledger, shards
-from entprog.media.shards import ShardInfo
+from entprog.preparing import ledger
 
 Row = dict[str, Any]
 

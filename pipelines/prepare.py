@@ -19,9 +19,11 @@ import typer
 
 from entprog import config
 from entprog.config import Preparation
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import attempts, cutting, fetching, inputs, ledger, pose, probing, shards
-from entprog.media.inputs import Inputs
+from entprog.media import pose
+from entprog.preparing import attempts, cutting, fetching, inputs, ledger, probing
+from entprog.preparing.inputs import Inputs
 from pipelines import growing, jobs, packing, progress, sheets
 from pipelines import latents as caching
 

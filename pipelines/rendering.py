@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from entprog import config, sampling
-from entprog.clips import Clips
 from entprog.config import ClipShape, Generate
+from entprog.data.clips import Clips
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
 from entprog.models import Denoiser

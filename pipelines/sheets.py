@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from entprog.media import h264, shards, sheet, video
+from entprog.data import shards
+from entprog.media import h264, sheet, video
 
 Row = dict[str, Any]
 

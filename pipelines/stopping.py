@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from ray.train.torch import TorchConfig
 
-from entprog import distributed
+from entprog.distributed import agree
 from pipelines.board import GOES_ON, MACHINE_ENDS
 
 _told = threading.Event()
@@ -47,7 +47,7 @@ class Notices:
 
     def __init__(self, board: Any, device: torch.device):
         self.device = device
-        self.of_driver = board.heard.remote() if distributed.world()[0] == 0 else None
+        self.of_driver = board.heard.remote() if agree.world()[0] == 0 else None
 
     def heard(self) -> int:
         """GOES_ON, GROWS, MACHINE_ENDS or JOB_ENDS."""
@@ -56,4 +56,4 @@ class Notices:
         mine = MACHINE_ENDS if _told.is_set() else GOES_ON
         if self.of_driver is not None and ray.wait([self.of_driver], timeout=0)[0]:
             mine = max(mine, ray.get(self.of_driver))
-        return int(distributed.slowest(float(mine), self.device))
+        return int(agree.slowest(float(mine), self.device))

@@ -11,32 +11,19 @@ from typing import Any
 
 import torch
 
-from entprog import (
-    cei,
-    checkpoint,
-    config,
-    controls,
-    distributed,
-    fingerprints,
-    fp8,
-    latents,
-    lora,
-    models,
-    parallel,
-    plans,
-    prices,
-)
-from entprog.blocks import Block, blocks
-from entprog.clips import Latents
+from entprog import cei, checkpoint, config, controls, fingerprints, lora, models, plans, prices
+from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
+from entprog.data import clip_stream, latents, shards
+from entprog.data.clips import Latents
+from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.freezing import outside
-from entprog.media import shards
 from entprog.processes import Flow
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
-from pipelines import clips, gauges, machine, rendering
+from pipelines import gauges, machine, rendering
 from pipelines.batches import Batches, caches
 from pipelines.board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.jobs import write_json
@@ -77,7 +64,7 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
     """A person's mistake is told to the driver in one line; anything else is a crash and is retried."""
     import ray
 
-    rank, world = distributed.world()
+    rank, world = agree.world()
     board = settings["board"]
 
     def post(item: dict[str, Any]) -> None:
@@ -89,13 +76,13 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         setup = _open(settings, post)
     except UserError as error:
         mistake = str(error)
-    mistakes = [line for line in distributed.gathered(mistake) if line]
+    mistakes = [line for line in agree.gathered(mistake) if line]
     if mistakes:
         post({"user_error": mistakes[0]})
         return
     try:
         result = work(setup, settings)
-    except distributed.DisagreementError as error:  # all ranks have it; another try would end alike
+    except agree.DisagreementError as error:  # all ranks have it; another try would end alike
         ray.get(board.post.remote({"failure": str(error)}))
         return
     except UserError as error:  # such as a damaged clip: this rank alone may have met it
@@ -122,13 +109,13 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
         lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, experiment.train.seed)
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
-    rank, world = distributed.world()
+    rank, world = agree.world()
     data = experiment.data
     held_out = [
         latents.encode(denoiser, batch.resized(data.shape))
-        for batch in clips.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
+        for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
-    (first,) = clips.held_out(dataset, data.batch_size, data.batch_size, device=device)
+    (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
     sample = latents.encode(denoiser, first.resized(data.shape))
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
@@ -146,10 +133,10 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
     rest = [model.family, process, model.conditions, model.dtype, str(shape), experiment.train.seed]
     key = table_key(contents, setup.dataset.fingerprint, priority, rest)
     kept = Path(settings["tables"]) / f"{key}.json"
-    rank = distributed.world()[0]
+    rank = agree.world()[0]
     with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
         # Rank 0 alone looks, so that ranks cannot differ in what they find.
-        known = distributed.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
+        known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
         table = controls.score(
@@ -181,7 +168,7 @@ def scoring_clips(setup: Setup) -> list[Latents]:
     experiment, data = setup.experiment, setup.experiment.data
     if experiment.priority.kind in controls.WITHOUT_DATA:
         return []
-    source = clips.local_stream(
+    source = clip_stream.local_stream(
         setup.dataset, "train", setup.dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
     )
     wanted = -(-experiment.priority.conditions // data.batch_size)
@@ -191,12 +178,12 @@ def scoring_clips(setup: Setup) -> list[Latents]:
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     experiment, denoiser = setup.experiment, setup.denoiser
     output = Path(settings["output"])
-    rank, _ = distributed.world()
+    rank, _ = agree.world()
     table = scores(setup, settings) if experiment.schedule.needs_scores else None
     measured = {}
     if experiment.train.parallel == "fsdp":
         measured = prices.measured_whole(denoiser, setup.blocks, setup.sample, experiment)
-        parallel.shard(denoiser.network, setup.blocks)
+        fsdp.shard(denoiser.network, setup.blocks)
     state = start(denoiser.network, experiment)
     state.models |= measured
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
@@ -266,11 +253,11 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
     """Put the newest complete checkpoint, if there is one, into network and state; what will save the next ones."""
     train = setup.experiment.train
     folder = train.checkpoints or str(Path(settings["output"]) / "checkpoints")
-    if distributed.world()[0] == 0:
+    if agree.world()[0] == 0:
         for name in checkpoint.damaged(folder):
             warn(f"checkpoint {name} in {folder} was cut short: not used")
-    newest = distributed.gathered(checkpoint.newest(folder))[0]  # rank 0's: a shared disk may show others less
-    setup.post({"workers": distributed.world()[1]})
+    newest = agree.gathered(checkpoint.newest(folder))[0]  # rank 0's: a shared disk may show others less
+    setup.post({"workers": agree.world()[1]})
     if newest is not None:
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})
@@ -284,10 +271,10 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
         for name, parameter in denoiser.network.named_parameters():
             if name in state.ema:
                 parameter.copy_(state.ema[name])
-    if not parallel.is_sharded(denoiser.network):
+    if not fsdp.is_sharded(denoiser.network):
         return setup
-    weights = {name: parallel.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
-    if distributed.world()[0] != 0:
+    weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
+    if agree.world()[0] != 0:
         return setup
     plain = models.family(experiment.model.family).load(experiment.model, setup.device, experiment.train.seed)
     plain.network.load_state_dict(weights)
@@ -300,7 +287,7 @@ def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     if not count:
         return
     motions = []
-    for batch in clips.held_out(setup.dataset, count, data.batch_size):
+    for batch in clip_stream.held_out(setup.dataset, count, data.batch_size):
         motions += rendering.motions_of(
             batch.resized(data.shape), [f"held-out clip {n}" for n in batch.position.tolist()]
         )

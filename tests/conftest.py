@@ -12,7 +12,7 @@ import torch
 
 from entprog import config, models
 from entprog.blocks import blocks
-from entprog.clips import Latents
+from entprog.data.clips import Latents
 
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 

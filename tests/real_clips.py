@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from entprog.config import ClipShape
-from entprog.media import assets, h264, shards, video
+from entprog.data import shards
+from entprog.media import assets, h264, video
 
 
 def row(source: str, split: str, start_s: float, shape: ClipShape) -> dict:

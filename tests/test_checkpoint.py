@@ -16,8 +16,9 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from test_distributed import join, leave, run_ranks
 
-from entprog import checkpoint, losses, parallel
+from entprog import checkpoint, losses
 from entprog.blocks import blocks
+from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.optimizer import update_ema
 from entprog.training import start
@@ -32,7 +33,7 @@ class Trained:
         self.network = self.denoiser.network
         found = blocks(self.network)
         if sharded:
-            parallel.shard(self.network, found)
+            fsdp.shard(self.network, found)
         self.state = start(self.network, self.experiment)
         for block in found[3:]:
             block.module.requires_grad_(False)
@@ -48,7 +49,7 @@ class Trained:
 
     def tensors(self):
         """Everything that a checkpoint has to bring back, whole."""
-        return {name: parallel.whole(t).clone() for name, t in checkpoint.contents(self.network, self.state).items()}
+        return {name: fsdp.whole(t).clone() for name, t in checkpoint.contents(self.network, self.state).items()}
 
 
 def resumed(folder, **options):

@@ -15,9 +15,10 @@ from PIL import Image
 
 from entprog import config
 from entprog.config import ClipShape
+from entprog.data import clip_stream, shards
 from entprog.errors import UserError
-from entprog.media import assets, color, h264, shards, video
-from pipelines import clips, feed, stalls, train
+from entprog.media import assets, color, h264, video
+from pipelines import feed, stalls, train
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3
@@ -57,7 +58,7 @@ def ray():
 
 
 def local(dataset, batch=BATCH, **options):
-    return clips.local_stream(dataset, "train", SHAPE, batch, **options)
+    return clip_stream.local_stream(dataset, "train", SHAPE, batch, **options)
 
 
 def take(stream, count) -> list:
@@ -79,13 +80,13 @@ def assert_equal(found, due):
 @given(st.integers(1, 50), st.integers(0, 2**40), st.integers(0, 5))
 def test_each_clip_once_per_epoch(count, seed, epoch):
     positions = np.arange(epoch * count, (epoch + 1) * count)
-    assert sorted(clips.clips_at(positions, count, seed)) == list(range(count))
+    assert sorted(clip_stream.clips_at(positions, count, seed)) == list(range(count))
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 10**9), st.integers(1, 6))
 def test_ranks_share_each_global_batch_without_gap_or_overlap(batch, world, start, steps):
     parts = [
-        clips.rank_positions(np.arange(batch * steps), start, batch, rank, world).reshape(steps, batch)
+        clip_stream.rank_positions(np.arange(batch * steps), start, batch, rank, world).reshape(steps, batch)
         for rank in range(world)
     ]
     assert np.concatenate(parts, axis=1).ravel().tolist() == list(range(start, start + batch * world * steps))
@@ -103,11 +104,11 @@ def histories(draw):
 def test_resumed_by_any_workers_a_run_sees_the_clips_of_the_uninterrupted_one(count, seed, batch, history):
     """Each update the same clips, so each clip once an epoch, wherever a run was cut and however many went on."""
     batches, pieces = history
-    due = clips.clips_at(np.arange(sum(steps for steps, _ in pieces) * batches * batch), count, seed)
+    due = clip_stream.clips_at(np.arange(sum(steps for steps, _ in pieces) * batches * batch), count, seed)
     found, position = [], 0
     for steps, world in pieces:
         ranks = [
-            clips.rank_positions(np.arange(steps * share * batch), position, batch, rank, world, batches)
+            clip_stream.rank_positions(np.arange(steps * share * batch), position, batch, rank, world, batches)
             for rank in range(world)
             if (share := len(range(rank, batches, world)))
         ]
@@ -116,26 +117,26 @@ def test_resumed_by_any_workers_a_run_sees_the_clips_of_the_uninterrupted_one(co
             found.append(np.sort(np.concatenate(parts)))
         position += steps * batches * batch
     positions = np.concatenate(found) if found else np.empty(0, int)
-    assert clips.clips_at(positions, count, seed).tolist() == due.tolist()
+    assert clip_stream.clips_at(positions, count, seed).tolist() == due.tolist()
     whole_epochs = len(due) // count * count
     assert all(sorted(epoch) == list(range(count)) for epoch in due[:whole_epochs].reshape(-1, count))
 
 
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 200), st.integers(0, 40))
 def test_a_clip_depends_on_its_position_alone(count, seed, first, length):
-    whole = clips.clips_at(np.arange(first + length), count, seed)
-    assert clips.clips_at(np.arange(first, first + length), count, seed).tolist() == whole[first:].tolist()
+    whole = clip_stream.clips_at(np.arange(first + length), count, seed)
+    assert clip_stream.clips_at(np.arange(first, first + length), count, seed).tolist() == whole[first:].tolist()
 
 
 def test_epochs_and_seeds_differ():
-    epochs = [clips.permutation(50, 0, epoch).tolist() for epoch in range(3)]
-    assert len({tuple(order) for order in [*epochs, clips.permutation(50, 1, 0).tolist()]}) == 4
+    epochs = [clip_stream.permutation(50, 0, epoch).tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in [*epochs, clip_stream.permutation(50, 1, 0).tolist()]}) == 4
 
 
 def test_order_is_what_it_was():
     """A resumed run, perhaps under a newer numpy, must go on in the same order."""
-    assert clips.permutation(8, 0, 0).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
-    assert clips.permutation(8, 7, 3).tolist() == [4, 3, 5, 6, 0, 7, 1, 2]
+    assert clip_stream.permutation(8, 0, 0).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
+    assert clip_stream.permutation(8, 7, 3).tolist() == [4, 3, 5, 6, 0, 7, 1, 2]
 
 
 # ---- decoding ----
@@ -143,7 +144,7 @@ def test_order_is_what_it_was():
 
 def test_clips_are_what_was_written(dataset, rows):
     batch = next(local(dataset, 13))
-    order = clips.clips_at(np.arange(13), 13, 0)
+    order = clip_stream.clips_at(np.arange(13), 13, 0)
     for place, clip in enumerate(order):
         written = rows["train"][clip]
         assert np.array_equal(batch.pose[place], written["pose"])
@@ -154,16 +155,16 @@ def test_clips_are_what_was_written(dataset, rows):
 
 
 def test_held_out_is_spread_evenly_and_shared(dataset, rows):
-    whole = clips.held_out(dataset, 3, batch_size=2)
+    whole = clip_stream.held_out(dataset, 3, batch_size=2)
     assert [len(part.pose) for part in whole] == [2, 1]
     poses = torch.cat([part.pose for part in whole])
     assert np.array_equal(poses, np.stack([rows["held_out"][i]["pose"] for i in (0, 1, 3)]))
-    shared = [clips.held_out(dataset, 3, 2, rank, 2) for rank in range(2)]
+    shared = [clip_stream.held_out(dataset, 3, 2, rank, 2) for rank in range(2)]
     positions = [torch.cat([part.position for part in parts]).tolist() for parts in shared]
     assert positions == [[0, 2], [1]]
     assert torch.equal(shared[0][0].pose, poses[[0, 2]])
-    assert sum(len(part.pose) for part in clips.held_out(dataset, 100, 2)) == 5
-    assert clips.held_out(dataset, 1, 2, rank=1, world=2) == []
+    assert sum(len(part.pose) for part in clip_stream.held_out(dataset, 100, 2)) == 5
+    assert clip_stream.held_out(dataset, 1, 2, rank=1, world=2) == []
 
 
 def test_wrong_shape_and_empty_split_are_told(dataset, rows, tmp_path):
@@ -171,7 +172,7 @@ def test_wrong_shape_and_empty_split_are_told(dataset, rows, tmp_path):
         feed.stream(dataset, "train", SHAPE.model_copy(update={"height": 64}), BATCH)
     empty = write(tmp_path, {"train": [rows["train"][:1]], "held_out": []})
     with pytest.raises(UserError, match="no held-out clips"):
-        clips.held_out(empty, 3, 2)
+        clip_stream.held_out(empty, 3, 2)
     with pytest.raises(UserError, match="no clips in split 'held_out'"):
         feed.stream(empty, "held_out", SHAPE, BATCH)
 
@@ -302,8 +303,8 @@ def test_tasks_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, 
 
 def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch):
     begun = []
-    original = clips.decoded
-    monkeypatch.setattr(clips, "decoded", lambda *args: (begun.append(1), original(*args))[1])
+    original = clip_stream.decoded
+    monkeypatch.setattr(clip_stream, "decoded", lambda *args: (begun.append(1), original(*args))[1])
     stream = ray_stream(dataset, cpus=2, batch=1)
     for taken in range(1, 9):
         next(stream)

@@ -16,8 +16,9 @@ from conftest import batches, latents, tiny_denoiser, tiny_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entprog import cei, distributed, parallel, prices, scores
+from entprog import cei, prices, scores
 from entprog.blocks import blocks, unfreeze
+from entprog.distributed import agree, fsdp
 from entprog.training import fit, start
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
@@ -68,24 +69,24 @@ def _gradient_rank(rank, world, folder):
         denoiser = tiny_denoiser(tiny_experiment())
         found = blocks(denoiser.network)
         if way == "fsdp":
-            parallel.shard(denoiser.network, found)
+            fsdp.shard(denoiser.network, found)
         for trained in SETS:
-            parallel.in_parts(denoiser.network)
+            fsdp.in_parts(denoiser.network)
             outside = denoiser.outside()["conditions"]
             parameters = unfreeze(denoiser.network, found, trained, outside, backward)
-            parallel.spare_frozen(found, trained, backward)
+            fsdp.spare_frozen(found, trained, backward)
             denoiser.network.zero_grad(set_to_none=True)
             with OnTheWire() as wire:
                 for half in range(2):
                     first = (half * world + rank) * 2
                     (loss_of(denoiser, [first, first + 1]) / 2).backward()
                 if way == "ddp":
-                    distributed.reduce_gradients(parameters, bucket_bytes=20_000)
+                    agree.reduce_gradients(parameters, bucket_bytes=20_000)
             named = denoiser.network.named_parameters()
             gradients = {name: p.grad for name, p in named if p.grad is not None}
-            held = sum(parallel.held(gradient).nbytes for gradient in gradients.values())
-            whole = {name: parallel.whole(gradient).clone() for name, gradient in gradients.items()}
-            parts = sum(parallel.held(p).nbytes for p in denoiser.network.parameters())
+            held = sum(fsdp.held(gradient).nbytes for gradient in gradients.values())
+            whole = {name: fsdp.whole(gradient).clone() for name, gradient in gradients.items()}
+            parts = sum(fsdp.held(p).nbytes for p in denoiser.network.parameters())
             out.append({"gradients": whole, "held": held, "weights": parts, "wire": dict(wire.bytes)})
     torch.save(out, folder / f"{rank}.pt")
     leave()
@@ -169,14 +170,14 @@ def fitted(experiment, rank, world):
     measured = {}
     if experiment.train.parallel == "fsdp":
         measured = prices.measured_whole(denoiser, found, latents([0, 1]), experiment)
-        parallel.shard(denoiser.network, found)
+        fsdp.shard(denoiser.network, found)
     state = start(denoiser.network, experiment)
     state.models |= measured
     held_out = [latents(range(3))] if rank == 0 else []  # sharded ranks too may run different numbers of forwards
     steps = list(
         fit(denoiser, found, batches(experiment, rank, world), held_out, latents([0, 1]), table, experiment, state)
     )
-    weights = {name: parallel.whole(tensor).clone() for name, tensor in denoiser.network.state_dict().items()}
+    weights = {name: fsdp.whole(tensor).clone() for name, tensor in denoiser.network.state_dict().items()}
     return {
         "losses": [step.loss for step in steps],
         "norms": [step.gradient_norm for step in steps],
@@ -227,8 +228,8 @@ def _disagreeing_rank(rank, world, folder):
     join(rank, world, folder)
     told = []
     try:
-        distributed.agree("the plan", {"m": rank, "shape": "the same"})
-    except distributed.DisagreementError as error:
+        agree.agree("the plan", {"m": rank, "shape": "the same"})
+    except agree.DisagreementError as error:
         told.append(str(error))
     experiment = tiny_experiment(train={"workers": 2, "learning_rate": 1e-3 * (rank + 1)})
     denoiser = tiny_denoiser(experiment)
@@ -242,7 +243,7 @@ def _disagreeing_rank(rank, world, folder):
         try:
             state, source = start(denoiser.network, settings), batches(settings, rank, world)
             next(fit(denoiser, found, source, [latents(range(3))], latents([0]), table, settings, state))
-        except distributed.DisagreementError as error:
+        except agree.DisagreementError as error:
             told.append(str(error))
     (folder / f"{rank}.json").write_text(json.dumps(told))
     leave()

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.config import Evaluation, Model
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import shards
 from entprog.models.wan import load
 from entprog.quality.card import unlike
 from entprog.quality.metrics import Meter

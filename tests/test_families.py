@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTempor
 from test_wan import clips
 
 from entprog import blocks, cei, checkpoint, costs, losses, measuring, models, sampling
-from entprog.clips import Clips, Latents
 from entprog.config import ClipShape, Generate, Model, Priority
+from entprog.data.clips import Clips, Latents
 from entprog.errors import UserError
 from entprog.models import inputs
 from entprog.training import fit, start

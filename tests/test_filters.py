@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from entprog import config
-from entprog.media import assets, attempts, cutting, h264, inputs, probing, shards, shots, video, windows
+from entprog.data import shards
+from entprog.media import assets, h264, video
+from entprog.preparing import attempts, cutting, inputs, probing, shots, windows
 
 SHAPE = {"frames": 6, "height": 48, "width": 32, "fps": 10}
 

@@ -8,8 +8,8 @@ import torch
 from conftest import TINY, tiny_denoiser, tiny_experiment
 
 from entprog import config, fingerprints
+from entprog.data.shards import Dataset, ShardInfo
 from entprog.errors import UserError
-from entprog.media.shards import Dataset, ShardInfo
 
 
 @pytest.fixture(scope="module")

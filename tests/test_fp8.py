@@ -6,8 +6,8 @@ from conftest import latents, tiny_experiment
 from test_training import Run
 from torch import nn
 
-from entprog import blocks, config, costs, fp8, measuring
-from entprog.blocks import unfreeze
+from entprog import blocks, config, costs, measuring
+from entprog.blocks import fp8, unfreeze
 from entprog.errors import UserError
 
 FP8 = {"model": {"dtype": "bfloat16"}, "schedule": {"backward": "residual", "frozen_precision": "fp8"}}

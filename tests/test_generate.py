@@ -14,8 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from entprog.config import ClipShape, Generation, Model
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import assets, h264, shards, video
+from entprog.media import assets, h264, video
 from entprog.models.wan import load
 from pipelines import generate, motions
 from tests.test_wan import NETWORK

@@ -14,7 +14,8 @@ import hostile
 import psutil
 import pytest
 
-from entprog.media import inputs, ledger, shards
+from entprog.data import shards
+from entprog.preparing import inputs, ledger
 
 ARGUMENTS = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "4"]
 WORKER_BYTES = 600 * 2**20

@@ -17,7 +17,8 @@ from PIL import Image
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.media import assets, fetching, footage, frames, h264, inputs, manifest, probing, video
+from entprog.media import assets, footage, frames, h264, video
+from entprog.preparing import fetching, inputs, manifest, probing
 
 
 @pytest.fixture(scope="module")

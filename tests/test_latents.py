@@ -17,11 +17,11 @@ from conftest import TINY
 from diffusers import AutoencoderKLWan
 from typer.testing import CliRunner
 
-from entprog import config, latents, models
+from entprog import config, models
 from entprog.config import ClipShape
+from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
-from entprog.media import shards
-from pipelines import batches, clips, feed, jobs, prepare, train
+from pipelines import batches, feed, jobs, prepare, train
 from pipelines import latents as caching
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
@@ -73,10 +73,10 @@ def cached(dataset, denoiser, shape=SHAPE, clip_bytes=1) -> latents.Cache:
     folder = latents.folder_of(dataset, latents.key(denoiser, "wan", shape))
     files, before, tensors = [], 0, {}
     for piece in latents.pieces(dataset, clip_bytes):
-        batch = clips.decode(dataset, "train", np.arange(before, before := before + piece.clips))
+        batch = clip_stream.decode(dataset, "train", np.arange(before, before := before + piece.clips))
         encoded = caching.encoded(denoiser, batch, shape, "cpu")
         files.append(latents.write(folder, piece, encoded))
-        one = denoiser.encode(clips.to_clips({**batch, "position": np.arange(piece.clips)}).resized(shape))
+        one = denoiser.encode(clip_stream.to_clips({**batch, "position": np.arange(piece.clips)}).resized(shape))
         tensors = {"clean": one.clean} | {f"conditions.{name}": value for name, value in one.conditions.items()}
     shapes = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
     return latents.finish(folder, shapes, files, {})
@@ -84,7 +84,7 @@ def cached(dataset, denoiser, shape=SHAPE, clip_bytes=1) -> latents.Cache:
 
 def read(cache, numbers):
     arrays = {**latents.read(cache, np.array(numbers)), "position": np.array(numbers)}
-    return latents.to_latents(arrays, cache.shapes, clips.to_device)
+    return latents.to_latents(arrays, cache.shapes, clip_stream.to_device)
 
 
 def assert_same_bits(found, due):
@@ -102,8 +102,8 @@ def test_read_in_any_order_is_what_the_stream_encodes(dataset, denoiser):
     cache = cached(dataset, denoiser, clip_bytes=latents.FILE_BYTES // 2)  # files of 2 clips at most
     assert [file.piece.clips for file in cache.files] == [2, 2, 2, 2, 2, 1]
     for numbers in ([3, 0, 10], [7, 7, 1, 6], list(range(11))):
-        batch = {**clips.decode(dataset, "train", np.array(numbers)), "position": np.array(numbers)}
-        assert_same_bits(read(cache, numbers), latents.encode(denoiser, clips.to_clips(batch)))
+        batch = {**clip_stream.decode(dataset, "train", np.array(numbers)), "position": np.array(numbers)}
+        assert_same_bits(read(cache, numbers), latents.encode(denoiser, clip_stream.to_clips(batch)))
 
 
 def test_what_repeats_is_stored_once(dataset, denoiser):
@@ -114,8 +114,8 @@ def test_what_repeats_is_stored_once(dataset, denoiser):
 def test_a_smaller_shape_has_a_cache_of_its_own(dataset, denoiser):
     small = SHAPE.model_copy(update={"frames": 1})
     cache = cached(dataset, denoiser, small)
-    batch = {**clips.decode(dataset, "train", np.array([5, 2])), "position": np.array([5, 2])}
-    assert_same_bits(read(cache, [5, 2]), latents.encode(denoiser, clips.to_clips(batch).resized(small)))
+    batch = {**clip_stream.decode(dataset, "train", np.array([5, 2])), "position": np.array([5, 2])}
+    assert_same_bits(read(cache, [5, 2]), latents.encode(denoiser, clip_stream.to_clips(batch).resized(small)))
     assert latents.find(dataset, latents.key(denoiser, "wan", SHAPE)) is None
 
 
@@ -213,7 +213,7 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     latents.verify(cache, "sha256")
 
     stream = feed.latent_stream(cache, BATCH, rank=1, world=2, start_position=8, seed=5)
-    plain = clips.local_stream(dataset, "train", SHAPE, BATCH, rank=1, world=2, start_position=8, seed=5)
+    plain = clip_stream.local_stream(dataset, "train", SHAPE, BATCH, rank=1, world=2, start_position=8, seed=5)
     for _ in range(6):  # over the end of an epoch
         assert_same_bits(next(stream), latents.encode(denoiser, next(plain)))
     stream.close()

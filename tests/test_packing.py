@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprog.config import ClipShape
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import shards
 from pipelines import packing
 
 names = st.integers(0, 60).map("{}.mp4".format)

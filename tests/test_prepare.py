@@ -16,8 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from entprog import config
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import assets, attempts, cutting, h264, inputs, ledger, probing, shards, video
+from entprog.media import assets, h264, video
+from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from pipelines import packing, prepare
 
 ARGUMENTS = ["--frames", "6", "--height", "48", "--width", "32", "--fps", "10", "--stride", "3", "--held-out", "cam04"]

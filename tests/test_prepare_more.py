@@ -19,7 +19,9 @@ import ray
 from PIL import Image
 from typer.testing import CliRunner
 
-from entprog.media import assets, h264, ledger, shards, video
+from entprog.data import shards
+from entprog.media import assets, h264, video
+from entprog.preparing import ledger
 from pipelines import jobs, prepare
 
 SHAPE = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "2"]

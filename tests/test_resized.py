@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from entprog.clips import Clips
 from entprog.config import ClipShape, Smaller
+from entprog.data.clips import Clips
 from entprog.media.color import yuv420_to_rgb
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from entprog.config import ClipShape
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import shards
 
 SHAPE = ClipShape(frames=4, height=32, width=16)
 

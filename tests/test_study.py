@@ -16,8 +16,9 @@ from benchmarks.study_arms import ARMS, CPU, GPU, SCALES, SMOKE, TASKS, experime
 from benchmarks.study_units import Bench, Unit, material, work
 from entprog import config, plans
 from entprog.blocks import blocks
+from entprog.data import shards
 from entprog.freezing import Freeze
-from entprog.media import h264, shards
+from entprog.media import h264
 from entprog.prices import Prices
 from pipelines import expectation, jobs
 

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from entprog import blocks
-from entprog.clips import Clips
 from entprog.config import ClipShape, Model
+from entprog.data.clips import Clips
 from entprog.errors import UserError
 from entprog.folders import saved
 from entprog.models import families, family

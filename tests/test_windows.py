@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entprog.media import windows
 from entprog.media.pose import found
+from entprog.preparing import windows
 
 SEEN = 0.5
 

@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from entprog.clips import Clips, Latents
 from entprog.config import ClipShape, close_to
+from entprog.data.clips import Clips, Latents
 from entprog.errors import UserError
 from entprog.processes import Process
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from entprog import config, folders
 from entprog.blocks import blocks
-from entprog.clips import Clips, Latents
 from entprog.config import ClipShape
+from entprog.data.clips import Clips, Latents
 from entprog.geometry import Geometry
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from entprog.config import digest
 from entprog.errors import UserError
-from entprog.media.attempts import MAX_CRASHES
+from entprog.preparing.attempts import MAX_CRASHES
 
 SCHEMA = pa.schema(
     [

@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from entprog.config import digest
 from entprog.errors import UserError
-from entprog.media import fetching, frames, manifest
+from entprog.media import frames
+from entprog.preparing import fetching, manifest
 
 Row = dict[str, Any]
 

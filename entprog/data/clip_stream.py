@@ -16,8 +16,9 @@ import av
 import numpy as np
 
 from entprog.config import ClipShape
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import h264, shards, video
+from entprog.media import h264, video
 
 # torch and entprog.clips are imported where tensors are made: decode tasks run in processes of their own that never
 # need them, and importing torch would cost each of them seconds.
@@ -154,7 +155,7 @@ def _named(dataset: shards.Dataset, split: str, clip: int):
 
 
 def middle(of: int, frames: int) -> range:
-    """Which of `of` frames the `frames` in the middle are (as `entprog.clips.Clips.resized` takes them)."""
+    """Which of `of` frames the `frames` in the middle are (as `entprog.data.clips.Clips.resized` takes them)."""
     first = (of - frames) // 2
     return range(first, first + frames)
 
@@ -183,7 +184,7 @@ def to_clips(batch: Arrays, device="cpu"):
     """Arrays of `decode` plus `position` → Clips on a device (position stays on the CPU)."""
     import torch
 
-    from entprog.clips import Clips
+    from entprog.data.clips import Clips
 
     video, reference, pose = (to_device(batch[name], device) for name in ("video", "reference", "pose"))
     return Clips(video, reference, pose, torch.tensor(batch["position"]))

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from entprog.config import ClipShape, digest
+from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import shards
 
 if TYPE_CHECKING:
-    from entprog.clips import Clips, Latents
+    from entprog.data.clips import Clips, Latents
 
 # torch is imported where tensors are made: tasks that read run in processes of their own that never need it.
 
@@ -98,7 +98,7 @@ def encode(denoiser, clips: "Clips") -> "Latents":
     and a clip's latents must not, so that a cache, another batch size and other workers give the same ones."""
     import torch
 
-    from entprog.clips import Latents
+    from entprog.data.clips import Latents
 
     if denoiser.vae is None:
         return denoiser.encode(clips)
@@ -284,7 +284,7 @@ def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
     """What `read` gave, with `position`, as the stream's latents, value for value. to_device: array → tensor."""
     import torch
 
-    from entprog.clips import Latents
+    from entprog.data.clips import Latents
 
     whole = {name: to_device(arrays[name]).expand(-1, *shape) for name, shape in shapes.items()}
     conditions = {name.removeprefix("conditions."): value for name, value in whole.items() if name != "clean"}

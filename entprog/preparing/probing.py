@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from entprog.config import Preparation
-from entprog.media import attempts, fetching, footage, frames, inputs, ledger, shots
+from entprog.media import footage, frames
 from entprog.media.footage import Footage
 from entprog.media.video import VideoError
+from entprog.preparing import attempts, fetching, inputs, ledger, shots
 
 Row = dict[str, Any]
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from entprog.errors import UserError
 from entprog.media import frames
-from entprog.media.attempts import MachineError
 from entprog.media.video import VideoError
+from entprog.preparing.attempts import MachineError
 
 PIECE_BYTES = 1 << 20
 

@@ -10,8 +10,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from entprog.config import close_to
+from entprog.data.shards import SPLITS
 from entprog.errors import UserError
-from entprog.media.shards import SPLITS
 
 TABLES = (".csv", ".jsonl", ".parquet")
 LISTS = (".txt", ".lst")

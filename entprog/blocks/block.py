@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from entprog import fp8
+from entprog.blocks import fp8
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
@@ -244,7 +244,7 @@ def unfreeze(
     arXiv 2402.17812).
     checkpointing: recompute activations in the backward pass; frozen blocks in residual mode have none to recompute.
     frozen_precision: of frozen blocks' branches that run without a graph (residual mode). "fp8": in twins
-    (`entprog.fp8`), made anew whenever a block freezes.
+    (`entprog.blocks.fp8`), made anew whenever a block freezes.
 
     Raises KeyError for a name that is not a block.
     """

@@ -20,10 +20,12 @@ import numpy as np
 from PIL import Image
 
 from entprog.config import Preparation
-from entprog.media import footage, h264, ledger, pose, shards, shots, video, windows
-from entprog.media.attempts import MachineError
-from entprog.media.probing import opened, tried
+from entprog.data import shards
+from entprog.media import footage, h264, pose, video
 from entprog.media.video import VideoError
+from entprog.preparing import ledger, shots, windows
+from entprog.preparing.attempts import MachineError
+from entprog.preparing.probing import opened, tried
 
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
