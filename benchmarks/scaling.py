@@ -32,9 +32,10 @@ import typer
 from diffusers import WanTransformer3DModel
 
 from benchmarks import common
-from entprog import checkpoint, config, costs, losses, models
+from entprog import checkpoint, config, costs, models
 from entprog.blocks import blocks, unfreeze
 from entprog.data.clips import Latents
+from entprog.diffusion import losses
 from entprog.distributed import agree
 from entprog.training import start
 

@@ -25,10 +25,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks import common
-from entprog import config, losses, models, optimizer, plans
+from entprog import config, models, optimizer, plans
 from entprog.blocks import blocks, fp8
 from entprog.config import Backward
 from entprog.data.clips import Latents
+from entprog.diffusion import losses
 from entprog.errors import UserError
 from entprog.freezing import Freeze
 from entprog.plans import Plan

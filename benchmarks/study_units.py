@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from benchmarks.study_arms import TASKS, Scale, experiment, pretraining
-from entprog import cei, checkpoint, config, controls, lora, losses, models
+from entprog import cei, checkpoint, config, controls, models
 from entprog.blocks import Block, blocks
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
+from entprog.diffusion import losses
 from entprog.freezing import Freeze
+from entprog.models import lora
 from entprog.plans import Plan
 from entprog.prices import Prices
 from entprog.quality import figures as quality_figures

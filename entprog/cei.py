@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from entprog import objectives, scores
+from entprog import scores
 from entprog.blocks import Block, bypass, execution_order, replaced, skipped
 from entprog.config import Priority
 from entprog.data.clips import Latents
+from entprog.diffusion import objectives
+from entprog.diffusion.processes import Process
 from entprog.models import Denoiser
-from entprog.processes import Process
 from entprog.scores import Predict, Row, ScoreTable
 
 

@@ -16,11 +16,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from entprog import objectives, scores
+from entprog import scores
 from entprog.blocks import Block, replaced
 from entprog.cei import cei, draws
 from entprog.config import Priority
 from entprog.data.clips import Latents
+from entprog.diffusion import objectives
 from entprog.models import Denoiser
 from entprog.scores import BlockScore, Row, ScoreTable
 

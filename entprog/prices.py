@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from entprog import costs, losses, measuring, plans
+from entprog import costs, measuring, plans
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.costmodel import CostModel, scaled, split
 from entprog.data.clips import Latents
+from entprog.diffusion import losses
 from entprog.distributed import agree
 from entprog.freezing import Freeze
 from entprog.models import Denoiser

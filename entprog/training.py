@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import config, controls, losses, optimizer, plans
+from entprog import config, controls, optimizer, plans
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.data.clips import Latents, Spent
+from entprog.diffusion import losses
 from entprog.distributed import agree, fsdp
 from entprog.freezing import Freeze
 from entprog.models import Denoiser

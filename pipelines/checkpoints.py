@@ -21,7 +21,7 @@ class Checkpoint:
     shape: ClipShape
     """Clips that it was trained on."""
     process: Any
-    """Its noise process (`entprog.processes`)."""
+    """Its noise process (`entprog.diffusion.processes`)."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -37,8 +37,9 @@ def find(given: str, settings: Generate) -> Checkpoint:
 
     Raises UserError for a folder that is none, or a sampler or shift that does not fit.
     """
-    from entprog import folders, models
-    from entprog.samplers import sampler
+    from entprog import models
+    from entprog.diffusion.samplers import sampler
+    from entprog.models import folders
 
     root = folders.locate(given, "--checkpoint")
     about = folders.saved(root)
@@ -55,7 +56,7 @@ def find(given: str, settings: Generate) -> Checkpoint:
 
 def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
     """The sampler's class, and its timestep shift where there is one."""
-    from entprog.samplers import sampler
+    from entprog.diffusion.samplers import sampler
 
     shift = settings.shift or checkpoint.about["shift"]
     name = type(sampler(checkpoint.process, settings.sampler, settings.shift)).__name__

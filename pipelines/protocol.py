@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from entprog import fingerprints
 from entprog.config import Evaluation, Generate
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import video as videos
+from entprog.models import fingerprints
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
 from pipelines import checkpoints, jobs

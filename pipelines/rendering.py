@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from entprog import config, sampling
+from entprog import config
 from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
+from entprog.diffusion import sampling
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
 from entprog.models import Denoiser

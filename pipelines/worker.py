@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, fingerprints, lora, models, plans, prices
+from entprog import cei, checkpoint, config, controls, models, plans, prices
 from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
+from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.freezing import outside
-from entprog.processes import Flow
+from entprog.models import fingerprints, lora
 from entprog.scores import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start

@@ -7,8 +7,9 @@ import torch
 from conftest import latents
 from torch import nn
 
-from entprog import costs, objectives
+from entprog import costs
 from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
+from entprog.diffusion import objectives
 from entprog.errors import UserError
 
 

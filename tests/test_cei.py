@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import TINY, latents, tiny_denoiser, tiny_experiment
 
-from entprog import cei, costs, objectives, scores
+from entprog import cei, costs, scores
 from entprog.blocks import blocks, skipped
 from entprog.config import Priority
+from entprog.diffusion import objectives
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from test_distributed import join, leave, run_ranks
 
-from entprog import checkpoint, losses
+from entprog import checkpoint
 from entprog.blocks import blocks
+from entprog.diffusion import losses
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.optimizer import update_ema

@@ -8,9 +8,10 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from test_distributed import join, leave, run_ranks
 
-from entprog import cei, controls, costs, objectives, scores
+from entprog import cei, controls, costs, scores
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Priority
+from entprog.diffusion import objectives
 
 BATCH = [latents(range(2)), latents(range(2, 4))]
 

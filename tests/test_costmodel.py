@@ -9,8 +9,8 @@ from conftest import latents, tiny_denoiser, tiny_experiment
 from entprog import costs, measuring
 from entprog.blocks import blocks, unfreeze
 from entprog.costmodel import CostModel, scaled
+from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
-from entprog.losses import training_loss
 
 
 class Tiny:

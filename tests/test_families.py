@@ -10,9 +10,10 @@ from conftest import SHAPE, batches, latents, tiny_experiment
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from test_wan import clips
 
-from entprog import blocks, cei, checkpoint, costs, losses, measuring, models, sampling
+from entprog import blocks, cei, checkpoint, costs, measuring, models
 from entprog.config import ClipShape, Generate, Model, Priority
 from entprog.data.clips import Clips, Latents
+from entprog.diffusion import losses, sampling
 from entprog.errors import UserError
 from entprog.models import inputs
 from entprog.training import fit, start

@@ -7,8 +7,10 @@ import torch
 from conftest import SHAPE, latents, tiny_experiment
 from test_families import NAMES, again, load, ordered, predict, settings
 
-from entprog import blocks, lora, losses
+from entprog import blocks
+from entprog.diffusion import losses
 from entprog.freezing import Freeze
+from entprog.models import lora
 from entprog.plans import Plan
 
 FP8 = [name for name in NAMES if name != "svd"]

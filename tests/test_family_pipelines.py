@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from test_families import TINY
 
-from entprog import models, sampling
+from entprog import models
 from entprog.config import ClipShape, Generate, Model
-from entprog.objectives import noise_like
-from entprog.samplers import sampler
+from entprog.diffusion import sampling
+from entprog.diffusion.objectives import noise_like
+from entprog.diffusion.samplers import sampler
 
 STEPS = 4
 

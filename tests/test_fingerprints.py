@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import TINY, tiny_denoiser, tiny_experiment
 
-from entprog import config, fingerprints
+from entprog import config
 from entprog.data.shards import Dataset, ShardInfo
 from entprog.errors import UserError
+from entprog.models import fingerprints
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_compiled_blocks_have_compiled_twins(denoiser, found):
 
 
 def test_costs_are_those_of_full_precision_with_the_twins_bytes(denoiser, found, experiment):
-    from entprog.losses import training_loss
+    from entprog.diffusion.losses import training_loss
 
     outside = denoiser.outside()["conditions"]
     loss = lambda: training_loss(denoiser, latents([0]), experiment.train)  # noqa: E731

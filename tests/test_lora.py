@@ -7,11 +7,12 @@ from conftest import latents, tiny_denoiser, tiny_experiment
 from safetensors.torch import load_file
 from test_training import Run, comparable
 
-from entprog import checkpoint, costs, lora, measuring
+from entprog import checkpoint, costs, measuring
 from entprog.blocks import ADAPTER, blocks, unfreeze
+from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
 from entprog.freezing import outside
-from entprog.losses import training_loss
+from entprog.models import lora
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from entprog import objectives
+from entprog.diffusion import objectives
 
 
 def test_draws_depend_on_seed_and_position_alone():

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entprog.diffusion.processes import Diffusion, Edm, Flow
 from entprog.errors import UserError
-from entprog.processes import Diffusion, Edm, Flow
 
 SVD = {
     "_class_name": "EulerDiscreteScheduler",

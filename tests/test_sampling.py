@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from entprog import longclips, sampling
 from entprog.config import ClipShape, Generate, Model
+from entprog.diffusion import longclips, sampling
+from entprog.diffusion.processes import Diffusion, Edm, Flow
+from entprog.diffusion.samplers import sampler, samplers
 from entprog.errors import UserError
 from entprog.models.wan import load
-from entprog.processes import Diffusion, Edm, Flow
-from entprog.samplers import sampler, samplers
 from tests.test_wan import NETWORK
 
 SHAPE = (2, 3, 4, 8, 8)

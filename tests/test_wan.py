@@ -13,8 +13,8 @@ from entprog import blocks
 from entprog.config import ClipShape, Model
 from entprog.data.clips import Clips
 from entprog.errors import UserError
-from entprog.folders import saved
 from entprog.models import families, family
+from entprog.models.folders import saved
 from entprog.models.wan import inspect, load
 
 NETWORK = {

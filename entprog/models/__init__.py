@@ -23,8 +23,8 @@ from torch import nn
 
 from entprog.config import ClipShape, close_to
 from entprog.data.clips import Clips, Latents
+from entprog.diffusion.processes import Process
 from entprog.errors import UserError
-from entprog.processes import Process
 
 HOW_TO_ADD = "README, 'Adding a model family', shows how to add one"
 
@@ -46,7 +46,7 @@ class Denoiser(Protocol):
     """What the network sees beside the noisy clip, in the order of its input channels."""
 
     process: Process
-    """How noise and clip mix, and what the network predicts (`entprog.processes`)."""
+    """How noise and clip mix, and what the network predicts (`entprog.diffusion.processes`)."""
 
     shift: float
     """Timestep shift for sampling; 1 where the process has none."""

@@ -19,10 +19,10 @@ from torch import nn
 
 from entprog import config
 from entprog.blocks import bypass
-from entprog.geometry import Geometry
+from entprog.diffusion.processes import Diffusion
 from entprog.models import sources, texts
 from entprog.models.denoising import VideoDenoiser
-from entprog.processes import Diffusion
+from entprog.models.geometry import Geometry
 
 CLASS = "CogVideoXTransformer3DModel"
 

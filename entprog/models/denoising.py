@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from entprog import config, folders
+from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
-from entprog.geometry import Geometry
+from entprog.diffusion.processes import Flow, Process
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
-from entprog.models import inputs, texts, vaes
-from entprog.processes import Flow, Process
+from entprog.models import folders, inputs, texts, vaes
+from entprog.models.geometry import Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class VideoDenoiser:
         return self.geometry(self.network.config, self.vae)
 
     def scheduler(self, shift: float | None = None):
-        """A diffusers scheduler of the checkpoint's own process (`entprog.processes`)."""
+        """A diffusers scheduler of the checkpoint's own process (`entprog.diffusion.processes`)."""
         return self.process.scheduler(shift)
 
     def check(self, shape: ClipShape) -> None:

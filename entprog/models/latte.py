@@ -18,12 +18,12 @@ from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from torch import nn
 
 from entprog import blocks, config
+from entprog.diffusion.processes import Diffusion
 from entprog.errors import UserError
-from entprog.geometry import Geometry
 from entprog.models import sources, texts
 from entprog.models import units as units  # registers its block class
 from entprog.models.denoising import VideoDenoiser
-from entprog.processes import Diffusion
+from entprog.models.geometry import Geometry
 
 CLASS = "LatteTransformer3DModel"
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprog import config, folders
+from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape, close_to
+from entprog.diffusion.processes import Process
 from entprog.errors import UserError
-from entprog.models import HOW_TO_ADD, families, family, inputs, vaes
+from entprog.models import HOW_TO_ADD, families, family, folders, inputs, vaes
 from entprog.models.denoising import VideoDenoiser, process_of
-from entprog.processes import Process
 
 
 @dataclass(frozen=True)

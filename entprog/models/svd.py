@@ -17,12 +17,12 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from torch import nn
 
 from entprog import blocks, config
+from entprog.diffusion.processes import Edm
 from entprog.errors import UserError
-from entprog.geometry import Geometry
 from entprog.models import sources, texts
 from entprog.models import units as units  # registers its block classes
 from entprog.models.denoising import VideoDenoiser
-from entprog.processes import Edm
+from entprog.models.geometry import Geometry
 
 CLASS = "UNetSpatioTemporalConditionModel"
 

@@ -6,8 +6,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from entprog import config, folders
+from entprog import config
 from entprog.errors import UserError
+from entprog.models import folders
 
 NAME = "prompt_embeds"
 

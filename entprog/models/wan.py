@@ -22,11 +22,11 @@ from torch import nn
 
 from entprog import config
 from entprog.blocks import bypass
+from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
-from entprog.geometry import Geometry
 from entprog.models import sources, texts
 from entprog.models.denoising import VideoDenoiser
-from entprog.processes import Flow
+from entprog.models.geometry import Geometry
 
 CLASS = "WanTransformer3DModel"
 I2V_TEXT_TOKENS = 512

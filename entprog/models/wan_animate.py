@@ -22,12 +22,12 @@ from torch import nn
 
 from entprog import config
 from entprog.blocks import bypass, replaced
+from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
-from entprog.geometry import Geometry
 from entprog.models import sources
+from entprog.models.geometry import Geometry
 from entprog.models.inputs import CONDITIONS
 from entprog.models.wan import WanDenoiser
-from entprog.objectives import noise_like
 
 CLASS = "WanAnimateTransformer3DModel"
 MASK_CHANNELS = 4

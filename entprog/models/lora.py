@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from entprog import folders
 from entprog.blocks import ADAPTER, Block
 from entprog.config import Lora
 from entprog.errors import UserError
+from entprog.models import folders
 
 WEIGHTS = "adapter_model.safetensors"
 """peft's own name; `adapter_config.json` beside."""

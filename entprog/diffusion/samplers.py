@@ -17,8 +17,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from entprog.config import close_to
+from entprog.diffusion.processes import Diffusion, Edm, Process
 from entprog.errors import UserError
-from entprog.processes import Diffusion, Edm, Process
 
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDM_SAMPLERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler")

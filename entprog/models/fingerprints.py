@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from entprog import folders
 from entprog.config import Experiment, Model, digest
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media import assets
+from entprog.models import folders
 
 UNREAD = ("text_encoder", "tokenizer")
 """Beginnings of a pipeline's parts that are never loaded: they may be larger than all else."""

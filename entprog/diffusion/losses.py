@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from entprog import objectives
 from entprog.config import Train
 from entprog.data.clips import Latents
+from entprog.diffusion import objectives
 from entprog.distributed import agree
 from entprog.models import Denoiser
 
