@@ -15,9 +15,10 @@ import torch
 import typer
 
 from benchmarks import common
-from entprog import cei, config, models
+from entprog import config, models
 from entprog.blocks import blocks
 from entprog.data.clips import Latents
+from entprog.scoring import cei
 from pipelines import jobs
 
 app = jobs.app("Time and FLOPs of CEI scoring: replay against the naive pass.")

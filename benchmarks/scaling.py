@@ -32,8 +32,9 @@ import typer
 from diffusers import WanTransformer3DModel
 
 from benchmarks import common
-from entprog import checkpoint, config, costs, models
+from entprog import checkpoint, config, models
 from entprog.blocks import blocks, unfreeze
+from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.distributed import agree
@@ -298,7 +299,7 @@ def gpus() -> tuple[Constants, dict[str, str]]:
 
     for schedule in SCHEDULES:
         trained = plan(network, found, outside, schedule)
-        with costs.flop_counter() as counter:
+        with counting.flop_counter() as counter:
             loss().backward()
         flops[schedule] = counter.get_total_flops()
         trained_bytes[schedule] = sum(p.nbytes for p in trained)

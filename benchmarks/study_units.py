@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.study_arms import TASKS, Scale, experiment, pretraining
-from entprog import cei, checkpoint, config, controls, models
+from entprog import checkpoint, config, models
 from entprog.blocks import Block, blocks
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, shards
@@ -30,6 +30,7 @@ from entprog.prices import Prices
 from entprog.quality import figures as quality_figures
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
+from entprog.scoring import cei, priorities
 from entprog.state import RunState
 from entprog.training import Step, fit, start
 from pipelines import rendering
@@ -188,9 +189,9 @@ def opened(bench: Bench, wanted: Experiment, train: Latents, search: Sequence[La
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     table = None
     if wanted.schedule.needs_scores:
-        needed = 0 if wanted.priority.kind in controls.WITHOUT_DATA else wanted.priority.conditions
+        needed = 0 if wanted.priority.kind in priorities.WITHOUT_DATA else wanted.priority.conditions
         conditions = _to(_batches(train.part(slice(0, needed)), size), device) if needed else []
-        table = controls.score(denoiser, found, conditions, wanted.priority, seed=seed)
+        table = priorities.score(denoiser, found, conditions, wanted.priority, seed=seed)
     state = start(denoiser.network, wanted)
     source = stream(train, size, seed, device)
     steps = fit(denoiser, found, source, _to(search, device), sample, table, wanted, state)

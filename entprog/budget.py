@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from entprog.config import Backward
-from entprog.costmodel import CostModel
+from entprog.cost.model import CostModel
 
 ROUNDING = 1e-9
 """Share of a budget by which sums of floats may miss it."""

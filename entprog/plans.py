@@ -7,7 +7,7 @@ from typing import Literal
 from entprog import budget, rotation
 from entprog.blocks import Block
 from entprog.config import Backward, ClipShape, Schedule
-from entprog.costmodel import CostModel
+from entprog.cost.model import CostModel
 from entprog.errors import UserError
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from entprog import costs, measuring, plans
+from entprog import plans
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
-from entprog.costmodel import CostModel, scaled, split
+from entprog.cost import counting, measuring
+from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.distributed import agree
@@ -33,7 +34,7 @@ class Prices:
         self.freeze = freeze
         self.experiment = experiment
         self.models = models
-        self.counts: dict[Plan, costs.Cost] = {}
+        self.counts: dict[Plan, counting.Cost] = {}
         shape = experiment.data.shape
         self.full = plans.full(plans.eligible(self.found, experiment.schedule.blocks), shape)
         """Plain training: every block that may be trained."""
@@ -41,12 +42,12 @@ class Prices:
         """Every block there is."""
         self.by_seconds = experiment.schedule.clock == "seconds"
 
-    def counted(self, plan: Plan) -> costs.Cost:
+    def counted(self, plan: Plan) -> counting.Cost:
         """Counted on the real network with one clip."""
         if plan not in self.counts:
             clip = self.sample_of(plan.shape, 1)
             with self.freeze.trying(plan):
-                self.counts[plan] = costs.count(
+                self.counts[plan] = counting.count(
                     self.denoiser.network,
                     self.freeze.trained,
                     lambda: losses.training_loss(self.denoiser, clip, self.experiment.train),

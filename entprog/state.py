@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from entprog.config import ClipShape
-from entprog.costmodel import CostModel
+from entprog.cost.model import CostModel
 from entprog.plans import Plan
 from entprog.supernet import Decision, Trial
 

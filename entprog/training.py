@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import config, controls, optimizer, plans
+from entprog import config, optimizer, plans
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.data.clips import Latents, Spent
@@ -23,7 +23,8 @@ from entprog.freezing import Freeze
 from entprog.models import Denoiser
 from entprog.plans import Plan
 from entprog.prices import Prices
-from entprog.scores import ScoreTable, drift
+from entprog.scoring import priorities
+from entprog.scoring.tables import ScoreTable, drift
 from entprog.search import Search
 from entprog.state import RunState
 from entprog.supernet import Decision, Trial
@@ -210,7 +211,9 @@ class _Fit:
         """Rank the blocks by the weights as they are now; charged as scoring."""
         priority, seed = self.experiment.priority, self.experiment.train.seed
         with fsdp.gathered(self.denoiser.network):
-            new = controls.score(self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed)
+            new = priorities.score(
+                self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed
+            )
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entprog import controls, models
+from entprog import models
 from entprog.blocks import blocks
 from entprog.config import Experiment, Model
+from entprog.scoring import priorities
 from pipelines import jobs
 
 TABLE = Path(__file__).parent / "gains.json"
@@ -90,7 +91,7 @@ def limit(experiment: Experiment, blocks: int) -> Limit:
 def scoring_forwards(experiment: Experiment, blocks: int) -> float:
     """Forward passes of one clip that scoring takes: the whole network, and with replay half of one a block."""
     priority = experiment.priority
-    if not experiment.schedule.needs_scores or priority.kind in controls.WITHOUT_DATA:
+    if not experiment.schedule.needs_scores or priority.kind in priorities.WITHOUT_DATA:
         return 0.0
     passes = 3.0 if priority.kind in ("gradient", "fisher") else 1 + blocks / 2
     rounds = experiment.schedule.stages if priority.rescore else 1

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config, controls
+from entprog import config
 from entprog.config import Experiment
-from entprog.scores import ScoreTable
+from entprog.scoring import priorities
+from entprog.scoring.tables import ScoreTable
 from pipelines import charts, jobs, launch
 from pipelines.train import TABLES, check
 
@@ -69,7 +70,7 @@ def explain(experiment: Experiment) -> dict[str, Any]:
     priority = experiment.priority
     until = f", or fewer once τ between halves is {priority.until_stable:g}" if priority.until_stable else ""
     work = f"with {priority.conditions} conditions × {priority.draws} draws{until}"
-    if priority.kind in controls.WITHOUT_DATA:
+    if priority.kind in priorities.WITHOUT_DATA:
         work = "without looking at clips"
     jobs.console.print(
         f"Would score the blocks of {experiment.model.family} from {experiment.model.base or 'new weights'} by "

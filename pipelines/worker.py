@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from entprog import cei, checkpoint, config, controls, models, plans, prices
+from entprog import checkpoint, config, models, plans, prices
 from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
@@ -21,7 +21,8 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.freezing import outside
 from entprog.models import fingerprints, lora
-from entprog.scores import ScoreTable, content_hash, table_key
+from entprog.scoring import cei, priorities
+from entprog.scoring.tables import ScoreTable, content_hash, table_key
 from entprog.state import RunState
 from entprog.training import Step, fit, start
 from pipelines import gauges, machine, rendering
@@ -140,7 +141,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
         known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
-        table = controls.score(
+        table = priorities.score(
             setup.denoiser,
             setup.blocks,
             scoring_clips(setup),
@@ -167,7 +168,7 @@ def scoring_clips(setup: Setup) -> list[Latents]:
     """The training clips that `controls.score` takes as conditions, the same on every rank; none for a priority that
     looks at no data."""
     experiment, data = setup.experiment, setup.experiment.data
-    if experiment.priority.kind in controls.WITHOUT_DATA:
+    if experiment.priority.kind in priorities.WITHOUT_DATA:
         return []
     source = clip_stream.local_stream(
         setup.dataset, "train", setup.dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device

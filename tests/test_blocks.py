@@ -7,8 +7,8 @@ import torch
 from conftest import latents
 from torch import nn
 
-from entprog import costs
 from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
+from entprog.cost import counting
 from entprog.diffusion import objectives
 from entprog.errors import UserError
 
@@ -143,7 +143,7 @@ def flops_and_bytes(denoiser, found, trained, backward):
     def loss():
         return objectives.loss(denoiser.predict(batch.clean, t, batch.conditions), batch.clean).mean()
 
-    return costs.count(denoiser.network, parameters, loss)
+    return counting.count(denoiser.network, parameters, loss)
 
 
 def test_residual_step_costs_what_the_formula_says(denoiser, found):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import TINY, latents, tiny_denoiser, tiny_experiment
 
-from entprog import cei, costs, scores
 from entprog.blocks import blocks, skipped
 from entprog.config import Priority
+from entprog.cost import counting
 from entprog.diffusion import objectives
+from entprog.scoring import cei, tables
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experim
 
 
 def test_scoring_leaves_the_network_as_it_was(denoiser, found, experiment):
-    before = scores.content_hash(denoiser.network)
+    before = tables.content_hash(denoiser.network)
     cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
-    assert scores.content_hash(denoiser.network) == before
+    assert tables.content_hash(denoiser.network) == before
     assert all("forward" not in b.module.__dict__ for b in found)
 
 
@@ -109,7 +110,7 @@ def test_errors_are_those_of_the_mean_over_conditions(denoiser, found):
 @pytest.mark.parametrize("replay", [True, False])
 def test_flops_are_those_of_the_whole_scoring(denoiser, found, experiment, replay):
     run = lambda: cei.cei(denoiser, found, [latents(range(2))], experiment.priority, replay=replay)  # noqa: E731
-    with costs.flop_counter() as counter:
+    with counting.flop_counter() as counter:
         table = run()
     one_draw = table.flops // (table.conditions * table.draws)  # was counted first, apart
     assert table.flops > 0 and counter.get_total_flops() == table.flops + one_draw
@@ -157,4 +158,4 @@ def test_bfloat16_ranks_as_float32_does():
         tables.append(cei.cei(denoiser, found, [latents(range(2))], experiment.priority))
     full, half = tables
     assert np.isfinite(half.per_condition).all() and half.per_condition != full.per_condition
-    assert scores.drift(full, half, "signed") >= 0.7
+    assert tables.drift(full, half, "signed") >= 0.7

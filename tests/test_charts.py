@@ -5,8 +5,8 @@ import pytest
 from conftest import latents, tiny_denoiser, tiny_experiment
 from PIL import Image
 
-from entprog import cei
 from entprog.blocks import blocks
+from entprog.scoring import cei
 from pipelines import charts
 
 

@@ -8,20 +8,21 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from test_distributed import join, leave, run_ranks
 
-from entprog import cei, controls, costs, scores
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Priority
+from entprog.cost import counting
 from entprog.diffusion import objectives
+from entprog.scoring import cei, priorities, tables
 
 BATCH = [latents(range(2)), latents(range(2, 4))]
 
 
 def scored(denoiser, found, kind, **settings):
     given = Priority(**{"conditions": 4, "draws": 4, "kind": kind, **settings})
-    return controls.score(denoiser, found, BATCH, given, key="k")
+    return priorities.score(denoiser, found, BATCH, given, key="k")
 
 
-@pytest.mark.parametrize("kind", controls.KINDS)
+@pytest.mark.parametrize("kind", priorities.KINDS)
 def test_every_kind_gives_a_table_that_ranks_all_blocks(denoiser, found, kind):
     table = scored(denoiser, found, kind)
     again = scored(denoiser, found, kind)
@@ -29,14 +30,14 @@ def test_every_kind_gives_a_table_that_ranks_all_blocks(denoiser, found, kind):
     assert list(table.priority("signed")) == [block.name for block in found]
     assert len(set(table.priority("signed").values())) == len(found), "no two blocks alike"
     assert table.priority("signed") == again.priority("signed")
-    assert scores.ScoreTable.from_json(table.as_json()) == table
-    looks_at_data = kind not in controls.WITHOUT_DATA
+    assert tables.ScoreTable.from_json(table.as_json()) == table
+    looks_at_data = kind not in priorities.WITHOUT_DATA
     assert bool(table.flops) == bool(table.seconds) == looks_at_data
     assert table.conditions == (4 if looks_at_data else 0)
 
 
 def test_all_kinds_of_the_settings_are_there():
-    assert set(controls.KINDS) == set(Priority.model_fields["kind"].annotation.__args__)
+    assert set(priorities.KINDS) == set(Priority.model_fields["kind"].annotation.__args__)
 
 
 def losses_of_condition(denoiser, number, settings):
@@ -96,7 +97,7 @@ def test_depth_and_random_orders(denoiser, found):
     orders = [ranked(scored(denoiser, found, "random", seed=seed)) for seed in range(4)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
-    runs = [controls.score(denoiser, found, [], Priority(kind="random"), seed=seed) for seed in (0, 1)]
+    runs = [priorities.score(denoiser, found, [], Priority(kind="random"), seed=seed) for seed in (0, 1)]
     assert runs[0].scores() != runs[1].scores(), "the run's seed counts too"
 
 
@@ -107,11 +108,11 @@ def test_gradients_of_a_network_in_training_are_the_exact_ones_and_leave_it_alon
     trained = unfreeze(denoiser.network, found, ["blocks.4"], denoiser.outside()["conditions"], backward)
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 7.0)
-    before = scores.content_hash(denoiser.network)
+    before = tables.content_hash(denoiser.network)
     forwards = [block.module.forward for block in found]
     with torch.no_grad():
         assert scored(denoiser, found, kind).per_condition == expected.per_condition
-    assert scores.content_hash(denoiser.network) == before
+    assert tables.content_hash(denoiser.network) == before
     assert [block.module.forward for block in found] == forwards
     assert {id(p) for p in denoiser.network.parameters() if p.requires_grad} == {id(p) for p in trained}
     assert all(p.grad.unique().tolist() == [7.0] for p in trained)
@@ -119,7 +120,7 @@ def test_gradients_of_a_network_in_training_are_the_exact_ones_and_leave_it_alon
 
 @pytest.mark.parametrize("kind", ["gradient", "fisher"])
 def test_flops_of_gradients_are_those_of_forward_and_backward(denoiser, found, kind):
-    with costs.flop_counter() as counter:
+    with counting.flop_counter() as counter:
         table = scored(denoiser, found, kind, conditions=2)
     one_draw = table.flops // (table.conditions * table.draws)
     assert counter.get_total_flops() == table.flops + one_draw
@@ -142,7 +143,7 @@ def _scoring_rank(rank, world, folder):
     out = {}
     for kind in ("cei", "gradient", "random"):
         settings = experiment.priority.model_copy(update={"kind": kind})
-        table = controls.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
+        table = priorities.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
         out[kind] = table.as_json()
     (folder / f"{rank}.json").write_text(json.dumps(out))
     leave()
@@ -156,7 +157,7 @@ def test_ranks_get_one_table_equal_to_the_single_process(tmp_path):
     denoiser = tiny_denoiser(experiment)
     for kind in ("cei", "gradient", "random"):
         settings = experiment.priority.model_copy(update={"kind": kind})
-        table = controls.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
+        table = priorities.score(denoiser, blocks(denoiser.network), [latents(range(10))], settings)
         alone = json.loads(json.dumps(table.as_json()))
         for values in (alone, tables[0][kind]):
             assert values.pop("seconds") >= 0

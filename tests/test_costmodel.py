@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 
-from entprog import costs, measuring
 from entprog.blocks import blocks, unfreeze
-from entprog.costmodel import CostModel, scaled
+from entprog.cost import counting, measuring
+from entprog.cost.model import CostModel, scaled
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
 
@@ -35,9 +35,9 @@ class Tiny:
             clips=clips, seconds=seconds, checkpointing=checkpointing,
         )  # fmt: skip
 
-    def count(self, trainable, backward) -> costs.Cost:
+    def count(self, trainable, backward) -> counting.Cost:
         trained = unfreeze(self.denoiser.network, self.found, trainable, self.outside, backward, self.checkpointing)
-        return costs.count(self.denoiser.network, trained, self.loss)
+        return counting.count(self.denoiser.network, trained, self.loss)
 
 
 def sets(names):

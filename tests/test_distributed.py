@@ -16,9 +16,10 @@ from conftest import batches, latents, tiny_denoiser, tiny_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entprog import cei, prices, scores
+from entprog import prices
 from entprog.blocks import blocks, unfreeze
 from entprog.distributed import agree, fsdp
+from entprog.scoring import cei, tables
 from entprog.training import fit, start
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
@@ -150,7 +151,7 @@ def _fit_rank(rank, world, folder):
         "held_out": [s.held_out_loss for s in steps],
         "decisions": [d.as_json() for d in state.decisions],
         "scores": table.scores(),
-        "weights": scores.content_hash(denoiser.network),
+        "weights": tables.content_hash(denoiser.network),
     }
     (folder / f"{rank}.json").write_text(json.dumps(record))
     leave()

@@ -10,12 +10,14 @@ from conftest import SHAPE, batches, latents, tiny_experiment
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from test_wan import clips
 
-from entprog import blocks, cei, checkpoint, costs, measuring, models
+from entprog import blocks, checkpoint, models
 from entprog.config import ClipShape, Generate, Model, Priority
+from entprog.cost import counting, measuring
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion import losses, sampling
 from entprog.errors import UserError
 from entprog.models import inputs
+from entprog.scoring import cei
 from entprog.training import fit, start
 
 WAN = {
@@ -259,7 +261,7 @@ def test_costs_are_foreseen(tiny, backward):
         model = measuring.measure(denoiser.network, found, outside, loss, clips=2, seconds=False)
         for trainable in (names, names[::3], names[-1:]):
             trained = blocks.unfreeze(denoiser.network, found, trainable, outside, backward)
-            counted = costs.count(denoiser.network, trained, loss)
+            counted = counting.count(denoiser.network, trained, loss)
             assert model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.1), trainable
             assert model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.15), trainable
     finally:

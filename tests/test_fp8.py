@@ -6,8 +6,9 @@ from conftest import latents, tiny_experiment
 from test_training import Run
 from torch import nn
 
-from entprog import blocks, config, costs, measuring
+from entprog import blocks, config
 from entprog.blocks import fp8, unfreeze
+from entprog.cost import counting, measuring
 from entprog.errors import UserError
 
 FP8 = {"model": {"dtype": "bfloat16"}, "schedule": {"backward": "residual", "frozen_precision": "fp8"}}
@@ -99,7 +100,7 @@ def test_costs_are_those_of_full_precision_with_the_twins_bytes(denoiser, found,
     counted = {}
     for precision in ("full", "fp8"):
         trained = unfreeze(denoiser.network, found, TRAINED, outside, "residual", frozen_precision=precision)
-        counted[precision] = costs.count(denoiser.network, trained, loss)
+        counted[precision] = counting.count(denoiser.network, trained, loss)
     low, full = counted["fp8"], counted["full"]
     assert low.flops == full.flops and low.saved_bytes == full.saved_bytes
     linear = sum(p.numel() for b in found[2:4] for p in b.module.parameters() if p.ndim == 2)

@@ -7,8 +7,9 @@ from conftest import latents, tiny_denoiser, tiny_experiment
 from safetensors.torch import load_file
 from test_training import Run, comparable
 
-from entprog import checkpoint, costs, measuring
+from entprog import checkpoint
 from entprog.blocks import ADAPTER, blocks, unfreeze
+from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
 from entprog.freezing import outside
@@ -71,7 +72,7 @@ def test_costs_are_foreseen(experiment, backward):
     model = measuring.measure(denoiser.network, found, free, loss, clips=1, seconds=False)
     for trainable in (["blocks.1"], ["blocks.0", "blocks.4"], [block.name for block in found]):
         trained = unfreeze(denoiser.network, found, trainable, free, backward)
-        counted = costs.count(denoiser.network, trained, loss)
+        counted = counting.count(denoiser.network, trained, loss)
         assert model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.01)
         assert model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.05)
         assert model.trained_bytes(trainable) == counted.gradient_bytes

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from entprog.budget import best_set
 from entprog.config import ClipShape, Schedule, Smaller, bytes_of
-from entprog.costmodel import BlockCost, CostModel
+from entprog.cost.model import BlockCost, CostModel
 from entprog.errors import UserError
 from entprog.plans import candidates, fitting, full, labels
 

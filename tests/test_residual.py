@@ -8,8 +8,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch.utils._pytree import tree_map
 
-from entprog import costs, measuring
 from entprog.blocks import COMPILED, Block, blocks, bypass, compile_blocks, execution_order, unfreeze
+from entprog.cost import counting, measuring
 
 TRAINED = ["blocks.1", "blocks.4"]
 
@@ -146,6 +146,6 @@ def test_a_unets_cost_is_foreseen(unet, backward, checkpointing):
     names = [block.name for block in found]
     for trainable in (names, names[::3], names[-2:], names[:1]):
         trained = unfreeze(network, found, trainable, outside, backward, checkpointing)
-        counted = costs.count(network, trained, loss)
+        counted = counting.count(network, trained, loss)
         assert model.step(trainable, backward) == pytest.approx(counted.flops, rel=0.1), trainable
         assert model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.1), trainable

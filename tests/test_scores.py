@@ -11,9 +11,9 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from typer.testing import CliRunner
 
-from entprog import cei, controls, scores
 from entprog.blocks import blocks
 from entprog.config import Priority
+from entprog.scoring import cei, priorities, tables
 from pipelines import score, worker
 
 
@@ -29,13 +29,13 @@ def score_with(values, settings, **options):
         return {"made up": np.stack([np.asarray(values(number, mark), float) for mark in marks])}
 
     conditions = [latents(range(settings.conditions))]
-    found = scores.measured(one, conditions, settings, "made up", **options)
+    found = tables.measured(one, conditions, settings, "made up", **options)
     names = [SimpleNamespace(name=f"blocks.{i}") for i in range(found.rows[0]["made up"].shape[1])]
-    return scores.table(names, found, settings, "made up", key="k")
+    return tables.table(names, found, settings, "made up", key="k")
 
 
 def test_table_survives_json(table):
-    assert scores.ScoreTable.from_json(json.loads(json.dumps(table.as_json(), allow_nan=False))) == table
+    assert tables.ScoreTable.from_json(json.loads(json.dumps(table.as_json(), allow_nan=False))) == table
 
 
 def test_priorities(table):
@@ -55,18 +55,18 @@ def test_warnings_say_when_not_to_trust(table):
 
 
 def test_tau():
-    assert scores.tau([1, 2, 3, 4, 5, 6], [1, 20, 30, 40, 50, 60]) == 1
-    assert scores.tau([1, 2, 3], [3, 2, 1]) == -1
-    assert scores.tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
-    assert scores.tau([1.0], [2.0]) == 1 and scores.tau([0, 0], [1, 2]) == 0
+    assert tables.tau([1, 2, 3, 4, 5, 6], [1, 20, 30, 40, 50, 60]) == 1
+    assert tables.tau([1, 2, 3], [3, 2, 1]) == -1
+    assert tables.tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert tables.tau([1.0], [2.0]) == 1 and tables.tau([0, 0], [1, 2]) == 0
 
 
 def test_drift_is_between_the_rankings_in_use(table):
     blocks = table.blocks
     flipped = replace(table, blocks=tuple(replace(b, score=-b.score) for b in blocks))
-    assert scores.drift(table, table, "signed") == 1
-    assert scores.drift(table, flipped, "signed") == -1
-    assert scores.drift(table, flipped, "absolute") == 1
+    assert tables.drift(table, table, "signed") == 1
+    assert tables.drift(table, flipped, "signed") == -1
+    assert tables.drift(table, flipped, "absolute") == 1
 
 
 def test_halves_are_even_and_odd_conditions():
@@ -94,9 +94,9 @@ def test_the_draws_given_are_the_most():
 
 
 def test_rounds():
-    assert scores.rounds(Priority(conditions=40, until_stable=0.8)) == [4, 8, 16, 32, 40]
-    assert scores.rounds(Priority(conditions=4, until_stable=0.8)) == [4]
-    assert scores.rounds(Priority(conditions=40)) == [40]
+    assert tables.rounds(Priority(conditions=40, until_stable=0.8)) == [4, 8, 16, 32, 40]
+    assert tables.rounds(Priority(conditions=4, until_stable=0.8)) == [4]
+    assert tables.rounds(Priority(conditions=40)) == [40]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_rounds():
     [(100, 8, (8, 12)), (100, 125, (25, 4)), (1000, 8, (8, 125)), (300, 25, (25, 12)), (100, 2, (2, 50))],
 )
 def test_draws_are_spread_over_conditions(draws, conditions, spread):
-    assert scores.spread(draws, conditions) == spread
+    assert tables.spread(draws, conditions) == spread
 
 
 def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
@@ -120,8 +120,8 @@ def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser,
     many = Priority(conditions=4, draws=30)
     few = Priority(conditions=4, draws=25)
     score = partial(cei._score_condition, denoiser, found, latents([0]), 0, seed=0, at_once=4, replay=True)
-    assert scores.marks(few) == [25] and scores.marks(many) == [25, 30]
-    row, noted = (score(scores.marks(settings), settings=settings) for settings in (few, many))
+    assert tables.marks(few) == [25] and tables.marks(many) == [25, 30]
+    row, noted = (score(tables.marks(settings), settings=settings) for settings in (few, many))
     for name in row:
         np.testing.assert_allclose(noted[name][0], row[name][0], rtol=0, atol=1e-6)
         assert not np.allclose(noted[name][1], row[name][0], rtol=0, atol=1e-6)
@@ -134,23 +134,23 @@ def test_too_few_clips_are_refused(denoiser, found):
 
 def test_key_changes_with_weights_data_and_settings():
     experiment = tiny_experiment()
-    a, b = (scores.content_hash(tiny_denoiser(experiment, seed).network) for seed in (0, 1))
+    a, b = (tables.content_hash(tiny_denoiser(experiment, seed).network) for seed in (0, 1))
     settings = experiment.priority
-    key = scores.table_key(a, "data", settings)
-    assert key == scores.table_key(scores.content_hash(tiny_denoiser(experiment).network), "data", settings)
+    key = tables.table_key(a, "data", settings)
+    assert key == tables.table_key(tables.content_hash(tiny_denoiser(experiment).network), "data", settings)
     for same in ({"sign": "absolute"}, {"rescore": True}, {"kind": "reverse_cei"}):
-        assert key == scores.table_key(a, "data", settings.model_copy(update=same))
-    others = {scores.table_key(b, "data", settings), scores.table_key(a, "other", settings)}
-    others |= {scores.table_key(a, "data", settings, ["bfloat16"])}
+        assert key == tables.table_key(a, "data", settings.model_copy(update=same))
+    others = {tables.table_key(b, "data", settings), tables.table_key(a, "other", settings)}
+    others |= {tables.table_key(a, "data", settings, ["bfloat16"])}
     for changed in ({"draws": 16}, {"kind": "gradient"}, {"until_stable": 0.8}, {"estimator": "elementwise"}):
-        others |= {scores.table_key(a, "data", settings.model_copy(update=changed))}
+        others |= {tables.table_key(a, "data", settings.model_copy(update=changed))}
     assert key not in others and len(others) == 7
 
 
 def test_content_hash_tells_apart_what_moved_between_tensors():
     zeros, ones = torch.zeros(2), torch.ones(2)
-    assert scores.content_hash(zeros, ones) != scores.content_hash(ones, zeros)
-    assert scores.content_hash(zeros) != scores.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
+    assert tables.content_hash(zeros, ones) != tables.content_hash(ones, zeros)
+    assert tables.content_hash(zeros) != tables.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
 
 
 def setup_of(experiment, seed=0):
@@ -174,8 +174,8 @@ def setup_of(experiment, seed=0):
 def counted(monkeypatch):
     """How often blocks were really scored."""
     calls = []
-    score = controls.score
-    monkeypatch.setattr(controls, "score", lambda *args, **kw: calls.append(args[3].kind) or score(*args, **kw))
+    score = priorities.score
+    monkeypatch.setattr(priorities, "score", lambda *args, **kw: calls.append(args[3].kind) or score(*args, **kw))
     monkeypatch.setattr(worker, "scoring_clips", lambda setup: [latents(range(2))])
     return calls
 

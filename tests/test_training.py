@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
-from entprog import cei, checkpoint, config
+from entprog import checkpoint, config
 from entprog.blocks import blocks
 from entprog.errors import UserError
+from entprog.scoring import cei
 from entprog.training import fit, start
 
 

@@ -178,7 +178,7 @@ class Priority(Part):
     kind: Literal[
         "cei", "reverse_cei", "gradient", "fisher", "loss_increase", "random", "depth_first", "depth_last"
     ] = "cei"
-    """What blocks are ranked by; all but `cei` are controls (`entprog/controls.py`)."""
+    """What blocks are ranked by; all but `cei` are controls (`entprog/scoring/priorities.py`)."""
     sign: Literal["signed", "absolute"] = "signed"
     """`signed` ranks by π (the paper), `absolute` by |π|. Both are reported. Of no effect on the other controls."""
     estimator: Literal["std", "elementwise"] = "std"

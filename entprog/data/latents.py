@@ -111,7 +111,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded."""
     from torch import nn
 
-    from entprog.scores import content_hash
+    from entprog.scoring.tables import content_hash
 
     modules = {field.name: getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "network"}
     hashes = {

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from entprog import scores
 from entprog.blocks import Block, bypass, execution_order, replaced, skipped
 from entprog.config import Priority
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.processes import Process
 from entprog.models import Denoiser
-from entprog.scores import Predict, Row, ScoreTable
+from entprog.scoring import tables
+from entprog.scoring.tables import Predict, Row, ScoreTable
 
 
 def cei(
@@ -52,12 +52,12 @@ def cei(
         replay=replay,
     )  # fmt: skip
     measure = "loss" if settings.kind == "loss_increase" else settings.estimator
-    found = scores.measured(score, conditions, settings, measure, progress)
+    found = tables.measured(score, conditions, settings, measure, progress)
     per_condition = {name: np.stack([row[name][-1] for row in found.rows]) for name in ("std", "elementwise", "loss")}
     means = {name: values.mean(0) for name, values in per_condition.items()}
-    loss_error = scores.std_error(per_condition["loss"])
+    loss_error = tables.std_error(per_condition["loss"])
     pi, losses = means[settings.estimator], means["loss"]
-    return scores.table(
+    return tables.table(
         blocks,
         found,
         settings,
@@ -69,8 +69,8 @@ def cei(
             "loss_increase": float(losses[i]),
             "loss_std_error": float(loss_error[i]),
         },
-        signed_absolute_tau=scores.tau(pi, np.abs(pi)),
-        loss_tau={"signed": scores.tau(pi, losses), "absolute": scores.tau(np.abs(pi), losses)},
+        signed_absolute_tau=tables.tau(pi, np.abs(pi)),
+        loss_tau={"signed": tables.tau(pi, losses), "absolute": tables.tau(np.abs(pi), losses)},
     )
 
 

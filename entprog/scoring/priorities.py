@@ -16,14 +16,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from entprog import scores
 from entprog.blocks import Block, replaced
-from entprog.cei import cei, draws
 from entprog.config import Priority
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.models import Denoiser
-from entprog.scores import BlockScore, Row, ScoreTable
+from entprog.scoring import tables
+from entprog.scoring.cei import cei, draws
+from entprog.scoring.tables import BlockScore, Row, ScoreTable
 
 
 class PriorityFunction(Protocol):
@@ -77,8 +77,8 @@ def gradient(
     measure = settings.kind
     one = partial(_gradients_of_condition, denoiser, blocks, settings=settings, seed=seed, measure=measure)
     with _differentiable(blocks):
-        found = scores.measured(one, conditions, settings, measure, progress)
-    return scores.table(blocks, found, settings, measure, key=key)
+        found = tables.measured(one, conditions, settings, measure, progress)
+    return tables.table(blocks, found, settings, measure, key=key)
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from entprog import costs
 from entprog.blocks import Block
 from entprog.config import Priority, digest
+from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.distributed import agree
 
@@ -241,7 +241,7 @@ def measured(
     started = time.perf_counter()
     rows: list[Row] = []
     with torch.compiler.set_stance("force_eager"):
-        with costs.flop_counter() as counter:  # FLOPs are the same for every draw: one is counted
+        with counting.flop_counter() as counter:  # FLOPs are the same for every draw: one is counted
             score(clips[0], 0, [1])
         for end in rounds(settings):
             mine = {}

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from entprog import costs
 from entprog.config import Backward
+from entprog.cost import counting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class CostModel:
             elif kind == "along":
                 weights += block.twin_bytes
         kept += self.common_bytes if common else 0
-        return costs.peak_bytes(weights, self.trained_bytes(trainable), kept + recomputed)
+        return counting.peak_bytes(weights, self.trained_bytes(trainable), kept + recomputed)
 
 
 def scaled(model: CostModel, clips: int) -> CostModel:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from entprog import blocks, costs
+from entprog import blocks
 from entprog.blocks import Block
 from entprog.config import FrozenPrecision
-from entprog.costmodel import BlockCost, CostModel
+from entprog.cost import counting
+from entprog.cost.model import BlockCost, CostModel
 from entprog.distributed import agree
 
 REPEATS = 3
@@ -31,7 +32,7 @@ class Meter:
 
     def __call__(self, run: Callable[[], Any]) -> float:
         if not self.seconds:
-            with costs.flop_counter() as counter:
+            with counting.flop_counter() as counter:
                 run()
             return float(counter.get_total_flops())
         run()
@@ -68,7 +69,7 @@ def measure(
     """
     meter = Meter(seconds, next(network.parameters()).device)
     blocks.unfreeze(network, found, (), outside)
-    weights = costs.storages(network.parameters()).keys()
+    weights = counting.storages(network.parameters()).keys()
     probe = Probe(meter, weights, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
@@ -114,7 +115,7 @@ class Probe:
         return forward
 
     def look_at(self, block: Block, args: tuple, kwargs: dict) -> None:
-        inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in costs.tensors_in(args, kwargs)]
+        inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in counting.tensors_in(args, kwargs)]
         weights = [tuple(p.shape) for p in block.module.parameters()]
         kind = type(block.module), str(inputs), str(weights)
         self.kinds[block.name] = kind
@@ -129,7 +130,7 @@ class Probe:
 
     def measure(self, block: Block, args: tuple, kwargs: dict) -> tuple[BlockCost, float]:
         """The block's passes, and what its bypass costs with its backward."""
-        module, tensors = block.module, costs.tensors_in(args, kwargs)
+        module, tensors = block.module, counting.tensors_in(args, kwargs)
         stream = _stream(module, args, kwargs)
         self.below = self.below or (
             not self.kinds.keys() - {block.name} and any(tensors[i].requires_grad for i in stream)
@@ -149,16 +150,16 @@ class Probe:
                 module.zero_grad(set_to_none=True)
                 given, named = leaves(wanted)
                 with torch.enable_grad():
-                    _backward(costs.tensors_in(body(*given, **named)))
+                    _backward(counting.tensors_in(body(*given, **named)))
 
             return self.meter(run)
 
         def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, bool]:
             """Bytes kept, bytes recomputed, and whether common inputs are kept."""
             blocks.train_block(module, trained)
-            shared = costs.storages(t for i, t in enumerate(tensors) if i not in stream)
+            shared = counting.storages(t for i, t in enumerate(tensors) if i not in stream)
             given, named = leaves(wanted)
-            with torch.enable_grad(), costs.saving(self.weights) as saved:
+            with torch.enable_grad(), counting.saving(self.weights) as saved:
                 output = own(*given, **named)
             del output
             seen = {address: size for address, size in shared.items() if self.checkpointing or address in saved}
@@ -166,7 +167,7 @@ class Probe:
             inside = sum(size for address, size in saved.items() if address not in shared)
             if not self.checkpointing:
                 return inside, 0, bool(seen)
-            inputs = costs.storages(tensors[i] for i in stream)
+            inputs = counting.storages(tensors[i] for i in stream)
             again = sum(size for address, size in saved.items() if address not in shared.keys() | inputs.keys())
             return sum(inputs.values()), again, bool(seen)
 
@@ -221,7 +222,7 @@ def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:
 
     with torch.enable_grad():
         given, named = tree_map_only(torch.Tensor, leaf, (args, kwargs))
-        outputs = costs.tensors_in(blocks.bypass(module, *given, **named))
+        outputs = counting.tensors_in(blocks.bypass(module, *given, **named))
         outputs = [output for output in outputs if output.requires_grad]
         if not outputs:  # a branch whose shortcut is not its own
             return set()
@@ -258,7 +259,7 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
         loss().backward()
 
     with blocks.replaced({block.module: entering(block.module) for block in found}):
-        with costs.saving(weights) as saved:
+        with counting.saving(weights) as saved:
             kept = loss()
         del kept
         return meter(run), sum(saved.values())
