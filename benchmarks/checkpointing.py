@@ -23,7 +23,8 @@ import torch
 import typer
 
 from benchmarks import common, scaling
-from entprog import checkpoint, config
+from entprog import config
+from entprog.training import checkpoint
 from pipelines import jobs
 
 SHAPE = {"frames": 2, "height": 32, "width": 32, "fps": 12}

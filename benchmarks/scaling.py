@@ -32,13 +32,14 @@ import typer
 from diffusers import WanTransformer3DModel
 
 from benchmarks import common
-from entprog import checkpoint, config, models
+from entprog import config, models
 from entprog.blocks import blocks, unfreeze
 from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.distributed import agree
-from entprog.training import start
+from entprog.training import checkpoint
+from entprog.training.fit import start
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SETTINGS = {

@@ -25,15 +25,17 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks import common
-from entprog import config, models, optimizer, plans
+from entprog import config, models
 from entprog.blocks import blocks, fp8
 from entprog.config import Backward
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.errors import UserError
-from entprog.freezing import Freeze
-from entprog.plans import Plan
-from entprog.prices import Prices
+from entprog.schedule import plans
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
+from entprog.schedule.prices import Prices
+from entprog.training import optimizer
 from pipelines import jobs
 
 app = jobs.app("Time, FLOPs and peak memory of a training step, plan by plan.")

@@ -17,22 +17,23 @@ import numpy as np
 import torch
 
 from benchmarks.study_arms import TASKS, Scale, experiment, pretraining
-from entprog import checkpoint, config, models
+from entprog import config, models
 from entprog.blocks import Block, blocks
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
-from entprog.freezing import Freeze
 from entprog.models import lora
-from entprog.plans import Plan
-from entprog.prices import Prices
 from entprog.quality import figures as quality_figures
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
+from entprog.schedule.prices import Prices
+from entprog.schedule.state import RunState
 from entprog.scoring import cei, priorities
-from entprog.state import RunState
-from entprog.training import Step, fit, start
+from entprog.training import checkpoint
+from entprog.training.fit import Step, fit, start
 from pipelines import rendering
 
 Kind = Literal["clips", "base", "budget", "scores", "tune", "run", "hindsight"]

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from entprog import plans
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents, Spent
 from entprog.distributed import agree
 from entprog.errors import UserError
+from entprog.schedule import plans
 from pipelines import feed
 
 LASTING = 16

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from entprog import config, models, plans
+from entprog import config, models
 from entprog.config import ClipShape, Encoding
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
+from entprog.schedule import plans
 from pipelines import feed, jobs, launch, progress
 
 OF_MODEL = ("model.", "schedule.shapes")

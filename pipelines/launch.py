@@ -13,7 +13,7 @@ from typing import Any
 
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
-from entprog.storage import Place
+from entprog.training.storage import Place
 from pipelines import elastic
 from pipelines.board import GROWS, JOB_ENDS, Listener
 from pipelines.elastic import CPUS_FOR_DATA

@@ -14,13 +14,15 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, models, plans, storage
+from entprog import config, models
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.models import fingerprints, lora
-from entprog.storage import Place
+from entprog.schedule import plans
+from entprog.training import storage
+from entprog.training.storage import Place
 from pipelines import charts, expectation, jobs, launch, phases, registry, stages, stalls, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import Tracker, deliver_pending

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from entprog import config, models, plans
+from entprog import config, models
 from entprog.config import Sweep
 from entprog.errors import UserError
+from entprog.schedule import plans
 from pipelines import findings, jobs, launch, spaces, stages, sweep, sweep_charts, train, trial, worker
 from pipelines.store import how_to_open, tracking_uri
 from pipelines.tracking import RUN_FILE, Tracker

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from entprog import checkpoint, config, models, plans, prices
+from entprog import config, models
 from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
@@ -19,12 +19,14 @@ from entprog.data.clips import Latents
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
-from entprog.freezing import outside
 from entprog.models import fingerprints, lora
+from entprog.schedule import plans, prices
+from entprog.schedule.freezing import outside
+from entprog.schedule.state import RunState
 from entprog.scoring import cei, priorities
 from entprog.scoring.tables import ScoreTable, content_hash, table_key
-from entprog.state import RunState
-from entprog.training import Step, fit, start
+from entprog.training import checkpoint
+from entprog.training.fit import Step, fit, start
 from pipelines import gauges, machine, rendering
 from pipelines.batches import Batches, caches
 from pipelines.board import GOES_ON, GROWS, MACHINE_ENDS

@@ -16,13 +16,13 @@ import torch
 from conftest import latents, tiny_denoiser, tiny_experiment
 from test_distributed import join, leave, run_ranks
 
-from entprog import checkpoint
 from entprog.blocks import blocks
 from entprog.diffusion import losses
 from entprog.distributed import fsdp
 from entprog.errors import UserError
-from entprog.optimizer import update_ema
-from entprog.training import start
+from entprog.training import checkpoint
+from entprog.training.fit import start
+from entprog.training.optimizer import update_ema
 
 
 class Trained:
@@ -220,7 +220,7 @@ def bucket(tmp_path_factory):
 
 
 def test_s3(bucket):
-    from entprog.storage import Place
+    from entprog.training.storage import Place
 
     run = Trained()
     place = Place.at(bucket)

@@ -157,8 +157,8 @@ def test_every_step_and_decision_carries_what_was_foreseen():
 
 
 def counted_flops(run, plan):
-    from entprog.freezing import Freeze
-    from entprog.prices import Prices
+    from entprog.schedule.freezing import Freeze
+    from entprog.schedule.prices import Prices
 
     freeze = Freeze(run.denoiser, run.found, run.experiment)
     return Prices(run.denoiser, run.found, latents([0]), freeze, run.experiment, {}).step_flops(plan)

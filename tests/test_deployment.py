@@ -22,7 +22,8 @@ import yaml
 from conftest import two_people
 from test_train import SETTINGS
 
-from entprog import checkpoint, config
+from entprog import config
+from entprog.training import checkpoint
 from pipelines import jobs
 
 ROOT = Path(__file__).parents[1]

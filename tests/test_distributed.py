@@ -16,11 +16,11 @@ from conftest import batches, latents, tiny_denoiser, tiny_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entprog import prices
 from entprog.blocks import blocks, unfreeze
 from entprog.distributed import agree, fsdp
+from entprog.schedule import prices
 from entprog.scoring import cei, tables
-from entprog.training import fit, start
+from entprog.training.fit import fit, start
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
 

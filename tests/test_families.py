@@ -10,7 +10,7 @@ from conftest import SHAPE, batches, latents, tiny_experiment
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from test_wan import clips
 
-from entprog import blocks, checkpoint, models
+from entprog import blocks, models
 from entprog.config import ClipShape, Generate, Model, Priority
 from entprog.cost import counting, measuring
 from entprog.data.clips import Clips, Latents
@@ -18,7 +18,8 @@ from entprog.diffusion import losses, sampling
 from entprog.errors import UserError
 from entprog.models import inputs
 from entprog.scoring import cei
-from entprog.training import fit, start
+from entprog.training import checkpoint
+from entprog.training.fit import fit, start
 
 WAN = {
     "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 16,

@@ -9,9 +9,9 @@ from test_families import NAMES, again, load, ordered, predict, settings
 
 from entprog import blocks
 from entprog.diffusion import losses
-from entprog.freezing import Freeze
 from entprog.models import lora
-from entprog.plans import Plan
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
 
 FP8 = [name for name in NAMES if name != "svd"]
 """fp8 wants bfloat16, which SVD's temporal convolutions do not take."""

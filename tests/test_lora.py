@@ -7,13 +7,13 @@ from conftest import latents, tiny_denoiser, tiny_experiment
 from safetensors.torch import load_file
 from test_training import Run, comparable
 
-from entprog import checkpoint
 from entprog.blocks import ADAPTER, blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
-from entprog.freezing import outside
 from entprog.models import lora
+from entprog.schedule.freezing import outside
+from entprog.training import checkpoint
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
 

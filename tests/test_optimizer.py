@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_denoiser, tiny_experiment
 
-from entprog import optimizer
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Train
+from entprog.training import optimizer
 
 ALL = [f"blocks.{i}" for i in range(6)]
 

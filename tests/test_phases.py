@@ -20,9 +20,10 @@ from conftest import TINY, tiny_experiment
 from test_training import Run
 from typer.testing import CliRunner
 
-from entprog import config, plans
+from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets
+from entprog.schedule import plans
 from pipelines import jobs, launch, prepare, train
 
 SHAPE = {"frames": 2, "height": 48, "width": 32, "fps": 12}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprog.config import ClipShape, Schedule
-from entprog.plans import Plan, candidates, full, top
+from entprog.schedule.plans import Plan, candidates, full, top
 
 SHAPE = ClipShape()
 scores = st.lists(st.floats(-5, 5, allow_nan=False), min_size=1, max_size=20).map(

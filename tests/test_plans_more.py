@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entprog.budget import best_set
 from entprog.config import ClipShape, Schedule, Smaller, bytes_of
 from entprog.cost.model import BlockCost, CostModel
 from entprog.errors import UserError
-from entprog.plans import candidates, fitting, full, labels
+from entprog.schedule.budget import best_set
+from entprog.schedule.plans import candidates, fitting, full, labels
 
 SHAPE = ClipShape()
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
-from entprog import config, rotation
+from entprog import config
 from entprog.blocks import blocks
 from entprog.errors import UserError
-from entprog.training import fit, start
+from entprog.schedule import lisa_badam
+from entprog.training.fit import fit, start
 
 
 def run(experiment):
@@ -46,10 +47,10 @@ def test_only_the_drawn_blocks_move(kind, count, backward):
 def test_badam_takes_every_block_once_a_round_and_lisa_is_seeded():
     names = [f"blocks.{i}" for i in range(6)]
     schedule = config.Schedule(kind="badam")
-    laps = [[rotation.badam(names, schedule, lap * 6 + i, seed=3)[0] for i in range(6)] for lap in range(3)]
+    laps = [[lisa_badam.badam(names, schedule, lap * 6 + i, seed=3)[0] for i in range(6)] for lap in range(3)]
     assert all(sorted(lap) == names for lap in laps) and len({tuple(lap) for lap in laps}) > 1
-    drawn = [tuple(sorted(rotation.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
-    assert drawn == [tuple(sorted(rotation.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
+    drawn = [tuple(sorted(lisa_badam.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
+    assert drawn == [tuple(sorted(lisa_badam.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
     share = sum("blocks.0" in chosen for chosen in drawn) / len(drawn)
     assert all(len(set(chosen)) == 2 for chosen in drawn) and share == pytest.approx(1 / 3, abs=0.1)
 

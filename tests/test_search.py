@@ -8,8 +8,10 @@ import torch
 from conftest import tiny_experiment
 from test_training import Run, comparable
 
-from entprog import blocks, checkpoint, supernet
-from entprog.supernet import Efficiency, overlap
+from entprog import blocks
+from entprog.schedule import efficiency
+from entprog.schedule.efficiency import Efficiency, overlap
+from entprog.training import checkpoint
 
 WIDE = {
     "generators": ["count", "suffix", "budget"],
@@ -34,14 +36,14 @@ def test_overlap_is_between_the_best_two():
 @pytest.mark.parametrize("clear_after", [2, 4])
 def test_the_search_goes_on_until_the_best_is_clear(monkeypatch, clear_after):
     rounds = []
-    monkeypatch.setattr(supernet, "overlap", lambda found: rounds.append(found[0].steps) or rounds[-1] < clear_after)
+    monkeypatch.setattr(efficiency, "overlap", lambda found: rounds.append(found[0].steps) or rounds[-1] < clear_after)
     run = Run(tiny_experiment(schedule={"stages": 1, "search_steps": 2, "search_share": 1.0}))
     steps = list(run.steps())
     assert sum(s.phase == "search" for s in steps) == 2 * clear_after
 
 
 def test_an_unclear_search_still_keeps_to_its_share(monkeypatch):
-    monkeypatch.setattr(supernet, "overlap", lambda found: True)
+    monkeypatch.setattr(efficiency, "overlap", lambda found: True)
     run = Run(tiny_experiment(train={"steps": 40}, schedule={"stages": 1, "search_steps": 1, "search_share": 0.4}))
     list(run.steps())
     (decision,) = run.state.decisions
@@ -97,11 +99,11 @@ def test_a_search_that_finds_full_training_best_is_never_far_behind(monkeypatch)
 
     def largest(candidates, trials, schedule, **about):
         values = {"efficiencies": (), "reason": "as if full training were best", "plan": candidates[-1]}
-        return supernet.Decision(
+        return efficiency.Decision(
             candidates=tuple(candidates), stage=about["stage"], search_cost=about["search_cost"], **values
         )
 
-    monkeypatch.setattr(supernet, "choose", largest)
+    monkeypatch.setattr(efficiency, "choose", largest)
     run = Run(tiny_experiment(train={"steps": 60, "held_out_every": 1}, schedule={"search_share": 0.2}))
     steps = list(run.steps())
     assert {step.plan.m for step in steps if step.phase == "train"} == {6}

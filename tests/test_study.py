@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from benchmarks import common, study, study_figures, study_page
 from benchmarks.study_arms import ARMS, CPU, GPU, SCALES, SMOKE, TASKS, experiment
 from benchmarks.study_units import Bench, Unit, material, work
-from entprog import config, plans
+from entprog import config
 from entprog.blocks import blocks
 from entprog.data import shards
-from entprog.freezing import Freeze
 from entprog.media import h264
-from entprog.prices import Prices
+from entprog.schedule import plans
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.prices import Prices
 from pipelines import expectation, jobs
 
 FULL = {

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprog.config import ClipShape, Schedule
-from entprog.plans import Plan
-from entprog.supernet import Decision, Trial, choose, efficiency, turn
+from entprog.schedule.efficiency import Decision, Trial, choose, efficiency, turn
+from entprog.schedule.plans import Plan
 
 
 def plan(m: int) -> Plan:

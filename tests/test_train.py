@@ -27,7 +27,8 @@ from mlflow import MlflowClient
 from test_tracking import Server
 from typer.testing import CliRunner
 
-from entprog import checkpoint, config
+from entprog import config
+from entprog.training import checkpoint
 from pipelines import jobs, launch, score, train
 from pipelines import store as mlflow_store
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
-from entprog import checkpoint, config
+from entprog import config
 from entprog.blocks import blocks
 from entprog.errors import UserError
 from entprog.scoring import cei
-from entprog.training import fit, start
+from entprog.training import checkpoint
+from entprog.training.fit import fit, start
 
 
 class Run:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from entprog.config import Schedule
-from entprog.plans import Plan, size
+from entprog.schedule.plans import Plan, size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entprog import config, optimizer, plans
+from entprog import config
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.data.clips import Latents, Spent
 from entprog.diffusion import losses
 from entprog.distributed import agree, fsdp
-from entprog.freezing import Freeze
 from entprog.models import Denoiser
-from entprog.plans import Plan
-from entprog.prices import Prices
+from entprog.schedule import plans
+from entprog.schedule.efficiency import Decision, Trial
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
+from entprog.schedule.prices import Prices
+from entprog.schedule.search import Search
+from entprog.schedule.state import RunState
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable, drift
-from entprog.search import Search
-from entprog.state import RunState
-from entprog.supernet import Decision, Trial
+from entprog.training import optimizer
 
 Batches = Callable[[ClipShape, int], Iterator[Latents]]
 """(shape, position) → this rank's batches from that position of the run's sequence of clips on. May have an attribute

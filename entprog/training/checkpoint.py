@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
-from entprog.state import RunState
-from entprog.storage import Place
+from entprog.schedule.state import RunState
+from entprog.training.storage import Place
 
 STATE = "state.json"
 # Said of every save without a process group, which rank 0's of a whole network is.

@@ -10,7 +10,7 @@ from entprog.blocks import Block
 from entprog.config import Experiment
 from entprog.distributed import agree, fsdp
 from entprog.models import Denoiser
-from entprog.plans import Plan
+from entprog.schedule.plans import Plan
 
 
 def outside(denoiser: Denoiser, experiment: Experiment) -> list[nn.Parameter]:

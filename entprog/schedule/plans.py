@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from entprog import budget, rotation
 from entprog.blocks import Block
 from entprog.config import Backward, ClipShape, Schedule
 from entprog.cost.model import CostModel
 from entprog.errors import UserError
+from entprog.schedule import budget, lisa_badam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ def candidates(
     if schedule.kind == "linear":
         m = count((stage + 1) / schedule.stages, len(names))
         return [top(m, names, priority, schedule, shape)]
-    if schedule.kind in rotation.KINDS:
-        chosen = rotation.KINDS[schedule.kind](names, schedule, stage, seed)
+    if schedule.kind in lisa_badam.KINDS:
+        chosen = lisa_badam.KINDS[schedule.kind](names, schedule, stage, seed)
         return [of_set(chosen, names, schedule.backwards[0], shape)]
     eligible = list(names)
     if schedule.cei_threshold is not None and not last:

@@ -7,8 +7,8 @@ import torch
 
 from entprog.config import ClipShape
 from entprog.cost.model import CostModel
-from entprog.plans import Plan
-from entprog.supernet import Decision, Trial
+from entprog.schedule.efficiency import Decision, Trial
+from entprog.schedule.plans import Plan
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Charged:
 
 @dataclass
 class RunState:
-    """Changes at every update; saved whole at step boundaries (`entprog.checkpoint`)."""
+    """Changes at every update; saved whole at step boundaries (`entprog.training.fit.checkpoint`)."""
 
     optimizer: torch.optim.Optimizer
     ema: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from entprog import plans, supernet
 from entprog.config import Experiment
 from entprog.distributed import agree
-from entprog.plans import Plan
-from entprog.prices import Prices
-from entprog.state import RunState
-from entprog.supernet import Decision, Trial
+from entprog.schedule import efficiency, plans
+from entprog.schedule.efficiency import Decision, Trial
+from entprog.schedule.plans import Plan
+from entprog.schedule.prices import Prices
+from entprog.schedule.state import RunState
 
 
 class Search:
@@ -52,7 +52,7 @@ class Search:
     def turn(self) -> tuple[int, Plan]:
         """The candidate of the next trial step: (its number, its plan)."""
         state = self.state
-        number = supernet.turn(len(state.trials), len(state.candidates), state.stage, self.experiment.train.seed)
+        number = efficiency.turn(len(state.trials), len(state.candidates), state.stage, self.experiment.train.seed)
         return number, state.candidates[number]
 
     def note(self, trial: Trial, spent: float) -> Decision | None:
@@ -73,10 +73,10 @@ class Search:
         return state.search_cost + self.round_cost() <= schedule.search_share * self.stage_budget()
 
     def unclear(self) -> bool:
-        found = supernet.efficiencies(
+        found = efficiency.efficiencies(
             self.state.candidates, self.state.trials, self.schedule, self.experiment.train.seed
         )
-        return supernet.overlap(found)
+        return efficiency.overlap(found)
 
     def round_cost(self) -> float:
         """Expected cost of one step of every candidate with its evaluations, in the schedule's clock."""
@@ -100,7 +100,7 @@ class Search:
     def decide(self, reason: str | None = None) -> Decision:
         """Take the stage's decision; the same on every rank or an error on every rank."""
         state = self.state
-        decision = supernet.choose(
+        decision = efficiency.choose(
             state.candidates,
             state.trials,
             self.schedule,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from entprog import plans
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting, measuring
@@ -10,9 +9,10 @@ from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.distributed import agree
-from entprog.freezing import Freeze
 from entprog.models import Denoiser
-from entprog.plans import Plan
+from entprog.schedule import plans
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
 
 
 class Prices:
