@@ -19,9 +19,9 @@ from entprog import config, models
 from entprog.blocks import blocks
 from entprog.data.clips import Latents
 from entprog.scoring import cei
-from pipelines import jobs
+from pipelines import cli
 
-app = jobs.app("Time and FLOPs of CEI scoring: replay against the naive pass.")
+app = cli.app("Time and FLOPs of CEI scoring: replay against the naive pass.")
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "text_dim": 16, "freq_dim": 64}
 LARGE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}
@@ -60,7 +60,7 @@ def main(
     common.show("CEI scoring, replay over naive", [{SHOWN[name]: row[name] for name in SHOWN} for row in figures])
     name = "cei_cost_gpu" if device == "cuda" else "cei_cost"
     path = common.write(name, figures, device=device, repeats=repeats)
-    jobs.console.print(f"Wrote {path}")
+    cli.console.print(f"Wrote {path}")
 
 
 def figures_of(layers: int, draws: int, repeats: int, device: str) -> dict[str, Any]:

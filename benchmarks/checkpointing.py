@@ -25,12 +25,12 @@ import typer
 from benchmarks import common, scaling
 from entprog import config
 from entprog.training import checkpoint
-from pipelines import jobs
+from pipelines import cli
 
 SHAPE = {"frames": 2, "height": 32, "width": 32, "fps": 12}
 """Short clips: a step that is quick for the size of its network."""
 
-app = jobs.app("How long a checkpoint keeps training waiting.")
+app = cli.app("How long a checkpoint keeps training waiting.")
 
 
 @app.command()
@@ -47,7 +47,7 @@ def main(
     path = common.write("checkpointing", figures, device=device, repeats=repeats, more={"cores": os.cpu_count()})
     for row in figures:
         common.show(f"{row['layers']} blocks", [{"figure": key, "value": value} for key, value in row.items()])
-    jobs.console.print(f"kept in {path}")
+    cli.console.print(f"kept in {path}")
 
 
 def measured(layers: int, heads: int, repeats: int, device: str, folder: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipelines import jobs
+from pipelines import cli
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "diffusers")
@@ -118,14 +118,14 @@ def write(
 ) -> Path:
     """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with; `more` beside them."""
     path = RESULTS / f"{name}.json"
-    jobs.write_json(
+    cli.write_json(
         path,
         {
             "device": describe(device),
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in VERSIONS}
             | ({"cuda": torch.version.cuda} if torch.device(device).type == "cuda" else {}),
-            "commit": jobs.commit(),
+            "commit": cli.commit(),
             "command": shlex.join(_command()),
             "repeats": repeats,
             "load_average": os.getloadavg()[0],
@@ -144,4 +144,4 @@ def _command() -> list[str]:
 def show(title: str, figures: Sequence[Mapping[str, Any]]) -> None:
     """The figures as a table; columns are the first row's names."""
     columns = tuple(figures[0])
-    jobs.show(title, [tuple(row[column] for column in columns) for row in figures], columns)
+    cli.show(title, [tuple(row[column] for column in columns) for row in figures], columns)

@@ -26,9 +26,9 @@ from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import h264, sheet, video
-from pipelines import jobs
+from pipelines import cli
 
-app = jobs.app("Render motion capture into shards of clips with exact pose.")
+app = cli.app("Render motion capture into shards of clips with exact pose.")
 
 MOTIONS = {
     ("source", "train"): ("walk", "run", "jump", "punch", "spin"),
@@ -58,8 +58,8 @@ def main(
     width: Annotated[int, typer.Option(min=16, help="Pixels, even.")] = 48,
     fps: Annotated[float, typer.Option(min=1, help="Frames per second.")] = 12.0,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that varies.")] = 0,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
 ) -> None:
     """Render both datasets; the same command again leaves finished ones alone."""
 
@@ -69,12 +69,12 @@ def main(
         shape = ClipShape(frames=frames, height=height, width=width, fps=fps)
         counts = {"source": (source, held_out), "target": (target, held_out)}
         if dry_run:
-            jobs.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
+            cli.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
             return {}
-        with jobs.ray_cluster(1, verbose=verbose):
+        with cli.ray_cluster(1, verbose=verbose):
             return {name: run(output / name, name, *each, shape, seed) for name, each in counts.items()}
 
-    jobs.run("mocap", None if dry_run else output, work, verbose=verbose)
+    cli.run("mocap", None if dry_run else output, work, verbose=verbose)
 
 
 def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, seed: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, se
         done += row["clips"]
         rate = done / (time.time() - started)
         left_s = (train + held_out - done) / rate
-        jobs.console.print(f"{name}: {number}/{len(plans)} shards, {rate:.0f} clips/s, ETA {left_s:.0f} s")
+        cli.console.print(f"{name}: {number}/{len(plans)} shards, {rate:.0f} clips/s, ETA {left_s:.0f} s")
     ordered = {split: sorted(infos, key=lambda info: info.file) for split, infos in found.items()}
     dataset = shards.write_dataset(folder, shape, ordered, settings)
     show(dataset, folder / "contact_sheet.png")

@@ -36,9 +36,9 @@ from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
 from entprog.schedule.prices import Prices
 from entprog.training import optimizer
-from pipelines import jobs
+from pipelines import cli
 
-app = jobs.app("Time, FLOPs and peak memory of a training step, plan by plan.")
+app = cli.app("Time, FLOPs and peak memory of a training step, plan by plan.")
 
 SMALL = {"attention_head_dim": 64, "text_dim": 16, "freq_dim": 64}
 LARGE = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
@@ -150,11 +150,11 @@ def main(
         [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
     path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
-    jobs.console.print(f"Wrote {path}")
+    cli.console.print(f"Wrote {path}")
     if profiles:
         beside = path.with_name(f"{path.stem}_profile.txt")
         beside.write_text("\n\n".join(profiles) + "\n")
-        jobs.console.print(f"Wrote {beside}")
+        cli.console.print(f"Wrote {beside}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ class Bench:
         """Every plan's row under one setting; one that runs out of memory says so, the others go on."""
         experiment = setting.of(self.experiment)
         by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
-        jobs.console.print(f"Steps with {setting} …")
+        cli.console.print(f"Steps with {setting} …")
         freeze = Freeze(self.denoiser, self.found, experiment)
         prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
         flops.counts = prices.counts
@@ -319,7 +319,7 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             failed[name] = "out of memory"
-            jobs.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
+            cli.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
         if name in failed:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":

@@ -42,9 +42,10 @@ from benchmarks import common
 from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.media import assets, h264, video
-from pipelines import feed, jobs
+from pipelines import cli
+from pipelines.stream import feed
 
-app = jobs.app("Frames per second of the training stream, against plain decoding on the same cores.")
+app = cli.app("Frames per second of the training stream, against plain decoding on the same cores.")
 
 SIZES = {
     "256x256": (ClipShape(frames=48, height=256, width=256, fps=30), 4),
@@ -86,7 +87,7 @@ def main(
                 figures += rows_of(size, count, json.loads(found.stdout.splitlines()[-1]))
                 rows = [{name: row[name] for name in SHOWN} for row in figures if row["size"] == size]
             common.show(f"clips of {size}", rows)
-    jobs.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
+    cli.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
 
 
 def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[dict[str, Any]]:
@@ -176,7 +177,7 @@ def turns() -> None:
     plain = {"pyav": (decode_pyav, files), "pyav_rgb": (decode_pyav_rgb, files), "decode": (decode_shard, in_shards)}
     plain |= {"pyav_shards": (decode_pyav, own), "decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
-    with get_context("spawn").Pool(cores, _start) as pool, jobs.ray_cluster(cores + 2):
+    with get_context("spawn").Pool(cores, _start) as pool, cli.ray_cluster(cores + 2):
         arms: dict[str, Callable[[float], float]] = {}
         for name, (decode, what) in plain.items():
             arms[name] = partial(plain_rate, pool, decode, what, cores)

@@ -30,12 +30,12 @@ from benchmarks.study_units import Bench, Unit, work
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets
-from pipelines import jobs, prepare
+from pipelines import cli, prepare
 
 WAIT_S = 2.0
 """Between two looks for a unit that can be done."""
 
-app = jobs.app("The study: Ent-Prog against its controls at equal cost.")
+app = cli.app("The study: Ent-Prog against its controls at equal cost.")
 
 
 @app.command()
@@ -53,7 +53,7 @@ def main(
         str | None, typer.Option(help="Arms, with commas between them: others wait for another sitting.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write documents and charts, from the JSON.")] = False,
-    dry_run: jobs.DryRun = False,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Run what is not done yet, then write figures, charts and the document."""
     try:
@@ -69,12 +69,12 @@ def main(
             explain(bench)
             return
         if not report:
-            jobs.writable(bench.work)
+            cli.writable(bench.work)
             done = run(bench, sitting_s, chosen(only))
             write(name, bench, scale, done)
         study_page.leave(common.RESULTS)
     except UserError as error:
-        jobs.complain("error", str(error))
+        cli.complain("error", str(error))
         raise typer.Exit(2) from None
 
 
@@ -114,7 +114,7 @@ def units(scale: Scale) -> list[Unit]:
 def clips(bench: Bench, target: str) -> dict[str, Any]:
     """Render or prepare a target's clips, with the source's. Raises UserError where a package or asset is missing."""
     scale = bench.scale
-    with jobs.ray_cluster(2):
+    with cli.ray_cluster(2):
         if target == "rendered":
             counts = {"source": scale.source_clips, "target": scale.target_clips}
             return {
@@ -201,7 +201,7 @@ def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARM
     """Do what is left of some arms, until it is done or the sitting is over. Several processes may share a folder."""
     started, costs = time.time(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=jobs.console, disable=not jobs.console.is_terminal) as bar:
+    with Progress(*columns, console=cli.console, disable=not cli.console.is_terminal) as bar:
         shown = bar.add_task("study", total=len(units(bench.scale)))
         while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
             bar.update(shown, completed=len(done.records))
@@ -216,7 +216,7 @@ def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARM
             left = len(mine) - 1
             line = f"{unit.kind} {unit.task} {unit.arm} seed {unit.seed}"
             bar.update(shown, description=line)
-            jobs.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")
+            cli.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")
     return read(bench)
 
 
@@ -231,7 +231,7 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
             record = clips(bench, TASKS[unit.task].target)
         else:
             record = work(bench, unit, done.budget(unit), done.rate(bench.scale, unit))
-        jobs.write_json(path, {"commit": jobs.commit(), "unit_s": time.time() - begun, **record})
+        cli.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
         return True
 
 
@@ -240,9 +240,9 @@ def explain(bench: Bench) -> None:
     wanted, done = units(bench.scale), read(bench)
     kinds = dict.fromkeys(unit.kind for unit in wanted)
     rows = [(kind, sum(u.kind == kind for u in wanted), sum(u.kind == kind for u in done.records)) for kind in kinds]
-    jobs.show("Units of the study", rows, ("kind", "all", "done"))
+    cli.show("Units of the study", rows, ("kind", "all", "done"))
     scale = bench.scale
-    jobs.console.print(
+    cli.console.print(
         f"Budget of a run: {scale.full_steps} steps of full training, in {scale.clock}; {len(scale.arms)} arms "
         f"({', '.join(ARMS[arm].title for arm in scale.arms)}) on {scale.tasks[0]}, {len(FEW)} on the others; "
         f"{len(scale.seeds)} seeds; clips {scale.shape}. Work folder {bench.work}."
@@ -262,7 +262,7 @@ def write(name: str, bench: Bench, scale: str, done: Done) -> Path:
         more={"scale": scale, "units_left": len(done.left), **more},
     )
     common.show("The study", [{k: row[k] for k in study_figures.SHOWN} for row in figures])
-    jobs.console.print(f"Wrote {path}" + (f"; {len(done.left)} units are left" if done.left else ""))
+    cli.console.print(f"Wrote {path}" + (f"; {len(done.left)} units are left" if done.left else ""))
     return path
 
 

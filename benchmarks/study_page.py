@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study_figures import spread
-from pipelines import charts, expectation, jobs
+from pipelines import charts, cli
+from pipelines.training import expectation
 
 ROOT = Path(__file__).parents[1]
 FRAME = Path(__file__).with_suffix(".md")
@@ -38,7 +39,7 @@ def leave(results: Path, docs: Path = ROOT / "docs", table: Path = expectation.T
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(FRAME.read_text().replace("<!-- figures -->", sections))
     best = next(iter(found))
-    jobs.write_json(table, gains(best, found[best]))
+    cli.write_json(table, gains(best, found[best]))
     return path
 
 

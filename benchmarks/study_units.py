@@ -34,7 +34,7 @@ from entprog.schedule.state import RunState
 from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
 from entprog.training.fit import Step, fit, start
-from pipelines import rendering
+from pipelines.generating import rendering
 
 Kind = Literal["clips", "base", "budget", "scores", "tune", "run", "hindsight"]
 DECODED_AT_ONCE, JUDGED_AT_ONCE = 32, 24

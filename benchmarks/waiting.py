@@ -21,9 +21,12 @@ from benchmarks import common, stream
 from entprog import config
 from entprog.config import ClipShape
 from entprog.data import shards
-from pipelines import feed, jobs, launch, train, worker
+from pipelines import cli, train
+from pipelines.cluster import launch
+from pipelines.stream import feed
+from pipelines.training import worker
 
-app = jobs.app("How long training waits for its clips.")
+app = cli.app("How long training waits for its clips.")
 
 SHAPE = ClipShape(frames=8, height=48, width=32, fps=12)
 STEP_S = 0.02
@@ -42,7 +45,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/mlflow.db"
         dataset = stream.write_clips(Path(scratch, "shards"), SHAPE, held_out=4)
-        with jobs.ray_cluster(launch.LOCAL_CPUS):
+        with cli.ray_cluster(launch.LOCAL_CPUS):
             turns = [(number, decode) for number in range(repeats) for decode in ("worker", "cluster")]
             figures = [
                 training(dataset, Path(scratch, f"{decode}-{number}"), steps, decode) for number, decode in turns
@@ -50,13 +53,13 @@ def main(
             figures += [change_over(dataset) for _ in range(repeats)]
     for row in figures:
         common.show(row["what"], [{"figure": k, "value": v} for k, v in row.items() if k != "settings"])
-    jobs.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
+    cli.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
 
 
 def training(dataset: shards.Dataset, scratch: Path, steps: int, decode: str) -> dict[str, Any]:
     """A run of the demo's size."""
     data = {"shards": str(dataset.folder), "held_out_clips": 4, "decode": decode}
-    experiment = jobs.experiment("demo_base", None, None, data=data, train={"steps": steps, "samples": 0})
+    experiment = cli.experiment("demo_base", None, None, data=data, train={"steps": steps, "samples": 0})
     result = train.run(experiment, scratch / "run", tables=scratch / "tables")
     done = worker.steps_of(scratch / "run")
     waits = [step["wait_s"] - step["open_s"] for step in done]

@@ -16,15 +16,15 @@ from rich.markup import escape
 from entprog import config
 from entprog.config import Comparison
 from entprog.errors import UserError
-from pipelines import jobs
+from pipelines import cli
 from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
 from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
-from pipelines.store import masked, tracking_uri
+from pipelines.tracking.store import masked, tracking_uri
 
-app = jobs.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
+app = cli.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
 EVALUATION = "evaluation.json"
 GROUPS_BESIDE = 4
 """Groups that a terminal has room for side by side."""
@@ -45,10 +45,10 @@ def main(
         str | None, typer.Option(help="Run or group that the others are compared with (compare.baseline).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare unlike runs too; the page says so.")] = False,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
 ) -> None:
     """Put runs side by side: held-out loss at equal seconds, time to a target loss with its interval over seeds,
     memory, what search and scoring cost and when they had paid off, trained blocks, scores, quality, samples.
@@ -63,7 +63,7 @@ def main(
         wanted = [word.strip() for word in (runs or "").split(",") if word.strip()]
         return run(experiment, output, settings(config_file, set_, own), wanted=wanted, force=force, dry_run=dry_run)
 
-    jobs.run("compare", None if dry_run else output, work, verbose=verbose)
+    cli.run("compare", None if dry_run else output, work, verbose=verbose)
 
 
 def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Comparison:
@@ -102,13 +102,13 @@ def run(
             return _explain(found, output)
         verdict = judge(found, chosen.target_loss, chosen.confidence)
         facts = page.Facts(
-            experiment=experiment, store=masked(tracking_uri()), command=jobs.command(), commit=jobs.commit(),
+            experiment=experiment, store=masked(tracking_uri()), command=cli.command(), commit=cli.commit(),
             made_s=time.time(),
         )  # fmt: skip
         shown = [judged.group for judged in verdict.judged][: drawings.COLOURS]
         clips = samples.rows(shown, chosen.samples, chosen.sample_bytes)
         html = page.render(verdict, unlike, evaluations, clips, facts)
-    jobs.writable(Path(output))
+    cli.writable(Path(output))
     path = Path(output) / "comparison.html"
     path.write_text(html, encoding="utf-8")
     _show(verdict, unlike, path)
@@ -161,8 +161,8 @@ def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:
         (escape(group.label), escape(", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)))
         for group in found
     ]
-    jobs.show("Groups, the baseline first", rows, ("group", "runs"))
-    jobs.console.print(f"Would compare them and write {output / 'comparison.html'}.", markup=False)
+    cli.show("Groups, the baseline first", rows, ("group", "runs"))
+    cli.console.print(f"Would compare them and write {output / 'comparison.html'}.", markup=False)
     return {}
 
 
@@ -176,15 +176,15 @@ def _show(verdict: Verdict, unlike: Sequence[Difference], path: Path) -> None:
         kept = [names.index(name) for name in ("Runs", "Held-out loss", "Time to target", "Net speed-up")]
         columns = ("group", *(names[place] for place in kept))
         rows = [(label, *(row[place] for place in kept)) for label, row in zip(labels, cells, strict=True)]
-    jobs.console.print(f"\n{words.headline(verdict)}", style="bold", markup=False)
+    cli.console.print(f"\n{words.headline(verdict)}", style="bold", markup=False)
     for line in words.remarks(verdict):
-        jobs.console.print(line, markup=False)
+        cli.console.print(line, markup=False)
     for difference in unlike:
-        jobs.complain("forced", f"these runs are not alike: {difference}")
+        cli.complain("forced", f"these runs are not alike: {difference}")
     for line in words.warnings(verdict):
-        jobs.complain("note", line)
-    jobs.show(f"Target: held-out loss {verdict.target_loss:.5g} ({escape(verdict.target_is)})", rows, columns)
-    jobs.console.print(f"Page: {path}", markup=False)
+        cli.complain("note", line)
+    cli.show(f"Target: held-out loss {verdict.target_loss:.5g} ({escape(verdict.target_is)})", rows, columns)
+    cli.console.print(f"Page: {path}", markup=False)
 
 
 if __name__ == "__main__":

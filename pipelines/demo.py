@@ -19,25 +19,13 @@ import typer
 from entprog import config
 from entprog.data import shards
 from entprog.media import assets, h264, sheet, skeleton
-from pipelines import (
-    charts,
-    compare,
-    generate,
-    jobs,
-    launch,
-    motions,
-    prepare,
-    rendering,
-    score,
-    spaces,
-    train,
-    tune,
-)  # fmt: skip
-from pipelines.store import how_to_open, tracking_uri
+from pipelines import charts, cli, compare, generate, prepare, score, train, tune
+from pipelines.cluster import launch
+from pipelines.generating import motions, rendering
+from pipelines.sweeping import spaces  # fmt: skip
+from pipelines.tracking.store import how_to_open, tracking_uri
 
-app = jobs.app(
-    "The whole pipeline on real clips: prepare, pre-train, score, train both ways, sweep, generate, compare."
-)
+app = cli.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, sweep, generate, compare.")
 
 ARMS = {"full": "plain training", "entprog": "Ent-Prog"}
 SPACE = "convergence"
@@ -54,10 +42,10 @@ def main(
     base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 500,
     trials: Annotated[int, typer.Option(min=0, help="Trials of the sweep; 0: none (tune.trials).")] = 4,
     trial_seconds: Annotated[float, typer.Option(help="Charged seconds of each trial (train.seconds).")] = 20.0,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
 ) -> None:
     """Run everything once and print the comparison. Settings given here apply to both arms and to the sweep.
 
@@ -66,12 +54,12 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        base_experiment = jobs.experiment("demo_base", None, None, train={"steps": base_steps})
+        base_experiment = cli.experiment("demo_base", None, None, train={"steps": base_steps})
         arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in ARMS]
         sweep = sweep_of(trials, trial_seconds, output, config_file, set_) if trials else None
         if dry_run:
-            jobs.show("Ent-Prog", list(config.settings(arms[1]).items()), ("setting", "value"))
-            jobs.console.print(
+            cli.show("Ent-Prog", list(config.settings(arms[1]).items()), ("setting", "value"))
+            cli.console.print(
                 f"Would prepare real clips, pre-train for {base_steps} steps, score, train {' and '.join(ARMS)} with "
                 f"{seeds} seed(s) of {seconds:g} s each, try {trials} settings for {trial_seconds:g} s each, "
                 f"generate and compare, in {output}."
@@ -79,12 +67,12 @@ def main(
             return {}
         return run(base_experiment, arms, sweep, output, verbose=verbose)
 
-    jobs.run("demo", None if dry_run else output, work, verbose=verbose)
+    cli.run("demo", None if dry_run else output, work, verbose=verbose)
 
 
 def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
     """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
-    return jobs.experiment(
+    return cli.experiment(
         "demo",
         files,
         ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
@@ -96,7 +84,7 @@ def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> con
 
 def sweep_of(trials: int, seconds: float, output: Path, files, pairs) -> config.Sweep:
     """The same experiment, many times over."""
-    return jobs.experiment(
+    return cli.experiment(
         "demo",
         files,
         ["train.steps=null", f"train.seconds={seconds}", *(pairs or [])],
@@ -124,7 +112,7 @@ def run(
     """All the steps; each is skipped when it was finished before."""
     started = time.time()
     tables = output / "cei"
-    with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=sweep is not None, verbose=verbose):
+    with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=sweep is not None, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         videos = assets.demo_videos(output / "videos")
         settings = config.build(
@@ -152,7 +140,7 @@ def run(
         trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
         for experiment in arms:
             name = experiment.schedule.kind
-            jobs.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
+            cli.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
             trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
 
         swept = None
@@ -176,8 +164,8 @@ def run(
     _say(7, "compare (few seeds, a tiny network: this shows the machinery and proves nothing)")
     ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
     compared = compare.run(arms[0].tracking.experiment, output / "compare", wanted=ids)
-    jobs.console.print(f"Held-out motion, truth and both arms: {picture}")
-    jobs.console.print(f"Runs in MLflow: {how_to_open(tracking_uri())}")
+    cli.console.print(f"Held-out motion, truth and both arms: {picture}")
+    cli.console.print(f"Runs in MLflow: {how_to_open(tracking_uri())}")
     return {
         "arms": {name: _arm(results, made[name]) for name, results in trained.items()},
         "base_held_out_loss": base["held_out_loss"],
@@ -217,7 +205,7 @@ def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> P
 
 
 def _say(number: int, what: str) -> None:
-    jobs.console.print(f"\n[bold]{number}/7[/bold] {what}")
+    cli.console.print(f"\n[bold]{number}/7[/bold] {what}")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
-from pipelines import checkpoints, jobs, judging, launch, motions, protocol
-from pipelines.store import connect, masked, one_line, tracking_uri
-from pipelines.tracking import RUN_FILE, Tracker
+from pipelines import cli
+from pipelines.cluster import launch
+from pipelines.generating import checkpoints, judging, motions, protocol
+from pipelines.tracking.store import connect, masked, one_line, tracking_uri
+from pipelines.tracking.tracker import RUN_FILE, Tracker
 
-app = jobs.app("Judge what a checkpoint generates against the truth.")
+app = cli.app("Judge what a checkpoint generates against the truth.")
 
 CPUS_PER_WORKER = 4
 """Logical CPUs for every actor where there is no GPU."""
@@ -37,10 +39,10 @@ SHOWN = 6
 
 def _explain_metrics() -> None:
     known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
-    jobs.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
+    cli.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
 
 
-HelpSettings = jobs.help_settings(Evaluation, also=_explain_metrics)
+HelpSettings = cli.help_settings(Evaluation, also=_explain_metrics)
 
 
 @app.command()
@@ -63,10 +65,10 @@ def main(
     run_id: Annotated[
         str | None, typer.Option("--run", metavar="ID", help="MLflow run that gets the figures [the training's own].")
     ] = None,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
     help_settings: HelpSettings = False,
 ) -> None:
     """Generate a split's clips with a checkpoint (or take them from a folder), and measure them against the truth.
@@ -77,14 +79,14 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
-        chosen = jobs.own_settings(Evaluation, config_file, set_, evaluate=own)
+        chosen = cli.own_settings(Evaluation, config_file, set_, evaluate=own)
         task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
         if dry_run:
             return explain(task)
-        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(task, output, verbose=verbose)
 
-    jobs.run("evaluate", None if dry_run else output, work, verbose=verbose)
+    cli.run("evaluate", None if dry_run else output, work, verbose=verbose)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def explain(task: Task) -> dict[str, Any]:
     source = f"in {task.folder}"
     if task.maker is not None:
         source = f"{len(task.missing)} of them to be generated with {task.maker.root} ({_protocol(task.made)})"
-    jobs.console.print(
+    cli.console.print(
         f"Would judge {len(task.places)} clips of {task.dataset.shape} ({task.settings.evaluate.split} of "
         f"{task.dataset.folder}), {source}, by {', '.join(task.names)}; figures go to "
         f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
@@ -165,17 +167,17 @@ def _protocol(made: dict[str, Any]) -> str:
 
 def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     """Generate what is missing and judge it all on the connected Ray cluster; the job's figures."""
-    jobs.writable(output)
+    cli.writable(output)
     settings, names, missing = task.settings, task.names, task.missing
     for name, why in task.left_out.items():
-        jobs.console.print(f"left out: {name} {why}", markup=False)
+        cli.console.print(f"left out: {name} {why}", markup=False)
     workers, gpus = _workers(settings)
     if task.maker is not None:
         protocol.claim(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:
-            jobs.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}", markup=False)
-    with jobs.stderr_into(output / "ray.log", verbose=verbose):
+            cli.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}", markup=False)
+    with cli.stderr_into(output / "ray.log", verbose=verbose):
         if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
         rows = judging.judge(task.places, names, settings, workers, gpus)
@@ -185,14 +187,14 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
         "cards": {card.id: asdict(card) for card in cards.values()},
     }
-    jobs.write_json(output / "evaluation.json", evaluation)
-    jobs.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
+    cli.write_json(output / "evaluation.json", evaluation)
+    cli.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
     picture = _sheet(task.places, output)
     if task.run_id:
         _log(task.run_id, output, figures)
     _show(evaluation, len(task.places))
-    jobs.console.print(f"How each was measured: {output / 'evaluation.json'}", markup=False)
-    jobs.console.print(f"At a glance: {picture}", markup=False)
+    cli.console.print(f"How each was measured: {output / 'evaluation.json'}", markup=False)
+    cli.console.print(f"At a glance: {picture}", markup=False)
     return {
         "figures": {name: figure.value for name, figure in figures.items()},
         "evaluation": str(output / "evaluation.json"),
@@ -253,7 +255,7 @@ def _figures(
             figures[name] = mean_figure(values, chosen.bootstrap, chosen.confidence, chosen.bootstrap_seed)
         except ValueError as error:
             without[name] = str(error)
-            jobs.console.print(f"left out: {name}: {error}", markup=False)
+            cli.console.print(f"left out: {name}: {error}", markup=False)
     return figures, without
 
 
@@ -280,7 +282,7 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
         (name, figure["value"], interval(figure), evaluation["cards"][figure["card"]]["better"], figure["clips"])
         for name, figure in evaluation["figures"].items()
     ]
-    jobs.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips"))
+    cli.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips"))
 
 
 # ---- around ----
@@ -314,7 +316,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
         told = f"MLflow at {masked(uri)} has no run {run_id} ({one_line(error, uri)})"
         if wanted:
             raise UserError(f"--run: {told}; check MLFLOW_TRACKING_URI") from None
-        jobs.console.print(f"warning: {told}: the figures stay in the output folder", markup=False)
+        cli.console.print(f"warning: {told}: the figures stay in the output folder", markup=False)
         return None
     return run_id
 
@@ -322,7 +324,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
 def _log(run_id: str, output: Path, figures: dict[str, Any]) -> None:
     tracker = Tracker.attach(
         {"uri": tracking_uri(), "run_id": run_id, "output": str(output)},
-        warn=lambda text: jobs.console.print(f"warning: {text}", markup=False),
+        warn=lambda text: cli.console.print(f"warning: {text}", markup=False),
     )
     tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})
     for name in ("evaluation.json", "sheet.png"):

@@ -19,10 +19,11 @@ import typer
 from entprog import config
 from entprog.config import ClipShape, Generation
 from entprog.errors import UserError
-from pipelines import checkpoints, jobs, motions
-from pipelines.checkpoints import Checkpoint
+from pipelines import cli
+from pipelines.generating import checkpoints, motions
+from pipelines.generating.checkpoints import Checkpoint
 
-app = jobs.app("Generate clips from a checkpoint, a reference image and a motion.")
+app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
 
 
 @app.command()
@@ -59,11 +60,11 @@ def main(
     without: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="Show each clip without pose (or reference) beside.")
     ] = None,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
-    help_settings: jobs.help_settings(Generation) = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+    help_settings: cli.help_settings(Generation) = False,
 ) -> None:
     """Generate clips from a checkpoint, a reference image and a motion: give one of --video, --pose or --shards."""
 
@@ -72,10 +73,10 @@ def main(
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
         given["without"] = without
-        chosen = jobs.own_settings(Generation, config_file, set_, generate=own)
+        chosen = cli.own_settings(Generation, config_file, set_, generate=own)
         return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
-    jobs.run("generate", None if dry_run else output, work, verbose=verbose)
+    cli.run("generate", None if dry_run else output, work, verbose=verbose)
 
 
 def run(
@@ -118,7 +119,7 @@ def run(
         names = ", ".join(motion.name for motion in made)
         longest = max(len(motion.pose) for motion in made)
         long = f", the longest of {longest} frames in windows" if longest > shape.frames else ""
-        jobs.console.print(
+        cli.console.print(
             f"Would generate {len(made)} clip(s) of {shape}{long} with {settings.generate.steps} steps from "
             f"{found.root} (conditions: {sees}): {names}",
             markup=False,
@@ -163,8 +164,8 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
 def _generate(
     checkpoint: Checkpoint, made: list[motions.Motion], output: Path, settings: Generation, without: str | None
 ) -> dict[str, Any]:
-    from pipelines import protocol
-    from pipelines.rendering import render
+    from pipelines.generating import protocol
+    from pipelines.generating.rendering import render
 
     how = protocol.how_sampled(checkpoint, settings.generate)
     how |= {"overlap": settings.generate.overlap, "without": without}
@@ -173,12 +174,12 @@ def _generate(
     shape, key = checkpoint.shape, config.digest(how)
     records, picture = render(load, made, shape, output, settings.generate, without, key)
     columns = ("clip", "video", *(["difference"] if without else []))
-    jobs.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
+    cli.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:
         largest = max(record["difference"] for record in records)
         told = "identical: it has no influence yet" if largest == 0 else f"up to {largest} of 255 levels apart"
-        jobs.console.print(f"With and without {without}: {told}")
-    jobs.console.print(f"At a glance: {picture}", markup=False)
+        cli.console.print(f"With and without {without}: {told}")
+    cli.console.print(f"At a glance: {picture}", markup=False)
     return {
         "checkpoint": str(checkpoint.root),
         "shape": checkpoint.shape.model_dump(),

@@ -24,8 +24,9 @@ from entprog.errors import UserError
 from entprog.media import pose
 from entprog.preparing import attempts, cutting, fetching, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
-from pipelines import growing, jobs, packing, progress, sheets
-from pipelines import latents as caching
+from pipelines import cli
+from pipelines.preparing import additions, contact_sheet, packing, progress
+from pipelines.preparing import latents as caching
 
 Row = dict[str, Any]
 
@@ -35,7 +36,7 @@ BLOCKS_PER_CPU = 100
 ROWS_PER_BLOCK = 10
 """Sources in one task of Ray Data at most: what a crash makes it do again."""
 
-app = jobs.app("Cut videos of people into shards of clips with pose, ready for training.")
+app = cli.app("Cut videos of people into shards of clips with pose, ready for training.")
 
 
 @app.command()
@@ -74,12 +75,12 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="With --latents: diffusers folder or hub name of the VAE (model.base).")
     ] = None,
-    preset: jobs.Preset = None,
-    config_file: jobs.ConfigFile = None,
-    set: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
-    help_settings: jobs.help_settings(config.Preparation) = False,
+    preset: cli.Preset = None,
+    config_file: cli.ConfigFile = None,
+    set: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+    help_settings: cli.help_settings(config.Preparation) = False,
 ) -> None:
     """Cut videos of people into shards of clips with pose, ready for training.
 
@@ -107,12 +108,12 @@ def main(
                 caching.check_model(encoding, settings.data.shape)
             figures = plan(input, output, settings) if dry_run else run(input, output, settings, verbose=verbose)
         if latents and dry_run and input is not None and not (output / "dataset.json").exists():
-            jobs.console.print("then latents: their size and time can be said once there are clips to measure on")
+            cli.console.print("then latents: their size and time can be said once there are clips to measure on")
         elif latents:
             figures |= {"latents": caching.run(output, encoding, dry_run=dry_run, verbose=verbose)}
         return figures
 
-    jobs.run("prepare", None if dry_run else output, work, verbose=verbose)
+    cli.run("prepare", None if dry_run else output, work, verbose=verbose)
 
 
 def preparation(
@@ -124,7 +125,7 @@ def preparation(
     `shape` and `own` are the command's own options; None values are left out.
     Raises UserError for any wrong name or value.
     """
-    values = config.read_preset(preset, jobs.PRESETS) if preset else {}
+    values = config.read_preset(preset, cli.PRESETS) if preset else {}
     for path in files or []:
         values = config.merge(values, config.read_yaml(path))
     of_data = {"shape": (values.get("data") or {}).get("shape") or {}}
@@ -158,7 +159,7 @@ class Work:
     """What a command is about to do."""
 
     found: Inputs
-    before: growing.Before | None
+    before: additions.Before | None
     to_do: list[Row]
     """Sources that no dataset in the output has."""
     held: set[str]
@@ -168,26 +169,26 @@ class Work:
 def look(given: str | Path, output: Path, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
     found = inputs.find(given, settings.prepare.frames_fps, output)
-    before = growing.read(output)
+    before = additions.read(output)
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
     held = named(files, settings.prepare.held_out)
     if before is None:
         return Work(found, None, found.rows, held)
-    growing.check_settings(before, output, settings, held)
+    additions.check_settings(before, output, settings, held)
     shards.verify(before.dataset, "size")
-    return Work(found, before, growing.to_do(before, found.rows, output, settings), held)
+    return Work(found, before, additions.to_do(before, found.rows, output, settings), held)
 
 
 def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, Any]:
     """What would be done, printed (--dry-run)."""
     work = look(given, output, settings)
     rows = work.found.rows
-    jobs.show("settings", list(config.flat(settings.model_dump(mode="json")).items()), ("setting", "value"))
+    cli.show("settings", list(config.flat(settings.model_dump(mode="json")).items()), ("setting", "value"))
     tried = [row for row in rows if inputs.is_video(row)]
     size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 
     def say(text: str) -> None:
-        jobs.console.print(text, markup=False)
+        cli.console.print(text, markup=False)
 
     say(f"input: {work.found.kind} {fetching.without_secrets(str(given))}")
     say(f"{len(rows)} files, {len(tried)} of them videos by name ({size})")
@@ -215,40 +216,40 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
     work = look(given, output, settings)
-    growing.mend(output, work.before)
+    additions.mend(output, work.before)
     if work.before is not None and not work.to_do:
         if (output / "parts").exists():  # killed after the dataset was finished
-            sheets.of_dataset(output, work.before.dataset)
+            contact_sheet.of_dataset(output, work.before.dataset)
             shutil.rmtree(output / "parts")
-        jobs.console.print(f"nothing to do: {output} is finished, with the same input and settings", markup=False)
+        cli.console.print(f"nothing to do: {output} is finished, with the same input and settings", markup=False)
         return _report(output, ledger.summary(work.before.lines))
     _claim(output, settings)
     if work.before is not None:
-        jobs.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}", markup=False)
+        cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}", markup=False)
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
     parts.mkdir(exist_ok=True)
     records = {file: packing.read_part(parts, key) for file, key in keys.items()}
     left = [row for row in work.to_do if records[row["file"]] is None]
     if len(left) < len(work.to_do):
-        jobs.console.print(f"resuming: {len(work.to_do) - len(left)} of {len(work.to_do)} sources are done already")
+        cli.console.print(f"resuming: {len(work.to_do) - len(left)} of {len(work.to_do)} sources are done already")
     tally = progress.Tally(sum(inputs.is_video(row) for row in work.to_do), settings.prepare.max_rejected)
-    with jobs.stderr_into(output / "prepare.log", verbose=verbose):
+    with cli.stderr_into(output / "prepare.log", verbose=verbose):
         try:
             for file, record in records.items():
                 if record is not None:
                     tally.count(file, record["ledger"][0]["reason"])
             pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
-            with jobs.ray_cluster(cpus=2, verbose=verbose) as ray:
+            with cli.ray_cluster(cpus=2, verbose=verbose) as ray:
                 _cut_all(ray, left, parts, keys, settings, tally)
                 written, lines = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:
             path = output / "ledger.partial.parquet"
             ledger.write(path, [line for part in _records(parts, keys) for line in part["ledger"]])
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
-    dataset = growing.finish(output, settings, lines, written)
+    dataset = additions.finish(output, settings, lines, written)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
-    sheets.of_dataset(output, dataset)
+    contact_sheet.of_dataset(output, dataset)
     shutil.rmtree(parts)
     return _report(output, ledger.summary(lines))
 
@@ -258,8 +259,8 @@ def _claim(output: Path, settings: Preparation) -> None:
     mark = output / "prepare.json"
     mine = packing.cut_settings(settings)
     if mark.exists() and (theirs := json.loads(mark.read_text())) != mine:
-        growing.refuse(output, theirs, mine)
-    jobs.write_json(mark, mine)
+        additions.refuse(output, theirs, mine)
+    cli.write_json(mark, mine)
 
 
 def _cut_all(
@@ -351,10 +352,10 @@ def _report(output: Path, figures: Row) -> Row:
     for name, infos in dataset.splits.items():
         size = sum(shard.bytes for shard in infos)
         splits[name] = {"clips": dataset.clips(name), "shards": len(infos), "bytes": size}
-        jobs.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
+        cli.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
     if not dataset.clips("held_out"):
-        jobs.console.print("[yellow]nothing is held out[/yellow]: training has no clips to measure its loss on")
-    jobs.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
+        cli.console.print("[yellow]nothing is held out[/yellow]: training has no clips to measure its loss on")
+    cli.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
     shape = dataset.shape.model_dump()
     return {**figures, "splits": splits, "shape": shape, "fingerprint": dataset.fingerprint, "output": str(output)}
 
@@ -365,7 +366,7 @@ def _show(figures: Row) -> None:
     for reason in {**figures["inputs"]["rejected"], **figures["clips"]["rejected"]}:
         counts = (figures[kind]["rejected"].get(reason, 0) for kind in ("inputs", "clips"))
         rows.append((f"rejected: {reason}", *counts))
-    jobs.show("prepared", rows, ("", "files", "clips"))
+    cli.show("prepared", rows, ("", "files", "clips"))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from entprog import config
 from entprog.config import Experiment
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
-from pipelines import charts, jobs, launch
+from pipelines import charts, cli
+from pipelines.cluster import launch
 from pipelines.train import TABLES, check
 
-app = jobs.app("Score the blocks of a network by Conditional Entropy Inflation.")
+app = cli.app("Score the blocks of a network by Conditional Entropy Inflation.")
 
 
 @app.command()
 def main(
-    preset: jobs.Preset = None,
+    preset: cli.Preset = None,
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
@@ -34,11 +35,11 @@ def main(
             help="Stop once Kendall's τ between two halves of the draws has reached this (priority.until_stable).",
         ),
     ] = None,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
-    help_settings: jobs.help_settings() = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+    help_settings: cli.help_settings() = False,
 ) -> None:
     """Skip every block in turn and measure what it does to the prediction's entropy and to the loss.
 
@@ -46,7 +47,7 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        experiment = jobs.experiment(
+        experiment = cli.experiment(
             preset,
             config_file,
             set_,
@@ -56,23 +57,23 @@ def main(
         )
         if dry_run:
             return explain(experiment)
-        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, output, tables=tables)
 
-    jobs.run("score", None if dry_run else output, work, verbose=verbose)
+    cli.run("score", None if dry_run else output, work, verbose=verbose)
 
 
 def explain(experiment: Experiment) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     dataset = check(experiment)
     settings = config.settings(experiment)
-    jobs.show("Experiment", list(settings.items()), ("setting", "value"))
+    cli.show("Experiment", list(settings.items()), ("setting", "value"))
     priority = experiment.priority
     until = f", or fewer once τ between halves is {priority.until_stable:g}" if priority.until_stable else ""
     work = f"with {priority.conditions} conditions × {priority.draws} draws{until}"
     if priority.kind in priorities.WITHOUT_DATA:
         work = "without looking at clips"
-    jobs.console.print(
+    cli.console.print(
         f"Would score the blocks of {experiment.model.family} from {experiment.model.base or 'new weights'} by "
         f"{priority.kind} {work}, on {dataset.clips('train')} clips."
     )
@@ -81,13 +82,13 @@ def explain(experiment: Experiment) -> dict[str, Any]:
 
 def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures."""
-    jobs.writable(output)
+    cli.writable(output)
     check(experiment)
     settings = {
         "tables": str(tables.resolve()),
         "threads": launch.threads(experiment),
     }
-    with jobs.console.status("scoring blocks") as status:
+    with cli.console.status("scoring blocks") as status:
 
         def heard(item: dict[str, Any]) -> None:
             if "scored" in item:
@@ -95,20 +96,20 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
 
         known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", heard)
     table = ScoreTable.from_json(known)
-    jobs.write_json(output / "cei.json", known)
+    cli.write_json(output / "cei.json", known)
     charts.cei_chart(known, output / "cei.png")
     ranked = sorted(table.priority(experiment.priority.sign).items(), key=lambda item: -item[1])
     rank = {name: number for number, (name, _) in enumerate(ranked, 1)}
     skipping = table.blocks[0].loss_increase is not None  # kinds that skip blocks measure all three at once
     measures = {"pi_std": "π (std)", "pi_elementwise": "π (elementwise)", "loss_increase": "loss increase"}
     measures = measures if skipping else {}
-    jobs.show(
+    cli.show(
         f"{charts.KINDS[table.kind]}, {table.conditions} conditions × {table.draws} draws",
         [(b.name, b.score, b.std_error, *(getattr(b, name) for name in measures), rank[b.name]) for b in table.blocks],
         ("block", "score", "± std error", *measures.values(), "rank"),
     )
     for line in table.warnings(experiment.priority.sign):
-        jobs.console.print(f"warning: {line}", markup=False)
+        cli.console.print(f"warning: {line}", markup=False)
     return {
         "table": str(output / "cei.json"),
         "chart": str(output / "cei.png"),

@@ -23,11 +23,14 @@ from entprog.models import fingerprints, lora
 from entprog.schedule import plans
 from entprog.training import storage
 from entprog.training.storage import Place
-from pipelines import charts, expectation, jobs, launch, phases, registry, stages, stalls, worker
-from pipelines.store import how_to_open, tracking_uri
-from pipelines.tracking import Tracker, deliver_pending
+from pipelines import charts, cli
+from pipelines.cluster import launch, stalls
+from pipelines.tracking import registry, stages
+from pipelines.tracking.store import how_to_open, tracking_uri
+from pipelines.tracking.tracker import Tracker, deliver_pending
+from pipelines.training import expectation, phases, worker
 
-app = jobs.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
+app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
 TABLES = Path("out/cei")
 """Where score tables are kept by their key, for every run of a working directory to share."""
@@ -35,7 +38,7 @@ TABLES = Path("out/cei")
 
 @app.command()
 def main(
-    preset: jobs.Preset = None,
+    preset: cli.Preset = None,
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
     schedule: Annotated[
@@ -48,11 +51,11 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.")] = Path(
         "out/train"
     ),
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
-    help_settings: jobs.help_settings() = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+    help_settings: cli.help_settings() = False,
 ) -> None:
     """Fine-tune on prepared clips: score blocks, then train the ones that matter.
 
@@ -60,7 +63,7 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        experiment = jobs.experiment(
+        experiment = cli.experiment(
             preset,
             config_file,
             set_,
@@ -73,10 +76,10 @@ def main(
         )
         if dry_run:
             return explain(experiment, output)
-        with jobs.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, output)
 
-    jobs.run("train", None if dry_run else output, work, verbose=verbose)
+    cli.run("train", None if dry_run else output, work, verbose=verbose)
 
 
 def check(experiment: Experiment) -> shards.Dataset:
@@ -126,12 +129,12 @@ def check_phases(experiment: Experiment, output: Path) -> dict[str, tuple[Experi
 
 def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
-    jobs.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
+    cli.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
     if experiment.phases:
         parts = check_phases(experiment, output)
         first = next(iter(parts.values()))[0]
         for name, (phase, dataset) in parts.items():
-            jobs.console.print(f"Phase {name}, conditions {', '.join(phase.model.conditions)}, {phase.data.shape}:")
+            cli.console.print(f"Phase {name}, conditions {', '.join(phase.model.conditions)}, {phase.data.shape}:")
             _explain(phase, dataset, first.model)
     else:
         _explain(experiment, check(experiment), experiment.model)
@@ -142,7 +145,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     train, schedule = experiment.train, experiment.schedule
     budgets = ((train.steps, "steps"), (train.seconds, "s"), (train.flops, "FLOPs"))
     ends = [f"{number:g} {unit}" for number, unit in budgets if number]
-    jobs.console.print(
+    cli.console.print(
         f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
         f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
@@ -175,7 +178,7 @@ def run(
     run, beside its own. listen: gets all that rank 0 posts, in the order in which it happened.
     """
     started = time.time()
-    jobs.writable(output)
+    cli.writable(output)
     if experiment.phases:
         check_phases(experiment, output)
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
@@ -184,7 +187,7 @@ def run(
     finished = output / "finished.json"
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == key:
         deliver_pending(output)
-        jobs.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
+        cli.console.print(f"Already finished: {output} (another --output, or other settings, for a new run).")
         return known["result"]
     expectation.tell(experiment)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
@@ -199,7 +202,7 @@ def run(
         experiment.tracking.run_name or f"{experiment.name}-{experiment.schedule.kind}",
         params=config.settings(experiment),
         tags={
-            "entprog.commit": jobs.commit(),
+            "entprog.commit": cli.commit(),
             "entprog.data": dataset.fingerprint,
             "entprog.held_out": fingerprints.held_out(experiment, dataset),
             "entprog.base": fingerprints.base(experiment.model),
@@ -254,7 +257,7 @@ def run(
         raise
     stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")
-    jobs.write_json(finished, {"identity": key, "result": result})
+    cli.write_json(finished, {"identity": key, "result": result})
     _show(result, output, uri)
     return result
 
@@ -294,14 +297,14 @@ def _leave_charts(
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     files += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
     sheet = dataset.folder / "contact_sheet.png"
-    jobs.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
+    cli.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
     files += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
     for file in [*files, *([sheet] if sheet.exists() else [])]:
         tracker.artifact(file)
 
 
 def _show(result: dict[str, Any], output: Path, uri: str) -> None:
-    jobs.show(
+    cli.show(
         "Training",
         [
             ("held-out loss", result["held_out_loss"]),
@@ -319,8 +322,8 @@ def _show(result: dict[str, Any], output: Path, uri: str) -> None:
         ("figure", "value"),
     )
     for line in result["advice"]:
-        jobs.console.print(line, markup=False)
-    jobs.console.print(f"Compare runs: {how_to_open(uri)}")
+        cli.console.print(line, markup=False)
+    cli.console.print(f"Compare runs: {how_to_open(uri)}")
 
 
 def _shares(seconds: dict[str, float], *names: str) -> str:
@@ -355,8 +358,8 @@ class _Display:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=jobs.console,
-            disable=not jobs.console.is_terminal,
+            console=cli.console,
+            disable=not cli.console.is_terminal,
         )
         self.task = self.bar.add_task("starting workers", total=self.total)
 

@@ -20,11 +20,15 @@ from entprog import config, models
 from entprog.config import Sweep
 from entprog.errors import UserError
 from entprog.schedule import plans
-from pipelines import findings, jobs, launch, spaces, stages, sweep, sweep_charts, train, trial, worker
-from pipelines.store import how_to_open, tracking_uri
-from pipelines.tracking import RUN_FILE, Tracker
+from pipelines import cli, train
+from pipelines.cluster import launch
+from pipelines.sweeping import charts, findings, spaces, sweep, trial
+from pipelines.tracking import stages
+from pipelines.tracking.store import how_to_open, tracking_uri
+from pipelines.tracking.tracker import RUN_FILE, Tracker
+from pipelines.training import worker
 
-app = jobs.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
+app = cli.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
 
 RECORD = "sweep.json"
 FREE = ("tune.retries",)
@@ -40,7 +44,7 @@ def main(
             f"'{spaces.EXAMPLE}'."
         ),
     ],
-    preset: jobs.Preset = None,
+    preset: cli.Preset = None,
     trials: Annotated[int | None, typer.Option(help="Settings tried (tune.trials).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Charged seconds of each training (train.seconds).")] = None,
     search: Annotated[str | None, typer.Option(help="optuna, random or grid (tune.search).")] = None,
@@ -56,11 +60,11 @@ def main(
         "out/sweep"
     ),
     tables: Annotated[Path, typer.Option(help="Where score tables are kept, for every run to share.")] = train.TABLES,
-    config_file: jobs.ConfigFile = None,
-    set_: jobs.Set = None,
-    dry_run: jobs.DryRun = False,
-    verbose: jobs.Verbose = False,
-    help_settings: jobs.help_settings(Sweep, only="tune.") = False,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+    help_settings: cli.help_settings(Sweep, only="tune.") = False,
 ) -> None:
     """Train under many settings, each for the same charged seconds, and say which settings matter.
 
@@ -70,7 +74,7 @@ def main(
 
     def work() -> dict[str, Any]:
         pairs = [f"train.seconds={seconds}", "train.steps=null"] if seconds is not None else []
-        wanted = jobs.experiment(
+        wanted = cli.experiment(
             preset,
             config_file,
             [*pairs, *(set_ or [])],
@@ -89,10 +93,10 @@ def main(
         if dry_run:
             return explain(wanted, found)
         check(wanted, found)  # before Ray starts
-        with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
+        with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
             return run(wanted, found, output, tables=tables, verbose=verbose)
 
-    jobs.run("tune", None if dry_run else output, work, verbose=verbose)
+    cli.run("tune", None if dry_run else output, work, verbose=verbose)
 
 
 def check(wanted: Sweep, space: spaces.Space) -> None:
@@ -119,7 +123,7 @@ def check(wanted: Sweep, space: spaces.Space) -> None:
 def resources() -> dict[str, float]:
     """Of the cluster that a run would use; of a local Ray as it would be started."""
     if os.environ.get("RAY_ADDRESS"):
-        with jobs.ray_cluster(launch.LOCAL_CPUS) as ray:
+        with cli.ray_cluster(launch.LOCAL_CPUS) as ray:
             return ray.cluster_resources()
     import torch
 
@@ -132,13 +136,13 @@ def explain(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
     settings, experiment = wanted.tune, wanted.experiment()
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
-    jobs.show("Space", rows, ("setting", "values", "without the sweep"))
-    jobs.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
+    cli.show("Space", rows, ("setting", "values", "without the sweep"))
+    cli.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
     share = sweep.share(experiment, settings, resources(), os.cpu_count() or 1)
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
-    jobs.console.print(
+    cli.console.print(
         f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
         f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "
         f"{share.threads} thread(s) each): about {_minutes(least)} to {_minutes(most)} with start-up."
@@ -158,10 +162,10 @@ def run(
     import ray
 
     check(wanted, space)
-    jobs.writable(output)
+    cli.writable(output)
     experiment, settings = wanted.experiment(), wanted.tune
     if settings.early_stop and not sweep.stops_early(settings):
-        jobs.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
+        cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
     given = _record(wanted, space, output, now)["share"]
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
@@ -174,7 +178,7 @@ def run(
         experiment.tracking.experiment,
         experiment.tracking.run_name or f"sweep-{output.name}",
         params={**config.settings(wanted), **{f"space/{k}": v for k, v in spaces.described(space)}},
-        tags={"entprog.kind": "sweep", "entprog.commit": jobs.commit()},
+        tags={"entprog.kind": "sweep", "entprog.commit": cli.commit()},
     )
     spec = trial.Spec(
         experiment=shared,
@@ -225,7 +229,7 @@ def _record(wanted: Sweep, space: spaces.Space, output: Path, share: sweep.Share
             raise UserError(f"{output} holds a sweep with other settings, space or data: choose another --output")
         return known
     record = {"identity": identity, "share": vars(share), "space": dict(spaces.described(space))}
-    jobs.write_json(path, record)
+    cli.write_json(path, record)
     return record
 
 
@@ -291,13 +295,13 @@ def _leave(
     evidence = findings.evidence(rows, space, wanted.train.seconds, settings)
     said = findings.findings(evidence, space, best, rows, settings.seeds)
     files = [output / "best.yaml", output / "trials.csv"]
-    files.append(sweep_charts.trials_chart(ranked, best["id"], output / "trials.png"))
+    files.append(charts.trials_chart(ranked, best["id"], output / "trials.png"))
     if said["responses"]:
-        files.append(sweep_charts.response_chart(evidence, said["responses"], space, output / "response.png"))
+        files.append(charts.response_chart(evidence, said["responses"], space, output / "response.png"))
     if said["importance"]:
-        files.append(sweep_charts.importance_chart(said["importance"], evidence.label, output / "importance.png"))
+        files.append(charts.importance_chart(said["importance"], evidence.label, output / "importance.png"))
     if len(settings.objectives) > 1:
-        files.append(sweep_charts.pareto_chart(finished, front, settings.objectives, output / "pareto.png"))
+        files.append(charts.pareto_chart(finished, front, settings.objectives, output / "pareto.png"))
     for file in files:
         tracker.artifact(file)
     counts = {how: sum(row["status"] == how for row in rows) for how in ("finished", "stopped", "failed")}
@@ -360,16 +364,16 @@ def _show(result: Mapping[str, Any], output: Path) -> None:
     ]  # fmt: skip
     columns = ("trial", "status", "held-out loss", "± seeds", "s / search", "MiB", "best")
     more = f", {SHOWN} of them here, all in {output / 'trials.csv'}" if len(result["trials"]) > SHOWN else ""
-    jobs.show(f"{len(result['trials'])} trials{more}", rows, columns)
-    jobs.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
+    cli.show(f"{len(result['trials'])} trials{more}", rows, columns)
+    cli.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
     for row in result["trials"]:
         if row["status"] == "failed":
-            jobs.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}", markup=False)
+            cli.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}", markup=False)
     for line in result["recommendation"]:
-        jobs.console.print(f"- {line}", markup=False)
-    jobs.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
-    jobs.console.print(f"Charts: {', '.join(result['charts'])}")
-    jobs.console.print(f"Compare runs: {how_to_open(tracking_uri())}")
+        cli.console.print(f"- {line}", markup=False)
+    cli.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
+    cli.console.print(f"Charts: {', '.join(result['charts'])}")
+    cli.console.print(f"Compare runs: {how_to_open(tracking_uri())}")
 
 
 def _number(value: Any) -> str:

@@ -59,7 +59,7 @@ def latents(positions, conditions=("reference", "pose")) -> Latents:
 
 
 def batches(experiment: config.Experiment, rank: int = 0, world: int = 1):
-    """The run's sequence of clips, cut for one rank, as `pipelines.feed.stream` does it."""
+    """The run's sequence of clips, cut for one rank, as `pipelines.stream.feed.stream` does it."""
     size = experiment.data.batch_size
 
     def open_at(shape, position):

@@ -18,7 +18,9 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.media import assets, color, h264, video
-from pipelines import feed, stalls, train
+from pipelines import train
+from pipelines.cluster import stalls
+from pipelines.stream import feed
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import h264
-from pipelines import charts, compare, worker
-from pipelines import store as store_of_runs
+from pipelines import charts, compare
 from pipelines.comparison import drawings, groups, verdict, words
 from pipelines.comparison.runs import Point, Training
-from pipelines.tracking import Tracker
+from pipelines.tracking import store as store_of_runs
+from pipelines.tracking.tracker import Tracker
+from pipelines.training import worker
 
 LIKE = {"entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "entprog.device": "cpu"}
 CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}

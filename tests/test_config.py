@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from entprog import config
 from entprog.errors import UserError
-from pipelines import jobs
+from pipelines import cli
 
 names = st.sampled_from(["a", "b", "c"])
 nested = st.recursive(st.integers(), lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=8)
@@ -31,16 +31,16 @@ def test_model_init_is_one_value():
     assert config.merge({"model": {"init": {"a": 1}}}, {"model": {"init": {}}}) == {"model": {"init": {}}}
 
 
-@pytest.mark.parametrize("name", config.presets(jobs.PRESETS))
+@pytest.mark.parametrize("name", config.presets(cli.PRESETS))
 def test_every_preset_builds_and_survives_its_own_json(name):
-    experiment = jobs.experiment(name, None, None)
+    experiment = cli.experiment(name, None, None)
     assert experiment.name == name
     assert config.build(experiment.model_dump(mode="json")) == experiment
 
 
 def test_order_of_precedence(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {steps: 7, learning_rate: 1e-3}")
-    experiment = jobs.experiment("demo", [tmp_path / "a.yaml"], ["train.steps=9"], train={"steps": 8, "seed": 3})
+    experiment = cli.experiment("demo", [tmp_path / "a.yaml"], ["train.steps=9"], train={"steps": 8, "seed": 3})
     assert (experiment.train.steps, experiment.train.seed, experiment.train.learning_rate) == (9, 3, 1e-3)
 
 
@@ -62,5 +62,5 @@ def test_every_setting_is_explained():
 )
 def test_wrong_settings_are_one_line(pairs, told):
     with pytest.raises(UserError) as error:
-        jobs.experiment("demo", None, pairs)
+        cli.experiment("demo", None, pairs)
     assert told in str(error.value) and "\n" not in str(error.value)

@@ -24,7 +24,7 @@ from test_train import SETTINGS
 
 from entprog import config
 from entprog.training import checkpoint
-from pipelines import jobs
+from pipelines import cli
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
@@ -80,7 +80,7 @@ def test_the_rayjob_asks_for_what_its_pods_have():
     command = shlex.split(values["spec"]["entrypoint"])
     assert command[:3] == ["python", "-m", "pipelines.train"]
     pairs = [after for option, after in itertools.pairwise(command) if option == "--set"]
-    experiment = jobs.experiment("demo", None, pairs, data={"shards": "x"})
+    experiment = cli.experiment("demo", None, pairs, data={"shards": "x"})
     (gpu,) = [group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu"]
     (container,) = gpu["template"]["spec"]["containers"]
     assert experiment.train.workers <= container["resources"]["limits"]["nvidia.com/gpu"] * gpu["maxReplicas"]
@@ -171,7 +171,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    with jobs.ray_cluster(4):
+    with cli.ray_cluster(4):
         return two_people(tmp_path_factory)
 
 

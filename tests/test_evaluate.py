@@ -17,9 +17,10 @@ from entprog.errors import UserError
 from entprog.models.wan import load
 from entprog.quality.card import unlike
 from entprog.quality.metrics import Meter
-from pipelines import evaluate, generate, jobs, judging, motions
-from pipelines.store import connect, tracking_uri
-from pipelines.tracking import Tracker
+from pipelines import cli, evaluate, generate
+from pipelines.generating import judging, motions
+from pipelines.tracking.store import connect, tracking_uri
+from pipelines.tracking.tracker import Tracker
 from tests.test_generate import SHAPE, row
 from tests.test_wan import NETWORK
 
@@ -43,7 +44,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with jobs.ray_cluster(2) as ray:
+    with cli.ray_cluster(2) as ray:
         yield ray
 
 
@@ -140,7 +141,7 @@ def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
         chosen = config.build({"generate": {"steps": 1, "count": 3, "pose_guidance": 2.0}}, config.Generation)
         return generate.run(made / "run", tmp_path / "made", chosen, shards=made / "shards")
 
-    jobs.run("generate", tmp_path / "made", work)
+    cli.run("generate", tmp_path / "made", work)
     moved = (tmp_path / "made").rename(tmp_path / "elsewhere")
     folder = evaluate.protocol.how_given(moved)
     assert folder["steps"] == 1 and folder["guidance"] == "reference 1, pose 2"

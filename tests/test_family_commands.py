@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from entprog import models
 from entprog.config import ClipShape
 from entprog.media import h264
-from pipelines import compare, evaluate, generate, jobs, judging, launch, train
-from pipelines.store import connect, tracking_uri
+from pipelines import cli, compare, evaluate, generate, train
+from pipelines.cluster import launch
+from pipelines.generating import judging
+from pipelines.tracking.store import connect, tracking_uri
 
 SHAPE = ClipShape(frames=4, height=32, width=32, fps=12)
 SETTINGS = {
@@ -39,7 +41,7 @@ def place(tmp_path_factory):
     splits["held_out"] = [[row("cam04", "held_out", start_s, SHAPE) for start_s in (0.0, 0.3)]]
     write(folder / "shards", splits, SHAPE)
     try:
-        with jobs.ray_cluster(launch.LOCAL_CPUS):
+        with cli.ray_cluster(launch.LOCAL_CPUS):
             yield folder
     finally:
         os.chdir(before)

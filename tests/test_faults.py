@@ -17,7 +17,8 @@ from ray.cluster_utils import Cluster
 from test_train import SETTINGS
 
 from entprog import config
-from pipelines import elastic, jobs, train
+from pipelines import cli, train
+from pipelines.cluster import elastic
 
 MIB = 2**20
 
@@ -76,7 +77,7 @@ def place(tmp_path_factory):
     nodes = Nodes()
     try:
         os.environ["RAY_ADDRESS"] = nodes.cluster.address
-        with jobs.ray_cluster(4):
+        with cli.ray_cluster(4):
             yield folder, nodes
     finally:
         nodes.cluster.shutdown()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ray import tune
 
 from entprog import config
-from pipelines import findings, trial
+from pipelines.sweeping import findings, trial
 
 SPACE = {
     "schedule.cei_threshold": tune.uniform(0.0, 0.5),

@@ -18,7 +18,8 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.models.wan import load
-from pipelines import generate, motions
+from pipelines import generate
+from pipelines.generating import motions
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)

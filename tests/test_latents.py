@@ -21,8 +21,9 @@ from entprog import config, models
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
-from pipelines import batches, feed, jobs, prepare, train
-from pipelines import latents as caching
+from pipelines import cli, prepare, train
+from pipelines.preparing import latents as caching
+from pipelines.stream import batches, feed
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
 BATCH = 2
@@ -173,7 +174,7 @@ def test_damage_is_found(dataset, denoiser):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    with jobs.ray_cluster(4):
+    with cli.ray_cluster(4):
         yield folder
     del os.environ["MLFLOW_TRACKING_URI"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError
-from pipelines import packing
+from pipelines.preparing import packing
 
 names = st.integers(0, 60).map("{}.mp4".format)
 splits = st.sampled_from(shards.SPLITS)

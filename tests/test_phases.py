@@ -24,7 +24,8 @@ from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.schedule import plans
-from pipelines import jobs, launch, prepare, train
+from pipelines import cli, prepare, train
+from pipelines.cluster import launch
 
 SHAPE = {"frames": 2, "height": 48, "width": 32, "fps": 12}
 SETTINGS = {
@@ -56,7 +57,7 @@ def place(tmp_path_factory):
         shutil.copy(assets.clip(name.removesuffix(".mp4")), folder / "videos" / name)
     settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 6}}
     try:
-        with jobs.ray_cluster(launch.LOCAL_CPUS):
+        with cli.ray_cluster(launch.LOCAL_CPUS):
             prepare.run(folder / "videos", folder / "shards", config.build(settings, config.Preparation))
             yield folder
     finally:
@@ -118,7 +119,7 @@ def interrupted(place):
 
 def test_phases_equal_the_trainings_by_hand(interrupted, place):
     result, output = interrupted
-    values = yaml.safe_load((jobs.PRESETS / "three_phases.yaml").read_text())
+    values = yaml.safe_load((cli.PRESETS / "three_phases.yaml").read_text())
     values = config.merge(values, SETTINGS) | {"name": "by-hand"}
     own = values.pop("phases")
     base = {"base": str(output / "subject" / "model"), "init": {}}

@@ -20,7 +20,8 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.preparing import attempts, cutting, inputs, ledger, probing
-from pipelines import packing, prepare
+from pipelines import prepare
+from pipelines.preparing import packing
 
 ARGUMENTS = ["--frames", "6", "--height", "48", "--width", "32", "--fps", "10", "--stride", "3", "--held-out", "cam04"]
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from entprog.data import shards
 from entprog.media import assets, h264, video
 from entprog.preparing import ledger
-from pipelines import jobs, prepare
+from pipelines import cli, prepare
 
 SHAPE = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "2"]
 
@@ -34,7 +34,7 @@ def run(*arguments):
 @pytest.fixture(scope="module", autouse=True)
 def one_ray():
     """A Ray that all runs of this module join."""
-    with jobs.ray_cluster(cpus=2):
+    with cli.ray_cluster(cpus=2):
         yield
     assert not ray.is_initialized()
 

@@ -6,7 +6,7 @@ import torch
 
 from entprog import config, models
 from entprog.blocks import blocks
-from pipelines import jobs
+from pipelines import cli
 
 SD_VAE = (
     diffusers.AutoencoderKL,
@@ -66,13 +66,13 @@ PUBLISHED = {
 
 
 def test_every_preset_of_a_published_checkpoint_is_tested():
-    experiments = {name: config.read_preset(name, jobs.PRESETS) for name in config.presets(jobs.PRESETS)}
+    experiments = {name: config.read_preset(name, cli.PRESETS) for name in config.presets(cli.PRESETS)}
     assert {name for name, values in experiments.items() if values.get("model", {}).get("base")} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_fits_the_published_network(name):
-    experiment = jobs.experiment(name, None, None)
+    experiment = cli.experiment(name, None, None)
     cls = models.family(experiment.model.family).load.args[0]
     values, (kind, sizes), parameters, count = PUBLISHED[name]
     with torch.device("meta"):

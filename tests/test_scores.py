@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from entprog.blocks import blocks
 from entprog.config import Priority
 from entprog.scoring import cei, priorities, tables
-from pipelines import score, worker
+from pipelines import score
+from pipelines.training import worker
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from ray import tune
 
 from entprog import config
 from entprog.errors import UserError
-from pipelines import spaces
+from pipelines.sweeping import spaces
 
 BASE = tiny_experiment(data={"shape": {"frames": 4, "height": 32, "width": 32}})
 

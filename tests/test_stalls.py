@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import stalls
-from pipelines.stalls import Stalls, Store
+from pipelines.cluster import stalls
+from pipelines.cluster.stalls import Stalls, Store
 
 SECONDS = st.floats(0, 1e5)
 

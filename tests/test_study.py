@@ -21,7 +21,8 @@ from entprog.media import h264
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
-from pipelines import expectation, jobs
+from pipelines import cli
+from pipelines.training import expectation
 
 FULL = {
     "backward": ["exact", "residual"], "candidates": [0.25, 1.0], "kind": "entprog", "search_share": 0.1,
@@ -100,7 +101,7 @@ def bench(tmp_path_factory):
         }
         shards.write_dataset(out, SMOKE.rendered, infos, {})
     bench = Bench(SMOKE, folder, torch.device("cpu"))
-    jobs.write_json(folder / Unit(kind="clips", task="wan_rendered").file, {"commit": "x"})
+    cli.write_json(folder / Unit(kind="clips", task="wan_rendered").file, {"commit": "x"})
     return bench
 
 
@@ -116,7 +117,7 @@ def test_units_go_through_fit_and_are_done_once(bench, monkeypatch):
     assert not study.do(bench, base, study.read(bench))
     for number, rate in enumerate(SMOKE.rates):
         tried = Unit(kind="tune", task="wan_rendered", arm="past", seed=SMOKE.tune_seed, rate=rate)
-        jobs.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
+        cli.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
     done = study.read(bench)
     assert done.is_ready(SMOKE, run) and done.rate(SMOKE, run) == SMOKE.rates[1]  # a run that diverged never wins
 

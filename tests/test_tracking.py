@@ -14,9 +14,9 @@ import pytest
 from conftest import SHAPE, tiny_denoiser, tiny_experiment
 
 from entprog.errors import UserError
-from pipelines import registry, tracking
-from pipelines import store as mlflow_store
-from pipelines.tracking import Tracker
+from pipelines.tracking import registry, tracker
+from pipelines.tracking import store as mlflow_store
+from pipelines.tracking.tracker import Tracker
 
 WRITERS = 8
 DRIVER = """
@@ -73,7 +73,7 @@ def begin(output, warn=None, **options):
 
 def test_eight_drivers_at_once_on_a_fresh_store_lose_nothing(store):
     uri, outputs = store
-    ids = [json.loads((output / tracking.RUN_FILE).read_text())["run_id"] for output in outputs]
+    ids = [json.loads((output / tracker.RUN_FILE).read_text())["run_id"] for output in outputs]
     assert len(set(ids)) == WRITERS
     for run_id in ids:
         assert history(uri, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(300)]
@@ -125,7 +125,7 @@ def test_params_tags_parent_and_artifacts(uri, tmp_path):
     run = client(uri).get_run(tracker.run_id)
     assert run.data.params["model.init"] == '{"layers": [1, 2]}'
     assert (run.data.params["name"], run.data.params["none"]) == ("x", "null")
-    assert len(run.data.params["long"]) <= tracking.PARAM_LENGTH and run.data.params["long"].endswith("…")
+    assert len(run.data.params["long"]) <= tracker.PARAM_LENGTH and run.data.params["long"].endswith("…")
     assert len(run.data.params) == 254
     assert run.data.tags["entprog.data"] == "abc" and run.data.tags["version.torch"]
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
@@ -201,11 +201,11 @@ def test_a_store_that_is_gone_keeps_the_points_for_the_driver(uri, tmp_path):
     rank_0.metrics(2, {"loss": 0.4})
     rank_0.close(0.2)
     rank_0.close()
-    assert len([line for line in warned if tracking.PENDING_FILE in line and "2 points" in line]) == 1
+    assert len([line for line in warned if tracker.PENDING_FILE in line and "2 points" in line]) == 1
     assert not (tmp_path / "elsewhere").exists()
     driver.end("FINISHED")
     assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
-    assert not (tmp_path / tracking.PENDING_FILE).exists()
+    assert not (tmp_path / tracker.PENDING_FILE).exists()
 
 
 def test_a_restarted_worker_delivers_what_a_killed_one_kept(uri, tmp_path):
@@ -273,17 +273,17 @@ def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):
         while not rank_0.flush(2):
             assert time.monotonic() < deadline, server.log.read_text()
         assert history(uri, driver.run_id, "loss") == [(step, float(step)) for step in range(100)]
-        assert not (tmp_path / tracking.PENDING_FILE).exists()
+        assert not (tmp_path / tracker.PENDING_FILE).exists()
         rank_0.metrics(100, {"loss": float("nan")})
         assert rank_0.flush(30), "NaN goes through a server too"
     finally:
         server.kill()
     rank_0.metrics(101, {"loss": 101.0})
     rank_0.close(1)
-    assert any(tracking.PENDING_FILE in line for line in warned)
-    assert tracking.deliver_pending(tmp_path, warn=pytest.fail)  # by the store itself, which is there
+    assert any(tracker.PENDING_FILE in line for line in warned)
+    assert tracker.deliver_pending(tmp_path, warn=pytest.fail)  # by the store itself, which is there
     assert history(uri, driver.run_id, "loss")[-1] == (101, 101.0)
-    assert not (tmp_path / tracking.PENDING_FILE).exists()
+    assert not (tmp_path / tracker.PENDING_FILE).exists()
     driver.end("FINISHED")
 
 

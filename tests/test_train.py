@@ -29,8 +29,9 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.training import checkpoint
-from pipelines import jobs, launch, score, train
-from pipelines import store as mlflow_store
+from pipelines import cli, score, train
+from pipelines.cluster import launch
+from pipelines.tracking import store as mlflow_store
 
 SHAPE = CLIPS.model_dump()
 SETTINGS = {
@@ -53,7 +54,7 @@ def place(tmp_path_factory):
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
     try:
-        with jobs.ray_cluster(launch.LOCAL_CPUS):
+        with cli.ray_cluster(launch.LOCAL_CPUS):
             yield folder
     finally:
         os.chdir(before)

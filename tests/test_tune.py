@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.media import assets
-from pipelines import jobs, launch, prepare, spaces, sweep, train, tune
+from pipelines import cli, prepare, train, tune
+from pipelines.cluster import launch
+from pipelines.sweeping import spaces, sweep
 
 TRIALS = {
     "train": {"steps": None, "seconds": 8, "samples": 0, "held_out_every": 4},
@@ -55,7 +57,7 @@ def wanted(place, **over) -> config.Sweep:
 
 @pytest.fixture(scope="module")
 def ray(place):
-    with jobs.ray_cluster(launch.LOCAL_CPUS, dashboard=True) as cluster:
+    with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True) as cluster:
         yield cluster
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from entprog.config import close_to
 from entprog.errors import UserError
-from pipelines.store import connect, database_file, masked, one_line, tracking_uri
+from pipelines.tracking.store import connect, database_file, masked, one_line, tracking_uri
 
 ABOVE = ("mlflow.parentRunId", "entprog.sweep")
 """Tags that hold the run which a training is a part of."""

@@ -19,7 +19,10 @@ from entprog.config import ClipShape, Encoding
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
-from pipelines import feed, jobs, launch, progress
+from pipelines import cli
+from pipelines.cluster import launch
+from pipelines.preparing import progress
+from pipelines.stream import feed
 
 OF_MODEL = ("model.", "schedule.shapes")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
@@ -56,7 +59,7 @@ def settings(
 ) -> config.Encoding:
     """What clips are encoded for: preset < config files < --base < --set. Of a whole experiment only `model` and
     `schedule.shapes` count here. Raises UserError for any wrong name or value."""
-    values = config.read_preset(preset, jobs.PRESETS) if preset else {}
+    values = config.read_preset(preset, cli.PRESETS) if preset else {}
     for path in files or []:
         values = config.merge(values, config.read_yaml(path))
     ladder = {"shapes": (values.get("schedule") or {}).get("shapes") or []}
@@ -90,11 +93,11 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
     shapes = check_model(encoding, dataset.shape)
     shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
-    with jobs.stderr_into(folder / "latents.log", verbose=verbose), jobs.ray_cluster(cpus=3, verbose=verbose) as ray:
+    with cli.stderr_into(folder / "latents.log", verbose=verbose), cli.ray_cluster(cpus=3, verbose=verbose) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
-        with jobs.console.status("loading the VAE, measuring"):
+        with cli.console.status("loading the VAE, measuring"):
             found = feed.opened(lambda: ray.get(measure.remote(_located(dataset), encoding, shapes)))
         return [_one_shape(ray, dataset, encoding, estimate, max(gpus, 1), where, dry_run) for estimate in found]
 
@@ -111,7 +114,7 @@ def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where,
         "shape": str(estimate.shape), "key": estimate.key, "clips": total, "bytes": total * estimate.clip_bytes,
         "done_before": total - to_do, "estimated_s": to_do * estimate.clip_s / encoders, "folder": str(folder),
     }  # fmt: skip
-    jobs.console.print(
+    cli.console.print(
         f"latents of {total} clips of {estimate.shape}: {size(figures['bytes'])} ({size(estimate.clip_bytes)} a clip) "
         f"in {folder}; {total - to_do} clips are done, the others take about {duration(figures['estimated_s'])} on "
         f"{encoders} encoder(s) ({estimate.device})",

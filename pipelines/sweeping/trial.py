@@ -65,13 +65,14 @@ def run(
     person's mistake and a loss that is not finite end the trial as failed, with the reason; a crash raises and is
     tried again from the checkpoint.
     """
-    from pipelines import jobs, spaces, train
+    from pipelines import cli, train
+    from pipelines.sweeping import spaces
 
     experiment = config.build(spec.experiment)
     settings = config.build(spec.tune, config.Tune)
     folder = folder_of(Path(spec.output), trial_id)
     record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": []}
-    jobs.write_json(folder / RECORD, record)
+    cli.write_json(folder / RECORD, record)
     ticks = Ticks(experiment.train.seconds, settings.reduction**settings.rungs, report)
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
@@ -110,13 +111,13 @@ def run(
         record |= {"status": "failed", "reason": str(error)}
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
     except BaseException as error:
-        jobs.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
+        cli.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
         raise
     finally:
         if tracker is not None:
             tracker.summary({k: v for k, v in record.items() if isinstance(v, float)})
             tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
-    jobs.write_json(folder / RECORD, record)
+    cli.write_json(folder / RECORD, record)
     return last | {"tick": ticks.of}
 
 
@@ -126,7 +127,7 @@ def _reason(error: BaseException) -> str:
 
 def _group(spec: Spec, experiment: Experiment, trial_id: str, folder: Path, values: Mapping[str, Any]):
     """The MLflow run that holds the trainings of a trial of several seeds."""
-    from pipelines.tracking import Tracker
+    from pipelines.tracking.tracker import Tracker
 
     return Tracker.start(
         folder,

@@ -12,8 +12,9 @@ from entprog.media import video as videos
 from entprog.models import fingerprints
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
-from pipelines import checkpoints, jobs
-from pipelines.checkpoints import Checkpoint
+from pipelines import cli
+from pipelines.generating import checkpoints
+from pipelines.generating.checkpoints import Checkpoint
 
 FILE = "protocol.json"
 """In a folder of generated clips: how they were made."""
@@ -56,7 +57,7 @@ def check(folder: Path, made: dict[str, Any]) -> None:
 def claim(folder: Path, made: dict[str, Any]) -> None:
     """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
     check(folder, made)
-    jobs.write_json(folder / FILE, made)
+    cli.write_json(folder / FILE, made)
 
 
 def card(

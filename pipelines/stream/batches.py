@@ -13,7 +13,7 @@ from entprog.data.clips import Latents, Spent
 from entprog.distributed import agree
 from entprog.errors import UserError
 from entprog.schedule import plans
-from pipelines import feed
+from pipelines.stream import feed
 
 LASTING = 16
 """Batches of one shape in a row after which it is taken to go on: its own source is opened."""

@@ -8,7 +8,7 @@ from typing import Any
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
 """Items with which a group of workers ends."""
 GOES_ON, GROWS, MACHINE_ENDS, JOB_ENDS = range(4)
-"""Notices to workers (`pipelines.stopping`): the higher, the more urgent."""
+"""Notices to workers (`pipelines.cluster.stopping`): the higher, the more urgent."""
 
 
 class Board:

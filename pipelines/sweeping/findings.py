@@ -15,8 +15,8 @@ import numpy as np
 from ray.tune.search.sample import Categorical
 
 from entprog.config import Tune
-from pipelines import spaces, trial
-from pipelines.spaces import Space
+from pipelines.sweeping import spaces, trial
+from pipelines.sweeping.spaces import Space
 
 FEW = 6
 """Trials under which nothing is said of single settings."""

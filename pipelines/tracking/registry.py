@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from entprog.config import ClipShape
-from pipelines.store import one_line
-from pipelines.tracking import VERSIONS, Tracker
+from pipelines.tracking.store import one_line
+from pipelines.tracking.tracker import VERSIONS, Tracker
 
 SERVED = Path(__file__).with_name("served.py")
 

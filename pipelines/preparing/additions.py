@@ -15,7 +15,8 @@ from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
 from entprog.preparing import fetching, inputs, ledger, probing
-from pipelines import jobs, packing
+from pipelines import cli
+from pipelines.preparing import packing
 
 Row = dict[str, Any]
 NEXT_LEDGER = "ledger.next.parquet"
@@ -106,7 +107,7 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
     lines = before.inputs()
     new = [row for row in sources if row["file"] not in lines]
     other = [row for row in sources if row["file"] in lines and ledger.stamp(row) != lines[row["file"]]["stamp"]]
-    looks = track(other, "files touched since", console=jobs.console, disable=len(other) < 100, transient=True)
+    looks = track(other, "files touched since", console=cli.console, disable=len(other) < 100, transient=True)
     changed = [row for row in looks if _has_changed(row, lines[row["file"]], settings)]
     kept = [row["file"] for row in changed if lines[row["file"]]["kept"]]
     if kept:
@@ -119,7 +120,7 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
     gone = lines.keys() - {row["file"] for row in sources}
     clips = sum(line["kept"] for line in before.lines if line["kind"] == "clip" and line["file"] in gone)
     if gone:
-        jobs.console.print(
+        cli.console.print(
             f"{len(gone)} inputs of before are not there any more ({', '.join(sorted(gone)[:3])}): "
             f"their {clips} clips stay in the dataset",
             markup=False,
@@ -132,7 +133,7 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
             f"({', '.join(sorted(moved)[:3])}): choose another --output"
         )
     if again:
-        jobs.console.print(f"{len(again)} inputs that gave no clip before are tried again", markup=False)
+        cli.console.print(f"{len(again)} inputs that gave no clip before are tried again", markup=False)
     return [*new, *again.values()]
 
 

@@ -18,8 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from entprog.config import Experiment, Tune
 from entprog.errors import UserError
-from pipelines import jobs, launch, spaces
-from pipelines.trial import Spec, trainable
+from pipelines import cli
+from pipelines.cluster import launch
+from pipelines.sweeping import spaces
+from pipelines.sweeping.trial import Spec, trainable
 
 NAME = "tune"
 """Ray Tune's own folder in the sweep's."""
@@ -179,8 +181,8 @@ class Watch(Callback):
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
-            console=jobs.console,
-            disable=not jobs.console.is_terminal,
+            console=cli.console,
+            disable=not cli.console.is_terminal,
         )
         self.task = self.bar.add_task("trials", total=trials)
 

@@ -14,7 +14,7 @@ from entprog import models
 from entprog.blocks import blocks
 from entprog.config import Experiment, Model
 from entprog.scoring import priorities
-from pipelines import jobs
+from pipelines import cli
 
 TABLE = Path(__file__).parent / "gains.json"
 """What the study found, in short; `python -m benchmarks.study` writes it."""
@@ -43,7 +43,7 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
     """
     network = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape).network
     for line in lines(experiment, len(blocks(network))):
-        jobs.console.print(line, markup=False)
+        cli.console.print(line, markup=False)
 
 
 def lines(experiment: Experiment, blocks: int, table: Mapping[str, Any] | None = None) -> list[str]:

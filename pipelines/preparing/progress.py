@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipelines import jobs
+from pipelines import cli
 
 SAID_EVERY_S = 30.0
 """Time between lines where there is no terminal to draw a bar on."""
@@ -47,7 +47,7 @@ def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
     """Gives a function to call after each of `what` with its clips: draws a bar, or says a line now and then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[clips]} clips"), TimeElapsedColumn())
     eta = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(TextColumn(what), *columns, *eta, console=jobs.console) as drawn:
+    with Progress(TextColumn(what), *columns, *eta, console=cli.console) as drawn:
         task = drawn.add_task("", total=total, clips=0, rate="")
         started = said = time.monotonic()
         clips = 0
@@ -58,9 +58,9 @@ def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             rate = f"{clips / (now - started + 1e-9):.1f} clips/s"
             drawn.update(task, advance=1, clips=clips, rate=rate)
-            if not jobs.console.is_terminal and now - said > SAID_EVERY_S:
+            if not cli.console.is_terminal and now - said > SAID_EVERY_S:
                 said, done = now, int(drawn.tasks[0].completed)
                 left_s = (now - started) / done * (total - done)
-                jobs.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
+                cli.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
 
         yield advance

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import Tracker
 
 Record = Mapping[str, Any]
 """A line of steps.jsonl."""

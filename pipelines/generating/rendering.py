@@ -19,9 +19,9 @@ from entprog.diffusion import sampling
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
 from entprog.models import Denoiser
-from pipelines import jobs
-from pipelines.jobs import console
-from pipelines.motions import Motion
+from pipelines import cli
+from pipelines.cli import console
+from pipelines.generating.motions import Motion
 
 SHOWN = 8
 """Clips on the contact sheet."""
@@ -157,7 +157,7 @@ class Files:
         h264.write(self.path(".mp4"), sheet.side_by_side(parts), fps)
         if self.identity is not None:
             found = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
-            jobs.write_json(self.path(".json"), {"identity": self.identity, **found})
+            cli.write_json(self.path(".json"), {"identity": self.identity, **found})
 
     def record(self) -> dict[str, Any]:
         """The clip as result.json has it."""

@@ -14,9 +14,9 @@ from typing import Any
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.training.storage import Place
-from pipelines import elastic
-from pipelines.board import GROWS, JOB_ENDS, Listener
-from pipelines.elastic import CPUS_FOR_DATA
+from pipelines.cluster import elastic
+from pipelines.cluster.elastic import CPUS_FOR_DATA
+from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
@@ -90,14 +90,14 @@ def _located(path: str | None) -> str | None:
 
 def training(settings: dict[str, Any]) -> None:
     """What workers run that train."""
-    from pipelines import worker  # here: their controller unpickles this function, and needs no network for it
+    from pipelines.training import worker  # here: their controller unpickles this function, and needs no network for it
 
     worker.train(settings)
 
 
 def scoring(settings: dict[str, Any]) -> None:
     """What workers run that score."""
-    from pipelines import worker
+    from pipelines.training import worker
 
     worker.score(settings)
 
@@ -176,7 +176,7 @@ def _attempt(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.stopping import Listening
+    from pipelines.cluster.stopping import Listening
 
     trainer = TorchTrainer(
         worker,

@@ -14,7 +14,7 @@ import torch
 from ray.train.torch import TorchConfig
 
 from entprog.distributed import agree
-from pipelines.board import GOES_ON, MACHINE_ENDS
+from pipelines.cluster.message_board import GOES_ON, MACHINE_ENDS
 
 _told = threading.Event()
 """SIGTERM has come to this worker's process."""

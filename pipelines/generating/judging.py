@@ -20,7 +20,8 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import video as videos
-from pipelines import checkpoints, jobs, motions
+from pipelines import cli
+from pipelines.generating import checkpoints, motions
 
 WEIGHTS = ("inception", "i3d", "resnet3d")
 """Settings that name files."""
@@ -80,7 +81,7 @@ class Generator:
         self._denoiser = checkpoints.load(checkpoint, settings)
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        from pipelines.rendering import make
+        from pipelines.generating.rendering import make
 
         batch = [
             motions.from_row(Path(path), int(row), int(number))
@@ -192,5 +193,5 @@ def told(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict
         if done == total or now - last >= TELL_S:
             rate = done / max(now - started, 1e-9)
             left = (total - done) / rate
-            jobs.console.print(f"{what}: {done}/{total} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
+            cli.console.print(f"{what}: {done}/{total} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
             last = now

@@ -8,10 +8,10 @@ from typing import Any
 
 from ray.tune.search.sample import Categorical
 
-from pipelines import spaces
 from pipelines.charts import BLUE, GREY, LINES, ROW_INCHES, figure_and_axes, save
-from pipelines.findings import Evidence
-from pipelines.spaces import Space
+from pipelines.sweeping import spaces
+from pipelines.sweeping.findings import Evidence
+from pipelines.sweeping.spaces import Space
 
 RED = LINES[1]
 NAMES = {

@@ -27,12 +27,14 @@ from entprog.scoring import cei, priorities
 from entprog.scoring.tables import ScoreTable, content_hash, table_key
 from entprog.training import checkpoint
 from entprog.training.fit import Step, fit, start
-from pipelines import gauges, machine, rendering
-from pipelines.batches import Batches, caches
-from pipelines.board import GOES_ON, GROWS, MACHINE_ENDS
-from pipelines.jobs import write_json
-from pipelines.stopping import LeavingError, Notices
-from pipelines.tracking import Tracker
+from pipelines.cli import write_json
+from pipelines.cluster import gauges
+from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
+from pipelines.cluster.stopping import LeavingError, Notices
+from pipelines.generating import rendering
+from pipelines.stream.batches import Batches, caches
+from pipelines.tracking import system_metrics
+from pipelines.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         scored = {"entprog.scores": table.key} if table else {}
         setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **scored}})
         if experiment.tracking.system_every_s:
-            machine.watch(tracker, experiment.tracking.system_every_s, lambda: state.step)
+            system_metrics.watch(tracker, experiment.tracking.system_every_s, lambda: state.step)
     for line in table.warnings(experiment.priority.sign) if table else ():
         warn(line)
     if rank == 0 and table is not None:

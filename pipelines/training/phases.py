@@ -10,8 +10,9 @@ from typing import Any
 
 from entprog import config
 from entprog.config import Experiment
-from pipelines import jobs, worker
-from pipelines.tracking import Tracker
+from pipelines import cli
+from pipelines.tracking.tracker import Tracker
+from pipelines.training import worker
 
 SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops", "wall_s")
 """Figures that add up over phases; of the others the last phase's stand."""
@@ -37,14 +38,14 @@ def run(
         experiment.tracking.experiment,
         experiment.tracking.run_name or experiment.name,
         params=config.settings(experiment),
-        tags={"entprog.commit": jobs.commit(), "entprog.kind": "phases", **(tags or {})},
+        tags={"entprog.commit": cli.commit(), "entprog.kind": "phases", **(tags or {})},
         parent=parent,
     )
     results: dict[str, dict[str, Any]] = {}
     status = "FAILED"
     try:
         for number, (name, phase) in enumerate(parts.items(), 1):
-            jobs.console.print(f"\n[bold]Phase {number} of {len(parts)}: {name}[/bold]")
+            cli.console.print(f"\n[bold]Phase {number} of {len(parts)}: {name}[/bold]")
             done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
             tell = _teller(tracker, number, **done)
 
@@ -117,8 +118,8 @@ def _show(results: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], o
         for name, r in results.items()
     ]
     columns = ("phase", "steps", "held-out loss", "charged seconds", "trained blocks by stage")
-    jobs.show("Phases (each judged on its own clips and conditions)", rows, columns)
-    jobs.console.print(f"Model: {output / 'model'}, after {result['seconds']:.1f} charged seconds in all")
+    cli.show("Phases (each judged on its own clips and conditions)", rows, columns)
+    cli.console.print(f"Model: {output / 'model'}, after {result['seconds']:.1f} charged seconds in all")
 
 
 def _trained(result: Mapping[str, Any]) -> list[int]:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import Tracker
 
 
 def watch(tracker: Tracker, every_s: float, step: Callable[[], int]) -> None:

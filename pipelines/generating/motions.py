@@ -20,7 +20,7 @@ from entprog.media import h264
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.preparing import windows
-from pipelines import jobs
+from pipelines import cli
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 POSES = (".npz",)
@@ -93,7 +93,7 @@ def read_all(
             if len(paths) == 1:
                 raise
             left_out[str(path)] = str(error)
-            jobs.console.print(f"left out: {error}", markup=False)
+            cli.console.print(f"left out: {error}", markup=False)
     if not good:
         raise UserError(f"{option}: none of {len(paths)} files can be used; the first: {next(iter(left_out.values()))}")
     return good, left_out
@@ -211,7 +211,7 @@ def driving_clip(
         if box is None:
             raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
         if not found.all():
-            jobs.console.print(f"warning: the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
+            cli.console.print(f"warning: the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
         times = videos.clip_times(start_s, len(track), shape.fps)
         cut, _ = videos.read_frames(path, times, crop=box, size=(shape.height, shape.width))
     except videos.VideoError as error:
@@ -238,7 +238,7 @@ def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
     track = poses.PoseEstimator().track([picture])
     box = _person(track, height, width, shape, crop) if poses.found(track).any() else None
     if box is None:
-        jobs.console.print(f"warning: nobody was found in {path}: its middle is taken", markup=False)
+        cli.console.print(f"warning: nobody was found in {path}: its middle is taken", markup=False)
         high = min(height, round(width * shape.height / shape.width))
         wide = min(width, round(height * shape.width / shape.height))
         box = ((width - wide) // 2, (height - high) // 2, wide, high)

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from entprog.errors import UserError
-from pipelines.store import alone, connect, database_file, experiment_id, masked, one_line, open_run, tracking_uri
+from pipelines.tracking.store import (
+    alone,
+    connect,
+    database_file,
+    experiment_id,
+    masked,
+    one_line,
+    open_run,
+    tracking_uri,
+)
 
 RUN_FILE = "mlflow_run.json"
 PENDING_FILE = "mlflow_pending.jsonl"

@@ -7,8 +7,8 @@ import numpy as np
 from mlflow.pyfunc import PythonModel
 
 from entprog import config
-from pipelines import checkpoints, rendering
-from pipelines.motions import Motion
+from pipelines.generating import checkpoints, rendering
+from pipelines.generating.motions import Motion
 
 
 class Animator(PythonModel):
