@@ -8,8 +8,8 @@ setting of checkpointing and compile run in turns with full training under the s
 it. Leaves benchmarks/results/step_cost_cpu.json or step_cost_gpu.json, and with --profile step_cost_…_profile.txt:
 where the time of full training's step and of the smallest residual plan's goes, operator by operator.
 
-Memory is the allocator's peak on a GPU and counted (`entprog.cost.counting`) on a CPU. Rows in fp8 are residual plans, whose
-frozen blocks alone run in it; their counted limit is that of full precision, which they may pass.
+Memory is the allocator's peak on a GPU and counted (`entprog.cost.counting`) on a CPU. Rows in fp8 are residual plans,
+whose frozen blocks alone run in it; their counted limit is that of full precision, which they may pass.
 """
 
 import statistics

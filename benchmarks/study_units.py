@@ -102,7 +102,7 @@ class Training:
     experiment: Experiment
     denoiser: models.Denoiser
     found: list[Block]
-    table: controls.ScoreTable | None
+    table: priorities.ScoreTable | None
     state: RunState
     steps: Iterator[Step]
 
@@ -165,7 +165,7 @@ def _to(batches: Sequence[Latents], device: torch.device) -> list[Latents]:
 
 
 def stream(of: Latents, size: int, seed: int, device: torch.device):
-    """Batches for `fit` in the order of `entprog.data.clip_stream`: the seed alone decides it, so all arms see the same."""
+    """Batches for `fit`: the seed alone decides their order (`entprog.data.clip_stream`), so all arms see the same."""
 
     def open_at(shape, position):
         while True:

@@ -139,7 +139,7 @@ def test_the_same_again_is_finished(undisturbed, shards, place, capsys):
 
 def test_another_experiment_in_the_same_folder_is_refused(undisturbed, shards, place):
     _, output = undisturbed
-    with pytest.raises(jobs.UserError, match="choose another --output"):
+    with pytest.raises(cli.UserError, match="choose another --output"):
         train.run(experiment(shards, train={"learning_rate": 0.5}), output, tables=place / "tables")
 
 

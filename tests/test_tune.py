@@ -229,7 +229,7 @@ def test_refusals_and_dry_run(place):
 
 
 def test_another_sweep_in_the_same_folder_is_refused(swept, place):
-    with pytest.raises(jobs.UserError, match="choose another --output"):
+    with pytest.raises(cli.UserError, match="choose another --output"):
         tune.run(wanted(place), spaces.read("cei"), place / "swept")
 
 
@@ -239,7 +239,7 @@ def test_trials_cannot_starve_each_other():
         for workers in (1, 2, 3):
             experiment = config.build({"train": {"seconds": 9, "workers": workers}})
             if cpus < workers + launch.CPUS_FOR_DATA:
-                with pytest.raises(jobs.UserError, match=r"train\.workers"):
+                with pytest.raises(cli.UserError, match=r"train\.workers"):
                     sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)
                 continue
             share = sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)

@@ -227,7 +227,8 @@ class Schedule(Part):
 
     kind: Literal["full", "entprog", "linear", "lisa", "badam"] = "entprog"
     """`full`: all blocks always; `entprog`: the search decides; `linear`: top-m grows evenly with stages; `lisa`: a
-    random share of the blocks, another one each stage; `badam`: one block a stage, in turns (`entprog/schedule/lisa_badam.py`)."""
+    random share of the blocks, another one each stage; `badam`: one block a stage, in turns
+    (`entprog/schedule/lisa_badam.py`)."""
     stages: int = Field(default=3, ge=1)
     """K, stages of equal budget."""
     lisa_share: Fraction = 0.25

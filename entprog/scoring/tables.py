@@ -1,6 +1,6 @@
 """Tables of block scores: how they are measured over conditions and ranks, how far they can be trusted, their keys.
 
-What is scored, and how one condition is scored, is the priority's own business (`cei`, `controls`). A draw is one
+What is scored, and how one condition is scored, is the priority's own business (`cei`, `priorities`). A draw is one
 (τ, ε, c); the draws of one condition c are numbered 0, 1, … and every condition gives equally many.
 """
 

@@ -9,7 +9,7 @@ from entprog.config import ClipShape
 from pipelines.tracking.store import one_line
 from pipelines.tracking.tracker import VERSIONS, Tracker
 
-SERVED = Path(__file__).with_name("served.py")
+SERVED = Path(__file__).with_name("mlflow_model.py")
 
 
 def register(

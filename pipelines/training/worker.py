@@ -169,7 +169,7 @@ def _alone(table: Path) -> Iterator[None]:
 
 
 def scoring_clips(setup: Setup) -> list[Latents]:
-    """The training clips that `controls.score` takes as conditions, the same on every rank; none for a priority that
+    """The training clips that `priorities.score` takes as conditions, the same on every rank; none for a priority that
     looks at no data."""
     experiment, data = setup.experiment, setup.experiment.data
     if experiment.priority.kind in priorities.WITHOUT_DATA:
