@@ -1,103 +1,16 @@
 """Shared material: tiny real networks and latents."""
 
-import contextlib
 import os
-import shutil
 
 os.environ.setdefault("ENTPROG_OBJECT_STORE_BYTES", str(500 * 2**20))
 
-import psutil
 import pytest
 import torch
 
-from entprog import config, models
 from entprog.blocks import blocks
-from entprog.data.clips import Latents
+from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-
-TINY = {
-    "patch_size": [1, 4, 4],
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "out_channels": 3,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 64,
-    "num_layers": 6,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 32,
-}
-SHAPE = config.ClipShape(frames=2, height=16, width=16, fps=8)
-
-
-def tiny_experiment(**parts) -> config.Experiment:
-    """A few steps on a tiny Wan network; `parts` are nested settings over that."""
-    values = {
-        "model": {"init": TINY, "vae": "none"},
-        "data": {"shape": SHAPE.model_dump(), "batch_size": 2, "held_out_clips": 4, "held_out_draws": 2},
-        "train": {"steps": 24, "learning_rate": 1e-3, "held_out_every": 8, "threads": 1},
-        "priority": {"conditions": 2, "draws": 4},
-        "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
-    }
-    return config.build(config.merge(values, parts))
-
-
-def tiny_denoiser(experiment: config.Experiment, seed: int = 0):
-    return models.family("wan").load(experiment.model, "cpu", seed)
-
-
-def latents(positions, conditions=("reference", "pose")) -> Latents:
-    """Latents that are a function of their position, as the stream's are: smooth blobs, moving."""
-    positions = torch.as_tensor(positions)
-    clean = []
-    for position in positions.tolist():
-        g = torch.Generator().manual_seed(position % 7)
-        clean.append(torch.nn.functional.interpolate(torch.randn(3, 2, 4, 4, generator=g), size=(16, 16)))
-    clean = torch.stack(clean).clamp(-1, 1)
-    return Latents(clean, {name: clean.roll(1 + i, -1) for i, name in enumerate(conditions)}, positions)
-
-
-def batches(experiment: config.Experiment, rank: int = 0, world: int = 1):
-    """The run's sequence of clips, cut for one rank, as `pipelines.stream.feed.stream` does it."""
-    size = experiment.data.batch_size
-
-    def open_at(shape, position):
-        while True:
-            first = position + rank * size
-            yield latents(range(first, first + size), experiment.model.conditions)
-            position += size * world
-
-    return open_at
-
-
-CLIPS = config.ClipShape(frames=8, height=48, width=32, fps=12)
-"""Of `two_people`."""
-
-
-def two_people(tmp_path_factory):
-    """Shards of two real videos, one of them held out; prepared once for all modules, in the Ray of the first."""
-    from entprog.media import assets
-    from pipelines import prepare
-
-    folder = tmp_path_factory.getbasetemp() / "two-people"
-    if not (folder / "dataset.json").exists():
-        videos = tmp_path_factory.mktemp("videos")
-        for name in ("cam01", "cam04"):
-            shutil.copy(assets.clip(name), videos / f"{name}.mp4")
-        settings = {"data": {"shape": CLIPS.model_dump()}, "prepare": {"held_out": ["cam04"], "stride": 3}}
-        prepare.run(videos, folder, config.build(settings, config.Preparation))
-    return folder
-
-
-def running(title: str) -> list[psutil.Process]:
-    """Ray's actors of a class, of the Ray and the commands that this test started alone."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it may just have ended
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 @pytest.fixture

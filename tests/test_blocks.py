@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import latents
 from torch import nn
 
 from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
 from entprog.cost import counting
 from entprog.diffusion import objectives
 from entprog.errors import UserError
+from helpers.networks import latents
 
 
 def predict(denoiser, n=2):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, latents, tiny_denoiser, tiny_experiment
 
 from entprog.blocks import blocks, skipped
 from entprog.config import Priority
 from entprog.cost import counting
 from entprog.diffusion import objectives
 from entprog.scoring import cei, tables
+from helpers.networks import TINY, latents, tiny_denoiser, tiny_experiment
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import latents, tiny_denoiser, tiny_experiment
 from PIL import Image
 
 from entprog.blocks import blocks
 from entprog.scoring import cei
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import charts
 
 

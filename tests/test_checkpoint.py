@@ -13,44 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
-from test_distributed import join, leave, run_ranks
 
-from entprog.blocks import blocks
-from entprog.diffusion import losses
-from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.training import checkpoint
-from entprog.training.fit import start
-from entprog.training.optimizer import update_ema
-
-
-class Trained:
-    """A tiny network after a few updates, with moments of some blocks alone and an average."""
-
-    def __init__(self, steps=2, sharded=False):
-        self.experiment = tiny_experiment(data={"batch_size": 2})
-        self.denoiser = tiny_denoiser(self.experiment, seed=3)
-        self.network = self.denoiser.network
-        found = blocks(self.network)
-        if sharded:
-            fsdp.shard(self.network, found)
-        self.state = start(self.network, self.experiment)
-        for block in found[3:]:
-            block.module.requires_grad_(False)
-        for _ in range(steps):
-            self.update()
-
-    def update(self):
-        losses.training_loss(self.denoiser, latents([0, 1]), self.experiment.train).backward()
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.state.ema, self.network, 0.9)
-        self.state.step += 1
-
-    def tensors(self):
-        """Everything that a checkpoint has to bring back, whole."""
-        return {name: fsdp.whole(t).clone() for name, t in checkpoint.contents(self.network, self.state).items()}
+from helpers.processes import join, leave, run_ranks
+from helpers.runs import Trained
 
 
 def resumed(folder, **options):
@@ -113,7 +80,7 @@ def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
 
 WRITER = """
 import sys
-from test_checkpoint import Trained
+from helpers.runs import Trained
 from entprog import checkpoint
 run = Trained(steps=1)
 saver = checkpoint.Saver(sys.argv[1], "id", keep=2)

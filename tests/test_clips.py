@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-import real_clips
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.media import assets, color, h264, video
+from helpers import real_clips
 from pipelines import train
 from pipelines.cluster import stalls
 from pipelines.stream import feed

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_experiment
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from test_training import Run
 from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import h264
+from helpers.networks import tiny_experiment
+from helpers.runs import Run
 from pipelines import charts, compare
 from pipelines.comparison import drawings, groups, verdict, words
 from pipelines.comparison.runs import Point, Training

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
-from test_distributed import join, leave, run_ranks
 
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Priority
 from entprog.cost import counting
 from entprog.diffusion import objectives
 from entprog.scoring import cei, priorities, tables
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.processes import join, leave, run_ranks
 
 BATCH = [latents(range(2)), latents(range(2, 4))]
 

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
 
 from entprog.blocks import blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.cost.model import CostModel, scaled
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 
 
 class Tiny:
@@ -141,7 +141,7 @@ def test_checkpointing_keeps_inputs_and_recomputes_one_block():
 
 
 def test_every_step_and_decision_carries_what_was_foreseen():
-    from test_training import Run
+    from helpers.runs import Run
 
     run = Run(tiny_experiment(train={"steps": 12}, schedule={"clock": "seconds"}))
     steps = list(run.steps())
@@ -165,7 +165,7 @@ def counted_flops(run, plan):
 
 
 def test_a_memory_budget_decides_what_is_tried():
-    from test_training import Run
+    from helpers.runs import Run
 
     free = Run(tiny_experiment(train={"steps": 6}))
     list(free.steps())

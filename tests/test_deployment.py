@@ -19,11 +19,11 @@ import psutil
 import pytest
 import ray
 import yaml
-from conftest import two_people
-from test_train import SETTINGS
 
 from entprog import config
 from entprog.training import checkpoint
+from helpers.commands import SETTINGS
+from helpers.people import two_people
 from pipelines import cli
 
 ROOT = Path(__file__).parents[1]

@@ -4,15 +4,9 @@ import collections
 import dataclasses
 import itertools
 import json
-import multiprocessing
-import os
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import batches, latents, tiny_denoiser, tiny_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,27 +15,10 @@ from entprog.distributed import agree, fsdp
 from entprog.schedule import prices
 from entprog.scoring import cei, tables
 from entprog.training.fit import fit, start
+from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
+from helpers.processes import join, leave, run_ranks
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
-
-
-def join(rank, world, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-
-
-def leave():
-    """Together: a rank that ends first would take the others' connections with it."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_ranks(target, world, folder, *args):
-    """Ranks are forked from a server that has imported all they need: once, not once a rank."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    multiprocessing.set_forkserver_preload(["test_distributed", "test_checkpoint"])
-    mp.start_processes(target, args=(world, folder, *args), nprocs=world, start_method="forkserver")
 
 
 WAYS = [(parallel, backward) for parallel in ("ddp", "fsdp") for backward in ("exact", "residual")]

@@ -6,12 +6,10 @@ A new family is one file in `entprog/models/` and one entry in `TINY`.
 import diffusers
 import pytest
 import torch
-from conftest import SHAPE, batches, latents, tiny_experiment
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
-from test_wan import clips
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 
 from entprog import blocks, models
-from entprog.config import ClipShape, Generate, Model, Priority
+from entprog.config import ClipShape, Generate, Priority
 from entprog.cost import counting, measuring
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion import losses, sampling
@@ -20,117 +18,27 @@ from entprog.models import inputs
 from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
+from helpers.families import (
+    NAMES,
+    TINY,
+    T,
+    again,
+    clips,
+    load,
+    ordered,
+    predict,
+    settings,
+)
+from helpers.networks import SHAPE, batches, latents, tiny_experiment
 
-WAN = {
-    "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 16,
-    "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
-}  # fmt: skip
-COGVIDEOX = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 16, "text_embed_dim": 8, "num_layers": 3,
-    "sample_width": 32, "sample_height": 32, "sample_frames": 5, "patch_size": 4, "max_text_seq_length": 3,
-}  # fmt: skip
-FRAMES_VAE = {
-    "block_out_channels": [8, 16], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-}  # fmt: skip
-WAN_VAE = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1, -0.2, 0.3, 0.0]}
 WAN22_VAE = {  # as TI2V-5B's: more channels, 16×16 pixels
     "base_dim": 8, "decoder_base_dim": 8, "z_dim": 6, "num_res_blocks": 1, "is_residual": True, "patch_size": 2,
     "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.1] * 6,
     "latents_std": [1.5] * 6,
 }  # fmt: skip
-COGVIDEOX_VAE = {
-    "block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
-}  # fmt: skip
-TINY = {
-    "wan": {
-        "family": "wan",
-        "init": WAN,
-        "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
-    },
-    "wan_animate": {
-        "family": "wan_animate",
-        "init": {
-            **WAN, "num_layers": 4, "inject_face_latents_blocks": 2, "motion_encoder_size": 8, "motion_style_dim": 8,
-            "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2,
-            "motion_encoder_channel_sizes": {"4": 8, "8": 8}, "image_dim": 6, "added_kv_proj_dim": 24,
-        },
-        "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
-    },
-    "latte": {
-        "family": "latte",
-        "init": {
-            "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24,
-            "sample_size": 8, "patch_size": 4, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False, "caption_channels": 8, "video_length": 12, "attention_bias": True,
-            "num_embeds_ada_norm": 1000, "out_channels": 6,
-        },
-        "vae": (AutoencoderKL, FRAMES_VAE),
-    },
-    "svd": {
-        "family": "svd",
-        "init": {
-            "block_out_channels": [32, 32], "layers_per_block": 1, "num_attention_heads": [2, 2],
-            "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
-            "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
-            "cross_attention_dim": 8, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 12,
-        },
-        "vae": (AutoencoderKLTemporalDecoder, {
-            "block_out_channels": [32, 32], "latent_channels": 4, "layers_per_block": 1,
-            "down_block_types": ["DownEncoderBlock2D"] * 2,
-        }),
-    },
-    "motion_unet": {
-        "family": "motion_unet",
-        "init": {
-            "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
-            "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
-            "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"],
-            "num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 12,
-        },
-        "vae": (AutoencoderKL, FRAMES_VAE),
-    },
-    "cogvideox": {
-        "family": "cogvideox",
-        "init": COGVIDEOX,
-        "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
-    },
-    "cogvideox15": {
-        "family": "cogvideox",
-        "init": {
-            **COGVIDEOX, "patch_size_t": 2, "use_rotary_positional_embeddings": True, "ofs_embed_dim": 16,
-            "patch_bias": False,
-        },
-        "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
-    },
-}  # fmt: skip
 
-NAMES = list(TINY)
 APART = {"latte", "svd", "motion_unet"}
 """Families whose spatial and temporal blocks are apart."""
-T = torch.tensor([0.2, 0.8])
-
-
-def settings(name, **changes) -> Model:
-    tiny = TINY[name]
-    return Model(**{"family": tiny["family"], "init": tiny["init"], "vae": "none", **changes})
-
-
-def load(name, seed=0, **changes):
-    return models.family(TINY[name]["family"]).load(settings(name, **changes), seed=seed)
-
-
-def again(folder, name, **changes):
-    """What was saved to a folder, or what a folder holds."""
-    return load(name, init={}, base=str(folder), **{"vae": "auto", **changes})
-
-
-def ordered(denoiser, batch):
-    return cei.blocks_in_order(blocks.blocks(denoiser.network), denoiser.predict, batch.part(slice(0, 1)))
-
-
-def predict(denoiser, batch):
-    return denoiser.predict(batch.clean, T, batch.conditions)
 
 
 def by_hand(block):

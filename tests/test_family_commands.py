@@ -9,13 +9,13 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
-from real_clips import row, write
-from test_families import TINY
 from typer.testing import CliRunner
 
 from entprog import models
 from entprog.config import ClipShape
 from entprog.media import h264
+from helpers.families import TINY
+from helpers.real_clips import row, write
 from pipelines import cli, compare, evaluate, generate, train
 from pipelines.cluster import launch
 from pipelines.generating import judging

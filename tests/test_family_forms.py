@@ -4,14 +4,14 @@ import functools
 
 import pytest
 import torch
-from conftest import SHAPE, latents, tiny_experiment
-from test_families import NAMES, again, load, ordered, predict, settings
 
 from entprog import blocks
 from entprog.diffusion import losses
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
+from helpers.families import NAMES, again, load, ordered, predict, settings
+from helpers.networks import SHAPE, latents, tiny_experiment
 
 FP8 = [name for name in NAMES if name != "svd"]
 """fp8 wants bfloat16, which SVD's temporal convolutions do not take."""

@@ -6,13 +6,13 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from test_families import TINY
 
 from entprog import models
 from entprog.config import ClipShape, Generate, Model
 from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
+from helpers.families import TINY
 
 STEPS = 4
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import running, two_people
 from ray.cluster_utils import Cluster
-from test_train import SETTINGS
 
 from entprog import config
+from helpers.commands import SETTINGS
+from helpers.people import two_people
+from helpers.processes import running
 from pipelines import cli, train
 from pipelines.cluster import elastic
 

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, tiny_denoiser, tiny_experiment
 
 from entprog import config
 from entprog.data.shards import Dataset, ShardInfo
 from entprog.errors import UserError
 from entprog.models import fingerprints
+from helpers.networks import TINY, tiny_denoiser, tiny_experiment
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import latents, tiny_experiment
-from test_training import Run
 from torch import nn
 
 from entprog import blocks, config
 from entprog.blocks import fp8, unfreeze
 from entprog.cost import counting, measuring
 from entprog.errors import UserError
+from helpers.networks import latents, tiny_experiment
+from helpers.runs import Run
 
 FP8 = {"model": {"dtype": "bfloat16"}, "schedule": {"backward": "residual", "frozen_precision": "fp8"}}
 TRAINED = ["blocks.1", "blocks.4"]

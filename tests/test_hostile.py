@@ -10,12 +10,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import hostile
 import psutil
 import pytest
 
 from entprog.data import shards
 from entprog.preparing import inputs, ledger
+from helpers import hostile
 
 ARGUMENTS = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "4"]
 WORKER_BYTES = 600 * 2**20

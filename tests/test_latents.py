@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import real_clips
 import torch
-from conftest import TINY
 from diffusers import AutoencoderKLWan
 from typer.testing import CliRunner
 
@@ -21,6 +19,8 @@ from entprog import config, models
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
+from helpers import real_clips
+from helpers.networks import TINY
 from pipelines import cli, prepare, train
 from pipelines.preparing import latents as caching
 from pipelines.stream import batches, feed

@@ -1,12 +1,10 @@
 """Adapters inside the chosen blocks: what trains, what it costs, what a resume keeps, and what is saved."""
 
 import pytest
-import test_training
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
 from safetensors.torch import load_file
-from test_training import Run, comparable
 
+import test_training
 from entprog.blocks import ADAPTER, blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
@@ -14,6 +12,8 @@ from entprog.errors import UserError
 from entprog.models import lora
 from entprog.schedule.freezing import outside
 from entprog.training import checkpoint
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.runs import Run, comparable
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
 

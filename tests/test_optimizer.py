@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_denoiser, tiny_experiment
 
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Train
 from entprog.training import optimizer
+from helpers.networks import tiny_denoiser, tiny_experiment
 
 ALL = [f"blocks.{i}" for i in range(6)]
 

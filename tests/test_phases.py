@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import TINY, tiny_experiment
-from test_training import Run
 from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.schedule import plans
+from helpers.networks import TINY, tiny_experiment
+from helpers.runs import Run
 from pipelines import cli, prepare, train
 from pipelines.cluster import launch
 

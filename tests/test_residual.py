@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -10,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from entprog.blocks import COMPILED, Block, blocks, bypass, compile_blocks, execution_order, unfreeze
 from entprog.cost import counting, measuring
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 
 TRAINED = ["blocks.1", "blocks.4"]
 

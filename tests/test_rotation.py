@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
 from entprog import config
 from entprog.blocks import blocks
 from entprog.errors import UserError
 from entprog.schedule import lisa_badam
 from entprog.training.fit import fit, start
+from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
 
 
 def run(experiment):

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
 from typer.testing import CliRunner
 
 from entprog.blocks import blocks
 from entprog.config import Priority
 from entprog.scoring import cei, priorities, tables
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import score
 from pipelines.training import worker
 

@@ -5,13 +5,13 @@ import functools
 
 import pytest
 import torch
-from conftest import tiny_experiment
-from test_training import Run, comparable
 
 from entprog import blocks
 from entprog.schedule import efficiency
 from entprog.schedule.efficiency import Efficiency, overlap
 from entprog.training import checkpoint
+from helpers.networks import tiny_experiment
+from helpers.runs import Run, comparable
 
 WIDE = {
     "generators": ["count", "suffix", "budget"],

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import tiny_experiment
 from ray import tune
 
 from entprog import config
 from entprog.errors import UserError
+from helpers.networks import tiny_experiment
 from pipelines.sweeping import spaces
 
 BASE = tiny_experiment(data={"shape": {"frames": 4, "height": 32, "width": 32}})

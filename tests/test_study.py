@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import latents, tiny_denoiser, tiny_experiment
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from entprog.media import h264
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import cli
 from pipelines.training import expectation
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHAPE, tiny_denoiser, tiny_experiment
 
 from entprog.errors import UserError
+from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
+from helpers.servers import Server
 from pipelines.tracking import registry, tracker
 from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.tracker import Tracker
@@ -218,45 +217,6 @@ def test_a_restarted_worker_delivers_what_a_killed_one_kept(uri, tmp_path):
     again.close()
     driver.end("FINISHED")
     assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
-
-
-class Server:
-    """A real MLflow server on loopback over the store, started and killed."""
-
-    def __init__(self, uri, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [
-            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
-            "--port", str(self.port), "--workers", "1",
-        ]  # fmt: skip
-        self.log, self.process = log, None
-
-    def start(self):
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        env.pop("MLFLOW_TRACKING_URI", None)
-        self.process = subprocess.Popen(
-            self.command, env=env, cwd=self.log.parent, stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def wait(self):
-        """Until it answers."""
-        deadline = time.monotonic() + 120
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
-
-    def kill(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):

@@ -4,44 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import batches, latents, tiny_denoiser, tiny_experiment
 
 from entprog import config
-from entprog.blocks import blocks
 from entprog.errors import UserError
-from entprog.scoring import cei
 from entprog.training import checkpoint
-from entprog.training.fit import fit, start
-
-
-class Run:
-    """A tiny run that can be stopped and resumed."""
-
-    def __init__(self, experiment, folder=None):
-        self.experiment = experiment
-        self.denoiser = tiny_denoiser(experiment)
-        self.found = blocks(self.denoiser.network)
-        conditions = experiment.model.conditions
-        table = cei.cei(self.denoiser, self.found, [latents(range(2), conditions)], experiment.priority)
-        # Scoring is timed; what is compared to the bit must not be.
-        self.table = cei.ScoreTable(**{**vars(table), "seconds": 0.5})
-        self.state = start(self.denoiser.network, experiment)
-        if folder:
-            checkpoint.load(folder, checkpoint.newest(folder), self.denoiser.network, self.state, "id")
-        self.held_out = [latents(range(4), conditions)]
-
-    def steps(self):
-        experiment, source = self.experiment, batches(self.experiment)
-        return fit(
-            self.denoiser, self.found, source, self.held_out, latents([0, 1]), self.table, experiment, self.state
-        )
-
-    def weights(self):
-        return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
-
-
-def comparable(step):
-    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s", "pace")}
+from entprog.training.fit import fit
+from helpers.networks import batches, latents, tiny_experiment
+from helpers.runs import Run, comparable
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])

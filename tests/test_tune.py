@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_train import SETTINGS, SHAPE
 from typer.testing import CliRunner
 
 from entprog import config
 from entprog.media import assets
+from helpers.commands import SETTINGS, SHAPE
 from pipelines import cli, prepare, train, tune
 from pipelines.cluster import launch
 from pipelines.sweeping import spaces, sweep

@@ -16,6 +16,7 @@ from entprog.errors import UserError
 from entprog.models import families, family
 from entprog.models.folders import saved
 from entprog.models.wan import inspect, load
+from helpers.families import clips
 
 NETWORK = {
     "patch_size": [1, 4, 4],
@@ -32,22 +33,6 @@ SHAPE = ClipShape(frames=5, height=32, width=16, fps=12)
 
 def new(seed=0, **settings):
     return load(Model(**{"init": NETWORK, "vae": "none", **settings}), seed=seed)
-
-
-def clips(batch=2, shape=SHAPE):
-    generator = torch.Generator().manual_seed(0)
-
-    def bytes_(*size):
-        return torch.randint(16, 235, size, generator=generator, dtype=torch.uint8)
-
-    pose = torch.rand(batch, shape.frames, 33, 3, generator=generator)
-    pose[..., 2] = 1
-    return Clips(
-        video=bytes_(batch, shape.frames, shape.height * 3 // 2, shape.width),
-        reference=bytes_(batch, shape.height, shape.width, 3),
-        pose=pose,
-        position=torch.arange(batch),
-    )
 
 
 def draws(denoiser, shape=SHAPE, batch=2, seed=1):

@@ -1,6 +1,6 @@
 """fit(): stages outside, steps inside. Yields one Step per update; whoever runs it reports and saves.
 
-A stage of Ent-Prog begins with a search (trial steps of nested candidates, `entprog.schedule.efficiency`) and goes on with the plan that
+A stage of Ent-Prog begins with a search (trial steps of nested candidates, `efficiency`) and goes on with the plan that
 the search chose. Plain training is the same code with one plan. What the next step does is a function of the RunState
 alone, so that a run resumed from any step goes on as if it had not been interrupted.
 """

@@ -1,0 +1,1 @@
+"""What several test files share: tiny networks, ranks, runs, commands, real and hostile clips."""

@@ -1,0 +1,40 @@
+"""Ranks of torch.distributed, and Ray's processes of this test."""
+
+import contextlib
+import multiprocessing
+import os
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def join(rank, world, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+
+
+def leave():
+    """Together: a rank that ends first would take the others' connections with it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(target, world, folder, *args):
+    """Ranks are forked from a server that has imported all they need: once, not once a rank."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    multiprocessing.set_forkserver_preload(["test_distributed", "test_checkpoint"])
+    mp.start_processes(target, args=(world, folder, *args), nprocs=world, start_method="forkserver")
+
+
+def running(title: str) -> list[psutil.Process]:
+    """Ray's actors of a class, of the Ray and the commands that this test started alone."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found

@@ -1,0 +1,68 @@
+"""A training by `fit` alone, to look at and to interrupt."""
+
+from entprog.blocks import blocks
+from entprog.diffusion import losses
+from entprog.distributed import fsdp
+from entprog.scoring import cei
+from entprog.training import checkpoint
+from entprog.training.fit import fit, start
+from entprog.training.optimizer import update_ema
+from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
+
+
+class Run:
+    """A tiny run that can be stopped and resumed."""
+
+    def __init__(self, experiment, folder=None):
+        self.experiment = experiment
+        self.denoiser = tiny_denoiser(experiment)
+        self.found = blocks(self.denoiser.network)
+        conditions = experiment.model.conditions
+        table = cei.cei(self.denoiser, self.found, [latents(range(2), conditions)], experiment.priority)
+        # Scoring is timed; what is compared to the bit must not be.
+        self.table = cei.ScoreTable(**{**vars(table), "seconds": 0.5})
+        self.state = start(self.denoiser.network, experiment)
+        if folder:
+            checkpoint.load(folder, checkpoint.newest(folder), self.denoiser.network, self.state, "id")
+        self.held_out = [latents(range(4), conditions)]
+
+    def steps(self):
+        experiment, source = self.experiment, batches(self.experiment)
+        return fit(
+            self.denoiser, self.found, source, self.held_out, latents([0, 1]), self.table, experiment, self.state
+        )
+
+    def weights(self):
+        return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
+
+
+def comparable(step):
+    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s", "pace")}
+
+
+class Trained:
+    """A tiny network after a few updates, with moments of some blocks alone and an average."""
+
+    def __init__(self, steps=2, sharded=False):
+        self.experiment = tiny_experiment(data={"batch_size": 2})
+        self.denoiser = tiny_denoiser(self.experiment, seed=3)
+        self.network = self.denoiser.network
+        found = blocks(self.network)
+        if sharded:
+            fsdp.shard(self.network, found)
+        self.state = start(self.network, self.experiment)
+        for block in found[3:]:
+            block.module.requires_grad_(False)
+        for _ in range(steps):
+            self.update()
+
+    def update(self):
+        losses.training_loss(self.denoiser, latents([0, 1]), self.experiment.train).backward()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.state.ema, self.network, 0.9)
+        self.state.step += 1
+
+    def tensors(self):
+        """Everything that a checkpoint has to bring back, whole."""
+        return {name: fsdp.whole(t).clone() for name, t in checkpoint.contents(self.network, self.state).items()}
