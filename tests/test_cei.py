@@ -147,7 +147,7 @@ def test_scoring_compiles_nothing_and_scores_compiled_blocks_alike(found, denois
 
 def test_bfloat16_ranks_as_float32_does():
     """Untrained blocks differ by less than bfloat16 can tell: give each another weight."""
-    tables = []
+    made = []
     for dtype in ("float32", "bfloat16"):
         experiment = tiny_experiment(model={"dtype": dtype})
         denoiser = tiny_denoiser(experiment)
@@ -155,7 +155,7 @@ def test_bfloat16_ranks_as_float32_does():
         with torch.no_grad():
             for scale, block in zip((4, 1, 9, 3, 13, 6), found, strict=True):
                 block.module.ffn.net[2].weight.mul_(scale)
-        tables.append(cei.cei(denoiser, found, [latents(range(2))], experiment.priority))
-    full, half = tables
+        made.append(cei.cei(denoiser, found, [latents(range(2))], experiment.priority))
+    full, half = made
     assert np.isfinite(half.per_condition).all() and half.per_condition != full.per_condition
     assert tables.drift(full, half, "signed") >= 0.7

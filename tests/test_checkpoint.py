@@ -81,7 +81,7 @@ def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
 WRITER = """
 import sys
 from helpers.runs import Trained
-from entprog import checkpoint
+from entprog.training import checkpoint
 run = Trained(steps=1)
 saver = checkpoint.Saver(sys.argv[1], "id", keep=2)
 while True:

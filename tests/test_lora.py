@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import test_training
 from entprog.blocks import ADAPTER, blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
@@ -31,7 +30,7 @@ def experiment():
 
 @pytest.fixture
 def runs(monkeypatch):
-    monkeypatch.setattr(test_training, "tiny_denoiser", adapted)
+    monkeypatch.setattr("helpers.runs.tiny_denoiser", adapted)
 
 
 def prediction(denoiser, network=None):

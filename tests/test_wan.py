@@ -16,6 +16,7 @@ from entprog.errors import UserError
 from entprog.models import families, family
 from entprog.models.folders import saved
 from entprog.models.wan import inspect, load
+from helpers.families import FIVE as SHAPE
 from helpers.families import clips
 
 NETWORK = {
@@ -28,7 +29,6 @@ NETWORK = {
     "num_layers": 3,
     "rope_max_seq_len": 32,
 }
-SHAPE = ClipShape(frames=5, height=32, width=16, fps=12)
 
 
 def new(seed=0, **settings):

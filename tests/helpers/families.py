@@ -4,10 +4,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 
 from entprog import blocks, models
-from entprog.config import Model
+from entprog.config import ClipShape, Model
 from entprog.data.clips import Clips
 from entprog.scoring import cei
-from helpers.networks import SHAPE
 
 WAN = {
     "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 16,
@@ -127,7 +126,10 @@ def predict(denoiser, batch):
     return denoiser.predict(batch.clean, T, batch.conditions)
 
 
-def clips(batch=2, shape=SHAPE):
+FIVE = ClipShape(frames=5, height=32, width=16, fps=12)
+
+
+def clips(batch=2, shape=FIVE):
     generator = torch.Generator().manual_seed(0)
 
     def bytes_(*size):
