@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from entprog import files
 from pipelines import cli
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,7 +119,7 @@ def write(
 ) -> Path:
     """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with; `more` beside them."""
     path = RESULTS / f"{name}.json"
-    cli.write_json(
+    files.write_json(
         path,
         {
             "device": describe(device),

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import common, mocap, study_figures, study_page
 from benchmarks.study_arms import ARMS, FEW, SCALES, SEARCHED, TASKS, Scale
 from benchmarks.study_units import Bench, Unit, work
-from entprog import config
+from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets
 from pipelines import cli, prepare
@@ -231,7 +231,7 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
             record = clips(bench, TASKS[unit.task].target)
         else:
             record = work(bench, unit, done.budget(unit), done.rate(bench.scale, unit))
-        cli.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
+        files.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
         return True
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study_figures import spread
-from pipelines import charts, cli
+from entprog import files
+from pipelines import charts
 from pipelines.training import expectation
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def leave(results: Path, docs: Path = ROOT / "docs", table: Path = expectation.T
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(FRAME.read_text().replace("<!-- figures -->", sections))
     best = next(iter(found))
-    cli.write_json(table, gains(best, found[best]))
+    files.write_json(table, gains(best, found[best]))
     return path
 
 

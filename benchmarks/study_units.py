@@ -23,6 +23,7 @@ from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
+from entprog.diffusion.denoiser import Denoiser
 from entprog.models import lora
 from entprog.quality import figures as quality_figures
 from entprog.quality.card import ProtocolCard
@@ -100,7 +101,7 @@ class Training:
     """A run that is ready to begin."""
 
     experiment: Experiment
-    denoiser: models.Denoiser
+    denoiser: Denoiser
     found: list[Block]
     table: priorities.ScoreTable | None
     state: RunState
@@ -133,9 +134,7 @@ def material(bench: Bench, task: str) -> Material:
     return Material(train, *parts, motions, dataset)
 
 
-def encoded(
-    denoiser: models.Denoiser, dataset: shards.Dataset, split: str, numbers: np.ndarray, shape: ClipShape
-) -> Latents:
+def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np.ndarray, shape: ClipShape) -> Latents:
     """Clips of a split, cut to a shape, as latents; positions count from 0. What repeats over frames is kept once."""
     parts = []
     for some in np.split(numbers, range(DECODED_AT_ONCE, len(numbers), DECODED_AT_ONCE)):
@@ -419,7 +418,7 @@ def _meter(names: tuple[str, ...], device: str) -> Meter:
     return Meter(names, config.Evaluate(), device)
 
 
-def quality(bench: Bench, denoiser: models.Denoiser, goods: Material) -> list[dict[str, Any]]:
+def quality(bench: Bench, denoiser: Denoiser, goods: Material) -> list[dict[str, Any]]:
     """Figures of generated clips against the truth, each with its card."""
     scale, shape = bench.scale, bench.scale.shape
     meter = _meter(scale.metrics, str(bench.device))

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from entprog import files
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#E4E4E4"
 LINES = (BLUE, "#D55E00", GREEN, "#CC79A7", ORANGE, "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -109,7 +111,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
     """
     from matplotlib.patches import Patch
 
-    names = list(blocks) if blocks else sorted({name for step in steps for name in step["trained"]}, key=_natural)
+    names = list(blocks) if blocks else sorted({name for step in steps for name in step["trained"]}, key=files.natural)
     # What was charged before the first step and its wait for data is scoring.
     first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"] - steps[0]["wait_s"]) if steps else 0.0
     scored = bool(steps) and first_s > 1e-3 * steps[-1]["charged_s"]
@@ -147,11 +149,6 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
     figure.suptitle("Trained blocks over time", fontsize=11)
     return save(figure, path)
-
-
-def _natural(name: str) -> list:
-    """blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Path) -> Path:

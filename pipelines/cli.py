@@ -4,7 +4,6 @@ Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no s
 """
 
 import importlib.metadata
-import json
 import os
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from entprog import config
+from entprog import config, files
 from entprog.errors import UserError
 
 E = TypeVar("E", bound=config.Experiment)
@@ -131,7 +130,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
     if output is not None:
-        write_json(output / "result.json", record)
+        files.write_json(output / "result.json", record)
     if status:
         raise typer.Exit(status)
 
@@ -167,14 +166,6 @@ def writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    scratch.replace(path)
 
 
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Evaluation
 from entprog.data import shards as datasets
 from entprog.errors import UserError
@@ -187,8 +187,8 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
         "cards": {card.id: asdict(card) for card in cards.values()},
     }
-    cli.write_json(output / "evaluation.json", evaluation)
-    cli.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
+    files.write_json(output / "evaluation.json", evaluation)
+    files.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
     picture = _sheet(task.places, output)
     if task.run_id:
         _log(task.run_id, output, figures)

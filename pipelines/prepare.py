@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.errors import UserError
@@ -260,7 +260,7 @@ def _claim(output: Path, settings: Preparation) -> None:
     mine = packing.cut_settings(settings)
     if mark.exists() and (theirs := json.loads(mark.read_text())) != mine:
         additions.refuse(output, theirs, mine)
-    cli.write_json(mark, mine)
+    files.write_json(mark, mine)
 
 
 def _cut_all(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Experiment
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
@@ -96,7 +96,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
 
         known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", heard)
     table = ScoreTable.from_json(known)
-    cli.write_json(output / "cei.json", known)
+    files.write_json(output / "cei.json", known)
     charts.cei_chart(known, output / "cei.png")
     ranked = sorted(table.priority(experiment.priority.sign).items(), key=lambda item: -item[1])
     rank = {name: number for number, (name, _) in enumerate(ranked, 1)}

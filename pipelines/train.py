@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from entprog import config, models
+from entprog import config, files, models
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
@@ -257,7 +257,7 @@ def run(
         raise
     stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")
-    cli.write_json(finished, {"identity": key, "result": result})
+    files.write_json(finished, {"identity": key, "result": result})
     _show(result, output, uri)
     return result
 
@@ -297,7 +297,7 @@ def _leave_charts(
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     files += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
     sheet = dataset.folder / "contact_sheet.png"
-    cli.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
+    files.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
     files += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
     for file in [*files, *([sheet] if sheet.exists() else [])]:
         tracker.artifact(file)

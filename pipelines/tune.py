@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from entprog import config, models
+from entprog import config, files, models
 from entprog.config import Sweep
 from entprog.errors import UserError
 from entprog.schedule import plans
@@ -229,7 +229,7 @@ def _record(wanted: Sweep, space: spaces.Space, output: Path, share: sweep.Share
             raise UserError(f"{output} holds a sweep with other settings, space or data: choose another --output")
         return known
     record = {"identity": identity, "share": vars(share), "space": dict(spaces.described(space))}
-    cli.write_json(path, record)
+    files.write_json(path, record)
     return record
 
 

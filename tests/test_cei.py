@@ -7,6 +7,7 @@ import torch
 from entprog.blocks import blocks, skipped
 from entprog.config import Priority
 from entprog.cost import counting
+from entprog.data import hashing
 from entprog.diffusion import objectives
 from entprog.scoring import cei, tables
 from helpers.networks import TINY, latents, tiny_denoiser, tiny_experiment
@@ -93,9 +94,9 @@ def test_more_conditions_do_not_change_the_earlier_ones(denoiser, found, experim
 
 
 def test_scoring_leaves_the_network_as_it_was(denoiser, found, experiment):
-    before = tables.content_hash(denoiser.network)
+    before = hashing.content_hash(denoiser.network)
     cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
-    assert tables.content_hash(denoiser.network) == before
+    assert hashing.content_hash(denoiser.network) == before
     assert all("forward" not in b.module.__dict__ for b in found)
 
 

@@ -9,6 +9,7 @@ import torch
 from entprog.blocks import blocks, unfreeze
 from entprog.config import Priority
 from entprog.cost import counting
+from entprog.data import hashing
 from entprog.diffusion import objectives
 from entprog.scoring import cei, priorities, tables
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
@@ -108,11 +109,11 @@ def test_gradients_of_a_network_in_training_are_the_exact_ones_and_leave_it_alon
     trained = unfreeze(denoiser.network, found, ["blocks.4"], denoiser.outside()["conditions"], backward)
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 7.0)
-    before = tables.content_hash(denoiser.network)
+    before = hashing.content_hash(denoiser.network)
     forwards = [block.module.forward for block in found]
     with torch.no_grad():
         assert scored(denoiser, found, kind).per_condition == expected.per_condition
-    assert tables.content_hash(denoiser.network) == before
+    assert hashing.content_hash(denoiser.network) == before
     assert [block.module.forward for block in found] == forwards
     assert {id(p) for p in denoiser.network.parameters() if p.requires_grad} == {id(p) for p in trained}
     assert all(p.grad.unique().tolist() == [7.0] for p in trained)

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from entprog.blocks import blocks, unfreeze
+from entprog.data import hashing
 from entprog.distributed import agree, fsdp
 from entprog.schedule import prices
-from entprog.scoring import cei, tables
+from entprog.scoring import cei
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
@@ -128,7 +129,7 @@ def _fit_rank(rank, world, folder):
         "held_out": [s.held_out_loss for s in steps],
         "decisions": [d.as_json() for d in state.decisions],
         "scores": table.scores(),
-        "weights": tables.content_hash(denoiser.network),
+        "weights": hashing.content_hash(denoiser.network),
     }
     (folder / f"{rank}.json").write_text(json.dumps(record))
     leave()

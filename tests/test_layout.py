@@ -1,6 +1,6 @@
 """The house rules that a machine can check."""
 
-import re
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +24,52 @@ for name in {modules!r}:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_readme_names_every_file():
-    readme = (ROOT / "README.md").read_text()
-    for folder in ("entprog", "pipelines"):
-        for path in (ROOT / folder).rglob("*.py"):
-            if path.name != "__init__.py":
-                name = path.relative_to(ROOT / folder)
-                assert re.search(rf"^\s+{re.escape(str(name))}\s", readme, re.M), f"README's file tree lacks {name}"
+FLOORS = (
+    ("errors", "files"),
+    ("config",),
+    ("media",),
+    ("data", "blocks"),
+    ("preparing", "distributed", "quality"),
+    ("diffusion",),
+    ("models",),
+    ("cost",),
+    ("scoring",),
+    ("schedule",),
+    ("training",),
+)
+"""The packages of entprog, from the ground up: each imports only from floors below its own."""
+SHARED = {"cli", "charts"}
+"""Modules at the top of pipelines that are not jobs."""
+
+
+def test_a_package_of_entprog_imports_only_packages_below_it():
+    level = {package: number for number, floor in enumerate(FLOORS) for package in floor}
+    there = {path.stem for path in (ROOT / "entprog").iterdir() if path.name != "__init__.py" and path.name[0] != "_"}
+    assert there == set(level), "a package without a floor, or a floor without its package"
+    for path in (ROOT / "entprog").rglob("*.py"):
+        own = path.relative_to(ROOT / "entprog").parts[0].removesuffix(".py")
+        for module in imported(path):
+            if module[:1] == ["entprog"] and len(module) > 1 and module[1] != own:
+                assert level[module[1]] < level[own], f"{path.relative_to(ROOT)} imports {'.'.join(module)}"
+
+
+def imported(path: Path) -> list[list[str]]:
+    """Every module that a file imports, also inside functions, as parts of its dotted name."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [[*node.module.split("."), name.name] for name in node.names]
+        elif isinstance(node, ast.Import):
+            found += [name.name.split(".") for name in node.names]
+    return found
+
+
+def test_every_module_at_the_top_of_pipelines_is_a_job():
+    for path in (ROOT / "pipelines").glob("*.py"):
+        if path.stem not in {"__init__", *SHARED}:
+            source = ast.parse(path.read_text())
+            made = {ast.unparse(node.targets[0]) for node in source.body if isinstance(node, ast.Assign)}
+            assert "app" in made, f"{path.name} is no job: it belongs into one of the folders"
 
 
 @pytest.mark.parametrize("job", ["prepare", "score", "train", "generate", "evaluate", "compare", "demo", "tune"])

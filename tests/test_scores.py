@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from entprog.blocks import blocks
 from entprog.config import Priority
+from entprog.data import hashing
 from entprog.scoring import cei, priorities, tables
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import score
@@ -135,10 +136,10 @@ def test_too_few_clips_are_refused(denoiser, found):
 
 def test_key_changes_with_weights_data_and_settings():
     experiment = tiny_experiment()
-    a, b = (tables.content_hash(tiny_denoiser(experiment, seed).network) for seed in (0, 1))
+    a, b = (hashing.content_hash(tiny_denoiser(experiment, seed).network) for seed in (0, 1))
     settings = experiment.priority
     key = tables.table_key(a, "data", settings)
-    assert key == tables.table_key(tables.content_hash(tiny_denoiser(experiment).network), "data", settings)
+    assert key == tables.table_key(hashing.content_hash(tiny_denoiser(experiment).network), "data", settings)
     for same in ({"sign": "absolute"}, {"rescore": True}, {"kind": "reverse_cei"}):
         assert key == tables.table_key(a, "data", settings.model_copy(update=same))
     others = {tables.table_key(b, "data", settings), tables.table_key(a, "other", settings)}
@@ -150,8 +151,8 @@ def test_key_changes_with_weights_data_and_settings():
 
 def test_content_hash_tells_apart_what_moved_between_tensors():
     zeros, ones = torch.zeros(2), torch.ones(2)
-    assert tables.content_hash(zeros, ones) != tables.content_hash(ones, zeros)
-    assert tables.content_hash(zeros) != tables.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
+    assert hashing.content_hash(zeros, ones) != hashing.content_hash(ones, zeros)
+    assert hashing.content_hash(zeros) != hashing.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
 
 
 def setup_of(experiment, seed=0):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import common, study, study_figures, study_page
 from benchmarks.study_arms import ARMS, CPU, GPU, SCALES, SMOKE, TASKS, experiment
 from benchmarks.study_units import Bench, Unit, material, work
-from entprog import config
+from entprog import config, files
 from entprog.blocks import blocks
 from entprog.data import shards
 from entprog.media import h264
@@ -21,7 +21,6 @@ from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
-from pipelines import cli
 from pipelines.training import expectation
 
 FULL = {
@@ -101,7 +100,7 @@ def bench(tmp_path_factory):
         }
         shards.write_dataset(out, SMOKE.rendered, infos, {})
     bench = Bench(SMOKE, folder, torch.device("cpu"))
-    cli.write_json(folder / Unit(kind="clips", task="wan_rendered").file, {"commit": "x"})
+    files.write_json(folder / Unit(kind="clips", task="wan_rendered").file, {"commit": "x"})
     return bench
 
 
@@ -117,7 +116,7 @@ def test_units_go_through_fit_and_are_done_once(bench, monkeypatch):
     assert not study.do(bench, base, study.read(bench))
     for number, rate in enumerate(SMOKE.rates):
         tried = Unit(kind="tune", task="wan_rendered", arm="past", seed=SMOKE.tune_seed, rate=rate)
-        cli.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
+        files.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
     done = study.read(bench)
     assert done.is_ready(SMOKE, run) and done.rate(SMOKE, run) == SMOKE.rates[1]  # a run that diverged never wins
 

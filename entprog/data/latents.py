@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from entprog import files
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
@@ -111,7 +112,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded."""
     from torch import nn
 
-    from entprog.scoring.tables import content_hash
+    from entprog.data.hashing import content_hash
 
     modules = {field.name: getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "network"}
     hashes = {
@@ -163,11 +164,9 @@ def write(folder: Path, piece: Piece, clips: Sequence[dict[str, np.ndarray]]) ->
     tensors = {name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}
     tensors["crc32"] = np.array([_crc32(clip) for clip in clips], np.int64)
     path = folder / piece.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, scratch, metadata={"format": FORMAT, "shard_sha256": piece.shard_sha256})
-    scratch.replace(path)
-    return Written(piece, path.stat().st_size, shards.sha256(path))
+    with files.whole(path) as scratch:
+        save_file(tensors, scratch, metadata={"format": FORMAT, "shard_sha256": piece.shard_sha256})
+    return Written(piece, path.stat().st_size, files.sha256(path))
 
 
 def _crc32(clip: dict[str, np.ndarray]) -> int:
@@ -192,15 +191,13 @@ def written(folder: Path, piece: Piece) -> Written | None:
         )
     except (OSError, SafetensorError, KeyError, IndexError):
         return None
-    return Written(piece, path.stat().st_size, shards.sha256(path)) if whole else None
+    return Written(piece, path.stat().st_size, files.sha256(path)) if whole else None
 
 
-def finish(folder: Path, shapes: dict[str, tuple[int, ...]], files: Sequence[Written], about: dict[str, Any]) -> Cache:
+def finish(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: Sequence[Written], about: dict[str, Any]) -> Cache:
     """Write `latents.json`; what else lies in the folder (of shards that are gone) is left alone."""
-    record = {"format": FORMAT, "about": about, "tensors": shapes, "files": [asdict(file) for file in files]}
-    scratch = folder / "latents.json.tmp"
-    scratch.write_text(json.dumps(record, indent=2) + "\n")
-    scratch.replace(folder / "latents.json")
+    record = {"format": FORMAT, "about": about, "tensors": shapes, "files": [asdict(file) for file in pieces]}
+    files.write_json(folder / "latents.json", record)
     return read_cache(folder)
 
 
@@ -246,7 +243,7 @@ def verify(cache: Cache, how: Literal["sha256", "size"]) -> None:
     for file in cache.files:
         path = cache.folder / file.piece.file
         with contextlib.suppress(OSError):
-            if path.stat().st_size == file.bytes and (how == "size" or shards.sha256(path) == file.sha256):
+            if path.stat().st_size == file.bytes and (how == "size" or files.sha256(path) == file.sha256):
                 continue
         raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
 

@@ -5,7 +5,6 @@ Typed columns and encoded media as bytes: nothing is ever unpickled. Every page 
 checked on reading, every file a sha256 in `dataset.json`, so that a damaged byte is found, and found early.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from entprog import files
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
 
@@ -109,10 +109,8 @@ def write_shard(folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shap
     """
     of = schema(shape.frames)
     path = folder / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
     clips, left = 0, iter(rows)
-    try:
+    with files.whole(path) as scratch:
         with pq.ParquetWriter(
             scratch,
             of,
@@ -124,11 +122,7 @@ def write_shard(folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shap
             while some := [_flat(row, shape) for row in islice(left, CLIPS_PER_ROW_GROUP)]:
                 writer.write_table(pa.Table.from_pylist(some, schema=of), clips_per_row_group(some))
                 clips += len(some)
-        info = ShardInfo(file, clips, scratch.stat().st_size, sha256(scratch))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return info
+        return ShardInfo(file, clips, scratch.stat().st_size, files.sha256(scratch))
 
 
 def _flat(row: Mapping[str, Any], shape: ClipShape) -> dict[str, Any]:
@@ -151,12 +145,6 @@ def _leaves(of: pa.Schema) -> list[str]:
     return [f"{field.name}.list.element" if pa.types.is_nested(field.type) else field.name for field in of]
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_dataset(
     folder: Path, shape: ClipShape, splits: Mapping[str, Iterable[ShardInfo]], settings: Mapping[str, Any]
 ) -> Dataset:
@@ -169,9 +157,7 @@ def write_dataset(
         "splits": {name: [asdict(shard) for shard in splits[name]] for name in SPLITS},
         "settings": dict(settings),
     }
-    scratch = folder / "dataset.json.tmp"
-    scratch.write_text(json.dumps(record, indent=2) + "\n")
-    scratch.replace(folder / "dataset.json")
+    files.write_json(folder / "dataset.json", record)
     return read_dataset(folder)
 
 
@@ -220,7 +206,7 @@ def verify(dataset: Dataset, how: Literal["sha256", "size"] = "sha256") -> None:
             raise DamagedShardError(
                 f"damaged shard {path}: {size} bytes where dataset.json says {shard.bytes}; {again}"
             )
-        if how == "sha256" and (found := sha256(path)) != shard.sha256:
+        if how == "sha256" and (found := files.sha256(path)) != shard.sha256:
             told = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
             raise DamagedShardError(f"damaged shard {path}: {told}; {again}")
 

@@ -7,8 +7,8 @@ import torch
 from entprog.config import Train
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
+from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
-from entprog.models import Denoiser
 
 
 def training_loss(denoiser: Denoiser, batch: Latents, train: Train) -> torch.Tensor:

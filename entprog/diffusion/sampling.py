@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from entprog.config import ClipShape, Generate
+from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.longclips import blended
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler, set_steps
-from entprog.models import Denoiser
 
 
 @torch.no_grad()

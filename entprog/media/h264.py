@@ -4,7 +4,6 @@ Everything here works with one thread, as `entprog.media.video`.
 """
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -14,6 +13,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from entprog import files
 from entprog.media.video import BT709, EXACT, VideoError, decoded_frames, opened, to_rgb
 
 EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pixels, not of every second one
@@ -39,13 +39,8 @@ def write(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf
     Odd sizes are padded to even ones by repeating the last row or column. Atomic.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _mux(f"file:{temporary}", (_even(frame) for frame in frames), fps, crf, gop=round(2 * fps) or 1, tune=None)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(path) as scratch:
+        _mux(f"file:{scratch}", (_even(frame) for frame in frames), fps, crf, gop=round(2 * fps) or 1, tune=None)
     return path
 
 

@@ -8,7 +8,6 @@ No smoothing over time: what is drawn is what was seen.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -16,8 +15,8 @@ from PIL import Image
 from entprog.config import Prepare
 from entprog.errors import UserError
 from entprog.media import assets
+from entprog.media.person import NOBODY, POINTS, Person, prominent_first
 
-POINTS = 33
 DETECTOR_SIZE = 224
 LANDMARK_SIZE = 256
 HEATMAP_SIZE = 64
@@ -36,21 +35,6 @@ CHECK_EVERY = 10
 """Frames between checks from then on."""
 MARGIN = 1.25
 """Side of the square cut out for the landmark network, over the circle's diameter."""
-NOBODY = np.full((POINTS, 3), (np.nan, np.nan, 0), np.float32)
-
-
-@dataclass(frozen=True)
-class Person:
-    """A person the detector found, in pixels of the frame."""
-
-    score: float
-    """0..1."""
-    center: tuple[float, float]
-    """x, y of the middle of the hips."""
-    radius: float
-    """Of the circle around the hips that holds the whole body."""
-    rotation_rad: float
-    """Clockwise tilt of the body; 0 is upright."""
 
 
 class PoseEstimator:
@@ -170,16 +154,6 @@ def estimator(settings: Prepare):
 
         return rtm.RtmEstimator("cuda" if settings.track_gpus else "cpu")
     return PoseEstimator(threads=1)
-
-
-def prominent_first(people: Iterable[Person], height: int, width: int) -> list[Person]:
-    """The largest and most central first."""
-    middle = np.array([width, height]) / 2
-
-    def prominence(person: Person) -> float:
-        return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
-
-    return sorted(people, key=prominence, reverse=True)
 
 
 def found(points: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 import numpy as np
 
 from entprog.errors import UserError
-from entprog.media.pose import NOBODY, Person, prominent_first
+from entprog.media.person import NOBODY, Person, prominent_first
 
 _FACE, _LEFT_HAND, _RIGHT_HAND = 23, 91, 112
 POINTS = np.array(

@@ -1,6 +1,5 @@
 """Pictures for people: contact sheets and videos side by side."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from entprog import files
 from entprog.media import skeleton
 
 GAP = 6
@@ -53,13 +53,8 @@ def contact_sheet(
             x += image.width + GAP
         y += label_height + frame_height
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        sheet.save(temporary, "PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(path) as scratch:
+        sheet.save(scratch, "PNG")
     return path
 
 

@@ -25,7 +25,7 @@ from entprog.models.geometry import Geometry
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDenoiser:
-    """A network with its VAE, conditions and text (`entprog.models.Denoiser`)."""
+    """A network with its VAE, conditions and text (`entprog.diffusion.denoiser.Denoiser`)."""
 
     FAMILY: ClassVar[str]
     """Its file's name in `entprog/models/`."""

@@ -1,7 +1,6 @@
 """Short hashes of what a run starts from and is judged on: equal for equal content, wherever it lies."""
 
 import contextlib
-import hashlib
 import json
 import platform
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from entprog import files
 from entprog.config import Experiment, Model, digest
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
@@ -77,13 +77,9 @@ def file(path: Path) -> str:
         known = json.loads(memory.read_text())
         if {name: known.get(name) for name in now} == now:
             return known["sha256"]
-    with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = files.sha256(path)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = memory.with_suffix(f".{digest(now, str(id(now)))}.tmp")
-        scratch.write_text(json.dumps({**now, "sha256": found}))
-        scratch.replace(memory)
+        files.write_json(memory, {**now, "sha256": found})
     return found
 
 

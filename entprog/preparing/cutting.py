@@ -6,7 +6,6 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 
 import hashlib
 import io
-import json
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from entprog import files
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.media import footage, h264, pose, video
@@ -108,10 +108,7 @@ def cut(row: Row, settings: Preparation, parts: Path) -> Row:
     row = tried(row, "cut", settings, parts, partial(_cut, parts=parts))
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
-    path = parts / f"{row['key']}.json"
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(record))
-    scratch.replace(path)
+    files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entprog import files
 from entprog.config import digest
 from entprog.errors import UserError
 from entprog.preparing.attempts import MAX_CRASHES
@@ -71,9 +72,8 @@ def crashed(row: Row, stage: str) -> Row:
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the ledger as Parquet, whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), scratch, compression="ZSTD")
-    scratch.replace(path)
+    with files.whole(path) as scratch:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), scratch, compression="ZSTD")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from entprog import files
 from entprog.config import Evaluate
 from entprog.errors import UserError
 from entprog.media import assets
@@ -115,7 +116,7 @@ def _inception(settings: Evaluate, device: torch.device) -> Network:
         ) from None
     return Network(
         "inception-v3 (torch-fidelity)",
-        _sha256(path) if path else _hash(network),
+        files.sha256(path) if path else _hash(network),
         "bilinear 299x299, as TensorFlow 1",
         lambda x: by_frames(lambda frames: network(frames.to(device))[0], x),
     )
@@ -146,11 +147,11 @@ def _i3d(settings: Evaluate, device: torch.device) -> Network:
     if path is not None and _is_torchscript(path):
         script, name = torch.jit.load(str(path), map_location=device).eval(), "i3d (TorchScript)"
         network: Callable = functools.partial(script, rescale=False, resize=False, return_features=True)
-        sha256 = _sha256(path)
+        sha256 = files.sha256(path)
     else:
         network, name = _library_i3d(path), "i3d (cd-fvd)"
         network = network.to(device).eval()
-        sha256 = _sha256(path) if path else _hash(network)
+        sha256 = files.sha256(path) if path else _hash(network)
 
     @torch.no_grad()
     def features(frames: torch.Tensor) -> torch.Tensor:
@@ -198,7 +199,7 @@ def _resnet3d(settings: Evaluate, device: torch.device) -> Network:
         return network(parts).mean(0, keepdim=True).float().cpu()
 
     resize = f"bilinear {size}x{size}, parts of {length} frames (last one repeated), averaged"
-    return Network("resnet3d-50 kinetics", _sha256(path), resize, features)
+    return Network("resnet3d-50 kinetics", files.sha256(path), resize, features)
 
 
 NETWORKS: dict[str, Callable[[Evaluate, torch.device], Network]] = {
@@ -250,11 +251,6 @@ def _is_torchscript(path: Path) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash(network: nn.Module) -> str:

@@ -8,8 +8,8 @@ from torch import nn
 from entprog import blocks
 from entprog.blocks import Block
 from entprog.config import Experiment
+from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
-from entprog.models import Denoiser
 from entprog.schedule.plans import Plan
 
 

@@ -8,8 +8,8 @@ from entprog.cost import counting, measuring
 from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
+from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
-from entprog.models import Denoiser
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan

@@ -20,8 +20,8 @@ from entprog.blocks import Block, bypass, execution_order, replaced, skipped
 from entprog.config import Priority
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
+from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Process
-from entprog.models import Denoiser
 from entprog.scoring import tables
 from entprog.scoring.tables import Predict, Row, ScoreTable
 

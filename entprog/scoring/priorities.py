@@ -20,7 +20,7 @@ from entprog.blocks import Block, replaced
 from entprog.config import Priority
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
-from entprog.models import Denoiser
+from entprog.diffusion.denoiser import Denoiser
 from entprog.scoring import tables
 from entprog.scoring.cei import cei, draws
 from entprog.scoring.tables import BlockScore, Row, ScoreTable

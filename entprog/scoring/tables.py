@@ -4,7 +4,6 @@ What is scored, and how one condition is scored, is the priority's own business 
 (τ, ε, c); the draws of one condition c are numbered 0, 1, … and every condition gives equally many.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import kendalltau
-from torch import nn
 
 from entprog.blocks import Block
 from entprog.config import Priority, digest
@@ -136,17 +134,6 @@ def drift(before: ScoreTable, now: ScoreTable, sign: str) -> float:
     """Kendall's τ between the rankings of two tables of the same blocks: 1 where nothing moved."""
     old, new = before.priority(sign), now.priority(sign)
     return tau([old[name] for name in old], [new[name] for name in old])
-
-
-def content_hash(*parts: nn.Module | torch.Tensor) -> str:
-    """Hash of the names and bytes of every parameter and buffer of modules, and of tensors."""
-    out = hashlib.blake2b(digest_size=16)
-    for number, part in enumerate(parts):
-        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
-        for name, tensor in sorted(tensors.items()):
-            out.update(f"{number}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return out.hexdigest()
 
 
 def table_key(contents: str, data_fingerprint: str, settings: Priority, rest: Any = None) -> str:

@@ -18,8 +18,8 @@ from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.data.clips import Latents, Spent
 from entprog.diffusion import losses
+from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
-from entprog.models import Denoiser
 from entprog.schedule import plans
 from entprog.schedule.efficiency import Decision, Trial
 from entprog.schedule.freezing import Freeze

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from entprog import files
 from pipelines.comparison import drawings, samples, words
 from pipelines.comparison.groups import Difference, Group, text
 from pipelines.comparison.runs import Training
@@ -268,12 +269,7 @@ def _blocks(groups: Sequence[Group], steps: Sequence[Mapping[str, Any]]) -> list
         table = group.typical and group.typical.json("cei.json")
         if table:
             return [row["name"] for row in table["blocks"]]
-    return sorted({name for step in steps for name in step["trained"]}, key=_natural)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return sorted({name for step in steps for name in step["trained"]}, key=files.natural)
 
 
 def _scores(groups: Sequence[Group]):

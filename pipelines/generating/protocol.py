@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from entprog import files
 from entprog.config import Evaluation, Generate
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
@@ -12,7 +13,6 @@ from entprog.media import video as videos
 from entprog.models import fingerprints
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
-from pipelines import cli
 from pipelines.generating import checkpoints
 from pipelines.generating.checkpoints import Checkpoint
 
@@ -57,7 +57,7 @@ def check(folder: Path, made: dict[str, Any]) -> None:
 def claim(folder: Path, made: dict[str, Any]) -> None:
     """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
     check(folder, made)
-    cli.write_json(folder / FILE, made)
+    files.write_json(folder / FILE, made)
 
 
 def card(

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from entprog import config
+from entprog import config, files
 from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
 from entprog.diffusion import sampling
+from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
-from entprog.models import Denoiser
-from pipelines import cli
 from pipelines.cli import console
 from pipelines.generating.motions import Motion
 
@@ -157,7 +156,7 @@ class Files:
         h264.write(self.path(".mp4"), sheet.side_by_side(parts), fps)
         if self.identity is not None:
             found = {} if bare is None else {"difference": int(np.abs(result.astype(int) - bare).max())}
-            cli.write_json(self.path(".json"), {"identity": self.identity, **found})
+            files.write_json(self.path(".json"), {"identity": self.identity, **found})
 
     def record(self) -> dict[str, Any]:
         """The clip as result.json has it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import track
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.data.shards import Dataset
@@ -58,14 +58,14 @@ def mend(output: Path, before: Before | None) -> None:
 def _is_due(output: Path, dataset: Dataset) -> bool:
     """Whether the next ledger is the one that belongs to dataset.json."""
     coming = output / NEXT_LEDGER
-    return coming.exists() and shards.sha256(coming) == dataset.settings.get("ledger")
+    return coming.exists() and files.sha256(coming) == dataset.settings.get("ledger")
 
 
 def finish(output: Path, settings: Preparation, lines: Sequence[Row], written) -> Dataset:
     """Write ledger and dataset.json so that they belong together after a kill at any moment."""
     coming = output / NEXT_LEDGER
     ledger.write(coming, lines)
-    prepared = {"prepare": settings.prepare.model_dump(mode="json"), "ledger": shards.sha256(coming)}
+    prepared = {"prepare": settings.prepare.model_dump(mode="json"), "ledger": files.sha256(coming)}
     dataset = shards.write_dataset(output, settings.data.shape, written, prepared)
     coming.replace(output / "ledger.parquet")
     return dataset

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from entprog import config
+from entprog import config, files
 from entprog.config import ClipShape, Preparation
 from entprog.data import shards
 from entprog.data.shards import ShardInfo
@@ -43,7 +43,7 @@ def read_part(parts: Path, key: str) -> Row | None:
     """A finished part's record, or None if it is not there as it was written."""
     try:
         record = json.loads((parts / f"{key}.json").read_text())
-        if record["clips"] and shards.sha256(parts / f"{key}.parquet") != record["sha256"]:
+        if record["clips"] and files.sha256(parts / f"{key}.parquet") != record["sha256"]:
             return None
     except (OSError, ValueError, KeyError):
         return None
@@ -146,9 +146,7 @@ def pack(row: Row, folder: str, shape: ClipShape) -> Row:
     clips = [{**clip, "split": plan["split"]} for clip in clips]
     info = shards.write_shard(Path(folder), plan["file"], clips, shape)
     told = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
-    scratch = receipt.with_name(receipt.name + ".tmp")
-    scratch.write_text(json.dumps({"plan": config.digest(row["plan"]), "info": told}))
-    scratch.replace(receipt)
+    files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": told}, indent=None)
     return told
 
 
@@ -156,7 +154,7 @@ def _packed(receipt: Path, shard: Path, plan: str) -> Row | None:
     """A shard that an attempt killed later has finished: what it wrote down, if the file is still that."""
     try:
         told = json.loads(receipt.read_text())
-        whole = told["plan"] == config.digest(plan) and shards.sha256(shard) == told["info"]["sha256"]
+        whole = told["plan"] == config.digest(plan) and files.sha256(shard) == told["info"]["sha256"]
     except (OSError, ValueError, KeyError):
         return None
     return told["info"] if whole else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Experiment
 from entprog.errors import UserError
 
@@ -65,14 +65,14 @@ def run(
     person's mistake and a loss that is not finite end the trial as failed, with the reason; a crash raises and is
     tried again from the checkpoint.
     """
-    from pipelines import cli, train
+    from pipelines import train
     from pipelines.sweeping import spaces
 
     experiment = config.build(spec.experiment)
     settings = config.build(spec.tune, config.Tune)
     folder = folder_of(Path(spec.output), trial_id)
     record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": []}
-    cli.write_json(folder / RECORD, record)
+    files.write_json(folder / RECORD, record)
     ticks = Ticks(experiment.train.seconds, settings.reduction**settings.rungs, report)
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
@@ -111,13 +111,13 @@ def run(
         record |= {"status": "failed", "reason": str(error)}
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
     except BaseException as error:
-        cli.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
+        files.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
         raise
     finally:
         if tracker is not None:
             tracker.summary({k: v for k, v in record.items() if isinstance(v, float)})
             tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
-    cli.write_json(folder / RECORD, record)
+    files.write_json(folder / RECORD, record)
     return last | {"tick": ticks.of}
 
 

@@ -1,7 +1,6 @@
 """Where MLflow keeps runs: which store, how it is opened, made and named without showing secrets."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import shlex
@@ -10,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
 
 from entprog.errors import UserError
 
@@ -85,8 +86,7 @@ def alone(uri: str) -> Iterator[None]:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(database.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(f"{database}.lock"):
         yield
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entprog import files
 from entprog.errors import UserError
 from pipelines.tracking.store import (
     alone,
@@ -87,10 +88,7 @@ class Tracker:
         except Exception as error:
             reason = one_line(error, uri)
             raise UserError(f"MLflow at {masked(uri)} cannot be used: {reason}; check MLFLOW_TRACKING_URI") from None
-        record.parent.mkdir(parents=True, exist_ok=True)
-        scratch = record.with_name(record.name + ".tmp")
-        scratch.write_text(json.dumps({"run_id": run_id, "experiment": experiment, "uri": masked(uri)}) + "\n")
-        scratch.replace(record)
+        files.write_json(record, {"run_id": run_id, "experiment": experiment, "uri": masked(uri)})
         tracker = Tracker(uri, run_id, output, warn)
         tracker._client_made = client
         versions = {f"version.{name}": importlib.metadata.version(name) for name in VERSIONS}
@@ -320,10 +318,8 @@ class Tracker:
         """Write undelivered points to the file (under the lock)."""
         if not self._points:
             return
-        scratch = self._pending.with_name(PENDING_FILE + ".tmp")
         try:
-            scratch.write_text("".join(json.dumps(point) + "\n" for point in self._points))
-            scratch.replace(self._pending)
+            files.write_text(self._pending, "".join(json.dumps(point) + "\n" for point in self._points))
             self._kept = True
         except OSError as error:
             self._warn(f"cannot keep MLflow points in {self._pending}: {error.strerror}")

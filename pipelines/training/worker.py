@@ -1,6 +1,5 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
-from entprog import config, models
+from entprog import config, files, models
 from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
+from entprog.data.hashing import content_hash
+from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
@@ -24,10 +26,9 @@ from entprog.schedule import plans, prices
 from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
 from entprog.scoring import cei, priorities
-from entprog.scoring.tables import ScoreTable, content_hash, table_key
+from entprog.scoring.tables import ScoreTable, table_key
 from entprog.training import checkpoint
 from entprog.training.fit import Step, fit, start
-from pipelines.cli import write_json
 from pipelines.cluster import gauges
 from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.cluster.stopping import LeavingError, Notices
@@ -43,7 +44,7 @@ class Setup:
 
     experiment: Experiment
     device: torch.device
-    denoiser: models.Denoiser
+    denoiser: Denoiser
     dataset: shards.Dataset
     held_out: list[Latents]
     """This rank's share."""
@@ -155,7 +156,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
             progress=lambda done, of: setup.post({"scored": done, "of": of}),
         )
         if rank == 0:
-            write_json(kept, table.as_json())
+            files.write_json(kept, table.as_json())
     return table
 
 
@@ -163,8 +164,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
 def _alone(table: Path) -> Iterator[None]:
     """One process at a time looks for a table and makes it: a second one waits, and finds it."""
     table.parent.mkdir(parents=True, exist_ok=True)
-    with table.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(table.with_suffix(".lock")):
         yield
 
 
@@ -206,7 +206,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     for line in table.warnings(experiment.priority.sign) if table else ():
         warn(line)
     if rank == 0 and table is not None:
-        write_json(output / "cei.json", table.as_json())
+        files.write_json(output / "cei.json", table.as_json())
     data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
     with closing(Batches(experiment, *data)) as batches:
         conditions = scoring_clips(setup) if table and experiment.priority.rescore else ()

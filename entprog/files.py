@@ -1,0 +1,63 @@
+"""Files: written whole or not at all, as strict JSON, told apart by their content, sorted as people number them."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A scratch path beside `path` to write to; it takes the place of `path` when the block ends without an exception.
+
+    A reader never sees half a file, and two writers never share a scratch file. The folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as scratch:
+        scratch.write_text(text)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write strict JSON whole or not at all: what is not finite becomes null, what JSON lacks its text."""
+    write_text(path, strict_json(value, indent) + "\n")
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are not finite become null, what JSON has no word for its text."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces. Raises OSError where it cannot be read."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key under which `blocks.2` comes before `blocks.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
