@@ -290,16 +290,16 @@ def _final(result: dict[str, Any]) -> dict[str, float]:
 def _leave_charts(
     output: Path, steps: list[dict], blocks: list[str], tracker: Tracker, dataset: shards.Dataset
 ) -> None:
-    files = [charts.schedule_chart(steps, output / "schedule.png", blocks)]
+    left = [charts.schedule_chart(steps, output / "schedule.png", blocks)]
     if (output / "cei.json").exists():
-        files += [charts.cei_chart(json.loads((output / "cei.json").read_text()), output / "cei.png")]
-        files += [output / "cei.json"]
+        left += [charts.cei_chart(json.loads((output / "cei.json").read_text()), output / "cei.png")]
+        left += [output / "cei.json"]
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
-    files += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
+    left += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
     sheet = dataset.folder / "contact_sheet.png"
     files.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
-    files += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
-    for file in [*files, *([sheet] if sheet.exists() else [])]:
+    left += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
+    for file in [*left, *([sheet] if sheet.exists() else [])]:
         tracker.artifact(file)
 
 
