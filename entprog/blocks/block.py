@@ -76,7 +76,7 @@ def blocks(network: nn.Module) -> list[Block]:
         raise UserError(
             f"no block of {type(network).__name__} is known: register what is seen where one is skipped with "
             f"@entprog.blocks.bypass.register for its class, perhaps {' or '.join(candidates[:4]) or 'one of its own'} "
-            "(README, 'Adding a model family')"
+            "(docs/families.md)"
         )
     return found
 

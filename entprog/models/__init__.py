@@ -19,7 +19,7 @@ from types import ModuleType
 from entprog.config import close_to
 from entprog.errors import UserError
 
-HOW_TO_ADD = "README, 'Adding a model family', shows how to add one"
+HOW_TO_ADD = "docs/families.md shows how to add one"
 
 # diffusers imports torchao wherever it is installed, and both then speak of things that nobody asked for.
 for _name in ("diffusers.quantizers.torchao", "torchao", "torch.utils._pytree"):
