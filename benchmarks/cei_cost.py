@@ -27,7 +27,7 @@ SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "te
 LARGE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}
 """Width of Wan 1.3B."""
 CHANNELS = 3
-"""Of the clips: pixels, no VAE."""
+"""Channels of the clips: pixels, no VAE."""
 SHOWN = {
     "blocks": "blocks",
     "draws": "draws",

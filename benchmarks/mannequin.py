@@ -26,7 +26,7 @@ PARTS = {
 }  # fmt: skip
 """Link, without its side → what it wears."""
 SCALE = 0.25
-"""Of the file, which is four times as large as a person."""
+"""Scale from the file, which is four times as large as a person, to metres."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Camera:
     target: np.ndarray
     yaw_rad: float
     pitch_rad: float
-    """Above the horizon."""
+    """The camera's angle above the horizon."""
     fov_rad: float
     """From the bottom of the picture to its top."""
     distance: float

@@ -59,7 +59,7 @@ QUARTER = 0.25
 
 @dataclass(frozen=True)
 class Constants:
-    """Of one kind of machine and network; seconds, bytes, and per second."""
+    """Constants of one kind of machine and network: seconds, bytes, and rates per second."""
 
     compute_s: dict[str, float]
     """Schedule → forward, backward and update of one worker's batch."""
@@ -71,9 +71,9 @@ class Constants:
     decode_rate: float
     """Clips a second for each worker's share of the CPUs."""
     clips: int
-    """Of one worker and update."""
+    """Clips of one worker in an update."""
     blocked_s: float
-    """That a checkpoint takes away from training."""
+    """Seconds for which a checkpoint blocks training."""
     steps_between_checkpoints: int
     spread: float
     """Standard deviation of a step over its mean, on one worker."""

@@ -42,9 +42,9 @@ app = cli.app("Time, FLOPs and peak memory of a training step, plan by plan.")
 
 SMALL = {"attention_head_dim": 64, "text_dim": 16, "freq_dim": 64}
 LARGE = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-"""Of Wan 1.3B."""
+"""Sizes of Wan 1.3B."""
 CHANNELS = 3
-"""Of the clips: pixels of 2 x 2 to a token, no VAE."""
+"""Channels of the clips: pixels of 2 x 2 to a token, no VAE."""
 FRACTIONS = (0.25, 0.5, 0.75)
 """m/L of the plans beside full training."""
 FULL = "full"

@@ -138,7 +138,7 @@ def figures(verdict: Verdict, unlike: Sequence[Difference]) -> dict[str, Any]:
 
 
 def _ratio(judged: Judged) -> dict[str, Any]:
-    """Of a group: the baseline's seconds to the target ÷ its own."""
+    """A group's speed-up: the baseline's seconds to the target divided by the group's."""
     ratio = judged.ratio or Estimate(None, None, None, len(judged.group.counted))
     return {"group": judged.group.label, **asdict(ratio), "at_most": judged.ratio_at_most}
 

@@ -98,12 +98,12 @@ class Task:
     maker: checkpoints.Checkpoint | None
     """Makes the clips; None: they are there."""
     folder: Path
-    """Of the generated clips."""
+    """Folder of the generated clips."""
     places: list[judging.Place]
     made: dict[str, Any]
     """How the clips are made, as far as it is known."""
     names: list[str]
-    """Of the metrics."""
+    """Names of the metrics."""
     left_out: dict[str, str]
     """Metrics that do not fit, and why."""
     meter: Meter

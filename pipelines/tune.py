@@ -121,7 +121,7 @@ def check(wanted: Sweep, space: spaces.Space) -> None:
 
 
 def resources() -> dict[str, float]:
-    """Of the cluster that a run would use; of a local Ray as it would be started."""
+    """Resources of the cluster that a run would use, or of a local Ray as it would be started."""
     if os.environ.get("RAY_ADDRESS"):
         with cli.ray_cluster(launch.LOCAL_CPUS) as ray:
             return ray.cluster_resources()

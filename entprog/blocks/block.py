@@ -212,7 +212,7 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
 
 
 ADAPTER = ".lora_"
-"""In the name of a low-rank adapter's parameters (`entprog.models.lora`)."""
+"""Part of the name of every low-rank adapter's parameter (`entprog.models.lora`)."""
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -91,7 +91,7 @@ class Lora(Part):
     """Low-rank adapters (LoRA, arXiv 2106.09685), through peft: y = W x + alpha/rank · B A x, A and B trained."""
 
     rank: int = Field(default=16, ge=1)
-    """Rows of A."""
+    """Rank of each adapter: rows of A, columns of B."""
     alpha: float = Field(default=16.0, gt=0)
     """Scale of what the adapter adds is alpha/rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")

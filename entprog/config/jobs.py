@@ -133,7 +133,7 @@ class Generation(Part):
 
     generate: Generate = Generate()
     prepare: Prepare = Prepare()
-    """Of it `margin` and `point_visibility`: the crop around the person in a driving video or reference image."""
+    """`margin` and `point_visibility` are used: the crop around the person in a driving video or reference image."""
 
 
 class Compare(Part):
@@ -145,7 +145,7 @@ class Compare(Part):
     """What the others are compared with: a run's id or name, or a group's label. None: plain training, else the oldest
     run's group."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Of the intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
+    """Confidence of intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
     samples: int = Field(default=2, ge=0)
     """Sample clips of each group in the page."""
     sample_bytes: int = Field(default=250_000, ge=1000)

@@ -37,7 +37,7 @@ class BlockCost:
     recomputed_bytes: int
     """What checkpointing brings back in the backward pass of a trained block; 0 without."""
     through_recomputed_bytes: int
-    """The same of a frozen block that is crossed exactly."""
+    """Bytes recomputed at once for a frozen block that the exact backward crosses."""
     parameter_bytes: int
     twin_bytes: int = 0
     """What the block's fp8 twin adds while it is frozen along its bypass; 0 where there are none."""
@@ -53,7 +53,7 @@ class CostModel:
     """Forward and backward of what lies outside blocks, the objective included."""
     outside_bytes: int
     outside_parameter_bytes: int
-    """Of the parameters outside blocks that are trained."""
+    """Bytes of the trained parameters outside blocks."""
     common_bytes: int
     """Inputs that all blocks share (embedded timestep and text, positions): kept once if any block keeps them."""
     through_common: bool
@@ -64,7 +64,7 @@ class CostModel:
     update_per_byte: float
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     blocks: tuple[BlockCost, ...]
-    """In execution order."""
+    """Cost of each block, in execution order."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -134,7 +134,7 @@ def decode(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int |
 
 
 def _ends(dataset: shards.Dataset, split: str) -> np.ndarray:
-    """Of each shard: the number of clips up to its end."""
+    """Number of clips up to each shard's end, int [shards]."""
     return np.cumsum([info.clips for info in dataset.splits[split]])
 
 
@@ -166,7 +166,7 @@ def _only(wanted: range, of: int) -> range | None:
 
 
 def _decode_png(data: bytes, pixels: int) -> np.ndarray:
-    """By FFmpeg, sooner than by Pillow; not if its header claims far more pixels."""
+    """A reference image, uint8 [H, W, 3], decoded by FFmpeg (faster than Pillow) unless it claims far more pixels."""
     decoder = av.CodecContext.create("png", "r")
     decoder.options = {"max_pixels": str(2 * pixels + (1 << 14))}  # FFmpeg counts padding
     (frame,) = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
@@ -191,7 +191,7 @@ def to_clips(batch: Arrays, device="cpu"):
 
 
 def to_device(array: np.ndarray, device="cpu"):
-    """As a tensor; a copy where it is read-only, as what comes from the object store is."""
+    """The array as a tensor on the device; copied where it is read-only, as arrays from the object store are."""
     import torch
 
     value = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
@@ -264,7 +264,7 @@ def local_stream(
     frames: int | None = None,
     batches: int | None = None,
 ) -> Stream:
-    """The same Clips as `feed.stream`, bit for bit, decoded in this process without Ray."""
+    """Clips decoded in this process without Ray, bit for bit those of `pipelines.stream.feed.stream`."""
     check_shape(dataset, shape)
     read = functools.partial(decode, dataset, split, frames=frames)
     rows = (np.arange(batch_size) + first for first in itertools.count(0, batch_size))

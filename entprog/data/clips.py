@@ -29,7 +29,7 @@ class Clips:
         return Clips(self.video[rows], self.reference[rows], self.pose[rows], self.position[rows])
 
     def resized(self, shape: ClipShape) -> "Clips":
-        """The same clips at a smaller shape: the frames in their middle, and the mean over whole areas of pixels.
+        """These clips at a smaller shape: the frames in their middle, and the mean over whole areas of pixels.
 
         What they show stays where it was, so that poses, which are fractions of the frame, need no change. Itself
         where `shape` is its own. shape: of `config.Smaller.of`: heights and widths divide evenly.
@@ -51,7 +51,7 @@ def _shrunk(pixels: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def _shrunk_planes(video: torch.Tensor, by: int) -> torch.Tensor:
-    """The same for planes Y, U, V: uint8 [B, F, H*3/2, W] → uint8 [B, F, H/by*3/2, W/by]."""
+    """Area means of planes Y, U, V: uint8 [B, F, H*3/2, W] → uint8 [B, F, H/by*3/2, W/by]."""
     clips, frames, rows, width = video.shape
     height = rows * 2 // 3
     luma, chroma = video.flatten(2).split((height * width, height * width // 2), dim=2)
@@ -84,7 +84,7 @@ class Spent:
     wait_s: float = 0.0
     """Waiting for the stream, starting it included."""
     open_s: float = 0.0
-    """Of them, until a stream's first batch was there."""
+    """The part of the waiting that passed until a stream's first batch was there."""
     copy_s: float = 0.0
     """Copying to the device; most of it happens while the step before is computed, and holds nobody up."""
     encode_s: float = 0.0

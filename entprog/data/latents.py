@@ -83,11 +83,11 @@ class Cache:
     shapes: dict[str, tuple[int, ...]]
     """Tensor → shape of one clip, repeated dimensions in full."""
     files: tuple[Written, ...]
-    """In the order of the split's clips."""
+    """The files, in the order of the split's clips."""
 
     @property
     def clip_bytes(self) -> int:
-        """Of one clip, as it is stored, about."""
+        """Mean stored bytes of a clip."""
         return sum(file.bytes for file in self.files) // max(sum(file.piece.clips for file in self.files), 1)
 
 
@@ -289,7 +289,7 @@ def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 
 
 def located(cache: Cache) -> Cache:
-    """The same with an absolute path, for tasks that run in another directory."""
+    """The cache with an absolute path, for tasks that run in another directory."""
     return replace(cache, folder=cache.folder.resolve())
 
 

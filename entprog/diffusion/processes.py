@@ -61,7 +61,7 @@ class Flow:
 
     @classmethod
     def of(cls, configuration: Mapping[str, Any]) -> "Flow":
-        """Of a scheduler's configuration."""
+        """The process that a scheduler's configuration describes."""
         return cls(float(configuration.get("flow_shift") or configuration.get("shift") or 1.0))
 
     def pair(self, clean, noise, t):
@@ -86,13 +86,13 @@ class Diffusion:
     name: str
     """diffusers class of the scheduler."""
     configuration: Mapping[str, Any]
-    """Of the scheduler."""
+    """Configuration of the diffusers scheduler."""
 
     shift = 1.0
 
     @classmethod
     def of(cls, configuration: Mapping[str, Any]) -> "Diffusion":
-        """Of a scheduler's configuration. Raises UserError if it is none of this kind."""
+        """The process that a scheduler's configuration describes. Raises UserError if it is of another kind."""
         name = configuration.get(CLASS, "")
         kind = getattr(diffusers, name, None)
         known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
@@ -131,16 +131,16 @@ class Edm:
     """EDM over a log-normal σ (Karras et al., arXiv 2206.00364), v-prediction, as Stable Video Diffusion has it."""
 
     configuration: Mapping[str, Any]
-    """Of an EulerDiscreteScheduler."""
+    """Configuration of the EulerDiscreteScheduler."""
     mean: float = 0.7
-    """Of log σ in training (arXiv 2311.15127, appendix: P_mean 0.7, P_std 1.6)."""
+    """Mean of log σ in training (arXiv 2311.15127, appendix: P_mean 0.7, P_std 1.6)."""
     std: float = 1.6
 
     shift = 1.0
 
     @classmethod
     def of(cls, configuration: Mapping[str, Any]) -> "Edm":
-        """Of a scheduler's configuration. Raises UserError if it is none of this kind."""
+        """The process that a scheduler's configuration describes. Raises UserError if it is of another kind."""
         found = EulerDiscreteScheduler.from_config(_settings(configuration)).config
         given = configuration.get(CLASS), found.prediction_type, found.timestep_type
         if given != ("EulerDiscreteScheduler", "v_prediction", "continuous"):

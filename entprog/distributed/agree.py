@@ -80,7 +80,7 @@ class Pace:
 
 
 def pace(seconds: float, device: torch.device | str = "cpu") -> Pace:
-    """Of all ranks; the same on every rank."""
+    """Median and slowest of all ranks' seconds; equal on every rank."""
     _, ranks = world()
     each = torch.zeros(ranks, dtype=torch.float64, device=device)
     mine = torch.tensor([seconds], dtype=torch.float64, device=device)
@@ -126,7 +126,7 @@ def agree(what: str, value: Any) -> None:
 
 
 def _differing(values: list[Any]) -> list[Any]:
-    """Of mappings only what is not the same in all."""
+    """The values, mappings reduced to the entries in which they differ."""
     if not all(isinstance(value, dict) for value in values):
         return values
     names = [name for name in values[0] if any(value.get(name) != values[0][name] for value in values)]

@@ -17,7 +17,7 @@ class Footage:
 
     path: Path
     frames_fps: float
-    """Of a folder of images; 0: a video file."""
+    """Frame rate of a folder of images; 0 for a video file."""
     crop: Box | None
     """Part of the upright picture; None: all of it."""
     limits: Limits

@@ -16,11 +16,11 @@ class Person:
     """A person the detector found, in pixels of the frame."""
 
     score: float
-    """0..1."""
+    """Confidence of the detection, 0..1."""
     center: tuple[float, float]
     """x, y of the middle of the hips."""
     radius: float
-    """Of the circle around the hips that holds the whole body."""
+    """Radius in pixels of the circle around the hips that holds the whole body."""
     rotation_rad: float
     """Clockwise tilt of the body; 0 is upright."""
 

@@ -46,7 +46,7 @@ class VideoDenoiser:
     vae: nn.Module | None
     """None: the network works on pixels."""
     conditions: tuple[str, ...]
-    """In the order of the network's input channels."""
+    """Conditions that the network sees, in the order of its input channels."""
     text: torch.Tensor
     """What text cross-attention sees [1, tokens, width]."""
     process: Process

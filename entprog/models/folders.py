@@ -32,10 +32,10 @@ class Record(config.Part):
     format: str
     family: str
     conditions: tuple[Literal["reference", "pose"], ...]
-    """In the order of the network's input channels."""
+    """Conditions that the network sees, in the order of its input channels."""
     latent_channels: int
     input_channels: tuple[int, ...]
-    """Of the input layer, in the groups that are summed apart."""
+    """Input channels of the input layer, in the groups that are summed apart."""
     vae: bool
     shape: config.ClipShape | None
     """Clips it was trained on."""

@@ -66,7 +66,7 @@ class SplitLinear(_Split, nn.Linear):
 
 
 def widened(layer: nn.Module, splits: Sequence[int], channels: int) -> nn.Module:
-    """The same layer, its input channels in groups; channels that it lacks come last, with zero weights.
+    """The layer with its input channels in groups; channels that it lacks come last, with zero weights.
 
     layer: Conv2d, Conv3d, or a Linear over patches, channel by channel. splits: channels of each group; channels: that
     it has now.

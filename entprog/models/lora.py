@@ -39,7 +39,7 @@ def check(network: nn.Module, found: Iterable[Block], settings: Lora) -> None:
 
 
 def add(network: nn.Module, found: Iterable[Block], settings: Lora, seed: int) -> None:
-    """Put adapters into every block, A drawn from the seed. Raises UserError as `check` does."""
+    """Add adapters to every block, A drawn from the seed. Raises UserError as `check` does."""
     found = list(found)
     check(network, found, settings)
     from peft import inject_adapter_in_model

@@ -35,7 +35,7 @@ class Source:
     vae_setting: str
     """Setting that named the VAE, for messages."""
     conditions: tuple[str, ...]
-    """In the order of the input channels."""
+    """Conditions in the order of the input channels."""
     splits: tuple[int, ...]
     """Input channels, in the groups that are summed apart."""
     tensors: dict[str, torch.Tensor | None]

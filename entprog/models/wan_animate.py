@@ -91,7 +91,7 @@ class WanAnimateDenoiser(WanDenoiser):
         return self.grey[size].expand(len(like), -1, -1, -1, -1)
 
     def outside(self) -> dict[str, list[nn.Parameter]]:
-        """As elsewhere, but for the motion encoder, which is in neither."""
+        """Parameters outside blocks as in every family, without the motion encoder's, which are never trained."""
         groups = super().outside()
         conditions = list(self.network.pose_patch_embedding.parameters())
         left_out = {id(p) for p in (*conditions, *self.network.motion_encoder.parameters())}

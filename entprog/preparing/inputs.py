@@ -34,7 +34,7 @@ class Inputs:
     """What `--input` names."""
 
     kind: str
-    """In words: folder, glob, manifest, …"""
+    """What the input is, for people: folder, glob, manifest, …"""
     rows: list[Row]
     """Sources by name. `file`: name for people and the ledger, unique; `path`: bytes of the path or URI; `bytes`: size,
     0 if not known; `stamp`: changes with the content, empty if not known; `frames_fps`: of a folder of images, 0 for a

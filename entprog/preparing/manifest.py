@@ -30,7 +30,7 @@ class Entry:
     crop: str = ""
     """left,top,width,height in pixels of the upright source, or empty: all of it."""
     fps: float = 0.0
-    """Of a folder of numbered images; 0: not said."""
+    """Frame rate of a folder of numbered images; 0 where the manifest gives none."""
 
 
 def read(path: Path, name: str) -> tuple[list[Entry], list[str]]:

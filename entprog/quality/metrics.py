@@ -92,9 +92,9 @@ class Measured:
     """What was measured of one clip."""
 
     values: dict[str, float]
-    """By metric; NaN where the clip has no such value."""
+    """Value of each metric; NaN where the clip has none."""
     features: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    """By metric of a set: (truth's, result's), each float32 [rows, D]."""
+    """Features for each metric over a set: (truth's, result's), each float32 [rows, D]."""
 
 
 class Meter:

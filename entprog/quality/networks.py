@@ -32,7 +32,7 @@ class Network:
 
     name: str
     sha256: str
-    """Of its weights."""
+    """SHA-256 of the network's weights."""
     resize: str
     """How frames are brought to what it sees."""
     judge: Callable[..., torch.Tensor]
@@ -254,7 +254,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _hash(network: nn.Module) -> str:
-    """Of weights that a library loaded: names and values."""
+    """SHA-256 of the names and values of weights that a library loaded."""
     found = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         found.update(name.encode())

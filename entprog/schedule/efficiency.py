@@ -50,7 +50,7 @@ class Decision:
     step_cost: float | None = None
     """Expected seconds or FLOPs of a step of the plan; None where the schedule alone decided."""
     full_step_cost: float | None = None
-    """The same of full training: measured in the search if it was a candidate."""
+    """Seconds (or FLOPs) of a step of full training: measured in the search if it was a candidate."""
     memory_bytes: int | None = None
     """Predicted peak of the plan on one device."""
     break_even_step: int | None = None

@@ -33,13 +33,13 @@ class Freeze:
         self.checkpointing = experiment.model.gradient_checkpointing
         self.frozen_precision = experiment.schedule.frozen_precision
         self.plan: Plan | None = None
-        """In force; None before the first."""
+        """The plan in force; None before the first."""
         self.trained: list[nn.Parameter] = []
         if experiment.model.compile_blocks:
             blocks.compile_blocks(self.found)
 
     def put(self, plan: Plan) -> bool:
-        """Put a plan in force, the same on every rank; whether that changed anything."""
+        """Apply a plan, which must be equal on every rank; returns whether that changed anything."""
         if plan == self.plan:
             return False
         agree.agree("what to train", plan.as_json())

@@ -84,7 +84,7 @@ class Draws:
     """τ, float [B]."""
     conditions: dict[str, torch.Tensor]
     target: torch.Tensor
-    """As noisy."""
+    """What the network should predict, float [B, C, F', H', W']."""
 
 
 def draws(
@@ -111,7 +111,7 @@ class _Moments:
         self.n, self.sum, self.squares, self.loss = 0, 0.0, 0.0, 0.0
 
     def add(self, prediction: torch.Tensor, loss: torch.Tensor) -> None:
-        """One draw's."""
+        """Add one draw's prediction and loss."""
         x = prediction.double()
         self.n += 1
         self.sum = self.sum + x

@@ -64,7 +64,7 @@ class ScoreTable:
     kind: str
     """What the score is (`priority.kind`)."""
     estimator: str
-    """Of π, where π was measured."""
+    """Estimator of π, where π was measured."""
     blocks: tuple[BlockScore, ...]
     conditions: int
     """Conditions scored; 0 for a priority that looks at no data."""

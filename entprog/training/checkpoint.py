@@ -49,7 +49,7 @@ class Saver:
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
         self.group: dist.ProcessGroup | None = None
-        """For the threads of a sharded network's ranks: their collectives must not meet those of training."""
+        """Process group of the saving threads of a sharded network: their collectives must not meet training's."""
 
     def save(self, network: nn.Module, state: RunState) -> float:
         """Begin to save the state at this step; every rank calls it. Returns the seconds that it took away."""
@@ -75,7 +75,7 @@ class Saver:
         self.thread.shutdown()
 
     def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> str | None:
-        """In the thread; returns why it failed, on every rank the same."""
+        """Runs in the saving thread; returns why it failed, equal on every rank, or None."""
         target = self.place / f"step-{values['step']:08d}"
         scratch = self.place / f".{target.name}.{self._shared(uuid.uuid4().hex[:8])}.partial"
         local = scratch.local or Path(tempfile.mkdtemp(prefix="checkpoint-"))
@@ -153,7 +153,7 @@ def damaged(folder: str | Path) -> list[str]:
 
 
 def load(folder: str | Path, name: str, network: nn.Module, state: RunState, experiment_hash: str) -> None:
-    """Put a checkpoint into the network and the state, on the network's device.
+    """Load a checkpoint into the network and the state, on the network's device.
 
     Raises UserError if it belongs to another experiment or is damaged.
     """
@@ -220,7 +220,7 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Raises OSError."""
+    """Write one rank's tensors. Raises OSError."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)

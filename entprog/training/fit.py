@@ -41,7 +41,7 @@ class Step:
     """One update, as it is reported."""
 
     step: int
-    """1-based."""
+    """Number of the update, from 1."""
     stage: int
     phase: str
     """`search` or `train`."""
@@ -55,9 +55,9 @@ class Step:
     wait_s: float
     """Until the batch was there, slowest rank."""
     open_s: float
-    """Of that, starting a stream."""
+    """The part of `wait_s` spent on starting a stream."""
     encode_s: float
-    """Of that, encoding clips to latents."""
+    """The part of `wait_s` spent on encoding clips to latents."""
     copy_s: float
     """Copying clips to the device, slowest rank; most of it during the step before."""
     charged_s: float
@@ -70,7 +70,7 @@ class Step:
     """Peak so far, largest of all ranks: allocated on the GPU; counted (weights, gradients, moments, activations) on a
     CPU."""
     plan_memory_bytes: int
-    """The same since this plan came into force."""
+    """Peak memory since this plan came into force."""
     optimizer_bytes: int
     """Optimizer state on the device after this update; what was moved to the host or forgotten is not in it."""
     predicted_s: float | None = None
@@ -165,9 +165,9 @@ class _Fit:
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
         self.pace: agree.Pace | None = None
-        """Of the last update."""
+        """Pace of the last update."""
         self.drift: float | None = None
-        """Of a new table that no Step has carried yet."""
+        """Drift of a new score table that no Step has carried yet."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
         self.startup_s = 0.0
         """Until the first batch was there: the same for every schedule and repeated by every resume, so that no budget

@@ -17,7 +17,7 @@ GIVE_UP_S = 20
 
 
 def quickly(where: str) -> str:
-    """The same address, for a client that gives up soon."""
+    """The address with options that make its client give up soon."""
     if not where.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in where:
         return where
     return f"{where}{'&' if '?' in where else '?'}retry_limit_seconds={GIVE_UP_S}"

@@ -18,7 +18,7 @@ CPUS_FOR_DATA = 1
 
 
 def resources(gpus: bool) -> dict[str, float]:
-    """What a worker holds."""
+    """Resources that each worker reserves."""
     return {"GPU": 1} if gpus else {"CPU": 1}
 
 

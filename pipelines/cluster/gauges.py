@@ -86,5 +86,5 @@ def metrics(step: Step) -> dict[str, float]:
 
 
 def record(step: Step) -> dict[str, Any]:
-    """The same for steps.jsonl."""
+    """A step's times over ranks as entries of a line of steps.jsonl."""
     return {} if step.pace is None else {"pace": vars(step.pace)}

@@ -67,7 +67,7 @@ def threads(experiment: Experiment) -> int:
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The same with every local path absolute: workers run in a folder of their own."""
+    """The experiment with every local path absolute: workers run in a folder of their own."""
     data, train = experiment.data, experiment.train
     place = train.checkpoints
     return experiment.model_copy(

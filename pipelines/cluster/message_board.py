@@ -54,7 +54,7 @@ class Listener:
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self.heard = heard
         self.last: dict[str, Any] = {}
-        """The last words."""
+        """The newest message."""
         self.step = 0
         """The furthest step heard of."""
         self.begun = threading.Event()

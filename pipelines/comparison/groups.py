@@ -35,7 +35,7 @@ FIELDS: dict[str, Callable[[Training], str]] = {
     "base": lambda run: run.tags.get("entprog.base", UNKNOWN),
     "device": lambda run: run.tags.get("entprog.device", UNKNOWN),
 }
-"""In what runs must be alike."""
+"""What runs must have in common to be compared."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Group:
 
     label: str
     settings: dict[str, Any]
-    """Those in which the groups differ."""
+    """The settings in which the groups differ."""
     runs: tuple[Training, ...]
 
     @property

@@ -16,7 +16,7 @@ from pipelines.comparison.verdict import Judged, Verdict, mean_of
 
 FOLDER = Path(__file__).parent / "page"
 DASHES = ("", "6 3", "6 2 1 2", "1 2")
-"""Of a group's line in keys, as `drawings.STYLES` draws it."""
+"""Dashes of each group's line in chart keys, as `drawings.STYLES` draws it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Facts:
 
     experiment: str
     store: str
-    """Masked."""
+    """Address of the MLflow store, secrets masked."""
     command: str
     commit: str
     made_s: float

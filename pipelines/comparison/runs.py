@@ -50,7 +50,7 @@ class Training:
     curve: tuple[Point, ...]
     """Held-out losses in the order of their steps, also such as are no number."""
     figures: dict[str, float]
-    """Of FIGURES those that are known."""
+    """The run's known final figures, by the names in FIGURES."""
     files: Callable[[str], bytes | None]
     """An artifact by its path; None where there is none."""
     artifacts: tuple[str, ...]
@@ -85,7 +85,7 @@ class Training:
             raise UserError(f"run {self.title}: its artifact {path} is no JSON ({error}): log it anew") from None
 
     def steps(self) -> list[dict[str, Any]]:
-        """Its step records; [] where they were not logged, as for a run that has not ended."""
+        """The run's step records; [] where they were not logged, as for a run that has not ended."""
         return [json.loads(line) for line in (self.files("steps.jsonl") or b"").splitlines()]
 
 

@@ -14,7 +14,7 @@ from pipelines.comparison.runs import Training
 FILE = re.compile(r"(?:.*/)?(\d{3}_.+)_result\.mp4")
 """What training leaves of a held-out motion: NAME.mp4 (beside reference, pose and truth), NAME_result.mp4 and more."""
 HEIGHT, CRF, LONGEST_FRAMES = 192, 30, 96
-"""Of a clip that was too large as it was."""
+"""Height, quality and length to which a clip is reduced that is too large for the page."""
 
 
 @dataclass(frozen=True)

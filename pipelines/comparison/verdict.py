@@ -38,7 +38,7 @@ class Judged:
     equal_seconds_loss: Estimate | None
     """Held-out loss after `Verdict.equal_s` charged seconds."""
     loss_difference: Estimate | None
-    """The same minus the baseline's; None for the baseline."""
+    """Final held-out loss minus the baseline's; None for the baseline."""
     reached: int
     """Runs that reached the target loss, of those that count."""
     seconds_to_target: Estimate | None
@@ -61,7 +61,7 @@ class Judged:
     flops: float | None
     """Mean counted FLOPs of a run."""
     peak_memory_bytes: float | None
-    """Highest of its runs."""
+    """Highest peak memory of the group's runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class Verdict:
     equal_s: float
     """Charged seconds that every counted run has spent."""
     confidence: float
-    """Of every interval, before the correction."""
+    """Confidence of every interval before the correction for several comparisons."""
     level: float
-    """Of the intervals against the baseline: higher where several groups are compared with it (Bonferroni)."""
+    """Confidence of intervals against the baseline: higher where several groups are compared with it (Bonferroni)."""
     judged: tuple[Judged, ...]
 
     @property
@@ -85,7 +85,7 @@ class Verdict:
 
     @property
     def best(self) -> Judged | None:
-        """Of the groups beside the baseline the one soonest at the target, else the one of lowest loss."""
+        """The group, other than the baseline, that reaches the target soonest, else the one of lowest loss."""
         others = [j for j in self.judged[1:] if j.loss is not None]
         sooner = [j for j in others if j.ratio is not None]
         if sooner:

@@ -17,11 +17,11 @@ class Checkpoint:
 
     root: Path
     about: dict[str, Any]
-    """Its entprog.json."""
+    """Content of the checkpoint's entprog.json."""
     shape: ClipShape
     """Clips that it was trained on."""
     process: Any
-    """Its noise process (`entprog.diffusion.processes`)."""
+    """The checkpoint's noise process (`entprog.diffusion.processes`)."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
 
 
 def load(checkpoint: Checkpoint, settings: Generate):
-    """Its denoiser on its device. Raises UserError for a GPU that is asked for and not there."""
+    """The checkpoint's denoiser on the wanted device. Raises UserError if a GPU is asked for that is not there."""
     import torch
 
     from entprog import models

@@ -37,7 +37,7 @@ class Place:
     shard: str
     """Path of the shard file."""
     row: int
-    """Inside the shard."""
+    """Row of the clip in its shard."""
     number: int
     """Inside the split: seeds the clip's noise, so that it does not depend on which others are made."""
     file: str

@@ -40,10 +40,10 @@ class Motion:
     """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
     video_title: str = "ground truth"
     place: int = 0
-    """Its place among all that are made: with the seed it decides the noise."""
+    """Number among all clips of the command: with the seed it decides the noise."""
 
     def digest(self) -> str:
-        """Hash of all of it."""
+        """Hash of everything that decides what the clip shows."""
         found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
         for array in (self.reference, self.pose, self.video):
             if array is not None:

@@ -17,7 +17,7 @@ from pipelines.generating import checkpoints
 from pipelines.generating.checkpoints import Checkpoint
 
 FILE = "protocol.json"
-"""In a folder of generated clips: how they were made."""
+"""The file in a folder of generated clips that records how they were made."""
 
 
 def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Files:
     number: int
     motion: Motion
     identity: str | None
-    """Of everything that decides what the clip looks like; None: never kept."""
+    """Hash of everything that decides what the clip looks like; None: a clip that is made anew each time."""
 
     def path(self, end: str) -> Path:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.motion.name)[:80]

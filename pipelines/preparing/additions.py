@@ -28,7 +28,7 @@ class Before:
 
     dataset: Dataset
     lines: list[Row]
-    """Its ledger."""
+    """Rows of the dataset's ledger."""
 
     def inputs(self) -> dict[str, Row]:
         """The ledger's line of each input."""

@@ -227,7 +227,7 @@ def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[Clip
 
 
 def _located(dataset: shards.Dataset) -> shards.Dataset:
-    """With an absolute path: tasks run in another directory."""
+    """The dataset with an absolute path: tasks run in another directory."""
     return shards.Dataset(dataset.folder.resolve(), dataset.shape, dataset.splits, {}, dataset.fingerprint)
 
 
@@ -235,7 +235,7 @@ def _located(dataset: shards.Dataset) -> shards.Dataset:
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in readable units."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -244,7 +244,7 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A number of seconds in readable units."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

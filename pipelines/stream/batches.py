@@ -50,18 +50,18 @@ class Batches:
         self.one_shape = not experiment.schedule.shapes
         self.rank, self.world = agree.world()
         self.batches = experiment.train.workers * experiment.train.accumulate
-        """Of an update, over all ranks."""
+        """Batches of an update, over all ranks."""
         self.mine = len(range(self.rank, self.batches, self.world))
         self.stream: clip_stream.Stream | None = None
         self.source: Source | None = None
         self.begun, self.taken = 0, 0
         """Position of the stream's first update, and this rank's batches since."""
         self.spent = Spent()
-        """So far, on this rank."""
+        """What this rank's batches have cost so far."""
 
     @property
     def position(self) -> int | None:
-        """Of the next update; None within one, where no stream can begin."""
+        """Position of the next update's first clip; None within an update, where no stream can begin."""
         updates, within = divmod(self.taken, self.mine)
         return None if within else self.begun + updates * self.batches * self.experiment.data.batch_size
 

@@ -62,7 +62,7 @@ class Order:
     start_position: int
     seed: int
     batches: int
-    """Of an update, over all ranks."""
+    """Batches of an update, over all ranks."""
 
 
 def stream(
@@ -144,7 +144,7 @@ def latent_stream(
     device="cpu",
     batches: int | None = None,
 ) -> Stream:
-    """The same clips as `stream`'s, as Latents read from a cache. Iterating raises DamagedLatentsError."""
+    """The clips of `stream`, as Latents read from a cache. Iterating raises DamagedLatentsError."""
     here = latents.located(cache)
     count = sum(file.piece.clips for file in here.files)
     order = Order(count, batch_size, rank, world, start_position, seed, batches or world)
@@ -174,7 +174,7 @@ def _batches(
     task = functools.partial(_task, read=read, order=order)
 
     def execution(number: int) -> Iterator:
-        """Its clips, in order."""
+        """The clips of one execution of Ray Data, in order."""
         inputs = [{"first": i * rows, "count": rows} for i in range(number * tasks, (number + 1) * tasks)]
         return _execute(task, inputs, order.batch_size, ahead_bytes, cpus, collate)
 

@@ -37,7 +37,7 @@ class Evidence:
 
     settings: list[dict[str, Any]]
     losses: np.ndarray
-    """float [trials]."""
+    """Held-out loss of each trial, float [trials]."""
     label: str
     """What the losses are, in words."""
 

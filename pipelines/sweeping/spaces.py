@@ -130,7 +130,7 @@ def is_log(domain: Domain) -> bool:
 
 
 def grid(space: Space, points: int) -> list[dict[str, Any]]:
-    """Every combination."""
+    """Every combination of the space's values, ranges cut into `points`."""
     return [
         dict(zip(space, values, strict=True))
         for values in itertools.product(*(spread(domain, points) for domain in space.values()))

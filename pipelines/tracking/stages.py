@@ -33,7 +33,7 @@ def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING") -> No
 
 
 def params(stage: Sequence[Record]) -> dict[str, Any]:
-    """What was decided."""
+    """A stage's decision as parameters."""
     last = stage[-1]
     decision = next((step["decision"] for step in stage if "decision" in step), None)
     return {

@@ -256,7 +256,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Callable[[str], None]) -> checkpoint.Saver:
-    """Put the newest complete checkpoint, if there is one, into network and state; what will save the next ones."""
+    """Load the newest complete checkpoint, if any, into network and state; returns what saves the next ones."""
     train = setup.experiment.train
     folder = train.checkpoints or str(Path(settings["output"]) / "checkpoints")
     if agree.world()[0] == 0:
@@ -271,7 +271,7 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
 
 
 def _final_network(setup: Setup, state: RunState) -> Setup:
-    """With the averaged weights, where there are any; on rank 0 a whole network also where it was sharded."""
+    """The set-up with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded."""
     denoiser, experiment = setup.denoiser, setup.experiment
     with torch.no_grad():
         for name, parameter in denoiser.network.named_parameters():
@@ -349,7 +349,7 @@ def metrics(step: Step) -> dict[str, float]:
 
 
 def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
-    """What the run came to."""
+    """Final figures of the run."""
     return {
         "steps": state.step,
         "clips": state.position,
