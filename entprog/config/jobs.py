@@ -21,6 +21,12 @@ class Prepare(Part):
     """Longest video, by its header and while it is decoded; above: `too_long`."""
     max_gap_s: float = Field(default=10.0, gt=0)
     """Longest time that one frame stands still by its time stamps; above: `corrupt`."""
+    max_frames: int = Field(default=4_000_000, ge=1)
+    """Most frames decoded of one video; above: `too_long`."""
+    max_work_s: float = Field(default=24 * 3600.0, gt=0)
+    """Longest time on the clock that one stage decodes one video; above: `too_long`."""
+    max_decoded_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Largest array (a pose file) or table (a manifest) in memory, checked before and while it is unpacked."""
     stall_s: float = Field(default=300.0, gt=0)
     """Longest wait for one frame or one piece of a file; after it the process is ended, twice: `crashed`."""
     shot_change: float | None = Field(default=20.0, gt=0)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from entprog.config import Prepare
-from entprog.media import frames, video
-from entprog.media.video import Box, Limits, VideoError, VideoInfo
+from entprog.media import frames, limits, video
+from entprog.media.limits import Limits
+from entprog.media.video import Box, VideoError, VideoInfo
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Footage:
 def footage(path: Path, frames_fps: float, crop: str, prepare: Prepare) -> Footage:
     """`crop` is 'left,top,width,height' or empty."""
     box = tuple(map(int, crop.split(","))) if crop else None
-    limits = Limits(prepare.max_pixels, prepare.max_duration_s, prepare.max_gap_s)
-    return Footage(path, frames_fps, box, limits)
+    return Footage(path, frames_fps, box, limits.of(prepare))
 
 
 def probe(of: Footage) -> VideoInfo:

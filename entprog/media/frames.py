@@ -8,13 +8,12 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from entprog.media import video
-from entprog.media.video import Limits, VideoError, VideoInfo
+from entprog.media import pictures, video
+from entprog.media.limits import Limits
+from entprog.media.video import VideoError, VideoInfo
 
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+SUFFIXES = pictures.SUFFIXES - {".gif"}  # each GIF is a video by itself
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 
 
@@ -61,7 +60,7 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
     if duration_s > limits.max_duration_s:
         told = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
         raise VideoError("too_long", f"{folder}: {told}")
-    height, width = _read(found[0], limits).shape[:2]
+    height, width = pictures.read(found[0], limits).shape[:2]
     return VideoInfo(width, height, 0, own_fps, duration_s, len(found), "images")
 
 
@@ -77,20 +76,6 @@ def iter_frames(
             return
         at = min(round(time_s * own_fps), len(found) - 1)
         if at != before:
-            before, image = at, _read(found[at], limits)
+            before, image = at, pictures.read(found[at], limits)
             image = image if size is None else video.scale(image, size)
         yield time_s, image
-
-
-def _read(path: Path, limits: Limits) -> np.ndarray:
-    """uint8 RGB [H, W, 3]; its size is checked before it is decoded."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > limits.max_pixels:
-                told = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
-                raise VideoError("too_large", f"{path}: {told}")
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise VideoError("unreadable", f"{path}: {error.strerror}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError("corrupt", f"{path}: {' '.join(str(error).split())[:200]}") from None

@@ -15,6 +15,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
+from entprog.media.limits import Limits
+
 Source = str | Path | bytes
 """A video file's path, or its bytes."""
 
@@ -47,18 +49,6 @@ class VideoError(Exception):
 
     def __reduce__(self):  # picklable: it crosses Ray's process borders
         return VideoError, (self.reason, str(self))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a source may cost, whatever its header or its content claims."""
-
-    max_pixels: int
-    """Pixels in a frame."""
-    max_duration_s: float
-    """Last frame's time."""
-    max_gap_s: float
-    """Time between one frame and the next."""
 
 
 @dataclass(frozen=True)

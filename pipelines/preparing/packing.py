@@ -20,7 +20,7 @@ from entprog.preparing import ledger
 
 Row = dict[str, Any]
 
-JOB_SETTINGS = ("max_rejected", "stall_s", "track_gpus")
+JOB_SETTINGS = ("max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
 """Settings of the job, that no clip and no verdict on one depends on."""
 SPLIT_SETTINGS = ("held_out", "held_out_ratio", "seed", "clips_per_shard")
 """Settings that decide where clips go, not what they are: finished parts do not depend on them."""

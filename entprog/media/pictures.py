@@ -1,0 +1,70 @@
+"""One way to open a picture from outside: measured before it is decoded, upright, opaque, 8 bits a channel."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from entprog.media.limits import Limits, one_line
+from entprog.media.video import VideoError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What Pillow may take a file for. Others of its plugins start programs (EPS) or are hardly tried by anyone."""
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+BACKGROUND = (255, 255, 255)
+"""RGB that shows through where a picture is transparent."""
+_BYTES_PER_PIXEL = 16
+"""No honest file is larger than its pixels at 4 channels of 32 bits."""
+
+
+def read(source: Path | bytes, limits: Limits | None = None) -> np.ndarray:
+    """A picture as people see it: uint8 RGB [H, W, 3]; the first one of several.
+
+    Turned as its EXIF orientation says, laid over BACKGROUND where it is transparent, 16-bit grey scaled to 8 bits.
+    Raises VideoError: `unreadable` (no such file, not permitted), `too_large` (over the limits), `corrupt` (no picture
+    of FORMATS, damaged, or of numbers whose white is not known).
+    """
+    limits = limits or Limits()
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size > _BYTES_PER_PIXEL * limits.max_pixels:
+            raise VideoError("too_large", f"{name}: {size} bytes, more than any picture has that is read")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > limits.max_pixels:
+                told = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
+                raise VideoError("too_large", f"{name}: {told}")
+            return np.asarray(_opaque(ImageOps.exif_transpose(_eight_bits(image))))
+    except VideoError:
+        raise
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise VideoError("unreadable", f"{name}: {error.strerror}") from None
+    except Image.UnidentifiedImageError:
+        raise VideoError("corrupt", f"{name}: no picture of a kind that is read ({', '.join(FORMATS)})") from None
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise VideoError("too_large", f"{name}: {one_line(error)}") from None
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged input
+        raise VideoError("corrupt", f"{name}: {one_line(error)}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, where Pillow would cut off at 255; others as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    if not image.mode.startswith("I;16"):
+        raise ValueError("its grey has 32 bits, and no known white: save it with 8 or 16 bits")
+    deep = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
+    grey.info["exif"] = image.getexif().tobytes()
+    return grey
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """RGB, over BACKGROUND where it is transparent: the colours under full transparency are anything."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
