@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from entprog import config, files
+from entprog import config, files, masking
 from entprog.errors import UserError
 
 E = TypeVar("E", bound=config.Experiment)
@@ -119,9 +119,9 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         record |= {"status": "interrupted", "error": "interrupted (Ctrl-C, or told to stop): the same command resumes"}
         status = 1
     except Exception as error:  # failed at work: the reason in one line, the trace in a file
-        record |= {"status": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:2000]}
+        record |= {"status": "failed", "error": masking.reason(error, most=2000)}
         status = 1
-        trace = traceback.format_exc()
+        trace = masking.masked(traceback.format_exc())
         if output is not None:
             (output / "error.log").write_text(trace)
         if verbose or output is None:
@@ -137,13 +137,13 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
 
 def complain(what: str, message: str) -> None:
     """One line on standard error."""
-    errors.print(f"[red]{what}:[/red] {escape(message)}")
+    errors.print(f"[red]{what}:[/red] {escape(masking.masked(message))}")
 
 
 def command() -> str:
-    """The command line of this process, as a person types it."""
+    """The command line of this process as a person types it, without the secrets of addresses in it."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    return shlex.join(["python", *(["-m", main.name] if main else sys.argv[:1]), *sys.argv[1:]])
+    return shlex.join(["python", *(["-m", main.name] if main else sys.argv[:1]), *map(masking.masked, sys.argv[1:])])
 
 
 def commit() -> str:

@@ -16,13 +16,14 @@ from rich.markup import escape
 from entprog import config
 from entprog.config import Comparison
 from entprog.errors import UserError
+from entprog.masking import masked
 from pipelines import cli
 from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
 from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
-from pipelines.tracking.store import masked, tracking_uri
+from pipelines.tracking.store import tracking_uri
 
 app = cli.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
 EVALUATION = "evaluation.json"

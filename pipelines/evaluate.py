@@ -19,6 +19,7 @@ from entprog import config, files
 from entprog.config import Evaluation
 from entprog.data import shards as datasets
 from entprog.errors import UserError
+from entprog.masking import masked, reason
 from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
@@ -26,7 +27,7 @@ from entprog.quality.metrics import METRICS, Meter, choose
 from pipelines import cli
 from pipelines.cluster import launch
 from pipelines.generating import checkpoints, judging, motions, protocol
-from pipelines.tracking.store import connect, masked, one_line, tracking_uri
+from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 
 app = cli.app("Judge what a checkpoint generates against the truth.")
@@ -313,7 +314,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
     try:
         connect(uri).get_run(run_id)
     except Exception as error:  # whatever store or network raise
-        told = f"MLflow at {masked(uri)} has no run {run_id} ({one_line(error, uri)})"
+        told = f"MLflow at {masked(uri)} has no run {run_id} ({reason(error, uri)})"
         if wanted:
             raise UserError(f"--run: {told}; check MLFLOW_TRACKING_URI") from None
         cli.console.print(f"warning: {told}: the figures stay in the output folder", markup=False)

@@ -25,7 +25,7 @@ for name in {modules!r}:
 
 
 FLOORS = (
-    ("errors", "files"),
+    ("errors", "files", "masking"),
     ("config",),
     ("media",),
     ("data", "blocks"),

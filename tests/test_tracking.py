@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from entprog import masking
 from entprog.errors import UserError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.servers import Server
@@ -266,13 +267,10 @@ def test_default_store_and_refused_folder(tmp_path, monkeypatch):
 
 
 def test_no_secret_is_shown():
-    assert (
-        mlflow_store.masked("postgresql://me:secret@host:5432/db?password=secret")
-        == "postgresql://***@host:5432/db?***"
-    )
-    assert mlflow_store.masked("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert masking.masked("postgresql://me:secret@host:5432/db?password=secret") == "postgresql://***@host:5432/db?***"
+    assert masking.masked("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert "--backend-store-uri sqlite:////a/b.db --host 127.0.0.1" in mlflow_store.how_to_open("sqlite:////a/b.db")
     assert "secret" not in mlflow_store.how_to_open("postgresql://me:secret@host/db")
     assert mlflow_store.how_to_open("https://me:secret@host:5000") == "https://***@host:5000"
     error = ValueError("cannot reach postgresql://me:secret@host/db as me with secret")
-    assert "secret" not in mlflow_store.one_line(error, "postgresql://me:secret@host/db")
+    assert "secret" not in masking.reason(error, "postgresql://me:secret@host/db")

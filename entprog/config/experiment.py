@@ -2,14 +2,26 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from entprog.config.part import Part
 from entprog.errors import UserError
+from entprog.masking import has_credentials
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
 FrozenPrecision = Literal["full", "fp8"]
+
+
+def _without_credentials(place: str) -> str:
+    """Settings are shown, stored and logged: no secret may be one."""
+    if has_credentials(place):
+        raise ValueError("must not hold a user or password; give credentials in the environment, or a profile's file")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_credentials)]
+"""A path, or an address without credentials in it."""
 
 
 class ClipShape(Part):
@@ -21,7 +33,7 @@ class ClipShape(Part):
     """Height in pixels (even: H.264 4:2:0)."""
     width: int = Field(default=64, ge=16, multiple_of=2)
     """Width in pixels (even)."""
-    fps: float = Field(default=12.0, gt=0)
+    fps: float = Field(default=12.0, gt=0, le=1000)
     """Frames per second."""
 
     def is_cut_of(self, whole: "ClipShape") -> bool:
@@ -151,7 +163,7 @@ class Train(Part):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
-    checkpoints: str | None = None
+    checkpoints: Place | None = None
     """Where checkpoints are kept: a folder that all nodes see, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
     None: OUTPUT/checkpoints."""
     lora: Lora | None = None

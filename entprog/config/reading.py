@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from entprog.config.experiment import Experiment
 from entprog.config.part import Part
 from entprog.errors import UserError
+from entprog.masking import masked
 
 P = TypeVar("P", bound=Part)
 
@@ -172,7 +173,9 @@ def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
         if first["type"] == "value_error" and "." not in name:
             raise UserError(message) from None
         setting = next((k for k in known if name == k or name.startswith(k + ".")), name)
-        raise UserError(f"setting {setting}: {message[:1].lower()}{message[1:]}, given {first['input']!r}") from None
+        raise UserError(
+            f"setting {setting}: {message[:1].lower()}{message[1:]}, given {masked(repr(first['input']))}"
+        ) from None
 
 
 def digest(*values: Any) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.media import h264, video
 
 # torch and entprog.clips are imported where tensors are made: decode tasks run in processes of their own that never
@@ -149,7 +150,7 @@ def _named(dataset: shards.Dataset, split: str, clip: int):
         info = dataset.splits[split][file]
         place = f"{dataset.folder / info.file}, row {clip - (ends[file] - info.clips)}"
         raise shards.DamagedShardError(
-            f"damaged shard {place}: {' '.join(str(error).split())[:200]}; "
+            f"damaged shard {place}: {one_line(error)}; "
             "check it against dataset.json's sha256 and restore or prepare it again"
         ) from None
 

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from entprog import files
+from entprog import files, masking
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
@@ -216,7 +216,7 @@ def read_cache(folder: Path) -> Cache:
             if not (folder / file.piece.file).resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"a file outside the folder: {file.piece.file!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = masking.reason(error)
         raise DamagedLatentsError(f"{folder}/latents.json is damaged ({reason}): {AGAIN}") from None
     return Cache(folder, shapes, files)
 

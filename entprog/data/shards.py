@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from entprog import files
+from entprog import files, masking
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
 
@@ -183,7 +183,7 @@ def read_dataset(folder: Path) -> Dataset:
         shape = ClipShape(**record["shape"])
         settings = record["settings"]
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = masking.reason(error)
         raise UserError(f"{folder}/dataset.json is damaged ({reason}): {again} again") from None
     root = folder.resolve()
     for shard in (shard for shards in splits.values() for shard in shards):
@@ -239,7 +239,7 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
                 out += _rows(groups[group].slice(at - starts[group], 1), names)
             return out
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
-        reason = " ".join(f"{error}".split())[:200]
+        reason = masking.one_line(error)
         told = f"damaged shard {path}, row {at}: {reason}"
         raise DamagedShardError(
             f"{told}; check it against dataset.json's sha256 and restore or prepare it again"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from entprog.config import Prepare
 from entprog.errors import UserError
+from entprog.masking import one_line
 
 _BATCH_ROWS = 4096
 _HEADER_BYTES = 1 << 16
@@ -143,8 +144,3 @@ def too_many_bytes(size: int, limits: Limits) -> str:
         f"{size / 2**20:.0f} MiB in memory, more than {limits.max_decoded_bytes / 2**20:.0f} MiB are not read "
         "(prepare.max_decoded_bytes)"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's own words, in one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from entprog.media.limits import Limits, one_line
+from entprog.masking import one_line
+from entprog.media.limits import Limits
 from entprog.media.video import VideoError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 import numpy as np
 
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.media.person import NOBODY, Person, prominent_first
 
 _FACE, _LEFT_HAND, _RIGHT_HAND = 23, 91, 112
@@ -45,7 +46,7 @@ class RtmEstimator:
             with redirect_stdout(sys.stderr):  # it tells what it loads
                 self._model = Wholebody(backend="onnxruntime", device=device, **networks)
         except OSError as error:  # its download failed
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error)
             raise UserError(f"rtmlib cannot fetch its networks ({told}): fetch them once with a network") from None
 
     def detect(self, frame: np.ndarray) -> list[Person]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from entprog import config
 from entprog.errors import UserError
+from entprog.masking import one_line
 
 FORMAT = "entprog-model-1"
 INDEX = "model_index.json"
@@ -68,7 +69,7 @@ def locate(name: str, setting: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*files, "config.json", "entprog.json", INDEX, PROMPT]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = one_line(str(error).strip().partition("\n")[0], most=160)
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
 
 
@@ -125,7 +126,7 @@ def pretrained(cls: type, folder: Path, setting: str):
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(_first_cause(error)).split())[:200]
+        reason = one_line(_first_cause(error))
         raise UserError(f"{setting}: cannot load {cls.__name__} from {folder}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)

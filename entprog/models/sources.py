@@ -13,6 +13,7 @@ from entprog.blocks import blocks
 from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.models import HOW_TO_ADD, families, family, folders, inputs, vaes
 from entprog.models.denoising import VideoDenoiser, process_of
 
@@ -196,5 +197,5 @@ def _on_meta(cls: type, values: dict[str, Any], setting: str):
         with torch.device("meta"):
             return cls.from_config(values)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{setting} does not describe a {cls.__name__}: {type(error).__name__}: {reason}") from None

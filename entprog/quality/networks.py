@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from entprog import files
 from entprog.config import Evaluate
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.media import assets
 from entprog.quality import efficientnet, perceptual, resnet3d, transnet
 
@@ -263,4 +264,4 @@ def _hash(network: nn.Module) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return one_line(error, most=160)

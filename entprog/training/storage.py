@@ -11,6 +11,7 @@ from typing import Any
 from pyarrow import fs
 
 from entprog.errors import UserError
+from entprog.masking import bare, has_credentials, masked, one_line
 
 GIVE_UP_S = 20
 """Google's client tries for a quarter of an hour, which is right for a run and too long for a check before it."""
@@ -38,14 +39,18 @@ class Place:
         Raises UserError for an address of no known kind.
         """
         where = str(where)
+        if has_credentials(where):
+            raise UserError(
+                f"checkpoints: {masked(where)} holds a user or password: give credentials in the environment"
+            )
         if "://" not in where:
             return Place(fs.LocalFileSystem(), str(Path(where).absolute()))
         try:
             system, root = fs.FileSystem.from_uri(where)
         except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error, where)
             raise UserError(
-                f"{where.split('?')[0]} is no place for checkpoints: {reason}; use a folder, s3:// or gs://"
+                f"{bare(where)} is no place for checkpoints: {reason}; use a folder, s3:// or gs://"
             ) from None
         return Place(system, root.rstrip("/"))
 
@@ -59,7 +64,7 @@ class Place:
                 stream.write(b"can this be written?")
             self.system.delete_file(probe)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"checkpoints cannot be written to {self}: {reason}; look at its name and at the credentials in the "
                 "environment"

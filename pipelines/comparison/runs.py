@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from entprog.config import close_to
 from entprog.errors import UserError
-from pipelines.tracking.store import connect, database_file, masked, one_line, tracking_uri
+from entprog.masking import masked, reason
+from pipelines.tracking.store import connect, database_file, tracking_uri
 
 ABOVE = ("mlflow.parentRunId", "entprog.sweep")
 """Tags that hold the run which a training is a part of."""
@@ -117,7 +118,7 @@ def read(experiment: str, wanted: Sequence[str] = ()) -> Iterator[list[Training]
         with tempfile.TemporaryDirectory(prefix="entprog-compare-") as scratch:
             yield sorted((_training(client, run, Path(scratch)) for run in chosen), key=lambda t: t.started_s)
     except _mlflow_errors() as error:
-        raise UserError(f"MLflow at {masked(uri)} does not answer: {one_line(error, uri)}") from None
+        raise UserError(f"MLflow at {masked(uri)} does not answer: {reason(error, uri)}") from None
 
 
 def _mlflow_errors() -> tuple[type[Exception], ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entprog import config, files
+from entprog import config, files, masking
 from entprog.config import Experiment
 from entprog.errors import UserError
 
@@ -122,7 +122,7 @@ def run(
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return masking.reason(error, most=500)
 
 
 def _group(spec: Spec, experiment: Experiment, trial_id: str, folder: Path, values: Mapping[str, Any]):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from entprog.config import ClipShape
-from pipelines.tracking.store import one_line
+from entprog.masking import reason
 from pipelines.tracking.tracker import VERSIONS, Tracker
 
 SERVED = Path(__file__).with_name("mlflow_model.py")
@@ -37,7 +37,7 @@ def register(
             )
         return str(about.registered_model_version)
     except Exception as error:  # whatever store, network or disk raise: tracking must not fail a training
-        warn(f"MLflow: {folder} was not registered as {name}: {one_line(error, tracker.uri)}")
+        warn(f"MLflow: {folder} was not registered as {name}: {reason(error, tracker.uri)}")
         return None
 
 

@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
 from entprog.errors import UserError
+from entprog.masking import masked
 
 
 def tracking_uri() -> str:
@@ -29,18 +29,6 @@ def tracking_uri() -> str:
             "a server's address, or unset it"
         )
     return uri
-
-
-def masked(uri: str) -> str:
-    """The URI without what could be a secret: user, password, query."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return "***"
-    if "@" not in parts.netloc and not parts.query:
-        return uri  # untouched: putting it together again would lose slashes of sqlite:////
-    _, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"***{at}{host}" if at else host, query="***" if parts.query else ""))
 
 
 def how_to_open(uri: str) -> str:
@@ -124,12 +112,3 @@ def open_run(client, experiment_id: str, run_name: str, known: str | None) -> st
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
     return client.create_run(experiment_id, run_name=run_name).info.run_id
-
-
-def one_line(error: Exception, uri: str) -> str:
-    """The reason, without the URI's secrets."""
-    secrets = urlsplit(uri)
-    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(uri, masked(uri))
-    for secret in filter(None, (secrets.password, secrets.username, secrets.query)):
-        text = text.replace(secret, "***")
-    return text[:300]

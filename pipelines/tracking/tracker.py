@@ -18,13 +18,12 @@ from typing import Any
 
 from entprog import files
 from entprog.errors import UserError
+from entprog.masking import masked, reason
 from pipelines.tracking.store import (
     alone,
     connect,
     database_file,
     experiment_id,
-    masked,
-    one_line,
     open_run,
     tracking_uri,
 )
@@ -86,8 +85,9 @@ class Tracker:
         except UserError:
             raise
         except Exception as error:
-            reason = one_line(error, uri)
-            raise UserError(f"MLflow at {masked(uri)} cannot be used: {reason}; check MLFLOW_TRACKING_URI") from None
+            raise UserError(
+                f"MLflow at {masked(uri)} cannot be used: {reason(error, uri)}; check MLFLOW_TRACKING_URI"
+            ) from None
         files.write_json(record, {"run_id": run_id, "experiment": experiment, "uri": masked(uri)})
         tracker = Tracker(uri, run_id, output, warn)
         tracker._client_made = client
@@ -253,7 +253,7 @@ class Tracker:
             except Exception as error:  # whatever store, network or disk raise: tracking must not stop a run
                 if wait_s is None:
                     self._failing = True
-                    self._warn(f"MLflow: {otherwise}: {one_line(error, self.uri)}")
+                    self._warn(f"MLflow: {otherwise}: {reason(error, self.uri)}")
                 else:
                     time.sleep(wait_s)
 
@@ -285,7 +285,7 @@ class Tracker:
             except Exception as error:  # as in _patiently
                 failures += 1
                 if failures == 2:  # once may be a busy SQLite file
-                    self._warn(f"MLflow does not take points, training goes on: {one_line(error, self.uri)}")
+                    self._warn(f"MLflow does not take points, training goes on: {reason(error, self.uri)}")
                 time.sleep(0.5)
                 continue
             failures = 0

@@ -1,0 +1,82 @@
+"""What is shown of an address: never its user, its password or its query, in which signatures and tokens stand.
+
+Everything that is printed, stored, logged or raised passes `masked`, `one_line` or `reason` first, and is cut only
+after that: half a secret cannot be recognised any more.
+"""
+
+import re
+from urllib.parse import parse_qsl, quote, unquote
+
+HIDDEN = "***"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+")
+_PARTS = re.compile(
+    r"(?P<scheme>(?:\w+::)*[^:]+://)"
+    # A password may hold a '/' or worse, so that its '@' stands beyond it: what follows ':' is no port then.
+    r"(?:(?P<user>[^/?#]*|(?!\[)[^/?#:]+:(?!\d*(?:[/?#]|$)).*|(?<=(?:s3|gs)://)[^/?#:]+:.*)@)?"
+    r"(?P<place>[^?#]*)"
+    r"(?P<query>\?[^#]*)?"
+    r"(?P<fragment>#.*)?",
+    re.DOTALL,
+)
+_LEAST = 6
+"""Shortest value of a query that is looked for outside its address: shorter ones are words such as `1` or `mp4`."""
+
+
+def masked(text: str, *addresses: str) -> str:
+    """The text with `***` for the user, password, query and fragment of every address in it.
+
+    `addresses`: ones whose secrets may also stand in the text by themselves, as in a library's message.
+    """
+    for secret in sorted({secret for address in addresses for secret in _secrets(address)}, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
+    return _ADDRESS.sub(lambda found: _hidden(found[0]), text)
+
+
+def one_line(what: object, *addresses: str, most: int = 200) -> str:
+    """An exception or a text as one masked line, cut to `most` characters; an exception without words is its name."""
+    text = " ".join(str(what).split()) or type(what).__name__
+    return masked(text, *addresses)[:most]
+
+
+def reason(error: BaseException, *addresses: str, most: int = 300) -> str:
+    """An exception's name and words as one masked line."""
+    return one_line(f"{type(error).__name__}: {error}", *addresses, most=most)
+
+
+def bare(address: str) -> str:
+    """An address without user, password, query and fragment: a name for what lies there."""
+    found = _PARTS.fullmatch(address)
+    return f"{found['scheme']}{found['place']}" if found else masked(address)
+
+
+def has_credentials(address: str) -> bool:
+    """Whether an address holds a user or a password."""
+    found = _PARTS.fullmatch(address)
+    return bool(found and found["user"] is not None)
+
+
+def query(address: str) -> str:
+    """An address's query without '?', empty if there is none."""
+    found = _PARTS.fullmatch(address)
+    return (found["query"] or "")[1:] if found else ""
+
+
+def _hidden(address: str) -> str:
+    found = _PARTS.fullmatch(address)
+    if not found:
+        return address
+    user = "" if found["user"] is None else f"{HIDDEN}@"
+    return f"{found['scheme']}{user}{found['place']}{'?' + HIDDEN if found['query'] or found['fragment'] else ''}"
+
+
+def _secrets(address: str) -> set[str]:
+    found = _PARTS.fullmatch(address)
+    if not found:
+        return set()
+    user, hidden = found["user"] or "", query(address)
+    name, _, password = user.partition(":")
+    values = {value for _, value in parse_qsl(hidden) if len(value) >= _LEAST}
+    values |= {part.partition("=")[2] for part in hidden.split("&") if len(part.partition("=")[2]) >= _LEAST}
+    parts = {user, name, password, hidden, (found["fragment"] or "")[1:], *values}
+    plain = parts | {unquote(part) for part in parts}
+    return {part for part in plain | {quote(part, safe="") for part in plain} if part}
