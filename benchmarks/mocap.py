@@ -11,6 +11,7 @@ function of (seed, dataset, split, its number, clip shape): the same command ren
 
 import importlib.util
 import io
+import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,7 @@ import typer
 from PIL import Image
 
 from benchmarks.mannequin import Camera, Stage, at, motion, random_body
+from entprog import files
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
@@ -35,10 +37,12 @@ MOTIONS = {
     ("source", "held_out"): ("walk", "run", "jump", "punch", "spin"),
     ("target", "train"): ("dance_a", "kick", "spinkick"),
     ("target", "held_out"): ("dance_b",),
+    ("varied", "train"): ("walk", "run", "jump", "punch", "spin", "dance_a", "kick", "spinkick"),
+    ("varied", "held_out"): ("dance_b",),
 }
-"""(dataset, split) → what is shown."""
-BODIES = 64
-"""Different people in each split of each dataset."""
+"""(dataset, split) → what is shown. `varied` is what the demo's base is made of (benchmarks.demo_base)."""
+BODIES = {"source": 64, "target": 64, "varied": 4096}
+"""Different people in each split of a dataset."""
 CLIPS_PER_SHARD = 128
 CRF = 12
 OVERSAMPLING = 2
@@ -82,10 +86,15 @@ def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, se
     if importlib.util.find_spec("pybullet") is None:
         raise UserError("rendering motion capture needs pybullet: pip install 'entprog[study]'")
     settings = {"prepare": {"crf": CRF, "pose": "exact"}, "mocap": {"seed": seed, "train": train, "held_out": held_out}}
-    if (folder / "dataset.json").exists():
-        known = shards.read_dataset(folder)
-        if (known.settings, known.shape) != (settings, shape):
-            raise UserError(f"{folder} holds clips rendered otherwise: choose another --output, or delete it")
+    mark, mine = folder / "mocap.json", {**settings, "shape": shape.model_dump()}
+    known = shards.read_dataset(folder) if (folder / "dataset.json").exists() else None
+    theirs = {**known.settings, "shape": known.shape.model_dump()} if known else mine
+    if mark.exists():
+        theirs = json.loads(mark.read_text())
+    if theirs != mine:
+        raise UserError(f"{folder} holds clips rendered otherwise: choose another --output, or delete it")
+    files.write_json(mark, mine)
+    if known:
         return {"clips": train + held_out, "seconds": 0.0, "fingerprint": known.fingerprint}
     import ray
 
@@ -115,10 +124,15 @@ def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, se
 
 
 def render_shard(plan: Mapping[str, Any], folder: str, name: str, shape: ClipShape, seed: int) -> dict[str, Any]:
-    """Operator: render some clips and write them as one shard."""
-    split, first = plan["split"], plan["first"]
-    clips = (render(name, split, number, shape, seed) for number in range(first, plan["stop"]))
-    info = shards.write_shard(Path(folder), f"{split}/{first // CLIPS_PER_SHARD:05d}.parquet", clips, shape)
+    """Operator: render some clips and write them as one shard, unless an earlier run has."""
+    split, first, stop = plan["split"], plan["first"], plan["stop"]
+    file = f"{split}/{first // CLIPS_PER_SHARD:05d}.parquet"
+    path = Path(folder, file)
+    if path.exists():  # shards are written whole or not at all
+        info = shards.ShardInfo(file, stop - first, path.stat().st_size, files.sha256(path))
+    else:
+        clips = (render(name, split, number, shape, seed) for number in range(first, stop))
+        info = shards.write_shard(Path(folder), file, clips, shape)
     return {"split": split, "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
 
 
@@ -126,7 +140,7 @@ def render(name: str, split: str, number: int, shape: ClipShape, seed: int) -> d
     """One clip, as a row of a shard."""
     place = [seed, sorted(MOTIONS).index((name, split))]
     rng = np.random.default_rng([*place, 1, number])
-    who = int(rng.integers(BODIES))
+    who = int(rng.integers(BODIES[name]))
     stage = Stage(random_body(np.random.default_rng([*place, 0, who])))
     what = MOTIONS[name, split][number % len(MOTIONS[name, split])]
     speed = rng.uniform(0.8, 1.2)

@@ -27,6 +27,10 @@ from pipelines.tracking.store import how_to_open, tracking_uri
 
 app = cli.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, sweep, generate, compare.")
 
+BASE = Path(__file__).parent / "demo_base"
+"""The pre-trained network that the demo fine-tunes (made by `python -m benchmarks.demo_base`)."""
+HELD_OUT = "cam04.mp4"
+"""The view of the demo's videos that nothing is trained on."""
 ARMS = {"full": "plain training", "entprog": "Ent-Prog"}
 SPACE = "convergence"
 """What the sweep varies."""
@@ -68,6 +72,15 @@ def main(
         return run(base_experiment, arms, sweep, output, verbose=verbose)
 
     cli.run("demo", None if dry_run else output, work, verbose=verbose)
+
+
+def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[str, Any]:
+    """Cut the real videos into OUTPUT/shards, HELD_OUT apart, unless it is done; the figures of prepare."""
+    videos = assets.demo_videos(output / "videos")
+    settings = config.build(
+        {"data": {"shape": shape.model_dump()}, "prepare": {"held_out": [HELD_OUT], "stride": 1}}, config.Preparation
+    )
+    return prepare.run(videos, output / "shards", settings, verbose=verbose)
 
 
 def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
@@ -114,15 +127,7 @@ def run(
     tables = output / "cei"
     with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=sweep is not None, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
-        videos = assets.demo_videos(output / "videos")
-        settings = config.build(
-            {
-                "data": {"shape": base_experiment.data.shape.model_dump()},
-                "prepare": {"held_out": ["cam04.mp4"], "stride": 1},
-            },
-            config.Preparation,
-        )
-        prepared = prepare.run(videos, output / "shards", settings, verbose=verbose)
+        cut = prepared(output, base_experiment.data.shape, verbose=verbose)
 
         _say(2, "pre-train a tiny base that sees the reference image and no pose")
         base_experiment = config.build(
@@ -169,7 +174,7 @@ def run(
     return {
         "arms": {name: _arm(results, made[name]) for name, results in trained.items()},
         "base_held_out_loss": base["held_out_loss"],
-        "prepared": {k: prepared[k] for k in ("inputs", "clips")},
+        "prepared": {k: cut[k] for k in ("inputs", "clips")},
         "score": scored,
         "sweep": swept and {k: swept[k] for k in ("best", "counts", "recommendation")},
         "comparison": str(chart),

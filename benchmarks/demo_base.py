@@ -1,0 +1,285 @@
+"""The demo's base: a small network that draws people, pre-trained on rendered people and the demo's training clips.
+
+    pip install 'entprog[study]'
+    nice -n 10 python -m benchmarks.demo_base --seconds 3600        # one process, one thread; a kill costs a minute
+
+It sees the reference image and no pose, and never the demo's held-out view. Small clips come first, since most is
+learnt from them at a fifth of the cost, then whole ones. Leaves the base in pipelines/demo_base (a diffusers folder,
+weights in half precision, its record in entprog.json), benchmarks/results/demo_base.json and OUTPUT/samples.png.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks import common, mocap
+from entprog import config, files, models
+from entprog.blocks import blocks
+from entprog.config import ClipShape, Experiment, Generate, Smaller
+from entprog.data import clip_stream, latents, shards
+from entprog.data.clips import Clips, Latents
+from entprog.diffusion import losses
+from entprog.diffusion.denoiser import Denoiser
+from entprog.media import sheet
+from entprog.scoring import cei
+from entprog.training import checkpoint
+from entprog.training.fit import fit, start
+from pipelines import cli, demo
+from pipelines.generating import rendering
+
+app = cli.app("Pre-train the demo's base: people in any pose, from a reference image.")
+
+REAL_EVERY = 10
+"""One clip in so many is a real one; the others are rendered."""
+SMALL = Smaller(shrink=2)
+SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN, COOLDOWN = 0.65, 16, 0.1, 0.6
+"""Of the seconds, those for small clips; how many in an update; shares of each part over which the rate falls to 0."""
+SAVE_EVERY_S = 60.0
+CURVE_EVERY = 25
+"""Updates whose mean loss is a point of the record's curve."""
+JUDGED, SHOWN = 24, 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training on clips of one shape."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+    """Of its checkpoints, its curve and its network."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Decoded clips, in memory."""
+
+    train: Clips
+    """Rendered ones, then real ones."""
+    rendered: int
+    """How many of them are rendered."""
+    held_out: Clips
+    """Rendered: a motion and bodies of its own."""
+    fingerprints: tuple[str, ...]
+    """Of the datasets."""
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for clips and checkpoints; the same command goes on.")] = Path(
+        "out/demo_base"
+    ),
+    folder: Annotated[Path, typer.Option(help="Where the base is left.")] = demo.BASE,
+    seconds: Annotated[float, typer.Option(min=1, help="Of training; making clips comes on top.")] = 3600.0,
+    rendered: Annotated[int, typer.Option(min=8, help="Rendered clips to train on.")] = 3000,
+    held_out: Annotated[int, typer.Option(min=4, help="Rendered clips to judge by.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="torch's CPU threads.")] = 1,
+    config_file: cli.ConfigFile = None,
+    set_: cli.Set = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+) -> None:
+    """Make clips, train on small ones, train on whole ones, leave the base and its record."""
+
+    def work() -> dict[str, Any]:
+        experiment = cli.experiment("demo_base", config_file, set_)
+        parts = divided(experiment, seconds, output)
+        if dry_run:
+            told = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
+            cli.console.print(f"Would render {rendered} clips, prepare the demo's, train {told}, and leave {folder}.")
+            return {}
+        torch.set_num_threads(threads)
+        material = clips(experiment.data.shape, output, rendered, held_out, verbose=verbose)
+        return run(parts, material, output, folder)
+
+    cli.run("demo_base", None if dry_run else output, work, verbose=verbose)
+
+
+def divided(experiment: Experiment, seconds: float, output: Path) -> tuple[Part, Part]:
+    """The experiment on small clips, and then on whole ones, each with its share of the seconds."""
+    whole, small = experiment.data.shape, SMALL.of(experiment.data.shape)
+
+    def part(name: str, base: dict[str, Any], shape: ClipShape, share: float, clips: int, cooldown: float) -> Part:
+        values = config.merge(
+            experiment.model_dump(),
+            {
+                "data": {"shape": shape.model_dump(), "batch_size": clips},
+                "train": {
+                    "steps": None, "seconds": share * seconds, "cooldown_share": cooldown,
+                    "held_out_every": 1_000_000_000,  # judged here, before and after
+                },
+            },
+        )  # fmt: skip
+        return Part(name, config.build({**values, "model": {**values["model"], **base}}), output / name)
+
+    batch = experiment.data.batch_size
+    return (
+        part("small", {}, small, SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN),
+        part("whole", {"init": {}, "base": str(output / "small" / "model")}, whole, 1 - SMALL_SHARE, batch, COOLDOWN),
+    )
+
+
+# ---- clips ----
+
+
+def clips(shape: ClipShape, output: Path, rendered: int, held_out: int, *, verbose: bool) -> Material:
+    """Make the clips that are not there yet, and decode them all."""
+    with cli.ray_cluster(2, verbose=verbose):
+        mocap.run(output / "rendered", "varied", rendered, held_out, shape, 0)
+        demo.prepared(output, shape, verbose=verbose)
+    made, real = shards.read_dataset(output / "rendered"), shards.read_dataset(output / "shards")
+    train = together(decoded(made, "train"), decoded(real, "train"))
+    return Material(train, made.clips("train"), decoded(made, "held_out"), (made.fingerprint, real.fingerprint))
+
+
+def decoded(dataset: shards.Dataset, split: str) -> Clips:
+    """All clips of a split; positions count from 0."""
+    numbers = np.arange(dataset.clips(split))
+    return clip_stream.to_clips({**clip_stream.decode(dataset, split, numbers), "position": numbers})
+
+
+def together(one: Clips, other: Clips) -> Clips:
+    """Both, one after the other."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return Clips(*(torch.cat(pair) for pair in pairs))
+
+
+def some(of: Clips, numbers: np.ndarray, positions: np.ndarray) -> Clips:
+    """Clips by their number, put at some positions of a run."""
+    rows = torch.from_numpy(numbers)
+    return Clips(of.video[rows], of.reference[rows], of.pose[rows], torch.from_numpy(positions))
+
+
+def numbers_at(positions: np.ndarray, rendered: int, real: int, seed: int) -> np.ndarray:
+    """Which of the clips, rendered ones first, are at some positions of the run: every REAL_EVERY-th is a real one.
+    Each kind is shuffled anew when it has been gone through."""
+    turns = positions // REAL_EVERY
+    ones = rendered + clip_stream.clips_at(turns, real, seed)
+    others = clip_stream.clips_at(np.maximum(positions - turns - 1, 0), rendered, seed)
+    return np.where(positions % REAL_EVERY == 0, ones, others)
+
+
+# ---- training ----
+
+
+def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path) -> dict[str, Any]:
+    """Train part after part; write the base, its record and a picture of what it draws."""
+    curves, seen, took = {}, 0, 0.0
+    for part in parts:
+        done = trained(part, material)
+        curves[part.name] = done["curve"]
+        seen, took = seen + done["clips"], took + done["seconds"]
+    last = parts[-1]
+    family, shape = models.family(last.experiment.model.family), last.experiment.data.shape
+    network = family.load(last.experiment.model.model_copy(update={"base": str(last.folder / "model")}))
+    record = {
+        "command": cli.command(), "commit": cli.commit(), "device": common.describe("cpu"),
+        "seconds": round(took, 1), "clips_seen": seen,
+    }  # fmt: skip
+    network.network.half()
+    network.save(folder, shape=shape, **record)
+    stored = family.load(config.Model(family=last.experiment.model.family, base=str(folder), conditions=["reference"]))
+    figures = record | {
+        "held_out_loss": judged(stored, material.held_out),
+        "parameters": sum(parameter.numel() for parameter in stored.network.parameters()),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "clips": {"rendered": material.rendered, "real": len(material.train.position) - material.rendered},
+        "shape": shape.model_dump(),
+    }
+    common.write(
+        "demo_base", [figures], device="cpu", repeats=1,
+        more={"curves": curves, "settings": {part.name: config.settings(part.experiment) for part in parts}},
+    )  # fmt: skip
+    picture = drawn(stored, material, shape, output / "samples.png")
+    cli.console.print(f"The base is in {folder}; what it draws: {picture}", markup=False)
+    return figures | {"base": str(folder), "picture": str(picture)}
+
+
+def trained(part: Part, material: Material) -> dict[str, Any]:
+    """Train a part to its end, from its newest checkpoint if it has one; its figures."""
+    experiment, folder = part.experiment, part.folder
+    done = folder / "done.json"
+    key = config.digest(config.settings(experiment), material.fingerprints, experiment.train.seconds)
+    if (known := _read(done)).get("key") == key:
+        return known
+    denoiser = models.family(experiment.model.family).load(experiment.model, "cpu", experiment.train.seed)
+    state = start(denoiser.network, experiment)
+    if name := checkpoint.newest(folder / "checkpoints"):
+        checkpoint.load(folder / "checkpoints", name, denoiser.network, state, key)
+    curve = [point for point in _read(folder / "curve.json").get("curve", []) if point["step"] <= state.step]
+    batches = _batches(experiment, material, denoiser)
+    sample = next(batches(experiment.data.shape, 0))
+    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
+    held_out = [latents.encode(denoiser, material.held_out.part(slice(0, 2)).resized(experiment.data.shape))]
+    recent, saved = [], time.monotonic()
+    for step in fit(denoiser, found, batches, held_out, sample, None, experiment, state):
+        recent.append(step.loss)
+        if step.step % CURVE_EVERY == 0:
+            curve.append(
+                {"step": step.step, "seconds": round(step.charged_s, 1), "loss": round(float(np.mean(recent)), 4)}
+            )
+            recent.clear()
+            total = experiment.train.seconds
+            cli.console.print(f"{part.name}: {step.charged_s:.0f}/{total:.0f} s, step {step.step}, {curve[-1]['loss']}")
+        if time.monotonic() - saved > SAVE_EVERY_S or step.last:
+            checkpoint.save(folder / "checkpoints", denoiser.network, state, key, keep=2)
+            files.write_json(folder / "curve.json", {"curve": curve})
+            saved = time.monotonic()
+    denoiser.save(folder / "model", shape=experiment.data.shape)
+    figures = {"key": key, "curve": curve, "clips": state.position, "seconds": state.seconds.total}
+    files.write_json(done, figures)
+    return figures
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _batches(experiment: Experiment, material: Material, denoiser: Denoiser):
+    seed, size = experiment.train.seed, experiment.data.batch_size
+    real = len(material.train.position) - material.rendered
+
+    def open_at(shape: ClipShape, position: int) -> Iterator[Latents]:
+        while True:
+            positions = position + np.arange(size)
+            clips = some(material.train, numbers_at(positions, material.rendered, real, seed), positions)
+            yield latents.encode(denoiser, clips.resized(shape))
+            position += size
+
+    return open_at
+
+
+# ---- what came of it ----
+
+
+def judged(denoiser: Denoiser, held_out: Clips) -> float:
+    """Loss of rendered people in a motion that was not trained on."""
+    parts = [held_out.part(slice(i, i + 4)) for i in range(0, min(JUDGED, len(held_out.position)), 4)]
+    batches = [latents.encode(denoiser, part) for part in parts]
+    return losses.held_out_loss(denoiser, batches, 2, 0)
+
+
+def drawn(denoiser: Denoiser, material: Material, shape: ClipShape, path: Path) -> Path:
+    """A picture of reference, drawn clip and truth for some clips of each kind."""
+    rows, last = [], len(material.train.position) - 1
+    kinds = {"rendered, held out": (material.held_out, 0, len(material.held_out.position) - 1)}
+    kinds["real, trained on"] = (material.train, material.rendered, last)
+    for name, (of, first, last) in kinds.items():
+        numbers = np.linspace(first, last, SHOWN).round().astype(int)
+        motions = rendering.motions_of(some(of, numbers, np.arange(SHOWN)), [f"{name} {number}" for number in numbers])
+        made = rendering.make(denoiser, motions, shape, Generate(steps=30))
+        for motion, clip in zip(motions, made, strict=True):
+            row = np.concatenate([motion.reference[None], clip, motion.video])
+            rows.append((f"{motion.name}: reference, drawn, truth", row))
+    return sheet.contact_sheet(rows, path, columns=1 + 2 * shape.frames)
+
+
+if __name__ == "__main__":
+    app()
