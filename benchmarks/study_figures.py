@@ -5,7 +5,6 @@ clips with the same noise. An interval resamples seeds (Efron 1979); with three 
 and holds the truth less often than its 95 % say.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from benchmarks.study_arms import ARMS, TASKS, Scale
 from benchmarks.study_units import Unit
+from entprog.training import curves
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -152,16 +152,12 @@ def spread(figure: Mapping[str, Any], digits: str = "+.4f") -> str:
 
 def at(curve: Curve, name: str, value: float) -> float:
     """The loss where a curve's `name` has a value; between two points on the straight line."""
-    return float(np.interp(value, [point[name] for point in curve], [point["loss"] for point in curve]))
+    return curves.at([(point[name], point["loss"]) for point in curve], value)
 
 
 def crossing(curve: Curve, target: float, name: str) -> float | None:
     """Where a curve first comes down to a loss, in `name`; None if it never does."""
-    for before, after in itertools.pairwise(curve):
-        if after["loss"] <= target:
-            share = (before["loss"] - target) / max(before["loss"] - after["loss"], 1e-12)
-            return before[name] + min(max(share, 0.0), 1.0) * (after[name] - before[name])
-    return None
+    return curves.crossing([(point[name], point["loss"]) for point in curve], target)
 
 
 def reached(curve: Curve, full: Curve) -> bool:

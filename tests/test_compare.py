@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import h264
+from entprog.training import curves
 from helpers.networks import tiny_experiment
 from helpers.runs import Run
 from pipelines import charts, compare
@@ -408,14 +409,14 @@ losses = st.lists(st.floats(0.01, 10, allow_nan=False) | st.just(math.nan), min_
 @given(losses, st.floats(0.01, 10))
 def test_a_crossing_lies_where_the_curve_meets_the_target(values, target):
     curve = [Point(2.0 * i + 1, i, loss) for i, loss in enumerate(values)]
-    found = verdict.crossing(curve, target, "charged_s")
+    found = curves.crossing(verdict.on(curve, "charged_s"), target)
     finite = [p for p in curve if math.isfinite(p.loss)]
     if found is None:
         assert all(p.loss > target for p in finite)
     else:
         assert all(p.loss > target for p in finite if p.charged_s < found * (1 - 1e-9))
-        assert verdict.loss_at(curve, found) <= target + 1e-6
-        sooner = verdict.crossing(curve, target * 1.5, "charged_s")
+        assert curves.at(verdict.on(curve, "charged_s"), found) <= target + 1e-6
+        sooner = curves.crossing(verdict.on(curve, "charged_s"), target * 1.5)
         assert sooner is not None and sooner <= found + 1e-9
 
 
@@ -423,7 +424,8 @@ def test_break_even_is_where_the_curves_cross_for_good():
     base = [training("full", 0, [(1, 1, 2.0), (11, 11, 1.0)], "full")]
     late = [training("ours", 0, [(3, 1, 2.0), (9, 2, 0.8), (11, 3, 0.8)])]  # pays for its search first
     seconds = verdict.break_even(late, base)
-    assert verdict.loss_at(late[0].curve, seconds) == pytest.approx(verdict.loss_at(base[0].curve, seconds))
+    here, there = (curves.at(verdict.on(runs[0].curve, "charged_s"), seconds) for runs in (late, base))
+    assert here == pytest.approx(there)
     assert 3 < seconds < 9
     assert verdict.break_even(base, late) is None, "behind at the end"
     assert verdict.break_even([training("ours", 0, [(1, 1, 1.5), (9, 9, 0.5)])], base) == 1

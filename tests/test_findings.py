@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ray import tune
 
 from entprog import config
+from entprog.training import curves
 from pipelines.sweeping import findings, trial
 
 SPACE = {
@@ -109,19 +110,19 @@ CURVES = st.lists(POINTS, min_size=1, max_size=10, unique_by=lambda point: point
 
 @given(CURVES, st.floats(0, 120))
 def test_loss_between_evaluations_is_between_their_losses(curve, seconds):
-    loss = trial.loss_at(curve, seconds)
+    loss = curves.at(curve, seconds)
     assert min(y for _, y in curve) - 1e-9 <= loss <= max(y for _, y in curve) + 1e-9
     for x, y in curve:
-        assert trial.loss_at(curve, x) == y
+        assert curves.at(curve, x) == y
 
 
 @given(CURVES, st.floats(0.01, 2))
 def test_the_target_is_reached_where_the_curve_first_comes_down_to_it(curve, target):
-    reached = trial.seconds_to(curve, target)
+    reached = curves.crossing(curve, target)
     if reached is None:
         assert all(y > target for _, y in curve)
     else:
-        assert trial.loss_at(curve, reached) <= target + 1e-6
+        assert curves.at(curve, reached) <= target + 1e-6
         assert all(y > target for x, y in curve if x < reached)
 
 
@@ -136,7 +137,7 @@ def test_every_share_of_the_budget_is_reported_once_in_order(curve, of):
     assert [r["tick"] for r in told] == list(range(1, min(int(curve[-1][0] / 100 * of + 1e-9), of - 1) + 1))
     for report in told:
         first = next(i for i, (x, _) in enumerate(curve) if x >= report["tick"] * 100 / of)
-        assert report["held_out_loss"] == trial.loss_at(curve[: first + 1], report["tick"] * 100 / of)
+        assert report["held_out_loss"] == curves.at(curve[: first + 1], report["tick"] * 100 / of)
 
 
 def test_figures_of_seeds():

@@ -5,7 +5,6 @@ groups have the same seeds, Welch's otherwise. With three seeds, the usual numbe
 leave the range of the values seen: it would hold the truth in some 75 % of cases, not 95 %.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from entprog.errors import UserError
+from entprog.training import curves
 from pipelines.comparison.groups import Group
 from pipelines.comparison.runs import Point, Training
 
@@ -132,10 +132,11 @@ def judge(groups: Sequence[Group], target_loss: float | None, confidence: float)
 
 def _judged(group: Group, baseline: Group, target: float, equal_s: float, confidence: float, level: float) -> Judged:
     runs, is_baseline = group.counted, group is baseline
-    seconds = [crossing(run.curve, target, "charged_s") for run in runs]
+    seconds = [curves.crossing(on(run.curve, "charged_s"), target) for run in runs]
     reached = sum(s is not None for s in seconds)
     whole = bool(runs) and reached == len(runs)
-    base_seconds = [crossing(run.curve, target, "charged_s") for run in baseline.counted]
+    steps = [curves.crossing(on(run.curve, "step"), target) for run in runs]
+    base_seconds = [curves.crossing(on(run.curve, "charged_s"), target) for run in baseline.counted]
     comparable = not is_baseline and bool(base_seconds) and None not in base_seconds and bool(runs)
     ratio = at_most = None
     if comparable and whole:
@@ -143,8 +144,8 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
     elif comparable:
         ended = [run.curve[-1].charged_s if s is None else s for run, s in zip(runs, seconds, strict=True)]
         at_most = _geometric(base_seconds) / _geometric(ended)
-    here = [loss_at(run.curve, equal_s) for run in runs]
-    base_here = [loss_at(run.curve, equal_s) for run in baseline.counted]
+    here = [curves.at(on(run.curve, "charged_s"), equal_s) for run in runs]
+    base_here = [curves.at(on(run.curve, "charged_s"), equal_s) for run in baseline.counted]
     difference = None
     if not is_baseline and here and base_here:
         difference = difference_of(_by_seed(runs, here), _by_seed(baseline.counted, base_here), level)
@@ -155,7 +156,7 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
         loss_difference=difference,
         reached=reached,
         seconds_to_target=typical_of(seconds, confidence) if whole else None,
-        steps_to_target=typical_of([crossing(r.curve, target, "step") for r in runs], confidence) if whole else None,
+        steps_to_target=typical_of(steps, confidence) if whole else None,
         ratio=ratio,
         ratio_at_most=at_most,
         break_even_s=None if is_baseline else break_even(runs, baseline.counted),
@@ -171,38 +172,20 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
 # ---- curves ----
 
 
-def crossing(curve: Sequence[Point], target: float, axis: str) -> float | None:
-    """Where a curve first comes down to the target, between two measurements along the straight line; None: never.
-
-    axis: `charged_s` or `step`. A loss that is no number is no measurement.
-    """
-    points = _finite(curve)
-    if not points:
-        return None
-    if points[0].loss <= target:
-        return float(getattr(points[0], axis))
-    for a, b in itertools.pairwise(points):
-        if b.loss <= target:
-            share = (a.loss - target) / (a.loss - b.loss)
-            return getattr(a, axis) + share * (getattr(b, axis) - getattr(a, axis))
-    return None
-
-
-def loss_at(curve: Sequence[Point], charged_s: float) -> float:
-    """Held-out loss after so many charged seconds, on the straight line between measurements."""
-    points = _finite(curve)
-    return float(np.interp(charged_s, [p.charged_s for p in points], [p.loss for p in points]))
+def on(curve: Sequence[Point], axis: str) -> list[tuple[float, float]]:
+    """(place on `charged_s` or `step`, loss) of every measurement; a loss that is no number is none."""
+    return [(float(getattr(point, axis)), point.loss) for point in curve if math.isfinite(point.loss)]
 
 
 def mean_curve(runs: Sequence[Training], axis: str) -> tuple[np.ndarray, np.ndarray]:
     """The mean of several runs' losses where all of them have one: (places on the axis, losses)."""
-    curves = [[(float(getattr(p, axis)), p.loss) for p in _finite(run.curve)] for run in runs]
-    if not curves or not all(curves):
+    drawn = [on(run.curve, axis) for run in runs]
+    if not drawn or not all(drawn):
         return np.empty(0), np.empty(0)
-    start, end = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
-    inside = {x for c in curves for x, _ in c if start <= x <= end}
+    start, end = max(c[0][0] for c in drawn), min(c[-1][0] for c in drawn)
+    inside = {x for c in drawn for x, _ in c if start <= x <= end}
     places = np.array(sorted(inside | ({start, end} if start <= end else set())))
-    losses = [np.interp(places, *np.array(c).T) for c in curves]
+    losses = [np.interp(places, *np.array(c).T) for c in drawn]
     return places, np.mean(losses, axis=0)
 
 
@@ -224,10 +207,6 @@ def break_even(runs: Sequence[Training], baseline: Sequence[Training]) -> float 
     last = behind[-1]
     share = -ahead[last] / (ahead[last + 1] - ahead[last])
     return float(places[last] + share * (places[last + 1] - places[last]))
-
-
-def _finite(curve: Sequence[Point]) -> list[Point]:
-    return [point for point in curve if math.isfinite(point.loss)]
 
 
 # ---- intervals over seeds ----

@@ -15,7 +15,8 @@ import numpy as np
 from ray.tune.search.sample import Categorical
 
 from entprog.config import Tune
-from pipelines.sweeping import spaces, trial
+from entprog.training import curves
+from pipelines.sweeping import spaces
 from pipelines.sweeping.spaces import Space
 
 FEW = 6
@@ -68,7 +69,7 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
     shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
     passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
     share = passed[-1] if passed else shares[0]
-    losses = np.array([trial.loss_at(row["seeds"][0]["curve"], share * budget_s) for row in alike])
+    losses = np.array([curves.at(row["seeds"][0]["curve"], share * budget_s) for row in alike])
     label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds"
     return Evidence([row["settings"] for row in alike], losses, label)
 

@@ -17,6 +17,7 @@ from typing import Any
 from entprog import config, files, masking
 from entprog.config import Experiment
 from entprog.errors import UserError
+from entprog.training import curves
 
 RECORD = "trial.json"
 Point = tuple[float, float]
@@ -149,7 +150,7 @@ def figures(result: Mapping[str, Any], seed: int, target: float | None) -> dict[
     return {
         "seed": seed,
         **{name: result[name] for name in names},
-        "seconds_to_target": seconds_to(curve, target) if target else None,
+        "seconds_to_target": curves.crossing(curve, target) if target else None,
         "curve": curve,
         "mlflow_run_id": result["mlflow_run_id"],
     }
@@ -182,29 +183,6 @@ def objective(name: str, record: Mapping[str, Any], budget_s: float) -> float:
     return 2 * budget_s if value is None else float(value)
 
 
-def loss_at(curve: Sequence[Point], seconds: float) -> float:
-    """Held-out loss at that many charged seconds, in a straight line between evaluations; beyond them the nearest."""
-    before = [point for point in curve if point[0] <= seconds]
-    after = [point for point in curve if point[0] > seconds]
-    if not before or not after:
-        return (before[-1] if before else after[0])[1]
-    (x0, y0), (x1, y1) = before[-1], after[0]
-    return y0 + (y1 - y0) * (seconds - x0) / (x1 - x0)
-
-
-def seconds_to(curve: Sequence[Point], target: float) -> float | None:
-    """Charged seconds at which the held-out loss first came down to the target; None if it never did."""
-    last: Point | None = None
-    for x, y in curve:
-        if y <= target:
-            if last is None:
-                return x
-            x0, y0 = last
-            return x0 + (x - x0) * (y0 - target) / (y0 - y) if y0 > y else x
-        last = (x, y)
-    return None
-
-
 @dataclass
 class Ticks:
     """Reports the first seed's loss at `of` equal shares of the budget, each once."""
@@ -232,7 +210,7 @@ class Ticks:
         self.curve.append((step["charged_s"], step["held_out_loss"]))
         while self.told + 1 < self.of and self.curve[-1][0] >= (self.told + 1) * self.budget_s / self.of:
             self.told += 1
-            loss = loss_at(self.curve, self.told * self.budget_s / self.of)
+            loss = curves.at(self.curve, self.told * self.budget_s / self.of)
             if not math.isfinite(loss):
                 loss = math.inf  # compared as the worst
             self.report({"tick": self.told, "held_out_loss": loss, "charged_s": step["charged_s"]})
