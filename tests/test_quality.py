@@ -207,8 +207,37 @@ def test_the_usual_networks_load_from_files(tmp_path):
             return x.mean((2, 3, 4)) if return_features else x
 
     torch.jit.script(Script()).save(str(tmp_path / "i3d.pt"))
-    script = networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt")))
+    script = networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt"), trust_torchscript=True))
     assert script.judge(frames)[0].tolist() == pytest.approx((frames / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=0.02)
+
+
+def test_a_program_runs_only_with_consent(tmp_path, monkeypatch):
+    """TorchScript can write a file when it is run, and already when it is loaded."""
+    monkeypatch.chdir(tmp_path)
+
+    class Writes(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+            torch.save([x], "written")
+            return x.mean((2, 3, 4))
+
+    class AtLoading(Writes):
+        @torch.jit.export
+        def __getstate__(self) -> tuple[torch.Tensor, bool]:
+            return torch.zeros(1), self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]):
+            torch.save([state[0]], "written")
+            self.training = state[1]
+
+    for made in (Writes, AtLoading):
+        torch.jit.script(made()).save("i3d.pt")
+        (tmp_path / "written").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=r"evaluate\.trust_torchscript=yes"):
+            Meter(["fvd"], Evaluate(i3d="i3d.pt"))
+        assert not (tmp_path / "written").exists()
+    judged = networks.load("i3d", Evaluate(i3d="i3d.pt", trust_torchscript=True)).judge(wave(5, 32, 32, 0.0))
+    assert judged.shape == (1, 3) and (tmp_path / "written").exists(), "what consent allows"
 
 
 class Evil:

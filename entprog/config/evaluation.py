@@ -31,6 +31,9 @@ class Evaluate(Part):
     """File of FID's Inception weights in torch-fidelity's format. None: the library fetches them (metric `fid`)."""
     i3d: str | None = None
     """File of FVD's I3D: i3d_pretrained_400.pt, or the TorchScript i3d_torchscript.pt. None: cd-fvd fetches it."""
+    trust_torchscript: bool = False
+    """Run `i3d` if it is TorchScript: a program that can read and write files as you can. Only where you trust who made
+    it."""
     resnet3d: str | None = None
     """File of FID-VID's 3-D ResNet, resnet-50-kinetics.pth (metric `fid_vid`)."""
     lpips_trunk: Literal["alex", "vgg"] = "alex"

@@ -3,12 +3,13 @@
     CLASS: str                                    the diffusers class of its network (config.json `_class_name`)
     inspect(settings: config.Model, shape: ClipShape | None = None)
                                                   UserError for whatever can be known to be wrong without weights
+    files(settings: config.Model)                 what `load` reads, by part and name
     load(settings: config.Model, device="cpu", seed=0) -> Denoiser
                                                   the base (or a new network from `init`), its input layer widened
                                                   with zeros for conditions it lacks; UserError for a wrong folder
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
 Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
-`inspect` and `load` for it.
+`inspect`, `files` and `load` for it.
 """
 
 import importlib

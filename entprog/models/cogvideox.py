@@ -102,4 +102,5 @@ def _rotary(sizes: Any, frames: int, rows: int, columns: int, device: torch.devi
 
 
 inspect = partial(sources.inspect, CogVideoXDenoiser)
+files = partial(sources.files, CogVideoXDenoiser)
 load = partial(sources.load, CogVideoXDenoiser)

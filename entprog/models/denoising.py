@@ -22,6 +22,9 @@ from entprog.media.skeleton import draw
 from entprog.models import folders, inputs, texts, vaes
 from entprog.models.geometry import Geometry
 
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+"""Of a pipeline: says which noise process its network was trained with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDenoiser:
@@ -224,7 +227,7 @@ class VideoDenoiser:
 
 def process_of(cls: type[VideoDenoiser], root: Path | None, about: dict[str, Any]) -> Process:
     """The base's own noise process, or the family's where the base does not say. Raises UserError for a foreign one."""
-    path = root and root / "scheduler" / "scheduler_config.json"
+    path = root and root / SCHEDULER_FILE
     values = folders.read_json(path) if path and path.is_file() else cls.SCHEDULER
     process = cls.PROCESS.of(values)
     return replace(process, shift=float(about["shift"])) if about and isinstance(process, Flow) else process

@@ -8,34 +8,31 @@ from typing import Any
 
 import torch
 
-from entprog import files
+from entprog import files, models
 from entprog.config import Experiment, Model, digest
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.models import folders
 
-UNREAD = ("text_encoder", "tokenizer")
-"""Beginnings of a pipeline's parts that are never loaded: they may be larger than all else."""
 ORIGIN = ("provenance", "_name_or_path")
 """What a configuration says of where it came from."""
 
 
 def base(model: Model) -> str:
-    """Hash of the weights and configurations that a run starts from; `new-…` for a network from `model.init`.
+    """Hash of the weights and configurations that a run starts from, of exactly the files that are read, not of where
+    they lie; `new-…` for a network from `model.init`.
 
-    Raises UserError for a folder that is missing.
+    Raises UserError for a folder or weights that are missing.
     """
-    parts: dict[str, Any] = {}
-    if model.base:
-        parts["base"] = folder(folders.locate(model.base, "model.base"))
-    else:
-        parts["init"] = model.init
-    if model.vae not in ("auto", "none"):
-        parts["vae"] = folder(folders.locate(model.vae, "model.vae"))
-    if model.prompt_embeds:
-        parts["prompt"] = file(Path(model.prompt_embeds).expanduser())
-    return digest(parts) if model.base else f"new-{digest(parts)}"
+    found = models.family(model.family).files(model)
+    parts = {name: _json(path) if path.suffix == ".json" else file(path) for name, path in found.items()}
+    return digest(parts) if model.base else f"new-{digest(model.init, parts)}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A configuration, without what it says of where it came from."""
+    return {name: value for name, value in folders.read_json(path).items() if name not in ORIGIN}
 
 
 def held_out(experiment: Experiment, dataset: Dataset) -> str:
@@ -49,20 +46,6 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         data.held_out_seed,
         str(data.shape),
     )
-
-
-def folder(root: Path) -> str:
-    """Hash of a checkpoint's safetensors and JSON files; not of where it lies, nor of where it came from."""
-    found = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if name.startswith((*UNREAD, ".")):
-            continue
-        if path.suffix == ".safetensors":
-            found[name] = file(path)
-        elif path.suffix == ".json":
-            found[name] = {k: v for k, v in folders.read_json(path).items() if k not in ORIGIN}
-    return digest(found)
 
 
 def file(path: Path) -> str:

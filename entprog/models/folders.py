@@ -1,13 +1,16 @@
 """Folders of networks in diffusers' format, ours (`entprog.json` beside) and others': found, checked, read, written.
 
-Weights are read from safetensors alone: nothing is ever unpickled.
+Weights are read from safetensors. Others run pickle's own little programs: they are read only where a person trusts
+them (`model.trust_pickle`), and even then nothing but tensors comes out of them (torch's `weights_only`).
 """
 
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,10 @@ INDEX = "model_index.json"
 PROMPT = "prompt_embeds.safetensors"
 NETWORKS = ("transformer", "unet")
 """A pipeline's folders that may hold its network."""
+STEM = "diffusion_pytorch_model"
+"""How diffusers begins the names of files of weights."""
+VARIANTS = ("", "fp32", "bf16", "fp16")
+"""Variants of the same weights, the most exact first; others come after them."""
 
 
 class Record(config.Part):
@@ -45,8 +52,8 @@ class Record(config.Part):
     provenance: dict[str, Any]
 
 
-def locate(name: str, setting: str) -> Path:
-    """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON only).
+def locate(name: str, setting: str, trust_pickle: bool = False) -> Path:
+    """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON; `.bin` only where trusted).
 
     For a train job's output that is `model/` in it, for a network's folder in a checkpoint the checkpoint itself.
     Raises UserError, naming `setting`, if there is none.
@@ -59,13 +66,19 @@ def locate(name: str, setting: str) -> Path:
         inside = folder / "model"
         networks = any(part(folder, name) for name in NETWORKS)
         return inside if (inside / "entprog.json").is_file() and not networks else folder
+    if folder.is_file():
+        raise UserError(
+            f"{setting}: {name} is a file, wanted is a folder in diffusers' format: make one with its class's "
+            "from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
         raise UserError(f"{setting}: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    parts = ("diffusion_pytorch_model", *(f"{name}/" for name in NETWORKS), "vae/", "scheduler/")
-    files = [f"{p}*{ending}" for p in parts for ending in (".safetensors", ".json")]
+    parts = (STEM, *(f"{name}/" for name in NETWORKS), "vae/", "scheduler/")
+    endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
+    files = [f"{p}*{ending}" for p in parts for ending in endings]
     try:
         return Path(snapshot_download(name, allow_patterns=[*files, "config.json", "entprog.json", INDEX, PROMPT]))
     except (OSError, ValueError) as error:
@@ -104,26 +117,95 @@ def saved(folder: str | Path) -> dict[str, Any]:
     return about
 
 
-def check_weights(folder: Path, setting: str) -> None:
-    """Raises UserError if the folder's weights are missing or no safetensors; reads only headers."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{setting}: {folder} has no weights (*.safetensors; other formats are not read)")
-    for path in files:
-        try:
+@dataclass(frozen=True)
+class Weights:
+    """The files that diffusers reads a network's weights from."""
+
+    files: tuple[Path, ...]
+    """All of them, the index of several before those that it names."""
+    variant: str | None
+    safetensors: bool
+    """Whether diffusers is to look for safetensors, or for `.bin`."""
+
+
+def weights(folder: Path, setting: str, trust_pickle: bool = False) -> Weights:
+    """What a network's weights are read from, looked at as far as can be without reading them.
+
+    The full weights if there are any, otherwise a variant (`….fp16.safetensors`); an index before a single file, as in
+    diffusers. Raises UserError, naming `setting`, for weights that are missing, damaged, or no safetensors and not
+    trusted.
+    """
+    names = {path.name for path in folder.iterdir()}
+    for ending in ("safetensors", "bin"):
+        single = re.compile(rf"{STEM}(?:\.(\w+))?\.{ending}")
+        several = re.compile(rf"{STEM}\.{ending}\.index(?:\.(\w+))?\.json")
+        there = {found[1] or "": name for name in sorted(names) if (found := single.fullmatch(name))}
+        there |= {found[1] or "": name for name in sorted(names) if (found := several.fullmatch(name))}
+        if there:
+            break
+    else:
+        raise UserError(
+            f"{setting}: {folder} has no weights that diffusers reads ({STEM}.safetensors, a variant of it, or an "
+            "index of several)"
+        )
+    best = next((variant for variant in VARIANTS if variant in there), min(there))
+    path = folder / there[best]
+    index = (path,) if path.suffix == ".json" else ()
+    files = _named(path, setting) if index else [path]
+    for file in files:
+        _check_file(file, setting, trust_pickle)
+    return Weights((*index, *files), best or None, ending == "safetensors")
+
+
+def _named(index: Path, setting: str) -> list[Path]:
+    """The files that an index names, each in its own folder. Raises UserError for one that is not there."""
+    values = read_json(index)
+    names = values.get("weight_map")
+    if not isinstance(values.get("metadata"), dict) or not isinstance(names, dict) or not names:
+        raise UserError(f"{setting}: {index} is damaged: an index has metadata, and a weight_map of weights to files")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if Path(name).name != name:
+            raise UserError(f"{setting}: {index} names {name!r}: weights lie beside their index")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{setting}: {index.parent} lacks {name}, which {index.name} names: copy or fetch it again")
+    return [index.parent / name for name in files]
+
+
+def _check_file(path: Path, setting: str, trust_pickle: bool) -> None:
+    """Raises UserError for a file of weights that is damaged, or no safetensors and not trusted."""
+    try:
+        if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{setting}: cannot read {path}: {' '.join(str(error).split())}") from None
+                return
+        if path.suffix != ".bin":
+            raise UserError(f"{setting}: {path} is no file of weights: known are .safetensors and .bin")
+        if not trust_pickle:
+            raise UserError(
+                f"{setting}: {path} is a pickle, which may run what its maker wanted: convert it to safetensors, or "
+                "set model.trust_pickle=yes if you trust where it came from"
+            )
+        torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting}: cannot read {path}: {reason or type(error).__name__}") from None
 
 
-def pretrained(cls: type, folder: Path, setting: str):
+def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False):
     """A diffusers model of a folder, in float32. Raises UserError unless every weight is there and fits."""
+    found = weights(folder, setting, trust_pickle)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would say of the weights is an error here
     try:
         model, info = cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+            folder,
+            use_safetensors=found.safetensors,
+            variant=found.variant,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = one_line(_first_cause(error))

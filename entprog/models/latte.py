@@ -89,4 +89,5 @@ class LatteDenoiser(VideoDenoiser):
 
 
 inspect = partial(sources.inspect, LatteDenoiser)
+files = partial(sources.files, LatteDenoiser)
 load = partial(sources.load, LatteDenoiser)

@@ -77,4 +77,5 @@ class MotionUnetDenoiser(VideoDenoiser):
 
 
 inspect = partial(sources.inspect, MotionUnetDenoiser)
+files = partial(sources.files, MotionUnetDenoiser)
 load = partial(sources.load, MotionUnetDenoiser)

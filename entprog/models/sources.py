@@ -14,8 +14,8 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models import HOW_TO_ADD, families, family, folders, inputs, vaes
-from entprog.models.denoising import VideoDenoiser, process_of
+from entprog.models import HOW_TO_ADD, families, family, folders, inputs, texts, vaes
+from entprog.models.denoising import SCHEDULER_FILE, VideoDenoiser, process_of
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         raise UserError("model.base and model.init are both given: a base has its own configuration, drop model.init")
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = folders.locate(settings.base, "model.base") if settings.base else None
+    root = folders.locate(settings.base, "model.base", settings.trust_pickle) if settings.base else None
     about = folders.saved(root) if root else {}
     part = _network_folder(cls, root, settings.base) if root else None
-    vae_folder, setting = _vae_folder(cls, settings, root, about)
+    vae_folder, setting = _vae_folder(settings, root, about)
     vae = None
     if vae_folder is not None:
         vae = _vae(cls, vae_folder, setting)
-        folders.check_weights(vae_folder, setting)
+        folders.weights(vae_folder, setting, settings.trust_pickle)
     channels = 3 if vae is None else vaes.channels(vae)
     if part:
-        folders.check_weights(part, "model.base")
+        folders.weights(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
     else:
         values = _new_configuration(cls, settings, channels)
@@ -85,6 +85,32 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     )  # fmt: skip
 
 
+def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
+    """Every file that `load` reads, by its part and name: equal names wherever a checkpoint lies.
+
+    Raises UserError for a folder that is missing, and for weights that are missing or damaged.
+    """
+    out: dict[str, Path] = {}
+
+    def network(name: str, folder: Path, setting: str) -> None:
+        for path in (folder / "config.json", *folders.weights(folder, setting, settings.trust_pickle).files):
+            out[f"{name}/{path.name}"] = path
+
+    root = folders.locate(settings.base, "model.base", settings.trust_pickle) if settings.base else None
+    about = folders.saved(root) if root else {}
+    if root is not None:
+        network("network", _network_folder(cls, root, settings.base), "model.base")
+        for name in ("entprog.json", SCHEDULER_FILE):
+            if (root / name).is_file():
+                out[name] = root / name
+    vae, setting = _vae_folder(settings, root, about)
+    if vae is not None:
+        network("vae", vae, setting)
+    if prompt := texts.file_of(settings, root):
+        out[folders.PROMPT] = prompt
+    return out
+
+
 def load(
     cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu", seed: int = 0
 ) -> VideoDenoiser:
@@ -97,7 +123,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source.part is not None:
-            network = folders.pretrained(cls.NETWORK, source.part, "model.base")
+            network = folders.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
             network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
         else:
             network = cls.NETWORK.from_config(source.network.config)
@@ -107,7 +133,7 @@ def load(
         _widen(cls, network, source.splits)
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
-        vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting)
+        vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
         vae.requires_grad_(False).eval().to(device)
     shape = source.about.get("shape")
     provenance = {"base": settings.base, "init": settings.init}
@@ -152,9 +178,7 @@ def _network_folder(cls: type[VideoDenoiser], root: Path, given: str) -> Path:
     return folder
 
 
-def _vae_folder(
-    cls: type[VideoDenoiser], settings: config.Model, root: Path | None, about: dict[str, Any]
-) -> tuple[Path | None, str]:
+def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]) -> tuple[Path | None, str]:
     """The VAE's folder that `model.vae` asks for (None: pixels), and the setting that named it."""
     setting = "model.base" if settings.vae == "auto" else "model.vae"
     if settings.vae == "none":
@@ -164,7 +188,7 @@ def _vae_folder(
         if folder is None and about.get("vae"):
             raise UserError(f"model.base: {settings.base} was saved with a VAE, its vae/ folder is missing")
         return folder, setting
-    folder = folders.part(folders.locate(settings.vae, "model.vae"), "vae")
+    folder = folders.part(folders.locate(settings.vae, "model.vae", settings.trust_pickle), "vae")
     if folder is None:
         raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
     return folder, setting

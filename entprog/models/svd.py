@@ -106,4 +106,5 @@ class SvdDenoiser(VideoDenoiser):
 
 
 inspect = partial(sources.inspect, SvdDenoiser)
+files = partial(sources.files, SvdDenoiser)
 load = partial(sources.load, SvdDenoiser)

@@ -19,10 +19,15 @@ def embeddings(settings: config.Model, root: Path | None, width: int, tokens: in
     Attention over equal tokens alone does not depend on how many they are: where text has an attention of its own, one
     zero token does what many would. Raises UserError for a file that is wrong.
     """
-    path = Path(settings.prompt_embeds).expanduser() if settings.prompt_embeds else None
-    if path is None and root is not None and (root / folders.PROMPT).is_file():
-        path = root / folders.PROMPT
+    path = file_of(settings, root)
     return torch.zeros(1, tokens, width) if path is None else _read(path, width)
+
+
+def file_of(settings: config.Model, root: Path | None) -> Path | None:
+    """The file of `model.prompt_embeds`, or the one beside the base; None: zeros."""
+    if settings.prompt_embeds:
+        return Path(settings.prompt_embeds).expanduser()
+    return root / folders.PROMPT if root is not None and (root / folders.PROMPT).is_file() else None
 
 
 def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:

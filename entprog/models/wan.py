@@ -99,4 +99,5 @@ class WanDenoiser(VideoDenoiser):
 
 
 inspect = partial(sources.inspect, WanDenoiser)
+files = partial(sources.files, WanDenoiser)
 load = partial(sources.load, WanDenoiser)

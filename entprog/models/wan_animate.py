@@ -136,4 +136,5 @@ def _fixed_noise(frame: torch.Tensor) -> torch.Tensor:
 
 
 inspect = partial(sources.inspect, WanAnimateDenoiser)
+files = partial(sources.files, WanAnimateDenoiser)
 load = partial(sources.load, WanAnimateDenoiser)

@@ -1,12 +1,14 @@
 """The networks that judge clips: what each is fed, and where its weights come from.
 
 Offline ones (`assets`, checked by hash) go under their own names; the field's usual ones are loaded by the libraries
-that carry them, or from a person's file. No file is unpickled: state dicts are read with `weights_only`.
+that carry them, or from a person's file. No file is unpickled: state dicts are read with `weights_only`. A TorchScript
+file is a program, and runs only where a person says that it may (`evaluate.trust_torchscript`).
 """
 
 import functools
 import hashlib
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +145,17 @@ def _lpips(settings: Evaluate, device: torch.device) -> Network:
 
 
 def _i3d(settings: Evaluate, device: torch.device) -> Network:
-    """FVD's I3D: cd-fvd's class with its Kinetics weights, or the TorchScript file `i3d_torchscript.pt`."""
+    """FVD's I3D: cd-fvd's class with its Kinetics weights, or the TorchScript file `i3d_torchscript.pt`.
+
+    Raises UserError for a TorchScript file that nobody has said may run: it can write files.
+    """
     path = _given(settings.i3d, "i3d")
     if path is not None and _is_torchscript(path):
+        if not settings.trust_torchscript:
+            raise UserError(
+                f"evaluate.i3d: {path} is TorchScript, a program that can write files: set "
+                "evaluate.trust_torchscript=yes if you trust where it came from, or give i3d_pretrained_400.pt"
+            )
         script, name = torch.jit.load(str(path), map_location=device).eval(), "i3d (TorchScript)"
         network: Callable = functools.partial(script, rescale=False, resize=False, return_features=True)
         sha256 = files.sha256(path)
@@ -247,11 +257,11 @@ def _ready(network: nn.Module, state: dict, name: str, device: str | torch.devic
 
 
 def _is_torchscript(path: Path) -> bool:
-    try:
-        torch.jit.load(str(path), map_location="meta")
-    except RuntimeError:
+    """Whether a file holds a program, seen without running any of it: loading alone would."""
+    if not zipfile.is_zipfile(path):
         return False
-    return True
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] == "constants.pkl" or "/code/" in name for name in archive.namelist())
 
 
 def _hash(network: nn.Module) -> str:

@@ -23,7 +23,7 @@ FILE = "protocol.json"
 def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
     """All that decides what a checkpoint makes of a motion."""
     return {
-        "checkpoint": fingerprints.folder(maker.root),
+        "checkpoint": fingerprints.base(maker.model()),
         "sampler": checkpoints.sampler_name(maker, chosen),
         "steps": chosen.steps,
         "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}",
