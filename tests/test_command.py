@@ -1,0 +1,69 @@
+"""The command `entprog`: every job by its verb, quick to help, close to what was meant; and joining a cluster."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from pipelines.command.verbs import VERBS
+from test_layout import SHARED
+
+ROOT = Path(__file__).parents[1]
+
+
+def entprog(*arguments, and_then="", **environment):
+    """Run the command as its installed script does."""
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["entprog"]
+    module, function = script.split(":")
+    program = f"import sys\nsys.argv[0] = '/bin/entprog'\nfrom {module} import {function} as main\ntry:\n    main()\n"
+    program += f"finally:\n    pass\n    {and_then or 'pass'}\n"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_every_job_has_its_verb():
+    assert set(VERBS) == {path.stem for path in (ROOT / "pipelines").glob("[!_]*.py")} - SHARED
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], []])
+def test_help_names_the_verbs_and_loads_nothing(asked):
+    done = entprog(*asked, and_then="print([m for m in ('torch', 'ray', 'mlflow', 'pydantic') if m in sys.modules])")
+    assert done.returncode == 0 and done.stderr == ""
+    *lines, loaded = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(VERBS) and loaded == "[]"
+
+
+@pytest.mark.parametrize(("given", "meant"), [("trian", "train"), ("generat", "generate"), ("eval", "evaluate")])
+def test_an_unknown_verb_is_a_line_with_the_close_one(given, meant):
+    done = entprog(given, "--help", and_then="print('torch' in sys.modules)")
+    assert done.returncode == 2 and done.stdout == "False\n"
+    assert f"did you mean {meant}" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_verb_is_its_job(tmp_path):
+    asked = [
+        "--set",
+        "train.steps=3",
+        "--shards",
+        str(tmp_path / "none"),
+        "--preset",
+        "demo",
+        "--output",
+        str(tmp_path),
+    ]
+    done = entprog("train", *asked)
+    assert done.returncode == 2 and str(tmp_path / "none") in done.stderr
+    help = entprog("train", "--help")
+    assert help.returncode == 0 and "entprog train" in help.stdout and "--dry-run" in help.stdout
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_command_is_recorded_as_it_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/entprog", "train", "--set", "tracking.run_name=a b"])
+    assert cli.command() == "entprog train --set 'tracking.run_name=a b'"
