@@ -59,7 +59,9 @@ def main(
 def training(dataset: shards.Dataset, scratch: Path, steps: int, decode: str) -> dict[str, Any]:
     """A run of the demo's size."""
     data = {"shards": str(dataset.folder), "held_out_clips": 4, "decode": decode}
-    experiment = cli.experiment("demo_base", None, None, data=data, train={"steps": steps, "samples": 0})
+    experiment = cli.settings(
+        config.Experiment, "demo_base", None, None, data=data, train={"steps": steps, "samples": 0}
+    )
     result = train.run(experiment, scratch / "run", tables=scratch / "tables")
     done = worker.steps_of(scratch / "run")
     waits = [step["wait_s"] - step["open_s"] for step in done]

@@ -24,8 +24,7 @@ from rich.table import Table
 from entprog import config, files, masking
 from entprog.errors import UserError
 
-E = TypeVar("E", bound=config.Experiment)
-S = TypeVar("S")
+W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -61,36 +60,18 @@ def app(help: str) -> typer.Typer:
     return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-def experiment(
-    preset: str | None,
-    files: list[Path] | None,
-    pairs: list[str] | None,
-    whole: type[E] = config.Experiment,
-    **options,
-) -> E:
-    """The experiment that the command line asks for: preset < config files < options < --set.
+def settings(
+    whole: type[W], preset: str | None, files: Sequence[Path] | None, pairs: Sequence[str] | None, **options: Any
+) -> W:
+    """The settings that a command line asks for: preset < config files < options < --set.
 
-    whole: an Experiment, or one with more parts. `options` are nested settings that a job's own options stand for
-    (None values are left out).
+    whole: what the job's settings are parts of. Preset and files may describe other jobs too: of them only what `whole`
+    has counts. options: nested settings that the job's own options stand for; None is what was not given.
     Raises UserError for any wrong name or value.
     """
-    values = config.read_preset(preset, PRESETS) if preset else {}
+    values = config.only(config.read_preset(preset, PRESETS), whole) if preset else {}
     for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    values = config.merge(values, _without_none(options))
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
-
-
-def own_settings(whole: type[S], files: Sequence[Path] | None, pairs: Sequence[str] | None, **options) -> S:
-    """The settings of a job that trains nothing: config files < options (None: not given) < --set.
-
-    Of a whole experiment's file only the parts that matter to the job count.
-    Raises UserError for any wrong name or value.
-    """
-    values: dict[str, Any] = {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
+        values = config.merge(values, config.only(config.read_yaml(path), whole))
     values = config.merge(values, _without_none(options))
     return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
 
@@ -143,7 +124,12 @@ def complain(what: str, message: str) -> None:
 def command() -> str:
     """The command line of this process as a person types it, without the secrets of addresses in it."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    return shlex.join(["python", *(["-m", main.name] if main else sys.argv[:1]), *map(masking.masked, sys.argv[1:])])
+    job = (
+        ["entprog"]
+        if Path(sys.argv[0]).name == "entprog"
+        else ["python", *(["-m", main.name] if main else sys.argv[:1])]
+    )
+    return shlex.join([*job, *map(masking.masked, sys.argv[1:])])
 
 
 def commit() -> str:
@@ -200,11 +186,15 @@ def stderr_into(path: Path, *, verbose: bool = False):
 def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
 
+    Raises UserError where no cluster answers, or a local one cannot start for the length of its folder's name.
+
     A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
     both wait for ever. dashboard: a local one's; it listens on this machine alone, and what frees the resources of
     trials that Ray Tune ends lives in it. If this process has joined a Ray already, that one is used and left running.
     """
     import logging
+
+    from pipelines.cluster import joining
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -216,22 +206,28 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
         yield ray
         return
     quiet = {} if verbose else {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address="auto" if os.environ["RAY_ADDRESS"] == "auto" else None, **quiet)
-        except ConnectionError:
-            raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: start one, or unset it"
-            ) from None
+    address = os.environ.get("RAY_ADDRESS", "local") or "local"
+    if address != "local":
+        joining.check(address)
+        ray.init(address=address, **quiet)
     else:
         memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            object_store_memory=memory,
-            include_dashboard=dashboard,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                object_store_memory=memory,
+                include_dashboard=dashboard,
+                **quiet,
+            )
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+            raise UserError(
+                f"the folder for temporary files has too long a name for Ray's sockets, which may have 107 bytes: "
+                f"{folder}; set RAY_TMPDIR to a shorter one, like /tmp"
+            ) from None
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from entprog import config
 from entprog.config import Comparison
 from entprog.errors import UserError
 from entprog.masking import masked
@@ -50,6 +49,7 @@ def main(
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
+    help_settings: cli.help_settings(Comparison) = False,
 ) -> None:
     """Put runs side by side: held-out loss at equal seconds, time to a target loss with its interval over seeds,
     memory, what search and scoring cost and when they had paid off, trained blocks, scores, quality, samples.
@@ -62,18 +62,10 @@ def main(
     def work() -> dict[str, Any]:
         own = {"target_loss": target_loss, "baseline": baseline}
         wanted = [word.strip() for word in (runs or "").split(",") if word.strip()]
-        return run(experiment, output, settings(config_file, set_, own), wanted=wanted, force=force, dry_run=dry_run)
+        chosen = cli.settings(Comparison, None, config_file, set_, compare=own)
+        return run(experiment, output, chosen, wanted=wanted, force=force, dry_run=dry_run)
 
     cli.run("compare", None if dry_run else output, work, verbose=verbose)
-
-
-def settings(files: Sequence[Path] | None, pairs: Sequence[str] | None, own: dict[str, Any]) -> Comparison:
-    """Config files < the command's own options (None: not given) < --set. Raises UserError for what is wrong there."""
-    values: dict[str, Any] = {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    values = config.merge(values, {"compare": {name: value for name, value in own.items() if value is not None}})
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Comparison)
 
 
 def run(

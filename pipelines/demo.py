@@ -50,6 +50,7 @@ def main(
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
+    help_settings: cli.help_settings() = False,
 ) -> None:
     """Run everything once and print the comparison. Settings given here apply to both arms and to the sweep.
 
@@ -58,7 +59,7 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        base_experiment = cli.experiment("demo_base", None, None, train={"steps": base_steps})
+        base_experiment = cli.settings(config.Experiment, "demo_base", None, None, train={"steps": base_steps})
         arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in ARMS]
         sweep = sweep_of(trials, trial_seconds, output, config_file, set_) if trials else None
         if dry_run:
@@ -85,7 +86,8 @@ def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[st
 
 def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
     """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
-    return cli.experiment(
+    return cli.settings(
+        config.Experiment,
         "demo",
         files,
         ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
@@ -97,11 +99,11 @@ def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> con
 
 def sweep_of(trials: int, seconds: float, output: Path, files, pairs) -> config.Sweep:
     """The same experiment, many times over."""
-    return cli.experiment(
+    return cli.settings(
+        config.Sweep,
         "demo",
         files,
         ["train.steps=null", f"train.seconds={seconds}", *(pairs or [])],
-        config.Sweep,
         data={"shards": str(output / "shards")},
         model={"base": str(output / "base")},
         tune={"trials": trials, "early_stop": False},  # so few are all needed

@@ -80,7 +80,7 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
-        chosen = cli.own_settings(Evaluation, config_file, set_, evaluate=own)
+        chosen = cli.settings(Evaluation, None, config_file, set_, evaluate=own)
         task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
         if dry_run:
             return explain(task)

@@ -73,7 +73,7 @@ def main(
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
         given["without"] = without
-        chosen = cli.own_settings(Generation, config_file, set_, generate=own)
+        chosen = cli.settings(Generation, None, config_file, set_, generate=own)
         return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
     cli.run("generate", None if dry_run else output, work, verbose=verbose)

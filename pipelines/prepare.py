@@ -9,7 +9,7 @@ folder without it is no dataset. Run again when there are new videos, the comman
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,8 +98,10 @@ def main(
         own |= {"min_visibility": min_visibility, "clips_per_shard": clips_per_shard, "max_rejected": max_rejected}
         shape = {"frames": frames, "height": height, "width": width, "fps": fps}
         ours, of_model = caching.mine(set) if latents else (set, [])
-        encoding = caching.settings(preset, config_file, of_model, base) if latents else None
-        settings = preparation(preset, config_file, ours, shape, own)
+        encoding = (
+            cli.settings(config.Encoding, preset, config_file, of_model, model={"base": base}) if latents else None
+        )
+        settings = cli.settings(Preparation, preset, config_file, ours, data={"shape": shape}, prepare=own)
         if input is None and not latents:
             raise UserError("no input given: --input FOLDER, glob, manifest or list of videos")
         figures: dict[str, Any] = {}
@@ -114,29 +116,6 @@ def main(
         return figures
 
     cli.run("prepare", None if dry_run else output, work, verbose=verbose)
-
-
-def preparation(
-    preset: str | None, files: Sequence[Path] | None, pairs: Sequence[str] | None, shape: Row, own: Row
-) -> Preparation:
-    """The settings that the command line asks for: preset < config files < options < --set.
-
-    A preset or a config file may describe a whole experiment: of it only `data.shape` and `prepare` count here.
-    `shape` and `own` are the command's own options; None values are left out.
-    Raises UserError for any wrong name or value.
-    """
-    values = config.read_preset(preset, cli.PRESETS) if preset else {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    of_data = {"shape": (values.get("data") or {}).get("shape") or {}}
-    values = {name: part for name, part in values.items() if name not in config.Experiment.model_fields}
-    given = {"data": {"shape": _given(shape)}, "prepare": _given(own)}
-    values = config.merge({**values, "data": of_data}, given)
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), Preparation)
-
-
-def _given(options: Row) -> Row:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 # ---- what there is to do ----

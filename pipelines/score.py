@@ -47,7 +47,8 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        experiment = cli.experiment(
+        experiment = cli.settings(
+            Experiment,
             preset,
             config_file,
             set_,

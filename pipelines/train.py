@@ -63,16 +63,14 @@ def main(
     """
 
     def work() -> dict[str, Any]:
-        experiment = cli.experiment(
+        experiment = cli.settings(
+            Experiment,
             preset,
             config_file,
             set_,
             data={"shards": str(shards) if shards else None},
             model={"base": base},
-            schedule={
-                "kind": schedule,
-                "memory_budget_bytes": config.bytes_of(memory_budget) if memory_budget is not None else None,
-            },
+            schedule={"kind": schedule, "memory_budget_bytes": memory_budget},
         )
         if dry_run:
             return explain(experiment, output)

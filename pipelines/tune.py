@@ -74,11 +74,11 @@ def main(
 
     def work() -> dict[str, Any]:
         pairs = [f"train.seconds={seconds}", "train.steps=null"] if seconds is not None else []
-        wanted = cli.experiment(
+        wanted = cli.settings(
+            Sweep,
             preset,
             config_file,
             [*pairs, *(set_ or [])],
-            Sweep,
             data={"shards": str(shards) if shards else None},
             model={"base": base},
             tune={

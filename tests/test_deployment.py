@@ -80,7 +80,7 @@ def test_the_rayjob_asks_for_what_its_pods_have():
     command = shlex.split(values["spec"]["entrypoint"])
     assert command[:3] == ["python", "-m", "pipelines.train"]
     pairs = [after for option, after in itertools.pairwise(command) if option == "--set"]
-    experiment = cli.experiment("demo", None, pairs, data={"shards": "x"})
+    experiment = cli.settings(config.Experiment, "demo", None, pairs, data={"shards": "x"})
     (gpu,) = [group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu"]
     (container,) = gpu["template"]["spec"]["containers"]
     assert experiment.train.workers <= container["resources"]["limits"]["nvidia.com/gpu"] * gpu["maxReplicas"]

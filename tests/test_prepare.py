@@ -20,7 +20,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.preparing import attempts, cutting, inputs, ledger, probing
-from pipelines import prepare
+from pipelines import cli, prepare
 from pipelines.preparing import packing
 
 ARGUMENTS = ["--frames", "6", "--height", "48", "--width", "32", "--fps", "10", "--stride", "3", "--held-out", "cam04"]
@@ -229,7 +229,9 @@ def test_dry_run_writes_nothing(videos, tmp_path):
 def test_settings_come_from_preset_then_files_then_options_then_set(tmp_path):
     (tmp_path / "a.yaml").write_text("{data: {shape: {frames: 5, fps: 8}, batch_size: 2}, prepare: {margin: 0.3}}")
     files, pairs = [tmp_path / "a.yaml"], ["data.shape.fps=6"]
-    settings = prepare.preparation("demo", files, pairs, {"fps": 7, "width": None}, {"stride": 2})
+    settings = cli.settings(
+        config.Preparation, "demo", files, pairs, data={"shape": {"fps": 7, "width": None}}, prepare={"stride": 2}
+    )
     assert settings.data.shape.model_dump() == {"frames": 5, "height": 48, "width": 32, "fps": 6}
     assert settings.prepare.margin == 0.3 and settings.prepare.stride == 2
 
@@ -316,7 +318,9 @@ def test_a_source_that_crashes_its_process_again_and_again_is_left_alone(videos,
 
 
 def test_equal_input_gives_equal_clips_and_nothing_else(videos, tmp_path):
-    settings = prepare.preparation(None, None, None, {"frames": 6, "height": 48, "width": 32, "fps": 10}, {})
+    settings = cli.settings(
+        config.Preparation, None, None, None, data={"shape": {"frames": 6, "height": 48, "width": 32, "fps": 10}}
+    )
     row = probing.cut_shots(probing.probe(source(videos, "cam01.mp4"), settings), settings)
     tracked = cutting.Track(settings)(row)
     for name in ("one", "two"):

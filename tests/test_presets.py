@@ -72,7 +72,7 @@ def test_every_preset_of_a_published_checkpoint_is_tested():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_fits_the_published_network(name):
-    experiment = cli.experiment(name, None, None)
+    experiment = cli.settings(config.Experiment, name, None, None)
     cls = models.family(experiment.model.family).load.args[0]
     values, (kind, sizes), parameters, count = PUBLISHED[name]
     with torch.device("meta"):

@@ -63,6 +63,29 @@ def test_a_space_of_ones_own(tmp_path):
         ("schedule.stages: 3", "schedule.stages needs one of uniform"),
         ("train.learning_rate: {loguniform: [0, 1]}", "train.learning_rate"),
         ("- a", "not a mapping"),
+        ("schedule.stages: {uniform: [1, 4]}", "schedule.stages.* a value between 1 and 4.* takes randint"),
+        ("schedule.stages: {loguniform: [1, 4]}", "takes randint"),
+        ("schedule.stages: {quniform: [1, 4, 0.5]}", "takes randint"),
+        ("data.batch_size: {uniform: [2, 8]}", "takes randint"),
+        ("schedule.stages: {choice: []}", "needs a list of values"),
+        ("schedule.stages: {choice: abc}", "needs a list of values, given 'abc'"),
+        ("schedule.stages: {uniform:}", "needs a list of values, given None"),
+        ("schedule.cei_threshold: {uniform: [0.3, 0]}", "lowest value first"),
+        ("schedule.cei_threshold: {uniform: [0.3, 0.3]}", "lowest value first"),
+        ("schedule.stages: {randint: [4, 1]}", "lowest value first"),
+        ("schedule.stages: {randint: [1, 4.5]}", "2 whole numbers"),
+        ("schedule.stages: {randint: [1]}", "2 whole numbers"),
+        ("schedule.cei_threshold: {uniform: [0, 1, 2]}", "2 numbers"),
+        ("schedule.cei_threshold: {quniform: [0, 1]}", "3 numbers"),
+        ("schedule.cei_threshold: {quniform: [0, 1, 2]}", "step above 0 that fits"),
+        ("schedule.cei_threshold: {quniform: [0, 1, 0]}", "step above 0 that fits"),
+        ("schedule.cei_threshold: {uniform: [0, .inf]}", "2 numbers"),
+        ("schedule.cei_threshold: {uniform: [.nan, 1]}", "2 numbers"),
+        ("schedule.cei_threshold: {uniform: [0, yes]}", "2 numbers"),
+        ("train.learning_rate: {loguniform: [-1, 1]}", "above 0"),
+        ("train.seconds: {choice: [5, 10]}", "train.seconds cannot be searched: trials are compared at equal seconds"),
+        ("train.steps: {randint: [5, 10]}", "train.steps cannot be searched"),
+        ("schedule.stages: {randint: [1, 4]}\n\nschedule.stages: {choice: [2]}", "in line 1 and again in line 3"),
     ],
 )
 def test_wrong_files_are_one_line(tmp_path, text, says):
@@ -71,6 +94,31 @@ def test_wrong_files_are_one_line(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as caught:
         spaces.check(spaces.read(str(mine)), BASE)
     assert "\n" not in str(caught.value)
+
+
+def test_python_spaces_are_checked_alike():
+    for space, says in [
+        ({"schedule.stages": tune.uniform(1, 4)}, "takes randint"),
+        ({"schedule.stages": tune.choice([])}, "no value to choose from"),
+        ({"schedule.cei_threshold": tune.uniform(1, 0)}, "no value to choose from"),
+        ({"train.flops": tune.choice([1e9])}, "equal seconds"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            spaces.check(space, BASE)
+
+
+def test_words_of_a_choice_stay_words(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "train.gpus: {choice: [no, auto]}\ntracking.run_name: {choice: [010, 2024]}\n"
+        "schedule.stages: {quniform: [1, 4, 1]}\nschedule.monotone: {choice: [true, false]}\n"
+    )
+    space = spaces.read(str(mine))
+    assert space["train.gpus"].categories == ["no", "auto"]
+    assert space["tracking.run_name"].categories == ["010", "2024"]
+    assert space["schedule.monotone"].categories == [True, False]
+    tried = spaces.check(space, BASE)
+    assert {one.tracking.run_name for one in tried} >= {"010", "2024"}
 
 
 def test_wrong_names_are_one_line(tmp_path):

@@ -29,11 +29,11 @@ from entprog.config.reading import (
     PATHS,
     WHOLE,
     build,
-    bytes_of,
     close_to,
     digest,
     flat,
     merge,
+    only,
     parse_overrides,
     presets,
     read_preset,
@@ -42,6 +42,7 @@ from entprog.config.reading import (
     settings_help,
 )
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
+from entprog.config.written import meaning, suited
 
 __all__ = [
     "FREE",
@@ -75,11 +76,12 @@ __all__ = [
     "Train",
     "Tune",
     "build",
-    "bytes_of",
     "close_to",
     "digest",
     "flat",
+    "meaning",
     "merge",
+    "only",
     "parse_overrides",
     "phases",
     "presets",
@@ -87,4 +89,5 @@ __all__ = [
     "read_yaml",
     "settings",
     "settings_help",
+    "suited",
 ]

@@ -1,8 +1,9 @@
 """An experiment and its parts: typed, frozen, checked before anything starts."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_validator, model_validator
 
 from entprog.config.part import Part
 from entprog.errors import UserError
@@ -55,6 +56,9 @@ class Model(Part):
     """Folder (or hub name) of the pre-trained checkpoint in diffusers format. None: a new network from `init`."""
     init: dict[str, Any] = {}
     """Configuration of a new network, the diffusers class's own argument names. Only when `base` is None."""
+    trust_pickle: bool = False
+    """Read weights of base and VAE that are no safetensors (`.bin`). They are pickles, which may run what their maker
+    wanted; torch reads them with `weights_only`, which allows tensors alone. Only where you trust who made them."""
     conditions: tuple[Literal["reference", "pose"], ...] = ("reference", "pose")
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     vae: str = "auto"
@@ -68,6 +72,13 @@ class Model(Part):
     """Recompute trained blocks' activations in the backward pass."""
     compile_blocks: bool = False
     """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
+
+    @field_validator("init")
+    @classmethod
+    def _is_finite(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if "NaN" in (text := json.dumps(given, default=str)) or "Infinity" in text:
+            raise ValueError("needs finite numbers")
+        return given
 
 
 class Data(Part):
@@ -200,7 +211,7 @@ class Priority(Part):
     draws: int = Field(default=8, ge=4)
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
-    """Flow timesteps drawn, 0 clean, 1 noise."""
+    """Flow timesteps drawn, 0 clean, 1 noise: two rising numbers within them."""
     until_stable: float | None = Field(default=None, gt=0, le=1)
     """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
     4, 8, 16, … conditions; at most `conditions`. None: all conditions."""
@@ -208,6 +219,14 @@ class Priority(Part):
     """Score again at the start of every stage but the first and rank by the new table; charged to the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws, and of the random order."""
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _rises(cls, given: tuple[float, float]) -> tuple[float, float]:
+        low, high = given
+        if not 0 <= low < high <= 1:
+            raise ValueError("needs two rising numbers within 0 and 1")
+        return given
 
 
 class Smaller(Part):
@@ -256,8 +275,8 @@ class Schedule(Part):
     """Generator `budget`: what a step may cost, as fractions of full training's."""
     shapes: tuple[Smaller, ...] = ()
     """Smaller clips that all stages but the last may also train on. Held-out loss is always at `data.shape`."""
-    memory_budget_bytes: int | None = Field(default=None, gt=0)
-    """Plans whose predicted peak memory per device is above this are left out."""
+    memory_budget_bytes: ByteSize | None = Field(default=None, gt=0)
+    """Bytes, or like 24GB or 22.5GiB. Plans whose predicted peak memory per device is above this are left out."""
     search_steps: int = Field(default=4, ge=1)
     """S, steps per candidate in a stage's search."""
     search_until_clear: bool = True

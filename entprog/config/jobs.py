@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from entprog.config.experiment import ClipShape, Model, Smaller
 from entprog.config.part import Part
@@ -13,7 +13,7 @@ class Prepare(Part):
 
     frames_fps: float = Field(default=30.0, gt=0, le=1000)
     """Frames per second of a folder of numbered images, where a manifest does not say it."""
-    max_bytes: int = Field(default=20 * 10**9, ge=1)
+    max_bytes: ByteSize = Field(default=ByteSize(20 * 10**9), ge=1)
     """Largest file that is read, also the most that is fetched of a remote one; above: `too_large`."""
     max_pixels: int = Field(default=7680 * 4320, ge=1)
     """Most pixels in a frame, checked before one is decoded; above: `too_large`."""
@@ -121,7 +121,7 @@ class Generate(Part):
     """Clips of a split, spread evenly over it."""
     start_s: float = Field(default=0.0, ge=0)
     """Where the clip starts in a driving video or pose sequence, in seconds."""
-    seconds: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Length of the result. None: that of the clips the network was trained on. Longer ones are made of overlapping
     windows; where the motion is shorter it decides, so that .inf is all of it."""
     overlap: float = Field(default=0.25, ge=0, lt=1)
@@ -154,7 +154,7 @@ class Compare(Part):
     """Confidence of intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
     samples: int = Field(default=2, ge=0)
     """Sample clips of each group in the page."""
-    sample_bytes: int = Field(default=250_000, ge=1000)
+    sample_bytes: ByteSize = Field(default=ByteSize(250_000), ge=1000)
     """Largest sample clip taken as it is; a larger one is encoded anew, smaller."""
 
 

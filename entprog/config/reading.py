@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +10,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from entprog.config import written
+from entprog.config.evaluation import Evaluation
 from entprog.config.experiment import Experiment
+from entprog.config.jobs import Comparison, Encoding, Generation, Preparation
 from entprog.config.part import Part
+from entprog.config.sweep import Sweep
+from entprog.config.written import Plain
 from entprog.errors import UserError
 from entprog.masking import masked
 
@@ -49,18 +53,6 @@ def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, s
     return list(rows(whole, ""))
 
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def bytes_of(text: str) -> int:
-    """'24GB' → 24·10⁹, '500MiB' → 500·2²⁰. Raises UserError for what is no amount of memory."""
-    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
-        raise UserError(f"{text!r} is no amount of memory: write it like 24GB, 22.5GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
-
-
 def close_to(wrong: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the nearest name, or ''."""
     names = list(names)
@@ -71,7 +63,7 @@ def close_to(wrong: str, names: Iterable[str]) -> str:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """['a.b=1', …] → {'a': {'b': 1}}; values are YAML.
+    """['a.b=1', …] → {'a': {'b': '1'}}; values are YAML, read as `written.load` does. The last of two alike counts.
 
     Raises UserError for a pair without '=' or a value that is not YAML.
     """
@@ -81,33 +73,24 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise UserError(f"--set {pair!r} has no value: write it as name=value, e.g. schedule.stages=3")
         try:
-            value = yaml.safe_load(text)
-            if isinstance(value, str):
-                value = _number_or_text(value)
+            value = written.load(text) if text.strip() else Plain()
         except yaml.YAMLError as error:
             raise UserError(f"--set {name}: {text!r} is not a YAML value ({str(error).splitlines()[0]})") from None
-        node = out
         *parents, leaf = name.strip().split(".")
+        node = out
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {name}: {parent} was already given a value in this command")
-        node[leaf] = value
+        both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
+        node[leaf] = merge(node[leaf], value) if both else value
     return out
-
-
-def _number_or_text(text: str) -> float | str:
-    """YAML 1.1 reads '1e-4' as text; a person means a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
     "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode",
-    "data.latents", "tracking",
+    "data.latents", "model.trust_pickle", "tracking",
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
 accumulate only the product counts: the batches of an update."""
@@ -127,9 +110,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") ->
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A settings file: a YAML (or JSON) mapping. Raises UserError if it is not one."""
+    """A settings file: a YAML (or JSON) mapping, its unquoted scalars as they are written (`written.load`).
+
+    Raises UserError if it is not one, or if a name stands in it twice.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = written.load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no such settings file: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -154,6 +140,31 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     return {**(merge(read_preset(parent, folder), values) if parent else values), "name": name}
 
 
+WHOLES: tuple[type[Part], ...] = (Experiment, Sweep, Preparation, Encoding, Generation, Evaluation, Comparison)
+"""What the jobs' settings are parts of."""
+
+
+def only(values: Mapping[str, Any], whole: type[Part], prefix: str = "") -> dict[str, Any]:
+    """Of a file's settings, which may describe other jobs too, those of `whole`; an empty section says nothing.
+
+    Raises UserError for a name that no job knows.
+    """
+    known = [name for one in WHOLES for name, *_ in settings_help(one)]
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        field, dotted = whole.model_fields.get(name), prefix + name
+        part = field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Part)
+        if field is None:
+            for setting in flat({dotted: value}):
+                if not any(f"{setting}.".startswith(f"{k}.") or f"{k}.".startswith(f"{setting}.") for k in known):
+                    raise UserError(f"unknown setting {setting}{close_to(setting, known)}")
+        elif part and isinstance(value, Mapping):
+            out[name] = only(value, field.annotation, f"{dotted}.")
+        elif not part or written.meaning(value) is not None:
+            out[name] = value
+    return out
+
+
 def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
     """A checked Experiment (or another whole made of parts) from nested values.
 
@@ -161,7 +172,7 @@ def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
     """
     known = [name for name, *_ in settings_help(whole)]
     try:
-        return whole.model_validate(values)
+        return whole.model_validate(written.suited(values, whole))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

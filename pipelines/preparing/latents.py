@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entprog import config, models
+from entprog import models
 from entprog.config import ClipShape, Encoding
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
@@ -52,21 +52,6 @@ def mine(pairs: Sequence[str] | None) -> tuple[list[str], list[str]]:
     pairs = list(pairs or [])
     model = [pair for pair in pairs if pair.strip().startswith(OF_MODEL)]
     return [pair for pair in pairs if pair not in model], model
-
-
-def settings(
-    preset: str | None, files: Sequence[Path] | None, pairs: Sequence[str], base: str | None
-) -> config.Encoding:
-    """What clips are encoded for: preset < config files < --base < --set. Of a whole experiment only `model` and
-    `schedule.shapes` count here. Raises UserError for any wrong name or value."""
-    values = config.read_preset(preset, cli.PRESETS) if preset else {}
-    for path in files or []:
-        values = config.merge(values, config.read_yaml(path))
-    ladder = {"shapes": (values.get("schedule") or {}).get("shapes") or []}
-    values = {"model": values.get("model") or {}, "schedule": ladder}
-    if base:
-        values = config.merge(values, {"model": {"base": base}})
-    return config.build(config.merge(values, config.parse_overrides(pairs)), Encoding)
 
 
 def check_model(encoding: Encoding, shape: ClipShape) -> list[ClipShape]:

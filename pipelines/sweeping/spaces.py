@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,17 +58,58 @@ def _one(name: str) -> Space:
 def _domain(file: str, setting: str, value: Any) -> Domain:
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in DOMAINS:
         raise UserError(f"{file}: {setting} needs one of {', '.join(DOMAINS)} with its numbers, like {EXAMPLE}")
-    ((kind, numbers),) = value.items()
+    ((kind, given),) = value.items()
+    where = f"{file}: {setting}: {kind}"
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{where} needs a list of values, given {config.meaning(given)!r}")
+    if kind == "choice":  # lists and mappings as YAML text: whoever draws wants plain values
+        values = [_meant(setting, one) for one in given]
+        return tune.choice([_text(one) if isinstance(one, list | dict) else one for one in values])
+    numbers = config.meaning(given)
+    _check_range(where, kind, numbers)
     try:
-        if kind == "choice":  # lists and mappings as YAML text: whoever draws wants plain values
-            return tune.choice([_text(one) if isinstance(one, list | dict) else one for one in numbers])
-        return getattr(tune, kind)(*(float(n) if isinstance(n, str) else n for n in numbers))
+        return getattr(tune, kind)(*numbers)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: {setting}: {kind} does not take {numbers!r}: {error}") from None
+        raise UserError(f"{where} does not take {numbers!r}: {error}") from None
+
+
+def _check_range(where: str, kind: str, numbers: list[Any]) -> None:
+    """Raises UserError for what is no range: too few numbers or too many, a word, infinity, an end before its start."""
+    wanted = ["lowest", "highest", *["step"] * kind.startswith("q")]
+    whole = kind.endswith("randint")
+    if whole:
+        wanted[1] = "one above the highest"
+    right = len(numbers) == len(wanted) and all(
+        isinstance(n, int if whole else int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+    )
+    if not right:
+        kinds = "whole numbers" if whole else "numbers"
+        raise UserError(f"{where} needs {len(wanted)} {kinds} ({', '.join(wanted)}), given {numbers!r}")
+    if numbers[0] >= numbers[1]:
+        raise UserError(f"{where} needs its lowest value first and a higher one after it, given {numbers!r}")
+    if "log" in kind and numbers[0] <= 0:
+        raise UserError(f"{where} needs numbers above 0: it is even over their logarithm, given {numbers!r}")
+    if len(numbers) == 3 and not 0 < numbers[2] <= numbers[1] - numbers[0]:
+        raise UserError(f"{where} needs a step above 0 that fits between the ends, given {numbers!r}")
 
 
 def _text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+
+
+def _under(setting: str, value: Any) -> dict[str, Any]:
+    """A value by dotted setting → nested settings."""
+    for name in reversed(setting.split(".")):
+        value = {name: value}
+    return value
+
+
+def _meant(setting: str, value: Any) -> Any:
+    """What a value of a file means for a setting: words where it wants words."""
+    value = config.suited(_under(setting, value), Experiment)
+    for name in setting.split("."):
+        value = value[name]
+    return value
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,10 +119,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             part = config.parse_overrides([f"{setting}={value}"])
         else:
-            *parents, leaf = setting.split(".")
-            part = {leaf: value.item() if hasattr(value, "item") else value}
-            for parent in reversed(parents):
-                part = {parent: part}
+            part = _under(setting, value.item() if hasattr(value, "item") else value)
         out = config.merge(out, part)
     return out
 
@@ -90,16 +129,38 @@ def applied(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     return config.build(config.merge(experiment.model_dump(), nested(values)))
 
 
+BUDGETS = ("train.seconds", "train.steps", "train.flops")
+"""How long a training lasts: the same for all trials of a sweep."""
+
+
 def check(space: Space, experiment: Experiment) -> list[Experiment]:
-    """Every choice and both ends of every range, each alone on top of the experiment.
+    """Every choice, and of every range both ends and a value between them, each alone on top of the experiment.
 
     Raises UserError naming the first setting that does not exist or value that it does not take.
     """
     known = [name for name, *_ in config.settings_help()]
-    for setting in space:
+    for setting, domain in space.items():
         if setting not in known:
             raise UserError(f"--space: unknown setting {setting}{config.close_to(setting, known)}")
-    return [applied(experiment, {name: value}) for name, domain in space.items() for value in ends(domain)]
+        if setting in BUDGETS:
+            raise UserError(f"--space: {setting} cannot be searched: trials are compared at equal seconds (--seconds)")
+        values = ends(domain)
+        if not values or (not isinstance(domain, Categorical) and values[0] > values[1]):
+            raise UserError(f"--space: {setting} has no value to choose from")
+    tried = [applied(experiment, {name: value}) for name, domain in space.items() for value in ends(domain)]
+    for name, domain in space.items():
+        if isinstance(domain, Float):
+            low, high = ends(domain)
+            between = low + (high - low) * 0.618
+            if isinstance(step := getattr(domain.get_sampler(), "q", None), int | float):
+                between = (low // step + 1) * step
+            try:
+                tried.append(applied(experiment, {name: between}))
+            except UserError as error:
+                raise UserError(
+                    f"--space: {error}, a value between {low:g} and {high:g}: a setting in whole numbers takes randint"
+                ) from None
+    return tried
 
 
 def ends(domain: Domain) -> list[Any]:
