@@ -89,7 +89,7 @@ def main(
     """Make clips, train on small ones, train on whole ones, leave the base and its record."""
 
     def work() -> dict[str, Any]:
-        experiment = cli.experiment("demo_base", config_file, set_)
+        experiment = cli.settings(config.Experiment, "demo_base", config_file, set_)
         parts = divided(experiment, seconds, output)
         if dry_run:
             told = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)

@@ -189,8 +189,7 @@ def _check_file(path: Path, setting: str, trust_pickle: bool) -> None:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}: cannot read {path}: {reason or type(error).__name__}") from None
+        raise UserError(f"{setting}: cannot read {path}: {one_line(error)}") from None
 
 
 def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False):
