@@ -157,7 +157,7 @@ class Done:
         if unit.rate is not None or unit.kind not in ("run", "hindsight"):
             return unit.rate or scale.rates[0]
         tried = {u.rate: r["held_out_loss"] for u, r in self.of("tune", _tuned_on(scale, unit), unit.arm).items()}
-        return min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
+        return min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate])  # None: not finite
 
     def budget(self, unit: Unit) -> float:
         """Of a run of its task, in the clock; 0 where it is not known yet."""
