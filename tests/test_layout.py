@@ -25,7 +25,7 @@ for name in {modules!r}:
 
 
 FLOORS = (
-    ("errors", "files", "masking"),
+    ("errors", "files", "records", "masking"),
     ("config",),
     ("media",),
     ("data", "blocks"),

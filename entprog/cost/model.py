@@ -12,11 +12,15 @@ Costs are FLOPs (counted, all clips) or seconds; `measuring.measure` finds them.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from entprog.config import Backward
 from entprog.cost import counting
+from entprog.records import Record
+
+Cost = int | float
+"""FLOPs, which are counted, or seconds, which are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +28,11 @@ class BlockCost:
     """Passes of one block with all clips of a rank's batch."""
 
     name: str
-    forward: float
-    trained: float
-    edge: float
-    through: float
-    along: float
+    forward: Cost
+    trained: Cost
+    edge: Cost
+    through: Cost
+    along: Cost
     trained_bytes: int
     """Kept for the backward pass when trained (with gradient checkpointing: its inputs)."""
     edge_bytes: int
@@ -44,12 +48,12 @@ class BlockCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostModel:
+class CostModel(Record):
     """Predicts the cost of a step and its peak memory. Equal on all ranks: the slowest one's."""
 
     clips: int
     """Clips of the batch that everything stands for (one rank's)."""
-    outside: float
+    outside: Cost
     """Forward and backward of what lies outside blocks, the objective included."""
     outside_bytes: int
     outside_parameter_bytes: int
@@ -61,17 +65,10 @@ class CostModel:
     below: bool
     """Whether the first block's input needs a gradient: something before the blocks is trained."""
     weight_bytes: int
-    update_per_byte: float
+    update_per_byte: Cost
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     blocks: tuple[BlockCost, ...]
     """Cost of each block, in execution order."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "CostModel":
-        return CostModel(**{**values, "blocks": tuple(BlockCost(**block) for block in values["blocks"])})
 
     def passes(self, trainable: Collection[str], backward: Backward) -> list[tuple[BlockCost, str]]:
         """Each block with the name of its pass."""

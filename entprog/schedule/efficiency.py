@@ -1,12 +1,13 @@
 """How many blocks to train next: trial steps of nested candidates that share their weights (Ent-Prog §3.4)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from entprog.config import Schedule
+from entprog.records import Record
 from entprog.schedule.plans import Plan, size
 
 
@@ -37,7 +38,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class Decision(Record):
     """What a stage trains, and why."""
 
     stage: int
@@ -55,29 +56,6 @@ class Decision:
     """Predicted peak of the plan on one device."""
     break_even_step: int | None = None
     """Step at which the plan's savings will have paid for search and scoring so far; None: it saves nothing."""
-
-    def as_json(self) -> dict:
-        return {
-            "stage": self.stage,
-            "plan": self.plan.as_json(),
-            "candidates": [plan.as_json() for plan in self.candidates],
-            "efficiencies": [asdict(e) for e in self.efficiencies],
-            "reason": self.reason,
-            "search_cost": self.search_cost,
-            "step_cost": self.step_cost,
-            "full_step_cost": self.full_step_cost,
-            "memory_bytes": self.memory_bytes,
-            "break_even_step": self.break_even_step,
-        }
-
-    @staticmethod
-    def from_json(values: dict) -> "Decision":
-        parts = {
-            "plan": Plan.from_json(values["plan"]),
-            "candidates": tuple(Plan.from_json(plan) for plan in values["candidates"]),
-            "efficiencies": tuple(Efficiency(**e) for e in values["efficiencies"]),
-        }
-        return Decision(**{**values, **parts})
 
 
 def turn(trial: int, candidates: int, stage: int, seed: int) -> int:

@@ -8,11 +8,12 @@ from entprog.blocks import Block
 from entprog.config import Backward, ClipShape, Schedule
 from entprog.cost.model import CostModel
 from entprog.errors import UserError
+from entprog.records import Record
 from entprog.schedule import budget, lisa_badam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Record):
     """What one stage trains."""
 
     trainable: tuple[str, ...]
@@ -26,16 +27,6 @@ class Plan:
     def m(self) -> int:
         """Number of trained blocks."""
         return len(self.trainable)
-
-    def as_json(self) -> dict:
-        """Plain values; `from_json` takes them back."""
-        return {"trainable": list(self.trainable), "backward": self.backward, "shape": self.shape.model_dump()}
-
-    @staticmethod
-    def from_json(values: Mapping) -> "Plan":
-        return Plan(
-            trainable=tuple(values["trainable"]), backward=values["backward"], shape=ClipShape(**values["shape"])
-        )
 
 
 def eligible(found: Sequence[Block], which: Literal["all", "spatial", "temporal"]) -> list[str]:

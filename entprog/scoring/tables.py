@@ -6,7 +6,7 @@ What is scored, and how one condition is scored, is the priority's own business 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from entprog.config import Priority, digest
 from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.distributed import agree
+from entprog.records import Record
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """(noisy, t, conditions) → ε̂."""
@@ -56,7 +57,7 @@ class BlockScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreTable:
+class ScoreTable(Record):
     """Blocks in the network's order with their scores, and how far the scores can be trusted."""
 
     key: str
@@ -95,15 +96,6 @@ class ScoreTable:
         if self.kind in ("cei", "reverse_cei") and sign == "absolute":
             scores = {name: abs(value) for name, value in scores.items()}
         return {name: -value for name, value in scores.items()} if self.kind == "reverse_cei" else scores
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "ScoreTable":
-        rows = tuple(BlockScore(**row) for row in values["blocks"])
-        per_condition = tuple(tuple(row) for row in values["per_condition"])
-        return ScoreTable(**{**values, "blocks": rows, "per_condition": per_condition})
 
     def warnings(self, sign: str) -> list[str]:
         """What a person should know before trusting the ranking."""
