@@ -28,6 +28,7 @@ from entprog.data.clips import Clips, Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
 from entprog.media import sheet
+from entprog.models import fingerprints
 from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
@@ -77,8 +78,8 @@ def main(
         "out/demo_base"
     ),
     folder: Annotated[Path, typer.Option(help="Where the base is left.")] = demo.BASE,
-    seconds: Annotated[float, typer.Option(min=1, help="Of training; making clips comes on top.")] = 3600.0,
-    rendered: Annotated[int, typer.Option(min=8, help="Rendered clips to train on.")] = 3000,
+    seconds: Annotated[float, typer.Option(min=1, help="Of training; a longer one goes on.")] = 3600.0,
+    rendered: Annotated[int, typer.Option(min=8, help="Rendered clips to train on.")] = 2048,
     held_out: Annotated[int, typer.Option(min=4, help="Rendered clips to judge by.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="torch's CPU threads.")] = 1,
     config_file: cli.ConfigFile = None,
@@ -206,8 +207,9 @@ def trained(part: Part, material: Material) -> dict[str, Any]:
     """Train a part to its end, from its newest checkpoint if it has one; its figures."""
     experiment, folder = part.experiment, part.folder
     done = folder / "done.json"
-    key = config.digest(config.settings(experiment), material.fingerprints, experiment.train.seconds)
-    if (known := _read(done)).get("key") == key:
+    settings = {name: value for name, value in config.settings(experiment).items() if name != "train.seconds"}
+    key = config.digest(settings, material.fingerprints, fingerprints.base(experiment.model))
+    if (known := _read(done)).get("key") == key and known["seconds"] >= experiment.train.seconds:
         return known
     denoiser = models.family(experiment.model.family).load(experiment.model, "cpu", experiment.train.seed)
     state = start(denoiser.network, experiment)
