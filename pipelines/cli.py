@@ -23,6 +23,7 @@ from rich.table import Table
 
 from entprog import config, files, masking
 from entprog.errors import UserError
+from pipelines.cluster import local
 
 W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
@@ -189,8 +190,9 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     Raises UserError where no cluster answers, or a local one cannot start for the length of its folder's name.
 
     A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
-    both wait for ever. dashboard: a local one's; it listens on this machine alone, and what frees the resources of
-    trials that Ray Tune ends lives in it. If this process has joined a Ray already, that one is used and left running.
+    both wait for ever. It is closed to the network and to the machine's other users. dashboard: a local one's; what
+    frees the resources of trials that Ray Tune ends lives in it. If this process has joined a Ray already, that one is
+    used and left running.
     """
     import logging
 
@@ -213,13 +215,15 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     else:
         memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, cpus),
-                object_store_memory=memory,
-                include_dashboard=dashboard,
-                **quiet,
-            )
+            with local.closed() as private:
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, cpus),
+                    object_store_memory=memory,
+                    include_dashboard=dashboard,
+                    **private,
+                    **quiet,
+                )
         except OSError as error:
             if "AF_UNIX" not in str(error):
                 raise
