@@ -18,17 +18,34 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from entprog import config, files, masking
 from entprog.errors import UserError
+from entprog.names import plain
 from pipelines.cluster import local
 
 W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+class Terminal(Console):
+    """Shows texts as they are, whoever named the files and runs in them: neither markup nor control characters act.
+
+    What is to stand out has a `style`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options) -> Text:
+        """Every text that is printed, alone or in a table, becomes what is shown here."""
+        return super().render_str(plain(text, keep="\n\t"), **options)
+
+
+console = Terminal()
+errors = Terminal(stderr=True)
 
 Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(config.presets(PRESETS))}.")]
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
@@ -105,9 +122,9 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         status = 1
         trace = masking.masked(traceback.format_exc())
         if output is not None:
-            (output / "error.log").write_text(trace)
+            (output / "error.log").write_text(plain(trace, keep="\n\t"))
         if verbose or output is None:
-            errors.print(trace, markup=False)
+            errors.print(trace)
         where = f" (trace: {output / 'error.log'})" if output is not None else ""
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
@@ -119,7 +136,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
 
 def complain(what: str, message: str) -> None:
     """One line on standard error."""
-    errors.print(f"[red]{what}:[/red] {escape(masking.masked(message))}")
+    errors.print(Text.assemble((f"{what}:", "red"), f" {plain(masking.masked(message))}"))
 
 
 def command() -> str:

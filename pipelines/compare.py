@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from entprog.config import Comparison
 from entprog.errors import UserError
@@ -151,17 +150,16 @@ def _run(training: Training, group: Group) -> dict[str, Any]:
 
 def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:
     rows = [
-        (escape(group.label), escape(", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)))
-        for group in found
+        (group.label, ", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)) for group in found
     ]
     cli.show("Groups, the baseline first", rows, ("group", "runs"))
-    cli.console.print(f"Would compare them and write {output / 'comparison.html'}.", markup=False)
+    cli.console.print(f"Would compare them and write {output / 'comparison.html'}.")
     return {}
 
 
 def _show(verdict: Verdict, unlike: Sequence[Difference], path: Path) -> None:
     table = page.summary(verdict)
-    names, labels = [name for name, _ in table["columns"]], [escape(row["key"]["label"]) for row in table["rows"]]
+    names, labels = [name for name, _ in table["columns"]], [row["key"]["label"] for row in table["rows"]]
     cells = [row["cells"] for row in table["rows"]]
     if len(labels) <= GROUPS_BESIDE:
         columns, rows = ("", *labels), [(name, *column) for name, *column in zip(names, *cells, strict=True)]
@@ -169,15 +167,15 @@ def _show(verdict: Verdict, unlike: Sequence[Difference], path: Path) -> None:
         kept = [names.index(name) for name in ("Runs", "Held-out loss", "Time to target", "Net speed-up")]
         columns = ("group", *(names[place] for place in kept))
         rows = [(label, *(row[place] for place in kept)) for label, row in zip(labels, cells, strict=True)]
-    cli.console.print(f"\n{words.headline(verdict)}", style="bold", markup=False)
+    cli.console.print(f"\n{words.headline(verdict)}", style="bold")
     for line in words.remarks(verdict):
-        cli.console.print(line, markup=False)
+        cli.console.print(line)
     for difference in unlike:
         cli.complain("forced", f"these runs are not alike: {difference}")
     for line in words.warnings(verdict):
         cli.complain("note", line)
-    cli.show(f"Target: held-out loss {verdict.target_loss:.5g} ({escape(verdict.target_is)})", rows, columns)
-    cli.console.print(f"Page: {path}", markup=False)
+    cli.show(f"Target: held-out loss {verdict.target_loss:.5g} ({verdict.target_is})", rows, columns)
+    cli.console.print(f"Page: {path}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def run(
         trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
         for experiment in arms:
             name = experiment.schedule.kind
-            cli.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
+            cli.console.print(f"{ARMS[name]}, seed {experiment.train.seed}", style="bold")
             trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
 
         swept = None
@@ -212,7 +212,7 @@ def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> P
 
 
 def _say(number: int, what: str) -> None:
-    cli.console.print(f"\n[bold]{number}/7[/bold] {what}")
+    cli.console.print(f"\n{number}/7 {what}", style="bold")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,6 @@ def explain(task: Task) -> dict[str, Any]:
         f"Would judge {len(task.places)} clips of {task.dataset.shape} ({task.settings.evaluate.split} of "
         f"{task.dataset.folder}), {source}, by {', '.join(task.names)}; figures go to "
         f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
-        markup=False,
     )
     return {"settings": config.flat(task.settings.model_dump(mode="json"))}
 
@@ -171,13 +170,13 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     cli.writable(output)
     settings, names, missing = task.settings, task.names, task.missing
     for name, why in task.left_out.items():
-        cli.console.print(f"left out: {name} {why}", markup=False)
+        cli.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
         protocol.claim(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:
-            cli.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}", markup=False)
+            cli.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}")
     with cli.stderr_into(output / "ray.log", verbose=verbose):
         if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
@@ -194,8 +193,8 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     if task.run_id:
         _log(task.run_id, output, figures)
     _show(evaluation, len(task.places))
-    cli.console.print(f"How each was measured: {output / 'evaluation.json'}", markup=False)
-    cli.console.print(f"At a glance: {picture}", markup=False)
+    cli.console.print(f"How each was measured: {output / 'evaluation.json'}")
+    cli.console.print(f"At a glance: {picture}")
     return {
         "figures": {name: figure.value for name, figure in figures.items()},
         "evaluation": str(output / "evaluation.json"),
@@ -256,7 +255,7 @@ def _figures(
             figures[name] = mean_figure(values, chosen.bootstrap, chosen.confidence, chosen.bootstrap_seed)
         except ValueError as error:
             without[name] = str(error)
-            cli.console.print(f"left out: {name}: {error}", markup=False)
+            cli.console.print(f"left out: {name}: {error}")
     return figures, without
 
 
@@ -317,7 +316,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
         told = f"MLflow at {masked(uri)} has no run {run_id} ({reason(error, uri)})"
         if wanted:
             raise UserError(f"--run: {told}; check MLFLOW_TRACKING_URI") from None
-        cli.console.print(f"warning: {told}: the figures stay in the output folder", markup=False)
+        cli.console.print(f"warning: {told}: the figures stay in the output folder")
         return None
     return run_id
 
@@ -325,7 +324,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
 def _log(run_id: str, output: Path, figures: dict[str, Any]) -> None:
     tracker = Tracker.attach(
         {"uri": tracking_uri(), "run_id": run_id, "output": str(output)},
-        warn=lambda text: cli.console.print(f"warning: {text}", markup=False),
+        warn=lambda text: cli.console.print(f"warning: {text}"),
     )
     tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})
     for name in ("evaluation.json", "sheet.png"):

@@ -122,7 +122,6 @@ def run(
         cli.console.print(
             f"Would generate {len(made)} clip(s) of {shape}{long} with {settings.generate.steps} steps from "
             f"{found.root} (conditions: {sees}): {names}",
-            markup=False,
         )
         return {"settings": config.flat(settings.model_dump(mode="json"))}
     return _generate(found, made, Path(output), settings, without) | {"left_out": left_out}
@@ -179,7 +178,7 @@ def _generate(
         largest = max(record["difference"] for record in records)
         told = "identical: it has no influence yet" if largest == 0 else f"up to {largest} of 255 levels apart"
         cli.console.print(f"With and without {without}: {told}")
-    cli.console.print(f"At a glance: {picture}", markup=False)
+    cli.console.print(f"At a glance: {picture}")
     return {
         "checkpoint": str(checkpoint.root),
         "shape": checkpoint.shape.model_dump(),

@@ -167,7 +167,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
     size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 
     def say(text: str) -> None:
-        cli.console.print(text, markup=False)
+        cli.console.print(text)
 
     say(f"input: {work.found.kind} {fetching.without_secrets(str(given))}")
     say(f"{len(rows)} files, {len(tried)} of them videos by name ({size})")
@@ -200,11 +200,11 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
         if (output / "parts").exists():  # killed after the dataset was finished
             contact_sheet.of_dataset(output, work.before.dataset)
             shutil.rmtree(output / "parts")
-        cli.console.print(f"nothing to do: {output} is finished, with the same input and settings", markup=False)
+        cli.console.print(f"nothing to do: {output} is finished, with the same input and settings")
         return _report(output, ledger.summary(work.before.lines))
     _claim(output, settings)
     if work.before is not None:
-        cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}", markup=False)
+        cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
     parts.mkdir(exist_ok=True)
@@ -333,7 +333,7 @@ def _report(output: Path, figures: Row) -> Row:
         splits[name] = {"clips": dataset.clips(name), "shards": len(infos), "bytes": size}
         cli.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
     if not dataset.clips("held_out"):
-        cli.console.print("[yellow]nothing is held out[/yellow]: training has no clips to measure its loss on")
+        cli.console.print("nothing is held out: training has no clips to measure its loss on", style="yellow")
     cli.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
     shape = dataset.shape.model_dump()
     return {**figures, "splits": splits, "shape": shape, "fingerprint": dataset.fingerprint, "output": str(output)}

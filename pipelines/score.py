@@ -110,7 +110,7 @@ def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[
         ("block", "score", "± std error", *measures.values(), "rank"),
     )
     for line in table.warnings(experiment.priority.sign):
-        cli.console.print(f"warning: {line}", markup=False)
+        cli.console.print(f"warning: {line}")
     return {
         "table": str(output / "cei.json"),
         "chart": str(output / "cei.png"),

@@ -320,7 +320,7 @@ def _show(result: dict[str, Any], output: Path, uri: str) -> None:
         ("figure", "value"),
     )
     for line in result["advice"]:
-        cli.console.print(line, markup=False)
+        cli.console.print(line)
     cli.console.print(f"Compare runs: {how_to_open(uri)}")
 
 
@@ -376,7 +376,7 @@ class _Display:
         elif "resumed" in item:
             self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
         elif "warning" in item:
-            self.bar.console.print(f"warning: {item['warning']}", markup=False)
+            self.bar.console.print(f"warning: {item['warning']}")
         elif "step" in item:
             self._step(item["step"])
 

@@ -19,6 +19,7 @@ import yaml
 from entprog import config, files, models
 from entprog.config import Sweep
 from entprog.errors import UserError
+from entprog.names import cell
 from entprog.schedule import plans
 from pipelines import cli, train
 from pipelines.cluster import launch
@@ -350,7 +351,8 @@ def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: P
         table.writerow(["id", "status", *space, *FIGURES])
         for row in rows:
             values = [row["settings"].get(setting) for setting in space]
-            table.writerow([row["id"], row["status"], *values, *(row.get(name) for name in FIGURES)])
+            figures = (row.get(name) for name in FIGURES)
+            table.writerow([cell(value) for value in (row["id"], row["status"], *values, *figures)])
 
 
 def _show(result: Mapping[str, Any], output: Path) -> None:
@@ -368,9 +370,9 @@ def _show(result: Mapping[str, Any], output: Path) -> None:
     cli.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
     for row in result["trials"]:
         if row["status"] == "failed":
-            cli.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}", markup=False)
+            cli.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}")
     for line in result["recommendation"]:
-        cli.console.print(f"- {line}", markup=False)
+        cli.console.print(f"- {line}")
     cli.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
     cli.console.print(f"Charts: {', '.join(result['charts'])}")
     cli.console.print(f"Compare runs: {how_to_open(tracking_uri())}")

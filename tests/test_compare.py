@@ -273,26 +273,30 @@ def test_dry_run_writes_nothing(store, tmp_path):
 
 def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
     short = {"train": {"steps": 3, "held_out_every": 1}, "schedule": {"kind": "full"}}
-    hostile = '<img src=x onerror="alert(1)"></script><b>$x^2$ [red]'
+    hostile = '<img src=x onerror="alert(1)"></script><b>$x^2$ [red] [/x] :bomb:'
+    steering = "odd\x1b[2J\x9b31m\u202e"  # clears the screen, colours it, turns the direction of writing
     for name, options in {
         "whole": {},
         hostile: {"status": "FAILED"},
+        steering: {"status": "FAILED"},
         "stopped": {"status": "KILLED"},
         "alive": {"status": "RUNNING"},
         "broken": {"last_loss": math.nan},
     }.items():
-        train(tmp_path / name[:5], name, "odd", **options, **short)
+        train(tmp_path / name[:3], name, "odd", **options, **short)
     status, said = invoke("--experiment", "odd", "--output", tmp_path / "out")
     assert status == 0, said
     result = json.loads((tmp_path / "out" / "result.json").read_text(), parse_constant=pytest.fail)
     statuses = {run["name"]: (run["status"], run["counts"]) for run in result["runs"]}
     assert statuses == {
-        "whole": ("finished", True), hostile: ("failed", False), "stopped": ("killed", False),
-        "alive": ("running", False), "broken": ("diverged", False),
+        "whole": ("finished", True), hostile: ("failed", False), steering: ("failed", False),
+        "stopped": ("killed", False), "alive": ("running", False), "broken": ("diverged", False),
     }  # fmt: skip
     page = Page(result["page"])
     assert "held_out_loss: nan at step 3" in page.text and "last sign of life" in page.text
     assert hostile in page.text and hostile in said, "names are shown as they are"
+    for shown in (page.source, said):
+        assert r"odd\x1b[2J\x9b31m\u202e" in shown and not set("\x1b\x9b\u202e") & set(shown)
     assert not [t for t, _ in page.tags if t in ("img", "b")] and len([t for t, _ in page.tags if t == "script"]) == 1
     assert "Only one group has finished" in result["headline"]
 

@@ -154,22 +154,29 @@ def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path
         generate.run(made / "run", tmp_path / "again", other, **paths)
 
 
-def test_every_motion_of_a_folder_with_every_reference(made, tmp_path):
+def test_every_motion_of_a_folder_with_every_reference(made, tmp_path, capfd):
     for folder in ("people", "poses"):
         (tmp_path / folder).mkdir()
     for name, color in (("anna", "red"), ("ben", "blue")):
         Image.new("RGB", (32, 48), color).save(tmp_path / "people" / f"{name}.png")
     for name in ("walk", "turn"):
         np.savez(tmp_path / "poses" / f"{name}.npz", pose=np.random.default_rng(0).random((9, 33, 3)))
+    steering = "[/red] [bold] :bomb: \x1b]0;title\x07\x9b31m"  # markup, and what steers a terminal
+    Image.new("RGB", (32, 48), "green").save(tmp_path / "people" / f"{steering}.png")
     (tmp_path / "poses" / "broken.npz").write_text("no arrays")
+    (tmp_path / "poses" / f"{steering}.npz").write_text("no arrays")
     paths = {"reference": tmp_path / "people", "pose": tmp_path / "poses"}
     chosen = Generation.model_validate({"generate": {"steps": 1}})
     result = generate.run(made / "run", tmp_path / "out", chosen, **paths)
     names = [record["clip"] for record in result["clips"]]
-    assert names == ["anna as turn", "ben as turn", "anna as walk", "ben as walk"]
-    assert len({Path(record["result"]).read_bytes() for record in result["clips"]}) == 4
-    (path,) = result["left_out"]
-    assert path.endswith("broken.npz") and "cannot read" in result["left_out"][path]
+    shown = r"[/red] [bold] :bomb: \x1b]0;title\x07\x9b31m"
+    assert names == [f"{who} as {how}" for how in ("turn", "walk") for who in (shown, "anna", "ben")]
+    assert len({Path(record["result"]).read_bytes() for record in result["clips"]}) == 6
+    said = capfd.readouterr().out
+    assert shown in said and not {*"\x1b\x07\x9b"} & {*said}
+    steered, broken = sorted(result["left_out"])
+    assert broken.endswith("broken.npz") and "cannot read" in result["left_out"][broken] and steering in steered
+    (tmp_path / "poses" / f"{steering}.npz").unlink()
     (tmp_path / "poses" / "turn.npz").unlink()
     (tmp_path / "poses" / "walk.npz").unlink()
     (tmp_path / "poses" / "broken2.npz").write_text("no arrays")

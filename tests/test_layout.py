@@ -25,7 +25,7 @@ for name in {modules!r}:
 
 
 FLOORS = (
-    ("errors", "files", "records", "masking"),
+    ("errors", "files", "records", "masking", "names"),
     ("config",),
     ("media",),
     ("data", "blocks"),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import typer
 
-from entprog.errors import UserError
 from pipelines import cli
 from pipelines.cluster import local
 

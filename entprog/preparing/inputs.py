@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from entprog.config import digest
 from entprog.errors import UserError
 from entprog.media import frames
+from entprog.names import plain
 from entprog.preparing import fetching, manifest
 
 Row = dict[str, Any]
@@ -70,7 +71,7 @@ def suffix(row: Row) -> str:
 
 def _row(file: str, path: str, **known: Any) -> Row:
     blank = {"bytes": 0, "stamp": "", "frames_fps": 0.0, "caption": "", "split": "", "crop": ""}
-    return {"file": file, "path": os.fsencode(path), **blank, **known}
+    return {"file": plain(file), "path": os.fsencode(path), **blank, **known}
 
 
 # ---- on this machine ----
@@ -95,8 +96,8 @@ def _local(text: str, frames_fps: float, leave_out: Path | None) -> Inputs:
 
 
 def _name(path: Path, root: Path) -> str:
-    """A file's name for people: inside the input, as UTF-8 whatever its bytes."""
-    return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
+    """A file's name for people: inside the input, as UTF-8 whatever its bytes; no two files have the same."""
+    return os.fsencode(path.relative_to(root)).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
 def _entry_at(file: str, path: Path, frames_fps: float) -> Row:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from entprog import files
 from entprog.config import digest
 from entprog.errors import UserError
+from entprog.names import plain
 from entprog.preparing.attempts import MAX_CRASHES
 
 SCHEMA = pa.schema(
@@ -62,7 +63,7 @@ def stamp(row: Row) -> str:
 
 def rejected(row: Row, stage: str, reason: str, message: str) -> Row:
     """The row with its verdict."""
-    return {**row, "stage": stage, "reason": reason, "message": " ".join(message.split())[:500]}
+    return {**row, "stage": stage, "reason": reason, "message": plain(" ".join(message.split()))[:500]}
 
 
 def crashed(row: Row, stage: str) -> Row:

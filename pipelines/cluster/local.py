@@ -36,8 +36,9 @@ def closed() -> Iterator[dict[str, str]]:
 
 
 def token() -> Path | None:
-    """Make Ray's token where there is none, for its owner's eyes alone; mend one that others may read. Its file, or None
-    where there is none to be kept (the token is in RAY_AUTH_TOKEN, or RAY_AUTH_MODE is not `token`).
+    """Make Ray's token where there is none, for its owner's eyes alone; mend one that others may read.
+
+    Returns its file, or None where Ray reads none (RAY_AUTH_TOKEN is set, or RAY_AUTH_MODE is not `token`).
 
     Raises UserError where that cannot be done: a file or folder of another owner, or one that cannot be written.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entprog import files
+from entprog.names import plain
 from pipelines.comparison import drawings, samples, words
 from pipelines.comparison.groups import Difference, Group, text
 from pipelines.comparison.runs import Training
@@ -51,7 +52,7 @@ def render(
     )
     script, style = ((FOLDER / name).read_text() for name in ("page.js", "page.css"))
     groups = [judged.group for judged in verdict.judged]
-    return environment.get_template("page.html").render(
+    html = environment.get_template("page.html").render(
         facts=facts,
         made=datetime.fromtimestamp(facts.made_s).astimezone().strftime("%-d %B %Y, %H:%M %Z"),
         headline=words.headline(verdict),
@@ -77,6 +78,7 @@ def render(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
+    return plain(html, keep="\n\t")  # names of runs and settings are what someone typed
 
 
 def _key(group: Group, place: int) -> dict[str, str]:

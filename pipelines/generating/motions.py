@@ -19,6 +19,7 @@ from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import pose as poses
 from entprog.media import video as videos
+from entprog.names import plain
 from entprog.preparing import windows
 from pipelines import cli
 
@@ -93,7 +94,7 @@ def read_all(
             if len(paths) == 1:
                 raise
             left_out[str(path)] = str(error)
-            cli.console.print(f"left out: {error}", markup=False)
+            cli.console.print(f"left out: {error}")
     if not good:
         raise UserError(f"{option}: none of {len(paths)} files can be used; the first: {next(iter(left_out.values()))}")
     return good, left_out
@@ -105,7 +106,7 @@ def pairs(references: dict[Path, np.ndarray], driven: Iterable[tuple[str, np.nda
     for name, pose, video in driven:
         for path, who in references.items():
             title = f"{path.stem} as {name}" if len(references) > 1 else name
-            out.append(Motion(title, who, pose, video, "driving video", len(out)))
+            out.append(Motion(plain(title), who, pose, video, "driving video", len(out)))
     return out
 
 
@@ -238,7 +239,7 @@ def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
     track = poses.PoseEstimator().track([picture])
     box = _person(track, height, width, shape, crop) if poses.found(track).any() else None
     if box is None:
-        cli.console.print(f"warning: nobody was found in {path}: its middle is taken", markup=False)
+        cli.console.print(f"warning: nobody was found in {path}: its middle is taken")
         high = min(height, round(width * shape.height / shape.width))
         wide = min(width, round(height * shape.width / shape.height))
         box = ((width - wide) // 2, (height - high) // 2, wide, high)

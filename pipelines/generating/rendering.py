@@ -88,7 +88,7 @@ def render(
     files = [Files(output / "videos", number, motion, identity) for number, (motion, identity) in each]
     todo = [clip for clip in files if not clip.kept()]
     if len(todo) < len(files):
-        console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}", markup=False)
+        console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
     if todo:
         _make_all(load(), todo, shape, settings, without)
     shown = files[:: -(-len(files) // SHOWN)]

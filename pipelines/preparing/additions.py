@@ -123,7 +123,6 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
         cli.console.print(
             f"{len(gone)} inputs of before are not there any more ({', '.join(sorted(gone)[:3])}): "
             f"their {clips} clips stay in the dataset",
-            markup=False,
         )
     asked = {row["file"]: row["split"] for row in sources if row["split"]}
     moved = [file for file, name in before.splits().items() if asked.get(file, name) != name]
@@ -133,7 +132,7 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
             f"({', '.join(sorted(moved)[:3])}): choose another --output"
         )
     if again:
-        cli.console.print(f"{len(again)} inputs that gave no clip before are tried again", markup=False)
+        cli.console.print(f"{len(again)} inputs that gave no clip before are tried again")
     return [*new, *again.values()]
 
 

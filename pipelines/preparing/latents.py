@@ -103,7 +103,6 @@ def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where,
         f"latents of {total} clips of {estimate.shape}: {size(figures['bytes'])} ({size(estimate.clip_bytes)} a clip) "
         f"in {folder}; {total - to_do} clips are done, the others take about {duration(figures['estimated_s'])} on "
         f"{encoders} encoder(s) ({estimate.device})",
-        markup=False,
     )
     if dry_run:
         return figures

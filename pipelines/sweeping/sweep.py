@@ -222,9 +222,7 @@ class Watch(Callback):
         self.running.discard(trial.trial_id)
         self.ended[how] += 1
         values = ", ".join(f"{k.rsplit('.', 1)[-1]}={_short(v)}" for k, v in trial.config.items())
-        self.bar.console.print(
-            f"trial {trial.trial_id} {how:8} {figure}  {values}{self._where()}", markup=False, soft_wrap=True
-        )
+        self.bar.console.print(f"trial {trial.trial_id} {how:8} {figure}  {values}{self._where()}", soft_wrap=True)
         self._show(trials)
 
     def _where(self) -> str:

@@ -43,7 +43,7 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
     """
     network = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape).network
     for line in lines(experiment, len(blocks(network))):
-        cli.console.print(line, markup=False)
+        cli.console.print(line)
 
 
 def lines(experiment: Experiment, blocks: int, table: Mapping[str, Any] | None = None) -> list[str]:

@@ -45,7 +45,7 @@ def run(
     status = "FAILED"
     try:
         for number, (name, phase) in enumerate(parts.items(), 1):
-            cli.console.print(f"\n[bold]Phase {number} of {len(parts)}: {name}[/bold]")
+            cli.console.print(f"\nPhase {number} of {len(parts)}: {name}", style="bold")
             done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
             tell = _teller(tracker, number, **done)
 

@@ -17,6 +17,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from entprog import names as texts
 from entprog.media import assets, video
 
 FPS = 10
@@ -222,6 +223,8 @@ def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
         "ünï – 人.mp4",
         "#%23 & ; $(x) `y`.mp4",
         "-i.mp4",
+        "\x1b]0;title\x07\x1b[2J\x9b31m.mp4",
+        "[/red] [bold.mp4",
     )
     plain = good["formats/plain.mp4"]
     good |= {f"names/{name}": plain for name in names}
@@ -253,7 +256,7 @@ def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
     (folder / "nowhere.mp4").symlink_to("nothing.mp4")
     os.mkfifo(folder / "pipe.mp4")
     (folder / os.fsdecode(b"not-utf8-\xff\xfe.mp4")).write_bytes(plain)
-    return set(good) | {"not-utf8-\\xff\\xfe.mp4"}
+    return {texts.plain(name) for name in good} | {"not-utf8-\\xff\\xfe.mp4"}
 
 
 def _png(image: np.ndarray) -> bytes:
