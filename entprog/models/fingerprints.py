@@ -49,12 +49,15 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
 
 
 def file(path: Path) -> str:
-    """sha256 of a file, remembered by its size and time of change: large weights are read once."""
+    """sha256 of a file, remembered while the file system says that it is the same one: large weights are read once.
+
+    Of the times it is the inode's change that counts: a content can be replaced under a kept time of modification.
+    """
     try:
         about = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    now = {"path": str(path.resolve()), "bytes": about.st_size, "changed_ns": about.st_mtime_ns}
+    now = {"path": str(path.resolve()), "inode": about.st_ino, "bytes": about.st_size, "changed_ns": about.st_ctime_ns}
     memory = assets.cache_folder() / "hashes" / f"{digest(now['path'])}.json"
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(memory.read_text())
