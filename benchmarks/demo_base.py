@@ -199,7 +199,7 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path)
         more={"curves": curves, "settings": {part.name: config.settings(part.experiment) for part in parts}},
     )  # fmt: skip
     picture = drawn(stored, material, shape, output / "samples.png")
-    cli.console.print(f"The base is in {folder}; what it draws: {picture}", markup=False)
+    cli.console.print(f"The base is in {folder}; what it draws: {picture}")
     return figures | {"base": str(folder), "picture": str(picture)}
 
 

@@ -1,4 +1,4 @@
-"""Cluster files by Ray's own checks, and the train job submitted to a real head node with a token."""
+"""Cluster files by Ray's own checks, what a local Ray listens on, and the train job submitted to a real head node."""
 
 import contextlib
 import copy
@@ -12,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
@@ -19,19 +21,22 @@ import psutil
 import pytest
 import ray
 import yaml
+from typer.testing import CliRunner
 
 from entprog import config
 from entprog.training import checkpoint
 from helpers.commands import SETTINGS
 from helpers.people import two_people
-from pipelines import cli
+from pipelines import cli, train
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def read(name):
-    return yaml.safe_load((ROOT / name).read_text())
+    """The first document of a file."""
+    return next(yaml.safe_load_all((ROOT / name).read_text()))
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -58,6 +63,102 @@ def test_cluster_files_are_closed_to_others_and_cheap_when_idle(name):
     assert "0.0.0.0" not in (ROOT / name).read_text()
 
 
+def with_p5():
+    """cluster.yaml with the node type that it offers in comments in place of `gpu`."""
+    lines = (ROOT / "cluster.yaml").read_text().splitlines()
+    first = lines.index("  # gpu:")
+    block = itertools.takewhile(lambda line: line.startswith("  # "), lines[first:])
+    values = read("cluster.yaml")
+    values["available_node_types"] |= yaml.safe_load("\n".join(line[4:] for line in block))
+    return values
+
+
+def test_the_larger_machines_in_comments_are_ones_that_ray_takes():
+    from ray.autoscaler._private.aws.config import _configure_subnets_and_groups_from_network_interfaces
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    values = with_p5()
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(values, schema)
+    validate_config(prepare_config(copy.deepcopy(values)))
+    node = values["available_node_types"]["gpu"]["node_config"]
+    assert node["InstanceType"].startswith("p5") and node["Placement"]["GroupName"]
+    filled = _configure_subnets_and_groups_from_network_interfaces(node)
+    assert set(filled["SecurityGroupIds"]) == {"sg-REPLACE"}
+    assert all(card["InterfaceType"] == "efa" for card in node["NetworkInterfaces"])
+
+
+@pytest.mark.parametrize("values", [read("cluster.yaml"), with_p5()], ids=["as it is", "with p5"])
+def test_every_machine_of_aws_answers_for_its_role_only_to_sessions(values):
+    for kind in values["available_node_types"].values():
+        assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+        assert kind["node_config"]["IamInstanceProfile"]["Name"].startswith("entprog-")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["a group of one's own", "a group that Ray makes"])
+def test_ssh_is_open_to_nobody_but_where_ray_makes_the_group(own, monkeypatch):
+    """What Ray makes of cluster.yaml's groups, on an Amazon of this process; the second case is why we have our own."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.aws import utils
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    utils.resource_cache.cache_clear()
+    with moto.mock_aws():
+        values = read("cluster.yaml")
+        ec2 = boto3.client("ec2", region_name=values["provider"]["region"])
+        (vpc,) = ec2.describe_vpcs()["Vpcs"]
+        mine = ec2.create_security_group(GroupName="entprog", Description="x", VpcId=vpc["VpcId"])["GroupId"]
+        for rule in own_rules(mine):
+            ec2.authorize_security_group_ingress(GroupId=mine, IpPermissions=[rule])
+        for kind in values["available_node_types"].values():
+            if own:
+                assert kind["node_config"]["SecurityGroupIds"] == ["sg-REPLACE"]
+                kind["node_config"]["SecurityGroupIds"] = [mine]
+            else:
+                del kind["node_config"]["SecurityGroupIds"]
+        values = aws._configure_security_group(aws._configure_subnet(values))
+        used = {
+            group
+            for kind in values["available_node_types"].values()
+            for group in kind["node_config"]["SecurityGroupIds"]
+        }
+        rules = [
+            rule
+            for group in ec2.describe_security_groups(GroupIds=[*used])["SecurityGroups"]
+            for rule in group["IpPermissions"]
+        ]
+    utils.resource_cache.cache_clear()
+    assert (used == {mine}) == own
+    ranges = {(rule.get("FromPort"), each["CidrIp"]) for rule in rules for each in rule["IpRanges"]}
+    assert ranges == ({(22, "203.0.113.0/24")} if own else {(22, "0.0.0.0/0")})
+    between = [pair["GroupId"] for rule in rules if rule["IpProtocol"] == "-1" for pair in rule["UserIdGroupPairs"]]
+    assert between == [*used], "the nodes reach each other"
+
+
+def own_rules(group):
+    """The inbound rules that docs/cluster.md's commands make."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    commands = re.findall(r"aws ec2 authorize-security-group-ingress (.*)", text)
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command)
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert given.pop("--group-id") == "$GROUP"
+        if given.get("--source-group") == "$GROUP":
+            assert given == {"--protocol": "-1", "--source-group": "$GROUP"}
+            yield {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+        else:
+            port = int(given["--port"])
+            yield {
+                "IpProtocol": given["--protocol"],
+                "FromPort": port,
+                "ToPort": port,
+                "IpRanges": [{"CidrIp": given["--cidr"]}],
+            }
+
+
 def test_the_rayjob_asks_for_what_its_pods_have():
     values = read("kuberay.yaml")
     assert (values["apiVersion"], values["kind"]) == ("ray.io/v1", "RayJob")
@@ -76,30 +177,117 @@ def test_the_rayjob_asks_for_what_its_pods_have():
     assert len(claims) == 1
     for group in cluster["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    # The entrypoint is a command of ours that its own parser takes, with workers that the GPU group can hold.
-    command = shlex.split(values["spec"]["entrypoint"])
-    assert command[:3] == ["python", "-m", "pipelines.train"]
-    pairs = [after for option, after in itertools.pairwise(command) if option == "--set"]
+    # Workers that the GPU group can hold.
+    pairs = [after for option, after in itertools.pairwise(entrypoint()) if option == "--set"]
     experiment = cli.settings(config.Experiment, "demo", None, pairs, data={"shards": "x"})
     (gpu,) = [group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu"]
     (container,) = gpu["template"]["spec"]["containers"]
     assert experiment.train.workers <= container["resources"]["limits"]["nvidia.com/gpu"] * gpu["maxReplicas"]
 
 
-def test_the_image_holds_what_was_tested():
+def entrypoint():
+    return shlex.split(read("kuberay.yaml")["spec"]["entrypoint"])
+
+
+def test_the_rayjobs_command_is_one_that_would_run(shards, tmp_path):
+    """With what docs/cluster.md asks for in /shared: shards, and settings that name a network."""
+    assert entrypoint()[:3] == ["python", "-m", "pipelines.train"]
+    (tmp_path / "shards").symlink_to(shards)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+    words = [word.replace("/shared", str(tmp_path)) for word in entrypoint()[3:]]
+    done = CliRunner().invoke(train.app, [*words, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "train.yaml").unlink()
+    assert CliRunner().invoke(train.app, [*words, "--dry-run"]).exit_code == 2
+
+
+def pods():
+    """Every pod template of the RayJob by its name."""
+    spec = read("kuberay.yaml")["spec"]
+    cluster = spec["rayClusterSpec"]
+    groups = {"head": cluster["headGroupSpec"], **{each["groupName"]: each for each in cluster["workerGroupSpecs"]}}
+    return {"submitter": spec["submitterPodTemplate"]} | {name: group["template"] for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("name", pods())
+def test_a_pod_can_do_little(name):
+    pod = pods()[name]["spec"]
+    person = pod["securityContext"]
+    assert person["runAsNonRoot"] and person["runAsUser"] > 0
+    assert person["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] == (name == "head"), "the autoscaler alone speaks to Kubernetes"
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    writable = {volume["name"] for volume in pod["volumes"] if not volume.keys() & {"hostPath"}}
+    for container in pod["containers"]:
+        closed = container["securityContext"]
+        assert closed["allowPrivilegeEscalation"] is False and closed["readOnlyRootFilesystem"] is True
+        assert closed["capabilities"] == {"drop": ["ALL"]} and not closed.get("privileged")
+        places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert places["/tmp"] in writable
+        env = {each["name"]: each["value"] for each in container["env"]}
+        assert env["HOME"] == "/tmp" and all(value.startswith(("/tmp", "/shared")) for value in env.values())
+        assert not [name for name in env if "TOKEN" in name], "the operator gives it"
+
+
+def test_pods_hear_each_other_and_the_operator_alone():
+    _, policy = yaml.safe_load_all((ROOT / "kuberay.yaml").read_text())
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    spec = policy["spec"]
+    mine = spec["podSelector"]["matchLabels"]
+    assert all(mine.items() <= pod["metadata"]["labels"].items() for pod in pods().values())
+    assert spec["policyTypes"] == ["Ingress"]
+    among, operator = spec["ingress"]
+    assert among == {"from": [{"podSelector": {"matchLabels": mine}}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    (who,) = operator["from"]
+    assert who["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+
+
+def test_the_image_holds_what_was_tested_and_nothing_else():
     lines = (ROOT / "Dockerfile").read_text().splitlines()
-    (base,) = [line for line in lines if line.startswith("FROM ")]
-    assert re.search(rf":{re.escape(ray.__version__)}-py3\d+", base)
-    for line in lines:
-        if line.startswith("COPY "):
-            for name in line.split()[2:-1]:
-                assert (ROOT / name).exists(), name
+    (base,) = [line.removeprefix("ARG BASE=") for line in lines if line.startswith("ARG BASE=")]
+    assert "FROM ${BASE}" in lines and re.search(rf":{re.escape(ray.__version__)}-py3\d+", base)
+    assert any("--require-hashes --requirement requirements.lock" in line for line in lines)
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+    assert locked["ray"] == ray.__version__ and {"peft", "torchao", "ai-edge-litert"} <= locked.keys()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[2:-1] if name != "."]
+    copied += ["pyproject.toml", "README.md", "LICENSE"]  # what the package is built from
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    inside = {name for name in tracked if in_the_image(name)}
+    assert inside == {*copied, *(n for n in tracked if n.split("/")[0] in ("entprog", "pipelines", "tune_spaces"))}
+    for name in (".env", ".git/config", "out/run/model/x.safetensors", "mlflow.db", "videos/me.mp4", ".ray/auth_token",
+                 "entprog/__pycache__/x.pyc", "pipelines/a/__pycache__/x.pyc", "pipelines/x.pyc"):  # fmt: skip
+        assert not in_the_image(name), name
+
+
+def in_the_image(name):
+    """Whether .dockerignore lets a file through: the last line that fits a path, or one of its folders, decides."""
+    inside = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = line.removeprefix("!")
+            paths = [name, *(str(each) for each in Path(name).parents)][:-1]
+            tails = [pattern, pattern.removeprefix("**/")]
+            if any(fnmatch(path, each) or (pattern.startswith("**/") and fnmatch(Path(path).name, tails[1]))
+                   for path in paths for each in tails):  # fmt: skip
+                inside = line.startswith("!")
+    return inside
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "kuberay.yaml", "Dockerfile", "docs/cluster.md"])
+def test_images_are_named_by_their_version(name):
+    text = (ROOT / name).read_text()
+    assert ":latest" not in text
+    versions = set(re.findall(r"/entprog:([\w.-]+)", text))
+    assert versions == {VERSION}
 
 
 def test_documents_name_settings_and_files_that_exist():
     text = (ROOT / "docs" / "cluster.md").read_text()
     known = {name for name, *_ in config.settings_help()}
-    named = set(re.findall(r"\b(?:train|data|model|schedule)\.[a-z_]+", text)) - {"train.py"}
+    named = set(re.findall(r"\b(?:train|data|model|schedule)\.[a-z_]+", text)) - {"train.py", "train.yaml"}
     assert named and named <= known, named - known
     for name in re.findall(r"`([\w-]+\.yaml)`", text):
         assert (ROOT / name).exists() or name == "mine.yaml"
@@ -170,9 +358,28 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    with cli.ray_cluster(4):
-        return two_people(tmp_path_factory)
+def local(tmp_path_factory):
+    """Shards, and the addresses on which a local run's Ray has listened while they were made."""
+    with cli.ray_cluster(4, dashboard=True):
+        made = two_people(tmp_path_factory)
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found |= {(c.laddr.ip, process.name()) for c in process.net_connections("inet") if c.status == "LISTEN"}
+        found |= {(c.laddr.ip, "driver") for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"}
+    return made, found
+
+
+@pytest.fixture(scope="module")
+def shards(local):
+    return local[0]
+
+
+def test_a_local_ray_listens_on_this_machine_alone(local):
+    _, found = local
+    names = {name for _, name in found}
+    assert {"driver", "gcs_server", "raylet"} <= names and len(names) >= 5, names
+    assert {ip for ip, _ in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +399,8 @@ def test_a_job_is_refused_without_the_token(head):
 
 
 def test_a_submitted_job_is_followed_stopped_with_a_checkpoint_and_resumed(head, shards, tmp_path):
-    settings = config.merge(SETTINGS, {"train": {"steps": 1000, "checkpoint_every": 2000}})
+    # Many steps, so that the job is stopped before its last one, and nothing but steps.
+    settings = config.merge(SETTINGS, {"train": {"steps": 400, "checkpoint_every": 2000, "held_out_every": 400}})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
     command = [
         "python", "-m", "pipelines.train", "--config", str(tmp_path / "mine.yaml"), "--shards", str(shards), "--output",
@@ -210,7 +418,7 @@ def test_a_submitted_job_is_followed_stopped_with_a_checkpoint_and_resumed(head,
     assert record["status"] == "interrupted"
     (saved,) = checkpoint.found(tmp_path / "run" / "checkpoints")
     step = int(saved.removeprefix("step-"))
-    assert 5 <= step < 1000
+    assert 5 <= step < 400
     again = head.job("submit", "--submission-id", "two", "--working-dir", ".", "--", *command)  # waits, follows its log
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"Resumed from the checkpoint after step {step}" in again.stdout and "held-out loss" in again.stdout
