@@ -29,6 +29,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import h264, sheet, video
 from pipelines import cli
+from pipelines.outputs import claim
 
 app = cli.app("Render motion capture into shards of clips with exact pose.")
 
@@ -75,6 +76,7 @@ def main(
         if dry_run:
             cli.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
             return {}
+        claim.take(output, "mocap", {"counts": counts, "shape": str(shape), "seed": seed})
         with cli.ray_cluster(1, verbose=verbose):
             return {name: run(output / name, name, *each, shape, seed) for name, each in counts.items()}
 

@@ -31,6 +31,7 @@ from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets
 from pipelines import cli, prepare
+from pipelines.outputs import claim
 
 WAIT_S = 2.0
 """Between two looks for a unit that can be done."""
@@ -69,7 +70,7 @@ def main(
             explain(bench)
             return
         if not report:
-            cli.writable(bench.work)
+            claim.writable(bench.work)
             done = run(bench, sitting_s, chosen(only))
             write(name, bench, scale, done)
         study_page.leave(common.RESULTS)

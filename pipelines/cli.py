@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,9 +24,12 @@ from entprog import config, files, masking
 from entprog.errors import UserError
 from entprog.names import plain
 from pipelines.cluster import local
+from pipelines.outputs import claim
 
 W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
+TABLES = Path("out/cei")
+"""Where score tables are kept by their key, for every run of a working directory to share."""
 
 
 class Terminal(Console):
@@ -51,6 +53,7 @@ Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
+Tables = Annotated[Path, typer.Option(help="Where score tables are kept by their key, for every run to share.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
 
 
@@ -102,16 +105,17 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, verbose: bool = False) -> None:
     """Do the work; leave `output/result.json` with its figures; end the process with the right exit status.
 
-    `work` returns the job's own figures. With `output` None (a dry run) nothing is written.
+    `work` claims the output and returns the job's own figures. With `output` None (a dry run), or one that was not
+    claimed, nothing is written.
     """
-    started = time.time()
+    started, there = time.time(), output is not None and output.exists()
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     try:
-        if output is not None:
-            writable(output)
         record |= work()
         status = 0
     except UserError as error:
+        if output is not None:
+            claim.release(output, made=not there)
         complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -121,14 +125,15 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         record |= {"status": "failed", "error": masking.reason(error, most=2000)}
         status = 1
         trace = masking.masked(traceback.format_exc())
-        if output is not None:
+        mine = output is not None and claim.is_of(output, job)
+        if mine:
             (output / "error.log").write_text(plain(trace, keep="\n\t"))
-        if verbose or output is None:
+        if verbose or not mine:
             errors.print(trace)
-        where = f" (trace: {output / 'error.log'})" if output is not None else ""
+        where = f" (trace: {output / 'error.log'})" if mine else ""
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
-    if output is not None:
+    if output is not None and claim.is_of(output, job):
         files.write_json(output / "result.json", record)
     if status:
         raise typer.Exit(status)
@@ -151,25 +156,20 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Commit of this checkout (with '+' when it has changes), or the installed version."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
+    """Commit of this project's own checkout (with '+' when it has changes), or the installed version."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-        return head + ("+" if changed else "")
+        # An installed package may lie inside a repository of somebody else's, in a folder that it ignores or not.
+        if Path(git("rev-parse", "--show-toplevel")) == root and git("ls-files", f"pipelines/{Path(__file__).name}"):
+            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return f"v{importlib.metadata.version('entprog')}"
-
-
-def writable(folder: Path) -> None:
-    """Make the output folder. Raises UserError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
+        pass
+    return f"v{importlib.metadata.version('entprog')}"
 
 
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:

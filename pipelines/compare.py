@@ -21,6 +21,7 @@ from pipelines.comparison import groups as grouping
 from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
+from pipelines.outputs import claim
 from pipelines.tracking.store import tracking_uri
 
 app = cli.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
@@ -80,7 +81,10 @@ def run(
 
     wanted: run ids and names, none for all of the experiment. Raises UserError if the runs are unlike and not `force`.
     """
-    chosen = (settings or Comparison()).compare
+    chosen, output = (settings or Comparison()).compare, Path(output)
+    # A page is drawn anew from the store: to what target, and against which baseline, may change in the same output.
+    identity = {"--experiment": experiment, "--runs": sorted(wanted)}
+    claim.check(output, "compare", identity)
     with runs.read(experiment, wanted) as trainings:
         evaluations = {t.run_id: found for t in trainings if (found := t.json(EVALUATION))}
         unlike = grouping.differences(trainings, {key: _cards(e) for key, e in evaluations.items()})
@@ -100,8 +104,8 @@ def run(
         shown = [judged.group for judged in verdict.judged][: drawings.COLOURS]
         clips = samples.rows(shown, chosen.samples, chosen.sample_bytes)
         html = page.render(verdict, unlike, evaluations, clips, facts)
-    cli.writable(Path(output))
-    path = Path(output) / "comparison.html"
+    claim.take(output, "compare", identity)
+    path = output / "comparison.html"
     path.write_text(html, encoding="utf-8")
     _show(verdict, unlike, path)
     return figures(verdict, unlike) | {"page": str(path)}

@@ -22,6 +22,7 @@ from entprog.media import assets, h264, sheet, skeleton
 from pipelines import charts, cli, compare, generate, prepare, score, train, tune
 from pipelines.cluster import launch
 from pipelines.generating import motions, rendering
+from pipelines.outputs import claim
 from pipelines.sweeping import spaces  # fmt: skip
 from pipelines.tracking.store import how_to_open, tracking_uri
 
@@ -62,6 +63,13 @@ def main(
         base_experiment = cli.settings(config.Experiment, "demo_base", None, None, train={"steps": base_steps})
         arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in ARMS]
         sweep = sweep_of(trials, trial_seconds, output, config_file, set_) if trials else None
+        identity = {"--base-steps": base_steps, "--trials": trials, "--trial-seconds": trial_seconds}
+        identity |= {  # more seeds may be added
+            name: value
+            for name, value in config.settings(arms[0]).items()
+            if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
+        }
+        (claim.check if dry_run else claim.take)(output, "demo", identity)
         if dry_run:
             cli.show("Ent-Prog", list(config.settings(arms[1]).items()), ("setting", "value"))
             cli.console.print(

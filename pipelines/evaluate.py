@@ -27,6 +27,7 @@ from entprog.quality.metrics import METRICS, Meter, choose
 from pipelines import cli
 from pipelines.cluster import launch
 from pipelines.generating import checkpoints, judging, motions, protocol
+from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 
@@ -84,6 +85,7 @@ def main(
         task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
         if dry_run:
             return explain(task)
+        claim.take(output, "evaluate", task.identity)
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(task, output, verbose=verbose)
 
@@ -103,6 +105,8 @@ class Task:
     places: list[judging.Place]
     made: dict[str, Any]
     """How the clips are made, as far as it is known."""
+    identity: dict[str, Any]
+    """What the output belongs to: the clips that are judged. By which metrics, and how many of them, may change."""
     names: list[str]
     """Names of the metrics."""
     left_out: dict[str, str]
@@ -142,10 +146,17 @@ def plan(
         made, places = protocol.how_given(folder), _given(places, folder)
     else:
         made = protocol.how_made(maker, settings, dataset)
-        protocol.check(folder, made)
+    identity = {"clips of --shards": dataset.fingerprint, "evaluate.split": chosen.split}
+    if maker is None:
+        identity["--generated"] = str(folder.resolve())
+    else:
+        identity |= {"weights of --checkpoint": made["checkpoint"]}
+        identity |= {name: made[name] for name in ("sampler", "steps", "guidance", "seed", "dtype")}
+    claim.check(Path(output), "evaluate", identity)
     names, left_out = choose(chosen.metrics, dataset.shape, len(places))
     run_id = _mlflow_run(maker, run_id)
-    return Task(settings, dataset, maker, folder, places, made, names, left_out, Meter(names, chosen), run_id)
+    meter = Meter(names, chosen)
+    return Task(settings, dataset, maker, folder, places, made, identity, names, left_out, meter, run_id)
 
 
 def explain(task: Task) -> dict[str, Any]:
@@ -167,13 +178,13 @@ def _protocol(made: dict[str, Any]) -> str:
 
 def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     """Generate what is missing and judge it all on the connected Ray cluster; the job's figures."""
-    cli.writable(output)
+    claim.take(output, "evaluate", task.identity)
     settings, names, missing = task.settings, task.names, task.missing
     for name, why in task.left_out.items():
         cli.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
-        protocol.claim(task.folder, task.made)
+        protocol.leave(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:
             cli.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}")

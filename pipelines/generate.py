@@ -20,8 +20,14 @@ from entprog import config
 from entprog.config import ClipShape, Generation
 from entprog.errors import UserError
 from pipelines import cli
-from pipelines.generating import checkpoints, motions
+from pipelines.generating import checkpoints, motions, protocol
 from pipelines.generating.checkpoints import Checkpoint
+from pipelines.outputs import claim
+
+DECIDING = ("generate", "prepare.margin", "prepare.point_visibility")
+"""Settings, and parts of them, that an output belongs to."""
+FREE = ("generate.batch_size", "generate.gpus")
+"""Of them those that a resumed command may change."""
 
 app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
 
@@ -101,12 +107,21 @@ def run(
     of each clip's own). Each may be a folder: every motion is made with every reference. Raises UserError for anything
     wrong with them, and for an output that holds clips of another checkpoint or other settings.
     """
-    settings = settings or Generation()
+    settings, output = settings or Generation(), Path(output)
     _check_options(reference, pose, video, shards, clip, split)
     found = checkpoints.find(str(checkpoint), settings.generate)
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
+    how = protocol.how_sampled(found, settings.generate)
+    asked = {"reference": reference, "pose": pose, "video": video, "shards": shards}
+    identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
+    identity |= {f"--{name}": path and str(Path(path).resolve()) for name, path in asked.items()}
+    identity |= {"--clip": list(clip or ()), "--split": split}
+    identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
+    for name in FREE:
+        del identity[name]
+    claim.check(output, "generate", identity)
     left_out = {}
     if shards is not None:
         made = motions.motions_from_shards(shards, clip, split or "held_out", settings, shape)
@@ -123,8 +138,15 @@ def run(
             f"Would generate {len(made)} clip(s) of {shape}{long} with {settings.generate.steps} steps from "
             f"{found.root} (conditions: {sees}): {names}",
         )
-        return {"settings": config.flat(settings.model_dump(mode="json"))}
-    return _generate(found, made, Path(output), settings, without) | {"left_out": left_out}
+        return {"settings": _flat(settings)}
+    claim.take(output, "generate", identity)
+    how |= {"overlap": settings.generate.overlap, "without": without}
+    protocol.leave(output, how)
+    return _generate(found, made, output, settings, without, config.digest(how)) | {"left_out": left_out}
+
+
+def _flat(settings: Generation) -> dict[str, Any]:
+    return config.flat(settings.model_dump(mode="json"))
 
 
 def _from_files(
@@ -161,17 +183,17 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
 
 
 def _generate(
-    checkpoint: Checkpoint, made: list[motions.Motion], output: Path, settings: Generation, without: str | None
+    checkpoint: Checkpoint,
+    made: list[motions.Motion],
+    output: Path,
+    settings: Generation,
+    without: str | None,
+    key: str,
 ) -> dict[str, Any]:
-    from pipelines.generating import protocol
     from pipelines.generating.rendering import render
 
-    how = protocol.how_sampled(checkpoint, settings.generate)
-    how |= {"overlap": settings.generate.overlap, "without": without}
-    protocol.claim(output, how)
     load = functools.partial(checkpoints.load, checkpoint, settings.generate)
-    shape, key = checkpoint.shape, config.digest(how)
-    records, picture = render(load, made, shape, output, settings.generate, without, key)
+    records, picture = render(load, made, checkpoint.shape, output, settings.generate, without, key)
     columns = ("clip", "video", *(["difference"] if without else []))
     cli.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:
@@ -182,7 +204,7 @@ def _generate(
     return {
         "checkpoint": str(checkpoint.root),
         "shape": checkpoint.shape.model_dump(),
-        "settings": config.flat(settings.model_dump(mode="json")),
+        "settings": _flat(settings),
         "sampler": checkpoints.sampler_name(checkpoint, settings.generate),
         "shift": settings.generate.shift or checkpoint.about["shift"],
         "videos": [record["video"] for record in records],

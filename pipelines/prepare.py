@@ -7,7 +7,6 @@ folder without it is no dataset. Run again when there are new videos, the comman
 """
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config, files
+from entprog import config
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.errors import UserError
@@ -25,6 +24,7 @@ from entprog.media import pose
 from entprog.preparing import attempts, cutting, fetching, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from pipelines import cli
+from pipelines.outputs import claim
 from pipelines.preparing import additions, contact_sheet, packing, progress
 from pipelines.preparing import latents as caching
 
@@ -149,6 +149,7 @@ def look(given: str | Path, output: Path, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
     found = inputs.find(given, settings.prepare.frames_fps, output)
     before = additions.read(output)
+    claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
     held = named(files, settings.prepare.held_out)
     if before is None:
@@ -156,6 +157,14 @@ def look(given: str | Path, output: Path, settings: Preparation) -> Work:
     additions.check_settings(before, output, settings, held)
     shards.verify(before.dataset, "size")
     return Work(found, before, additions.to_do(before, found.rows, output, settings), held)
+
+
+def _is_earlier(output: Path, settings: Preparation, before: additions.Before | None) -> bool:
+    """Whether a version that left no marks has worked here: a dataset is finished, or begun with the same settings."""
+    try:
+        return before is not None or json.loads((output / "prepare.json").read_text()) == packing.cut_settings(settings)
+    except (OSError, ValueError):
+        return False
 
 
 def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, Any]:
@@ -195,14 +204,14 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
     work = look(given, output, settings)
+    claim.take(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, work.before))
     additions.mend(output, work.before)
     if work.before is not None and not work.to_do:
         if (output / "parts").exists():  # killed after the dataset was finished
             contact_sheet.of_dataset(output, work.before.dataset)
-            shutil.rmtree(output / "parts")
+            packing.remove_parts(output / "parts")
         cli.console.print(f"nothing to do: {output} is finished, with the same input and settings")
         return _report(output, ledger.summary(work.before.lines))
-    _claim(output, settings)
     if work.before is not None:
         cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
@@ -229,17 +238,8 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
     dataset = additions.finish(output, settings, lines, written)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
     contact_sheet.of_dataset(output, dataset)
-    shutil.rmtree(parts)
+    packing.remove_parts(parts)
     return _report(output, ledger.summary(lines))
-
-
-def _claim(output: Path, settings: Preparation) -> None:
-    """Mark the folder as these settings' own. Raises UserError if other settings' work lies in it."""
-    mark = output / "prepare.json"
-    mine = packing.cut_settings(settings)
-    if mark.exists() and (theirs := json.loads(mark.read_text())) != mine:
-        additions.refuse(output, theirs, mine)
-    files.write_json(mark, mine)
 
 
 def _cut_all(

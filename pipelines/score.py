@@ -12,11 +12,13 @@ import typer
 
 from entprog import config, files
 from entprog.config import Experiment
+from entprog.data import shards as datasets
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
 from pipelines import charts, cli
 from pipelines.cluster import launch
-from pipelines.train import TABLES, check
+from pipelines.outputs import claim
+from pipelines.training import checks
 
 app = cli.app("Score the blocks of a network by Conditional Entropy Inflation.")
 
@@ -27,7 +29,7 @@ def main(
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
-    tables: Annotated[Path, typer.Option(help="Where tables are kept by their key, for every run to share.")] = TABLES,
+    tables: cli.Tables = cli.TABLES,
     draws_until_stable: Annotated[
         float | None,
         typer.Option(
@@ -57,16 +59,31 @@ def main(
             priority={"until_stable": draws_until_stable},
         )
         if dry_run:
-            return explain(experiment)
+            return explain(experiment, output)
+        claimed(experiment, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, output, tables=tables)
 
     cli.run("score", None if dry_run else output, work, verbose=verbose)
 
 
-def explain(experiment: Experiment) -> dict[str, Any]:
+def identity(experiment: Experiment, dataset: datasets.Dataset) -> dict[str, Any]:
+    """By name all that decides the scores."""
+    of_training = checks.deciding(experiment, dataset)
+    parts = ("model", "priority", "data.shape", "data.batch_size", "train.seed")
+    mine = {name: value for name, value in of_training.items() if config.is_part_of(name, parts)}
+    return mine | {name: value for name, value in of_training.items() if name.startswith(("weights of", "clips of"))}
+
+
+def claimed(experiment: Experiment, output: Path) -> None:
+    """Check all that can be known before anything starts, and make the output this job's. Raises UserError."""
+    claim.take(output, "score", identity(experiment, checks.check(experiment)))
+
+
+def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
-    dataset = check(experiment)
+    dataset = checks.check(experiment)
+    claim.check(output, "score", identity(experiment, dataset))
     settings = config.settings(experiment)
     cli.show("Experiment", list(settings.items()), ("setting", "value"))
     priority = experiment.priority
@@ -81,10 +98,9 @@ def explain(experiment: Experiment) -> dict[str, Any]:
     return {"settings": settings}
 
 
-def run(experiment: Experiment, output: Path, *, tables: Path = TABLES) -> dict[str, Any]:
+def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures."""
-    cli.writable(output)
-    check(experiment)
+    claimed(experiment, output)
     settings = {
         "tables": str(tables.resolve()),
         "threads": launch.threads(experiment),

@@ -21,13 +21,14 @@ from entprog.config import Sweep
 from entprog.errors import UserError
 from entprog.names import cell
 from entprog.schedule import plans
-from pipelines import cli, train
+from pipelines import cli
 from pipelines.cluster import launch
+from pipelines.outputs import claim
 from pipelines.sweeping import charts, findings, spaces, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
-from pipelines.training import worker
+from pipelines.training import checks, worker
 
 app = cli.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
 
@@ -60,7 +61,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the sweep; the same command again resumes it.")] = Path(
         "out/sweep"
     ),
-    tables: Annotated[Path, typer.Option(help="Where score tables are kept, for every run to share.")] = train.TABLES,
+    tables: cli.Tables = cli.TABLES,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
@@ -92,22 +93,22 @@ def main(
         )
         found = spaces.read(space)
         if dry_run:
-            return explain(wanted, found)
-        check(wanted, found)  # before Ray starts
+            return explain(wanted, found, output)
+        claimed(wanted, found, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
             return run(wanted, found, output, tables=tables, verbose=verbose)
 
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
 
 
-def check(wanted: Sweep, space: spaces.Space) -> None:
-    """All that can be known before anything starts. Raises UserError."""
+def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
+    """All that can be known before anything starts. Raises UserError; returns the sweep's identity."""
     experiment, settings = wanted.experiment(), wanted.tune
     if experiment.train.seconds is None or experiment.train.steps is not None:
         raise UserError(
             "trials are compared at equal seconds: give --seconds (train.seconds), which takes the place of train.steps"
         )
-    train.check(experiment)
+    dataset = checks.check(experiment)
     family = models.family(experiment.model.family)
     for one in spaces.check(space, experiment):
         for shape in plans.ladder(one.schedule, one.data.shape, last=False):
@@ -119,6 +120,18 @@ def check(wanted: Sweep, space: spaces.Space) -> None:
                 f"the grid has {count} trials, tune.trials allows {settings.trials}: raise --trials, lower "
                 "tune.grid_points or take fewer settings"
             )
+    of_search = {
+        name: value
+        for name, value in config.settings(wanted).items()
+        if config.is_part_of(name, ["tune"]) and not config.is_part_of(name, FREE)
+    }
+    drawn = {f"space of {name}": domain for name, domain in spaces.described(space)}
+    return checks.deciding(experiment, dataset) | of_search | drawn
+
+
+def claimed(wanted: Sweep, space: spaces.Space, output: Path) -> None:
+    """Check everything, and make the output this sweep's. Raises UserError."""
+    claim.take(output, "tune", check(wanted, space))
 
 
 def resources() -> dict[str, float]:
@@ -131,9 +144,9 @@ def resources() -> dict[str, float]:
     return {"CPU": max(os.cpu_count() or 1, launch.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
 
 
-def explain(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
+def explain(wanted: Sweep, space: spaces.Space, output: Path) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
-    check(wanted, space)
+    claim.check(output, "tune", check(wanted, space))
     settings, experiment = wanted.tune, wanted.experiment()
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
@@ -157,22 +170,22 @@ def _minutes(seconds: float) -> str:
 
 
 def run(
-    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path = train.TABLES, verbose: bool = False
+    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path = cli.TABLES, verbose: bool = False
 ) -> dict[str, Any]:
     """All trials on the connected Ray cluster, and what they say; the figures of result.json."""
     import ray
 
-    check(wanted, space)
-    cli.writable(output)
+    claimed(wanted, space, output)
     experiment, settings = wanted.experiment(), wanted.tune
     if settings.early_stop and not sweep.stops_early(settings):
         cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
-    given = _record(wanted, space, output, now)["share"]
+    given = _record(output, now)["share"]
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     shared = config.merge(
         launch.absolute(experiment).model_dump(mode="json"),
-        {"data": {"decode_cpus": given["decode_cpus"]}, "train": {"threads": given["threads"]}},
+        # Every byte of the clips was read once, for the sweep.
+        {"data": {"decode_cpus": given["decode_cpus"], "verify": "size"}, "train": {"threads": given["threads"]}},
     )
     tracker = Tracker.start(
         output,
@@ -212,24 +225,15 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _record(wanted: Sweep, space: spaces.Space, output: Path, share: sweep.Share) -> dict[str, Any]:
-    """OUTPUT/sweep.json: what this folder's sweep is. Raises UserError if it is another one's.
+def _record(output: Path, share: sweep.Share) -> dict[str, Any]:
+    """OUTPUT/sweep.json: what this folder's sweep began with.
 
     What a trial gets stays as it was at the start: threads decide what is computed, and equal seconds want equal cores.
     """
-    dataset = train.check(wanted.experiment())
-    elsewhere = (*FREE, *config.FREE)
-    settings = {
-        k: v for k, v in config.settings(wanted).items() if k.startswith("tune.") and not k.startswith(elsewhere)
-    }
-    identity = config.digest(train.identity(wanted.experiment(), dataset), settings, spaces.described(space))
     path = output / RECORD
     if path.exists():
-        known = json.loads(path.read_text())
-        if known["identity"] != identity:
-            raise UserError(f"{output} holds a sweep with other settings, space or data: choose another --output")
-        return known
-    record = {"identity": identity, "share": vars(share), "space": dict(spaces.described(space))}
+        return json.loads(path.read_text())
+    record = {"share": vars(share)}
     files.write_json(path, record)
     return record
 

@@ -18,9 +18,9 @@ from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.media import assets, color, h264, video
 from helpers import real_clips
-from pipelines import train
 from pipelines.cluster import stalls
 from pipelines.stream import feed
+from pipelines.training import checks
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
 BATCH = 3
@@ -226,7 +226,7 @@ def test_decode_tasks_do_not_load_torch():
 def test_workers_may_change_on_a_resume_where_an_update_stays_the_same(dataset):
     def identity(**numbers) -> str:
         settings = {"model": {"init": {"num_layers": 1}}, "train": {"steps": 1, **numbers}}
-        return train.identity(config.build(settings), dataset)
+        return checks.identity(config.build(settings), dataset)
 
     assert identity(workers=4) == identity(workers=1, accumulate=4) == identity(workers=2, accumulate=2)
     assert identity(workers=4) != identity(workers=2)

@@ -132,7 +132,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     assert client.get_run(tracker.run_id).data.metrics["evaluation/ssim"] == pytest.approx(result["figures"]["ssim"])
 
     # Clips made in another way are not mixed with these.
-    with pytest.raises(UserError, match=r"holds clips made with another steps \(2, now 3\): choose another --output"):
+    with pytest.raises(UserError, match=r"\(steps was 2, now 3\): choose another --output"):
         evaluated(run / "model", made / "shards", out, how(steps=3))
 
 

@@ -150,7 +150,7 @@ def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path
     generate.run(made / "run", tmp_path / "again", chosen, **paths)
     assert [path.stat().st_mtime_ns != before[path] for path in results[1]] == [True, False, False, True]
     other = Generation.model_validate({"generate": {"steps": 81}})
-    with pytest.raises(UserError, match=r"made with another steps \(80, now 81\): choose another --output"):
+    with pytest.raises(UserError, match=r"generate.steps was 80, now 81\): choose another --output"):
         generate.run(made / "run", tmp_path / "again", other, **paths)
 
 

@@ -90,7 +90,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
     "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "data.verify", "data.decode",
-    "data.latents", "model.trust_pickle", "tracking",
+    "data.decode_cpus", "data.latents", "model.trust_pickle", "tracking",
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
 accumulate only the product counts: the batches of an update."""
@@ -98,6 +98,11 @@ PATHS = ("model.base", "model.vae", "model.prompt_embeds")
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""
+
+
+def is_part_of(name: str, parts: Iterable[str]) -> bool:
+    """Whether a dotted setting is one of `parts`, or lies in one of them."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _labels(parts: Sequence[tuple[dict[str, Any], tuple[Training, ...]]]) -> lis
 
 
 def _ignored(name: str) -> bool:
-    return name in SEEDS or any(name == part or name.startswith(part + ".") for part in INCIDENTAL)
+    return name in SEEDS or config.is_part_of(name, INCIDENTAL)
 
 
 def _key(value: Any) -> str:

@@ -43,20 +43,8 @@ def how_given(folder: Path) -> dict[str, Any]:
     return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
-def check(folder: Path, made: dict[str, Any]) -> None:
-    """Raises UserError if a folder holds clips that were made otherwise."""
-    path = folder / FILE
-    if path.is_file() and (known := read_json(path)) != made:
-        name = next(n for n in (*made, *known) if known.get(n) != made.get(n))
-        raise UserError(
-            f"{folder} holds clips made with another {name} ({known.get(name)}, now {made.get(name)}): choose another "
-            "--output, or delete the folder"
-        )
-
-
-def claim(folder: Path, made: dict[str, Any]) -> None:
-    """Say in the folder how its clips are made. Raises UserError if it holds some that were made otherwise."""
-    check(folder, made)
+def leave(folder: Path, made: dict[str, Any]) -> None:
+    """Say in a folder how its clips are made."""
     files.write_json(folder / FILE, made)
 
 

@@ -21,7 +21,8 @@ from entprog.errors import UserError
 from entprog.schedule import plans
 from pipelines import cli
 from pipelines.cluster import launch
-from pipelines.preparing import progress
+from pipelines.outputs import claim
+from pipelines.preparing import packing, progress
 from pipelines.stream import feed
 
 OF_MODEL = ("model.", "schedule.shapes")
@@ -73,6 +74,8 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
     """Cache the latents of a finished dataset at every clip shape asked for; figures of each. Says beforehand how large
     they are and how long it takes; with `dry_run` that is all. Raises UserError for a wrong base or damaged shards."""
     dataset = shards.read_dataset(folder)
+    if not claim.is_of(folder, "prepare"):  # a dataset of a version without marks, or of another program
+        (claim.check if dry_run else claim.take)(folder, "prepare", packing.identity_of(dataset), earlier=True)
     if not dataset.clips(latents.SPLIT):
         raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
     shapes = check_model(encoding, dataset.shape)

@@ -1,5 +1,6 @@
 """Parts (one source's clips each) → shards: which clip goes into which split and shard, and writing them."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,6 +23,8 @@ Row = dict[str, Any]
 
 JOB_SETTINGS = ("max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
 """Settings of the job, that no clip and no verdict on one depends on."""
+OF_PARTS = re.compile(r"[0-9a-f]{16}\.(json|parquet|\w+\.tried)|(train|held_out)-\d{5,}\.parquet\.done|\..*\.tmp")
+"""Names of what preparing writes into the folder of parts."""
 SPLIT_SETTINGS = ("held_out", "held_out_ratio", "seed", "clips_per_shard")
 """Settings that decide where clips go, not what they are: finished parts do not depend on them."""
 
@@ -31,6 +34,20 @@ def cut_settings(settings: Preparation) -> Row:
     others = dict.fromkeys((*SPLIT_SETTINGS, *JOB_SETTINGS))
     cut = settings.model_copy(update={"prepare": settings.prepare.model_copy(update=others)})
     return cut.model_dump(mode="json", warnings=False)
+
+
+def identity(settings: Preparation) -> Row:
+    """What an output belongs to: the settings that its clips depend on."""
+    return config.flat(cut_settings(settings))
+
+
+def identity_of(dataset: shards.Dataset) -> Row:
+    """The same of a finished dataset, as far as it says what it was prepared with."""
+    shape = {"data": {"shape": dataset.shape.model_dump()}}
+    try:
+        return identity(config.build({**shape, "prepare": dataset.settings.get("prepare", {})}, Preparation))
+    except UserError:
+        return config.flat(shape)
 
 
 def part_keys(rows: Iterable[Row], settings: Preparation) -> dict[str, str]:
@@ -117,10 +134,14 @@ def pack_all(
 ) -> dict[str, list[ShardInfo]]:
     """Write the planned shards; all of the dataset's by split. Those of `before` are left as they are."""
     listed = {plan["file"] for plan in plans} | {info.file for infos in before.values() for info in infos}
-    for name in shards.SPLITS:  # left by an attempt with another split, killed before it was finished
+    for name in shards.SPLITS:
         for path in (output / name).glob("*.parquet"):
-            if re.fullmatch(r"\d{5,}\.parquet", path.name) and f"{name}/{path.name}" not in listed:
+            file = f"{name}/{path.name}"
+            mine = _receipt(output / "parts", file).exists()
+            if mine and file not in listed:  # of an attempt with another split, killed before it was finished
                 path.unlink()
+            elif not mine and any(file == plan["file"] for plan in plans):
+                raise UserError(f"{path} is in the way, and not of this job: move it elsewhere")
     written = {name: list(before.get(name, ())) for name in shards.SPLITS}
     if plans:
         rows = [{"plan": json.dumps(plan)} for plan in plans]
@@ -135,7 +156,7 @@ def pack_all(
 def pack(row: Row, folder: str, shape: ClipShape) -> Row:
     """Operator: write one shard out of parts, if it is not there yet."""
     plan, parts = json.loads(row["plan"]), Path(folder, "parts")
-    receipt = parts / f"{plan['file'].replace('/', '-')}.done"
+    receipt = _receipt(parts, plan["file"])
     if (info := _packed(receipt, Path(folder, plan["file"]), row["plan"])) is not None:
         return info
     by_part, clips = defaultdict(list), []
@@ -143,11 +164,26 @@ def pack(row: Row, folder: str, shape: ClipShape) -> Row:
         by_part[key].append(at)
     for key, wanted in by_part.items():
         clips += shards.read_rows(parts / f"{key}.parquet", wanted)
+    files.write_json(receipt, {"plan": "begun"}, indent=None)  # what lies there from now on is this job's
     clips = [{**clip, "split": plan["split"]} for clip in clips]
     info = shards.write_shard(Path(folder), plan["file"], clips, shape)
     told = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
     files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": told}, indent=None)
     return told
+
+
+def _receipt(parts: Path, file: str) -> Path:
+    """Where it is written down that a shard is this job's, and what is in it."""
+    return parts / f"{file.replace('/', '-')}.done"
+
+
+def remove_parts(parts: Path) -> None:
+    """Remove what preparing has left in the folder of parts, and the folder if nothing else is in it."""
+    for path in parts.iterdir():
+        if OF_PARTS.fullmatch(path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # somebody else's files stay
+        parts.rmdir()
 
 
 def _packed(receipt: Path, shard: Path, plan: str) -> Row | None:

@@ -1,0 +1,111 @@
+"""A job's OUTPUT belongs to it: the folder was empty when the job began there, and carries the job's mark since.
+
+The mark, OUTPUT/entprog-job.json, names the job and its *identity*: all that decides what the job leaves there. The
+same job of the same identity goes on in the folder; everything else is refused before anything was touched, so that no
+job ever replaces or removes what a person, or another job, has put there.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entprog import files
+from entprog.errors import UserError
+
+MARK = "entprog-job.json"
+SHOWN = 3
+"""Names, or settings, that a refusal shows."""
+SHOWN_CHARACTERS = 60
+"""Of each value."""
+ABSENT = "not set"
+
+
+def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+    """Raises UserError unless `output` is new, empty, or this job's with this identity. Changes nothing.
+
+    identity: {setting, or what else decides: JSON value}. earlier: the job has recognised an unmarked folder by records
+    of its own, which a version without marks wrote.
+    """
+    another = "choose another --output"
+    try:
+        there = sorted(path.name for path in output.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"cannot use output folder {output}: {error.strerror}; {another}") from None
+    if not set(there) - {MARK}:  # a mark alone is of a command that was refused before it did anything
+        return
+    if MARK not in there:
+        if earlier:
+            return
+        raise UserError(
+            f"{output} holds files that are not of a {job} job ({_some(there)}): {another}, a new or an empty one"
+        )
+    known = _read(output)
+    if known["job"] != job:
+        raise UserError(f"{output} is the output of a {known['job']} job: {another} for {job}")
+    now, before = json.loads(files.strict_json(identity)), known["identity"]
+    differing = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
+    if differing:
+        told = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
+        raise UserError(f"{output} holds a {job} job of other settings ({told}): {another}")
+
+
+def take(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+    """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
+    check(output, job, identity, earlier=earlier)
+    writable(output)
+    files.write_json(output / MARK, {"job": job, "identity": identity})
+
+
+def writable(folder: Path) -> None:
+    """Make a folder. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
+
+
+def is_of(output: Path, job: str) -> bool:
+    """Whether the folder carries the job's mark, of whatever identity."""
+    return (output / MARK).is_file() and _read(output)["job"] == job
+
+
+def release(output: Path, *, made: bool) -> None:
+    """Take back a mark in a folder that holds nothing else: what was refused leaves nothing behind.
+
+    made: whether the folder itself is to go too, as this command made it.
+    """
+    if output.is_dir() and [path.name for path in output.iterdir()] == [MARK]:
+        (output / MARK).unlink()
+        if made:
+            output.rmdir()
+
+
+def _read(output: Path) -> dict[str, Any]:
+    path = output / MARK
+    try:
+        known = json.loads(path.read_text())
+        if isinstance(known["job"], str) and isinstance(known["identity"], dict):
+            return known
+        reason = "no job and identity in it"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+    raise UserError(f"{path} is damaged ({reason}): choose another --output")
+
+
+def _some(items: Sequence[str], between: str = ", ") -> str:
+    more = f"{between}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return between.join(items[:SHOWN]) + more
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return ABSENT
+    value = values[name]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

@@ -1,0 +1,94 @@
+"""What a training is, and whether it can be: checked before Ray, MLflow or a GPU is touched."""
+
+from pathlib import Path
+from typing import Any
+
+from entprog import config, models
+from entprog.blocks import blocks, fp8
+from entprog.config import Experiment
+from entprog.data import shards
+from entprog.errors import UserError
+from entprog.models import fingerprints, lora
+from entprog.schedule import plans
+from entprog.training.storage import Place
+
+Parts = dict[str, tuple[Experiment, shards.Dataset]]
+"""A training's phases by name, each with its data; of a training without phases the one part ''."""
+
+
+def check(experiment: Experiment) -> shards.Dataset:
+    """What can be checked before anything starts. Raises UserError; returns the data set."""
+    data = experiment.data
+    if experiment.in_fp8:
+        fp8.check_installed()
+    if not data.shards:
+        raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
+    dataset = shards.read_dataset(Path(data.shards))
+    if not data.shape.is_cut_of(dataset.shape):
+        raise UserError(
+            f"shards {data.shards} hold clips of {dataset.shape}, the experiment wants {data.shape}: prepare them "
+            "anew, or set data.shape to theirs (or to fewer frames, height and width divided by a whole number)"
+        )
+    for split in ("train", "held_out"):
+        if dataset.clips(split) == 0:
+            raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
+    if experiment.train.checkpoints:
+        Place.at(experiment.train.checkpoints)
+    shards.verify(dataset, data.verify)
+    for shape in plans.ladder(experiment.schedule, data.shape, last=False):
+        source = models.family(experiment.model.family).inspect(experiment.model, shape)
+    if experiment.train.lora:
+        lora.check(source.network, blocks(source.network), experiment.train.lora)
+    return dataset
+
+
+def parts(experiment: Experiment, output: Path) -> Parts:
+    """What is to be trained, each part checked as far as can be before the one before it has run. Raises UserError."""
+    if not experiment.phases:
+        return {"": (experiment, check(experiment))}
+    found = config.phases(experiment, output)
+    first = next(iter(found.values()))
+    out = {}
+    for name, phase in found.items():
+        # Its base is not there yet: it will be this network, widened. Of shards every byte is read once.
+        network = first.model.model_copy(update={"conditions": phase.model.conditions})
+        data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
+        try:
+            out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))
+        except UserError as error:
+            raise UserError(f"phase {name}: {error}") from None
+    return out
+
+
+def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = True) -> dict[str, Any]:
+    """By name all that decides what a training computes: settings, and the content of what they name.
+
+    base: whether the weights that it starts from are there already.
+    """
+    model, train = experiment.model, experiment.train
+    values = {
+        name: value
+        for name, value in config.settings(experiment).items()
+        if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
+    }
+    return values | {
+        "train.workers × train.accumulate": train.workers * train.accumulate,
+        "model.vae": model.vae if model.vae in ("auto", "none") else "a folder",
+        "weights of model.base": fingerprints.base(model) if base else "those of the phase before",
+        "clips of data.shards": dataset.fingerprint,
+    }
+
+
+def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
+    """Hash of all that decides what is computed: a checkpoint belongs to it."""
+    return config.digest(deciding(experiment, dataset))
+
+
+def whole_identity(parts: Parts) -> dict[str, Any]:
+    """By name all that decides what a training leaves, over all its phases."""
+    first = next(iter(parts))
+    out: dict[str, Any] = {"phases": [name for name in parts if name]}
+    for name, (experiment, dataset) in parts.items():
+        values = deciding(experiment, dataset, base=name == first)
+        out |= {f"{name}: {key}" if name else key: value for key, value in values.items()}
+    return out

@@ -1,0 +1,89 @@
+"""What a training leaves once it is over: figures, charts, and the table on the terminal."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from entprog import files
+from entprog.data import shards
+from pipelines import charts, cli
+from pipelines.cluster import stalls
+from pipelines.tracking.store import how_to_open
+from pipelines.tracking.tracker import Tracker
+
+
+def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The workers' last word with what follows from the lines of steps.jsonl."""
+    held_out = [(s["step"], s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
+    purposes = result["seconds_by_purpose"]
+    lost = stalls.of(steps)
+    return result | {
+        "held_out_loss": held_out[-1][2],
+        "held_out": [{"step": step, "charged_s": s, "loss": loss} for step, s, loss in held_out],
+        "losses": [s["loss"] for s in steps],
+        "seconds": sum(purposes.values()),
+        "search_seconds": purposes["search"],
+        "score_seconds": purposes["score"],
+        "flops": sum(result["flops_by_purpose"].values()),
+        "samples_per_s": result["clips"] / max(purposes["train"] + purposes["search"], 1e-9),
+        "wait_share": lost.share(lost.wait_s + lost.open_s),
+        "stalls": asdict(lost),
+    }
+
+
+def final(result: dict[str, Any]) -> dict[str, float]:
+    """What MLflow keeps as the run's final figures; `break_even_step` only where it was reached."""
+    names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
+    paid = result["break_even"]["step"]
+    return {name: result[name] for name in names} | ({} if paid is None else {"break_even_step": paid})
+
+
+def leave_charts(output: Path, steps: list[dict], blocks: list[str], tracker: Tracker, dataset: shards.Dataset) -> None:
+    """Draw the charts, and keep them and the samples with the MLflow run. blocks: names, in the network's order."""
+    left = [charts.schedule_chart(steps, output / "schedule.png", blocks)]
+    if (output / "cei.json").exists():
+        left += [charts.cei_chart(json.loads((output / "cei.json").read_text()), output / "cei.png")]
+        left += [output / "cei.json"]
+    held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
+    left += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
+    sheet = dataset.folder / "contact_sheet.png"
+    files.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
+    left += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
+    for file in [*left, *([sheet] if sheet.exists() else [])]:
+        tracker.artifact(file)
+
+
+def show(result: dict[str, Any], output: Path, uri: str) -> None:
+    """Print the headline figures."""
+    cli.show(
+        "Training",
+        [
+            ("held-out loss", result["held_out_loss"]),
+            ("steps", result["steps"]),
+            ("charged seconds", result["seconds"]),
+            ("  search / scoring", f"{result['search_seconds']:.1f} / {result['score_seconds']:.1f}"),
+            ("samples per second", result["samples_per_s"]),
+            ("waiting for data / starting streams", _shares(result["stalls"], "wait_s", "open_s")),
+            *([("encoding clips", _shares(result["stalls"], "encode_s"))] if result["stalls"]["encode_s"] else []),
+            (f"peak memory ({result['peak_memory_is']})", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
+            ("break-even step (predicted)", _break_even(result["break_even"])),
+            ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
+            ("model", str(output / "model")),
+        ],
+        ("figure", "value"),
+    )
+    for line in result["advice"]:
+        cli.console.print(line, markup=False)
+    cli.console.print(f"Compare runs: {how_to_open(uri)}")
+
+
+def _shares(seconds: dict[str, float], *names: str) -> str:
+    lost = stalls.Stalls(**seconds)
+    return " / ".join(f"{lost.share(seconds[name]):.0%}" for name in names)
+
+
+def _break_even(found: dict[str, Any]) -> str:
+    """When what the stages saved had paid for search and scoring."""
+    actual, predicted = found["step"], found["predicted_step"]
+    return f"{'not reached' if actual is None else actual} ({'none' if predicted is None else predicted})"
