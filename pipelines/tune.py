@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from entprog import config, files, models
+from entprog import config, models
 from entprog.config import Sweep
 from entprog.errors import UserError
 from entprog.names import cell
@@ -24,7 +24,7 @@ from entprog.schedule import plans
 from pipelines import cli
 from pipelines.cluster import launch
 from pipelines.outputs import claim
-from pipelines.sweeping import charts, findings, spaces, sweep, trial
+from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
@@ -32,7 +32,6 @@ from pipelines.training import checks, worker
 
 app = cli.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
 
-RECORD = "sweep.json"
 FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""
 
@@ -131,7 +130,10 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
 
 def claimed(wanted: Sweep, space: spaces.Space, output: Path) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
-    claim.take(output, "tune", check(wanted, space))
+    identity = check(wanted, space)
+    claim.check(output, "tune", identity)
+    state.read(output)
+    claim.take(output, "tune", identity)
 
 
 def resources() -> dict[str, float]:
@@ -147,6 +149,7 @@ def resources() -> dict[str, float]:
 def explain(wanted: Sweep, space: spaces.Space, output: Path) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
     claim.check(output, "tune", check(wanted, space))
+    state.read(output)
     settings, experiment = wanted.tune, wanted.experiment()
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
@@ -180,7 +183,9 @@ def run(
     if settings.early_stop and not sweep.stops_early(settings):
         cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
-    given = _record(output, now)["share"]
+    # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
+    begun = state.read(output) or state.begin(output, vars(now))
+    given = begun.share
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     shared = config.merge(
         launch.absolute(experiment).model_dump(mode="json"),
@@ -204,7 +209,7 @@ def run(
     )
     first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
     try:
-        statuses = sweep.run(spec, settings, space, first, concurrent, verbose=verbose)
+        statuses = sweep.run(spec, settings, space, first, concurrent, begun.folder, verbose=verbose)
         rows = [_row(output, name, status) for name, status in statuses.items()]
         for row in rows:
             if _cut_short(folder := trial.folder_of(output, row["id"])):
@@ -223,19 +228,6 @@ def run(
 
 def _cores() -> int:
     return os.cpu_count() or 1
-
-
-def _record(output: Path, share: sweep.Share) -> dict[str, Any]:
-    """OUTPUT/sweep.json: what this folder's sweep began with.
-
-    What a trial gets stays as it was at the start: threads decide what is computed, and equal seconds want equal cores.
-    """
-    path = output / RECORD
-    if path.exists():
-        return json.loads(path.read_text())
-    record = {"share": vars(share)}
-    files.write_json(path, record)
-    return record
 
 
 def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:

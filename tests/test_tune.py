@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def place(tmp_path_factory):
     """A working folder with MLflow's store, settings and shards in it."""
     folder = tmp_path_factory.mktemp("tune")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
     before = Path.cwd()
     os.chdir(folder)
     (folder / "videos").mkdir()
@@ -47,7 +49,7 @@ def place(tmp_path_factory):
         yield folder
     finally:
         os.chdir(before)
-        del os.environ["MLFLOW_TRACKING_URI"]
+        del os.environ["MLFLOW_TRACKING_URI"], os.environ["XDG_STATE_HOME"]
 
 
 def wanted(place, **over) -> config.Sweep:
@@ -158,6 +160,29 @@ def steps_of(output: Path) -> dict[str, int]:
     return {path.parts[-3]: len(path.read_bytes().splitlines()) for path in output.glob("trials/*/*/steps.jsonl")}
 
 
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def plant(folder: Path) -> Path:
+    """Put states into a folder, newer than any, of the names that Ray Tune reads; the file that they would make."""
+    made = folder.with_name("it-ran")
+    folder.mkdir(exist_ok=True)
+    code = pickle.dumps(Evil(made))
+    stats = {"_type": "CLOUDPICKLE_FALLBACK", "value": code.hex()}
+    state = {"trial_data": [], "runner_data": stats, "stats": {"start_time": 0}}
+    (folder / "experiment_state-2999-01-01_00-00-00.json").write_text(json.dumps(state))
+    for name in ("searcher-state-2999-01-01_00-00-00.pkl", "tuner.pkl", "trainable.pkl"):
+        (folder / name).write_bytes(code)
+    return made
+
+
 def test_sigkill_of_the_driver_then_the_same_command(place):
     """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
     output = place / "killed"
@@ -190,8 +215,10 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     assert first.wait() == -signal.SIGKILL
     kept = {path: path.read_bytes() for path in finished}
     before = steps_of(output)
+    planted = plant(output / "tune")
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
+    assert not planted.exists(), "a state that lay in OUTPUT was run"
     result = json.loads((output / "result.json").read_text())
     assert set(before) == {row["id"] for row in result["trials"]} and result["counts"]["finished"] == 2
     assert all(path.read_bytes() == data for path, data in kept.items())

@@ -24,7 +24,7 @@ from pipelines.sweeping import spaces
 from pipelines.sweeping.trial import Spec, trainable
 
 NAME = "tune"
-"""Ray Tune's own folder in the sweep's."""
+"""Ray Tune's own folder in that of the sweep's state."""
 STATE_EVERY_S = 2
 """Between two states that a killed driver can be resumed from."""
 NEXT_TO_NOTHING = {"memory": 1}
@@ -121,11 +121,19 @@ def scheduler(settings: Tune):
 
 
 def run(
-    spec: Spec, settings: Tune, space: spaces.Space, first: dict[str, Any], concurrent: int, *, verbose: bool = False
+    spec: Spec,
+    settings: Tune,
+    space: spaces.Space,
+    first: dict[str, Any],
+    concurrent: int,
+    state: Path,
+    *,
+    verbose: bool = False,
 ) -> dict[str, str]:
     """All trials, those of an earlier start included; {trial id: Ray Tune's last word of it}.
 
-    Raises KeyboardInterrupt when a person ended it: the same again goes on.
+    state: folder that Tune keeps its state in, and unpickles it from. Raises KeyboardInterrupt when a person ended it:
+    the same again goes on.
     """
     import ray
 
@@ -136,14 +144,13 @@ def run(
     if not verbose:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         logging.getLogger("optuna").setLevel(logging.ERROR)
-    output = Path(spec.output)
-    resume = any((output / NAME).glob("experiment_state-*.json"))
+    resume = any((state / NAME).glob("experiment_state-*.json"))
     samples = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     with Watch(samples, settings.objectives[0]) as watch:
         analysis = tune.run(
             tune.with_resources(trainable(spec), NEXT_TO_NOTHING),
             name=NAME,
-            storage_path=str(output.resolve()),
+            storage_path=str(state),
             config=None if settings.search == "optuna" else dict(space),
             num_samples=samples,
             search_alg=searcher(settings, space, first, concurrent),
