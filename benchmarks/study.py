@@ -7,7 +7,7 @@
 Makes the clips (benchmarks.mocap; real ones by pipelines.prepare), pre-trains a base without pose for each family,
 tunes every arm's learning rate with the same small budget, and trains every arm with every seed to the same budget.
 Each of these is a unit with a record of its own under WORK; finished ones are never done again. Leaves
-benchmarks/results/study_cpu.json (study_gpu.json), docs/study.md, docs/study/*.png and pipelines/gains.json.
+benchmarks/results/study_cpu.json (study_gpu.json), docs/study.md and docs/study/*.png.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""docs/study.md, its charts and the shipped table of gains: from the study's result files, and nothing else."""
+"""docs/study.md and its charts: from the study's result files, and nothing else."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study_figures import spread
-from entprog import files
 from pipelines import charts
-from pipelines.training import expectation
 
 ROOT = Path(__file__).parents[1]
 FRAME = Path(__file__).with_suffix(".md")
 """What the document says beside its figures."""
+FEWEST_SEEDS = 3
+"""With fewer an interval says nothing."""
 SCALES = ("gpu", "cpu")
 """Of result files, the one that counts more first."""
 PAPER = (
@@ -28,8 +28,8 @@ HIGHLIGHTED = ("full", "paper", "past", "lisa", "badam", "lora_large")
 """Arms of the first chart."""
 
 
-def leave(results: Path, docs: Path = ROOT / "docs", table: Path = expectation.TABLE) -> Path | None:
-    """Write the document, its charts and the table; None where no study has been run yet."""
+def leave(results: Path, docs: Path = ROOT / "docs") -> Path | None:
+    """Write the document and its charts; None where no study has been run yet."""
     found = {
         scale: json.loads(path.read_text()) for scale in SCALES if (path := results / f"study_{scale}.json").exists()
     }
@@ -39,30 +39,7 @@ def leave(results: Path, docs: Path = ROOT / "docs", table: Path = expectation.T
     path = docs / "study.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(FRAME.read_text().replace("<!-- figures -->", sections))
-    best = next(iter(found))
-    files.write_json(table, gains(best, found[best]))
     return path
-
-
-def gains(scale: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What `pipelines.train` tells people before a long run: family → arm → how much sooner."""
-    tasks = {"": record["arms"]} | {name: arms for name, arms in record["tasks"].items() if name.endswith("_rendered")}
-    first = next(iter(record["cei"].values()))["family"]
-    out: dict[str, Any] = {}
-    for name, arms in tasks.items():
-        family = name.removesuffix("_rendered") or first
-        out[family] = {
-            arm: {key: round(of["time_to_full_loss_ratio"][key], 3) for key in ("median", "low", "high")}
-            | {"seeds": len(of["seeds"]), "by_cpu_time": round(of["time_to_full_loss_ratio_cpu"]["median"], 3)}
-            for arm, of in arms.items()
-            if of["time_to_full_loss_ratio"]["median"] is not None
-        }
-    about = {
-        "scale": scale, "device": record["device"], "commit": record["commit"],
-        "steps": record["steps"],
-        "parameters": {family: base["parameters"] for family, base in record["bases"].items()},
-    }  # fmt: skip
-    return {"about": about, "families": out}
 
 
 # ---- the document ----
@@ -145,7 +122,7 @@ def in_words(arm: Mapping[str, Any]) -> str:
     ratio = arm["time_to_full_loss_ratio"]
     if ratio["median"] is None:
         return "full training itself ended no lower than it began: there is nothing to time"
-    if len(arm["seeds"]) < expectation.FEWEST_SEEDS:
+    if len(arm["seeds"]) < FEWEST_SEEDS:
         found = "too few seeds to tell"
     elif ratio["low"] > 1:
         found = "sooner than full training in every resample"

@@ -25,7 +25,6 @@ from pipelines.outputs import claim
 from pipelines.tracking.store import tracking_uri
 
 app = cli.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
-EVALUATION = "evaluation.json"
 GROUPS_BESIDE = 4
 """Groups that a terminal has room for side by side."""
 
@@ -85,8 +84,8 @@ def run(
     # A page is drawn anew from the store: to what target, and against which baseline, may change in the same output.
     identity = {"--experiment": experiment, "--runs": sorted(wanted)}
     claim.check(output, "compare", identity)
-    with runs.read(experiment, wanted) as trainings:
-        evaluations = {t.run_id: found for t in trainings if (found := t.json(EVALUATION))}
+    with runs.read(experiment, wanted, lambda line: cli.complain("note", line)) as trainings:
+        evaluations = {t.run_id: found for t in trainings if (found := t.evaluation())}
         unlike = grouping.differences(trainings, {key: _cards(e) for key, e in evaluations.items()})
         if unlike and not force:
             more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""

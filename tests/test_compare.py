@@ -301,6 +301,67 @@ def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
     assert "Only one group has finished" in result["headline"]
 
 
+def test_what_failed_before_its_first_step_is_shown_and_blocks_nothing(store, tmp_path):
+    """The oldest run, of plain training on other data, without a loss: it is no baseline and no reason to refuse."""
+    tags = {"entprog.kind": "training", "entprog.identity": "i", **dict.fromkeys(LIKE, "another")}
+    for name, params in {
+        "early": {"schedule.kind": "full"}, "late": {"schedule.kind": "entprog", "train.seed": 3},
+    }.items():  # fmt: skip
+        lost = Tracker.start(tmp_path / name, "early", name, params=params, tags=tags)
+        lost.end("FAILED")
+    short = {"train": {"steps": 3, "held_out_every": 1}}
+    train(tmp_path / "full", "full-0", "early", **short, schedule={"kind": "full"})
+    train(tmp_path / "entprog", "entprog-0", "early", **short)
+    status, said = invoke("--experiment", "early", "--output", tmp_path / "out")
+    assert status == 0, said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    counted = {run["name"]: run["counts"] for run in result["runs"]}
+    assert counted == {"early": False, "late": False, "full-0": True, "entprog-0": True}
+    groups_of = {run["name"]: run["group"] for run in result["runs"]}
+    assert result["baseline"] == groups_of["full-0"]
+    assert {"early", "late"} <= set(re.findall(r"early|late", said)), "they are named"
+
+
+DAMAGES = {
+    "evaluation.json": [lambda data: b"{", lambda data: b"[]", lambda data: data.replace(b'"c1"', b'"c2"', 1)],
+    "cei.json": [lambda data: data[:-9], lambda data: b'{"key": "x", "kind": "cei", "blocks": [{"score": 1}]}'],
+    "steps.jsonl": [lambda data: data + b'{"step": ', lambda data: data.replace(b'"trained"', b'"t"'),
+                    lambda data: b"\xff\xfe"],
+    "000_held-out_clip_0_result.mp4": [lambda data: b"no clip", lambda data: data[:40]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "number"), [(file, i) for file in DAMAGES for i in range(len(DAMAGES[file]))])
+def test_a_damaged_file_is_left_out_with_a_note_and_the_rest_compared(store, tmp_path, file, number):
+    experiment = f"damaged-{file[:4]}-{number}"
+    short = {"train": {"steps": 3, "held_out_every": 1}}
+    ids = [
+        train(tmp_path / name, name, experiment, quality=CARDS, **short, schedule={"kind": name})
+        for name in ("full", "entprog")
+    ]
+    client = store_of_runs.connect(store_of_runs.tracking_uri())
+    damaged = Path(client.get_run(ids[1]).info.artifact_uri.removeprefix("file://")) / file
+    damaged.write_bytes(DAMAGES[file][number](damaged.read_bytes()))
+    status, said = invoke("--experiment", experiment, "--output", tmp_path / "out")
+    assert status == 0 and f"its {file} cannot be read" in said and "Traceback" not in said, said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [run["counts"] for run in result["runs"]] == [True, True]
+    assert f"its {file} cannot be read" in Page(result["page"]).text
+
+
+def test_a_run_whose_record_is_damaged_is_left_out_with_a_note(store, tmp_path):
+    short = {"train": {"steps": 3, "held_out_every": 1}, "schedule": {"kind": "full"}}
+    train(tmp_path / "whole", "whole", "broken", **short)
+    other = train(tmp_path / "other", "other", "broken", **short)
+    store_of_runs.connect(store_of_runs.tracking_uri()).set_tag(other, "changed.train.seed", "no seed")
+    status, said = invoke("--experiment", "broken", "--output", tmp_path / "out")
+    assert status == 0 and "other" in said and "is left out" in said, said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [run["name"] for run in result["runs"]] == ["whole"]
+    status, said = invoke("--experiment", "broken", "--runs", "other", "--output", tmp_path / "none")
+    assert status == 2 and "no run can be compared" in said and not (tmp_path / "none").exists()
+
+
 def test_a_sweep_stands_for_its_trials(store, tmp_path):
     short = {"train": {"steps": 3, "held_out_every": 1}, "schedule": {"kind": "full"}}
     sweep = Tracker.start(tmp_path / "sweep", "swept", "sweep-a", params={}, tags={"entprog.kind": "sweep"})
@@ -444,8 +505,12 @@ def test_labels_say_what_differs_and_are_never_alike():
         [one(0, **{"schedule.stages": 2}), one(1, **{"schedule.stages": 2}), one(0, **{"schedule.stages": 4})]
     )
     assert [(g.label, len(g.runs)) for g in found] == [("stages 2", 2), ("stages 4", 1)]
-    paths = [one(0, **{"data.shards": "/a"}), one(1, **{"data.shards": "/b", "train.max_failures": 9})]
-    assert len(groups.grouped(paths)) == 1, "where shards lie changes nothing"
+    elsewhere = {"data.shards": "/b", "train.max_failures": 9}
+    known = config.settings(config.Experiment(train=config.Train(steps=1)))
+    free = {name: f"other {name}" for name in known if config.is_part_of(name, config.FREE)}
+    assert {"data.decode", "data.decode_cpus", "tracking.run_name"} <= free.keys()
+    paths = [one(0, **{"data.shards": "/a"}), one(1, **elsewhere), one(2, **free)]
+    assert len(groups.grouped(paths)) == 1, "where shards lie changes nothing, nor what a run's identity ignores"
     old = one(0)
     del old.settings["schedule.kind"]
     assert len(groups.grouped([old, one(1)])) == 1, "a setting that a run did not know had its default"

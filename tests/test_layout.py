@@ -53,6 +53,23 @@ def test_a_package_of_entprog_imports_only_packages_below_it():
                 assert level[module[1]] < level[own], f"{path.relative_to(ROOT)} imports {'.'.join(module)}"
 
 
+CALLS = {"tune": {"train"}, "demo": {"prepare", "score", "train", "tune", "generate", "compare"}}
+"""Jobs that call others."""
+CALLS |= {"sweeping": {"train"}}  # a trial is a training
+
+
+def test_a_job_never_imports_another_job():
+    """What jobs share lies in folders, which know no job either; but a sweep's trials, and the demo, are jobs run."""
+    jobs = {path.stem for path in (ROOT / "pipelines").glob("*.py")} - {"__init__", *SHARED}
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "pipelines").rglob("*.py"):
+        own = path.relative_to(ROOT / "pipelines").parts[0].removesuffix(".py")
+        used = {module[1] for module in imported(path) if module[0] == "pipelines" and len(module) > 1}
+        found.setdefault(own, set()).update(used & jobs - {own})
+    found = {name: used for name, used in found.items() if used}
+    assert all(used <= CALLS.get(name, set()) for name, used in found.items()), found
+
+
 def imported(path: Path) -> list[list[str]]:
     """Every module that a file imports, also inside functions, as parts of its dotted name."""
     found = []

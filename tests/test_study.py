@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import common, study, study_figures, study_page
-from benchmarks.study_arms import ARMS, CPU, GPU, SCALES, SMOKE, TASKS, experiment
+from benchmarks import study, study_figures, study_page
+from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
 from benchmarks.study_units import Bench, Unit, material, work
 from entprog import config, files
 from entprog.blocks import blocks
@@ -22,6 +23,8 @@ from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines.training import expectation
+
+ROOT = Path(__file__).parents[1]
 
 FULL = {
     "backward": ["exact", "residual"], "candidates": [0.25, 1.0], "kind": "entprog", "search_share": 0.1,
@@ -229,26 +232,24 @@ def test_the_page_says_what_the_numbers_say(records, tmp_path):
     assert more["residual"]["loss_minus_exact_at_same_cost"]["median"] == pytest.approx(0.1)
     about = {"device": "CPU, x", "commit": "c" * 40, "scale": "cpu", "units_left": 2}
     (tmp_path / "study_cpu.json").write_text(json.dumps({**about, "figures": figures, **more}))
-    page = study_page.leave(tmp_path, tmp_path / "docs", tmp_path / "gains.json").read_text()
+    page = study_page.leave(tmp_path, tmp_path / "docs").read_text()
     assert "plain training wins" in page and "2 of the study's units have not been run" in page
     for picture in ("loss", "ratio", "cei"):
         assert (
             f"study/cpu_{picture}.png" in page and (tmp_path / "docs" / "study" / f"cpu_{picture}.png").stat().st_size
         )
-    told = json.loads((tmp_path / "gains.json").read_text())
-    assert told["families"]["wan"]["paper"]["high"] < 1
-    long = tiny_experiment(train={"steps": 2000}, schedule={**FULL, "backward": "exact"})
-    assert "plain training won there" in expectation.lines(long, 6, told)[-1]
-    paid = tiny_experiment(train={"steps": 2000}, schedule={"kind": "lisa"})
-    assert "it paid there" in expectation.lines(paid, 6, told)[-1]
 
 
-def test_nothing_is_told_of_short_or_plain_runs():
-    table = {"about": {}, "families": {}}
-    assert expectation.lines(tiny_experiment(), 6, table) == []
-    assert expectation.lines(tiny_experiment(train={"steps": 9999}, schedule={"kind": "full"}), 6, table) == []
-    lines = expectation.lines(tiny_experiment(train={"steps": 9999}), 6, table)
-    assert len(lines) == 2 and "no figure" in lines[1]
+def test_a_limit_is_told_of_long_runs_that_choose_blocks():
+    assert expectation.lines(tiny_experiment(), 6) == [], "short"
+    assert expectation.lines(tiny_experiment(train={"steps": 9999}, schedule={"kind": "full"}), 6) == []
+    (line,) = expectation.lines(tiny_experiment(train={"steps": 9999}), 6)
+    found = expectation.limit(tiny_experiment(train={"steps": 9999}), 6)
+    assert (
+        f"at most {found.sooner:.2f}x as soon" in line
+        and (ROOT / expectation.STUDY).is_file()
+        and expectation.STUDY in line
+    )
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
@@ -264,10 +265,3 @@ def test_the_counted_limit_is_a_limit(backward):
     counted = prices.step_flops(plan) / prices.step_flops(prices.full)
     limit = expectation.limit(wanted, len(found)).step
     assert limit <= counted * 1.02 and counted < limit * 1.25
-
-
-def test_the_shipped_table_is_readable():
-    table = json.loads(expectation.TABLE.read_text())
-    for family in table["families"].values():
-        assert all(arm in ARMS and of["low"] <= of["median"] <= of["high"] for arm, of in family.items())
-    assert not (common.RESULTS / "study_cpu.json").exists() or table["families"]

@@ -80,9 +80,9 @@ def differences(trainings: Sequence[Training], cards: Mapping[str, Mapping[str, 
     """
     found = []
     for field, of in FIELDS.items():
-        # A run that failed early says nothing yet of its device, and does not count anyway.
-        known = [run for run in trainings if run.counts or of(run) != UNKNOWN]
-        other = next((run for run in known if of(run) != of(known[0])), None)
+        # Without a held-out loss there is nothing to compare; and what failed early says nothing yet of its device.
+        known = [run for run in trainings if run.curve and (run.counts or of(run) != UNKNOWN)]
+        other = next((run for run in known[1:] if of(run) != of(known[0])), None)
         if other is not None:
             found.append(Difference(field, of(known[0]), of(other), known[0].title, other.title))
     return found + _unlike_cards(trainings, cards)
@@ -109,7 +109,8 @@ def grouped(
 ) -> list[Group]:
     """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
 
-    baseline: a run's id or name, or a group's label. None: plain training if there is any, else the oldest run's group.
+    baseline: a run's id or name, or a group's label. None: of the groups with a finished run plain training if there is
+    any, else the oldest.
     unlike: differences that are compared by force; they set groups apart too.
     Raises UserError if no group answers to `baseline`.
     """
@@ -132,8 +133,9 @@ def grouped(
 
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
-        plain = (g for g in groups if g.runs[0].settings.get("schedule.kind") == "full")
-        return next(plain, groups[0])
+        ended = [group for group in groups if group.counted] or list(groups)
+        plain = (group for group in ended if group.runs[0].settings.get("schedule.kind") == "full")
+        return next(plain, ended[0])
     for group in groups:
         if group.label == wanted or any(run.name == wanted or run.run_id.startswith(wanted) for run in group.runs):
             return group

@@ -52,6 +52,8 @@ def render(
     )
     script, style = ((FOLDER / name).read_text() for name in ("page.js", "page.css"))
     groups = [judged.group for judged in verdict.judged]
+    schedules = [*_schedules(groups[: drawings.COLOURS])]  # before the warnings: a damaged file is one
+    scores = [*_scores(groups[: drawings.COLOURS])]
     html = environment.get_template("page.html").render(
         facts=facts,
         made=datetime.fromtimestamp(facts.made_s).astimezone().strftime("%-d %B %Y, %H:%M %Z"),
@@ -64,8 +66,8 @@ def render(
         summary=summary(verdict),
         charts=[*filter(None, [drawings.curves(verdict, "charged_s"), drawings.curves(verdict, "step"),
                                drawings.ratios(verdict)])],
-        schedules=[*_schedules(groups[: drawings.COLOURS])],
-        scores=[*_scores(groups[: drawings.COLOURS])],
+        schedules=schedules,
+        scores=scores,
         undrawn=max(0, len(groups) - drawings.COLOURS),
         quality=quality(groups, evaluations, verdict.confidence),
         cards=_cards(evaluations),
@@ -268,7 +270,7 @@ def _schedules(groups: Sequence[Group]):
 def _blocks(groups: Sequence[Group], steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """The network's blocks, in the order of a score table where there is one: plain training has none of its own."""
     for group in groups:
-        table = group.typical and group.typical.json("cei.json")
+        table = group.typical and group.typical.scores()
         if table:
             return [row["name"] for row in table["blocks"]]
     return sorted({name for step in steps for name in step["trained"]}, key=files.natural)
@@ -279,7 +281,7 @@ def _scores(groups: Sequence[Group]):
     tables: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for group in groups:
         run: Training | None = group.typical
-        table = run.json("cei.json") if run else None
+        table = run.scores() if run else None
         if table:
             tables.setdefault(table["key"], (table, []))[1].append(group.label)
     for table, labels in tables.values():

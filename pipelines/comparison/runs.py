@@ -5,10 +5,13 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, TypeVar
+
+from pydantic import TypeAdapter
 
 from entprog.config import close_to
 from entprog.errors import UserError
@@ -23,6 +26,54 @@ FIGURES = (
 )  # fmt: skip
 """What a training leaves as metrics `final/NAME`."""
 STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
+
+
+T = TypeVar("T")
+
+
+class Step(TypedDict):
+    """What is used of a line of steps.jsonl."""
+
+    stage: int
+    phase: str
+    trained: list[str]
+    charged_s: float
+    seconds: float
+    wait_s: float
+
+
+class Score(TypedDict, total=False):
+    """What is used of a block in cei.json."""
+
+    name: Required[str]
+    score: Required[float]
+    std_error: float | None
+    loss_increase: float | None
+    loss_std_error: float | None
+
+
+class Scores(TypedDict):
+    """What is used of cei.json."""
+
+    key: str
+    kind: str
+    blocks: list[Score]
+
+
+class Figure(TypedDict, total=False):
+    """A metric in evaluation.json."""
+
+    value: Required[float]
+    low: float | None
+    high: float | None
+    card: Required[str]
+
+
+class Evaluation(TypedDict):
+    """What is used of evaluation.json: {metric: figure}, {card's id: the card}."""
+
+    figures: dict[str, Figure]
+    cards: dict[str, dict[str, Any]]
 
 
 class Point(NamedTuple):
@@ -56,6 +107,8 @@ class Training:
     """An artifact by its path; None where there is none."""
     artifacts: tuple[str, ...]
     """Paths of the artifacts."""
+    damage: list[str] = field(default_factory=list)
+    """What of its files could not be read, and why; grows as they are asked for."""
 
     @property
     def counts(self) -> bool:
@@ -77,25 +130,47 @@ class Training:
         silent = f"last sign of life {_ago(now_s - self.last_sign_s)} ago" if self.status == "running" else ""
         return "; ".join([*filter(None, [silent, self.tags.get("entprog.ended", "")]), *odd])
 
-    def json(self, path: str) -> Any:
-        """A JSON artifact; None where there is none. Raises UserError if it is damaged."""
-        data = self.files(path)
+    def read(self, path: str, parse: Callable[[bytes], T]) -> T | None:
+        """An artifact, parsed; None where there is none, or where it is damaged, which `damage` then says."""
         try:
-            return None if data is None else json.loads(data)
-        except ValueError as error:
-            raise UserError(f"run {self.title}: its artifact {path} is no JSON ({error}): log it anew") from None
+            data = self.files(path)
+            return None if data is None else parse(data)
+        except Exception as error:  # whatever a store, a decoder or a parser raises: other runs can be compared
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            line = f"its {path} cannot be read and is left out ({reason})"
+            if line not in self.damage:
+                self.damage.append(line)
+            return None
 
-    def steps(self) -> list[dict[str, Any]]:
-        """The run's step records; [] where they were not logged, as for a run that has not ended."""
-        return [json.loads(line) for line in (self.files("steps.jsonl") or b"").splitlines()]
+    def evaluation(self) -> Evaluation | None:
+        """Quality metrics, if it was evaluated."""
+        return self.read("evaluation.json", _evaluation)
+
+    def scores(self) -> Scores | None:
+        """Table of its blocks' scores, if it has one."""
+        return self.read("cei.json", TypeAdapter(Scores).validate_json)
+
+    def steps(self) -> list[Step]:
+        """Its step records; [] where they were not logged, as for a run that has not ended."""
+        one = TypeAdapter(Step)
+        return self.read("steps.jsonl", lambda data: [one.validate_json(line) for line in data.splitlines()]) or []
+
+
+def _evaluation(data: bytes) -> Evaluation:
+    found = TypeAdapter(Evaluation).validate_json(data)
+    for figure in found["figures"].values():
+        found["cards"][figure["card"]]  # KeyError: a figure without the card of how it was measured
+    return found
 
 
 @contextlib.contextmanager
-def read(experiment: str, wanted: Sequence[str] = ()) -> Iterator[list[Training]]:
+def read(
+    experiment: str, wanted: Sequence[str] = (), warn: Callable[[str], None] = warnings.warn
+) -> Iterator[list[Training]]:
     """The trainings of an MLflow experiment, oldest first. Their files can be read while the context is open.
 
     wanted: run ids (or beginnings of 6 characters and more) and run names; a sweep's run stands for its trials. None
-    given: all trainings.
+    given: all trainings. warn: told of runs that are left out because what MLflow has of them is damaged.
     Raises UserError if store, experiment or a wanted run is not there, or if none is left.
     """
     uri = tracking_uri()
@@ -116,7 +191,7 @@ def read(experiment: str, wanted: Sequence[str] = ()) -> Iterator[list[Training]
             )
         chosen = _chosen(_all_runs(client, found.experiment_id), wanted, experiment)
         with tempfile.TemporaryDirectory(prefix="entprog-compare-") as scratch:
-            yield sorted((_training(client, run, Path(scratch)) for run in chosen), key=lambda t: t.started_s)
+            yield sorted(_trainings(client, chosen, Path(scratch), warn), key=lambda t: t.started_s)
     except _mlflow_errors() as error:
         raise UserError(f"MLflow at {masked(uri)} does not answer: {reason(error, uri)}") from None
 
@@ -164,6 +239,28 @@ def _chosen(runs: list, wanted: Sequence[str], experiment: str) -> list:
     return list(chosen.values())
 
 
+def _trainings(client, chosen: list, scratch: Path, warn: Callable[[str], None]) -> list[Training]:
+    """All that can be read. Raises UserError if none can be."""
+    out, reason = [], ""
+    for run in chosen:
+        try:
+            out.append(_training(client, run, scratch))
+        except _damages() as error:
+            reason = (
+                f"run {run.info.run_name} ({run.info.run_id[:8]}) cannot be read: {' '.join(str(error).split())[:200]}"
+            )
+            warn(f"{reason}; it is left out")
+    if not out:
+        raise UserError(f"no run can be compared: {reason}")
+    return out
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException, OSError, ValueError, TypeError, KeyError
+
+
 def _training(client, run, scratch: Path) -> Training:
     info, data = run.info, run.data
     charged = _by_step(client, info.run_id, "charged_s", data.metrics)
@@ -184,13 +281,15 @@ def _training(client, run, scratch: Path) -> Training:
         return (place if place.exists() else Path(client.download_artifacts(info.run_id, path, folder))).read_bytes()
 
     last_ms = info.end_time or max((m.timestamp for m in data._metric_objs), default=info.start_time)
+    settings = {name: _value(text) for name, text in {**data.params, **changed}.items()}
+    int(settings.get("train.seed", 0))  # raises for what is no seed
     return Training(
         run_id=info.run_id,
         name=info.run_name or info.run_id,
         status=status,
         started_s=info.start_time / 1000,
         last_sign_s=last_ms / 1000,
-        settings={name: _value(text) for name, text in {**data.params, **changed}.items()},
+        settings=settings,
         tags=dict(data.tags),
         curve=curve,
         figures=_figures(data.metrics, charged, curve),

@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from pipelines.comparison.runs import Training
 
 FILE = re.compile(r"(?:.*/)?(\d{3}_.+)_result\.mp4")
 """What training leaves of a held-out motion: NAME.mp4 (beside reference, pose and truth), NAME_result.mp4 and more."""
+GIVEN = ("pose", "truth")
 HEIGHT, CRF, LONGEST_FRAMES = 192, 30, 96
 """Height, quality and length to which a clip is reduced that is too large for the page."""
 
@@ -46,12 +48,14 @@ def rows(groups: Sequence[Group], count: int, largest_bytes: int) -> list[Row]:
     out = []
     for name in common[:count]:
         first_run, first_path = having[0][0].typical, having[0][1][name]
-        given = [(part, _part(first_run, first_path, part)) for part in ("pose", "truth")]
-        clips = [Clip(part, _data(data, largest_bytes), "given") for part, data in given if data]
-        clips += [
-            Clip(group.label, _data(group.typical.files(names[name]), largest_bytes), "made") for group, names in having
+        sources = [("given", part, first_run, first_path.removesuffix("result.mp4") + f"{part}.mp4") for part in GIVEN]
+        sources += [("made", group.label, group.typical, names[name]) for group, names in having]
+        found = [
+            (role, label, run.read(path, partial(_data, largest_bytes=largest_bytes)))
+            for role, label, run, path in sources
         ]
-        out.append(Row(name[4:].replace("_", " "), tuple(clips)))
+        clips = tuple(Clip(label, data, role) for role, label, data in found if data)
+        out.append(Row(name[4:].replace("_", " "), clips))
     return out
 
 
@@ -61,11 +65,9 @@ def _names(run: Training) -> dict[str, str]:
     return {match[1]: path for path, match in found.items() if match}
 
 
-def _part(run: Training, result: str, part: str) -> bytes | None:
-    return run.files(result.removesuffix("result.mp4") + f"{part}.mp4")
-
-
 def _data(mp4: bytes, largest_bytes: int) -> str:
+    """A clip for the page. Raises VideoError for what is none."""
+    video.probe(mp4)
     if len(mp4) > largest_bytes:
         mp4 = _smaller(mp4)
     return "data:video/mp4;base64," + base64.b64encode(mp4).decode()

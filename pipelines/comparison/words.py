@@ -86,8 +86,9 @@ def break_even(judged: Judged, verdict: Verdict) -> str:
 
 
 def warnings(verdict: Verdict) -> list[str]:
-    """Runs that are shown and do not count."""
-    out = []
+    """Runs that are shown and do not count, files that cannot be shown, and what makes the target a poor one."""
+    runs = [run for judged in verdict.judged for run in judged.group.runs]
+    out = [f"{run.title}: {line}" for run in runs for line in run.damage]
     for judged in verdict.judged:
         odd = [run for run in judged.group.runs if not run.counts]
         for status in dict.fromkeys(run.status for run in odd):

@@ -1,14 +1,9 @@
-"""What a long run can be expected to gain over plain training, told before it starts.
+"""What a long run can gain over plain training at most, told before it starts: counted, not measured.
 
-Two sources, each named: what a step and the scoring must cost at least, counted, and what the study (`docs/study.md`)
-measured for the nearest of its arms. Neither knows your data.
+What was measured, and for which data, stands in `docs/study.md`.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from entprog import models
 from entprog.blocks import blocks
@@ -16,12 +11,9 @@ from entprog.config import Experiment, Model
 from entprog.scoring import priorities
 from pipelines import cli
 
-TABLE = Path(__file__).parent / "gains.json"
-"""What the study found, in short; `python -m benchmarks.study` writes it."""
+STUDY = "docs/study.md"
 LONG_STEPS, LONG_S = 1000, 600.0
 """A run of so many steps, or seconds, is long."""
-FEWEST_SEEDS = 3
-"""With fewer the study's interval says nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +38,21 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
         cli.console.print(line)
 
 
-def lines(experiment: Experiment, blocks: int, table: Mapping[str, Any] | None = None) -> list[str]:
-    """What to tell a person; nothing for plain training, or for a short run. blocks: of the network; table: TABLE's."""
+def lines(experiment: Experiment, blocks: int) -> list[str]:
+    """What to tell a person; nothing for plain training or a short run. blocks: number in the network."""
     train, schedule = experiment.train, experiment.schedule
     long = (train.steps or 0) >= LONG_STEPS or (train.seconds or 0) >= LONG_S or train.flops is not None
-    if not long or (schedule.kind == "full" and train.lora is None):
+    if not long or schedule.kind == "full":
         return []
-    out = []
-    if schedule.kind != "full":
-        found = limit(experiment, blocks)
-        parts = [f"a step costs {found.step:.2f} of full training's at least"]
-        if found.scoring_steps:
-            parts.append(f"scoring takes {found.scoring_steps:.0f} steps of it")
-        if schedule.kind == "entprog":
-            parts.append(f"search up to {schedule.search_share:.0%} of the run")
-        if found.sooner is not None:
-            parts.append(f"so at most {found.sooner:.2f}x as soon as plain training at as many steps")
-        out.append(f"Expected gain, counted: {', '.join(parts)}.")
-    return [*out, measured(experiment, table or json.loads(TABLE.read_text()))]
+    found = limit(experiment, blocks)
+    parts = [f"a step costs {found.step:.2f} of full training's at least"]
+    if found.scoring_steps:
+        parts.append(f"scoring takes {found.scoring_steps:.0f} steps of it")
+    if schedule.kind == "entprog":
+        parts.append(f"search up to {schedule.search_share:.0%} of the run")
+    if found.sooner is not None:
+        parts.append(f"so at most {found.sooner:.2f}x as soon as plain training at as many steps")
+    return [f"Expected gain, counted: {', '.join(parts)}. What it came to in measurements: {STUDY}."]
 
 
 def limit(experiment: Experiment, blocks: int) -> Limit:
@@ -96,41 +85,3 @@ def scoring_forwards(experiment: Experiment, blocks: int) -> float:
     passes = 3.0 if priority.kind in ("gradient", "fisher") else 1 + blocks / 2
     rounds = experiment.schedule.stages if priority.rescore else 1
     return priority.conditions * priority.draws * passes * rounds
-
-
-def arm_of(experiment: Experiment) -> str:
-    """The study's arm that is nearest to an experiment."""
-    schedule, lora = experiment.schedule, experiment.train.lora
-    if lora is not None:
-        return "lora_small" if lora.rank < 8 else "lora_large"
-    if schedule.kind in ("lisa", "badam"):
-        return schedule.kind
-    if schedule.kind == "linear":
-        return "past_linear"
-    return "past" if "residual" in schedule.backwards else "paper"
-
-
-def measured(experiment: Experiment, table: Mapping[str, Any]) -> str:
-    """What the study says of the nearest arm, and who wins there."""
-    arm, about = arm_of(experiment), table["about"]
-    families = table["families"]
-    family = experiment.model.family if arm in families.get(experiment.model.family, {}) else "wan"
-    found = families.get(family, {}).get(arm)
-    if found is None:
-        return f"Expected gain, measured: the study has no figure for arm {arm} yet; --schedule full is plain training."
-    where = (
-        f"{family}, {about['parameters'][family] / 1e6:.3g} M parameters, {about['steps']} steps of full training, "
-        f"{found['seeds']} seeds, {about['device'].split(',')[0]}"
-    )
-    said = f"{found['median']:.2f}x as soon as plain training [{found['low']:.2f}, {found['high']:.2f}], all costs paid"
-    if found["seeds"] < FEWEST_SEEDS:
-        verdict = "too few seeds to tell"
-    elif found["high"] < 1:
-        verdict = "plain training won there: consider --schedule full"
-    elif found["low"] > 1 and found["by_cpu_time"] < 1:
-        verdict = "it paid there in FLOPs and not in time: --schedule full is the simpler choice"
-    elif found["low"] > 1:
-        verdict = "it paid there"
-    else:
-        verdict = "not told apart from plain training there: --schedule full is the simpler choice"
-    return f"Expected gain, measured in docs/study.md ({where}; arm {arm}): {said}; {verdict}."
