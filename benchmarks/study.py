@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import common, mocap, study_figures, study_page
 from benchmarks.study_arms import ARMS, FEW, SCALES, SEARCHED, TASKS, Scale
@@ -201,8 +200,7 @@ def chosen(only: str | None) -> tuple[str, ...]:
 def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARMS)) -> Done:
     """Do what is left of some arms, until it is done or the sitting is over. Several processes may share a folder."""
     started, costs = time.time(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=cli.console, disable=not cli.console.is_terminal) as bar:
+    with cli.progress_bar() as bar:
         shown = bar.add_task("study", total=len(units(bench.scale)))
         while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
             bar.update(shown, completed=len(done.records))

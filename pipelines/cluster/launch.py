@@ -14,7 +14,7 @@ from typing import Any
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.training.storage import Place
-from pipelines.cluster import elastic
+from pipelines.cluster import elastic, failures
 from pipelines.cluster.elastic import CPUS_FOR_DATA
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 
@@ -143,7 +143,9 @@ def run_workers(
                     raise KeyboardInterrupt
                 if "result" in last:
                     return last["result"]
-                reason = last.get("failure") or (_reason(failure) if failure else "the workers ended without a result")
+                reason = last.get("failure") or (
+                    failures.reason(failure) if failure else "the workers ended without a result"
+                )
                 if listener.step > furthest:
                     tries, furthest = train.max_failures, listener.step
                 if "failure" in last or not tries:
@@ -247,12 +249,3 @@ def _stopping(listener: Listener):
         signal.signal(signal.SIGTERM, before)
         for timer in timers:
             timer.cancel()
-
-
-def _reason(error: BaseException) -> str:
-    """The line that names the cause, out of Ray's nested traces."""
-    failures = getattr(error, "worker_failures", None) or {}
-    text = "\n".join(str(failure) for failure in failures.values()) or str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Exception"))]
-    return (named or lines or [type(error).__name__])[-1]

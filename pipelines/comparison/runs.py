@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Required, TypedDict, TypeVar
 
 from pydantic import TypeAdapter
 
+from entprog import masking
 from entprog.config import close_to
 from entprog.errors import UserError
 from entprog.masking import masked, reason
@@ -136,8 +137,7 @@ class Training:
             data = self.files(path)
             return None if data is None else parse(data)
         except Exception as error:  # whatever a store, a decoder or a parser raises: other runs can be compared
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            line = f"its {path} cannot be read and is left out ({reason})"
+            line = f"its {path} cannot be read and is left out ({masking.reason(error, most=120)})"
             if line not in self.damage:
                 self.damage.append(line)
             return None
@@ -246,9 +246,8 @@ def _trainings(client, chosen: list, scratch: Path, warn: Callable[[str], None])
         try:
             out.append(_training(client, run, scratch))
         except _damages() as error:
-            reason = (
-                f"run {run.info.run_name} ({run.info.run_id[:8]}) cannot be read: {' '.join(str(error).split())[:200]}"
-            )
+            name = f"{run.info.run_name} ({run.info.run_id[:8]})"
+            reason = f"run {name} cannot be read: {masking.one_line(error)}"
             warn(f"{reason}; it is left out")
     if not out:
         raise UserError(f"no run can be compared: {reason}")

@@ -4,7 +4,6 @@ Every clip is a row that names a place in the shards; what was generated lies in
 is there is not generated again.
 """
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import video as videos
 from pipelines import cli
+from pipelines.cluster import failures
 from pipelines.generating import checkpoints, motions
 
 WEIGHTS = ("inception", "i3d", "resnet3d")
@@ -174,14 +174,8 @@ def _over(
         num_gpus=1 if gpus else 0,
     )
     data.context.enable_progress_bars = False
-    try:
+    with failures.plainly():
         yield from data.iter_rows()
-    except Exception as error:
-        # Ray wraps what an actor raises, and pickling drops the cause: only its text comes across.
-        found = re.search(r"(?:UserError|DamagedShardError): (.+)", str(error))
-        if found is None:
-            raise
-        raise UserError(found[1]) from None
 
 
 def told(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:

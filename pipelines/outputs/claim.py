@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entprog import files
+from entprog import files, masking
 from entprog.errors import UserError
 
 MARK = "entprog-job.json"
@@ -94,7 +94,7 @@ def _read(output: Path) -> dict[str, Any]:
             return known
         reason = "no job and identity in it"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        reason = masking.reason(error, most=100)
     raise UserError(f"{path} is damaged ({reason}): choose another --output")
 
 

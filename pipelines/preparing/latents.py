@@ -20,10 +20,9 @@ from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
 from pipelines import cli
-from pipelines.cluster import launch
+from pipelines.cluster import failures, launch
 from pipelines.outputs import claim
 from pipelines.preparing import packing, progress
-from pipelines.stream import feed
 
 OF_MODEL = ("model.", "schedule.shapes")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
@@ -85,8 +84,8 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
         gpus = int(ray.cluster_resources().get("GPU", 0))
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
-        with cli.console.status("loading the VAE, measuring"):
-            found = feed.opened(lambda: ray.get(measure.remote(_located(dataset), encoding, shapes)))
+        with cli.console.status("loading the VAE, measuring"), failures.plainly():
+            found = ray.get(measure.remote(_located(dataset), encoding, shapes))
         return [_one_shape(ray, dataset, encoding, estimate, max(gpus, 1), where, dry_run) for estimate in found]
 
 
@@ -114,7 +113,8 @@ def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where,
         raise UserError(f"latents need {size(needed)}, the disk of {dataset.folder} has {free} free: make room")
     started = time.time()
     encode = functools.partial(_encode_all, ray, _located(dataset), encoding, estimate, encoders, where, folder)
-    done |= {file.piece: file for file in feed.opened(lambda: encode(left))} if left else {}
+    with failures.plainly():
+        done |= {file.piece: file for file in encode(left)} if left else {}
     about = {"shape": estimate.shape.model_dump(), "family": encoding.model.family, "device": estimate.device}
     latents.finish(folder, estimate.shapes, [done[piece] for piece in pieces], about)
     return figures | {"bytes": sum(file.bytes for file in done.values()), "seconds": round(time.time() - started, 3)}

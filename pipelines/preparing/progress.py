@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from pipelines import cli
 
 SAID_EVERY_S = 30.0
@@ -45,10 +43,8 @@ class Tally:
 @contextmanager
 def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
     """Gives a function to call after each of `what` with its clips: draws a bar, or says a line now and then."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[clips]} clips"), TimeElapsedColumn())
-    eta = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(TextColumn(what), *columns, *eta, console=cli.console) as drawn:
-        task = drawn.add_task("", total=total, clips=0, rate="")
+    with cli.progress_bar() as drawn:
+        task = drawn.add_task(what, total=total)
         started = said = time.monotonic()
         clips = 0
 
@@ -57,7 +53,7 @@ def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
             clips += more
             now = time.monotonic()
             rate = f"{clips / (now - started + 1e-9):.1f} clips/s"
-            drawn.update(task, advance=1, clips=clips, rate=rate)
+            drawn.update(task, advance=1, description=f"{what}, {clips} clips, {rate}")
             if not cli.console.is_terminal and now - said > SAID_EVERY_S:
                 said, done = now, int(drawn.tasks[0].completed)
                 left_s = (now - started) / done * (total - done)

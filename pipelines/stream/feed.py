@@ -11,7 +11,6 @@ before is being read, so that the reader meets no gap.
 import functools
 import itertools
 import math
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clip_stream import Arrays, Read, Stream
 from entprog.errors import UserError
+from pipelines.cluster import failures
 
 TASK_BYTES = 32 << 20
 TASK_BATCHES = 32
@@ -247,11 +247,10 @@ def _execute(
     )
     others, mine = _reading(), set()
     try:
-        for batch in batches:
-            mine = mine or _reading() - others  # started by the first `next`
-            yield batch
-    except Exception as error:
-        raise _cause(error) from None
+        with failures.plainly():
+            for batch in batches:
+                mine = mine or _reading() - others  # started by the first `next`
+                yield batch
     finally:
         batches.close()
         # Ray ends the whole process if one of them touches it after `ray.shutdown`.
@@ -262,19 +261,3 @@ def _execute(
 def _reading() -> set[threading.Thread]:
     """Ray Data's threads that read for an iterator."""
     return {thread for thread in threading.enumerate() if thread.name == "iter_threaded"}
-
-
-def opened(work: Callable[[], object]):
-    """What `work` gives; damage that one of its tasks found is raised as itself."""
-    try:
-        return work()
-    except Exception as error:
-        raise _cause(error) from None
-
-
-def _cause(error: Exception) -> Exception:
-    """Ray wraps what a task raises, and pickling then drops the cause: only its text, one line, comes across."""
-    for kind in (shards.DamagedShardError, latents.DamagedLatentsError, UserError):
-        if found := re.search(rf"{kind.__name__}: (.+)", str(error)):
-            return kind(found[1])
-    return error

@@ -14,7 +14,6 @@ from ray.tune.callback import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from entprog.config import Experiment, Tune
 from entprog.errors import UserError
@@ -183,14 +182,7 @@ class Watch(Callback):
         self.started = time.time()
         self.before: int | None = None
         """Trials that an earlier start has ended; None until the first one of this start begins."""
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            console=cli.console,
-            disable=not cli.console.is_terminal,
-        )
+        self.bar = cli.progress_bar()
         self.task = self.bar.add_task("trials", total=trials)
 
     def __enter__(self) -> "Watch":

@@ -3,8 +3,6 @@
 import time
 from typing import Any, Literal
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from entprog.config import Experiment
 from pipelines import cli
 
@@ -22,17 +20,7 @@ class Display:
         self.blocks = 0
         self.clips, self.since, self.begun = 0, time.time(), 0.0
         """Since the first step heard of."""
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=cli.console,
-            disable=not cli.console.is_terminal,
-        )
+        self.bar = cli.progress_bar()
         self.task = self.bar.add_task("starting workers", total=self.total)
 
     def __enter__(self) -> "Display":
