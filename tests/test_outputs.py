@@ -240,7 +240,7 @@ def test_a_damaged_mark_is_one_line(content, inputs, place):
 
 def test_an_output_that_is_a_file(inputs, place):
     (place / "out").write_text("mine")
-    assert "cannot use output folder" in refused("score", *inputs["score"], "--output", place / "out")
+    assert "cannot write to output folder" in refused("score", *inputs["score"], "--output", place / "out")
     assert (place / "out").read_text() == "mine"
 
 

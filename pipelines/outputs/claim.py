@@ -34,7 +34,7 @@ def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool 
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"cannot use output folder {output}: {error.strerror}; {another}") from None
+        raise UserError(f"cannot write to output folder {output}: {error.strerror}; {another}") from None
     if not set(there) - {MARK}:  # a mark alone is of a command that was refused before it did anything
         return
     if MARK not in there:
