@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
 from entprog import config
@@ -181,6 +182,15 @@ def plant(folder: Path) -> Path:
     for name in ("searcher-state-2999-01-01_00-00-00.pkl", "tuner.pkl", "trainable.pkl"):
         (folder / name).write_bytes(code)
     return made
+
+
+def test_the_attack_is_one(tmp_path):
+    """Ray Tune would run what is planted, if it read it."""
+    made = plant(tmp_path / "tune")
+    assert not made.exists()
+    (state,) = (tmp_path / "tune").glob("experiment_state-*.json")
+    TuneFunctionDecoder(allow_cloudpickle=True).decode(state.read_text())
+    assert made.exists()
 
 
 def test_sigkill_of_the_driver_then_the_same_command(place):
