@@ -149,7 +149,7 @@ class Compare(Part):
     """Held-out loss whose reaching is timed. None: the baseline's final loss, the highest of its seeds'."""
     baseline: str | None = None
     """What the others are compared with: a run's id or name, or a group's label. None: plain training, else the oldest
-    group, of those with a finished run."""
+    group, of those with a held-out loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence of intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
     samples: int = Field(default=2, ge=0)

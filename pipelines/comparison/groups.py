@@ -109,8 +109,8 @@ def grouped(
 ) -> list[Group]:
     """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
 
-    baseline: a run's id or name, or a group's label. None: of the groups with a finished run plain training if there is
-    any, else the oldest.
+    baseline: a run's id or name, or a group's label. None: plain training if there is any with a held-out loss, else
+    the oldest group that has one.
     unlike: differences that are compared by force; they set groups apart too.
     Raises UserError if no group answers to `baseline`.
     """
@@ -133,9 +133,9 @@ def grouped(
 
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
-        ended = [group for group in groups if group.counted] or list(groups)
-        plain = (group for group in ended if group.runs[0].settings.get("schedule.kind") == "full")
-        return next(plain, ended[0])
+        measured = [group for group in groups if any(run.curve for run in group.runs)] or list(groups)
+        plain = (group for group in measured if group.runs[0].settings.get("schedule.kind") == "full")
+        return next(plain, measured[0])
     for group in groups:
         if group.label == wanted or any(run.name == wanted or run.run_id.startswith(wanted) for run in group.runs):
             return group

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Required, TypedDict, TypeVar
+from typing import Any, NamedTuple, Required, TypeVar
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from entprog import masking
 from entprog.config import close_to
