@@ -191,7 +191,7 @@ def test_a_long_motion_is_made_in_windows(made, tmp_path):
 
     def frames(**values):
         chosen = Generation.model_validate({"generate": {"steps": 2, **values}})
-        (record,) = generate.run(made / "run", tmp_path / str(len(values)), chosen, **paths)["clips"]
+        (record,) = generate.run(made / "run", tmp_path / str(values), chosen, **paths)["clips"]
         return h264.decode_rgb(Path(record["result"]).read_bytes())
 
     assert len(frames()) == SHAPE.frames
