@@ -34,6 +34,7 @@ from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from pipelines import cli, demo
 from pipelines.generating import rendering
+from pipelines.outputs import claim
 
 app = cli.app("Pre-train the demo's base: people in any pose, from a reference image.")
 
@@ -96,6 +97,7 @@ def main(
             told = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
             cli.console.print(f"Would render {rendered} clips, prepare the demo's, train {told}, and leave {folder}.")
             return {}
+        claim.take(output, "demo_base", {"--rendered": rendered, "--held-out": held_out})
         torch.set_num_threads(threads)
         material = clips(experiment.data.shape, output, rendered, held_out, verbose=verbose)
         return run(parts, material, output, folder)
