@@ -135,7 +135,7 @@ def run(
     finished = output / "finished.json"
     if finished.exists():
         deliver_pending(output)
-        cli.console.print(f"Already finished: {output} (another --output for a new run).", markup=False)
+        cli.console.print(f"Already finished: {output} (another --output for a new run).")
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it

@@ -38,7 +38,7 @@ class Display:
         elif "resumed" in item:
             self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
         elif "warning" in item:
-            self.bar.console.print(f"warning: {item['warning']}", markup=False)
+            self.bar.console.print(f"warning: {item['warning']}")
         elif "step" in item:
             self._step(item["step"])
 

@@ -74,7 +74,7 @@ def show(result: dict[str, Any], output: Path, uri: str) -> None:
         ("figure", "value"),
     )
     for line in result["advice"]:
-        cli.console.print(line, markup=False)
+        cli.console.print(line)
     cli.console.print(f"Compare runs: {how_to_open(uri)}")
 
 
