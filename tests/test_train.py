@@ -125,10 +125,14 @@ def test_the_same_again_is_finished(undisturbed, shards, place, capsys):
     assert "Already finished" in capsys.readouterr().out
 
 
-def test_another_experiment_in_the_same_folder_is_refused(undisturbed, shards, place):
-    _, output = undisturbed
-    with pytest.raises(cli.UserError, match="choose another --output"):
+def test_another_experiment_in_the_same_folder_is_refused_and_changes_nothing(undisturbed, shards, place):
+    result, output = undisturbed
+    record = lambda: MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(result["mlflow_run_id"]).to_dictionary()  # noqa: E731
+    before, files = record(), {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(cli.UserError, match=r"train\.learning_rate was 0\.001, now 0\.5\): choose another --output"):
         train.run(experiment(shards, train={"learning_rate": 0.5}), output, tables=place / "tables")
+    assert record() == before and before["info"]["status"] == "FINISHED"
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == files
 
 
 def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
