@@ -17,7 +17,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.media import assets, color, h264, video
-from helpers import real_clips
+from helpers import hostile, real_clips
 from pipelines.cluster import stalls
 from pipelines.stream import feed
 from pipelines.training import checks
@@ -200,6 +200,17 @@ def test_a_reference_that_unpacks_to_far_more_than_its_clip_is_not_decoded(rows,
     Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(png, "PNG")
     with pytest.raises(shards.DamagedShardError, match=r"row 1: .*avcodec"):
         next(local(damaged(rows, tmp_path, reference=png.getvalue())))
+
+
+def test_a_clip_of_far_more_pixels_than_its_shape_is_not_decoded(rows, tmp_path):
+    """Nor one that grows in its middle, behind a header of the right size."""
+    large = np.zeros((2, 2048, 2048, 3), np.uint8)
+    due = np.zeros((2, SHAPE.height, SHAPE.width, 3), np.uint8)
+    with pytest.raises(shards.DamagedShardError, match=r"row 1: .*2048x2048, more than \d+ pixels are not decoded"):
+        next(local(damaged(rows, tmp_path / "1", video=h264.encode(large, SHAPE.fps))))
+    grows = b"".join(hostile.remuxed(h264.encode(part, SHAPE.fps), "mpegts", {}) for part in (due, large))
+    with pytest.raises(shards.DamagedShardError, match="row 1"):
+        next(local(damaged(rows, tmp_path / "2", video=grows)))
 
 
 def test_clip_of_fewer_frames_is_not_stretched(rows, tmp_path):

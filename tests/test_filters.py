@@ -105,7 +105,7 @@ def test_every_pair_of_real_clips_is_told_apart():
     for one in names:
         for other in names:
             if one != other:
-                change = shots.changes([*small[one], *small[other]])
+                change = shots.changes((0, f) for f in [*small[one], *small[other]])
                 assert shots.cuts(change, config.Prepare().shot_change) == [len(small[one])], (one, other)
 
 

@@ -109,6 +109,8 @@ def test_reasons_are_the_right_ones(ran):
         "lies/a-year.mkv": "too_long",
         "lies/an-hour.mp4": "corrupt",
         "lies/one-frame.mp4": "too_short",
+        "lies/slanted.mp4": "unsupported",
+        "lies/ictcp.mkv": "unsupported",
         "lies/black.mp4": "nobody",
         "lies/really-60000.gif": "corrupt",
         "nowhere.mp4": "unreadable",

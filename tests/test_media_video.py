@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -98,28 +97,6 @@ def test_iterated_frames_are_the_frames_read(kind, frames, tmp_path):
 
 def test_steady_frames_fill_the_duration():
     assert len(list(video.iter_frames(assets.clip("cam01"), fps=12, size=(96, 54)))) == 20  # 100 frames at 60 fps
-
-
-def turned(mp4: bytes, clockwise_deg: int) -> bytes:
-    """The mp4 with a display matrix as a phone writes it (ISO 14496-12 tkhd: x' = ax + cy, y' = bx + dy, y down)."""
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise_deg]
-    one = 1 << 16
-    matrix = struct.pack(">9i", cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
-    at = mp4.index(b"tkhd") + 44
-    return mp4[:at] + matrix + mp4[at + len(matrix) :]
-
-
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotation_metadata_is_applied(degrees, frames):
-    stored = h264.encode(frames[:3], 12)
-    upright = turned(stored, degrees)
-    expected = np.rot90(video.read_frames(stored, [0, 0.1])[0], -degrees // 90, axes=(1, 2))
-    got = video.read_frames(upright, [0, 0.1])[0]
-    np.testing.assert_array_equal(got, expected)
-    info = video.probe(upright)
-    assert (info.rotation_deg, info.height, info.width) == (degrees, *expected.shape[1:3])
-    cropped = video.read_frames(upright, [0, 0.1], crop=(5, 11, 40, 30))[0]
-    np.testing.assert_array_equal(cropped, expected[:, 11:41, 5:45])
 
 
 def test_odd_sizes(frames, tmp_path):

@@ -4,12 +4,15 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError
+from entprog.media import limits
+from entprog.media.limits import Limits
 
 SHAPE = ClipShape(frames=4, height=32, width=16)
 
@@ -152,6 +155,23 @@ def test_no_flipped_bit_in_the_media_is_read_as_good(dataset):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
         with pytest.raises(shards.DamagedShardError, match=r"damaged shard .*train/00000\.parquet, row \d+"):
             shards.read_rows(path, range(20))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+def test_a_row_that_unpacks_to_far_more_than_it_holds_is_not_read(dataset, compression, monkeypatch):
+    """Zeros that are compressed, or one value of a dictionary in every row."""
+    path = dataset.folder / "train/00000.parquet"
+    whole = pq.read_table(path)
+    value = bytes(4 << 20) if compression != "none" else bytes(200_000)
+    video = pa.array([value] * len(whole), pa.binary())
+    table = whole.set_column(whole.schema.get_field_index("video"), "video", video)
+    pq.write_table(table, path, compression=compression)
+    assert path.stat().st_size < 5 << 20
+    monkeypatch.setattr(limits, "LIMITS", Limits(max_decoded_bytes=2 << 20))
+    before = pa.default_memory_pool().bytes_allocated()
+    with pytest.raises(shards.DamagedShardError, match=r"row 3: .* MiB in memory, more than 2 MiB are not read"):
+        shards.read_rows(path, [3], ["video"])
+    assert pa.default_memory_pool().bytes_allocated() - before < 8 << 20
 
 
 def test_cut_short_garbage_and_rows_beyond_the_end(dataset):

@@ -31,7 +31,7 @@ class Prepare(Part):
     """Longest wait for one frame or one piece of a file; after it the process is ended, twice: `crashed`."""
     shot_change: float | None = Field(default=20.0, gt=0)
     """Mean change between two clip frames, in levels of 0..255, from which there may be a cut (it must also stand out
-    from the changes around it). No clip crosses a cut. None: every video is one shot."""
+    from the changes around it). No clip crosses a cut. None: only where time stamps start again."""
     pose: Literal["blazepose", "rtmlib"] = "blazepose"
     """Pose estimator. rtmlib (extra `rtmlib`): RTMW whole-body networks, which it fetches at its first use."""
     track_gpus: float = Field(default=0.0, ge=0)

@@ -144,7 +144,7 @@ def _named(dataset: shards.Dataset, split: str, clip: int):
     """What goes wrong with a clip inside is raised with its shard and its row there."""
     try:
         yield
-    except (video.VideoError, av.error.FFmpegError, OSError, ValueError) as error:
+    except (video.VideoError, av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         ends = _ends(dataset, split)
         file = int(np.searchsorted(ends, clip, side="right"))
         info = dataset.splits[split][file]

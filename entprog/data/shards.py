@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from entprog import files, masking
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
+from entprog.media import limits
 
 FORMAT = "entprog-shards-1"
 POINTS = 33
@@ -220,6 +221,7 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
     """Clips of one shard in the order asked for, reading only the row groups and columns needed.
 
     `pose` comes as a float32 array [frames, 33, 3], media as bytes. Page checksums are verified.
+    A row group that is larger in memory than `media.limits` allows is not read.
     Raises DamagedShardError naming the file and the row.
     """
     wanted = list(rows)
@@ -235,10 +237,10 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
                     raise IndexError(f"it has {starts[-1]} rows")
                 group = int(np.searchsorted(starts, at, side="right")) - 1
                 if group not in groups:
-                    groups[group] = file.read_row_group(group, columns=names)
+                    groups[group] = limits.rows(file, [group], names, limits.LIMITS)
                 out += _rows(groups[group].slice(at - starts[group], 1), names)
             return out
-    except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:
         reason = masking.one_line(error)
         told = f"damaged shard {path}, row {at}: {reason}"
         raise DamagedShardError(

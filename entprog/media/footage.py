@@ -56,10 +56,10 @@ def pictures(of: Footage, fps: float, size: tuple[int, int] | None = None, quick
         yield frame if size is None else video.scale(frame, size)
 
 
-def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Small pictures uint8 [height, width, 3] of the same frames, of the whole picture, not turned."""
+def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(part, small picture uint8 [height, width, 3]) of the same frames, of the whole picture, not turned."""
     if not of.frames_fps:
         yield from video.thumbnails(of.path, fps, size, of.limits)
         return
     for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits, size):
-        yield frame
+        yield 0, frame

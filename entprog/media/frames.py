@@ -61,7 +61,7 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
         told = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
         raise VideoError("too_long", f"{folder}: {told}")
     height, width = pictures.read(found[0], limits).shape[:2]
-    return VideoInfo(width, height, 0, own_fps, duration_s, len(found), "images")
+    return VideoInfo(width, height, own_fps, duration_s, len(found), "images")
 
 
 def iter_frames(

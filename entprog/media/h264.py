@@ -4,7 +4,9 @@ Everything here works with one thread, as `entprog.media.video`.
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -14,11 +16,16 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from entprog import files
-from entprog.media.video import BT709, EXACT, VideoError, decoded_frames, opened, to_rgb
+from entprog.media import showing
+from entprog.media.errors import VideoError
+from entprog.media.limits import LIMITS
+from entprog.media.showing import EXACT
+from entprog.media.video import BT709, decoded_frames, opened
 
 EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pixels, not of every second one
 CRF = 16
 """Quality (x264) of videos that are written to be looked at and measured."""
+_PADDING = 128  # FFmpeg counts whole macroblocks and aligned lines as pixels
 TUNE = "fastdecode"
 """x264's tuning of clips that are read once an epoch: no arithmetic coding and no deblocking, so they
 decode faster for some more bytes at the same quality."""
@@ -52,7 +59,8 @@ def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None =
     range), has fewer frames, or frames of another size than `out`.
     """
     planes = None
-    for i, frame, count in _clip(mp4, frames):
+    size = None if out is None else (out.shape[1] * 2 // 3, out.shape[2])
+    for i, frame, count in _clip(mp4, frames, size):
         height, width = frame.height, frame.width
         if planes is None:
             due = (count, height * 3 // 2, width)
@@ -73,25 +81,40 @@ def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None =
     return out
 
 
-def decode_rgb(mp4: bytes, frames: range | None = None) -> np.ndarray:
+def decode_rgb(mp4: bytes, frames: range | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
     """A clip as RGB by swscale: uint8 [F, H, W, 3]; what `color.yuv420_to_rgb` is checked against.
 
-    Raises VideoError as decode_yuv does.
+    size: (H, W) that are due, which bounds what a clip from outside can take. Raises VideoError as decode_yuv does.
     """
-    return np.stack([to_rgb(frame).to_ndarray() for _, frame, _ in _clip(mp4, frames)])
+    out = None
+    for i, frame, count in _clip(mp4, frames, size):
+        image = showing.pixels(frame)
+        out = np.empty((count, *(size or image.shape[:2]), 3), np.uint8) if out is None else out
+        if image.shape != out.shape[1:]:
+            raise VideoError("corrupt", f"it decodes to {image.shape} where {out.shape[1:]} is due")
+        out[i] = image
+    return out
 
 
-def _clip(mp4: bytes, wanted: range | None) -> Iterator[tuple[int, av.VideoFrame, int]]:
-    """(place in the result, frame, number of frames in all) of a clip that `encode` made."""
-    with opened(mp4) as (container, stream):
+def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Iterator[tuple[int, av.VideoFrame, int]]:
+    """(place in the result, frame, number of frames in all) of a clip that `encode` made.
+
+    size: height and width that are due; FFmpeg decodes no frame that is larger, but for the padding of its own.
+    """
+    pixels = LIMITS.max_pixels if size is None else (size[0] + _PADDING) * (size[1] + _PADDING)
+    limits = replace(LIMITS, max_pixels=pixels, max_gap_s=math.inf, max_duration_s=math.inf)
+    with opened(mp4, limits) as (container, stream):
         wanted = range(stream.frames) if wanted is None else wanted
+        if len(wanted) > len(mp4):
+            raise VideoError("corrupt", f"{len(mp4)} bytes cannot hold {len(wanted)} frames")
         given, rate = 0, float(stream.average_rate or 0)
         if wanted and wanted[0] and 0 < rate < 1e4:
             container.seek(round(wanted[0] / rate / float(stream.time_base)), stream=stream)  # key frame at or before
-        for time_s, frame in decoded_frames(mp4, container, stream):
+        for shown in decoded_frames(mp4, container, stream, limits, stream.start_time or 0):
+            frame = shown.frame
             if given == len(wanted):
                 return
-            if round(time_s * rate) != wanted[given]:
+            if round(shown.time_s * rate) != wanted[given]:
                 continue
             if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
                 raise VideoError(

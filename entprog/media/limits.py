@@ -39,17 +39,19 @@ class Limits:
     """Bytes in memory of an array or a table."""
 
 
+LIMITS = Limits()
+
+
 def of(prepare: Prepare) -> Limits:
     """The limits that settings give."""
     return Limits(**{name: getattr(prepare, name) for name in Limits.__dataclass_fields__})
 
 
-def array(path: Path, name: str | None = None, limits: Limits | None = None) -> np.ndarray:
+def array(path: Path, name: str | None = None, limits: Limits = LIMITS) -> np.ndarray:
     """The array of an .npy file, or with `name` that of an .npz file; never unpickled.
 
     Raises UserError if it is not there, is damaged, holds Python objects, or is larger than the limits allow.
     """
-    limits = limits or Limits()
     try:
         if name is None:
             with path.open("rb") as stream:
@@ -92,12 +94,11 @@ def _array(stream, size: int, limits: Limits) -> np.ndarray:
     return np.frombuffer(content, dtype).reshape(shape, order="F" if column_major else "C")
 
 
-def table(path: Path, columns: Sequence[str] | None = None, limits: Limits | None = None) -> pa.Table:
+def table(path: Path, columns: Sequence[str] | None = None, limits: Limits = LIMITS) -> pa.Table:
     """A Parquet file's rows, or some of its columns. Read in pieces, as its encodings repeat a value for nothing.
 
     Raises UserError if it is no Parquet file, lacks a column, or is larger than the limits allow.
     """
-    limits = limits or Limits()
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return rows(file, range(file.num_row_groups), columns, limits)
@@ -112,13 +113,12 @@ def table(path: Path, columns: Sequence[str] | None = None, limits: Limits | Non
 
 
 def rows(
-    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None = None, limits: Limits | None = None
+    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None = None, limits: Limits = LIMITS
 ) -> pa.Table:
     """The rows of some row groups of an open Parquet file, or some of their columns.
 
     Raises UserError if they are larger than the limits allow.
     """
-    limits = limits or Limits()
     known = [file.metadata.row_group(group) for group in groups]
     chunks = [part.column(i) for part in known for i in range(part.num_columns)]
     sizes = [c.total_uncompressed_size for c in chunks if columns is None or c.path_in_schema.split(".")[0] in columns]

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from entprog.masking import one_line
-from entprog.media.limits import Limits
-from entprog.media.video import VideoError
+from entprog.media.errors import VideoError
+from entprog.media.limits import LIMITS, Limits
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What Pillow may take a file for. Others of its plugins start programs (EPS) or are hardly tried by anyone."""
@@ -19,14 +19,13 @@ _BYTES_PER_PIXEL = 16
 """No honest file is larger than its pixels at 4 channels of 32 bits."""
 
 
-def read(source: Path | bytes, limits: Limits | None = None) -> np.ndarray:
+def read(source: Path | bytes, limits: Limits = LIMITS) -> np.ndarray:
     """A picture as people see it: uint8 RGB [H, W, 3]; the first one of several.
 
     Turned as its EXIF orientation says, laid over BACKGROUND where it is transparent, 16-bit grey scaled to 8 bits.
     Raises VideoError: `unreadable` (no such file, not permitted), `too_large` (over the limits), `corrupt` (no picture
     of FORMATS, damaged, or of numbers whose white is not known).
     """
-    limits = limits or Limits()
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -36,7 +35,7 @@ def read(source: Path | bytes, limits: Limits | None = None) -> np.ndarray:
             if image.width * image.height > limits.max_pixels:
                 told = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
                 raise VideoError("too_large", f"{name}: {told}")
-            return np.asarray(_opaque(ImageOps.exif_transpose(_eight_bits(image))))
+            return np.asarray(opaque(ImageOps.exif_transpose(_eight_bits(image))))
     except VideoError:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -63,7 +62,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
     """RGB, over BACKGROUND where it is transparent: the colours under full transparency are anything."""
     if not image.has_transparency_data:
         return image.convert("RGB")

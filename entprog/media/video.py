@@ -4,26 +4,33 @@ Everything here decodes with one thread: who runs many at once (Ray) decides how
 """
 
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.format import Flags
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
 from PIL import Image
 
-from entprog.media.limits import Limits
+from entprog.media import showing
+from entprog.media.errors import REASONS, VideoError
+from entprog.media.limits import LIMITS, Limits
+from entprog.media.showing import EXACT, Shown
+
+__all__ = ["REASONS", "VideoError"]
 
 Source = str | Path | bytes
 """A video file's path, or its bytes."""
 
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels of the upright (rotated) frame, inside it."""
-
-REASONS = ("empty", "unreadable", "corrupt", "no_video_stream", "no_frames", "too_large", "too_long")
 
 FORMATS = (
     "mov,matroska,webm,avi,flv,asf,asf_o,gif,ogg,rm,mxf,dv,nut,ivf,obu,mpeg,mpegts,mpegvideo,m4v,"
@@ -32,23 +39,10 @@ FORMATS = (
 """Containers that are opened (and plain sound, so that it is told from damage). Playlists (HLS, concat) are not among
 them: their name would be a video's, and what they show another file of the machine."""
 
-# Linear chroma interpolation, exact rounding: without ACCURATE_RND and FULL_CHR_H_INT swscale takes a faster path that
-# repeats chroma samples and is off by up to 3 levels.
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-
 BT709 = 1  # ITU-T H.273 code, the same for matrix, primaries and transfer
-UNSPECIFIED = 2
 
-
-class VideoError(Exception):
-    """A video that cannot be read. `reason` is one of REASONS, the message says the rest in one line."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self):  # picklable: it crosses Ray's process borders
-        return VideoError, (self.reason, str(self))
+_SAME_TIME_S = 0.25
+"""Time stamps that go back by less are of frames out of order, by more of a video that starts again."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +50,9 @@ class VideoInfo:
     """What a video's header says, plus its first frame."""
 
     width: int
-    """Pixels after rotation."""
+    """Of the upright picture in square pixels, as every frame is given."""
     height: int
-    """Pixels after rotation."""
-    rotation_deg: int
-    """Clockwise turn that makes a stored frame upright: 0, 90, 180 or 270; already applied to every frame we give."""
+    """The same."""
     fps: float
     """Average frames per second; 0 if the header does not say."""
     duration_s: float
@@ -71,26 +63,26 @@ class VideoInfo:
     """FFmpeg's name of the codec: h264, vp9, …"""
 
 
-def probe(source: Source, limits: Limits | None = None) -> VideoInfo:
+def probe(source: Source, limits: Limits = LIMITS) -> VideoInfo:
     """Open a video and decode its first frame.
 
     Raises VideoError: `empty` (no bytes), `unreadable` (no such file, not permitted), `corrupt` (not a video file, or
-    its first frame cannot be decoded), `no_video_stream`, `no_frames`, `too_large` and `too_long` (over the limits).
+    its first frame cannot be decoded), `unsupported` (it cannot be shown rightly), `no_video_stream`, `no_frames`,
+    `too_large` and `too_long` (over the limits).
     """
     with opened(source, limits) as (container, stream):
-        _, frame = next(decoded_frames(source, container, stream))
-        rotation = _rotation(frame)
-        width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
+        first = next(decoded_frames(source, container, stream, limits))
+        with _named(source):
+            width, height = showing.size(first)
         if stream.duration is not None:
             duration_s = float(stream.duration * stream.time_base)
         else:
             duration_s = (container.duration or 0) / av.time_base
-        if limits and duration_s > limits.max_duration_s:
+        if duration_s > limits.max_duration_s:
             raise _too_long(source, duration_s, limits)
         return VideoInfo(
             width=width,
             height=height,
-            rotation_deg=rotation,
             fps=float(stream.average_rate or stream.guessed_rate or 0),
             duration_s=duration_s,
             frames=stream.frames or None,
@@ -111,43 +103,52 @@ def iter_frames(
     crop: Box | None = None,
     size: tuple[int, int] | None = None,
     quick: bool = False,
-    limits: Limits | None = None,
+    limits: Limits = LIMITS,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (time_s, RGB uint8 [H, W, 3]) one at a time.
 
     fps None: every frame between start_s and end_s with its own time. Otherwise the frame nearest to each
     start_s + i / fps, with that time, as long as it is before end_s (None: the video's end). Times count from the
-    first frame. `crop` is cut out of the upright frame, then scaled to `size` (height, width). quick: colours within
-    3 levels and chroma not interpolated, 8 ms sooner a 1080p frame: for frames that are analysed, not kept.
+    first frame; where time stamps start again they go on. `crop` is cut out of the upright picture in square pixels,
+    then scaled to `size` (height, width). quick: colours within 3 levels and chroma not interpolated, 8 ms sooner a
+    1080p frame: for frames that are analysed, not kept.
 
     Raises VideoError, after yielding what could be decoded if the file breaks in the middle.
     """
     end_s = float("inf") if end_s is None else end_s
     if fps is None:
-        for time_s, frame in _decoded(source, start_s, limits):
-            if time_s >= end_s:
+        for shown in _decoded(source, start_s, limits):
+            if shown.time_s >= end_s:
                 return
-            if time_s >= start_s:
-                yield time_s, _rgb(frame, crop, size, quick)
+            if shown.time_s >= start_s:
+                yield shown.time_s, _rgb(source, shown, crop, size, quick)
         return
     wanted = _until(end_s, start_s, fps)
-    for want, _, frame in _nearest(_decoded(source, start_s, limits), wanted, hold_last=False):
-        yield want, _rgb(frame, crop, size, quick)
+    for want, shown in _nearest(_decoded(source, start_s, limits), wanted, hold_last=False):
+        yield want, _rgb(source, shown, crop, size, quick)
 
 
-def thumbnails(source: Source, fps: float, size: tuple[int, int], limits: Limits | None = None) -> Iterator[np.ndarray]:
-    """Small pictures of the frames that `iter_frames` gives, as they are stored (not turned): uint8 [height, width, 3].
+def thumbnails(
+    source: Source, fps: float, size: tuple[int, int], limits: Limits = LIMITS
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Small pictures of the frames that `iter_frames` gives, as they are stored (not turned, pixels not squared):
+    (part, uint8 [height, width, 3]), where the part goes up by one when time stamps start again.
 
     Scaled before they are converted: a tenth of the time of a whole frame.
     """
     height, width = size
     before, small = None, None
-    for _, time_s, frame in _nearest(_decoded(source, 0.0, limits), _until(float("inf"), 0.0, fps), hold_last=False):
-        if time_s != before:
-            before = time_s
-            scaled = frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA, threads=1)
-            small = scaled.to_ndarray()
-        yield small
+    for _, shown in _nearest(_decoded(source, 0.0, limits), _until(float("inf"), 0.0, fps), hold_last=False):
+        if shown.time_s != before:
+            before = shown.time_s
+            if showing.is_plain(shown.frame):
+                scaled = shown.frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA, threads=1)
+                small = scaled.to_ndarray()
+            else:
+                scaled = shown.frame.reformat(width, height, interpolation=Interpolation.AREA, threads=1)
+                with _named(source):
+                    small = showing.pixels(scaled, Interpolation.BILINEAR)
+        yield shown.part, small
 
 
 def read_frames(
@@ -155,6 +156,7 @@ def read_frames(
     times_s: Sequence[float] | np.ndarray,
     crop: Box | None = None,
     size: tuple[int, int] | None = None,
+    limits: Limits = LIMITS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The frame nearest to each wanted time: (uint8 RGB [F, H, W, 3], float64 [F] the frames' own times).
 
@@ -167,9 +169,9 @@ def read_frames(
         raise ValueError(f"times_s must be ascending and not empty, given {times_s[:5]}")
     own: list[float] = []
     images: list[np.ndarray] = []
-    for _, time_s, frame in _nearest(_decoded(source, times_s[0]), iter(times_s), hold_last=True):
-        images.append(images[-1] if own and own[-1] == time_s else _rgb(frame, crop, size))
-        own.append(time_s)
+    for _, shown in _nearest(_decoded(source, times_s[0], limits), iter(times_s), hold_last=True):
+        images.append(images[-1] if own and own[-1] == shown.time_s else _rgb(source, shown, crop, size))
+        own.append(shown.time_s)
     return np.stack(images), np.array(own)
 
 
@@ -189,9 +191,20 @@ def _name(source: Source) -> str:
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
+@contextmanager
+def _named(source: Source):
+    """What is wrong with a frame is raised with its source's name."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(error.reason, f"{_name(source)}: {error}") from None
+
+
 def _error(source: Source, error: Exception) -> VideoError:
-    missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return VideoError("too_large", f"{_name(source)}: not enough memory for it")
+    missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     if isinstance(error, av.error.ArgumentError):  # FFmpeg's answer to both; its own words go to its log
         text = "no kind of video that is read, or larger than is read"
     return VideoError("unreadable" if missing else "corrupt", f"{_name(source)}: {' '.join(text.split())}")
@@ -203,8 +216,8 @@ def _too_long(source: Source, seconds: float, limits: Limits) -> VideoError:
 
 
 @contextmanager
-def opened(source: Source, limits: Limits | None = None):
-    """(container, first video stream); PyAV's errors inside become VideoError."""
+def opened(source: Source, limits: Limits = LIMITS):
+    """(container, the video stream that FFmpeg thinks best); PyAV's errors inside become VideoError."""
     try:
         if isinstance(source, bytes):
             size, file = len(source), io.BytesIO(source)
@@ -214,140 +227,169 @@ def opened(source: Source, limits: Limits | None = None):
         if size == 0:
             raise VideoError("empty", f"{_name(source)}: no bytes")
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        pixels = {"max_pixels": str(limits.max_pixels)} if limits else {}  # FFmpeg's own check, also in mid-stream
+        pixels = {"max_pixels": str(limits.max_pixels)}  # FFmpeg's own check, also in mid-stream
         with av.open(file, metadata_errors="replace", options=options | pixels) as container:
-            if not container.streams.video:
+            stream = _best(container)
+            if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
                 raise VideoError("no_video_stream", f"{_name(source)}: no video stream")
-            stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise VideoError("corrupt", f"{_name(source)}: its video has no codec that FFmpeg knows")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = pixels
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if limits and width * height > limits.max_pixels:
+            width, height = showing.square(stream.codec_context.width, stream.codec_context.height, _aspect(stream))
+            if width * height > limits.max_pixels:
                 told = f"frames of {width}x{height}, more than {limits.max_pixels} pixels are not decoded"
                 raise VideoError("too_large", f"{_name(source)}: {told}")
             yield container, stream
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, MemoryError) as error:
         raise _error(source, error) from None
 
 
-def decoded_frames(source: Source, container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Decode from where the container stands: (seconds from the stream's start, frame), ascending; at least one."""
-    start, numerator, denominator = stream.start_time or 0, stream.time_base.numerator, stream.time_base.denominator
+def _best(container):
+    """The video stream that FFmpeg thinks best, but none of a single picture where another one moves; None: none."""
+    best = container.streams.best("video")
+    moving = [s for s in container.streams.video if s.frames != 1 and s.codec_context is not None]
+    if not moving or best.index in {stream.index for stream in moving}:
+        return best
+    return max(moving, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+
+
+def _aspect(stream) -> Fraction:
+    """Width by height of a pixel; 1 if the file does not say."""
+    given = stream.sample_aspect_ratio
+    return Fraction(given) if given else Fraction(1)
+
+
+def decoded_frames(
+    source: Source, container, stream, limits: Limits = LIMITS, start: int | None = None
+) -> Iterator[Shown]:
+    """Decode from where the container stands: frames with ascending times, at least one.
+
+    Begins with the first key frame: what lies before it cannot be decoded rightly. start: time stamp of the video's
+    first frame; None: this is it. Where time stamps start again, or leap in a container of broadcasts, the next key
+    frame begins another part, at the time that follows.
+
+    Raises VideoError: `corrupt` for damage and for a frame that stands for longer than `max_gap_s` (two frames a year
+    apart are a video of a year), `too_long` over the other limits, `no_frames`.
+    """
+    numerator, denominator = stream.time_base.numerator, stream.time_base.denominator
     step_s = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-    last_s = None
+    leaps = bool(container.format.flags & Flags.ts_discont.value)
+    aspect, began_s = _aspect(stream), time.monotonic()
+    last_s, part, count, waiting = None, 0, 0, True
     for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise VideoError("corrupt", f"{_name(source)}: the file ends in the middle of a frame")
-        for frame in packet.decode():
+        if packet.is_corrupt and (packet.is_keyframe or not waiting):
+            raise VideoError("corrupt", f"{_name(source)}: damaged or cut off after {last_s or 0:.2f} s")
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            if packet.is_keyframe or not waiting:
+                raise
+            continue
+        for frame in frames:
+            count += 1
+            if count > limits.max_frames:
+                raise VideoError("too_long", f"{_name(source)}: more than {limits.max_frames} frames are not decoded")
+            if time.monotonic() - began_s > limits.max_work_s:
+                raise VideoError("too_long", f"{_name(source)}: not decoded within {limits.max_work_s:g} s")
+            # Not every decoder says it of its frames; packets come out as frames at once where there are no B-frames.
+            is_key = frame.key_frame or (packet.is_keyframe and not stream.codec_context.has_b_frames)
+            if waiting and not is_key:
+                continue
             if frame.is_corrupt:  # the decoder painted over what it could not read
                 raise VideoError("corrupt", f"{_name(source)}: damaged after {last_s or 0:.2f} s")
-            if frame.pts is not None:
-                time_s = (frame.pts - start) * numerator / denominator  # as Fraction would, in a tenth of its time
-            else:
+            if frame.pts is None:
                 time_s = 0.0 if last_s is None else last_s + step_s
-            if last_s is None or time_s > last_s:
-                last_s = time_s
-                yield time_s, frame
+            else:
+                start = frame.pts if start is None else start
+                time_s = (frame.pts - start) * numerator / denominator  # as Fraction would, in a tenth of its time
+                leap_s = 0.0 if last_s is None else time_s - last_s
+                if leap_s < -_SAME_TIME_S or (leaps and leap_s > limits.max_gap_s):
+                    waiting = not is_key
+                    if waiting:
+                        continue
+                    part += 1
+                    start = frame.pts - round((last_s + step_s) * denominator / numerator)
+                    time_s = (frame.pts - start) * numerator / denominator
+            waiting = False
+            if last_s is not None and time_s <= last_s:
+                continue
+            duration_s = (frame.duration or 0) * numerator / denominator
+            stands_s = max(duration_s, 0.0 if last_s is None else time_s - last_s)
+            if stands_s > limits.max_gap_s:
+                told = f"a frame stands still for {stands_s:.1f} s near {last_s or 0:.2f} s"
+                raise VideoError("corrupt", f"{_name(source)}: {told}")
+            if time_s > limits.max_duration_s:
+                raise _too_long(source, time_s, limits)
+            last_s = time_s
+            yield Shown(time_s, duration_s, frame, part, aspect)
     if last_s is None:
-        raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream")
+        raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream, or no key frame")
 
 
-def _decoded(source: Source, from_s: float, limits: Limits | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames from a key frame at or before `from_s` to the end.
-
-    With limits a frame that would stand for too long is `corrupt`: two frames a year apart are a video of a year.
-    """
-    if limits is None:
-        yield from _from_key_frame(source, from_s, None)
-        return
-    before_s = None
-    for time_s, frame in _from_key_frame(source, from_s, limits):
-        gap_s = time_s - (time_s if before_s is None else before_s)
-        gap_s = max(gap_s, float((frame.duration or 0) * frame.time_base))
-        if gap_s > limits.max_gap_s:
-            told = f"a frame stands still for {gap_s:.1f} s near {before_s or time_s:.2f} s"
-            raise VideoError("corrupt", f"{_name(source)}: {told}")
-        if time_s > limits.max_duration_s:
-            raise _too_long(source, time_s, limits)
-        before_s = time_s
-        yield time_s, frame
-
-
-def _from_key_frame(source: Source, from_s: float, limits: Limits | None) -> Iterator[tuple[float, av.VideoFrame]]:
+def _decoded(source: Source, from_s: float, limits: Limits) -> Iterator[Shown]:
+    """Whole frames from a key frame at or before `from_s` to the end."""
     with opened(source, limits) as (container, stream):
-        ahead = None
-        if from_s > 0.5 and stream.start_time is not None:
-            container.seek(int(from_s / stream.time_base) + stream.start_time, stream=stream)
-            decoded = decoded_frames(source, container, stream)
-            with suppress(VideoError):  # nothing to decode there: from the start, then
-                ahead = next(decoded)
-            if ahead is None or ahead[0] > from_s:  # the index may count in decoding, not presentation, times
-                container.seek(stream.start_time, stream=stream)
-                ahead = None
-        if ahead is None:
-            yield from decoded_frames(source, container, stream)
-        else:
-            yield from chain([ahead], decoded)
+        yield from showing.deinterlaced(_from_key_frame(source, container, stream, from_s, limits))
+
+
+def _from_key_frame(source: Source, container, stream, from_s: float, limits: Limits) -> Iterator[Shown]:
+    if from_s <= 0.5 or container.format.flags & Flags.ts_discont.value:  # the same time stamp may stand there twice
+        yield from decoded_frames(source, container, stream, limits)
+        return
+    start = next(decoded_frames(source, container, stream, limits)).frame.pts
+    ahead = None
+    if start is not None:
+        container.seek(int(from_s / stream.time_base) + start, stream=stream)
+        decoded = decoded_frames(source, container, stream, limits, start)
+        with suppress(VideoError):  # nothing to decode there: from the start, then
+            ahead = next(decoded)
+    if ahead is not None and ahead.time_s <= from_s:
+        yield from chain([ahead], decoded)
+        return
+    # the index may count in decoding, not presentation, times
+    container.seek(stream.start_time or 0, stream=stream)
+    yield from decoded_frames(source, container, stream, limits)
 
 
 def _until(end_s: float, start_s: float, fps: float) -> Iterator[float]:
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"frames per second must be a positive number, given {fps}")
     i = 0
     while (time_s := start_s + i / fps) < end_s:
         yield time_s
         i += 1
 
 
-def _nearest(
-    decoded: Iterator[tuple[float, av.VideoFrame]], wanted: Iterator[float], hold_last: bool
-) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """(wanted time, frame's time, frame) for each wanted time, both ascending. The last frame stands for its duration,
-    or with hold_last for ever.
+def _nearest(decoded: Iterator[Shown], wanted: Iterator[float], hold_last: bool) -> Iterator[tuple[float, Shown]]:
+    """(wanted time, frame) for each wanted time, both ascending. The last frame stands for its duration, or with
+    hold_last for ever.
     """
     want = next(wanted, None)
     before = None
-    for time_s, frame in decoded:
-        while want is not None and want <= time_s:
-            if before is not None and want - before[0] <= time_s - want:
-                yield want, *before
-            else:
-                yield want, time_s, frame
+    for shown in decoded:
+        while want is not None and want <= shown.time_s:
+            nearer = before is not None and want - before.time_s <= shown.time_s - want
+            yield want, before if nearer else shown
             want = next(wanted, None)
         if want is None:
             return
-        before = time_s, frame
-    last_s, frame = before
-    end_s = float("inf") if hold_last else last_s + float((frame.duration or 0) * frame.time_base)
+        before = shown
+    end_s = float("inf") if hold_last else before.time_s + before.duration_s
     while want is not None and want < end_s:
-        yield want, last_s, frame
+        yield want, before
         want = next(wanted, None)
 
 
-def _rotation(frame: av.VideoFrame) -> int:
-    """Clockwise degrees to upright, in quarter turns. PyAV gives the display matrix's counter-clockwise angle."""
-    return round(-frame.rotation / 90) % 4 * 90
-
-
-def to_rgb(frame: av.VideoFrame, flags: Interpolation = EXACT) -> av.VideoFrame:
-    """To RGB with the frame's own matrix; untagged video is BT.709 from 720 lines up, else BT.601, as players do."""
-    matrix = None
-    if frame.colorspace == UNSPECIFIED:
-        matrix = Colorspace.ITU709 if min(frame.width, frame.height) >= 720 else Colorspace.ITU601
-    return frame.reformat(
-        format="rgb24", src_colorspace=matrix, dst_color_range=ColorRange.JPEG, interpolation=flags, threads=1
-    )
-
-
-def _rgb(frame: av.VideoFrame, crop: Box | None, size: tuple[int, int] | None, quick: bool = False) -> np.ndarray:
-    turns = _rotation(frame) // 90
-    full = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
-    left, top, width, height = crop or (0, 0, *full)
-    if min(left, top) < 0 or left + width > full[0] or top + height > full[1]:
-        raise ValueError(f"crop {crop} is not inside the {full[0]}x{full[1]} frame")
-    if size is not None and height >= 2 * size[0] and width >= 2 * size[1]:
-        quick = True  # the scaling averages over each chroma sample anyway
-    image = to_rgb(frame, Interpolation.BILINEAR if quick else EXACT).to_ndarray()
-    image = np.rot90(image, -turns)[top : top + height, left : left + width]
-    image = np.ascontiguousarray(image)
+def _rgb(source: Source, shown: Shown, crop: Box | None, size: tuple[int, int] | None, quick: bool = False):
+    """The picture, or its `crop`, at `size`: uint8 RGB [H, W, 3]."""
+    with _named(source):
+        full = showing.size(shown)
+        left, top, width, height = crop or (0, 0, *full)
+        if min(left, top) < 0 or left + width > full[0] or top + height > full[1]:
+            raise ValueError(f"crop {crop} is not inside the {full[0]}x{full[1]} frame")
+        if size is not None and height >= 2 * size[0] and width >= 2 * size[1]:
+            quick = True  # the scaling averages over each chroma sample anyway
+        image = showing.rgb(shown, Interpolation.BILINEAR if quick else EXACT)
+    image = np.ascontiguousarray(image[top : top + height, left : left + width])
     return image if size is None else scale(image, size)

@@ -113,9 +113,6 @@ def _sha256(source: Footage, heard) -> str:
 
 
 def _cut_shots(row: Row, settings: Preparation, heard) -> Row:
-    least = settings.prepare.shot_change
-    if least is None:
-        return row
     with opened(row, settings, heard) as source:
         change = shots.changes(heard(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
-    return {**row, "cuts": np.array(shots.cuts(change, least), np.int32).tobytes()}
+    return {**row, "cuts": np.array(shots.cuts(change, settings.prepare.shot_change), np.int32).tobytes()}

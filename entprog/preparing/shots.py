@@ -2,7 +2,7 @@
 
 A cut changes the whole picture between two frames: by much, and by far more than the frames around it change, which
 tells it from a fast dance or a shaking camera. (PySceneDetect's adaptive detector rests on the same two thoughts.)
-Slow dissolves are not found.
+Slow dissolves are not found. Where a file's time stamps start again there is a cut, whatever it shows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,25 +18,26 @@ STANDS_OUT = 3.0
 """Times the median change around it."""
 
 
-def changes(pictures: Iterable[np.ndarray]) -> np.ndarray:
-    """Mean absolute change between neighbouring pictures uint8 [H, W, 3], in levels: float32 [T - 1]."""
-    out, before = [], None
-    for picture in pictures:
+def changes(pictures: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Mean absolute change between neighbouring pictures (part, uint8 [H, W, 3]), in levels: float32 [T - 1].
+
+    Infinite between pictures of two parts (`video.thumbnails`).
+    """
+    out, before, last = [], None, 0
+    for part, picture in pictures:
         now = picture.astype(np.int16)
         if before is not None:
-            out.append(np.abs(now - before).mean())
-        before = now
+            out.append(np.abs(now - before).mean() if part == last else np.inf)
+        before, last = now, part
     return np.array(out, np.float32)
 
 
 def cuts(change: np.ndarray, least: float | None) -> list[int]:
-    """First frames of new shots. `change[i]` lies between frames i and i + 1; None: no cuts."""
-    if least is None:
-        return []
+    """First frames of new shots. `change[i]` lies between frames i and i + 1; None: only infinite ones are cuts."""
     found = []
-    for i in np.flatnonzero(change >= least):
+    for i in np.flatnonzero(change >= (np.inf if least is None else least)):
         around = np.concatenate([change[max(0, i - AROUND) : i], change[i + 1 : i + 1 + AROUND]])
-        if not len(around) or change[i] >= STANDS_OUT * np.median(around):
+        if not len(around) or np.isinf(change[i]) or change[i] >= STANDS_OUT * np.median(around):
             found.append(int(i) + 1)
     return found
 

@@ -20,6 +20,7 @@ REASONS = {
     "empty": "no bytes in it",
     "unreadable": "it cannot be opened",
     "corrupt": "it is damaged, or no video",
+    "unsupported": "its colours, or the way it is turned, cannot be shown rightly",
     "no_video_stream": "no picture in it",
     "no_frames": "no frame in it",
     "too_large": "more bytes, or more pixels in a frame, than are read",

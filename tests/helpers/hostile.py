@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from PIL import Image
 
 from entprog import names as texts
@@ -37,27 +38,60 @@ def in_a_thread(make: Callable[..., bytes], *args, **options) -> bytes:
 
 
 def encoded(
-    frames: list[np.ndarray],
+    frames: list[np.ndarray] | list[av.VideoFrame],
     codec: str,
     container: str,
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
     times: list[int] | None = None,
+    aspect: Fraction | None = None,
+    interlaced: bool = False,
+    fps: int = FPS,
 ) -> bytes:
-    """Frames by any encoder in any container. `times`: presentation times in 1/FPS s, for a variable frame rate."""
+    """Frames by any encoder in any container. `times`: presentation times in 1/fps s, for a variable frame rate;
+    `aspect`: width by height of a pixel. Frames of `wide` keep their colours.
+    """
     out = io.BytesIO()
     with av.open(out, "w", format=container, options={"fflags": "+bitexact"}) as file:
-        stream = file.add_stream(codec, rate=FPS)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pixels
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = options or {}
-        for i, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixels)
-            frame.pts, frame.time_base = (times or range(len(frames)))[i], Fraction(1, FPS)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
+        stream = file.add_stream(codec, rate=fps)
+        put(file, stream, frames, pixels, options, times, aspect, interlaced, fps)
     return out.getvalue()
+
+
+def put(
+    file,
+    stream,
+    frames: list[np.ndarray] | list[av.VideoFrame],
+    pixels: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    times: list[int] | None = None,
+    aspect: Fraction | None = None,
+    interlaced: bool = False,
+    fps: int = FPS,
+) -> None:
+    """Encode frames into a stream of an open file, as `encoded` does."""
+    first, context = frames[0], stream.codec_context
+    colours = isinstance(first, av.VideoFrame)
+    if not context.is_open:
+        stream.height, stream.width = (first.height, first.width) if colours else first.shape[:2]
+        stream.pix_fmt = pixels
+        context.thread_count = 1
+        context.options = context.options | (options or {})
+    if aspect is not None:
+        context.sample_aspect_ratio = stream.sample_aspect_ratio = aspect
+    if interlaced:
+        context.flags |= Flags.interlaced_dct | Flags.interlaced_me
+    if colours:
+        context.colorspace, context.color_trc = first.colorspace, first.color_trc
+        context.color_primaries, context.color_range = first.color_primaries, first.color_range
+    for i, image in enumerate(frames):
+        if colours:
+            frame = image
+        else:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixels)
+        frame.pts, frame.time_base = (times or range(len(frames)))[i], Fraction(1, fps)
+        file.mux(stream.encode(frame))
+    file.mux(stream.encode(None))
 
 
 def sound(container: str = "mp4") -> bytes:
@@ -78,10 +112,91 @@ def patched(mp4: bytes, box: bytes, offset: int, value: bytes) -> bytes:
     return mp4[:at] + value + mp4[at + len(value) :]
 
 
-def turned(mp4: bytes) -> bytes:
-    """The same video, marked as a quarter turn from upright: the matrix of its track header."""
-    quarter = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    return patched(mp4, b"tkhd", 40, quarter)
+TURNS = {
+    "upright": (1, 0, 0, 1),
+    "mirrored": (-1, 0, 0, 1),
+    "half-turn": (-1, 0, 0, -1),
+    "upside-down": (1, 0, 0, -1),
+    "transposed": (0, 1, 1, 0),
+    "quarter-turn": (0, 1, -1, 0),
+    "transversed": (0, -1, -1, 0),
+    "three-quarters": (0, -1, 1, 0),
+}
+"""Display matrices a, b, c, d (x' = ax + cy, y' = bx + dy, y down) of a stored picture that is ... to be upright."""
+
+
+def turned(mp4: bytes, turn: str = "quarter-turn") -> bytes:
+    """The same video with another matrix in its track header (mp4 and mov)."""
+    a, b, c, d = (round(value * (1 << 16)) for value in (TURNS | {"slanted": (0.8, 0.6, -0.6, 0.8)})[turn])
+    return patched(mp4, b"tkhd", 40, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
+
+
+def laid(image: np.ndarray, turn: str) -> np.ndarray:
+    """How a camera that notes `turn` has stored an upright picture."""
+    a, b, c, d = TURNS[turn]
+    if a == d == 0:  # x' = cy, y' = bx
+        image = image[::-1] if b < 0 else image
+        image = image[:, ::-1] if c < 0 else image
+        return np.ascontiguousarray(image.transpose(1, 0, 2))
+    return np.ascontiguousarray(image[:: d or 1, :: a or 1])
+
+
+def woven(frames: list[np.ndarray], top_first: bool = True) -> list[np.ndarray]:
+    """Interlaced: every two moments become the two fields of one frame."""
+    out = []
+    for first, second in zip(frames[::2], frames[1::2], strict=False):
+        whole = (first if top_first else second).copy()
+        whole[1::2] = (second if top_first else first)[1::2]
+        out.append(whole)
+    return out
+
+
+def joined(first: bytes, second: bytes) -> bytes:
+    """Two transport streams after each other whose packet counters go on, while their time stamps start again."""
+    counts, out = {}, bytearray(first + second)
+    for at in range(0, len(out), 188):
+        pid = int.from_bytes(out[at + 1 : at + 3], "big") & 0x1FFF
+        if out[at + 3] & 0x10:  # it has a payload
+            counts[pid] = (counts.get(pid, -1) + 1) & 15
+            out[at + 3] = (out[at + 3] & 0xF0) | counts[pid]
+    return bytes(out)
+
+
+TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+"""Linear BT.709 to linear BT.2020 (ITU-R BT.2087)."""
+TRANSFERS = {"pq": 16, "hlg": 18, "bt2020": 14}
+WHITE_NITS = 203
+"""Of an ordinary picture inside HDR (ITU-R BT.2408)."""
+
+
+def wide(image: np.ndarray, transfer: str) -> av.VideoFrame:
+    """An ordinary picture (uint8 RGB, even sizes) in BT.2020 colours with one of TRANSFERS: yuv420p10le."""
+    light = (image / 255.0) ** 2.4 @ TO_BT2020.T
+    signal = {"pq": _pq, "hlg": _hlg, "bt2020": lambda of: of ** (1 / 2.4)}[transfer](light)
+    luma = signal @ (0.2627, 0.6780, 0.0593)
+    blue, red = (signal[..., 2] - luma) / 1.8814, (signal[..., 0] - luma) / 1.4746
+    halved = [plane.reshape(len(plane) // 2, 2, -1, 2).mean((1, 3)) for plane in (blue, red)]
+    frame = av.VideoFrame(image.shape[1], image.shape[0], "yuv420p10le")
+    for plane, value in zip(frame.planes, (64 + 876 * luma, *(512 + 896 * half for half in halved)), strict=True):
+        lines = np.zeros((plane.height, plane.line_size // 2), np.uint16)
+        lines[:, : plane.width] = value.round()
+        plane.update(lines.tobytes())
+    frame.colorspace, frame.color_trc, frame.color_primaries, frame.color_range = 9, TRANSFERS[transfer], 9, 1
+    return frame
+
+
+def _pq(light: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084."""
+    powered = (light * WHITE_NITS / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * powered) / (1 + 18.6875 * powered)) ** 78.84375
+
+
+def _hlg(light: np.ndarray) -> np.ndarray:
+    """ITU-R BT.2100 on a screen of 1000 cd/m2."""
+    shown = light * WHITE_NITS / 1000
+    scene = shown / np.maximum((shown @ (0.2627, 0.6780, 0.0593)) ** (0.2 / 1.2), 1e-6)[..., None]
+    high = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-6)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)
 
 
 def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
@@ -95,11 +210,11 @@ def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
         "key-frames.mp4": encoded(frames, "libx264", "mp4", options=x264 | {"g": "1"}),
         "10-bit.mp4": encoded(frames, "libx264", "mp4", "yuv420p10le", x264),
         "4-4-4.mp4": encoded(frames, "libx264", "mp4", "yuv444p", x264),
-        "fragments.mp4": _remuxed(plain, "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
-        "quicktime.mov": _remuxed(plain, "mov", {}),
-        "stream.ts": _remuxed(plain, "mpegts", {}),
-        "matroska.mkv": _remuxed(plain, "matroska", {}),
-        "flash.flv": _remuxed(plain, "flv", {}),
+        "fragments.mp4": remuxed(plain, "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+        "quicktime.mov": remuxed(plain, "mov", {}),
+        "stream.ts": remuxed(plain, "mpegts", {}),
+        "matroska.mkv": remuxed(plain, "matroska", {}),
+        "flash.flv": remuxed(plain, "flv", {}),
         "rotated.mp4": turned(encoded(wide, "libx264", "mp4", options=x264)),
         "odd.mkv": encoded([frame[:479, :271] for frame in frames], "ffv1", "matroska", "yuv444p"),
         "hevc.mp4": encoded(
@@ -120,13 +235,65 @@ def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
     }
 
 
-def _remuxed(mp4: bytes, container: str, options: dict[str, str]) -> bytes:
+def shown(frames: list[np.ndarray]) -> dict[str, bytes]:
+    """Sound sources that must not be taken as they are stored, by name: they show a person upright, and are kept."""
+    x264 = {"crf": "20", "preset": "veryfast"}
+    out = {}
+    for turn in TURNS:
+        if turn != "upright":
+            stored = encoded([laid(frame, turn) for frame in frames], "libx264", "mp4", options=x264)
+            out[f"{turn}.mp4"] = turned(stored, turn)
+    mpeg4 = encoded([laid(frame, "mirrored") for frame in frames], "mpeg4", "mov", options={"b": "3M"})
+    narrow = [np.ascontiguousarray(frame[:, ::2]) for frame in frames]
+    low = [np.ascontiguousarray(frame[::2]) for frame in frames]
+    fields = woven([frame for frame in frames for _ in range(2)])
+    ts = [remuxed(encoded(some, "libx264", "mp4", options=x264), "mpegts", {}) for some in (frames, frames[::-1])]
+    return out | {
+        "mirrored.mov": turned(mpeg4, "mirrored"),
+        "narrow-pixels.mp4": encoded(narrow, "libx264", "mp4", options=x264, aspect=Fraction(2)),
+        "narrow-pixels.ts": encoded(narrow, "mpeg4", "mpegts", options={"b": "3M"}, aspect=Fraction(2)),
+        "low-pixels.mkv": encoded(low, "libx264", "matroska", options=x264, aspect=Fraction(1, 2)),
+        "fields.mp4": encoded(fields, "libx264", "mp4", options=x264 | {"x264-params": "tff=1"}, interlaced=True),
+        "fields.ts": encoded(fields, "mpeg2video", "mpegts", options={"b": "3M"}, interlaced=True),
+        "pq.mp4": encoded([wide(frame, "pq") for frame in frames], "libx264", "mp4", "yuv420p10le", x264),
+        "hlg.mkv": encoded([wide(frame, "hlg") for frame in frames], "libx264", "matroska", "yuv420p10le", x264),
+        "again.ts": joined(*ts),
+        "headless.ts": headless(frames[:4] + frames, "libx264", "mpegts", 4),
+        "headless.mkv": headless(frames[:4] + frames, "libx264", "matroska", 4),
+        "thumbnail.mov": beside(frames[:1], "mjpeg", frames, "mov", "yuvj420p"),
+        "preview.mkv": beside([frame[::8, ::8] for frame in frames], "mpeg4", frames, "matroska"),
+    }
+
+
+def headless(frames: list[np.ndarray], codec: str, container: str, gop: int) -> bytes:
+    """A file whose first group of pictures has lost its key frame."""
+    options = {"g": str(gop), "bf": "0"} | ({"preset": "veryfast", "sc_threshold": "0"} if codec == "libx264" else {})
+    return remuxed(encoded(frames, codec, "matroska", options=options), container, {}, skip=1)
+
+
+def beside(
+    small: list[np.ndarray], codec: str, frames: list[np.ndarray], container: str, pixels: str = "yuv420p"
+) -> bytes:
+    """A video in the second stream, and something lesser in the first."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container, options={"fflags": "+bitexact"}) as file:
+        first, second = file.add_stream(codec, rate=FPS), file.add_stream("libx264", rate=FPS)
+        for stream, some, kind in ((second, frames, "yuv420p"), (first, small, pixels)):
+            stream.height, stream.width, stream.pix_fmt = *some[0].shape[:2], kind
+        second.codec_context.options = {"crf": "20", "preset": "veryfast"}
+        put(file, first, small, pixels)
+        put(file, second, frames)
+    return out.getvalue()
+
+
+def remuxed(content: bytes, container: str, options: dict[str, str], skip: int = 0) -> bytes:
+    """The same packets in another container, but for the first `skip` of them."""
     out = io.BytesIO()
     options = {"fflags": "+bitexact"} | options  # no random numbers in the file
-    with av.open(io.BytesIO(mp4)) as source, av.open(out, "w", format=container, options=options) as file:
+    with av.open(io.BytesIO(content)) as source, av.open(out, "w", format=container, options=options) as file:
         stream = file.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.dts is not None and number >= skip:
                 packet.stream = stream
                 file.mux(packet)
     return out.getvalue()
@@ -184,11 +351,20 @@ def lies(frames: list[np.ndarray]) -> dict[str, bytes]:
         "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n../formats/plain.mp4\n#EXT-X-ENDLIST\n",
         "concat.mp4": b"ffconcat version 1.0\nfile 'plain.mp4'\n",
         "sdp.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+        "slanted.mp4": turned(plain, "slanted"),
+        "ictcp.mkv": encoded([_ictcp(frame) for frame in frames[:4]], "libx264", "matroska", "yuv420p10le", x264),
         "black.mp4": encoded([np.zeros((64, 64, 3), np.uint8)] * 8, "libx264", "mp4", options=x264),
     }
     for size in (5000, 16000, 60000):
         out[f"really-{size}.gif"] = _real_gif(size)
     return out
+
+
+def _ictcp(image: np.ndarray) -> av.VideoFrame:
+    """Colours in a matrix that nothing here converts."""
+    frame = wide(image, "pq")
+    frame.colorspace = 14
+    return frame
 
 
 def _big_gif() -> bytes:
@@ -216,6 +392,7 @@ def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
     rng = random.Random(seed)
     frames = people()
     good = {f"formats/{name}": data for name, data in formats(frames).items()}
+    good |= {f"shown/{name}": data for name, data in shown(frames).items()}
     names = (
         "with space.mp4",
         'quote\'s "both".mp4',
