@@ -4,6 +4,9 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
+import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from entprog.data import hashing
 from entprog.distributed import agree, fsdp
 from entprog.schedule import prices
 from entprog.scoring import cei
+from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
+from helpers.runs import Trained
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
 
@@ -239,20 +244,109 @@ def test_a_rank_that_disagrees_fails_everywhere_at_once_with_a_clear_message(tmp
     assert "priorities" in priorities
 
 
-def test_two_workers_train_like_one_with_the_union_batch():
-    """A clip's noise and timestep follow its position: the first loss does not depend on how the batch is cut."""
-    wide = tiny_experiment(data={"batch_size": 4}, train={"steps": 1}, schedule={"kind": "full"})
-    narrow = tiny_experiment(data={"batch_size": 2}, train={"steps": 1}, schedule={"kind": "full"})
+def test_the_first_loss_does_not_depend_on_how_an_update_is_cut_into_batches():
+    """A clip's noise and timestep follow its position."""
     losses = []
-    for experiment, ranks in ((wide, 1), (narrow, 2)):
-        parts = []
-        for rank in range(ranks):
-            denoiser = tiny_denoiser(experiment)
-            found = blocks(denoiser.network)
-            state = start(denoiser.network, experiment)
-            source = batches(experiment, rank, ranks)
-            held_out = [latents(range(4))]
-            (step,) = fit(denoiser, found, source, held_out, latents([0]), None, experiment, state)
-            parts.append(step.loss)
-        losses.append(sum(parts) / len(parts))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        experiment = tiny_experiment(
+            data={"batch_size": size}, train={"steps": 1, "accumulate": accumulate}, schedule={"kind": "full"}
+        )
+        denoiser = tiny_denoiser(experiment)
+        found, state = blocks(denoiser.network), start(denoiser.network, experiment)
+        (step,) = fit(denoiser, found, batches(experiment), [latents(range(4))], latents([0]), None, experiment, state)
+        losses.append(step.loss)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def _uneven_rank(rank, world, folder, workers):
+    join(rank, world, folder)
+    out = {}
+    for way in ("ddp", "fsdp"):
+        run = fitted(plain(way, workers), rank, world)
+        out[way] = {name: run[name] for name in ("losses", "norms", "clips", "weights")}
+    torch.save(out, folder / f"{rank}.pt")
+    leave()
+
+
+def plain(way, workers, accumulate=1):
+    settings = {"steps": 4, "parallel": way, "workers": workers, "accumulate": accumulate, "gradient_clip": 0.05}
+    return tiny_experiment(train=settings, schedule={"kind": "full"})
+
+
+@pytest.mark.parametrize(("here", "wanted"), [(3, 4), (5, 8)])
+def test_fewer_workers_than_wanted_train_alike_though_they_share_batches_unevenly(tmp_path, here, wanted):
+    """As an elastic group does after a machine has gone; sharded ranks go through the network equally often."""
+    run_ranks(_uneven_rank, here, tmp_path, wanted)
+    alone = fitted(plain("ddp", 1, wanted), 0, 1)
+    for rank in range(here):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for way in ("ddp", "fsdp"):
+            assert got[way]["clips"] == alone["clips"] == 4 * 2 * wanted
+            for name in ("losses", "norms"):
+                assert got[way][name] == pytest.approx(alone[name], rel=1e-3), (way, name)
+            for name, tensor in alone["weights"].items():
+                torch.testing.assert_close(got[way]["weights"][name], tensor, rtol=2e-2, atol=2e-4)
+
+
+class Odd:
+    """A source of batches, one of whose clips is not finite."""
+
+    def __init__(self, source, position):
+        self.source, self.position = source, position
+
+    def __call__(self, shape, position):
+        for batch in self.source(shape, position):
+            batch.clean[batch.position == self.position] = math.inf
+            yield batch
+
+
+def _odd_rank(rank, world, folder):
+    """Update 3 of 4 sees a clip that is not finite; rank 1 alone holds it."""
+    join(rank, world, folder)
+    out = {}
+    for way in ("ddp", "fsdp"):
+        experiment = plain(way, world)
+        denoiser = tiny_denoiser(experiment)
+        found = blocks(denoiser.network)
+        if way == "fsdp":
+            fsdp.shard(denoiser.network, found)
+        state, source = start(denoiser.network, experiment), Odd(batches(experiment, rank, world), 2 * 4 + 2)
+        weights, skipped = [], []
+        for step in fit(denoiser, found, source, [latents(range(2))], latents([0]), None, experiment, state):
+            weights.append(fsdp.whole(denoiser.network.blocks[0].ffn.net[2].weight).clone())
+            skipped.append((step.skipped, step.skipped_updates))
+        out[way] = {"weights": torch.stack(weights), "skipped": skipped}
+    torch.save(out, folder / f"{rank}.pt")
+    leave()
+
+
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one(tmp_path):
+    run_ranks(_odd_rank, 2, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for way in ("ddp", "fsdp"):
+        for rank in ranks:
+            assert rank[way]["skipped"] == [(False, 0), (False, 0), (True, 1), (False, 1)]
+            assert torch.equal(rank[way]["weights"], ranks[0][way]["weights"])
+            _, second, third, fourth = rank[way]["weights"]
+            assert torch.equal(second, third) and not torch.equal(third, fourth) and fourth.isfinite().all()
+
+
+def _waiting_rank(rank, world, folder):
+    """A training group that gives up after five seconds, and a rank 0 that is busy for longer, three times over."""
+    join(rank, world, folder, timeout_s=5)
+    if rank == 0:
+        time.sleep(7)
+    agree.wait_for_all()
+    agree.agree("what is the same", 1)
+    run = Trained()
+    with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
+        if rank == 0:
+            saver.thread.submit(time.sleep, 7)  # a disk that is slow
+        saver.save(run.network, run.state)
+        saver.wait()
+        assert agree.slowest(float(rank)) == 1.0
+    leave()
+
+
+def test_ranks_wait_for_one_that_works_alone_longer_than_the_training_group_would(tmp_path):
+    run_ranks(_waiting_rank, 2, tmp_path)

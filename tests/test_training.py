@@ -1,5 +1,6 @@
 """fit(): frozen parameters never move, a resumed run equals an uninterrupted one, the search keeps to its share."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from entprog import config
 from entprog.errors import UserError
+from entprog.schedule.state import TENSORS, RunState
 from entprog.training import checkpoint
-from entprog.training.fit import fit
+from entprog.training.fit import DivergedError, fit
 from helpers.networks import batches, latents, tiny_experiment
 from helpers.runs import Run, comparable
 
@@ -150,6 +152,82 @@ def test_loss_is_finite_in_bfloat16_with_checkpointing():
         model={"dtype": "bfloat16", "gradient_checkpointing": True}, schedule={"backward": "residual"}
     )
     assert all(math.isfinite(s.loss) for s in Run(experiment).steps())
+
+
+class Odd:
+    """The run's clips, those of some updates (0-based) spoilt."""
+
+    def __init__(self, experiment, updates, what):
+        self.source, self.updates, self.what = batches(experiment), updates, what
+        self.size = experiment.data.batch_size
+
+    def __call__(self, shape, position):
+        for batch in self.source(shape, position):
+            if int(batch.position[0]) // self.size in self.updates:
+                where = batch.conditions["pose"] if self.what == "condition" else batch.clean
+                where[0, 0, 0, 0, 0] = {"nan": math.nan, "inf": math.inf, "huge": 1e30}.get(self.what, math.nan)
+            yield batch
+
+
+def odd_steps(run, updates, what="nan"):
+    source, sample = Odd(run.experiment, updates, what), latents([0, 1])
+    return fit(run.denoiser, run.found, source, run.held_out, sample, run.table, run.experiment, run.state)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "huge", "condition"])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(what):
+    """The first update is a step of a search, the eleventh of training."""
+    run = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 14}))
+
+    def everything():
+        return {name: tensor.clone() for name, tensor in checkpoint.contents(run.denoiser.network, run.state).items()}
+
+    before, skipped, phases = everything(), [], set()
+    for step in odd_steps(run, {0, 10}, what):
+        after = everything()
+        if step.skipped:
+            skipped.append((step.step, step.skipped_updates))
+            phases.add(step.phase)
+            same = after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+            assert same and not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm))
+        assert all(tensor.isfinite().all() for tensor in after.values())
+        before = after
+    assert skipped == [(1, 1), (11, 2)] and phases == {"search", "train"}
+    assert math.isfinite(step.loss) and math.isfinite(step.held_out_loss) and run.state.skipped == 2
+
+
+def test_updates_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    experiment = tiny_experiment(train={"max_nonfinite": 3}, schedule={"kind": "full"})
+    run, done = Run(experiment), []
+    with pytest.raises(DivergedError, match=r"3 updates in a row, up to step 7 .train\.max_nonfinite=3"):
+        done.extend(step.skipped for step in odd_steps(run, {1, 2, 4, 5, 6}))
+    assert done == [False, True, True, False, True, True, True], "a good one in between counts anew"
+    checkpoint.save(tmp_path, run.denoiser.network, run.state, "id", keep=1)
+    with pytest.raises(DivergedError, match="step 7"):
+        next(Run(experiment, tmp_path).steps())
+    more = tiny_experiment(train={"max_nonfinite": 4}, schedule={"kind": "full"})
+    assert next(Run(more, tmp_path).steps()).step == 8
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "timestep_shift", "seconds", "gradient_clip"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_settings_are_finite(name, value):
+    with pytest.raises(UserError, match=rf"train\.{name}.*finite"):
+        tiny_experiment(train={name: value}, schedule={"clock": "seconds"})
+
+
+def test_every_field_of_the_state_is_saved_and_comes_back_the_same(tmp_path):
+    """In the middle of a search and after it; a value that is not finite too."""
+    run = Run(tiny_experiment(schedule={"backward": ["exact", "residual"]}))
+    for step in odd_steps(run, {2}):
+        if step.step in (3, 20):
+            run.state.loss_now = -math.inf
+            checkpoint.save(tmp_path, run.denoiser.network, run.state, "id", keep=1)
+            again = Run(run.experiment, tmp_path).state
+            for name in {field.name for field in dataclasses.fields(RunState)} - {*TENSORS}:
+                assert getattr(again, name) == getattr(run.state, name), name
+            assert again.skipped == 1 and again.trials and again.models and again.as_json() == run.state.as_json()
+            run.state.loss_now = None
 
 
 def test_flops_clock_and_seconds_budget_do_not_mix():

@@ -177,6 +177,9 @@ class Train(Part):
     checkpoints: Place | None = None
     """Where checkpoints are kept: a folder that all nodes see, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
     None: OUTPUT/checkpoints."""
+    max_nonfinite: int = Field(default=8, ge=1)
+    """Updates in a row whose loss or gradient is not finite, after which the run fails. Until then each is skipped:
+    weights, moments and averages stay as they were."""
     lora: Lora | None = None
     """Where it is set (`train.lora.rank=16`) blocks are trained through low-rank adapters, their own weights stay. What
     lies outside blocks is trained as `schedule.outside` says."""

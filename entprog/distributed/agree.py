@@ -1,9 +1,11 @@
 """The few things ranks must agree on, over torch.distributed; all are the identity in a single process."""
 
+import functools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,11 +32,11 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = 64 
     if ranks == 1:
         return
     for bucket in _buckets([p.grad for p in parameters if p.grad is not None], bucket_bytes):
-        flat = torch._utils._flatten_dense_tensors(bucket)
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         flat.div_(ranks)
-        for gradient, mean in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
-            gradient.copy_(mean)
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _buckets(tensors: list[torch.Tensor], limit_bytes: int):
@@ -99,14 +101,32 @@ def _reduced(value: float, device: torch.device | str, how) -> float:
     return tensor.item()
 
 
+PATIENCE = timedelta(days=30)
+"""Time-out where ranks wait for one that works alone. A rank that dies ends the wait at once: its connections close."""
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(training: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks beside the one that trains, whose time-out is meant for gradients and would end a run
+    while one rank waits for a lock, uploads or encodes."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def gathered(value: Any) -> list[Any]:
-    """Every rank's value, in order of rank (our own ranks' plain data, never anything from outside)."""
+    """Every rank's value, in order of rank (our own ranks' plain data, never anything from outside). Ranks may come to
+    this at any time, however far apart."""
     _, ranks = world()
     if ranks == 1:
         return [value]
     out: list[Any] = [None] * ranks
-    dist.all_gather_object(out, value)
+    dist.all_gather_object(out, value, group=_patient_group(dist.group.WORLD))
     return out
+
+
+def wait_for_all() -> None:
+    """Until every rank has come here, at whatever time."""
+    if world()[1] > 1:
+        dist.barrier(group=_patient_group(dist.group.WORLD))
 
 
 class DisagreementError(RuntimeError):

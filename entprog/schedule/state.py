@@ -1,9 +1,13 @@
 """Where a run stands: everything a resume needs beside the weights."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, create_model
 
 from entprog.config import ClipShape
 from entprog.cost.model import CostModel
@@ -27,15 +31,29 @@ class Charged:
         setattr(self, purpose, getattr(self, purpose) + amount)
 
 
+CostModels = Annotated[
+    dict[ClipShape, CostModel],
+    PlainSerializer(lambda models: list(models.items()), return_type=list[tuple[ClipShape, CostModel]]),
+    BeforeValidator(lambda kept: kept if isinstance(kept, dict) else {ClipShape(**key): model for key, model in kept}),
+]
+"""In JSON a list of pairs, whose keys are text alone."""
+TENSORS = ("optimizer", "ema")
+"""Fields of RunState whose tensors a checkpoint keeps in files of their own."""
+
+
 @dataclass
 class RunState:
-    """Changes at every update; saved whole at step boundaries (`entprog.training.fit.checkpoint`)."""
+    """Changes at every update; saved whole at step boundaries (`entprog.training.checkpoint`)."""
 
     optimizer: torch.optim.Optimizer
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name → averaged weight of every parameter trained so far."""
     step: int = 0
-    """Updates done."""
+    """Updates done, skipped ones included."""
+    skipped: int = 0
+    """Updates skipped because loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of them, up to the last update without a break."""
     position: int = 0
     """Clips consumed, over all ranks."""
     stage: int = -1
@@ -56,7 +74,7 @@ class RunState:
     """Counted FLOPs of all ranks."""
     fitting: str = ""
     """Which of the stage's plans fit the memory budget, in words."""
-    models: dict[ClipShape, CostModel] = field(default_factory=dict)
+    models: CostModels = field(default_factory=dict)
     """Measured before the first search."""
     begun: dict[str, int] = field(default_factory=dict)
     """Trained block → step at which it began to be trained."""
@@ -67,31 +85,22 @@ class RunState:
     peak_memory_bytes: int = 0
     """Largest so far, per device (counted on the CPU)."""
 
-    PLAIN = (
-        "step", "position", "stage", "loss_now", "search_cost", "fitting", "begun", "saved_cost", "break_even_step",
-        "peak_memory_bytes",
-    )  # fmt: skip
-
     def as_json(self) -> dict[str, Any]:
-        """Everything but tensors. Floats survive JSON to the bit."""
-        return {name: getattr(self, name) for name in self.PLAIN} | {
-            "plan": self.plan and self.plan.as_json(),
-            "candidates": [plan.as_json() for plan in self.candidates],
-            "trials": [vars(trial) for trial in self.trials],
-            "decisions": [decision.as_json() for decision in self.decisions],
-            "models": [[shape.model_dump(), model.as_json()] for shape, model in self.models.items()],
-            "seconds": vars(self.seconds),
-            "flops": vars(self.flops),
-        }
+        """Every field but those that hold tensors. Floats survive JSON to the bit, also what is not finite."""
+        kept = _saved_fields()
+        return json.loads(kept(**{name: getattr(self, name) for name in kept.model_fields}).model_dump_json())
 
-    def update(self, values: dict[str, Any]) -> None:
-        """Take back what `as_json` gave."""
-        for name in self.PLAIN:
-            setattr(self, name, values[name])
-        self.plan = values["plan"] and Plan.from_json(values["plan"])
-        self.candidates = tuple(Plan.from_json(plan) for plan in values["candidates"])
-        self.trials = [Trial(**trial) for trial in values["trials"]]
-        self.decisions = [Decision.from_json(decision) for decision in values["decisions"]]
-        self.models = {ClipShape(**shape): CostModel.from_json(model) for shape, model in values["models"]}
-        self.seconds = Charged(**values["seconds"])
-        self.flops = Charged(**values["flops"])
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Take back what `as_json` gave. Raises ValueError for anything else."""
+        kept = _saved_fields().model_validate(values)
+        for name in type(kept).model_fields:
+            setattr(self, name, getattr(kept, name))
+
+
+@functools.cache
+def _saved_fields() -> type[BaseModel]:
+    """The fields of RunState that go into JSON, with their types: a field that is added to it is saved too."""
+    kinds = get_type_hints(RunState, include_extras=True)
+    named = {field.name: (kinds[field.name], ...) for field in fields(RunState) if field.name not in TENSORS}
+    settings = ConfigDict(extra="forbid", ser_json_inf_nan="strings")  # strict JSON has no number for them
+    return create_model("SavedFields", __config__=settings, **named)

@@ -15,19 +15,21 @@ import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
+from entprog.models.finite import not_finite
 from entprog.schedule.state import RunState
 from entprog.training.storage import Place
 
@@ -38,8 +40,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 class Saver:
     """Saves a run's checkpoints in a thread; training waits for the copy to the host alone, and for a save before that
-    has not ended. A save that fails for want of space (or of the network) is a warning: the run goes on, the
-    checkpoint before it stays."""
+    has not ended. A save that fails for want of space, memory or network is a warning: the run goes on, the checkpoint
+    before it stays. What is not finite is not saved, so that the checkpoints kept can be trained on."""
 
     def __init__(
         self, folder: str | Path, experiment_hash: str, keep: int, warn: Callable[[str], None] = lambda line: None
@@ -50,6 +52,8 @@ class Saver:
         self.pending: Future | None = None
         self.group: dist.ProcessGroup | None = None
         """Process group of the saving threads of a sharded network: their collectives must not meet training's."""
+        self.leftovers: list[Place] = []
+        """What failed saves left behind and could not be removed then."""
 
     def save(self, network: nn.Module, state: RunState) -> float:
         """Begin to save the state at this step; every rank calls it. Returns the seconds that it took away."""
@@ -57,7 +61,7 @@ class Saver:
         self.wait()
         sharded = fsdp.is_sharded(network) and self.ranks > 1
         if sharded and self.group is None:
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=agree.PATIENCE)
         if sharded or self.rank == 0:
             tensors = _on_host(contents(network, state))
             values = {"experiment": self.experiment_hash, **state.as_json()}
@@ -65,10 +69,11 @@ class Saver:
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until what was begun is saved, or has failed."""
+        """Until what was begun is saved, or has failed, on every rank; every rank calls it."""
         pending, self.pending = self.pending, None
         if pending is not None and (failure := pending.result()) and self.rank == 0:
             self.warn(failure)
+        agree.wait_for_all()  # for rank 0, however slow its disk: not in the middle of the next update
 
     def close(self) -> None:
         self.wait()
@@ -76,44 +81,73 @@ class Saver:
 
     def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> str | None:
         """Runs in the saving thread; returns why it failed, equal on every rank, or None."""
-        target = self.place / f"step-{values['step']:08d}"
+        step = values["step"]
+        target = self.place / f"step-{step:08d}"
         scratch = self.place / f".{target.name}.{self._shared(uuid.uuid4().hex[:8])}.partial"
-        local = scratch.local or Path(tempfile.mkdtemp(prefix="checkpoint-"))
-        failure = None
+        local, failure = scratch.local, None
         try:
-            _save(tensors, local, self.group)
-            if scratch.local is None:
-                target.upload(local)
-        except OSError as error:
-            failure = str(error.strerror or error)
-        finally:
-            if scratch.local is None:
-                shutil.rmtree(local, ignore_errors=True)
-        failure = next((line for line in self._gathered(failure) if line), None)
+            if name := not_finite(tensors):
+                failure = f"{name} is not finite"
+            elif local is None:
+                local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        except FAILURES as error:
+            failure = _reason(error)
+        failure = self._of_any_rank(failure)
+        if failure is None:
+            try:
+                _save(tensors, local, self.group)
+                if scratch.local is None:
+                    target.upload(local)
+            except FAILURES as error:
+                failure = _reason(error)
+            failure = self._of_any_rank(failure)
+        if scratch.local is None and local is not None:
+            shutil.rmtree(local, ignore_errors=True)
         if self.rank == 0 and failure is None:
             failure = self._complete(scratch, target, values)
-        if self.rank == 0 and failure is not None:
-            (scratch if scratch.local else target).remove()
-        if failure is None:
-            return None
-        return f"the checkpoint after step {values['step']} was not saved in {self.place}: {failure}; training goes on"
+        if failure is not None:
+            if self.rank == 0:
+                self.leftovers.append(scratch if scratch.local else target)
+                self._clear_away(self.leftovers)
+            return f"the checkpoint after step {step} was not saved in {self.place}: {failure}; training goes on"
+        return self._prune() if self.rank == 0 else None
 
     def _complete(self, scratch: Place, target: Place, values: dict[str, Any]) -> str | None:
-        """Make a checkpoint of files that are all there; remove old ones."""
+        """Make a checkpoint of files that are all there; returns why that failed."""
         written = scratch if scratch.local else target
         try:
             written.write_json(STATE, {**values, "files": written.files()})
             if scratch.local:
                 target.remove()
                 scratch.local.rename(target.local)
+        except OSError as error:
+            return _reason(error)
+        return None
+
+    def _prune(self) -> str | None:
+        """Remove old checkpoints, and what saves left that failed or were killed; returns what went wrong."""
+        self.leftovers = [place for place in self.leftovers if not _is_complete(place)]
+        self._clear_away(self.leftovers)
+        try:
             for name in _complete_names(self.place)[: -self.keep]:
                 (self.place / name).remove()
-            for name in self.place.folders():  # left by a process that was killed
+            for name in self.place.folders():
                 if name.endswith(".partial"):
                     (self.place / name).remove()
         except OSError as error:
-            return str(error.strerror or error)
+            return f"old checkpoints in {self.place} could not be removed: {_reason(error)}; training goes on"
         return None
+
+    @staticmethod
+    def _clear_away(places: list[Place]) -> None:
+        """Remove what can be removed now from disk and list: a bucket that is away now may be back later."""
+        for place in list(places):
+            with suppress(OSError):
+                place.remove()
+                places.remove(place)
+
+    def _of_any_rank(self, failure: str | None) -> str | None:
+        return next((line for line in self._gathered(failure) if line), None)
 
     def _shared(self, value: Any) -> Any:
         return self._gathered(value)[0]
@@ -155,30 +189,63 @@ def damaged(folder: str | Path) -> list[str]:
 def load(folder: str | Path, name: str, network: nn.Module, state: RunState, experiment_hash: str) -> None:
     """Load a checkpoint into the network and the state, on the network's device.
 
-    Raises UserError if it belongs to another experiment or is damaged.
+    Raises UserError if it belongs to another experiment, to another version of this program, or is damaged: a file of
+    it is bad. Whatever else is in the way (memory, disk, network) is raised as it is: another try may be luckier.
     """
     place = Place.at(folder) / name
     scratch = None if place.local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
     try:
         values = place.read_json(STATE)
+        promised = values.pop("files")
         if values.pop("experiment") != experiment_hash:
             raise UserError(
                 f"checkpoint {place} belongs to other settings or other data: choose another --output, or delete it"
             )
         if scratch:
             place.download(scratch)
-        _load(scratch or place.local, network, state)
+        here = Place.at(scratch) if scratch else place
+        there = here.files()
+        if short := [file for file, size in promised.items() if there.get(file) != size]:
+            raise OSError(f"{short[0]} of checkpoint {place} could not be read whole")
+        _load(here.local, network, state)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, dcp.CheckpointException) as error:
+    except (*BAD, dcp.CheckpointException) as error:
+        cause = _cause(error)
+        if not isinstance(cause, BAD):
+            raise cause from None
         raise UserError(
-            f"checkpoint {place} is damaged ({type(error).__name__}): delete it to resume earlier"
+            f"checkpoint {place} is damaged ({type(cause).__name__}): delete it to resume earlier"
         ) from None
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
-    values.pop("files")
-    state.update(values)
+    try:
+        state.update(values)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"checkpoint {place} was written by another version ({field} does not fit): choose another --output"
+        ) from None
+
+
+FAILURES = (OSError, MemoryError)
+"""For want of space, memory, disk or network."""
+BAD = (SafetensorError, ValueError, KeyError, AssertionError)
+"""What reading a file raises that does not hold what it should."""
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    """One line."""
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+
+
+def _cause(error: Exception) -> BaseException:
+    """What torch wraps: the first of the failures that is no bad file, else the first."""
+    if not isinstance(error, dcp.CheckpointException):
+        return error
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if not isinstance(cause, BAD)), causes[0])
 
 
 def _names(place: Place) -> list[str]:
@@ -190,9 +257,10 @@ def _complete_names(place: Place) -> list[str]:
 
 
 def _is_complete(place: Place) -> bool:
+    """Raises OSError where that cannot be seen now."""
     try:
         promised = place.read_json(STATE)["files"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
     there = place.files()
     return all(there.get(name) == size for name, size in promised.items())
@@ -220,16 +288,13 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write one rank's tensors. Raises OSError."""
+    """Write one rank's tensors. Raises OSError or MemoryError."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if not isinstance(cause, OSError):
-                raise cause from None
-        raise causes[0] from None
+        raise next((cause for cause in causes if not isinstance(cause, FAILURES)), causes[0]) from None
 
 
 def _load(folder: Path, network: nn.Module, state: RunState) -> None:
@@ -246,6 +311,8 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
             wanted[full_name] = moments.setdefault(name, {})[kind] = _like(parameters[name], about)
         elif part == "ema":
             wanted[full_name] = ema[rest] = _like(parameters[rest], about)
+    if missing := wanted.keys() - kept.keys():
+        raise KeyError(min(missing))
     dcp.load(wanted, storage_reader=reader, no_dist=True)
     state.optimizer.state.clear()
     state.optimizer.state.update({parameters[name]: values for name, values in moments.items()})

@@ -50,6 +50,10 @@ class Step:
     """Mean over all ranks' clips."""
     learning_rate: float
     gradient_norm: float
+    skipped: bool
+    """Loss or gradient was not finite: weights, moments and averages stayed as they were."""
+    skipped_updates: int
+    """Such updates so far."""
     seconds: float
     """The update, slowest rank, waiting for data not included."""
     wait_s: float
@@ -88,6 +92,22 @@ class Step:
     last: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one update came to, the same on every rank; fields as in Step."""
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    skipped: bool
+    seconds: float
+    wait_s: float
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradient was not finite in `train.max_nonfinite` updates in a row; raised on every rank."""
+
+
 def start(network: nn.Module, experiment: Experiment) -> RunState:
     """The state of a run that has not begun."""
     return RunState(optimizer=optimizer.adamw(network, experiment.train))
@@ -111,6 +131,8 @@ def fit(
     held-out clips. sample: any batch, to count and time plans
     on. scores: needed where blocks are ranked. conditions: clips to score on, the same on every rank, where
     `priority.rescore` asks for it.
+
+    Raises DivergedError on every rank once `train.max_nonfinite` updates in a row had to be skipped.
     """
     if not is_over(experiment, state):
         yield from _Fit(denoiser, found, batches, held_out, sample, scores, experiment, state, conditions).run()
@@ -178,21 +200,35 @@ class _Fit:
         self.clips_per_step = experiment.data.batch_size * total
         self.batches_per_step = len(range(self.rank, total, self.world))
         """This rank's share of an update's batches."""
+        self.rounds = self.batches_per_step
+        """Forward and backward passes of an update."""
+        if fsdp.is_sharded(denoiser.network):  # every pass brings weights together: all ranks take part in each
+            self.rounds = -(-total // self.world)
         self.weight = self.world / total
         """Of each of them: what ranks then average is the mean over all."""
 
     def run(self) -> Iterator[Step]:
         try:
             while not is_over(self.experiment, self.state):
-                yield self.search_step() if self.searching() else self.train_step()
+                self.check_it_goes_on()
+                self.begin_stage()
+                yield self.search_step() if self.state.plan is None else self.train_step()
         finally:
             if self.stream is not None and hasattr(self.stream[1], "close"):
                 self.stream[1].close()
 
+    def check_it_goes_on(self) -> None:
+        row, most = self.state.skipped_in_a_row, self.experiment.train.max_nonfinite
+        if row >= most:
+            raise DivergedError(
+                f"loss or gradient was not finite in {row} updates in a row, up to step {self.state.step} "
+                f"(train.max_nonfinite={most}): lower train.learning_rate, or look at the clips"
+            )
+
     # -- stages
 
-    def searching(self) -> bool:
-        """Begin a new stage if it is time; True while its search goes on."""
+    def begin_stage(self) -> None:
+        """Begin the next stage if it is time. While its search goes on there is no plan."""
         state, schedule = self.state, self.experiment.schedule
         stages = 1 if schedule.kind == "full" else schedule.stages
         stage = min(int(progress(self.experiment, state) * stages), stages - 1)
@@ -207,7 +243,6 @@ class _Fit:
                 elapsed = agree.slowest(self.now() - started, self.device)
                 self.charge("search", elapsed, 0.0)
                 state.search_cost += self.in_clock(elapsed, 0.0)
-        return state.plan is None
 
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
@@ -234,11 +269,11 @@ class _Fit:
         state = self.state
         if self.put_in_force(state.plan):  # a resumed run: every moment was loaded to the device
             optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
-        loss, rate, norm, seconds, wait_s = self.update()
+        update = self.update()
         flops = self.prices.step_flops(state.plan)
-        self.charge("train", seconds + wait_s, flops)
-        self.search.note_saving(state.decisions[-1], self.in_clock(seconds, flops))
-        return self.step("train", state.plan, loss, rate, norm, seconds, wait_s)
+        self.charge("train", update.seconds + update.wait_s, flops)
+        self.search.note_saving(state.decisions[-1], self.in_clock(update.seconds, flops))
+        return self.step("train", state.plan, update)
 
     def search_step(self) -> Step:
         state = self.state
@@ -250,22 +285,22 @@ class _Fit:
         number, plan = self.search.turn()
         self.put_in_force(plan)
         step_flops = self.prices.step_flops(plan)
-        loss, rate, norm, seconds, wait_s = self.update()
+        update = self.update()
         before, state.loss_now = state.loss_now, self.search_loss()
         flops += step_flops + self.prices.evaluation_flops()
         elapsed = agree.slowest(self.now() - started, self.device)
         self.charge("search", elapsed, flops)
-        cost = self.in_clock(seconds, step_flops)
+        cost = self.in_clock(update.seconds, step_flops)
         trial = Trial(candidate=number, loss_before=before, loss=state.loss_now, cost=cost)
         decision = self.search.note(trial, self.in_clock(elapsed, flops))
         if decision is not None:
             self.carry_out(decision)
-        return self.step("search", plan, loss, rate, norm, seconds, wait_s)
+        return self.step("search", plan, update)
 
     def in_clock(self, seconds: float, flops: float) -> float:
         return seconds if self.experiment.schedule.clock == "seconds" else flops
 
-    def step(self, phase, plan, loss, rate, norm, seconds, wait_s) -> Step:
+    def step(self, phase: str, plan: Plan, update: Update) -> Step:
         state, train = self.state, self.experiment.train
         decision, self.news = self.news, None
         drifted, self.drift = self.drift, None
@@ -282,11 +317,8 @@ class _Fit:
             stage=state.stage,
             phase=phase,
             plan=plan,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            seconds=seconds,
-            wait_s=wait_s,
+            **vars(update),
+            skipped_updates=state.skipped,
             open_s=open_s,
             copy_s=copy_s,
             encode_s=encode_s,
@@ -305,36 +337,48 @@ class _Fit:
             last=last,
         )
 
-    def update(self) -> tuple[float, float, float, float, float]:
-        """One update under the plan in force: (loss, learning rate, gradient norm, seconds, seconds until
-        the batch was there)."""
+    def update(self) -> Update:
+        """One update under the plan in force; skipped, on all ranks alike, where loss or gradient is not finite."""
         state, train = self.state, self.experiment.train
         rate = optimizer.set_learning_rate(
             state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
         )
-        begun, wait_s, loss = self.now(), 0.0, 0.0
-        for _ in range(self.batches_per_step):
-            waiting = self.now()
-            batch = self.next_batch()
-            wait_s += self.now() - waiting
-            part = losses.training_loss(self.denoiser, batch, train) * self.weight
+        begun, waited_s, loss = self.now(), 0.0, 0.0
+        for turn in range(self.rounds):
+            weight = 0.0  # a pass for the other ranks' sake, over the batch before
+            if turn < self.batches_per_step:
+                waiting, weight = self.now(), self.weight
+                batch = self.next_batch()
+                waited_s += self.now() - waiting
+            part = losses.training_loss(self.denoiser, batch, train) * weight
             part.backward()
             loss += part.detach().double()
-        self.pace = agree.pace(self.now() - begun - wait_s, self.device)
+        self.pace = agree.pace(self.now() - begun - waited_s, self.device)
         if not fsdp.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
             agree.reduce_gradients(self.freeze.trained)
         limit = train.gradient_clip or math.inf
         norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
-        state.optimizer.step()
+        my_loss, norm = torch.stack([loss, norm.detach().double()]).tolist()
+        odd = float(not (math.isfinite(my_loss) and math.isfinite(norm)))
+        wait_s, skipped = agree.largest_of([waited_s, odd], self.device)
+        if not skipped:
+            state.optimizer.step()
+            if train.ema_decay:
+                optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
-        if train.ema_decay:
-            optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
-        values = torch.stack([loss, norm.detach().double()]).tolist()
-        seconds = agree.slowest(self.now() - begun - wait_s, self.device)
+        seconds = agree.slowest(self.now() - begun - waited_s, self.device)
         state.step += 1
         state.position += self.clips_per_step
-        wait_s = agree.slowest(wait_s, self.device)
-        return agree.mean(values[0], self.device), rate, values[1], seconds, wait_s
+        state.skipped += int(skipped)
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+        return Update(
+            loss=agree.mean(my_loss, self.device),
+            learning_rate=rate,
+            gradient_norm=norm,
+            skipped=bool(skipped),
+            seconds=seconds,
+            wait_s=wait_s,
+        )
 
     def next_batch(self) -> Latents:
         shape, starting = self.freeze.plan.shape, self.stream is None

@@ -10,6 +10,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from entprog import files
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, masked, one_line
 
@@ -103,12 +104,12 @@ class Place:
     def write_json(self, name: str, value: Any) -> None:
         if self.local:
             with (self.local / name).open("w") as file:
-                json.dump(value, file)
+                file.write(files.strict_json(value))
                 file.flush()
                 os.fsync(file.fileno())
             return
         with self.system.open_output_stream(f"{self.root}/{name}") as stream:
-            stream.write(json.dumps(value).encode())
+            stream.write(files.strict_json(value).encode())
 
     def remove(self) -> None:
         if self.local:

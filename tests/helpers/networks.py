@@ -1,8 +1,12 @@
 """Tiny real networks, their settings, and latents for them."""
 
+import itertools
+
+import numpy as np
 import torch
 
 from entprog import config, models
+from entprog.data import clip_stream
 from entprog.data.clips import Latents
 
 TINY = {
@@ -50,13 +54,14 @@ def latents(positions, conditions=("reference", "pose")) -> Latents:
 
 
 def batches(experiment: config.Experiment, rank: int = 0, world: int = 1):
-    """The run's sequence of clips, cut for one rank, as `pipelines.stream.feed.stream` does it."""
-    size = experiment.data.batch_size
+    """The run's sequence of clips, cut for one rank."""
+    size, train = experiment.data.batch_size, experiment.train
 
     def open_at(shape, position):
-        while True:
-            first = position + rank * size
-            yield latents(range(first, first + size), experiment.model.conditions)
-            position += size * world
+        for first in itertools.count(0, size):
+            rows = np.arange(first, first + size)
+            of_update = train.workers * train.accumulate
+            positions = clip_stream.rank_positions(rows, position, size, rank, world, of_update)
+            yield latents(positions.tolist(), experiment.model.conditions)
 
     return open_at

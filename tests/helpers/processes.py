@@ -1,6 +1,7 @@
 """Ranks of torch.distributed, and Ray's processes of this test."""
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def join(rank, world, folder):
+def join(rank, world, folder, timeout_s=1800):
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    store, timeout = dist.FileStore(str(folder / "store"), world), datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def leave():

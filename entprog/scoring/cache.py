@@ -1,0 +1,78 @@
+"""Score tables kept by what they were made of: scored once, shared by every run and every trial."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from entprog import files
+from entprog.blocks import Block
+from entprog.config import Experiment
+from entprog.data import clip_stream, latents, shards
+from entprog.data.clips import Latents
+from entprog.data.hashing import content_hash
+from entprog.diffusion.denoiser import Denoiser
+from entprog.distributed import agree
+from entprog.scoring import priorities
+from entprog.scoring.tables import ScoreTable, table_key
+
+
+def table(
+    denoiser: Denoiser,
+    blocks: Sequence[Block],
+    dataset: shards.Dataset,
+    experiment: Experiment,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> ScoreTable:
+    """The table of the network as it is now: the one in the folder if these weights were ever scored, else made and
+    kept there. Every rank calls it. progress: gets (conditions scored, conditions)."""
+    priority = experiment.priority
+    key = _key(denoiser, dataset, experiment)
+    kept = folder / f"{key}.json"
+    rank = agree.world()[0]
+    with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
+        # Rank 0 alone looks, so that ranks cannot differ in what they find.
+        known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
+        if known is not None:
+            return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
+        seed, conditions = experiment.train.seed, clips(denoiser, dataset, experiment)
+        made = priorities.score(denoiser, blocks, conditions, priority, key=key, seed=seed, progress=progress)
+        if rank == 0:
+            files.write_json(kept, made.as_json())
+    return made
+
+
+def clips(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -> list[Latents]:
+    """The training clips that `priorities.score` takes as conditions, the same on every rank; none for a priority that
+    looks at no data."""
+    data, wanted = experiment.data, experiment.priority.conditions
+    if experiment.priority.kind in priorities.WITHOUT_DATA:
+        return []
+    device = next(denoiser.network.parameters()).device
+    source = clip_stream.local_stream(
+        dataset, "train", dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, device
+    )
+    batches = -(-wanted // data.batch_size)
+    return [latents.encode(denoiser, next(source).resized(data.shape)) for _ in range(batches)]
+
+
+def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -> str:
+    """Hash of all that a table depends on: the VAE and the text as well as the network."""
+    parts = [getattr(denoiser, field.name) for field in fields(denoiser)]
+    contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
+    model, shape = experiment.model, experiment.data.shape
+    rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape), experiment.train.seed]
+    return table_key(contents, dataset.fingerprint, experiment.priority, rest)
+
+
+@contextmanager
+def _alone(kept: Path) -> Iterator[None]:
+    """One process at a time looks for a table and makes it: a second one waits, and finds it."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):
+        yield
