@@ -101,10 +101,7 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
 def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures."""
     claimed(experiment, output)
-    settings = {
-        "tables": str(tables.resolve()),
-        "threads": launch.threads(experiment),
-    }
+    settings = {"tables": str(tables.resolve())}
     with cli.console.status("scoring blocks") as status:
 
         def heard(item: dict[str, Any]) -> None:

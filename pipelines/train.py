@@ -165,7 +165,6 @@ def run(
         "tables": str(tables.resolve()),
         "identity": key,
         "tracking": tracker.handle(),
-        "threads": launch.threads(experiment),
         "decode_cpus": launch.decode_cpus(experiment),
     }
     try:

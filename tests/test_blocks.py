@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from entprog.blocks import Block, blocks, bypass, execution_order, skipped, unfreeze
+from entprog.blocks import (
+    Block,
+    Variants,
+    blocks,
+    bypass,
+    compile_blocks,
+    execution_order,
+    skipped,
+    unfreeze,
+    variants,
+)
 from entprog.cost import counting
 from entprog.diffusion import objectives
 from entprog.errors import UserError
@@ -186,3 +196,14 @@ def test_block_is_found_once_when_nested():
     bypass.register(Outer, lambda module, x: x)
     outer = Outer()
     assert blocks(nn.ModuleDict({"o": outer})) == [Block("o", outer)]
+
+
+def test_what_is_put_on_a_block_is_one_visible_object(denoiser, found):
+    """Beside the forward that stands in; nothing of it is left once it is of no use, or reaches the saved weights."""
+    module, keys = found[0].module, denoiser.network.state_dict().keys()
+    before = set(module.__dict__)
+    compile_blocks(found, backend="eager")
+    unfreeze(denoiser.network, found, ["blocks.5"], [], "residual")
+    assert set(module.__dict__) - before == {"forward", "entprog"} and variants(module).compiled
+    assert denoiser.network.state_dict().keys() == keys
+    assert variants(found[0].module.ffn) == Variants(), "blocks alone have one"

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, on a disk and behind s3://, from any number of ranks to any other."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from entprog.errors import UserError
 from entprog.training import checkpoint
@@ -76,6 +78,82 @@ def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
     again = resumed(tmp_path)
     assert again.state.step == 2
     assert_equal(again.tensors(), expected)
+
+
+@pytest.mark.parametrize("where", ["network", "moments", "ema"])
+def test_what_is_not_finite_is_not_saved_and_takes_no_good_checkpoints_place(tmp_path, where):
+    run, told = Trained(), []
+    with closing(checkpoint.Saver(tmp_path, "id", keep=1, warn=told.append)) as saver:
+        saver.save(run.network, run.state)
+        for value in (math.nan, -math.inf):
+            run.update()
+            tensors = checkpoint.contents(run.network, run.state)
+            name = next(name for name, tensor in tensors.items() if name.startswith(where) and tensor.dim() > 1)
+            with torch.no_grad():
+                tensors[name][0].view(-1)[0] = value
+            saver.save(run.network, run.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert len(told) == 2 and all("is not finite; training goes on" in line and where in line for line in told)
+    assert all(tensor.isfinite().all() for tensor in resumed(tmp_path).tensors().values())
+
+
+def little_memory(action):
+    """`action` with hardly more address space than the process has now: what a machine without free memory does."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, before[1]))
+    try:
+        action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_good_checkpoint_is_not_called_damaged_for_want_of_memory(tmp_path):
+    run = Trained()
+    run.state.ema["patch_embedding.bias"] = torch.zeros(2**24)  # more than is free
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    with pytest.raises((MemoryError, RuntimeError, OSError), match="memory"):
+        little_memory(lambda: resumed(tmp_path))
+    with pytest.raises((MemoryError, RuntimeError, OSError), match="memory"):
+        little_memory(lambda: checkpoint.load(tmp_path, checkpoint.newest(tmp_path), run.network, run.state, "id"))
+    assert resumed(tmp_path).state.step == 2, "it was good all the time"
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_now_is_not_passed_over(tmp_path):
+    """A disk that does not answer: nobody may take the run to be new."""
+    run = Trained()
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    state = tmp_path / checkpoint.newest(tmp_path) / "state.json"
+    content = state.read_bytes()
+    state.unlink()
+    state.symlink_to("/proc/self/mem")  # it is there, and reading it fails: EIO
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.newest(tmp_path)
+    state.unlink()
+    state.write_bytes(content)
+    assert resumed(tmp_path).state.step == 2
+
+
+@pytest.mark.parametrize("how", ["no header", "another network", "not a checkpoint's state", "an older state"])
+def test_a_bad_file_is_called_damaged_in_one_line(tmp_path, how):
+    run = Trained()
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    folder = tmp_path / checkpoint.newest(tmp_path)
+    (shard,), state = folder.glob("*.safetensors"), folder / "state.json"
+    values = json.loads(state.read_text())
+    if how == "no header":
+        shard.write_bytes(b"\xff" * shard.stat().st_size)
+    elif how == "another network":
+        save_file({"network/other": torch.zeros(2)}, shard)
+        values["files"][shard.name] = shard.stat().st_size
+    elif how == "not a checkpoint's state":
+        del values["experiment"]
+    else:
+        del values["skipped"]
+    state.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="another version" if how == "an older state" else "damaged") as told:
+        checkpoint.load(tmp_path, folder.name, run.network, run.state, "id")
+    assert "\n" not in str(told.value)
 
 
 WRITER = """
@@ -206,6 +284,21 @@ def test_s3(bucket):
     place.system.delete_file("runs/one/step-00000003/state.json")
     assert checkpoint.newest(bucket) == "step-00000002" and checkpoint.damaged(bucket) == ["step-00000003"]
     assert resumed(bucket).state.step == 2
+
+
+def test_a_bucket_that_is_away_is_told_and_training_goes_on(monkeypatch):
+    """Neither the upload nor clearing away after it comes through: nobody listens at the address."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    away = "s3://runs/one?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
+    run, told = Trained(), []
+    with closing(checkpoint.Saver(away, "id", keep=2, warn=told.append)) as saver:
+        saver.save(run.network, run.state)
+        run.update()
+    (line,) = told
+    assert "after step 2 was not saved in s3://runs/one" in line and "training goes on" in line and "\n" not in line
+    with pytest.raises(OSError, match="NETWORK"):
+        checkpoint.newest(away)  # and a resume does not take the run to be new
 
 
 def test_no_place():

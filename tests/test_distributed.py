@@ -5,11 +5,14 @@ import dataclasses
 import itertools
 import json
 import math
+import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +20,7 @@ from entprog.blocks import blocks, unfreeze
 from entprog.data import hashing
 from entprog.distributed import agree, fsdp
 from entprog.schedule import prices
-from entprog.scoring import cei
+from entprog.scoring import cache, cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
@@ -331,13 +334,27 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one(tmp_path):
             assert torch.equal(second, third) and not torch.equal(third, fourth) and fourth.isfinite().all()
 
 
-def _waiting_rank(rank, world, folder):
-    """A training group that gives up after five seconds, and a rank 0 that is busy for longer, three times over."""
-    join(rank, world, folder, timeout_s=5)
-    if rank == 0:
+def _hold(lock, held):
+    with FileLock(lock):
+        held.set()
         time.sleep(7)
+
+
+def _waiting_rank(rank, world, folder):
+    """A training group that gives up after five seconds, and a rank 0 that waits for longer: for another run that is
+    making the same score table, and for a slow disk."""
+    join(rank, world, folder, timeout_s=5)
+    experiment = tiny_experiment(priority={"kind": "random"})
+    denoiser, dataset = tiny_denoiser(experiment), SimpleNamespace(fingerprint="clips")
+    scored = denoiser, blocks(denoiser.network), dataset, experiment, folder / "tables"
+    first = cache.table(*scored)
+    if rank == 0:
+        (lock,) = (folder / "tables").glob("*.lock")
+        held = threading.Event()
+        threading.Thread(target=_hold, args=(lock, held)).start()
+        held.wait()
     agree.wait_for_all()
-    agree.agree("what is the same", 1)
+    assert cache.table(*scored) == first
     run = Trained()
     with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
         if rank == 0:

@@ -54,12 +54,12 @@ def test_adapters_train_beside_frozen_blocks_in_fp8_compiled_or_not(name, tmp_pa
     of_blocks = {n for n in moved if n.startswith(tuple(f"{block.name}." for block in found))}
     assert of_blocks and len(chosen) < len(found) and moved > of_blocks, "what sees the conditions trains too"
     assert all(n.startswith(tuple(f"{block}." for block in chosen)) and blocks.ADAPTER in n for n in of_blocks)
-    twins = {block.name for block in found if blocks.TWIN in block.module.__dict__}
+    twins = {block.name for block in found if blocks.variants(block.module).twin}
     assert twins == ({block.name for block in found} - set(chosen) if name in FP8 else set())
 
     if name not in ("wan", "cogvideox15"):  # tested elsewhere, or alike
         compiled = trained(name, compiled=True)
-        assert all(blocks.COMPILED in block.module.__dict__ for block in compiled[1])
+        assert all(blocks.variants(block.module).compiled for block in compiled[1])
         assert compiled[3] == pytest.approx(plain, rel=0.03)
 
     blocks.unfreeze(denoiser.network, found, [], [])

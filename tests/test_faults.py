@@ -12,14 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
+from ray.util import placement_group, placement_group_table
 
 from entprog import config
 from helpers.commands import SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
 from pipelines import cli, train
-from pipelines.cluster import elastic
+from pipelines.cluster import elastic, ray_internals
+from pipelines.cluster.message_board import Listener
 
 MIB = 2**20
 
@@ -201,6 +204,41 @@ def test_too_little_room_is_told_and_waited_for(nodes):
         assert found.result() == 3
     assert told == ["there is room for 1 of 3 workers, train.min_workers=2: waiting for more"]
     assert elastic.room(1, 3, False, told.append) == 3 and len(told) == 1, "what was asked for is given back"
+
+
+def test_a_board_whose_process_ends_is_made_anew_and_read_on(nodes):
+    """Without that a growing group was never heard of again."""
+    nodes.are(1)
+    got = []
+    listener = Listener(got.append)
+
+    def posted(number):
+        ray.get(listener.board.post.remote({"step": {"step": number}}), timeout=60)
+        deadline = time.time() + 60
+        while listener.step < number:
+            assert time.time() < deadline
+            time.sleep(0.05)
+
+    try:
+        posted(1)
+        listener.begun.clear()
+        (board,) = running("ray::Board")
+        board.kill()
+        board.wait(60)
+        posted(2)
+        assert listener.begun.is_set() and [item["step"]["step"] for item in got] == [1, 2]
+    finally:
+        listener.close()
+
+
+def test_what_ray_does_not_promise_still_works(nodes):
+    store = ray_internals.object_store()
+    assert 0 <= store.used <= store.capacity and store.capacity > 100 * MIB and store.spilled == 0
+    assert ray_internals.resources_that_may_come() == {} and ray_internals.is_driver()
+    assert not ray.get(ray.remote(num_cpus=0)(ray_internals.is_driver).remote())
+    group = placement_group([{"CPU": 1}])
+    ray_internals.remove_placement_group(group.id.hex())
+    assert placement_group_table()[group.id.hex()]["state"] == "REMOVED"
 
 
 def test_elastic_two_workers_one_and_two_again(run, nodes, place):

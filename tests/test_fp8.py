@@ -64,21 +64,21 @@ def test_thawing_is_to_the_bit_and_a_twin_is_of_the_weights_as_they_froze(denois
     first = found[0].module
     for trainable in ([], TRAINED, ["blocks.0"], []):
         unfreeze(network, found, trainable, [], "residual", frozen_precision="fp8")
-        assert {b.name for b in found if blocks.TWIN in b.module.__dict__} == {b.name for b in found} - {*trainable}
+        assert {b.name for b in found if blocks.variants(b.module).twin} == {b.name for b in found} - {*trainable}
         prediction(denoiser)
         assert network.state_dict().keys() == before.keys()
         assert all(torch.equal(p, before[n]) for n, p in network.state_dict().items())
         assert all(p.dtype == torch.float32 for p in network.parameters())
-    old = first.__dict__[blocks.TWIN]
+    old = blocks.variants(first).twin
     unfreeze(network, found, ["blocks.0"], [], "residual", frozen_precision="fp8")
     with torch.no_grad():
         first.ffn.net[2].weight.mul_(2)
     unfreeze(network, found, TRAINED, [], "residual", frozen_precision="fp8")
-    new = first.__dict__[blocks.TWIN]
+    new = blocks.variants(first).twin
     doubled = [t.ffn.net[2].weight.dequantize().float() for t in (old, new)]
     torch.testing.assert_close(doubled[1], 2 * doubled[0], rtol=0.02, atol=0)
     unfreeze(network, found, TRAINED, [], "exact", frozen_precision="fp8")
-    assert not any(blocks.TWIN in b.module.__dict__ for b in found)
+    assert not any(blocks.variants(b.module).twin for b in found)
 
 
 def test_compiled_blocks_have_compiled_twins(denoiser, found):
@@ -96,7 +96,7 @@ def test_costs_are_those_of_full_precision_with_the_twins_bytes(denoiser, found,
     outside = denoiser.outside()["conditions"]
     loss = lambda: training_loss(denoiser, latents([0]), experiment.train)  # noqa: E731
     model = measuring.measure(denoiser.network, found, outside, loss, clips=1, seconds=False, frozen_precision="fp8")
-    assert not any(blocks.TWIN in b.module.__dict__ for b in found)
+    assert not any(blocks.variants(b.module).twin for b in found)
     counted = {}
     for precision in ("full", "fp8"):
         trained = unfreeze(denoiser.network, found, TRAINED, outside, "residual", frozen_precision=precision)

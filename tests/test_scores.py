@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 from entprog.blocks import blocks
 from entprog.config import Priority
 from entprog.data import hashing
-from entprog.scoring import cei, priorities, tables
+from entprog.scoring import cache, cei, priorities, tables
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import score
-from pipelines.training import worker
 
 
 @pytest.fixture
@@ -155,21 +154,11 @@ def test_content_hash_tells_apart_what_moved_between_tensors():
     assert hashing.content_hash(zeros) != hashing.content_hash(zeros.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
 
 
-def setup_of(experiment, seed=0):
-    """What a worker has open, with clips made up."""
-    denoiser = tiny_denoiser(experiment, seed)
-    dataset = SimpleNamespace(fingerprint="some clips")
-    return worker.Setup(
-        experiment,
-        torch.device("cpu"),
-        denoiser,
-        dataset,
-        [],
-        latents([0]),
-        blocks(denoiser.network),
-        {},
-        lambda item: None,
-    )
+def table_of(folder, seed=0, **parts):
+    """The kept table, or a new one, of a tiny network, with clips made up."""
+    experiment = tiny_experiment(**parts)
+    denoiser, dataset = tiny_denoiser(experiment, seed), SimpleNamespace(fingerprint="some clips")
+    return cache.table(denoiser, blocks(denoiser.network), dataset, experiment, folder)
 
 
 @pytest.fixture
@@ -178,21 +167,20 @@ def counted(monkeypatch):
     calls = []
     score = priorities.score
     monkeypatch.setattr(priorities, "score", lambda *args, **kw: calls.append(args[3].kind) or score(*args, **kw))
-    monkeypatch.setattr(worker, "scoring_clips", lambda setup: [latents(range(2))])
+    monkeypatch.setattr(cache, "clips", lambda denoiser, dataset, experiment: [latents(range(2))])
     return calls
 
 
 def test_the_same_weights_are_never_scored_twice(tmp_path, counted):
-    kept = {"tables": str(tmp_path / "tables")}
-    first = worker.scores(setup_of(tiny_experiment()), kept)
+    first = table_of(tmp_path)
     # Another run, process and schedule: all that decides the scores is the same.
-    again = worker.scores(setup_of(tiny_experiment(schedule={"stages": 3}, train={"learning_rate": 0.5})), kept)
+    again = table_of(tmp_path, schedule={"stages": 3}, train={"learning_rate": 0.5})
     assert counted == ["cei"] and again == first
-    reverse = worker.scores(setup_of(tiny_experiment(priority={"kind": "reverse_cei"})), kept)
+    reverse = table_of(tmp_path, priority={"kind": "reverse_cei"})
     assert counted == ["cei"] and reverse == replace(first, kind="reverse_cei")
     for other in ({"priority": {"kind": "gradient"}}, {"model": {"dtype": "bfloat16"}}, {"train": {"seed": 1}}):
-        worker.scores(setup_of(tiny_experiment(**other)), kept)
-    worker.scores(setup_of(tiny_experiment(), seed=1), kept)
+        table_of(tmp_path, **other)
+    table_of(tmp_path, seed=1)
     assert counted == ["cei", "gradient", "cei", "cei", "cei"]
 
 
@@ -207,5 +195,5 @@ def test_draws_until_stable_is_an_option_of_the_score_job(monkeypatch):
 
 
 def test_a_priority_without_data_reads_no_clips():
-    setup = setup_of(tiny_experiment(priority={"kind": "random"}))
-    assert worker.scoring_clips(setup) == []
+    experiment = tiny_experiment(priority={"kind": "random"})
+    assert cache.clips(tiny_denoiser(experiment), None, experiment) == []

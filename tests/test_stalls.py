@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.cluster import stalls
-from pipelines.cluster.stalls import Stalls, Store
+from pipelines.cluster.ray_internals import Store
+from pipelines.cluster.stalls import Stalls
 
 SECONDS = st.floats(0, 1e5)
 
@@ -47,6 +48,7 @@ def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s,
 def test_a_full_store_and_spilling_are_told_once_each():
     told = []
     watch = stalls.Watch(told.append)
+    assert watch.figures() == {"object_store_peak_share": None, "spilled_bytes": None}, "not measured is not zero"
     watch.see(Store(used=100, capacity=1000, spilled=70))  # by somebody else, before
     assert watch.figures() == {"object_store_peak_share": 0.1, "spilled_bytes": 0} and not told
     for _ in range(2):

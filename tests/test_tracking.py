@@ -1,6 +1,7 @@
 """MLflow: one run across restarts and no point lost, on real SQLite stores and a real server."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -211,13 +212,16 @@ def test_a_store_that_is_gone_keeps_the_points_for_the_driver(uri, tmp_path):
 def test_a_restarted_worker_delivers_what_a_killed_one_kept(uri, tmp_path):
     driver = begin(tmp_path)
     gone = Tracker.attach({**driver.handle(), "uri": f"sqlite:///{tmp_path}/no.db"}, warn=lambda _: None)
-    gone.metrics(1, {"loss": 0.5})
+    gone.metrics(1, {"loss": 0.5, "odd": math.nan, "large": -math.inf})
     gone.flush(0.2)  # and then it is killed
+    for line in (tmp_path / tracker.PENDING_FILE).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
     again = Tracker.attach(driver.handle(), warn=pytest.fail)
     again.metrics(2, {"loss": 0.4})
     again.close()
     driver.end("FINISHED")
     assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
+    assert math.isnan(history(uri, driver.run_id, "odd")[0][1]) and history(uri, driver.run_id, "large")[0][1] < -1e300
 
 
 def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):

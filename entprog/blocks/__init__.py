@@ -2,12 +2,10 @@
 
 from entprog.blocks.block import (
     ADAPTER,
-    COMPILED,
-    TWIN,
-    TWIN_FORWARD,
     Block,
     CheckpointedForward,
     Kind,
+    Variants,
     along_bypass,
     blocks,
     bypass,
@@ -24,16 +22,15 @@ from entprog.blocks.block import (
     trainable,
     twin_bytes,
     unfreeze,
+    variants,
 )
 
 __all__ = [
     "ADAPTER",
-    "COMPILED",
-    "TWIN",
-    "TWIN_FORWARD",
     "Block",
     "CheckpointedForward",
     "Kind",
+    "Variants",
     "along_bypass",
     "blocks",
     "bypass",
@@ -50,4 +47,5 @@ __all__ = [
     "trainable",
     "twin_bytes",
     "unfreeze",
+    "variants",
 ]

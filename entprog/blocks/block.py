@@ -11,7 +11,7 @@ skip itself and the extension point: a model family registers its block classes,
 import functools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -145,7 +145,7 @@ def along_bypass(module: nn.Module, *args, **kwargs):
     if not torch.is_grad_enabled():
         return own_forward(module)(*args, **kwargs)
     given, named = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
-    run = functools.partial(module.__dict__.get(TWIN_FORWARD) or own_forward(module), *given, **named)
+    run = functools.partial(variants(module).twin_forward or own_forward(module), *given, **named)
     shortcut = bypass(module, *args, **kwargs)
     if isinstance(shortcut, tuple):
         return _AlongBypass.apply(run, *shortcut)
@@ -169,34 +169,49 @@ def is_checkpointed(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), CheckpointedForward)
 
 
+@dataclass
+class Variants:
+    """Other forms of a block's own forward. They lie on its module as the attribute `entprog`, the one that this
+    package adds to a module beside what stands in for its `forward`."""
+
+    compiler: Callable[[Callable], Callable] | None = None
+    compiled: Callable | None = None
+    """The block's own forward, by `compiler`."""
+    twin: nn.Module | None = None
+    """The block in fp8 (`entprog.blocks.fp8`), while it is frozen."""
+    twin_forward: Callable | None = None
+    """The twin's forward, by `compiler` where there is one."""
+
+
+def variants(module: nn.Module) -> Variants:
+    """The forms that a block has beside its own; none at first."""
+    return module.__dict__.get("entprog") or Variants()
+
+
 def own_forward(module: nn.Module) -> Callable:
     """The block's forward as its class defines it (compiled, if it was), whatever stands in for it now."""
-    return module.__dict__.get(COMPILED) or type(module).forward.__get__(module)
-
-
-COMPILED, COMPILER = "_entprog_compiled", "_entprog_compiler"
-"""Attributes of a block that hold its compiled forward, and what compiled it."""
-TWIN, TWIN_FORWARD = "_entprog_fp8", "_entprog_fp8_forward"
-"""Attributes of a frozen block that hold its fp8 twin and the twin's forward."""
+    return variants(module).compiled or type(module).forward.__get__(module)
 
 
 def make_twin(module: nn.Module) -> None:
     """Give a block an fp8 twin of its weights as they are; compiled if the block is."""
-    made = fp8.twin(module)
-    forward = type(made).forward.__get__(made)
-    module.__dict__[TWIN] = made
-    module.__dict__[TWIN_FORWARD] = module.__dict__[COMPILER](forward) if COMPILED in module.__dict__ else forward
+    known, twin = variants(module), fp8.twin(module)
+    forward = type(twin).forward.__get__(twin)
+    module.entprog = replace(known, twin=twin, twin_forward=known.compiler(forward) if known.compiler else forward)
 
 
 def drop_twin(module: nn.Module) -> None:
     """Forget it; before the block's weights change."""
-    module.__dict__.pop(TWIN, None)
-    module.__dict__.pop(TWIN_FORWARD, None)
+    kept = replace(variants(module), twin=None, twin_forward=None)
+    module.__dict__.pop("entprog", None)
+    if kept != Variants():
+        module.entprog = kept
 
 
 def twin_bytes(module: nn.Module) -> int:
     """What a block's fp8 twin adds to its weights; 0 without one."""
-    return fp8.nbytes(module.__dict__[TWIN]) if TWIN in module.__dict__ else 0
+    twin = variants(module).twin
+    return 0 if twin is None else fp8.nbytes(twin)
 
 
 def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
@@ -207,8 +222,8 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
     """
     compiler = functools.partial(torch.compile, backend=backend)
     for block in found:
-        block.module.__dict__[COMPILER] = compiler
-        block.module.__dict__[COMPILED] = compiler(type(block.module).forward.__get__(block.module))
+        compiled = compiler(type(block.module).forward.__get__(block.module))
+        block.module.entprog = replace(variants(block.module), compiler=compiler, compiled=compiled)
 
 
 ADAPTER = ".lora_"
@@ -260,13 +275,13 @@ def unfreeze(
         along = not trained and backward == "residual"
         if not (along and frozen_precision == "fp8"):
             drop_twin(block.module)
-        elif TWIN not in block.module.__dict__:
+        elif variants(block.module).twin is None:
             make_twin(block.module)
         if along:
             block.module.forward = functools.partial(along_bypass, block.module)
         elif checkpointing:
             block.module.forward = CheckpointedForward(own_forward(block.module))
-        elif COMPILED in block.module.__dict__:
+        elif variants(block.module).compiled:
             block.module.forward = own_forward(block.module)
     for parameter in outside:
         parameter.requires_grad_(True)

@@ -62,7 +62,8 @@ def twin(module: nn.Module) -> nn.Module:
         fits = module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
         return Fp8Linear(module) if fits else module
     out = copy.copy(module)
-    out.__dict__.pop("forward", None)  # whatever stands in for the block's own
+    for ours in ("forward", "entprog"):  # what stands in for the block's own, and its other forms
+        out.__dict__.pop(ours, None)
     out._modules = {name: twin(child) if child is not None else None for name, child in module._modules.items()}
     return out
 

@@ -167,7 +167,8 @@ class Train(Part):
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has any."""
     threads: int | None = Field(default=None, ge=1)
-    """torch CPU threads per worker. None: cores shared evenly, one of each share left for decoding."""
+    """torch CPU threads per worker. None: the cores of its machine, shared evenly by the workers there, one of each
+    share left for decoding."""
     held_out_every: int = Field(default=50, ge=1)
     """Steps between held-out losses."""
     checkpoint_every: int = Field(default=50, ge=1)

@@ -205,7 +205,7 @@ class Probe:
         """Cost of the block's forward in fp8, and what its twin holds."""
         blocks.make_twin(module)
         try:
-            run = module.__dict__[blocks.TWIN_FORWARD]
+            run = blocks.variants(module).twin_forward
             with torch.no_grad():
                 return self.meter(lambda: run(*args, **kwargs)), blocks.twin_bytes(module)
         finally:

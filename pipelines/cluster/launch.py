@@ -14,7 +14,7 @@ from typing import Any
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.training.storage import Place
-from pipelines.cluster import elastic, failures
+from pipelines.cluster import elastic, failures, ray_internals
 from pipelines.cluster.elastic import CPUS_FOR_DATA
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 
@@ -29,7 +29,7 @@ def use_gpus(experiment: Experiment) -> bool:
     import ray
 
     cluster, train = ray.cluster_resources(), experiment.train
-    growing = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # what an autoscaler may add
+    growing = ray_internals.resources_that_may_come()
 
     def most(resource: str) -> int:
         return int(max(cluster.get(resource, 0), growing.get(resource, 0)))
@@ -61,9 +61,15 @@ def decode_cpus(experiment: Experiment) -> float:
     return max(1.0, free / experiment.train.workers)
 
 
-def threads(experiment: Experiment) -> int:
-    """torch threads per CPU worker: cores shared evenly, one of each share left for decoding."""
-    return experiment.train.threads or max(1, (os.cpu_count() or 1) // experiment.train.workers - 1)
+def threads(cores: int, workers: int) -> int:
+    """torch threads of each of some CPU workers on one machine: its cores shared evenly, one of each share left for
+    decoding."""
+    return max(1, cores // workers - 1)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def absolute(experiment: Experiment) -> Experiment:
@@ -178,12 +184,12 @@ def _attempt(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.cluster.stopping import Listening
+    from pipelines.cluster import stopping
 
     trainer = TorchTrainer(
         worker,
         train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
-        torch_config=Listening(backend="nccl" if gpus else "gloo"),
+        torch_config=ray_internals.torch_config("nccl" if gpus else "gloo", prepare=stopping.listen),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=RunConfig(
             # A name of its own: Ray must not look for state under it; we resume from our own checkpoints.
@@ -208,15 +214,12 @@ def _leaving_nothing_reserved():
     """Afterwards the placement groups made inside are gone: a trainer's controller that was killed leaves its own, and
     with it CPUs and GPUs that would be missing from then on. Trials of a sweep, which share a job, are left to Ray."""
     import ray
-    from ray._raylet import PlacementGroupID
-    from ray.util import placement_group_table, remove_placement_group
-    from ray.util.placement_group import PlacementGroup
+    from ray.util import placement_group_table
 
-    context = ray.get_runtime_context()
-    if context.worker.mode != ray.SCRIPT_MODE:  # inside a trial
+    if not ray_internals.is_driver():  # inside a trial
         yield
         return
-    job = context.get_job_id()
+    job = ray.get_runtime_context().get_job_id()
 
     def reserved() -> set[str]:
         return {key for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
@@ -225,7 +228,7 @@ def _leaving_nothing_reserved():
     yield
     for key in reserved() - before:
         if key.endswith(job):
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+            ray_internals.remove_placement_group(key)
 
 
 @contextmanager

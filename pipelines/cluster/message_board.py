@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
@@ -51,7 +52,9 @@ class Listener:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        # Should its process end it is made anew: what was posted a moment before is lost, the run goes on.
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Board).remote()
         self.heard = heard
         self.last: dict[str, Any] = {}
         """The newest message."""
@@ -82,11 +85,8 @@ class Listener:
         from ray.exceptions import RayError
 
         while not self._done.wait(0.3):
-            try:
+            with suppress(RayError):  # a board that does not answer now may do so later
                 self.read()
-            except RayError:
-                if not self._done.is_set():
-                    raise
 
     def close(self) -> None:
         import ray

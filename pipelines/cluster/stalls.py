@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from pipelines.cluster.ray_internals import Store, object_store
+
 WORTH_TELLING = 0.1
 """Share of the time from which something is done about it."""
 LOOK_EVERY_S = 30.0
@@ -74,49 +76,28 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> l
 # ---- the object store ----
 
 
-@dataclass(frozen=True)
-class Store:
-    """Ray's object store over all nodes, in bytes."""
-
-    used: int
-    capacity: int
-    spilled: int
-    """Written to disk since the cluster began."""
-
-    @property
-    def used_share(self) -> float:
-        return self.used / max(self.capacity, 1)
-
-
-def look() -> Store:
-    """The store as it is now, by the same call that Ray Data's own statistics use."""
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
-    return Store(stats.object_store_bytes_used, stats.object_store_bytes_avail, stats.spilled_bytes_total)
-
-
 class Watch:
     """What has been seen of the object store while somebody watched."""
 
     def __init__(self, warn: Callable[[str], None]):
         self.warn = warn
         self.first: Store | None = None
-        self.peak_used_share = 0.0
-        self.spilled_bytes = 0
+        self.peak_used_share: float | None = None
+        self.spilled_bytes: int | None = None
+        """None until the store was seen."""
         self.told: set[str] = set()
 
     def see(self, store: Store) -> None:
         self.first = self.first or store
-        self.peak_used_share = max(self.peak_used_share, store.used_share)
+        used_share = store.used / max(store.capacity, 1)
+        self.peak_used_share = max(self.peak_used_share or 0.0, used_share)
         self.spilled_bytes = store.spilled - self.first.spilled
         remedy = "give Ray a larger object store (ENTPROG_OBJECT_STORE_BYTES), or use smaller batches"
         if self.spilled_bytes:
             told = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB to disk, which slows the stream"
             self._once("spill", f"{told}: {remedy}")
-        elif store.used_share >= NEARLY_FULL:
-            told = f"Ray's object store ({store.capacity / 1e9:.2g} GB) is {store.used_share:.0%} full, about to spill"
+        elif used_share >= NEARLY_FULL:
+            told = f"Ray's object store ({store.capacity / 1e9:.2g} GB) is {used_share:.0%} full, about to spill"
             self._once("full", f"{told}: {remedy}")
 
     def _once(self, what: str, line: str) -> None:
@@ -124,8 +105,13 @@ class Watch:
             self.told.add(what)
             self.warn(line)
 
-    def figures(self) -> dict[str, float]:
-        return {"object_store_peak_share": round(self.peak_used_share, 4), "spilled_bytes": self.spilled_bytes}
+    def figures(self) -> dict[str, float | None]:
+        """None for what could not be measured."""
+        peak = self.peak_used_share
+        return {
+            "object_store_peak_share": peak if peak is None else round(peak, 4),
+            "spilled_bytes": self.spilled_bytes,
+        }
 
 
 @contextmanager
@@ -135,7 +121,7 @@ def watched(warn: Callable[[str], None], every_s: float = LOOK_EVERY_S) -> Itera
 
     def see() -> None:
         with suppress(Exception):  # a cluster that does not answer is not what is looked for here
-            watch.see(look())
+            watch.see(object_store())
 
     def work() -> None:
         see()

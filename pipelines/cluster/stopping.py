@@ -7,11 +7,9 @@ is started anew on what is there; a job that is told to stop ends, and the same 
 
 import signal
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ray.train.torch import TorchConfig
 
 from entprog.distributed import agree
 from pipelines.cluster.message_board import GOES_ON, MACHINE_ENDS
@@ -24,21 +22,9 @@ class LeavingError(RuntimeError):
     """A worker's machine is about to end; the checkpoint is saved, the group has to start anew without it."""
 
 
-@dataclass
-class Listening(TorchConfig):
-    """Workers that take SIGTERM as a notice; without it Ray's own handler ends the process at once."""
-
-    @property
-    def backend_cls(self):
-        class Backend(super().backend_cls):
-            def on_start(self, worker_group, backend_config):
-                super().on_start(worker_group, backend_config)
-                worker_group.execute(_listen)  # in the worker's main thread, as signals want it
-
-        return Backend
-
-
-def _listen() -> None:
+def listen() -> None:
+    """Take SIGTERM as a notice; without this Ray's own handler ends the process at once. Called in the worker's main
+    thread, as signals want it."""
     signal.signal(signal.SIGTERM, lambda *_: _told.set())
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint that makes clips: found, checked without reading weights, loaded."""
+"""A checkpoint that makes clips: found, checked, loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,11 @@ class Checkpoint:
 def find(given: str, settings: Generate) -> Checkpoint:
     """The checkpoint of `--checkpoint`, and whether it can be sampled as the settings say.
 
-    Raises UserError for a folder that is none, or a sampler or shift that does not fit.
+    Raises UserError for a folder that is none, weights that are not finite, or a sampler or shift that does not fit.
     """
     from entprog import models
     from entprog.diffusion.samplers import sampler
-    from entprog.models import folders
+    from entprog.models import finite, folders
 
     root = folders.locate(given, "--checkpoint")
     about = folders.saved(root)
@@ -51,6 +51,9 @@ def find(given: str, settings: Generate) -> Checkpoint:
     unchecked = Checkpoint(root, about, shape, None)
     process = models.family(about["family"]).inspect(unchecked.model(), shape).process
     sampler(process, settings.sampler, settings.shift)
+    for network in filter(None, (folders.part(root, name) for name in folders.NETWORKS)):
+        if name := finite.not_finite_in(network):
+            raise UserError(f"--checkpoint: {network} is no trained network: {name} is not finite; train it again")
     return Checkpoint(root, about, shape, process)
 
 

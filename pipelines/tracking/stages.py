@@ -63,9 +63,10 @@ def figures(stage: Sequence[Record], before_s: float) -> list[tuple[str, float, 
         "stage/steps": len(stage),
         "stage/seconds": last["charged_s"] - before_s,
         "stage/search_seconds": search_seconds(stage, before_s),
-        "stage/mean_loss": sum(step["loss"] for step in stage) / len(stage),
         "stage/peak_memory_bytes": max(step["plan_memory_bytes"] for step in stage),
     }
+    if losses := [step["loss"] for step in stage if step["loss"] is not None]:  # not finite: null in steps.jsonl
+        values["stage/mean_loss"] = sum(losses) / len(losses)
     if trained:
         values["stage/median_step_s"] = trained[len(trained) // 2]
     return [(name, value, last["time"], last["step"]) for name, value in values.items()]

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 
+from pipelines.tracking.mlflow_internals import Machine
 from pipelines.tracking.tracker import Tracker
 
 
@@ -14,13 +15,8 @@ def watch(tracker: Tracker, every_s: float, step: Callable[[], int]) -> None:
     """
 
     def look() -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(tracker.run_id, tracking_uri=tracker.uri)
+        machine = Machine(tracker.run_id, tracker.uri)
         while not tracker.closed.wait(every_s):
-            monitor.collect_metrics()
-            tracker.metrics(step(), {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})
-            for one in monitor.monitors:
-                one.clear_metrics()
+            tracker.metrics(step(), {f"system/{name}": value for name, value in machine.look().items()})
 
     threading.Thread(target=look, name="machine", daemon=True).start()

@@ -118,9 +118,9 @@ class Tracker:
             self._points += points
         self._wake()
 
-    def summary(self, values: Mapping[str, float]) -> None:
-        """Final figures of the run: metrics `final/NAME`."""
-        self.metrics(0, {f"final/{name}": value for name, value in values.items()})
+    def summary(self, values: Mapping[str, float | None]) -> None:
+        """Final figures of the run: metrics `final/NAME`; none where a figure is None, which was not measured."""
+        self.metrics(0, {f"final/{name}": value for name, value in values.items() if value is not None})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags."""
@@ -319,7 +319,7 @@ class Tracker:
         if not self._points:
             return
         try:
-            files.write_text(self._pending, "".join(json.dumps(point) + "\n" for point in self._points))
+            files.write_text(self._pending, "".join(map(_line, self._points)))
             self._kept = True
         except OSError as error:
             self._warn(f"cannot keep MLflow points in {self._pending}: {error.strerror}")
@@ -337,9 +337,16 @@ def deliver_pending(output: Path, warn: Callable[[str], None] = warnings.warn) -
     return not pending.exists()
 
 
+def _line(point: Point) -> str:
+    """A point in strict JSON, which has no number for a value that is not finite: it is written as text."""
+    name, value, at_ms, step = point
+    return files.strict_json([name, value if math.isfinite(value) else str(value), at_ms, step]) + "\n"
+
+
 def _read_points(path: Path) -> list[Point]:
     with path.open() as file:
-        return [tuple(json.loads(line)) for line in file]
+        rows = [json.loads(line) for line in file]
+    return [(name, float(value), at_ms, step) for name, value, at_ms, step in rows]
 
 
 def _key(name: str) -> str:
@@ -348,5 +355,5 @@ def _key(name: str) -> str:
 
 
 def _text(value: Any, length: int) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else files.strict_json(value)
     return text if len(text) <= length else text[: length - 1] + "…"

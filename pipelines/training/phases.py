@@ -93,10 +93,10 @@ def _teller(tracker: Tracker, phase: int, steps: int, seconds: float) -> Callabl
     def tell(step: Mapping[str, Any]) -> None:
         if step["held_out_loss"] is None:
             return
-        point = {
+        loss = {} if step["loss"] is None else {"loss": step["loss"]}  # not finite: null in steps.jsonl
+        point = loss | {
             "phase": phase,
             "held_out_loss": step["held_out_loss"],
-            "loss": step["loss"],
             "trained_blocks": len(step["trained"]),
             "charged_s": seconds + step["charged_s"],
         }

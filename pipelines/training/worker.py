@@ -1,35 +1,35 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from entprog import config, files, models
 from entprog.blocks import Block, blocks, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
-from entprog.data.hashing import content_hash
 from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models import fingerprints, lora
+from entprog.models.finite import not_finite
 from entprog.schedule import plans, prices
 from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
-from entprog.scoring import cei, priorities
-from entprog.scoring.tables import ScoreTable, table_key
+from entprog.scoring import cache, cei
+from entprog.scoring.tables import ScoreTable
 from entprog.training import checkpoint
-from entprog.training.fit import Step, fit, start
-from pipelines.cluster import gauges
+from entprog.training.fit import DivergedError, Step, fit, start
+from pipelines.cluster import gauges, launch
 from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.cluster.stopping import LeavingError, Notices
 from pipelines.generating import rendering
@@ -89,7 +89,7 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         return
     try:
         result = work(setup, settings)
-    except agree.DisagreementError as error:  # all ranks have it; another try would end alike
+    except (agree.DisagreementError, DivergedError) as error:  # all ranks have it; another try would end alike
         ray.get(board.post.remote({"failure": str(error)}))
         return
     except UserError as error:  # such as a damaged clip: this rank alone may have met it
@@ -102,12 +102,14 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
 
 
 def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> Setup:
+    import ray.train
     import ray.train.torch
 
     experiment = config.build(settings["experiment"])
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(settings["threads"])
+        here = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
     if experiment.in_fp8:
         fp8.check_device(device)
     dataset = shards.read_dataset(Path(experiment.data.shards))
@@ -130,55 +132,13 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
-    """The table of the network as it is now: the kept one if these weights were ever scored, else made and kept."""
-    experiment = setup.experiment
-    priority = experiment.priority
-    parts = [getattr(setup.denoiser, field.name) for field in fields(setup.denoiser)]  # the VAE and the text matter too
-    contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
-    model, shape = experiment.model, experiment.data.shape
-    process = str(setup.denoiser.process)
-    rest = [model.family, process, model.conditions, model.dtype, str(shape), experiment.train.seed]
-    key = table_key(contents, setup.dataset.fingerprint, priority, rest)
-    kept = Path(settings["tables"]) / f"{key}.json"
-    rank = agree.world()[0]
-    with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
-        # Rank 0 alone looks, so that ranks cannot differ in what they find.
-        known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
-        if known is not None:
-            return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
-        table = priorities.score(
-            setup.denoiser,
-            setup.blocks,
-            scoring_clips(setup),
-            priority,
-            key=key,
-            seed=experiment.train.seed,
-            progress=lambda done, of: setup.post({"scored": done, "of": of}),
-        )
-        if rank == 0:
-            files.write_json(kept, table.as_json())
-    return table
+    """The score table of the network as it is now, from the folder of tables if it was ever made."""
 
+    def progress(done: int, of: int) -> None:
+        setup.post({"scored": done, "of": of})
 
-@contextmanager
-def _alone(table: Path) -> Iterator[None]:
-    """One process at a time looks for a table and makes it: a second one waits, and finds it."""
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(table.with_suffix(".lock")):
-        yield
-
-
-def scoring_clips(setup: Setup) -> list[Latents]:
-    """The training clips that `priorities.score` takes as conditions, the same on every rank; none for a priority that
-    looks at no data."""
-    experiment, data = setup.experiment, setup.experiment.data
-    if experiment.priority.kind in priorities.WITHOUT_DATA:
-        return []
-    source = clip_stream.local_stream(
-        setup.dataset, "train", setup.dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, setup.device
-    )
-    wanted = -(-experiment.priority.conditions // data.batch_size)
-    return [latents.encode(setup.denoiser, next(source).resized(data.shape)) for _ in range(wanted)]
+    folder = Path(settings["tables"])
+    return cache.table(setup.denoiser, setup.blocks, setup.dataset, setup.experiment, folder, progress)
 
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
@@ -207,11 +167,13 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         files.write_json(output / "cei.json", table.as_json())
+    final_loss = 0.0
     data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
     with closing(Batches(experiment, *data)) as batches:
-        conditions = scoring_clips(setup) if table and experiment.priority.rescore else ()
+        rescored = table is not None and experiment.priority.rescore
+        conditions = cache.clips(denoiser, setup.dataset, experiment) if rescored else ()
         steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
-        for step in steps:
+        for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
             if rank == 0:
                 record = as_record(step)
@@ -220,6 +182,12 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
                 setup.post({"step": record})
+            if step.skipped and state.skipped_in_a_row == 1:
+                warn(
+                    f"step {step.step}: loss or gradient is not finite, update skipped ({step.skipped_updates} so far)"
+                )
+            if step.last:
+                final_loss = step.held_out_loss
             notice = GOES_ON if step.last else notices.heard()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
                 saver.save(denoiser.network, state)
@@ -227,7 +195,6 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                     tracker.flush()
             if notice:
                 saver.wait()
-                torch.distributed.barrier()
                 if notice == MACHINE_ENDS:
                     raise LeavingError(f"a worker's machine is about to end (SIGTERM) after step {step.step}")
                 return {"grows" if notice == GROWS else "stopped": step.step}
@@ -237,9 +204,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             "train.seconds (train.flops), or lower priority.conditions × priority.draws"
         )
     saver.close()
+    if not math.isfinite(final_loss):
+        raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
     setup = _final_network(setup, state)
     denoiser = setup.denoiser
-    if rank == 0:
+    if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
             trained = outside(denoiser, experiment)
             lora.save(denoiser.network, experiment.train.lora, trained, output / "adapter")
@@ -251,8 +220,16 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()
-    torch.distributed.barrier()
     return {"result": final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}}
+
+
+def _saved_though_it_diverges(steps: Iterator[Step], saver: checkpoint.Saver) -> Iterator[Step]:
+    """The steps; where all ranks give up together, a checkpoint that was begun is completed first."""
+    try:
+        yield from steps
+    except DivergedError:
+        saver.close()
+        raise
 
 
 def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Callable[[str], None]) -> checkpoint.Saver:
@@ -271,12 +248,18 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
 
 
 def _final_network(setup: Setup, state: RunState) -> Setup:
-    """The set-up with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded."""
+    """The set-up with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded.
+
+    Raises DivergedError on every rank if it is not finite.
+    """
     denoiser, experiment = setup.denoiser, setup.experiment
     with torch.no_grad():
         for name, parameter in denoiser.network.named_parameters():
             if name in state.ema:
                 parameter.copy_(state.ema[name])
+    odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
+    if odd:
+        raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
     if not fsdp.is_sharded(denoiser.network):
         return setup
     weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
@@ -316,6 +299,7 @@ def metrics(step: Step) -> dict[str, float]:
         "loss": step.loss,
         "learning_rate": step.learning_rate,
         "gradient_norm": step.gradient_norm,
+        "skipped_updates": step.skipped_updates,
         "trained_blocks": step.plan.m,
         "stage": step.stage,
         "searching": float(step.phase == "search"),
@@ -353,6 +337,7 @@ def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
     return {
         "steps": state.step,
         "clips": state.position,
+        "skipped_updates": state.skipped,
         "seconds_by_purpose": vars(state.seconds),
         "flops_by_purpose": vars(state.flops),
         "peak_memory_bytes": state.peak_memory_bytes,
@@ -375,18 +360,28 @@ def steps_of(output: Path) -> list[dict[str, Any]]:
 
 
 class StepLog:
-    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are written anew."""
+    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are cut off and written anew."""
 
     def __init__(self, path: Path, done: int):
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines()[:done] if json.loads(line)["step"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
+        """done: steps of the run so far; what was logged of them is left as it is."""
+        self.file = path.open("a+b")
+        self.file.seek(0)
+        self.file.truncate(sum(len(line) for line in _before(self.file, done)))
 
     def add(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(files.strict_json(record).encode() + b"\n")
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
+
+
+def _before(lines: Iterable[bytes], done: int) -> Iterator[bytes]:
+    """The whole lines of a log up to a step, as far as they can be read."""
+    for line in lines:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line

@@ -1,0 +1,67 @@
+"""Every name of Ray's that is not part of its public interface, in one place.
+
+An upgrade may change any of them without notice: `tests/test_internals.py` and `tests/test_faults.py` then fail, and
+`pyproject.toml` bounds Ray's version until they pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Store:
+    """The object store over all nodes, in bytes."""
+
+    used: int
+    capacity: int
+    spilled: int
+    """Written to disk since the cluster began."""
+
+
+def object_store() -> Store:
+    """The store of the connected cluster as it is now, by the same call that Ray Data's own statistics use."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+    return Store(stats.object_store_bytes_used, stats.object_store_bytes_avail, stats.spilled_bytes_total)
+
+
+def resources_that_may_come() -> dict[str, float]:
+    """What the cluster would have with all the machines that its autoscaler may add; {} without an autoscaler."""
+    import ray
+
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+
+
+def is_driver() -> bool:
+    """Whether this process is the program that connected to Ray; False in a task or an actor, as a trial of Tune is."""
+    import ray
+
+    return ray.get_runtime_context().worker.mode == ray.SCRIPT_MODE
+
+
+def remove_placement_group(key: str) -> None:
+    """Give back what a placement group reserves. key: hex, as `placement_group_table` names it."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.placement_group import remove_placement_group as remove
+
+    remove(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+
+
+def torch_config(backend: str, prepare: Callable[[], None]):
+    """Ray Train's TorchConfig, with workers that call `prepare` in their main thread before they begin."""
+    from ray.train.torch import TorchConfig
+
+    class Prepared(TorchConfig):
+        @property
+        def backend_cls(self):
+            class Backend(super().backend_cls):
+                def on_start(self, worker_group, backend_config):
+                    super().on_start(worker_group, backend_config)
+                    worker_group.execute(prepare)
+
+            return Backend
+
+    return Prepared(backend=backend)

@@ -1,0 +1,69 @@
+"""Private names of libraries lie in one file each, and still do what they did; what needs a cluster: test_faults."""
+
+import ast
+import math
+from pathlib import Path
+
+import torch
+
+from entprog.blocks import fp8
+from pipelines.cluster import ray_internals
+from pipelines.tracking.mlflow_internals import Machine
+
+ROOT = Path(__file__).parents[1]
+HOMES = {
+    "ray": "pipelines/cluster/ray_internals.py",
+    "mlflow": "pipelines/tracking/mlflow_internals.py",
+    "torchao": "entprog/blocks/fp8.py",
+}
+PRIVATE = ("_", "system_metrics_monitor", "SCRIPT_MODE")
+
+
+def dotted(path: Path):
+    """(line, dotted name) of every import and attribute chain in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def test_private_names_lie_in_one_file_a_library():
+    found = set()
+    for folder in ("entprog", "pipelines", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for line, name in dotted(path):
+                library, *rest = name.split(".")
+                if library == "torchao" or (
+                    library in HOMES and any(part.startswith(PRIVATE) and part[:2] != "__" for part in rest)
+                ):
+                    place = path.relative_to(ROOT).as_posix()
+                    assert place == HOMES[library], f"{place}:{line}: {name}"
+                    found.add(library)
+    assert found == set(HOMES)
+
+
+def test_ray_train_calls_a_backends_start_on_its_workers():
+    """By the names that its own backend has; that workers are prepared so is seen in test_faults."""
+    config = ray_internals.torch_config("gloo", prepare=print)
+    assert config.backend == "gloo"
+    backend = config.backend_cls
+    (parent,) = backend.__bases__
+    assert "on_start" in vars(parent) and "on_start" in vars(backend)
+
+
+def test_mlflow_measures_this_machine():
+    values = Machine("a run", "sqlite:///nothing.db").look()
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes"} <= set(values)
+    assert all(math.isfinite(value) for value in values.values())
+
+
+def test_torchao_computes_a_linear_layer_in_8_bits():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(32, 16)
+    x = torch.randn(4, 32)
+    low = fp8.Fp8Linear(linear)
+    torch.testing.assert_close(low(x).float(), linear(x), rtol=0.1, atol=0.1)
+    assert low.nbytes < linear.weight.nbytes / 2

@@ -1,0 +1,124 @@
+"""What a worker keeps on disk, and what is no model: without Ray."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from entprog.models import folders
+from entprog.models.finite import not_finite_in
+from entprog.schedule.state import RunState
+from entprog.training import checkpoint
+from entprog.training.fit import DivergedError
+from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
+from helpers.runs import Run
+from pipelines import generate
+from pipelines.cluster import launch
+from pipelines.training import worker
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def logged(path, first, last):
+    log = worker.StepLog(path, first - 1)
+    for step in range(first, last + 1):
+        log.add({"step": step, "loss": 1 / step})
+    log.close()
+
+
+def test_a_resume_cuts_the_log_off_and_rewrites_nothing(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    logged(path, 1, 5)
+    before, file = path.read_bytes(), path.stat().st_ino
+    logged(path, 4, 4)
+    assert path.stat().st_ino == file, "the file itself, whose first lines nobody touched"
+    assert path.read_bytes() == before[: before.index(b'{"step": 5')]
+    assert worker.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("end", [b'{"step": 3, "lo', b"\0\0\0\0\n", b"[]\n", b'{"step": 9}\n', b"\xff\xfe\n"])
+def test_what_a_crash_left_at_the_end_of_the_log_is_cut_off(tmp_path, end):
+    path = tmp_path / "steps.jsonl"
+    logged(path, 1, 2)
+    with path.open("ab") as file:
+        file.write(end)
+    logged(path, 3, 3)
+    assert [json.loads(line)["step"] for line in lines(path)] == [1, 2, 3]
+
+
+def test_the_log_is_strict_json(tmp_path):
+    run = Run(tiny_experiment(train={"steps": 1}, schedule={"kind": "full"}))
+    (step,) = run.steps()
+    log = worker.StepLog(tmp_path / "steps.jsonl", 0)
+    for loss in (math.nan, math.inf):
+        log.add(worker.as_record(step) | {"loss": loss, "gradient_norm": -loss})
+    log.close()
+    for line in lines(tmp_path / "steps.jsonl"):
+        record = json.loads(line, parse_constant=pytest.fail)
+        assert record["loss"] is record["gradient_norm"] is None and record["skipped"] is False
+    assert worker.metrics(step)["skipped_updates"] == 0
+    assert worker.final(run.experiment, run.state)["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 7), (8, 2, 3), (64, 8, 7), (2, 4, 1), (1, 1, 1)])
+def test_threads_are_the_cores_of_a_workers_own_machine(cores, workers, threads):
+    assert launch.threads(cores, workers) == threads
+
+
+def spoilt(network, value):
+    with torch.no_grad():
+        network.blocks[3].ffn.net[2].weight[1, 2] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_network_that_is_not_finite_is_no_result(value):
+    experiment = tiny_experiment()
+    setup = SimpleNamespace(denoiser=tiny_denoiser(experiment), experiment=experiment)
+    state = RunState(optimizer=None, step=7)
+    assert worker._final_network(setup, state) is setup
+    spoilt(setup.denoiser.network, value)
+    with pytest.raises(DivergedError, match=r"not finite .blocks\.3\.ffn\.net\.2\.weight. after step 7"):
+        worker._final_network(setup, state)
+
+
+def test_averages_that_are_not_finite_are_no_result():
+    experiment = tiny_experiment()
+    setup = SimpleNamespace(denoiser=tiny_denoiser(experiment), experiment=experiment)
+    name, weight = next(iter(setup.denoiser.network.named_parameters()))
+    with pytest.raises(DivergedError, match="not finite"):
+        worker._final_network(setup, RunState(optimizer=None, ema={name: torch.full_like(weight, math.nan)}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_generate_refuses_weights_that_are_not_finite(tmp_path, value):
+    denoiser = tiny_denoiser(tiny_experiment())
+    model = tmp_path / "model"
+    denoiser.save(model, shape=SHAPE)
+    assert not_finite_in(folders.part(model, "transformer")) is None
+    spoilt(denoiser.network, value)
+    denoiser.save(model, shape=SHAPE)
+    person = ["--checkpoint", model, "--output", tmp_path / "out", "--reference", model, "--pose", model]
+    done = CliRunner().invoke(generate.app, [str(word) for word in person])
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert "blocks.3.ffn.net.2.weight is not finite" in line and "--checkpoint" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):
+    """An update whose own gradient is finite can still make the weights infinite."""
+    run, told = Run(tiny_experiment(train={"max_nonfinite": 2}, schedule={"kind": "full"})), []
+    saver = checkpoint.Saver(tmp_path, "id", keep=1, warn=told.append)
+    with pytest.raises(DivergedError, match="2 updates in a row"):
+        for step in run.steps():
+            if step.step == 3:
+                spoilt(run.denoiser.network, math.inf)
+            saver.save(run.denoiser.network, run.state)
+    saver.close()
+    assert checkpoint.found(tmp_path) == ["step-00000002"] and len(told) == 3
+    assert next(Run(run.experiment, tmp_path).steps()).step == 3
