@@ -33,7 +33,7 @@ def test_blocks_are_the_transformer_blocks_in_order(found):
 
 
 def test_unknown_network_says_how_to_register():
-    with pytest.raises(UserError, match=r"bypass.register for its class, perhaps Linear .README"):
+    with pytest.raises(UserError, match=r"bypass.register for its class, perhaps Linear .docs.families"):
         blocks(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])))
 
 

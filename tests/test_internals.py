@@ -54,8 +54,8 @@ def test_ray_train_calls_a_backends_start_on_its_workers():
     assert "on_start" in vars(parent) and "on_start" in vars(backend)
 
 
-def test_mlflow_measures_this_machine():
-    values = Machine("a run", "sqlite:///nothing.db").look()
+def test_mlflow_measures_this_machine(tmp_path):
+    values = Machine("a run", f"sqlite:///{tmp_path}/mlflow.db").look()
     assert {"cpu_utilization_percentage", "system_memory_usage_megabytes"} <= set(values)
     assert all(math.isfinite(value) for value in values.values())
 

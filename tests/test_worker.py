@@ -107,7 +107,6 @@ def test_generate_refuses_weights_that_are_not_finite(tmp_path, value):
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.splitlines()
     assert "blocks.3.ffn.net.2.weight is not finite" in line and "--checkpoint" in line
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):

@@ -101,14 +101,14 @@ class Saver:
             except FAILURES as error:
                 failure = _reason(error)
             failure = self._of_any_rank(failure)
+            if self.rank == 0:
+                failure = failure or self._complete(scratch, target, values)
+                if failure is not None:
+                    self.leftovers.append(scratch if scratch.local else target)
+                    self._clear_away()
         if scratch.local is None and local is not None:
             shutil.rmtree(local, ignore_errors=True)
-        if self.rank == 0 and failure is None:
-            failure = self._complete(scratch, target, values)
         if failure is not None:
-            if self.rank == 0:
-                self.leftovers.append(scratch if scratch.local else target)
-                self._clear_away(self.leftovers)
             return f"the checkpoint after step {step} was not saved in {self.place}: {failure}; training goes on"
         return self._prune() if self.rank == 0 else None
 
@@ -126,9 +126,9 @@ class Saver:
 
     def _prune(self) -> str | None:
         """Remove old checkpoints, and what saves left that failed or were killed; returns what went wrong."""
-        self.leftovers = [place for place in self.leftovers if not _is_complete(place)]
-        self._clear_away(self.leftovers)
         try:
+            self.leftovers = [place for place in self.leftovers if not _is_complete(place)]
+            self._clear_away()
             for name in _complete_names(self.place)[: -self.keep]:
                 (self.place / name).remove()
             for name in self.place.folders():
@@ -138,13 +138,12 @@ class Saver:
             return f"old checkpoints in {self.place} could not be removed: {_reason(error)}; training goes on"
         return None
 
-    @staticmethod
-    def _clear_away(places: list[Place]) -> None:
-        """Remove what can be removed now from disk and list: a bucket that is away now may be back later."""
-        for place in list(places):
+    def _clear_away(self) -> None:
+        """Remove the leftovers that can be removed now: a bucket that is away may be back for the next save."""
+        for place in list(self.leftovers):
             with suppress(OSError):
                 place.remove()
-                places.remove(place)
+                self.leftovers.remove(place)
 
     def _of_any_rank(self, failure: str | None) -> str | None:
         return next((line for line in self._gathered(failure) if line), None)
