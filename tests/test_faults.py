@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table
 
 from entprog import config
+from entprog.training import checkpoint
 from helpers.commands import SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
@@ -179,8 +181,6 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
     assert result["losses"] == undisturbed["losses"]
     assert result["held_out"] == [dict(point, charged_s=mine["charged_s"]) for point, mine in zip(
         undisturbed["held_out"], result["held_out"], strict=True)]  # fmt: skip
-    from mlflow import MlflowClient
-
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     (found,) = [
         run
@@ -190,6 +190,22 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
     assert found.info.run_id == result["mlflow_run_id"] and found.info.status == "FINISHED"
     points = client.get_metric_history(found.info.run_id, "loss")
     assert {p.step: p.value for p in points} == dict(enumerate(result["losses"], 1)), "no point is lost"
+
+
+def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
+    """Another try would end alike: there is none, and no model."""
+    folder, _ = place
+    lost = {"learning_rate": 1e30, "gradient_clip": None, "max_nonfinite": 3, "checkpoint_every": 1}
+    with pytest.raises(RuntimeError, match=r"not finite in 3 updates in a row, up to step \d+ .train\.max_nonfinite=3"):
+        run("lost", train=lost, schedule={"kind": "full"})
+    output = folder / "lost"
+    steps = [json.loads(line, parse_constant=pytest.fail) for line in (output / "steps.jsonl").read_text().splitlines()]
+    assert [step["skipped"] for step in steps[-4:]] == [False, True, True, True] and steps[-1]["loss"] is None
+    assert not (output / "model").exists() and not (output / "finished.json").exists()
+    assert checkpoint.newest(output / "checkpoints") == f"step-{steps[-1]['step']:08d}", "its weights are finite"
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    found = client.get_run(json.loads((output / "mlflow_run.json").read_text())["run_id"])
+    assert found.info.status == "FAILED" and found.data.metrics["skipped_updates"] == 3
 
 
 def test_too_little_room_is_told_and_waited_for(nodes):
