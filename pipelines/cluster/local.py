@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from entprog.errors import UserError
+from pipelines.cluster import ray_internals
 
 
 @contextmanager
@@ -18,21 +19,11 @@ def closed() -> Iterator[dict[str, str]]:
 
     Raises UserError where the token or Ray's folder cannot be kept from other users.
     """
-    from ray._private import ray_constants
-
     token()
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), f"entprog-{os.getuid()}")
     _own(folder, 0o700, "name a folder of yours in RAY_TMPDIR")
-    # Ray takes the machine's address on the network, and then listens on all of them, unless it is on a system where it
-    # makes no clusters. This is the one switch that keeps all its processes on loopback: 127.0.0.1 is replaced.
-    if not hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
-        raise UserError("this version of Ray cannot be kept off the network: install ray==2.60.0, or set RAY_ADDRESS")
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
+    with ray_internals.on_loopback():
         yield {"_temp_dir": str(folder / "ray")}  # in a folder of ours: Ray opens its own to everyone
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def token() -> Path | None:

@@ -4,8 +4,11 @@ An upgrade may change any of them without notice: `tests/test_internals.py` and 
 `pyproject.toml` bounds Ray's version until they pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from entprog.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,26 @@ def remove_placement_group(key: str) -> None:
     from ray.util.placement_group import remove_placement_group as remove
 
     remove(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that starts inside the block listens on loopback alone.
+
+    Ray takes the machine's address on the network, and then listens on all of them, unless it is on a system where it
+    makes no clusters. This is the one switch that keeps all its processes on loopback: 127.0.0.1 is replaced. Raises
+    UserError where Ray has it no more.
+    """
+    from ray._private import ray_constants
+
+    if not hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
+        raise UserError("this version of Ray cannot be kept off the network: install ray==2.60.0, or set RAY_ADDRESS")
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def torch_config(backend: str, prepare: Callable[[], None]):
