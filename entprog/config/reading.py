@@ -18,7 +18,7 @@ from entprog.config.part import Part
 from entprog.config.sweep import Sweep
 from entprog.config.written import Plain
 from entprog.errors import UserError
-from entprog.masking import masked
+from entprog.masking import masked, one_line
 
 P = TypeVar("P", bound=Part)
 
@@ -75,7 +75,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         try:
             value = written.load(text) if text.strip() else Plain()
         except yaml.YAMLError as error:
-            raise UserError(f"--set {name}: {text!r} is not a YAML value ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"--set {name}: {one_line(text, most=80)!r} is not a YAML value ({str(error).splitlines()[0]})"
+            ) from None
         *parents, leaf = name.strip().split(".")
         node = out
         for parent in parents:

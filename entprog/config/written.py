@@ -21,7 +21,8 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain scalars as `Plain`, everything else as SafeLoader has it; a name may stand once in a mapping."""
+    """Mappings, lists, words in quotes, and plain scalars as `Plain`: no tags (`!!int`), which a setting's type makes
+    needless. A name may stand once in a mapping."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merging anchors: << alone
 
@@ -40,7 +41,13 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
     return Plain(node.value) if node.style is None else node.value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
+_Loader.yaml_constructors = {
+    "tag:yaml.org,2002:str": _scalar,
+    # At once, not when all is read: what holds itself is refused.
+    "tag:yaml.org,2002:seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    "tag:yaml.org,2002:map": lambda loader, node: loader.construct_mapping(node, deep=True),
+    None: yaml.SafeLoader.construct_undefined,
+}
 
 WORDS: dict[str, Any] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -56,7 +63,10 @@ NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 def load(text: str) -> Any:
     """A YAML (or JSON) document whose unquoted scalars are `Plain`. Raises yaml.YAMLError, also for a name given twice,
     with both lines."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def meaning(value: Any) -> Any:
