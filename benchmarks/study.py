@@ -1,13 +1,15 @@
 """Does it pay? Ent-Prog against its controls at equal cost, several seeds, all costs charged.
 
-    python -m benchmarks.study --scale cpu                       # hours on one core; a kill costs one unit
+    python -m benchmarks.study --scale small                     # under an hour on one core; a kill costs one unit
+    python -m benchmarks.study --scale cpu                       # all arms, larger clips, five seeds: days
     python -m benchmarks.study --scale gpu --sitting-s 500       # one GPU, in sittings: the same command goes on
     python -m benchmarks.study --scale cpu --report              # docs/study.md and its charts anew, from the JSON
 
 Makes the clips (benchmarks.mocap; real ones by pipelines.prepare), pre-trains a base without pose for each family,
-tunes every arm's learning rate with the same small budget, and trains every arm with every seed to the same budget.
+tunes every arm's learning rate and batch with the same share of the budget, and trains every arm with every seed to
+the same budget.
 Each of these is a unit with a record of its own under WORK; finished ones are never done again. Leaves
-benchmarks/results/study_cpu.json (study_gpu.json), docs/study.md and docs/study/*.png.
+benchmarks/results/study_SCALE.json, docs/study.md and docs/study/*.png.
 """
 
 import fcntl
@@ -64,7 +66,7 @@ def main(
             raise UserError("torch sees no GPU here: --scale cpu, or --device cpu")
         torch.set_num_threads(threads)
         bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device))
-        name = f"study_{'gpu' if device == 'cuda' else 'cpu'}" if scale != "smoke" else "study_smoke"
+        name = f"study_{scale}"
         if dry_run:
             explain(bench)
             return
@@ -91,15 +93,16 @@ def units(scale: Scale) -> list[Unit]:
         if TASKS[task].family not in {each.family for each in known}:
             out.append(Unit(kind="base", task=task))
         out.append(Unit(kind="budget", task=task))
-        out += [Unit(kind="scores", task=task, seed=seed) for seed in scale.seeds]
         if TASKS[task].tuned:
             out += [
-                Unit(kind="tune", task=task, arm=arm, seed=scale.tune_seed, rate=rate)
+                Unit(kind="tune", task=task, arm=arm, seed=scale.tune_seed, rate=rate, batch=batch)
                 for arm in arms
                 for rate in scale.rates
+                for batch in scale.batches
             ]
         for seed in scale.seeds:
             out += [Unit(kind="run", task=task, arm=arm, seed=seed) for arm in arms]
+        out += [Unit(kind="scores", task=task, seed=seed) for seed in scale.seeds]
         if task == first:
             out += [
                 Unit(kind="hindsight", task=task, arm=arm, seed=seed, stage=stage)
@@ -138,7 +141,7 @@ class Done:
         return {u: r for u, r in self.records.items() if (u.kind, u.task) == (kind, task) and arm in (None, u.arm)}
 
     def is_ready(self, scale: Scale, unit: Unit) -> bool:
-        """Whether what a unit needs is there: its base, its budget, its learning rate."""
+        """Whether what a unit needs is there: its base, its budget, its learning rate and batch."""
         if unit.kind == "clips":
             return True
         of = TASKS[unit.task]
@@ -149,15 +152,18 @@ class Done:
         if unit.kind in ("tune", "run", "hindsight"):
             ready = ready and bool(self.of("budget", unit.task))
         if unit.kind in ("run", "hindsight"):
-            ready = ready and len(self.of("tune", _tuned_on(scale, unit), unit.arm)) == len(scale.rates)
+            tried = len(self.of("tune", _tuned_on(scale, unit), unit.arm))
+            ready = ready and tried == len(scale.rates) * len(scale.batches)
         return ready
 
-    def rate(self, scale: Scale, unit: Unit) -> float:
-        """The learning rate that a unit trains with, before its arm's factor: its own, or the best that was tried."""
-        if unit.rate is not None or unit.kind not in ("run", "hindsight"):
-            return unit.rate or scale.rates[0]
-        tried = {u.rate: r["held_out_loss"] for u, r in self.of("tune", _tuned_on(scale, unit), unit.arm).items()}
-        return min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate])  # None: not finite
+    def tuned(self, scale: Scale, unit: Unit) -> tuple[float, int]:
+        """The learning rate (before its arm's factor) and the batch that a unit trains with: its own, or the best that
+        were tried."""
+        if unit.kind not in ("run", "hindsight"):
+            return unit.rate or scale.rates[0], unit.batch or scale.batch_size
+        found = self.of("tune", _tuned_on(scale, unit), unit.arm)
+        tried = {(u.rate, u.batch): r["held_out_loss"] for u, r in found.items()}
+        return min(tried, key=lambda each: math.inf if tried[each] is None else tried[each])  # None: not finite
 
     def budget(self, unit: Unit) -> float:
         """Of a run of its task, in the clock; 0 where it is not known yet."""
@@ -229,7 +235,7 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
         if unit.kind == "clips":
             record = clips(bench, TASKS[unit.task].target)
         else:
-            record = work(bench, unit, done.budget(unit), done.rate(bench.scale, unit))
+            record = work(bench, unit, done.budget(unit), *done.tuned(bench.scale, unit))
         files.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
         return True
 

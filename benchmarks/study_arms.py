@@ -26,8 +26,9 @@ PAPER = {
         "efficiency": "paper", "search_until_clear": False,
     },
 }  # fmt: skip
+ABSOLUTE = {"priority": {"kind": "cei", "sign": "absolute"}}
 PAST = {
-    "priority": {"kind": "cei", "sign": "absolute"},
+    **ABSOLUTE,
     "schedule": {
         "kind": "entprog", "generators": ["count", "budget"], "candidates": [0.25, 0.5], "budgets": [0.6],
         "backward": ["residual", "exact"], "efficiency": "paired", "search_until_clear": True,
@@ -44,9 +45,65 @@ def _lora(rank: int) -> dict[str, Any]:
     return {"schedule": {"kind": "full"}, "train": {"lora": {"rank": rank, "alpha": rank, "targets": targets}}}
 
 
+HALF = {"shrink": 2}
+"""Half the height and width."""
+BY_LOT = {"share": 0.25, "backward": "residual", "choose": "random", "redraw_every": 20}
+"""A quarter of the blocks, others every 20 steps."""
+
+
+def _table(*rows: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    return {"schedule": {"kind": "progressive", "table": list(rows), **others}}
+
+
 ARMS = {
     "full": Arm(title="full training", settings={"schedule": {"kind": "full"}}),
     "paper": Arm(title="Ent-Prog as in the paper", settings=PAPER),
+    "progressive": Arm(
+        title="half resolution for half of the budget, then whole clips",
+        settings=_table({"until": 0.5, **HALF}, {"until": 1}),
+    ),
+    "progressive_long": Arm(
+        title="… for nine tenths of the budget", settings=_table({"until": 0.9, **HALF}, {"until": 1})
+    ),
+    "progressive_tokens": Arm(
+        title="… with larger batches of small clips",
+        settings=_table({"until": 0.5, **HALF}, {"until": 1}, tokens="constant"),
+    ),
+    "progressive_shift": Arm(
+        title="… with a timestep shift that follows the shape",
+        settings=_table({"until": 0.5, **HALF}, {"until": 1}, timestep_shift="auto"),
+    ),
+    "progressive_blocks": Arm(
+        title="… and half of the blocks at first",
+        settings=_table({"until": 0.5, **HALF, "share": 0.5, "backward": "residual"}, {"until": 1}) | ABSOLUTE,
+    ),
+    "rotating": Arm(
+        title="half resolution for two thirds, a quarter of the blocks by lot",
+        settings=_table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT}),
+    ),
+    "rotating_weighted": Arm(
+        title="… by lot in proportion to CEI",
+        settings=_table(
+            {"until": 0.67, **HALF, **BY_LOT, "choose": "weighted"}, {"until": 1, **BY_LOT, "choose": "weighted"}
+        )
+        | ABSOLUTE,
+    ),
+    "rotation": Arm(title="a quarter of the blocks by lot, whole clips", settings=_table({"until": 1, **BY_LOT})),
+    "search": Arm(
+        title="a search over clip shapes and blocks",
+        settings={
+            "schedule": {
+                "kind": "entprog",
+                "stages": 4,
+                "generators": ["count"],
+                "candidates": [0.5, 1.0],
+                "shapes": [HALF],
+                "backward": "residual",
+                "search_share": 0.05,
+            },
+        }
+        | ABSOLUTE,
+    ),
     "past": Arm(title="Ent-Prog past the paper", settings=PAST),
     "past_random": Arm(title="… random order instead of CEI", settings=_past(priority={"kind": "random"})),
     "past_linear": Arm(
@@ -73,9 +130,9 @@ ARMS = {
     ),
 }
 """Name → arm. Full training is what the others are measured against."""
-FEW = ("full", "paper", "past")
+FEW = ("full", "paper", "progressive", "rotating")
 """Arms of the tasks beside the first."""
-SEARCHED = ("paper", "past")
+SEARCHED = ("paper", "past", "search")
 """Arms whose choices are looked at in hindsight."""
 
 
@@ -88,7 +145,7 @@ class Task:
     """`rendered` or `real`."""
     arms: tuple[str, ...]
     tuned: bool = True
-    """Whether it tunes its own learning rates; otherwise those of the first task count."""
+    """Whether it tunes its own learning rates and batches; otherwise those of the first task count."""
 
 
 TASKS = {
@@ -112,13 +169,16 @@ class Scale:
     networks: Mapping[str, Mapping[str, Any]]
     """Family → configuration of its new network."""
     batch_size: int
+    """Clips of a step of the budget's, and of the base's training."""
     full_steps: int
-    """The budget: what full training takes for so many steps, in the clock."""
+    """The budget: what full training takes for so many steps of `batch_size` clips, in the clock."""
     base_steps: int
     """Of pre-training without pose."""
     base_rate: float
     rates: tuple[float, ...]
-    """Learning rates tried by every arm."""
+    """Learning rates tried by every arm, each with each of `batches`."""
+    batches: tuple[int, ...]
+    """Batch sizes tried."""
     tune_share: float
     """Share of the budget that each of these tries takes."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -156,11 +216,11 @@ COMMON = {
     "model": {"vae": "none"},
     "train": {"warmup_steps": 10, "samples": 0, "threads": 1},
     "priority": {"conditions": 4, "draws": 4},
-    "schedule": {"stages": 2, "search_steps": 2, "search_share": 0.25},
+    "schedule": {"stages": 4, "search_steps": 2},
 }
 CPU = Scale(
-    rendered=ClipShape(frames=8, height=64, width=48, fps=12),
-    shape=ClipShape(frames=4, height=32, width=24, fps=12),
+    rendered=ClipShape(frames=4, height=64, width=48, fps=12),
+    shape=ClipShape(frames=4, height=64, width=48, fps=12),
     source_clips=2000,
     target_clips=512,
     networks={
@@ -168,19 +228,44 @@ CPU = Scale(
         "latte": {**LATTE, "num_attention_heads": 2, "num_layers": 4, "cross_attention_dim": 64, "video_length": 4},
     },
     batch_size=4,
-    full_steps=90,
-    base_steps=450,
+    full_steps=240,
+    base_steps=700,
     base_rate=2e-3,
-    rates=(5e-4, 1.2e-3, 3e-3),
-    tune_share=0.3,
-    points=9,
-    search_clips=2,
-    tune_clips=16,
-    test_clips=24,
-    quality_steps=8,
-    hindsight_stages=(0,),
+    rates=(1e-4, 2e-4, 5e-4, 1e-3),
+    batches=(1, 2, 4),
+    tune_share=0.5,
+    seeds=(0, 1, 2, 3, 4),
+    points=16,
+    tune_clips=12,
+    test_clips=40,
+    tasks=("wan_rendered", "wan_real"),
     common=COMMON,
 )
+"""Days on one core: `--only` and `--sitting-s` cut it into parts."""
+SMALL = Scale(
+    rendered=ClipShape(frames=4, height=48, width=32, fps=12),
+    shape=ClipShape(frames=4, height=48, width=32, fps=12),
+    source_clips=1000,
+    target_clips=512,
+    networks={"wan": {**WAN, "num_attention_heads": 2, "num_layers": 8, "ffn_dim": 128}},
+    batch_size=4,
+    full_steps=120,
+    base_steps=700,
+    base_rate=2e-3,
+    rates=(2e-4, 5e-4, 1.2e-3),
+    batches=(1, 4),
+    tune_share=0.5,
+    points=12,
+    search_clips=4,
+    tune_clips=12,
+    test_clips=40,
+    quality_steps=8,
+    hindsight_stages=(),
+    tasks=("wan_rendered",),
+    arms=("full", "paper", "past_linear", "progressive", "progressive_tokens", "rotating"),
+    common=COMMON,
+)
+"""Under an hour on one core."""
 SMOKE = Scale(
     rendered=ClipShape(frames=2, height=32, width=16, fps=12),
     shape=ClipShape(frames=2, height=32, width=16, fps=12),
@@ -195,6 +280,7 @@ SMOKE = Scale(
     base_steps=6,
     base_rate=2e-3,
     rates=(1e-3, 3e-3),
+    batches=(2,),
     tune_share=0.25,
     seeds=(0, 1),
     points=4,
@@ -229,6 +315,7 @@ GPU = Scale(
     base_steps=10000,
     base_rate=2e-4,
     rates=(3e-5, 1e-4, 3e-4),
+    batches=(2, 8),
     tune_share=0.2,
     clock="seconds",
     points=20,
@@ -251,13 +338,23 @@ GPU = Scale(
     ),
 )  # fmt: skip
 """Over 100 M parameters; its clock is seconds, of a machine that nobody shares."""
-SCALES = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+SCALES = {"small": SMALL, "cpu": CPU, "gpu": GPU, "smoke": SMOKE}
 
 
 def experiment(
-    scale: Scale, task: str, arm: str, *, base: str, seed: int, rate: float, budget: float, tuning: bool = False
+    scale: Scale,
+    task: str,
+    arm: str,
+    *,
+    base: str,
+    seed: int,
+    rate: float,
+    batch: int,
+    budget: float,
+    tuning: bool = False,
 ) -> Experiment:
-    """What one run of an arm is told. budget: in the scale's clock; tuning: it is a share of a whole run's.
+    """What one run of an arm is told. batch: clips of a step; budget: in the scale's clock; tuning: it is a share of a
+    whole run's.
 
     Raises UserError for settings that do not fit.
     """
@@ -265,7 +362,7 @@ def experiment(
         "name": f"study-{task}-{arm}",
         "model": {"family": TASKS[task].family, "base": base, "conditions": ["reference", "pose"]},
         "data": {
-            "shape": scale.shape.model_dump(), "batch_size": scale.batch_size, "held_out_clips": scale.search_clips,
+            "shape": scale.shape.model_dump(), "batch_size": batch, "held_out_clips": scale.search_clips,
             "held_out_draws": 1,
         },
         "train": {
@@ -285,7 +382,7 @@ def pretraining(scale: Scale, family: str) -> Experiment:
     values = {
         "name": f"study-base-{family}",
         "model": {"family": family, "init": dict(scale.networks[family]), "conditions": []},
-        "data": {"shape": scale.shape.model_dump(), "batch_size": 2 * scale.batch_size, "held_out_draws": 1},
+        "data": {"shape": scale.shape.model_dump(), "batch_size": scale.batch_size, "held_out_draws": 1},
         "train": {
             "steps": scale.base_steps, "learning_rate": scale.base_rate, "cooldown_share": 0.3,
             "held_out_every": 1_000_000,

@@ -43,6 +43,7 @@ def summary(scale: Scale, records: Records) -> tuple[list[dict[str, Any]], dict[
         "hindsight": hindsight(records),
         "residual": residual(records),
         "tuning": tuning(records),
+        "tuning_batches": tuning(records, "batch"),
         "steps": scale.full_steps,
     }
 
@@ -96,6 +97,7 @@ def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_step
         "title": ARMS[name].title,
         "seeds": seeds,
         "learning_rate": records[0]["rate"],
+        "batch_size": records[0]["batch"],
         "held_out_loss": float(np.mean(losses)),
         "held_out_losses": losses,
         "loss_minus_full": over_seeds([r["held_out_loss"] - full[s]["held_out_loss"] for s, r in mine.items()]),
@@ -270,10 +272,13 @@ def residual(records: Records) -> dict[str, Any]:
     }
 
 
-def tuning(records: Records) -> dict[str, Any]:
-    """Task → arm → learning rate (before the arm's factor) → loss on the clips that rates are judged by."""
+def tuning(records: Records, by: str = "rate") -> dict[str, Any]:
+    """Task → arm → learning rate (before the arm's factor), or batch → the lowest loss that it gave with any batch, or
+    rate, on the clips that these are judged by."""
     out: dict[str, Any] = {}
     for unit, record in records.items():
-        if unit.kind == "tune":
-            out.setdefault(unit.task, {}).setdefault(unit.arm, {})[str(unit.rate)] = record["held_out_loss"]
+        if unit.kind == "tune" and record["held_out_loss"] is not None:  # None: it diverged
+            tried = out.setdefault(unit.task, {}).setdefault(unit.arm, {})
+            value = str(getattr(unit, by))
+            tried[value] = min(tried.get(value, math.inf), record["held_out_loss"])
     return out

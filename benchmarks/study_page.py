@@ -13,7 +13,7 @@ FRAME = Path(__file__).with_suffix(".md")
 """What the document says beside its figures."""
 FEWEST_SEEDS = 3
 """With fewer an interval says nothing."""
-SCALES = ("gpu", "cpu")
+SCALES = ("gpu", "small", "cpu")
 """Of result files, the one that counts more first."""
 PAPER = (
     ("Bilibili", "full training", "132.06", ".128", "72", "–"),
@@ -24,7 +24,7 @@ PAPER = (
     ("TikTok", "no CEI", "285.94", ".270", "", "1.95"),
 )
 """The paper's own: data, training, FVD, LPIPS, GB, times as fast."""
-HIGHLIGHTED = ("full", "paper", "past", "lisa", "badam", "lora_large")
+HIGHLIGHTED = ("full", "paper", "progressive", "rotating", "past_linear", "past", "lisa")
 """Arms of the first chart."""
 
 
@@ -59,7 +59,8 @@ def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
         f"Every run may spend {record['budget']}; the clock is {record['clock_is']}."
         + (f" {record['units_left']} of the study's units have not been run." if record["units_left"] else "")
     )
-    lines.append(verdict(arms) + edges(record["tuning"]))
+    tuned = edges(record["tuning"], "Learning rates") + edges(record.get("tuning_batches", {}), "Batches")
+    lines.append(verdict(arms) + tuned)
     lines.append("### Fine-tuning on rendered people, new motions and bodies (Wan's shape)\n\n" + table(arms))
     loss_chart(arms, record["clock"], folder / f"{scale}_loss.png")
     ratio_chart(arms, folder / f"{scale}_ratio.png")
@@ -80,9 +81,13 @@ def _short(commit: str) -> str:
     return commit[:8] + ("+" if commit.endswith("+") else "")
 
 
+TOLD = ("paper", "progressive", "rotating", "past")
+"""Arms that are told of in sentences."""
+
+
 def verdict(arms: Mapping[str, Any]) -> str:
     """What the numbers say, in sentences made of them."""
-    said = [f"**{arms[name]['title']}**: {in_words(arms[name])}." for name in ("paper", "past") if name in arms]
+    said = [f"**{arms[name]['title']}**: {in_words(arms[name])}." for name in TOLD if name in arms]
     losses = {name: arm["held_out_loss"] for name, arm in arms.items()}
     titles = {name: arm["title"].removeprefix("… ") for name, arm in arms.items()}
     others = [name for name in arms if name != "full"]
@@ -103,17 +108,19 @@ def verdict(arms: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in said)
 
 
-def edges(tuning: Mapping[str, Any]) -> str:
-    """How many arms' best learning rate lay at an end of what was tried."""
+def edges(tuning: Mapping[str, Any], what: str) -> str:
+    """How many arms' best learning rate, or batch, lay at an end of what was tried."""
     lowest = highest = arms = 0
     for tried in (rates for of_task in tuning.values() for rates in of_task.values()):
         best = min(tried, key=tried.get)
         arms += 1
         lowest += float(best) == min(map(float, tried))
         highest += float(best) == max(map(float, tried))
+    if not arms:
+        return ""
     return (
-        f"\n- Learning rates: of {arms} tunings {lowest} chose the lowest rate tried and {highest} the highest; a "
-        "better one may lie beyond an end. Tries were shorter than the runs, which favours low rates."
+        f"\n- {what}: of {arms} tunings {lowest} chose the lowest tried and {highest} the highest; a better one may "
+        "lie beyond an end. Tries were shorter than the runs."
     )
 
 
@@ -156,6 +163,7 @@ def table(arms: Mapping[str, Any]) -> str:
             "overhead": f"{arm['overhead']:.0%}",
             "CPU s": f"{arm['cpu_seconds'] / full['cpu_seconds']:.2f}",
             "rate": f"{arm['learning_rate']:.0e}",
+            **({"batch": arm["batch_size"]} if "batch_size" in full else {}),
             **{name: f"{arm['quality'][name]['mean']:.3g}" for name in metrics},
         }
         for arm in arms.values()

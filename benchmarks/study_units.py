@@ -7,9 +7,9 @@ that all start from, the budget that all have, and the learning rate that tuning
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,21 +51,27 @@ class Unit:
     seed: int = 0
     rate: float | None = None
     """Kind `tune`: the learning rate that is tried."""
+    batch: int | None = None
+    """Kind `tune`: with batches of so many clips."""
     stage: int = 0
     """Kind `hindsight`: the stage whose choice is looked at."""
 
     @property
     def file(self) -> str:
         """Its record's path inside the work folder."""
-        ending = {"tune": f"-{self.rate}", "hindsight": f"-stage{self.stage}"}.get(self.kind, "")
+        ending = {"tune": f"-{self.rate}-{self.batch}", "hindsight": f"-stage{self.stage}"}.get(self.kind, "")
         return f"units/{self.task}/{self.kind}/{self.arm}-seed{self.seed}{ending}.json"
+
+
+Cut = Callable[[ClipShape], Latents]
+"""All training clips at a clip shape."""
 
 
 @dataclass(frozen=True)
 class Material:
     """A task's clips as its networks see them, on the CPU."""
 
-    train: Latents
+    train: Cut
     search: list[Latents]
     """Batches of held-out clips that a run itself may look at."""
     tune: list[Latents]
@@ -130,8 +136,8 @@ def material(bench: Bench, task: str) -> Material:
         scale.shape
     )
     motions = rendering.motions_of(made, [f"held-out {number}" for number in shown])
-    train = encoded(network, dataset, "train", np.arange(dataset.clips("train")), scale.shape)
-    return Material(train, *parts, motions, dataset)
+    train = partial(encoded, network, dataset, "train", np.arange(dataset.clips("train")))
+    return Material(cache(train), *parts, motions, dataset)
 
 
 def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np.ndarray, shape: ClipShape) -> Latents:
@@ -163,10 +169,11 @@ def _to(batches: Sequence[Latents], device: torch.device) -> list[Latents]:
     return [rows(b, np.arange(len(b.position)), b.position.numpy(), device) for b in batches]
 
 
-def stream(of: Latents, size: int, seed: int, device: torch.device):
+def stream(train: Cut, wanted: Experiment, seed: int, device: torch.device):
     """Batches for `fit`: the seed alone decides their order (`entprog.data.clip_stream`), so all arms see the same."""
 
     def open_at(shape, position):
+        of, size = train(shape), wanted.batch_size_at(shape)
         while True:
             positions = position + np.arange(size)
             yield rows(of, clip_stream.clips_at(positions, len(of.position), seed), positions, device)
@@ -178,28 +185,29 @@ def stream(of: Latents, size: int, seed: int, device: torch.device):
 # ---- trainings ----
 
 
-def opened(bench: Bench, wanted: Experiment, train: Latents, search: Sequence[Latents], seed: int) -> Training:
+def opened(bench: Bench, wanted: Experiment, train: Cut, search: Sequence[Latents], seed: int) -> Training:
     """A run at its beginning: network loaded, blocks scored."""
     device = bench.device
     denoiser = models.family(wanted.model.family).load(wanted.model, device, seed)
     if wanted.train.lora:
         lora.add(denoiser.network, blocks(denoiser.network), wanted.train.lora, seed)
-    size = wanted.data.batch_size
-    (sample,) = _to([train.part(slice(0, size))], device)
+    size, whole = wanted.data.batch_size, train(wanted.data.shape)
+    (sample,) = _to([whole.part(slice(0, size))], device)
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     table = None
     if wanted.schedule.needs_scores:
         needed = 0 if wanted.priority.kind in priorities.WITHOUT_DATA else wanted.priority.conditions
-        conditions = _to(_batches(train.part(slice(0, needed)), size), device) if needed else []
+        conditions = _to(_batches(whole.part(slice(0, needed)), size), device) if needed else []
         table = priorities.score(denoiser, found, conditions, wanted.priority, seed=seed)
     state = start(denoiser.network, wanted)
-    source = stream(train, size, seed, device)
+    source = stream(train, wanted, seed, device)
     steps = fit(denoiser, found, source, _to(search, device), sample, table, wanted, state)
     return Training(wanted, denoiser, found, table, state, steps)
 
 
-def work(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]:
-    """Do a unit; its record. budget: of a run, in the clock; rate: learning rate. Neither counts for other kinds."""
+def work(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> dict[str, Any]:
+    """Do a unit; its record. budget: of a run, in the clock; rate: learning rate; batch: clips of a step. None of them
+    counts for other kinds."""
     if unit.kind == "base":
         return _base(bench, unit)
     if unit.kind == "budget":
@@ -207,9 +215,9 @@ def work(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]
     if unit.kind == "scores":
         return _scores(bench, unit)
     if unit.kind == "hindsight":
-        return _hindsight(bench, unit, budget, rate)
+        return _hindsight(bench, unit, budget, rate, batch)
     share = bench.scale.tune_share if unit.kind == "tune" else 1.0
-    return _run(bench, unit, share * budget, rate)
+    return _run(bench, unit, share * budget, rate, batch)
 
 
 def _base(bench: Bench, unit: Unit) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def _base(bench: Bench, unit: Unit) -> dict[str, Any]:
     shape, few = bench.scale.shape, min(16, dataset.clips("held_out"))
     train = encoded(network, dataset, "train", np.arange(dataset.clips("train")), shape)
     held_out = encoded(network, dataset, "held_out", np.arange(few), shape)
-    run = opened(bench, wanted, train, _batches(held_out, wanted.data.batch_size), 0)
+    run = opened(bench, wanted, lambda _: train, _batches(held_out, wanted.data.batch_size), 0)
     curve = [(step.step, step.loss) for step in run.steps]
     run.denoiser.save(bench.base(family), shape=shape)
     loss = losses.held_out_loss(run.denoiser, _to(_batches(held_out, 4), bench.device), bench.scale.draws, 0)
@@ -240,11 +248,12 @@ def _budget(bench: Bench, unit: Unit) -> dict[str, Any]:
     """What full training's steps take in the clock: counted, or the median of some timed steps."""
     scale = bench.scale
     limit = {"flops": 1e30, "seconds": 1e9}[scale.clock]
-    wanted = experiment(scale, unit.task, "full", base=_base_of(bench, unit), seed=0, rate=scale.rates[0], budget=limit)
+    told = {"seed": 0, "rate": scale.rates[0], "batch": scale.batch_size, "budget": limit}
+    wanted = experiment(scale, unit.task, "full", base=_base_of(bench, unit), **told)
     goods = material(bench, unit.task)
     run = opened(bench, wanted, goods.train, goods.search, 0)
     if scale.clock == "flops":
-        (sample,) = _to([goods.train.part(slice(0, scale.batch_size))], bench.device)
+        (sample,) = _to([goods.train(scale.shape).part(slice(0, scale.batch_size))], bench.device)
         prices = Prices(run.denoiser, run.found, sample, Freeze(run.denoiser, run.found, wanted), wanted, {})
         step = prices.step_flops(prices.full)
     else:
@@ -260,11 +269,10 @@ def _base_of(bench: Bench, unit: Unit) -> str:
 def _scores(bench: Bench, unit: Unit) -> dict[str, Any]:
     """The base's blocks scored at leisure: CEI beside the loss increase on skip, on the task's own clips."""
     goods = material(bench, unit.task)
-    wanted = experiment(
-        bench.scale, unit.task, "paper", base=_base_of(bench, unit), seed=unit.seed, rate=1e-3, budget=1e30
-    )
+    told = {"seed": unit.seed, "rate": 1e-3, "batch": bench.scale.batch_size, "budget": 1e30}
+    wanted = experiment(bench.scale, unit.task, "paper", base=_base_of(bench, unit), **told)
     many = {
-        "conditions": min(4 * wanted.priority.conditions, len(goods.train.position)),
+        "conditions": min(4 * wanted.priority.conditions, len(goods.train(bench.scale.shape).position)),
         "draws": 2 * wanted.priority.draws,
     }
     wanted = wanted.model_copy(update={"priority": wanted.priority.model_copy(update=many)})
@@ -272,11 +280,11 @@ def _scores(bench: Bench, unit: Unit) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != "per_condition"}
 
 
-def _run(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]:
+def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> dict[str, Any]:
     """One training of an arm, judged along the way on clips that neither it nor tuning saw."""
     scale, goods = bench.scale, material(bench, unit.task)
     tuning = unit.kind == "tune"
-    told = {"seed": unit.seed, "rate": rate, "budget": budget, "tuning": tuning}
+    told = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget, "tuning": tuning}
     wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **told)
     began = time.perf_counter()
     cpu = time.process_time()
@@ -308,6 +316,7 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]
     state = run.state
     return {
         "rate": wanted.train.learning_rate,
+        "batch": batch,
         "curve": curve,
         "held_out_loss": curve[-1]["loss"],
         "steps": state.step,
@@ -351,15 +360,14 @@ def _in_short(decision) -> dict[str, Any]:
 # ---- hindsight ----
 
 
-def _hindsight(bench: Bench, unit: Unit, budget: float, rate: float) -> dict[str, Any]:
+def _hindsight(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> dict[str, Any]:
     """Every candidate of a stage's search, each from the same weights for the rest of the stage's budget."""
     goods, scale = material(bench, unit.task), bench.scale
-    wanted = experiment(
-        scale, unit.task, unit.arm, base=_base_of(bench, unit), seed=unit.seed, rate=rate, budget=budget
-    )
+    told = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget}
+    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **told)
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)
     judged = _to(goods.test, bench.device)
-    step = next((s for s in run.steps if s.decision and s.decision.stage == unit.stage), None)
+    step = next((s for s in run.steps if s.decision and s.decision.stage == unit.stage and not run.state.waits), None)
     if step is None:
         return {"candidates": []}
     decision, end = run.state.decisions[-1], budget * (unit.stage + 1) / wanted.schedule.stages

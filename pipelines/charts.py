@@ -14,6 +14,8 @@ LINES = (BLUE, "#D55E00", GREEN, "#CC79A7", ORANGE, "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv<>"
 ROW_INCHES = 0.3
+SHAPES_INCHES = 0.8
+"""Height of the panel that shows clip shapes."""
 
 
 KINDS = {
@@ -123,7 +125,15 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
             stages.append((stage, edges[-1]))
         edges.append(max(step["charged_s"] for step in run))
         columns.append([(2 if phase == "search" else 1) if name in trained else 0 for name in names])
-    figure, axes = figure_and_axes(1, 1, (9.5, 1.7 + ROW_INCHES * max(len(names), 2)))
+    shapes = shape_spans(steps, first_s)
+    height = 1.7 + ROW_INCHES * max(len(names), 2)
+    if len({shape for *_, shape in shapes}) > 1:
+        sizes = {"height_ratios": (SHAPES_INCHES, height), "sharex": True}
+        figure, (top, axes) = figure_and_axes(2, 1, (9.5, height + SHAPES_INCHES), **sizes)
+        draw_shapes(top, shapes, GREEN)
+    else:
+        figure, axes = figure_and_axes(1, 1, (9.5, height))
+        top = axes
     colours = (GREY, BLUE, ORANGE)
     if columns:
         from matplotlib.colors import ListedColormap
@@ -136,7 +146,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
         axes.axvspan(0, first_s, facecolor="white", edgecolor="#999999", hatch="//", linewidth=0.5)
     for stage, start_s in stages:
         axes.axvline(start_s, color="black", linewidth=1)
-        axes.annotate(f"stage {stage + 1}", (start_s, 1), xycoords=("data", "axes fraction"), xytext=(3, 4),
+        top.annotate(f"stage {stage + 1}", (start_s, 1), xycoords=("data", "axes fraction"), xytext=(3, 4),
                       textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -147,8 +157,34 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Seque
     if scored:
         keys.append(Patch(facecolor="white", edgecolor="#999999", hatch="//", label="scoring"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
-    figure.suptitle("Trained blocks over time", fontsize=11)
+    title = "Trained blocks over time" if top is axes else "Clip shape and trained blocks over time"
+    figure.suptitle(title, fontsize=11)
     return save(figure, path)
+
+
+def shape_spans(steps: Sequence[Mapping[str, Any]], first_s: float) -> list[tuple[float, float, float, str]]:
+    """Step records → (from, until, share, shape): charged seconds in a row on clips of one shape, and the share of the
+    largest clips' pixels that these have. first_s: when the first step began. Empty where records do not say."""
+    largest = max((step.get("pixels", 0) for step in steps), default=0)
+    out, begun = [], first_s
+    for shape, run in itertools.groupby(steps if largest else (), lambda step: step["shape"]):
+        last = list(run)[-1]
+        out.append((begun, last["charged_s"], last["pixels"] / largest, shape))
+        begun = last["charged_s"]
+    return out
+
+
+def draw_shapes(axes, spans: Sequence[tuple[float, float, float, str]], ink: str) -> None:
+    """Clip shape over time, as high as its share of the largest clips' pixels; named where there is room."""
+    for begun, until, share, shape in spans:
+        axes.bar(begun, share, until - begun, align="edge", color=ink, linewidth=0)
+        if until - begun > 0.25 * (spans[-1][1] - spans[0][0]):
+            axes.annotate(shape.split(" at ")[0], ((begun + until) / 2, share), xytext=(0, -2 if share > 0.5 else 2),
+                          textcoords="offset points", ha="center", va="top" if share > 0.5 else "bottom",
+                          fontsize=8)  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 1], ["0", "all"])
+    axes.set_ylabel("pixels", fontsize=8)
 
 
 def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Path) -> Path:

@@ -13,10 +13,11 @@ import torch
 import typer
 
 from entprog import config, files, models
-from entprog.blocks import fp8
+from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.models import fingerprints
+from entprog.schedule import plans
 from entprog.training import storage
 from entprog.training.storage import Place
 from pipelines import cli
@@ -25,7 +26,7 @@ from pipelines.outputs import claim
 from pipelines.tracking import registry, stages
 from pipelines.tracking.store import tracking_uri
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, phases, report, worker
+from pipelines.training import checks, expectation, outline, phases, report, worker
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 
@@ -38,7 +39,8 @@ def main(
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="full: plain training; entprog; linear; lisa; badam (schedule.kind).")
+        str | None,
+        typer.Option(help="full: plain training; progressive; entprog; linear; lisa; badam (schedule.kind)."),
     ] = None,
     memory_budget: Annotated[
         str | None,
@@ -105,8 +107,11 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
         f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
-        f"({schedule.stages} stages, backward {' or '.join(schedule.backwards)}, clock {schedule.clock})."
+        f"(clock {schedule.clock})."
     )
+    network = models.family(experiment.model.family).inspect(model, experiment.data.shape).network
+    eligible = plans.eligible(blocks(network), schedule.blocks)
+    cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     expectation.tell(experiment, model)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from entprog import files
 from entprog.blocks import blocks
 from entprog.scoring import cei
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
@@ -73,9 +74,24 @@ def test_schedule_chart_has_a_row_for_a_block_that_never_trained(tmp_path):
     assert has(path, charts.GREY) > 10 * has(without, charts.GREY)
 
 
+def test_schedule_chart_shows_clip_shapes_where_they_change(tmp_path):
+    small, whole = ({"shape": f"8 frames of {w}x48 at 12 fps", "pixels": 8 * w * 48} for w in (16, 32))
+    steps = [record(i, i // 4, "train", ["blocks.0"], 2.0 * i + 2) for i in range(8)]
+    alike = charts.schedule_chart([step | whole for step in steps], tmp_path / "alike.png")
+    growing = [step | (small if step["step"] < 4 else whole) for step in steps]
+    path = charts.schedule_chart(growing, tmp_path / "growing.png")
+    assert charts.shape_spans(growing, 1.0) == [(1.0, 8.0, 0.5, small["shape"]), (8.0, 16.0, 1.0, whole["shape"])]
+    assert not has(alike, charts.GREEN)
+    assert len(pixels(path)) > len(pixels(alike))
+    green = (pixels(path) == np.array([0x00, 0x9E, 0x73])).all(-1)
+    columns = np.flatnonzero(green.any(0))
+    left, right = (green[:, columns[len(columns) * part // 8]].sum() for part in (1, 7))
+    assert left == pytest.approx(right / 2, rel=0.15)
+
+
 def test_schedule_chart_of_many_blocks_in_natural_order():
     names = ["blocks.10", "blocks.2", "down.1.attn.0", "down.0.attn.1"]
-    assert sorted(names, key=charts._natural) == ["blocks.2", "blocks.10", "down.0.attn.1", "down.1.attn.0"]
+    assert sorted(names, key=files.natural) == ["blocks.2", "blocks.10", "down.0.attn.1", "down.1.attn.0"]
 
 
 def test_loss_chart_draws_every_arm_and_survives_nan(tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 from entprog import config, models
 from entprog.blocks import blocks
+from entprog.schedule import plans
 from pipelines import cli
 
 SD_VAE = (
@@ -82,6 +83,7 @@ def test_a_preset_fits_the_published_network(name):
     assert models.vaes.channels(vae) in cls.predicted(network.config)
     conditions, splits = cls.planned_inputs(network.config, {}, models.vaes.channels(vae), experiment.model)
     assert set(conditions) == {"reference", "pose"} and sum(splits) >= network.config.in_channels
-    cls.geometry(network.config, vae).check(experiment.data.shape)
+    for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
+        cls.geometry(network.config, vae).check(shape)
     assert len(blocks(network)) == count
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.02)

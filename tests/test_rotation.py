@@ -1,4 +1,7 @@
-"""LISA and BAdam: only the drawn blocks move; and runs that end by counted FLOPs."""
+"""Blocks by lot: only the drawn ones move, drawn anew in time; batches that grow; runs that end by counted FLOPs."""
+
+import functools
+import itertools
 
 import pytest
 import torch
@@ -6,9 +9,11 @@ import torch
 from entprog import config
 from entprog.blocks import blocks
 from entprog.errors import UserError
-from entprog.schedule import lisa_badam
+from entprog.schedule import rotation
+from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
+from helpers.runs import Run, comparable
 
 
 def run(experiment):
@@ -47,10 +52,10 @@ def test_only_the_drawn_blocks_move(kind, count, backward):
 def test_badam_takes_every_block_once_a_round_and_lisa_is_seeded():
     names = [f"blocks.{i}" for i in range(6)]
     schedule = config.Schedule(kind="badam")
-    laps = [[lisa_badam.badam(names, schedule, lap * 6 + i, seed=3)[0] for i in range(6)] for lap in range(3)]
+    laps = [[rotation.badam(names, schedule, lap * 6 + i, seed=3)[0] for i in range(6)] for lap in range(3)]
     assert all(sorted(lap) == names for lap in laps) and len({tuple(lap) for lap in laps}) > 1
-    drawn = [tuple(sorted(lisa_badam.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
-    assert drawn == [tuple(sorted(lisa_badam.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
+    drawn = [tuple(sorted(rotation.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
+    assert drawn == [tuple(sorted(rotation.lisa(names, schedule, stage, seed=0))) for stage in range(200)]
     share = sum("blocks.0" in chosen for chosen in drawn) / len(drawn)
     assert all(len(set(chosen)) == 2 for chosen in drawn) and share == pytest.approx(1 / 3, abs=0.1)
 
@@ -67,3 +72,79 @@ def test_a_run_ends_by_counted_flops():
     assert len(cheaper) > 13 and state.flops.total >= 9.5 * per_step
     with pytest.raises(UserError, match=r"train\.flops ends runs that count them"):
         tiny_experiment(schedule={"clock": "seconds"}, train=budget)
+
+
+ROTATING = {
+    "kind": "progressive", "tokens": "constant", "backward": "residual", "outside": "conditions",
+    "table": [
+        {"until": 0.5, "frames": 1, "share": 0.34, "choose": "random", "redraw_every": 3},
+        {"until": 0.8, "share": 0.5, "choose": "weighted", "redraw_every": 2},
+        {"until": 1.0},
+    ],
+}  # fmt: skip
+"""A row of small clips, then of whole ones, with blocks by lot; then plain training."""
+
+
+def test_blocks_are_drawn_anew_and_batches_grow_as_clips_shrink():
+    random_alone = {**ROTATING, "table": [ROTATING["table"][0], {"until": 1.0}]}
+    steps, state = run(tiny_experiment(schedule=random_alone, train={"steps": 20, "weight_decay": 0.1}))
+    plans = [step.plan for step, _ in steps]
+    assert [plan.shape.frames for plan in plans] == [1] * 10 + [2] * 10
+    assert [step.clips for step, _ in steps] == [4] * 10 + [2] * 10
+    assert state.position == 4 * 10 + 2 * 10
+    drawn = [plan.trainable for plan in plans[:10]]
+    assert all(len(set(drawn[first : first + 3])) == 1 for first in range(0, 10, 3)), "one draw lasts three steps"
+    assert len(set(drawn)) > 1 and {len(names) for names in drawn} == {2}
+    assert plans[-1].m == 6
+    for step, moved in steps:
+        assert moved and all(
+            name.startswith(("patch_embedding", *(f"{b}." for b in step.plan.trainable))) for name in moved
+        )
+    flops = [b.flops - a.flops for (a, _), (b, _) in itertools.pairwise(steps)]
+    assert state.flops.search == state.flops.score == 0 and max(flops[:9]) < min(flops[9:])
+
+
+def test_every_step_sees_the_next_clips_whatever_their_shape():
+    experiment, seen = tiny_experiment(schedule={**ROTATING, "table": [ROTATING["table"][0], {"until": 1}]}), []
+    source = batches(experiment)
+
+    def noted(shape, position):
+        for batch in source(shape, position):
+            seen.extend(batch.position.tolist())
+            yield batch
+
+    denoiser = tiny_denoiser(experiment)
+    state = start(denoiser.network, experiment)
+    list(fit(denoiser, blocks(denoiser.network), noted, [latents(range(4))], latents([0, 1]), None, experiment, state))
+    assert seen == list(range(state.position))
+
+
+@functools.cache
+def uninterrupted(frozen_state):
+    experiment = tiny_experiment(schedule=ROTATING, train={"frozen_state": frozen_state, "block_warmup_steps": 2})
+    whole = Run(experiment)
+    return experiment, [comparable(step) for step in whole.steps()], whole.weights()
+
+
+@pytest.mark.parametrize(("stop_at", "frozen_state"), [(4, "host"), (12, "drop"), (15, "host"), (22, "drop")])
+def test_resume_from_the_middle_of_a_row_equals_no_interruption(tmp_path, stop_at, frozen_state):
+    experiment, expected, weights = uninterrupted(frozen_state)
+    first, got = Run(experiment), []
+    for step in first.steps():
+        got.append(comparable(step))
+        if step.step == stop_at:
+            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
+            break
+    second = Run(experiment, tmp_path)
+    got += [comparable(step) for step in second.steps()]
+    assert got == expected
+    assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in weights.items())
+
+
+def test_a_row_that_does_not_fit_the_memory_is_refused_before_the_first_step():
+    table = [{"until": 0.5, "share": 0.34, "frames": 1, "choose": "random"}, {"until": 1}]
+    small = tiny_experiment(schedule={**ROTATING, "tokens": "fewer", "table": table})
+    steps, _ = run(small)
+    between = (steps[0][0].plan_memory_bytes + steps[-1][0].plan_memory_bytes) // 2
+    with pytest.raises(UserError, match="no plan fits"):
+        run(config.build(config.merge(small.model_dump(), {"schedule": {"memory_budget_bytes": between}})))

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from entprog.blocks import blocks
 from entprog.config import Priority
 from entprog.data import hashing
+from entprog.diffusion import losses
+from entprog.errors import UserError
 from entprog.scoring import cache, cei, priorities, tables
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from pipelines import score
@@ -120,7 +122,7 @@ def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
 def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found):
     many = Priority(conditions=4, draws=30)
     few = Priority(conditions=4, draws=25)
-    score = partial(cei._score_condition, denoiser, found, latents([0]), 0, seed=0, at_once=4, replay=True)
+    score = partial(cei._score_condition, denoiser, found, latents([0]), 0, seed=0, shift=1.0, at_once=4, replay=True)
     assert tables.marks(few) == [25] and tables.marks(many) == [25, 30]
     row, noted = (score(tables.marks(settings), settings=settings) for settings in (few, many))
     for name in row:
@@ -197,3 +199,79 @@ def test_draws_until_stable_is_an_option_of_the_score_job(monkeypatch):
 def test_a_priority_without_data_reads_no_clips():
     experiment = tiny_experiment(priority={"kind": "random"})
     assert cache.clips(tiny_denoiser(experiment), None, experiment) == []
+
+
+# -- scores that nothing can be ranked by
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        *((kind, "a weight that is not finite") for kind in ("cei", "loss_increase", "gradient", "fisher")),
+        ("cei", "a prediction that is the same everywhere"),
+    ],
+)
+def test_scores_that_are_not_finite_are_refused(kind, what):
+    denoiser = tiny_denoiser(tiny_experiment())
+    if what.startswith("a weight"):
+        next(denoiser.network.blocks[2].parameters()).data.fill_(float("inf"))
+    else:
+        torch.nn.init.zeros_(denoiser.network.proj_out.weight)
+        torch.nn.init.zeros_(denoiser.network.proj_out.bias)
+    settings = Priority(kind=kind, conditions=2, draws=4)
+    with pytest.raises(UserError, match="not finite") as refused:
+        priorities.score(denoiser, blocks(denoiser.network), [latents(range(2))], settings)
+    assert "priority.kind random" in str(refused.value)
+
+
+def test_a_kept_table_that_is_not_finite_is_refused(table):
+    values = json.loads(json.dumps(table.as_json()))
+    values["blocks"][1]["score"] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of \d+ blocks are not finite"):
+        tables.ScoreTable.from_json(values)
+
+
+@pytest.mark.parametrize("wrong", [[0.9, 0.1], [-3, 7], [0.5, 0.5], [0.0, 1.5], [float("nan"), 1.0]])
+def test_a_range_of_timesteps_that_is_none(wrong):
+    with pytest.raises(UserError, match="timestep_range"):
+        tiny_experiment(priority={"timestep_range": wrong})
+
+
+# -- one law of timesteps
+
+
+def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained_on(monkeypatch):
+    """The same quantiles of t, whoever draws them."""
+    denoiser, seen = tiny_denoiser(tiny_experiment()), []
+    pair = type(denoiser.process).pair
+    monkeypatch.setattr(
+        type(denoiser.process),
+        "pair",
+        lambda self, clean, noise, t: (seen.extend(t.tolist()), pair(self, clean, noise, t))[1],
+    )
+    shift, median = 5.0, {}
+    wanted = tiny_experiment(train={"timestep_shift": shift})
+    clips = latents(range(64))
+
+    def drawn(work):
+        seen.clear()
+        with torch.no_grad():
+            work()
+        return float(np.median(seen))
+
+    median["trained"] = drawn(lambda: losses.training_loss(denoiser, clips, wanted.train))
+    median["held out"] = drawn(lambda: losses.held_out_loss(denoiser, [clips], 4, 0, shift))
+    settings = Priority(conditions=16, draws=8)
+    median["scored"] = drawn(lambda: list(map(list, (
+        cei.draws(denoiser.process, clips.part(slice(i, i + 1)), i, 8, settings, 0, shift, 8) for i in range(16)
+    ))))  # fmt: skip
+    for name, value in median.items():
+        assert value == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.06), (name, value)
+
+
+def test_a_table_belongs_to_its_shift(denoiser, found):
+    settings = Priority(conditions=2, draws=4)
+    even, shifted = (
+        priorities.score(denoiser, found, [latents(range(2))], settings, shift=shift).scores() for shift in (1.0, 5.0)
+    )
+    assert even != shifted

@@ -23,7 +23,7 @@ WIDE = {
 }
 
 
-def interval(value, low, high):
+def interval(value, low=None, high=None):
     return Efficiency(m=1, value=value, low=low, high=high, steps=4, mean_cost=1.0)
 
 
@@ -31,6 +31,28 @@ def test_overlap_is_between_the_best_two():
     best = interval(3, 2.5, 3.5)
     assert overlap([interval(2, 1.5, 2.6), best])
     assert not overlap([interval(2, 1.5, 2.4), best, interval(1, 0, 9)])
+    assert overlap([interval(2), interval(3)]) and overlap([interval(None), best])
+
+
+def test_the_search_begins_cheaply_and_probes_after_the_warm_up():
+    schedule = WIDE | {"search_share": 0.5, "backward": "residual", "generators": ["count"]}
+    run = Run(tiny_experiment(train={"steps": 60, "warmup_steps": 7}, schedule=schedule))
+    steps = list(run.steps())
+    early, first, last = run.state.decisions
+    assert (early.stage, first.stage, last.stage) == (0, 0, 1)
+    assert "warm-up" in early.reason and early.plan.m == 2 and early.plan.shape.frames == 1 and not early.efficiencies
+    phases = [step.phase for step in steps]
+    assert phases[:7] == ["train"] * 7 and phases[7] == "search", "every candidate is tried at the full learning rate"
+    assert all(step.learning_rate == steps[-1].learning_rate for step in steps if step.phase == "search")
+    assert len(first.efficiencies) == len(first.candidates)
+    assert run.state.flops.search <= 0.5 * run.state.flops.total
+
+
+def test_a_share_that_pays_for_no_round_trains_the_cheapest():
+    run = Run(tiny_experiment(train={"steps": 12}, schedule={"search_share": 0.01, "backward": "residual"}))
+    steps = list(run.steps())
+    assert {step.phase for step in steps} == {"train"} and run.state.flops.search == 0
+    assert all("not searched" in d.reason and d.plan.m == 2 for d in run.state.decisions)
 
 
 @pytest.mark.parametrize("clear_after", [2, 4])

@@ -118,21 +118,21 @@ def test_units_go_through_fit_and_are_done_once(bench, monkeypatch):
         assert study.do(bench, Unit(kind=kind, task="wan_rendered"), study.read(bench))
     assert not study.do(bench, base, study.read(bench))
     for number, rate in enumerate(SMOKE.rates):
-        tried = Unit(kind="tune", task="wan_rendered", arm="past", seed=SMOKE.tune_seed, rate=rate)
+        tried = Unit(kind="tune", task="wan_rendered", arm="past", seed=SMOKE.tune_seed, rate=rate, batch=2)
         files.write_json(bench.work / tried.file, {"commit": "x", "held_out_loss": [float("nan"), 1.0][number]})
     done = study.read(bench)
-    assert done.is_ready(SMOKE, run) and done.rate(SMOKE, run) == SMOKE.rates[1]  # a run that diverged never wins
+    assert done.is_ready(SMOKE, run) and done.tuned(SMOKE, run) == (SMOKE.rates[1], 2)  # a run that diverged never wins
 
     monkeypatch.setattr(study_figures, "RESAMPLES", 50)
     records = {}
     for unit in (run, dataclasses.replace(run, arm="full")):
-        records[unit] = {"commit": "x", **work(bench, unit, done.budget(unit), SMOKE.rates[0])}
+        records[unit] = {"commit": "x", **work(bench, unit, done.budget(unit), SMOKE.rates[0], 2)}
     past, full = records.values()
     budget = done.budget(run)
     assert full["steps"] == SMOKE.full_steps and full["curve"][-1]["spent"] == budget
     assert full["curve"][0]["loss"] == past["curve"][0]["loss"]  # all arms start from the same network
     assert budget <= past["curve"][-1]["spent"] < 1.1 * budget and past["flops"]["score"] > 0
-    looked = work(bench, dataclasses.replace(run, kind="hindsight"), budget, SMOKE.rates[0])
+    looked = work(bench, dataclasses.replace(run, kind="hindsight"), budget, SMOKE.rates[0], 2)
     assert sum(one["chosen"] for one in looked["candidates"]) == 1 and looked["searched"]
     assert len({one["loss"] for one in looked["candidates"]}) > 1
 
@@ -152,7 +152,7 @@ def test_search_tuning_and_judging_see_disjoint_clips(bench):
 def test_every_arm_of_every_scale_is_an_experiment(scale):
     for task in scale.tasks:
         for arm in scale.arms:
-            built = experiment(scale, task, arm, base="x", seed=0, rate=1e-3, budget=1e9, tuning=arm == "past")
+            built = experiment(scale, task, arm, base="x", seed=0, rate=1e-3, batch=2, budget=1e9, tuning=arm == "past")
             assert built.model.family == TASKS[task].family and built.schedule.clock == scale.clock
     wanted = study.units(scale)
     assert len({unit.file for unit in wanted}) == len(wanted)
@@ -194,7 +194,8 @@ def test_sooner_is_a_ratio_of_first_crossings():
 def run_record(loss, rate=1e-3):
     card = {"metric": "psnr", "id": "abc"}
     return {
-        "commit": "c", "rate": rate, "curve": curve(1.0, (1 + loss) / 2, loss), "held_out_loss": loss, "steps": 20,
+        "commit": "c", "rate": rate, "batch": 4, "curve": curve(1.0, (1 + loss) / 2, loss), "held_out_loss": loss,
+        "steps": 20,
         "seconds": 9.0, "cpu_s": 4.0, "overhead": 0.1, "peak_memory_bytes": 100, "trained_blocks": [4],
         "decisions": [{"backward": "exact"}], "quality": [{"metric": "psnr", "value": 20.0, "card": card}],
     }  # fmt: skip

@@ -1,15 +1,32 @@
-"""What a stage may train: how gradient crosses frozen blocks, which sets of blocks, at which clip shape."""
+"""What is trained: on which clips, which blocks, and how gradient crosses the others."""
 
 from ray import tune
 
 SPACE = {
-    # Exact is the paper's; residual costs less with a biased gradient; with both the search decides.
+    # Kind progressive. Plain training; half the height and width for half of the budget, and for nearly all of it (the
+    # largest gains so far); half the blocks besides; a quarter of them, drawn again and again (the least memory).
+    "schedule.table": tune.choice(
+        [
+            "[{until: 1}]",
+            "[{until: 0.5, shrink: 2}, {until: 1}]",
+            "[{until: 0.9, shrink: 2}, {until: 1}]",
+            "[{until: 0.5, shrink: 2, share: 0.5, backward: residual}, {until: 1}]",
+            "[{until: 0.67, shrink: 2, share: 0.25, backward: residual, choose: random, redraw_every: 20},"
+            " {until: 1, share: 0.25, backward: residual, choose: random, redraw_every: 20}]",
+        ]
+    ),
+    # Small clips make small steps, which cost more time than FLOPs: larger batches of them, or quicker steps.
+    "schedule.tokens": tune.choice(["fewer", "constant"]),
+    # The same noise hides less of a small clip.
+    "schedule.timestep_shift": tune.choice(["fixed", "auto"]),
+    # Kinds entprog and linear from here on. Exact is the paper's; residual costs less with a biased gradient; with both
+    # the search decides.
     "schedule.backward": tune.choice(["exact", "residual", "[exact, residual]"]),
     # Top-m blocks; top-m among the last ones, which ends an exact backward early; the best set within a budget.
     "schedule.generators": tune.choice(["[count]", "[count, suffix]", "[count, budget]"]),
     # Of the generator `budget`: cheap steps alone, or up to nearly full training's cost.
     "schedule.budgets": tune.choice(["[0.5]", "[0.5, 0.7, 0.85]"]),
-    # Whole clips, or also half as high and wide in all stages but the last: a quarter of the tokens.
+    # Whole clips alone, or half as high and wide too: a quarter of the tokens.
     "schedule.shapes": tune.choice(["[]", "[{shrink: 2}]"]),
     # Parameters outside blocks train always, or only the input layer of the conditions.
     "schedule.outside": tune.choice(["always", "conditions"]),

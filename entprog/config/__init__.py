@@ -8,6 +8,7 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 from entprog.config.evaluation import Evaluate, Evaluation
 from entprog.config.experiment import (
     Backward,
+    Choose,
     ClipShape,
     Data,
     Experiment,
@@ -16,12 +17,13 @@ from entprog.config.experiment import (
     Lora,
     Model,
     Priority,
+    Row,
     Schedule,
     Smaller,
     Tracking,
     Train,
 )
-from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Preparation, Prepare, Shape
+from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.phases import phases
 from entprog.config.reading import (
@@ -51,6 +53,7 @@ __all__ = [
     "PATHS",
     "WHOLE",
     "Backward",
+    "Choose",
     "ClipShape",
     "Compare",
     "Comparison",
@@ -63,12 +66,14 @@ __all__ = [
     "FrozenPrecision",
     "Generate",
     "Generation",
+    "Ladder",
     "Lora",
     "Model",
     "Part",
     "Preparation",
     "Prepare",
     "Priority",
+    "Row",
     "Schedule",
     "Shape",
     "Smaller",

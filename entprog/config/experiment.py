@@ -1,6 +1,8 @@
 """An experiment and its parts: typed, frozen, checked before anything starts."""
 
+import itertools
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_validator, model_validator
@@ -12,6 +14,7 @@ from entprog.masking import has_credentials
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
 FrozenPrecision = Literal["full", "fp8"]
+Choose = Literal["top", "random", "weighted"]
 
 
 def _without_credentials(place: str) -> str:
@@ -36,6 +39,11 @@ class ClipShape(Part):
     """Width in pixels (even)."""
     fps: float = Field(default=12.0, gt=0, le=1000)
     """Frames per second."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a clip, over all its frames."""
+        return self.frames * self.height * self.width
 
     def is_cut_of(self, whole: "ClipShape") -> bool:
         """Whether clips of `whole` can be cut to this shape: fewer frames, height and width divided by one number."""
@@ -215,7 +223,8 @@ class Priority(Part):
     draws: int = Field(default=8, ge=4)
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
-    """Flow timesteps drawn, 0 clean, 1 noise: two rising numbers within them."""
+    """Flow timesteps drawn, 0 clean, 1 noise: two rising numbers within them. In between they are shifted as
+    `train.timestep_shift` says."""
     until_stable: float | None = Field(default=None, gt=0, le=1)
     """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
     4, 8, 16, … conditions; at most `conditions`. None: all conditions."""
@@ -246,26 +255,58 @@ class Smaller(Part):
         frames = self.frames or shape.frames
         if frames > shape.frames or shape.height % (2 * self.shrink) or shape.width % (2 * self.shrink):
             raise UserError(
-                f"schedule.shapes: clips of {shape} cannot be cut to {frames} frames and divided by {self.shrink} "
-                "(height and width must stay even)"
+                f"schedule.shapes, schedule.table: clips of {shape} cannot be cut to {frames} frames and divided by "
+                f"{self.shrink} (height and width must stay even)"
             )
         try:
             return ClipShape(
                 frames=frames, height=shape.height // self.shrink, width=shape.width // self.shrink, fps=shape.fps
             )
         except ValidationError:
-            raise UserError(f"schedule.shapes: {shape} divided by {self.shrink} is under 16 pixels") from None
+            raise UserError(
+                f"schedule.shapes, schedule.table: {shape} divided by {self.shrink} is under 16 pixels"
+            ) from None
+
+
+class Row(Smaller):
+    """A row of `schedule.table`: what is trained until a share of the budget is used up."""
+
+    until: Fraction
+    """Share of the budget at which the row ends; the last row's is 1."""
+    share: Fraction = 1.0
+    """Share of the blocks that is trained."""
+    backward: Backward | None = None
+    """How gradient crosses the others. None: as `schedule.backward` says."""
+    choose: Choose = "top"
+    """Which blocks: those of highest priority, any, or any in proportion to their priority."""
+    redraw_every: int | None = Field(default=None, ge=1)
+    """Steps after which `random` and `weighted` draw again. None: one draw for the row."""
+
+    @model_validator(mode="after")
+    def _draws_what_can_be_drawn(self):
+        if self.redraw_every is not None and self.choose == "top":
+            raise ValueError("redraw_every needs blocks that are drawn: set choose to random or weighted")
+        return self
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it needs to know which blocks matter most."""
+        return self.share < 1 and self.choose != "random"
 
 
 class Schedule(Part):
     """What is trained when (Ent-Prog §3.3-3.4)."""
 
-    kind: Literal["full", "entprog", "linear", "lisa", "badam"] = "entprog"
-    """`full`: all blocks always; `entprog`: the search decides; `linear`: top-m grows evenly with stages; `lisa`: a
-    random share of the blocks, another one each stage; `badam`: one block a stage, in turns
-    (`entprog/schedule/lisa_badam.py`)."""
+    kind: Literal["full", "progressive", "entprog", "linear", "lisa", "badam"] = "entprog"
+    """`full`: all blocks always, on whole clips; `progressive`: as `table` says; `entprog`: the search decides;
+    `linear`: top-m grows evenly with stages; `lisa`: a random share of the blocks, another one each stage; `badam`: one
+    block a stage, in turns (`entprog/schedule/rotation.py`)."""
+    table: tuple[Row, ...] = (Row(until=0.5, shrink=2), Row(until=1.0))
+    """Kind `progressive`: rows in their order, each with `until` (share of the budget at which it ends, the last one's
+    is 1), `frames` and `shrink` (clip shape, as in `shapes`; the last row's is `data.shape`), `share` of the blocks,
+    `backward`, `choose` (top, random or weighted by priority) and `redraw_every` (steps between two draws)."""
     stages: int = Field(default=3, ge=1)
-    """K, stages of equal budget."""
+    """K, stages of equal budget, of every kind but `full` and `progressive`."""
     lisa_share: Fraction = 0.25
     """Kind `lisa`: share of the blocks that a stage trains."""
     candidates: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -278,7 +319,14 @@ class Schedule(Part):
     budgets: tuple[Fraction, ...] = (0.5, 0.7, 0.85)
     """Generator `budget`: what a step may cost, as fractions of full training's."""
     shapes: tuple[Smaller, ...] = ()
-    """Smaller clips that all stages but the last may also train on. Held-out loss is always at `data.shape`."""
+    """Smaller clips, smallest first. Kind `entprog`: all stages but the last may also train on them; `linear`, `lisa`
+    and `badam`: stages go through them evenly, the last on whole clips. Held-out loss is always at `data.shape`."""
+    tokens: Literal["fewer", "constant"] = "fewer"
+    """What smaller clips change: `fewer` tokens a step, of `data.batch_size` clips; or tokens stay `constant` and a
+    batch holds as many times the clips as each has fewer pixels."""
+    timestep_shift: Literal["fixed", "auto"] = "fixed"
+    """Of smaller clips: `fixed` as `train.timestep_shift` says, or `auto`: times the root of their share of the pixels,
+    since the same noise hides less of what fewer pixels show."""
     memory_budget_bytes: ByteSize | None = Field(default=None, gt=0)
     """Bytes, or like 24GB or 22.5GiB. Plans whose predicted peak memory per device is above this are left out."""
     search_steps: int = Field(default=4, ge=1)
@@ -287,10 +335,11 @@ class Schedule(Part):
     """Search beyond `search_steps` while the intervals of the best two overlap and `search_share` allows."""
     search_clips: int = Field(default=8, ge=1)
     """Held-out clips of a search's evaluations, at most `data.held_out_clips`."""
-    search_share: float = Field(default=0.1, ge=0, le=1)
+    search_share: float = Field(default=0.05, ge=0, le=1)
     """Largest share of a stage's budget spent on its search."""
     efficiency: Literal["paired", "paper"] = "paired"
-    """Loss drop credited to a candidate: across its own step, or the paper's telescoping sum."""
+    """Loss drop credited to a candidate: across its own step, or the paper's telescoping sum, which needs two steps of
+    each."""
     backward: Backward | tuple[Backward, ...] = "exact"
     """How gradient crosses a frozen block: `exact` through it, `residual` along its skip connection alone; both in a
     list: candidates of each."""
@@ -313,7 +362,12 @@ class Schedule(Part):
     @property
     def needs_scores(self) -> bool:
         """Whether blocks are ranked."""
-        return self.kind in ("entprog", "linear")
+        if self.kind == "progressive":
+            return any(row.ranks for row in self.table)
+        if self.kind == "linear":
+            return self.stages > 1
+        some = min(self.candidates) < 1 or "budget" in self.generators or self.cei_threshold is not None
+        return self.kind == "entprog" and some
 
     @property
     def backwards(self) -> tuple[Backward, ...]:
@@ -324,6 +378,25 @@ class Schedule(Part):
     def _has_candidates(self):
         if not self.generators or not self.backwards:
             raise ValueError("schedule.generators and schedule.backward need at least one entry each")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_enough(self):
+        if self.kind == "entprog" and self.efficiency == "paper" and self.search_steps < 2:
+            raise ValueError(
+                "schedule.efficiency=paper compares steps of a candidate: set schedule.search_steps to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _table_is_whole(self):
+        ends = [row.until for row in self.table]
+        if not ends or ends[-1] != 1 or any(b <= a for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"schedule.table: until has to grow from row to row and end at 1, given {ends}")
+        if self.table[-1].frames is not None or self.table[-1].shrink != 1:
+            raise ValueError(
+                "schedule.table: the last row trains on whole clips (data.shape): leave its frames and shrink out"
+            )
         return self
 
 
@@ -354,6 +427,17 @@ class Experiment(Part):
     phases: dict[str, dict[str, Any]] = {}
     """Trainings one after another, each from the last one's weights: name → its settings over the common ones, e.g.
     `phases.pose.train.steps=200`. Empty: one training."""
+
+    def batch_size_at(self, shape: ClipShape) -> int:
+        """Clips of a worker's batch at a clip shape (`schedule.tokens`)."""
+        times = self.data.shape.pixels // shape.pixels if self.schedule.tokens == "constant" else 1
+        return self.data.batch_size * times
+
+    def timestep_shift_at(self, shape: ClipShape) -> float:
+        """Shift of timesteps at a clip shape (`schedule.timestep_shift`): by the root of the number of pixels
+        (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
+        share = shape.pixels / self.data.shape.pixels if self.schedule.timestep_shift == "auto" else 1.0
+        return self.train.timestep_shift * math.sqrt(share)
 
     @model_validator(mode="after")
     def _clock_is_repeatable(self):

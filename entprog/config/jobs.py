@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ByteSize, Field
 
-from entprog.config.experiment import ClipShape, Model, Smaller
+from entprog.config.experiment import ClipShape, Model, Row, Schedule, Smaller
 from entprog.config.part import Part
 
 
@@ -90,8 +90,11 @@ class Preparation(Part):
 class Ladder(Part):
     """The part of `Schedule` that decides at which shapes clips are encoded."""
 
+    kind: str = Schedule().kind
     shapes: tuple[Smaller, ...] = ()
     """Smaller clips that stages may also train on."""
+    table: tuple[Row, ...] = Schedule().table
+    """Kind `progressive`: rows with their clip shapes."""
 
 
 class Encoding(Part):

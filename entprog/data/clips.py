@@ -71,8 +71,8 @@ class Latents:
     position: torch.Tensor
     """int64 [B], on the CPU, as in Clips."""
 
-    def part(self, rows: slice) -> "Latents":
-        """Some of the batch's clips."""
+    def part(self, rows: slice | torch.Tensor) -> "Latents":
+        """Some of the batch's clips, by place or by number."""
         conditions = {name: value[rows] for name, value in self.conditions.items()}
         return Latents(self.clean[rows], conditions, self.position[rows])
 

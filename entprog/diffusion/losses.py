@@ -11,23 +11,28 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 
 
-def training_loss(denoiser: Denoiser, batch: Latents, train: Train) -> torch.Tensor:
-    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for."""
-    t = objectives.timesteps(batch.position, train.seed, shift=train.timestep_shift)
+def training_loss(denoiser: Denoiser, batch: Latents, train: Train, shift: float | None = None) -> torch.Tensor:
+    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for.
+
+    shift: of timesteps. None: `train.timestep_shift`.
+    """
+    t = objectives.timesteps(batch.position, train.seed, shift=shift or train.timestep_shift)
     return clip_losses(denoiser, batch, batch.position, t, train.seed).mean()
 
 
-def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int) -> float:
+def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int, shift: float = 1.0) -> float:
     """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
 
-    Timesteps are spread evenly over 0..1: `draws` strata per clip, shifted from clip to clip by the golden ratio.
+    Timesteps are spread evenly over 0..1, `draws` strata per clip, moved on from clip to clip by the golden ratio, and
+    then shifted as those of training are: what counts is the loss that training minimises.
     """
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in held_out:
             for draw in range(draws):
                 numbers = batch.position * 1009 + draw
-                t = ((draw + (batch.position * 0.6180339887) % 1) / draws).clamp(0.02, 0.98)
+                even = (draw + (batch.position * 0.6180339887) % 1) / draws
+                t = objectives.shifted(even, shift).clamp(0.02, 0.98)
                 losses = clip_losses(denoiser, batch, numbers, t, seed)
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
     parts = agree.gathered(total.tolist())

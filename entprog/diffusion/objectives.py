@@ -19,8 +19,7 @@ def timesteps(
     """Times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
 
     distribution: "uniform", or "logit-normal" (t = sigmoid(n), n standard normal: more in the middle).
-    shift s moves t towards noise: t' = s·t / (1 + (s - 1)·t).
-    The same bits on every device.
+    shift: as of `shifted`. The same bits on every device.
     """
     # 53 bits of the hash, half a step away from both ends.
     uniform = [((_hash(seed, position, 0) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
@@ -29,8 +28,12 @@ def timesteps(
         t = torch.special.ndtri(t).sigmoid()
     elif distribution != "uniform":
         raise ValueError(f"unknown distribution of timesteps {distribution!r}: uniform or logit-normal")
-    t = shift * t / (1 + (shift - 1) * t)
-    return t.to(device=device or positions.device, dtype=torch.float32)
+    return shifted(t, shift).to(device=device or positions.device, dtype=torch.float32)
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times t in 0..1 moved towards noise (shift s > 1) or away from it: t' = s·t / (1 + (s - 1)·t)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def noise_like(clean: torch.Tensor, positions: torch.Tensor, seed: int) -> torch.Tensor:

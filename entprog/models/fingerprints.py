@@ -45,6 +45,7 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         data.held_out_draws,
         data.held_out_seed,
         str(data.shape),
+        *([shift] if (shift := experiment.train.timestep_shift) != 1 else []),  # losses at other timesteps
     )
 
 

@@ -84,7 +84,8 @@ class SvdDenoiser(VideoDenoiser):
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
-        return Geometry.of(vae)
+        halvings = 2 ** (len(network.down_block_types) - 1)  # what it halves it must be able to double again
+        return Geometry.of(vae, (1, halvings, halvings))
 
     @classmethod
     def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:

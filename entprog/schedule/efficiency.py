@@ -1,10 +1,12 @@
 """How many blocks to train next: trial steps of nested candidates that share their weights (Ent-Prog §3.4)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from entprog.config import Schedule
 from entprog.records import Record
@@ -27,12 +29,14 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Convergence efficiency of one candidate: loss drop per unit of cost, with a bootstrap interval."""
+    """Convergence efficiency of one candidate: loss drop per unit of cost, with its 90 % interval."""
 
     m: int
-    value: float
-    low: float
-    high: float
+    value: float | None
+    """None where the estimator has too few steps to say."""
+    low: float | None
+    """None, as `high`, where no two steps of any candidate show how far they scatter."""
+    high: float | None
     steps: int
     mean_cost: float
 
@@ -68,49 +72,57 @@ def turn(trial: int, candidates: int, stage: int, seed: int) -> int:
     return int(order[place])
 
 
-def efficiency(trials: Sequence[Trial], estimator: str) -> float:
-    """CE(m) of one candidate's trials, in their order.
+def drops(trials: Sequence[Trial], estimator: str) -> np.ndarray:
+    """Loss drops credited to one candidate's trials, in their order: (drop, cost) pairs, float64 [n, 2].
 
-    "paired": Σ drop across its own steps / Σ T.
-    "paper": - Σ_{s=2..S} (ℓ^(s) - ℓ^(s-1)) / Σ_{s=2..S} T^(s); 0 with fewer than two steps.
+    "paired": across each of its own steps. "paper": from one of its steps to the next, s = 2..S, which counts what the
+    other candidates did in between; none with fewer than two steps.
     """
     if estimator == "paired":
-        return sum(t.loss_before - t.loss for t in trials) / sum(t.cost for t in trials)
-    if len(trials) < 2:
-        return 0.0
-    drops = [a.loss - b.loss for a, b in pairwise(trials)]
-    return sum(drops) / sum(t.cost for t in trials[1:])
+        pairs = [(t.loss_before - t.loss, t.cost) for t in trials]
+    else:
+        pairs = [(a.loss - b.loss, b.cost) for a, b in pairwise(trials)]
+    return np.array(pairs, float).reshape(-1, 2)
 
 
-def efficiencies(
-    candidates: Sequence[Plan], trials: Sequence[Trial], schedule: Schedule, seed: int, resamples: int = 500
-) -> list[Efficiency]:
-    """CE of every candidate with its 5-95 % bootstrap interval over steps (paired drops)."""
+def efficiencies(candidates: Sequence[Plan], trials: Sequence[Trial], schedule: Schedule) -> list[Efficiency]:
+    """CE(m) = Σ drop / Σ T of every candidate, with its 90 % interval.
+
+    A step's drop scatters alike whichever candidate makes it, mostly by its clips and their noise: its variance is
+    pooled over all candidates, so that two steps of each already say something (Student's t). The paper's sum
+    telescopes: however many steps, it scatters as one drop does.
+    """
+    estimator = schedule.efficiency
+    parts = [[t for t in trials if t.candidate == number] for number in range(len(candidates))]
+    found = [drops(own, estimator) for own in parts]
+    freedom = sum(max(len(pairs) - 1, 0) for pairs in found)
+    squares = sum(len(pairs) * pairs[:, 0].var() for pairs in found if len(pairs))
+    scatter = math.sqrt(squares / freedom) if freedom else None
     out = []
-    rng = np.random.default_rng([seed, len(trials)])
-    for number, plan in enumerate(candidates):
-        own = [t for t in trials if t.candidate == number]
-        drops = np.array([t.loss_before - t.loss for t in own])
-        costs = np.array([t.cost for t in own])
-        picks = rng.integers(len(own), size=(resamples, len(own)))
-        low, high = np.quantile(drops[picks].sum(1) / costs[picks].sum(1), [0.05, 0.95])
+    for plan, own, pairs in zip(candidates, parts, found, strict=True):
+        value, width = None, None
+        if len(pairs):
+            value = float(pairs[:, 0].sum() / pairs[:, 1].sum())
+        if value is not None and scatter is not None:
+            independent = len(pairs) if estimator == "paired" else 1
+            width = float(student_t.ppf(0.95, freedom) * scatter * math.sqrt(independent) / pairs[:, 1].sum())
         out.append(
             Efficiency(
                 m=plan.m,
-                value=efficiency(own, schedule.efficiency),
-                low=float(low),
-                high=float(high),
+                value=value,
+                low=None if width is None else value - width,
+                high=None if width is None else value + width,
                 steps=len(own),
-                mean_cost=float(costs.mean()),
+                mean_cost=float(np.mean([t.cost for t in own])),
             )
         )
     return out
 
 
 def overlap(found: Sequence[Efficiency]) -> bool:
-    """Whether the intervals of the two candidates of highest efficiency overlap."""
-    best, second = sorted(found, key=lambda e: e.value, reverse=True)[:2]
-    return best.low < second.high
+    """Whether the best two candidates cannot be told apart: their intervals overlap, or are not known."""
+    known = sorted((e for e in found if e.low is not None), key=lambda e: e.value, reverse=True)
+    return len(known) < len(found) or known[0].low < known[1].high
 
 
 def choose(
@@ -119,21 +131,24 @@ def choose(
     schedule: Schedule,
     *,
     stage: int,
-    seed: int,
     search_cost: float,
+    cheapest: Plan,
 ) -> Decision:
-    """m* = argmax CE(m); the largest candidate when no candidate lowered the loss, or when nothing could be tried."""
-    largest = max(candidates, key=size)
-    chosen, found = largest, []
+    """m* = argmax CE(m); where nothing is known, or no candidate lowered the loss, the cheapest: whatever is trained
+    then, at least it costs little."""
+    chosen, found = cheapest, []
     if not trials:
-        reason = "a round of candidates costs more than schedule.search_share allows: not searched, largest candidate"
+        reason = "a round of candidates costs more than schedule.search_share allows: not searched, cheapest candidate"
     else:
-        found = efficiencies(candidates, trials, schedule, seed)
-        best = max(range(len(found)), key=lambda i: (found[i].value, size(candidates[i])))
-        if found[best].value > 0:
+        found = efficiencies(candidates, trials, schedule)
+        known = [i for i, e in enumerate(found) if e.value is not None]
+        best = max(known, key=lambda i: (found[i].value, size(candidates[i])), default=None)
+        if best is None:
+            reason = "schedule.efficiency=paper needs two steps of a candidate, paid for was one: cheapest candidate"
+        elif found[best].value > 0:
             chosen, reason = candidates[best], f"highest convergence efficiency of {len(trials)} trial steps"
         else:
-            reason = f"no candidate lowered the held-out loss in {len(trials)} trial steps: largest candidate"
+            reason = f"no candidate lowered the held-out loss in {len(trials)} trial steps: cheapest candidate"
     return Decision(
         stage=stage,
         plan=chosen,

@@ -1,15 +1,16 @@
 """Plans: what a stage trains, and how gradient crosses the rest (Ent-Prog §3.3, eq. of ψ_k)."""
 
+import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from entprog.blocks import Block
-from entprog.config import Backward, ClipShape, Schedule
+from entprog.config import Backward, ClipShape, Ladder, Row, Schedule, Smaller
 from entprog.cost.model import CostModel
 from entprog.errors import UserError
 from entprog.records import Record
-from entprog.schedule import budget, lisa_badam
+from entprog.schedule import budget, rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,77 @@ def count(fraction: float, of: int) -> int:
     return max(1, round(fraction * of))
 
 
+def rows(schedule: Schedule) -> tuple[Row, ...]:
+    """Stages with the share of the budget at which each ends, and what the settings alone say of them. What a search
+    decides, and what LISA and BAdam draw, is not in a row."""
+    if schedule.kind == "full":
+        return (Row(until=1.0),)
+    if schedule.kind == "progressive":
+        return schedule.table
+    ends = [(stage + 1) / schedule.stages for stage in range(schedule.stages)]
+    if schedule.kind == "entprog":
+        return tuple(Row(until=end) for end in ends)
+    shares = {"linear": ends, "lisa": [schedule.lisa_share] * schedule.stages, "badam": [1.0] * schedule.stages}
+    clips = [_growing(schedule, stage) for stage in range(schedule.stages)]
+    return tuple(
+        Row(until=end, share=share, frames=smaller.frames, shrink=smaller.shrink)
+        for end, share, smaller in zip(ends, shares[schedule.kind], clips, strict=True)
+    )
+
+
+def _growing(schedule: Schedule, stage: int) -> Smaller:
+    """Clips of a stage of a schedule that goes through its shapes evenly and ends with whole clips."""
+    steps = [*schedule.shapes, Smaller()]
+    return steps[-(-(stage + 1) * len(steps) // schedule.stages) - 1]
+
+
+def stage_at(schedule: Schedule, progress: float) -> int:
+    """The stage (0-based) in which a run is that has used this share of its budget."""
+    ends = [row.until for row in rows(schedule)]
+    return min(bisect.bisect_right(ends, progress), len(ends) - 1)
+
+
+def drawn(
+    row: Row,
+    names: Sequence[str],
+    priority: Mapping[str, float],
+    schedule: Schedule,
+    shape: ClipShape,
+    seed: Sequence[int],
+) -> Plan:
+    """The plan of a row of the table. shape: of whole clips; seed: of this draw."""
+    m = count(row.share, len(names))
+    if row.choose == "top":
+        chosen = best(m, names, priority)
+    elif row.choose == "random":
+        chosen = rotation.uniform(names, m, seed)
+    else:
+        chosen = rotation.weighted(names, m, seed, priority)
+    return of_set(chosen, names, row.backward or schedule.backwards[0], row.of(shape))
+
+
+def fixed(
+    names: Sequence[str],
+    priority: Mapping[str, float],
+    schedule: Schedule,
+    shape: ClipShape,
+    stage: int,
+    draw: int = 0,
+    seed: int = 0,
+) -> Plan | None:
+    """What stage `stage` (0-based) of a schedule without a search trains; None for one that searches.
+
+    shape: of whole clips. draw: how often the stage has drawn its blocks before (`Row.redraw_every`).
+    """
+    if schedule.kind == "entprog":
+        return None
+    row = rows(schedule)[stage]
+    if schedule.kind in rotation.KINDS:
+        chosen = rotation.KINDS[schedule.kind](names, schedule, stage, seed)
+        return of_set(chosen, names, schedule.backwards[0], row.of(shape))
+    return drawn(row, names, priority, schedule, shape, [seed, stage, draw])
+
+
 def candidates(
     names: Sequence[str],
     priority: Mapping[str, float],
@@ -74,21 +146,15 @@ def candidates(
 ) -> list[Plan]:
     """What stage `stage` (0-based) may choose from, each once: smallest first, full training last.
 
-    shape: of the shards' clips. models: cost model of each shape on the ladder, for generator `budget`. seed: of the
+    shape: of whole clips. models: cost model of each shape on the ladder, for generator `budget`. seed: of the
     kinds that draw blocks.
 
     A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in).
     `monotone` keeps only sets no smaller than `now`. A schedule other than entprog leaves one plan.
     """
+    if plan := fixed(names, priority, schedule, shape, stage, seed=seed):
+        return [plan]
     last = stage == schedule.stages - 1
-    if schedule.kind == "full":
-        return [full(names, shape)]
-    if schedule.kind == "linear":
-        m = count((stage + 1) / schedule.stages, len(names))
-        return [top(m, names, priority, schedule, shape)]
-    if schedule.kind in lisa_badam.KINDS:
-        chosen = lisa_badam.KINDS[schedule.kind](names, schedule, stage, seed)
-        return [of_set(chosen, names, schedule.backwards[0], shape)]
     eligible = list(names)
     if schedule.cei_threshold is not None and not last:
         eligible = [name for name in names if priority[name] >= schedule.cei_threshold]
@@ -107,10 +173,11 @@ def candidates(
     return sorted(dict.fromkeys(found), key=size)
 
 
-def ladder(schedule: Schedule, shape: ClipShape, last: bool) -> list[ClipShape]:
-    """Clip shapes that a stage may train on: the shards' own alone in the last stage."""
-    smaller = [] if last else [step.of(shape) for step in schedule.shapes]
-    return list(dict.fromkeys([*smaller, shape]))
+def ladder(schedule: Schedule | Ladder, shape: ClipShape, last: bool) -> list[ClipShape]:
+    """Clip shapes that a stage may train on: in the last stage whole clips' alone. Raises UserError for one that clips
+    of `shape` cannot be cut to."""
+    steps = {"full": (), "progressive": schedule.table}.get(schedule.kind, schedule.shapes)
+    return list(dict.fromkeys([*([] if last else [step.of(shape) for step in steps]), shape]))
 
 
 def size(plan: Plan) -> tuple:

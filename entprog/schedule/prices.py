@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting, measuring
@@ -57,7 +59,7 @@ class Prices:
     def step_flops(self, plan: Plan) -> float:
         """FLOPs of one update, all ranks."""
         train = self.experiment.train
-        clips = self.experiment.data.batch_size * train.workers * train.accumulate
+        clips = self.experiment.batch_size_at(plan.shape) * train.workers * train.accumulate
         return float(self.counted(plan).step_flops(clips))
 
     def evaluation_flops(self) -> float:
@@ -71,8 +73,8 @@ class Prices:
     def model(self, shape: ClipShape) -> CostModel:
         """The cost model for a rank's batch of clips of a shape; FLOPs are counted on one clip, seconds on them all."""
         if shape not in self.models:
-            data, train = self.experiment.data, self.experiment.train
-            batch = self.sample_of(shape, data.batch_size if self.by_seconds else 1)
+            train, clips = self.experiment.train, self.experiment.batch_size_at(shape)
+            batch = self.sample_of(shape, clips if self.by_seconds else 1)
             with self.freeze.lifted():
                 measured = measuring.measure(
                     self.denoiser.network,
@@ -85,13 +87,13 @@ class Prices:
                     frozen_precision=self.experiment.schedule.frozen_precision,
                 )
             parts = agree.world()[1] if train.parallel == "fsdp" else 1
-            self.models[shape] = split(scaled(measured, data.batch_size), parts)
+            self.models[shape] = split(scaled(measured, clips), parts)
         return self.models[shape]
 
     def step(self, plan: Plan) -> float:
         """Cost of one update in the schedule's clock: counted FLOPs of all ranks, or predicted seconds."""
         if self.by_seconds:
-            clips = self.experiment.data.batch_size * self.experiment.train.accumulate
+            clips = self.experiment.batch_size_at(plan.shape) * self.experiment.train.accumulate
             return scaled(self.model(plan.shape), clips).step(plan.trainable, plan.backward)
         return self.step_flops(plan)
 
@@ -105,9 +107,10 @@ class Prices:
         return self.model(plan.shape).memory(plan.trainable, plan.backward)
 
     def sample_of(self, shape: ClipShape, clips: int) -> Latents:
-        """Some clips of a shape: a corner of the sample's latents, of which only the size matters here."""
+        """Some clips of a shape: a corner of the sample's latents, of which only the size matters here; the same ones
+        again where the sample has fewer."""
         _, frames, height, width = self.denoiser.latent_shape(shape)
-        part = self.sample.part(slice(0, clips))
+        part = self.sample.part(torch.arange(clips) % len(self.sample.position))
         cut = {name: value[..., :frames, :height, :width] for name, value in part.conditions.items()}
         return Latents(part.clean[..., :frames, :height, :width], cut, part.position)
 

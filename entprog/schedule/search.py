@@ -29,13 +29,18 @@ class Search:
         self.schedule = experiment.schedule
 
     def begin(self, stage: int) -> Decision | None:
-        """Begin a stage: its candidates, and its decision if there is nothing to search.
+        """Begin a stage: its candidates, and its decision if there is nothing to search, or nothing to search yet:
+        while the learning rate warms up every step raises the loss, whoever makes it.
 
         Raises UserError if no plan fits the memory budget.
         """
         state, schedule, shape = self.state, self.schedule, self.experiment.data.shape
+        if stage == 0:
+            self.check_memory()
         before = state.plan
-        state.stage, state.plan, state.trials, state.search_cost, state.loss_now = stage, None, [], 0.0, None
+        if stage != state.stage:
+            state.search_cost, state.stage_step, state.draw = 0.0, state.step, 0
+        state.stage, state.plan, state.trials, state.loss_now, state.waits = stage, None, [], None, False
         models = {}
         if schedule.kind == "entprog":
             last = stage == schedule.stages - 1
@@ -47,7 +52,31 @@ class Search:
         state.candidates = tuple(found)
         if len(found) == 1:
             return self.decide("schedule")
+        if state.step < self.experiment.train.warmup_steps:
+            state.waits = True
+            return self.decide("begins with the cheapest candidate: the search waits for the end of the warm-up")
         return None if self.another_round() else self.decide()
+
+    def check_memory(self) -> None:
+        """Raises UserError if a stage of a schedule without a search does not fit the memory budget: now, not once it
+        is that stage's turn."""
+        schedule, shape, seed = self.schedule, self.experiment.data.shape, self.experiment.train.seed
+        for stage in range(len(plans.rows(schedule))):
+            plan = plans.fixed(self.names, self.priority, schedule, shape, stage, seed=seed)
+            if plan is not None:
+                plans.fitting([plan], self.prices.memory, schedule.memory_budget_bytes)
+
+    def redraw(self) -> bool:
+        """Draw the stage's blocks anew if it is time (`Row.redraw_every`); whether it was."""
+        state, schedule = self.state, self.schedule
+        every = plans.rows(schedule)[state.stage].redraw_every
+        draw = (state.step - state.stage_step) // every if every else 0
+        if draw == state.draw:
+            return False
+        shape, seed = self.experiment.data.shape, self.experiment.train.seed
+        state.draw = draw
+        state.plan = plans.fixed(self.names, self.priority, schedule, shape, state.stage, draw, seed)
+        return True
 
     def turn(self) -> tuple[int, Plan]:
         """The candidate of the next trial step: (its number, its plan)."""
@@ -73,9 +102,7 @@ class Search:
         return state.search_cost + self.round_cost() <= schedule.search_share * self.stage_budget()
 
     def unclear(self) -> bool:
-        found = efficiency.efficiencies(
-            self.state.candidates, self.state.trials, self.schedule, self.experiment.train.seed
-        )
+        found = efficiency.efficiencies(self.state.candidates, self.state.trials, self.schedule)
         return efficiency.overlap(found)
 
     def round_cost(self) -> float:
@@ -105,8 +132,8 @@ class Search:
             state.trials,
             self.schedule,
             stage=state.stage,
-            seed=self.experiment.train.seed,
             search_cost=state.search_cost,
+            cheapest=min(state.candidates, key=self.clip_cost) if len(state.candidates) > 1 else state.candidates[0],
         )
         decision = replace(
             decision, reason="; ".join(line for line in (reason or decision.reason, state.fitting) if line)
@@ -117,6 +144,10 @@ class Search:
         state.decisions.append(decision)
         state.plan = decision.plan
         return decision
+
+    def clip_cost(self, plan: Plan) -> float:
+        """What training on a clip costs under a plan, in the schedule's clock."""
+        return self.prices.step(plan) / self.experiment.batch_size_at(plan.shape)
 
     def with_forecast(self, decision: Decision) -> Decision:
         """The decision with what its plan is expected to cost and to save."""

@@ -58,8 +58,14 @@ class RunState:
     """Clips consumed, over all ranks."""
     stage: int = -1
     """Stage in progress, 0-based; -1 before the first."""
+    stage_step: int = 0
+    """Step at which it began."""
+    draw: int = 0
+    """How often it has drawn its blocks anew."""
+    waits: bool = False
+    """Whether the stage's search is still to come, after the warm-up."""
     plan: Plan | None = None
-    """The stage's plan; None while its search goes on."""
+    """What is trained; None while the stage's search goes on."""
     candidates: tuple[Plan, ...] = ()
     trials: list[Trial] = field(default_factory=list)
     """The stage's search steps so far."""

@@ -40,8 +40,9 @@ def table(
         known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
-        seed, conditions = experiment.train.seed, clips(denoiser, dataset, experiment)
-        made = priorities.score(denoiser, blocks, conditions, priority, key=key, seed=seed, progress=progress)
+        conditions, train = clips(denoiser, dataset, experiment), experiment.train
+        how = {"key": key, "seed": train.seed, "shift": train.timestep_shift, "progress": progress}
+        made = priorities.score(denoiser, blocks, conditions, priority, **how)
         if rank == 0:
             files.write_json(kept, made.as_json())
     return made
@@ -65,8 +66,9 @@ def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) ->
     """Hash of all that a table depends on: the VAE and the text as well as the network."""
     parts = [getattr(denoiser, field.name) for field in fields(denoiser)]
     contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
-    model, shape = experiment.model, experiment.data.shape
-    rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape), experiment.train.seed]
+    model, shape, train = experiment.model, experiment.data.shape, experiment.train
+    rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
+    rest += [train.seed, train.timestep_shift]
     return table_key(contents, dataset.fingerprint, experiment.priority, rest)
 
 

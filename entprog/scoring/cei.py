@@ -34,6 +34,7 @@ def cei(
     *,
     key: str = "",
     seed: int = 0,
+    shift: float = 1.0,
     replay: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
@@ -41,15 +42,15 @@ def cei(
 
     conditions: batches of clips; every clip is one condition c, its clean latents
     the x_0 of its draws, which run in batches as large as the first of these. With several ranks each scores its share
-    of the conditions and all get the whole table.
+    of the conditions and all get the whole table. shift: of the timesteps drawn, as in training.
     replay: the full forward records each block's output; a skip pass returns the recorded ones for the blocks before b
     and computes only what follows: equal bits, about half the forwards' cost.
 
     Raises ValueError if there are fewer clips than `settings.conditions`.
     """
     score = partial(
-        _score_condition, denoiser, blocks, settings=settings, seed=seed, at_once=len(conditions[0].position),
-        replay=replay,
+        _score_condition, denoiser, blocks, settings=settings, seed=seed, shift=shift,
+        at_once=len(conditions[0].position), replay=replay,
     )  # fmt: skip
     measure = "loss" if settings.kind == "loss_increase" else settings.estimator
     found = tables.measured(score, conditions, settings, measure, progress)
@@ -88,7 +89,7 @@ class Draws:
 
 
 def draws(
-    process: Process, clip: Latents, number: int, count: int, settings: Priority, seed: int, at_once: int
+    process: Process, clip: Latents, number: int, count: int, settings: Priority, seed: int, shift: float, at_once: int
 ) -> Iterator[Draws]:
     """The first `count` draws of condition `number`, in batches of `at_once` at most.
 
@@ -98,7 +99,7 @@ def draws(
     draw_seed = seed * 1_000_003 + settings.seed
     for numbers in (torch.arange(count) + number * settings.draws).split(at_once):
         clean = clip.clean.expand(len(numbers), *clip.clean.shape[1:])
-        t = low + (high - low) * objectives.timesteps(numbers, draw_seed).to(clean.device)
+        t = low + (high - low) * objectives.timesteps(numbers, draw_seed, shift).to(clean.device)
         noisy, target = process.pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
         conditions = {name: value.expand(len(numbers), *value.shape[1:]) for name, value in clip.conditions.items()}
         yield Draws(noisy, t, conditions, target)
@@ -136,13 +137,14 @@ def _score_condition(
     *,
     settings: Priority,
     seed: int,
+    shift: float,
     at_once: int,
     replay: bool,
 ) -> Row:
     """Log-ratios of both estimators and loss increases of one condition, each [mark, block]."""
     moments = [_Moments() for _ in range(len(blocks) + 1)]  # the whole network's first
     noted: dict[int, list[torch.Tensor]] = {mark: [] for mark in marks}
-    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, at_once):
+    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, shift, at_once):
         passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
         for kept, predictions in zip(moments, passes, strict=True):
             losses = objectives.loss(predictions, batch.target)

@@ -4,6 +4,7 @@ What is scored, and how one condition is scored, is the priority's own business 
 (τ, ε, c); the draws of one condition c are numbered 0, 1, … and every condition gives equally many.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from entprog.config import Priority, digest
 from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.distributed import agree
+from entprog.errors import UserError
 from entprog.records import Record
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
@@ -85,6 +87,16 @@ class ScoreTable(Record):
     """Counted FLOPs of the scoring, all ranks."""
     per_condition: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     """[condition][block] scores."""
+
+    def __post_init__(self):
+        """Raises UserError where there is a score by which nothing can be ranked."""
+        wrong = [block.name for block in self.blocks if not math.isfinite(block.score)]
+        if wrong:
+            raise UserError(
+                f"the {self.kind} scores of {len(wrong)} of {len(self.blocks)} blocks are not finite (the first: "
+                f"{wrong[0]}): the base's weights are damaged, or it predicts the same everywhere because it was never "
+                "trained; priority.kind random, depth_first or depth_last rank without looking at it"
+            )
 
     def scores(self) -> dict[str, float]:
         """Every block's score."""

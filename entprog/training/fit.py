@@ -1,8 +1,8 @@
 """fit(): stages outside, steps inside. Yields one Step per update; whoever runs it reports and saves.
 
-A stage of Ent-Prog begins with a search (trial steps of nested candidates, `efficiency`) and goes on with the plan that
-the search chose. Plain training is the same code with one plan. What the next step does is a function of the RunState
-alone, so that a run resumed from any step goes on as if it had not been interrupted.
+A run goes through stages, each with a plan: what the schedule's table says, or what a search at the stage's start chose
+(trial steps of nested candidates, `efficiency`). Plain training is one stage. What the next step does is a function of
+the RunState alone, so that a run resumed from any step goes on as if it had not been interrupted.
 """
 
 import math
@@ -171,7 +171,7 @@ class _Fit:
         self.scores: ScoreTable | None = scores
         self.conditions: Sequence[Latents] = conditions
         priority = scores.priority(experiment.priority.sign) if scores else dict.fromkeys(self.names, 0.0)
-        if scores and state.step == 0:
+        if scores and schedule.needs_scores and state.step == 0:
             state.seconds.score = scores.seconds
             state.flops.score = float(scores.flops)
         self.device = next(denoiser.network.parameters()).device
@@ -197,7 +197,8 @@ class _Fit:
         self.told = self.spent()
         """Of what the batches have cost, what Steps have carried."""
         total = experiment.train.workers * experiment.train.accumulate
-        self.clips_per_step = experiment.data.batch_size * total
+        self.batches_per_update = total
+        """Over all ranks."""
         self.batches_per_step = len(range(self.rank, total, self.world))
         """This rank's share of an update's batches."""
         self.rounds = self.batches_per_step
@@ -228,12 +229,13 @@ class _Fit:
     # -- stages
 
     def begin_stage(self) -> None:
-        """Begin the next stage if it is time. While its search goes on there is no plan."""
+        """Begin the next stage, or draw blocks anew, if it is time. While a search goes on there is no plan."""
         state, schedule = self.state, self.experiment.schedule
-        stages = 1 if schedule.kind == "full" else schedule.stages
-        stage = min(int(progress(self.experiment, state) * stages), stages - 1)
-        if stage > state.stage:
-            if stage > 0 and self.scores is not None and self.experiment.priority.rescore:
+        stage = plans.stage_at(schedule, progress(self.experiment, state))
+        if stage == state.stage and self.search.redraw():
+            self.train_plan(state.plan)
+        if stage > state.stage or (state.waits and state.step >= self.experiment.train.warmup_steps):
+            if stage > max(0, state.stage) and self.scores is not None and self.experiment.priority.rescore:
                 self.rescore(stage)
             started = self.now()
             decision = self.search.begin(stage)
@@ -249,18 +251,28 @@ class _Fit:
         priority, seed = self.experiment.priority, self.experiment.train.seed
         with fsdp.gathered(self.denoiser.network):
             new = priorities.score(
-                self.denoiser, self.found, self.conditions, priority, key=f"stage {stage}", seed=seed
+                self.denoiser,
+                self.found,
+                self.conditions,
+                priority,
+                key=f"stage {stage}",
+                seed=seed,
+                shift=self.experiment.train.timestep_shift,
             )
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))
 
     def carry_out(self, decision: Decision) -> None:
-        """Freeze what the stage's plan leaves out, its optimizer state with it."""
-        state = self.state
-        self.put_in_force(decision.plan)
-        state.begun = {name: step for name, step in state.begun.items() if name in decision.plan.trainable}
+        """Train what was decided."""
+        self.train_plan(decision.plan)
         self.news = decision
+
+    def train_plan(self, plan: Plan) -> None:
+        """Freeze what a plan leaves out, its optimizer state with it."""
+        state = self.state
+        self.put_in_force(plan)
+        state.begun = {name: step for name, step in state.begun.items() if name in plan.trainable}
         optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
 
     # -- steps
@@ -324,7 +336,7 @@ class _Fit:
             encode_s=encode_s,
             charged_s=state.seconds.total,
             flops=state.flops.total,
-            clips=self.clips_per_step,
+            clips=self.clips_per_step(plan),
             memory_bytes=state.peak_memory_bytes,
             plan_memory_bytes=memory,
             optimizer_bytes=optimizer.state_bytes(state.optimizer, self.device),
@@ -343,6 +355,7 @@ class _Fit:
         rate = optimizer.set_learning_rate(
             state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
         )
+        shift = self.experiment.timestep_shift_at(self.freeze.plan.shape)
         begun, waited_s, loss = self.now(), 0.0, 0.0
         for turn in range(self.rounds):
             weight = 0.0  # a pass for the other ranks' sake, over the batch before
@@ -350,7 +363,7 @@ class _Fit:
                 waiting, weight = self.now(), self.weight
                 batch = self.next_batch()
                 waited_s += self.now() - waiting
-            part = losses.training_loss(self.denoiser, batch, train) * weight
+            part = losses.training_loss(self.denoiser, batch, train, shift) * weight
             part.backward()
             loss += part.detach().double()
         self.pace = agree.pace(self.now() - begun - waited_s, self.device)
@@ -368,7 +381,7 @@ class _Fit:
         state.optimizer.zero_grad(set_to_none=True)
         seconds = agree.slowest(self.now() - begun - waited_s, self.device)
         state.step += 1
-        state.position += self.clips_per_step
+        state.position += self.clips_per_step(self.freeze.plan)
         state.skipped += int(skipped)
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
         return Update(
@@ -379,6 +392,10 @@ class _Fit:
             seconds=seconds,
             wait_s=wait_s,
         )
+
+    def clips_per_step(self, plan: Plan) -> int:
+        """Clips of an update, all ranks."""
+        return self.experiment.batch_size_at(plan.shape) * self.batches_per_update
 
     def next_batch(self) -> Latents:
         shape, starting = self.freeze.plan.shape, self.stream is None
@@ -418,7 +435,7 @@ class _Fit:
     def memory(self, plan: Plan) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return self.prices.counted(plan).memory_bytes(self.experiment.data.batch_size)
+        return self.prices.counted(plan).memory_bytes(self.experiment.batch_size_at(plan.shape))
 
     def search_loss(self) -> float:
         return self.held_out_loss(self.search_held_out, 1)
@@ -428,7 +445,8 @@ class _Fit:
 
     def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
         with fsdp.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
-            return losses.held_out_loss(self.denoiser, held_out, draws, self.experiment.data.held_out_seed)
+            seed, shift = self.experiment.data.held_out_seed, self.experiment.train.timestep_shift
+            return losses.held_out_loss(self.denoiser, held_out, draws, seed, shift)
 
     def now(self) -> float:
         """The run's clock: it stands still while the first batch is waited for."""

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from pipelines import charts
 from pipelines.comparison.groups import Group
 from pipelines.comparison.verdict import Verdict, mean_curve
 
 WIDTH, HEIGHT = 4.6, 3.1
 """Inches of 72 units: half a desktop's page, and a phone's."""
+SHAPES = 0.6
+"""Height in inches of what shows clip shapes."""
 COLOURS = 7
 """Groups with a colour of their own; further ones are grey."""
 STYLES = ("-", (0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))
@@ -110,11 +113,22 @@ def ratios(verdict: Verdict) -> Drawing | None:
 def schedule(
     group: Group, place: int, steps: Sequence[Mapping[str, Any]], blocks: Sequence[str], until_s: float
 ) -> Drawing:
-    """Which blocks a run trained when, over its charged seconds until `until_s`. steps: lines of steps.jsonl."""
+    """Which blocks a run trained when, over its charged seconds until `until_s`, and on which clips where their shape
+    changes. steps: lines of steps.jsonl."""
     names = list(blocks)
-    figure, axes = _figure(WIDTH, 0.95 + max(0.16 * len(names), 0.5))
+    height = 0.95 + max(0.16 * len(names), 0.5)
     spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
     first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"] - steps[0]["wait_s"])
+    shapes = charts.shape_spans(steps, first_s)
+    changes = len({shape for *_, shape in shapes}) > 1
+    if changes:
+        figure, (top, axes) = _figure(WIDTH, height + SHAPES, rows=(SHAPES, height))
+        charts.draw_shapes(top, shapes, colour("grid"))
+        top.yaxis.label.set_color(colour("ink"))
+        for text in top.texts:
+            text.set_color(colour("ink"))
+    else:
+        figure, axes = _figure(WIDTH, height)
     begun = first_s
     runs = itertools.groupby(steps, lambda s: (s["stage"], s["phase"], tuple(s["trained"])))
     stages: dict[int, float] = {}
@@ -138,6 +152,8 @@ def schedule(
     axes.set_xlabel("charged seconds")
     mean = sum(len(s["trained"]) for s in steps) / len(steps)
     alt = f"Blocks trained by {group.label}: {mean:.1f} of {len(names)} on average over {len(stages)} stages."
+    if changes:
+        alt += f" Clips: {', then '.join(dict.fromkeys(shape for *_, shape in shapes))}."
     return _drawing(figure, group.label, alt)
 
 
@@ -172,12 +188,14 @@ def scores(table: Mapping[str, Any], title: str) -> Drawing:
 # ---- inside ----
 
 
-def _figure(width: float, height: float, panels: int = 1):
+def _figure(width: float, height: float, panels: int = 1, rows: Sequence[float] = (1.0,)):
+    """panels: side by side; rows: one above the other, with these heights."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_visible(False)
-    axes = figure.subplots(1, panels, sharey=True)
+    above = len(rows) > 1
+    axes = figure.subplots(len(rows), panels, sharey=not above, sharex=above, height_ratios=rows)
     for one in np.ravel(axes):
         one.patch.set_visible(False)
         one.spines[["top", "right"]].set_visible(False)

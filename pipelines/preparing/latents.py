@@ -24,7 +24,7 @@ from pipelines.cluster import failures, launch
 from pipelines.outputs import claim
 from pipelines.preparing import packing, progress
 
-OF_MODEL = ("model.", "schedule.shapes")
+OF_MODEL = ("model.", "schedule.kind", "schedule.shapes", "schedule.table")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
 WARM_UP_CLIPS = 1
 TIMED_CLIPS = 2

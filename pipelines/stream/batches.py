@@ -25,6 +25,8 @@ class Source:
 
     shape: ClipShape
     """What the stream gives."""
+    clips: int
+    """Of a batch."""
     cached: bool
 
 
@@ -32,7 +34,8 @@ class Batches:
     """The run's batches at any shape of the ladder (`training.Batches`).
 
     While a search changes shapes between two steps they are cut out of one stream of whole clips, so that no change
-    opens a stream. Once a shape lasts, only its frames are decoded, or its cached latents are read.
+    opens a stream (but where the number of clips changes too, `schedule.tokens`). Once a shape lasts, only its frames
+    are decoded, or its cached latents are read.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Batches:
         self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
         self.decode_cpus, self.caches = decode_cpus, caches
         self.whole = dataset.shape
-        self.one_shape = not experiment.schedule.shapes
+        self.searches_shapes = experiment.schedule.kind == "entprog" and bool(experiment.schedule.shapes)
         self.rank, self.world = agree.world()
         self.batches = experiment.train.workers * experiment.train.accumulate
         """Batches of an update, over all ranks."""
@@ -63,14 +66,14 @@ class Batches:
     def position(self) -> int | None:
         """Position of the next update's first clip; None within an update, where no stream can begin."""
         updates, within = divmod(self.taken, self.mine)
-        return None if within else self.begun + updates * self.batches * self.experiment.data.batch_size
+        return None if within else self.begun + updates * self.batches * (self.source.clips if self.source else 0)
 
     def __call__(self, shape: ClipShape, position: int) -> Iterator[Latents]:
         if self.position != position:
             self.close()
             self.begun, self.taken = position, 0
         for alike in itertools.count(1):
-            self._provide(shape, lasting=self.one_shape or alike > LASTING)
+            self._provide(shape, lasting=not self.searches_shapes or alike > LASTING)
             batch = self._next()
             self.taken += 1
             yield batch if isinstance(batch, Latents) else self._encoded(batch.resized(shape))
@@ -82,9 +85,10 @@ class Batches:
 
     def _provide(self, shape: ClipShape, lasting: bool) -> None:
         """Open the source that batches of a shape come from, unless one that serves is open."""
-        whole = Source(self.whole, cached=False)
-        its_frames = Source(self.whole.model_copy(update={"frames": shape.frames}), cached=False)
-        cached = Source(shape, cached=True)
+        clips = self.experiment.batch_size_at(shape)
+        whole = Source(self.whole, clips, cached=False)
+        its_frames = Source(self.whole.model_copy(update={"frames": shape.frames}), clips, cached=False)
+        cached = Source(shape, clips, cached=True)
         if lasting:
             wanted = cached if shape in self.caches else its_frames
         else:
@@ -95,7 +99,7 @@ class Batches:
             self.stream, self.source = self._open(wanted, self.begun), wanted
 
     def _open(self, source: Source, position: int) -> clip_stream.Stream:
-        order = (self.experiment.data.batch_size, self.rank, self.world, position, self.experiment.train.seed)
+        order = (source.clips, self.rank, self.world, position, self.experiment.train.seed)
         how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
         if source.cached:
             return feed.latent_stream(self.caches[source.shape], *order, **how)

@@ -60,7 +60,8 @@ class Display:
             )
         if "decision" in step:
             decision = step["decision"]
-            found = ", ".join(f"m={e['m']}: {e['value']:.3g}" for e in decision["efficiencies"])
+            known = [e for e in decision["efficiencies"] if e["value"] is not None]
+            found = ", ".join(f"m={e['m']}: {e['value']:.3g}" for e in known)
             self.bar.console.print(
                 f"stage {decision['stage'] + 1}: trains {len(decision['plan']['trainable'])} blocks "
                 f"({decision['reason']}{'; loss drop per cost ' + found if found else ''})"

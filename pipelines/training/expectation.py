@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from entprog import models
 from entprog.blocks import blocks
-from entprog.config import Experiment, Model
+from entprog.config import Experiment, Model, Row
+from entprog.schedule import plans
 from entprog.scoring import priorities
 from pipelines import cli
 
@@ -57,24 +58,37 @@ def lines(experiment: Experiment, blocks: int) -> list[str]:
 
 def limit(experiment: Experiment, blocks: int) -> Limit:
     """The least cost of the run's plans, by the counting of a network of equal blocks (F·[forward + gradients])."""
-    train, schedule = experiment.train, experiment.schedule
-    checkpointing = experiment.model.gradient_checkpointing
-    shares = {"lisa": schedule.lisa_share, "badam": 1 / blocks, "linear": 1 / schedule.stages}
-    share = shares.get(schedule.kind, min(schedule.candidates))
+    train = experiment.train
+    passes = 4 if experiment.model.gradient_checkpointing else 3
+    costs, begun, spent = [], 0.0, 0.0
+    for number, row in enumerate(plans.rows(experiment.schedule)):
+        costs.append(least_step(experiment, row, number, blocks))
+        spent += (row.until - begun) * costs[-1]
+        begun = row.until
+    clips = experiment.data.batch_size * train.workers * train.accumulate
+    scoring = scoring_forwards(experiment, blocks) / (passes * clips)
+    sooner = train.steps / (train.steps * spent + scoring) if train.steps else None
+    return Limit(min(costs), scoring, sooner)
+
+
+def least_step(experiment: Experiment, row: Row, stage: int, blocks: int) -> float:
+    """Least cost of a step of a stage, over full training's."""
+    schedule, passes = experiment.schedule, 4 if experiment.model.gradient_checkpointing else 3
+    shares = {"entprog": min(schedule.candidates), "badam": 1 / blocks}
+    share = shares.get(schedule.kind, plans.count(row.share, blocks) / blocks)
+    whole, shapes = experiment.data.shape, [row.of(experiment.data.shape)]
+    backwards = [row.backward or schedule.backwards[0]]
+    if schedule.kind == "entprog":
+        shapes, backwards = plans.ladder(schedule, whole, last=stage == schedule.stages - 1), schedule.backwards
+    clips = min(shape.pixels * experiment.batch_size_at(shape) for shape in shapes)
     costs = []
-    for backward in schedule.backwards if schedule.kind == "entprog" else schedule.backwards[:1]:
+    for backward in backwards:
         through = 1.0 if backward == "exact" else share  # of the blocks that gradient runs through
         if backward == "exact" and schedule.outside == "never" and "suffix" in schedule.generators:
             through = max(min(schedule.suffixes), share)
-        recomputed = through if checkpointing else 0.0
-        costs.append((1 + through + share + recomputed) / (4 if checkpointing else 3))
-    clips = experiment.data.batch_size * train.workers * train.accumulate
-    scoring = scoring_forwards(experiment, blocks) / ((4 if checkpointing else 3) * clips)
-    sooner = None
-    if train.steps:
-        spent = train.steps * min(costs) + scoring
-        sooner = train.steps / spent
-    return Limit(min(costs), scoring, sooner)
+        recomputed = through if passes == 4 else 0.0
+        costs.append((1 + through + share + recomputed) / passes)
+    return min(costs) * clips / (whole.pixels * experiment.data.batch_size)
 
 
 def scoring_forwards(experiment: Experiment, blocks: int) -> float:

@@ -289,7 +289,7 @@ def as_record(step: Step) -> dict[str, Any]:
     record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision", "pace")}
     record |= gauges.record(step)
     record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
-    record["shape"] = str(step.plan.shape)
+    record |= {"shape": str(step.plan.shape), "pixels": step.plan.shape.pixels}
     return record | ({"decision": step.decision.as_json()} if step.decision else {})
 
 
@@ -301,6 +301,7 @@ def metrics(step: Step) -> dict[str, float]:
         "gradient_norm": step.gradient_norm,
         "skipped_updates": step.skipped_updates,
         "trained_blocks": step.plan.m,
+        "clip_pixels": step.plan.shape.pixels,
         "stage": step.stage,
         "searching": float(step.phase == "search"),
         "step_s": step.seconds,
@@ -326,7 +327,7 @@ def metrics(step: Step) -> dict[str, float]:
         values["decision/search_cost"] = decision.search_cost
         labels = plans.labels(decision.candidates)
         for label, efficiency in zip(labels, decision.efficiencies, strict=False):  # none where nothing was tried
-            values[f"decision/efficiency_{label}"] = efficiency.value
+            foreseen[f"decision/efficiency_{label}"] = efficiency.value
         names = ("step_cost", "full_step_cost", "break_even_step")
         foreseen |= {f"decision/{name}": getattr(decision, name) for name in names}
     return values | {name: float(value) for name, value in foreseen.items() if value is not None}

@@ -42,26 +42,28 @@ def tiny_denoiser(experiment: config.Experiment, seed: int = 0):
     return models.family("wan").load(experiment.model, "cpu", seed)
 
 
-def latents(positions, conditions=("reference", "pose")) -> Latents:
-    """Latents that are a function of their position, as the stream's are: smooth blobs, moving."""
+def latents(positions, conditions=("reference", "pose"), shape=SHAPE) -> Latents:
+    """Latents that are a function of their position, as the stream's are: smooth blobs, moving. shape: of fewer frames
+    than SHAPE's, if any."""
     positions = torch.as_tensor(positions)
     clean = []
     for position in positions.tolist():
         g = torch.Generator().manual_seed(position % 7)
         clean.append(torch.nn.functional.interpolate(torch.randn(3, 2, 4, 4, generator=g), size=(16, 16)))
-    clean = torch.stack(clean).clamp(-1, 1)
+    clean = torch.stack(clean).clamp(-1, 1)[:, :, : shape.frames]
     return Latents(clean, {name: clean.roll(1 + i, -1) for i, name in enumerate(conditions)}, positions)
 
 
 def batches(experiment: config.Experiment, rank: int = 0, world: int = 1):
     """The run's sequence of clips, cut for one rank."""
-    size, train = experiment.data.batch_size, experiment.train
+    train = experiment.train
 
     def open_at(shape, position):
+        size = experiment.batch_size_at(shape)
         for first in itertools.count(0, size):
             rows = np.arange(first, first + size)
             of_update = train.workers * train.accumulate
             positions = clip_stream.rank_positions(rows, position, size, rank, world, of_update)
-            yield latents(positions.tolist(), experiment.model.conditions)
+            yield latents(positions.tolist(), experiment.model.conditions, shape)
 
     return open_at

@@ -1,0 +1,52 @@
+"""What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
+
+from entprog.config import Experiment, Row
+from entprog.schedule import plans
+
+COLUMNS = ("stage", "budget", "clips", "clips a step", "trained blocks", "gradient through the others")
+
+
+def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
+    """A line of COLUMNS for each stage. blocks: how many may be trained (`plans.eligible`)."""
+    schedule, train = experiment.schedule, experiment.train
+    out, begun = [], 0.0
+    for number, row in enumerate(plans.rows(schedule), 1):
+        shapes = [row.of(experiment.data.shape)]
+        if schedule.kind == "entprog":
+            last = number == schedule.stages
+            shapes = plans.ladder(schedule, experiment.data.shape, last)
+        clips = [experiment.batch_size_at(shape) * train.workers * train.accumulate for shape in shapes]
+        backwards = schedule.backwards if schedule.kind == "entprog" else [row.backward or schedule.backwards[0]]
+        all_of_them = schedule.kind not in ("entprog", "lisa", "badam") and plans.count(row.share, blocks) == blocks
+        out.append(
+            (
+                str(number),
+                f"{begun:.0%} to {row.until:.0%}",
+                " or ".join(f"{shape.frames}x{shape.height}x{shape.width}" for shape in shapes),
+                " or ".join(str(number) for number in dict.fromkeys(clips)),
+                trained(experiment, row, blocks),
+                "" if all_of_them else " or ".join(backwards),
+            )
+        )
+        begun = row.until
+    return out
+
+
+def trained(experiment: Experiment, row: Row, blocks: int) -> str:
+    """Which blocks a row trains, in words."""
+    schedule, count = experiment.schedule, plans.count(row.share, blocks)
+    if schedule.kind == "entprog":
+        return f"the search decides: {', '.join(str(plans.count(share, blocks)) for share in schedule.candidates)}"
+    if schedule.kind == "badam":
+        return f"1 of {blocks}, in turns"
+    if count == blocks:
+        return f"all {blocks}"
+    if schedule.kind == "lisa":
+        return f"{count} of {blocks} at random"
+    by = {
+        "top": f"by {experiment.priority.kind}",
+        "random": "at random",
+        "weighted": f"by lot, more often by {experiment.priority.kind}",
+    }
+    again = f", anew every {row.redraw_every} steps" if row.redraw_every else ""
+    return f"{count} of {blocks} {by[row.choose]}{again}"
