@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import study_figures
 from benchmarks.study_figures import spread
 from pipelines import charts
 
@@ -38,8 +39,64 @@ def leave(results: Path, docs: Path = ROOT / "docs") -> Path | None:
     sections = "\n\n".join(section(scale, record, docs / "study") for scale, record in found.items())
     path = docs / "study.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(FRAME.read_text().replace("<!-- figures -->", sections))
+    first = results / "small_first.json"
+    page = FRAME.read_text().replace("<!-- figures -->", sections)
+    path.write_text(page.replace("<!-- small first -->", small_first(first) if first.exists() else "Not measured yet."))
     return path
+
+
+SMALL_FIRST = {
+    "small_full": "half resolution for half of the budget, then whole clips; all blocks (`progressive`)",
+    "small4": "half resolution for nine tenths of it, then whole clips; all blocks",
+    "small_res": "half resolution for half of it, half of the blocks, residual",
+    "small_full_res": "half resolution (all blocks), then a quarter and half of the blocks, residual",
+    "small_rot": "half resolution for two thirds, a quarter of the blocks drawn anew 24 times, residual",
+    "rot_res": "a quarter of the blocks drawn anew 24 times, residual",
+    "rot_cei": "a quarter of the blocks drawn anew 24 times in proportion to CEI, residual",
+    "rot_ex": "a quarter of the blocks drawn anew 24 times, exact",
+    "lin_res": "linear over blocks, residual",
+    "res25": "the best quarter of the blocks throughout, residual",
+    "badam": "BAdam",
+    "paper": "Ent-Prog as in the paper",
+    "ent_shapes": "a search over clip shapes and blocks",
+    "ent_shapes_only": "a search over clip shapes",
+}
+"""Runs of results/small_first.json, by the word in their names."""
+
+
+def small_first(path: Path) -> str:
+    """The table of clip shapes against blocks: each run against plain training of its seed, rate and batch."""
+    runs: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for name, run in json.loads(path.read_text())["runs"].items():
+        data, rest = name.replace(", search", "").rsplit(", ", 1)
+        word, _, seed = rest.split(" rate ")[0].split(" ")
+        curve = [{**point, "spent": point["spent_flops"]} for point in run["curve"]]
+        runs.setdefault((data, f"{run['rate']:g}", word), {})[int(seed)] = {**run, "curve": curve}
+    rows = []
+    for (data, rate, word), mine in runs.items():
+        if word == "full":
+            continue
+        pairs = [(run, runs[data, rate, "full"][seed]) for seed, run in mine.items()]
+        curves = [(run["curve"], plain["curve"]) for run, plain in pairs]
+        never = not all(study_figures.reached(own, plain) for own, plain in curves)
+        rows.append(
+            {
+                "clips": data,
+                "rate": rate,
+                "schedule": SMALL_FIRST[word],
+                "× as soon": "never" if never else _each([study_figures.sooner(*both, "spent") for both in curves]),
+                "by CPU time": "never" if never else _each([study_figures.sooner(*both, "cpu_s") for both in curves]),
+                "final loss": _each([own[-1]["loss"] for own, _ in curves], ".3f"),
+                "plain's": _each([plain[-1]["loss"] for _, plain in curves], ".3f"),
+                "PSNR": _each([run["psnr"] for run, _ in pairs], ".1f"),
+                "plain's PSNR": _each([plain["psnr"] for _, plain in pairs], ".1f"),
+            }
+        )
+    return _markdown(rows)
+
+
+def _each(values: Sequence[float], digits: str = ".2f") -> str:
+    return ", ".join(format(value, digits) for value in values)
 
 
 # ---- the document ----

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import study, study_figures, study_page
+from benchmarks import common, study, study_figures, study_page
 from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
 from benchmarks.study_units import Bench, Unit, material, work
 from entprog import config, files
@@ -266,3 +266,12 @@ def test_the_counted_limit_is_a_limit(backward):
     counted = prices.step_flops(plan) / prices.step_flops(prices.full)
     limit = expectation.limit(wanted, len(found)).step
     assert limit <= counted * 1.02 and counted < limit * 1.25
+
+
+def test_what_the_presets_rest_on_is_kept_and_shown():
+    """The figures that presets and documents quote follow from a file of the repository."""
+    table = study_page.small_first(common.RESULTS / "small_first.json")
+    line = next(line for line in table.splitlines() if "(`progressive`)" in line and "rendered, batch 4" in line)
+    assert "| 3.77, 3.02, 3.03 | 2.58, 2.05, 2.03 |" in line
+    assert "never" in next(line for line in table.splitlines() if "the best quarter of the blocks throughout" in line)
+    assert table in (ROOT / "docs" / "study.md").read_text()
