@@ -1,0 +1,167 @@
+"""Where a training stands, read from the files that it leaves: while it runs, after it, or after it was cut short."""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from entprog.errors import UserError
+from pipelines.cluster import stalls
+from pipelines.training import worker
+
+SILENT_S = 120.0
+"""Seconds without a step after which a training is no longer said to run, unless its steps take longer."""
+RECENT_STEPS = 50
+"""Steps from which pace and time left are foretold."""
+BUDGETS = {"train.steps": "step", "train.seconds": "charged_s", "train.flops": "flops"}
+"""The settings that end a training, and the entry of a step that counts towards each."""
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A training at one moment."""
+
+    state: Literal["running", "silent", "finished", "failed"]
+    steps: list[dict[str, Any]]
+    """The lines of steps.jsonl."""
+    share: float | None
+    """Part of the budget that is spent, 0..1; None where the budget is not known."""
+    left_s: float | None
+    """Wall seconds until the end at the recent pace; None where it cannot be foretold."""
+    age_s: float | None
+    """Seconds since the last step; None before the first."""
+    trouble: str
+    """The last line of error.log, or ''."""
+
+    @property
+    def held_out(self) -> list[float]:
+        """Held-out losses that are finite, in order."""
+        return [s["held_out_loss"] for s in self.steps if s["held_out_loss"] is not None]
+
+
+def read(output: Path, now_s: float | None = None) -> Standing:
+    """The standing of the training in a folder. Raises UserError if there is none."""
+    if not (output / "steps.jsonl").exists() and not (output / "cei.json").exists():
+        raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
+    now_s = time.time() if now_s is None else now_s
+    steps = worker.steps_of(output)
+    last = steps[-1] if steps else None
+    age_s = max(now_s - last["time"], 0.0) if last else None
+    trouble = _last_line(output / "error.log")
+    finished = (output / "finished.json").exists() or bool(last and last["last"])
+    share, left_s = (1.0, 0.0) if finished else _ahead(steps, _budgets(output))
+    pace_s = _pace_s(steps)
+    state: Literal["running", "silent", "finished", "failed"]
+    if finished:
+        state = "finished"
+    elif age_s is not None and age_s > max(SILENT_S, 5 * (pace_s or 0.0)):
+        state = "failed" if trouble else "silent"
+    else:
+        state = "running"
+    return Standing(state, steps, share, left_s, age_s, trouble)
+
+
+def _budgets(output: Path) -> dict[str, float]:
+    """The budget of the run by the entry that counts towards it, from the folder's mark."""
+    try:
+        settings = json.loads((output / "entprog-job.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {entry: float(settings[name]) for name, entry in BUDGETS.items() if settings.get(name)}
+
+
+def _ahead(steps: Sequence[dict[str, Any]], budgets: dict[str, float]) -> tuple[float | None, float | None]:
+    """(share of the budget spent, wall seconds left); the budget that is nearest to its end counts."""
+    if not steps or not budgets:
+        return None, None
+    recent = steps[-RECENT_STEPS:]
+    shares, lefts = [], []
+    for entry, budget in budgets.items():
+        done = steps[-1][entry]
+        shares.append(min(done / budget, 1.0))
+        gained, passed_s = recent[-1][entry] - recent[0][entry], recent[-1]["time"] - recent[0]["time"]
+        if gained > 0:
+            lefts.append(max(budget - done, 0.0) * passed_s / gained)
+    return max(shares), min(lefts, default=None)
+
+
+def _pace_s(steps: Sequence[dict[str, Any]]) -> float | None:
+    recent = steps[-RECENT_STEPS:]
+    return (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1) if len(recent) > 1 else None
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1].strip() if lines else ""
+
+
+def sparkline(values: Sequence[float], width: int = 48) -> str:
+    """Values as a row of bars, lowest to highest; means where there are more of them than `width`."""
+    if not values:
+        return ""
+    count = min(len(values), width)
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def rows(standing: Standing) -> list[tuple[str, str]]:
+    """The standing as (figure, value) for people."""
+    out = [("state", _state(standing))]
+    if not standing.steps:
+        return [*out, ("step", "none yet: workers start, or blocks are scored")]
+    last, steps = standing.steps[-1], standing.steps
+    share = "" if standing.share is None else f", {standing.share:.0%} of the budget"
+    out.append(("step", f"{last['step']}{share}, {last['charged_s']:.0f} charged seconds"))
+    if standing.state == "running" and standing.left_s is not None:
+        out.append(("time left", duration(standing.left_s)))
+    losses = [s["loss"] for s in steps if s["loss"] is not None]
+    if losses:
+        out.append(("loss", f"{sparkline(losses)}  {losses[0]:.4g} → {losses[-1]:.4g}"))
+    if held_out := standing.held_out:
+        best = min(held_out)
+        out.append(
+            ("held-out loss", f"{sparkline(held_out)}  {held_out[0]:.5g} → {held_out[-1]:.5g}, lowest {best:.5g}")
+        )
+    doing = {"search": "searching", "train": "training"}[last["phase"]]
+    out.append(("stage", f"{last['stage'] + 1}, {doing} {len(last['trained'])} blocks, {last['backward']} backward"))
+    out.append(("clips", f"{last['shape']}, {_clips_per_s(steps):.2f} clips/s"))
+    lost = stalls.of(steps)
+    parts = {
+        "updates": lost.compute_s,
+        "waiting for clips": lost.wait_s,
+        "encoding": lost.encode_s,
+        "streams": lost.open_s,
+    }
+    out.append(("time goes to", ", ".join(f"{name} {lost.share(s):.0%}" for name, s in parts.items())))
+    out.append(("peak memory", f"{max(s['memory_bytes'] for s in steps) / 2**20:.0f} MiB"))
+    return out
+
+
+def _state(standing: Standing) -> str:
+    if standing.state in ("running", "finished") or standing.age_s is None:
+        return standing.state
+    trouble = f": {standing.trouble}" if standing.trouble else ""
+    return f"{standing.state}, no step for {duration(standing.age_s)}{trouble} (the same command resumes it)"
+
+
+def _clips_per_s(steps: Sequence[dict[str, Any]]) -> float:
+    recent = steps[-RECENT_STEPS:]
+    return sum(s["clips"] for s in recent) / max(sum(s["seconds"] + s["wait_s"] for s in recent), 1e-9)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 3 d 4 h, 5 min 6 s."""
+    whole = round(seconds)
+    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    first = next((i for i, (number, _) in enumerate(parts) if number), 3)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])

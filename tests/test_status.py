@@ -1,0 +1,94 @@
+"""Where a training stands, from its files alone."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines import status
+from pipelines.training import standing
+
+NOW_S = 1_000_000.0
+
+
+def step(number: int, **over) -> dict:
+    """A line of steps.jsonl: one step a second, the last one at NOW_S - 1 for number 20."""
+    line = {
+        "step": number, "stage": number // 10, "phase": "train", "loss": 1.0 / number, "charged_s": 0.5 * number,
+        "flops": 1e9 * number, "seconds": 0.4, "wait_s": 0.1, "open_s": 0.0, "encode_s": 0.05, "copy_s": 0.0,
+        "clips": 2, "memory_bytes": 2**20, "held_out_loss": 2.0 / number if number % 10 == 0 else None, "last": False,
+        "trained": ["blocks.1"], "backward": "residual", "shape": "8 frames of 32x48 at 12 fps",
+        "time": NOW_S - 21 + number,
+    }  # fmt: skip
+    return line | over
+
+
+def training(folder, steps, **identity):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    if identity:
+        (folder / "entprog-job.json").write_text(json.dumps({"job": "train", "identity": identity}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "left_s"),
+    [
+        ({"train.steps": 40}, 0.5, 20.0),
+        ({"train.seconds": 20.0}, 0.5, 20.0),
+        ({"train.flops": 8e10}, 0.25, 60.0),
+        ({"train.steps": 40, "train.seconds": 12.0}, 10 / 12, 4.0),  # the one that ends first
+        ({}, None, None),
+    ],
+)
+def test_share_and_time_left_follow_the_budget(tmp_path, budget, share, left_s):
+    seen = standing.read(training(tmp_path, map(step, range(1, 21)), **budget), NOW_S)
+    assert seen.state == "running" and seen.age_s == 1.0
+    assert seen.share == pytest.approx(share) and seen.left_s == pytest.approx(left_s)
+
+
+def test_states(tmp_path):
+    some = [step(n) for n in range(1, 6)]
+    silent = training(tmp_path / "a", some)
+    assert standing.read(silent, NOW_S + 500).state == "silent"
+    (silent / "error.log").write_text("Traceback …\n  File …\nValueError: the disk went away\n\n")
+    failed = standing.read(silent, NOW_S + 500)
+    assert failed.state == "failed" and failed.trouble == "ValueError: the disk went away"
+    assert dict(standing.rows(failed))["state"].startswith("failed, no step for 8 min")
+    done = training(tmp_path / "b", [*some, step(6, last=True)])
+    assert standing.read(done, NOW_S + 500).state == "finished"
+    slow = training(tmp_path / "c", [step(n, time=NOW_S + 600 * n) for n in range(1, 4)])
+    assert standing.read(slow, NOW_S + 1800 + 900).state == "running", "steps of ten minutes are no silence"
+
+
+def test_a_half_written_line_and_losses_that_are_not_finite_are_no_error(tmp_path):
+    folder = training(tmp_path, [step(1), step(2, loss=None), step(3)])
+    with (folder / "steps.jsonl").open("a") as file:
+        file.write('{"step": 4, "st')
+    seen = standing.read(folder, NOW_S)
+    assert len(seen.steps) == 3 and "1 → 0.3333" in dict(standing.rows(seen))["loss"]
+
+
+def test_before_the_first_step(tmp_path):
+    assert dict(standing.rows(standing.read(training(tmp_path, []), NOW_S)))["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [([], ""), ([3.0], "▁"), ([1.0, 1.0], "▁▁"), ([0.0, 7.0], "▁█"), ([float(n) for n in range(8)], "▁▂▃▄▅▆▇█")],
+)
+def test_sparkline(values, line):
+    assert standing.sparkline(values) == line
+
+
+def test_a_long_sparkline_is_means():
+    assert standing.sparkline([0.0] * 100 + [1.0] * 100, width=4) == "▁▁██"
+
+
+def test_the_command(tmp_path):
+    shown = CliRunner().invoke(status.app, [str(training(tmp_path, [step(1), step(10)]))])
+    assert shown.exit_code == 0 and "residual backward" in shown.output and "held-out loss" in shown.output
+    followed = CliRunner().invoke(status.app, ["--follow", str(training(tmp_path / "end", [step(1, last=True)]))])
+    assert followed.exit_code == 0, "a training that has ended is not waited for"
+    nothing = CliRunner().invoke(status.app, [str(tmp_path / "nothing")])
+    assert nothing.exit_code == 2 and "Traceback" not in nothing.output
