@@ -24,7 +24,7 @@ from entprog.data import shards
 from pipelines import cli, train
 from pipelines.cluster import launch
 from pipelines.stream import feed
-from pipelines.training import worker
+from pipelines.training import steplog
 
 app = cli.app("How long training waits for its clips.")
 
@@ -63,7 +63,7 @@ def training(dataset: shards.Dataset, scratch: Path, steps: int, decode: str) ->
         config.Experiment, "demo_base", None, None, data=data, train={"steps": steps, "samples": 0}
     )
     result = train.run(experiment, scratch / "run", tables=scratch / "tables")
-    done = worker.steps_of(scratch / "run")
+    done = steplog.steps_of(scratch / "run")
     waits = [step["wait_s"] - step["open_s"] for step in done]
     lost, running_s = result["stalls"], sum(result["stalls"].values()) - result["stalls"]["copy_s"]
     return {

@@ -26,7 +26,7 @@ from pipelines.outputs import claim
 from pipelines.tracking import registry, stages
 from pipelines.tracking.store import tracking_uri
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, outline, phases, report, worker
+from pipelines.training import checks, expectation, outline, phases, report, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 
@@ -180,11 +180,11 @@ def run(
                 if "about" in item:
                     tracker.tags(item["about"])
                 if "decision" in item.get("step", ()):
-                    stages.log(tracker, worker.steps_of(output))
+                    stages.log(tracker, steplog.steps_of(output))
                 listen(item)
 
             result = launch.run_workers(launch.training, settings, experiment, output / "ray", heard)
-        steps = worker.steps_of(output)
+        steps = steplog.steps_of(output)
         result = report.figures(result, steps) | {
             "identity": key,
             "mlflow_run_id": tracker.run_id,
@@ -204,7 +204,7 @@ def run(
             result["registered"] = version and f"models:/{name}/{version}"
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        stages.log(tracker, worker.steps_of(output), status)
+        stages.log(tracker, steplog.steps_of(output), status)
         tracker.end(status)
         raise
     stages.log(tracker, steps, "FINISHED")

@@ -28,7 +28,7 @@ from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
-from pipelines.training import checks, worker
+from pipelines.training import checks, steplog
 
 app = cli.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
 
@@ -239,7 +239,7 @@ def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
     row = json.loads(path.read_text())
     if not _cut_short(folder):
         return row
-    steps = [step for place in sorted(folder.glob("seed-*")) for step in worker.steps_of(place)]
+    steps = [step for place in sorted(folder.glob("seed-*")) for step in steplog.steps_of(place)]
     if status == "ERROR" or not steps:
         return row | {"status": "failed", "reason": "its process ended without a word"}
     curve = [(step["charged_s"], step["held_out_loss"]) for step in steps if step["held_out_loss"] is not None]
@@ -270,7 +270,7 @@ def _close(folder: Path) -> None:
             continue
         known = json.loads((place / RUN_FILE).read_text())
         tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": str(place)})
-        stages.log(tracker, worker.steps_of(place), "KILLED")
+        stages.log(tracker, steplog.steps_of(place), "KILLED")
         tracker.tags({"entprog.ended": "stopped early: not among the best at equal seconds"})
         tracker.end("KILLED")
         shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -17,7 +17,7 @@ from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
 from pipelines import generate
 from pipelines.cluster import launch
-from pipelines.training import worker
+from pipelines.training import steplog, worker
 
 
 def lines(path):
@@ -25,7 +25,7 @@ def lines(path):
 
 
 def logged(path, first, last):
-    log = worker.StepLog(path, first - 1)
+    log = steplog.StepLog(path, first - 1)
     for step in range(first, last + 1):
         log.add({"step": step, "loss": 1 / step})
     log.close()
@@ -38,7 +38,7 @@ def test_a_resume_cuts_the_log_off_and_rewrites_nothing(tmp_path):
     logged(path, 4, 4)
     assert path.stat().st_ino == file, "the file itself, whose first lines nobody touched"
     assert path.read_bytes() == before[: before.index(b'{"step": 5')]
-    assert worker.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+    assert steplog.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("end", [b'{"step": 3, "lo', b"\0\0\0\0\n", b"[]\n", b'{"step": 9}\n', b"\xff\xfe\n"])
@@ -54,7 +54,7 @@ def test_what_a_crash_left_at_the_end_of_the_log_is_cut_off(tmp_path, end):
 def test_the_log_is_strict_json(tmp_path):
     run = Run(tiny_experiment(train={"steps": 1}, schedule={"kind": "full"}))
     (step,) = run.steps()
-    log = worker.StepLog(tmp_path / "steps.jsonl", 0)
+    log = steplog.StepLog(tmp_path / "steps.jsonl", 0)
     for loss in (math.nan, math.inf):
         log.add(worker.as_record(step) | {"loss": loss, "gradient_norm": -loss})
     log.close()

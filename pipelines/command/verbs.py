@@ -11,6 +11,7 @@ VERBS = {
     "prepare": "Cut videos of people into shards of clips with pose, ready for training.",
     "score": "Score the blocks of a network by Conditional Entropy Inflation: to look at them first.",
     "train": "Fine-tune on prepared clips with Ent-Prog (or plainly), on one machine or a Ray cluster.",
+    "status": "Show where a training stands: steps, time left, losses, where time goes.",
     "tune": "Search for settings: many trainings at equal seconds, the best ones with their uncertainty.",
     "generate": "Generate clips from a checkpoint, a reference image and a motion.",
     "evaluate": "Judge what a checkpoint generates against the truth.",

@@ -12,7 +12,7 @@ from entprog import config
 from entprog.config import Experiment
 from pipelines import cli
 from pipelines.tracking.tracker import Tracker
-from pipelines.training import worker
+from pipelines.training import steplog
 
 SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops", "wall_s")
 """Figures that add up over phases; of the others the last phase's stand."""
@@ -56,7 +56,7 @@ def run(
 
             about = {"entprog.phase": name, **(tags or {})}
             results[name] = train(phase, output / name, tables=tables, parent=tracker.run_id, tags=about, listen=heard)
-            for step in worker.steps_of(output / name):  # what was told to a driver that was killed; the rest is there
+            for step in steplog.steps_of(output / name):  # what was told to a driver that was killed; the rest is there
                 tell(step)
             tracker.metrics(done["steps"], {f"phase/{name}_held_out_loss": results[name]["held_out_loss"]})
         result = together(results) | {"mlflow_run_id": tracker.run_id, "model": str(output / "model")}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from entprog.errors import UserError
 from pipelines.cluster import stalls
-from pipelines.training import worker
+from pipelines.training import steplog
 
 SILENT_S = 120.0
 """Seconds without a step after which a training is no longer said to run, unless its steps take longer."""
@@ -48,7 +48,7 @@ def read(output: Path, now_s: float | None = None) -> Standing:
     if not (output / "steps.jsonl").exists() and not (output / "cei.json").exists():
         raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
     now_s = time.time() if now_s is None else now_s
-    steps = worker.steps_of(output)
+    steps = steplog.steps_of(output)
     last = steps[-1] if steps else None
     age_s = max(now_s - last["time"], 0.0) if last else None
     trouble = _last_line(output / "error.log")

@@ -1,9 +1,8 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from pipelines.generating import rendering
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
+from pipelines.training import steplog
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     saver = _take_up(setup, settings, state, warn)
     notices = Notices(settings["board"], setup.device)
     dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
-    log = StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
+    log = steplog.StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
         scored = {"entprog.scores": table.key} if table else {}
@@ -351,38 +351,3 @@ def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
             "clock": experiment.schedule.clock,
         },
     }
-
-
-def steps_of(output: Path) -> list[dict[str, Any]]:
-    """The records of a run's steps so far; the last line may be half written."""
-    path = output / "steps.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-class StepLog:
-    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are cut off and written anew."""
-
-    def __init__(self, path: Path, done: int):
-        """done: steps of the run so far; what was logged of them is left as it is."""
-        self.file = path.open("a+b")
-        self.file.seek(0)
-        self.file.truncate(sum(len(line) for line in _before(self.file, done)))
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.file.write(files.strict_json(record).encode() + b"\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _before(lines: Iterable[bytes], done: int) -> Iterator[bytes]:
-    """The whole lines of a log up to a step, as far as they can be read."""
-    for line in lines:
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
-                return
-        except (ValueError, KeyError, TypeError):
-            return
-        yield line
