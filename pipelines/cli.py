@@ -173,6 +173,14 @@ def commit() -> str:
     return f"v{importlib.metadata.version('entprog')}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 3 d 4 h, 5 min 6 s."""
+    whole = round(seconds)
+    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    first = next((i for i, (number, _) in enumerate(parts) if number), 3)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
+
+
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
     """A small table of final figures on the terminal."""
     table = Table(*columns, title=title, title_justify="left")

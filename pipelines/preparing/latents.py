@@ -103,7 +103,7 @@ def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where,
     }  # fmt: skip
     cli.console.print(
         f"latents of {total} clips of {estimate.shape}: {size(figures['bytes'])} ({size(estimate.clip_bytes)} a clip) "
-        f"in {folder}; {total - to_do} clips are done, the others take about {duration(figures['estimated_s'])} on "
+        f"in {folder}; {total - to_do} clips are done, the others take about {cli.duration(figures['estimated_s'])} on "
         f"{encoders} encoder(s) ({estimate.device})",
     )
     if dry_run:
@@ -228,10 +228,3 @@ def size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """A number of seconds in readable units."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

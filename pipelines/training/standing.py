@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from entprog.errors import UserError
+from pipelines import cli
 from pipelines.cluster import stalls
 from pipelines.training import steplog
 
@@ -123,7 +124,7 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     share = "" if standing.share is None else f", {standing.share:.0%} of the budget"
     out.append(("step", f"{last['step']}{share}, {last['charged_s']:.0f} charged seconds"))
     if standing.state == "running" and standing.left_s is not None:
-        out.append(("time left", duration(standing.left_s)))
+        out.append(("time left", cli.duration(standing.left_s)))
     losses = [s["loss"] for s in steps if s["loss"] is not None]
     if losses:
         out.append(("loss", f"{sparkline(losses)}  {losses[0]:.4g} → {losses[-1]:.4g}"))
@@ -151,17 +152,9 @@ def _state(standing: Standing) -> str:
     if standing.state in ("running", "finished") or standing.age_s is None:
         return standing.state
     trouble = f": {standing.trouble}" if standing.trouble else ""
-    return f"{standing.state}, no step for {duration(standing.age_s)}{trouble} (the same command resumes it)"
+    return f"{standing.state}, no step for {cli.duration(standing.age_s)}{trouble} (the same command resumes it)"
 
 
 def _clips_per_s(steps: Sequence[dict[str, Any]]) -> float:
     recent = steps[-RECENT_STEPS:]
     return sum(s["clips"] for s in recent) / max(sum(s["seconds"] + s["wait_s"] for s in recent), 1e-9)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units that matter: 3 d 4 h, 5 min 6 s."""
-    whole = round(seconds)
-    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
-    first = next((i for i, (number, _) in enumerate(parts) if number), 3)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
