@@ -180,6 +180,21 @@ def test_planes_are_those_of_the_decoder(frames):
     assert raised.value.reason == "corrupt"
 
 
+def test_a_clip_that_claims_more_than_it_holds_takes_no_memory(frames):
+    """Two frames of 4096 by 4096, or a header that says two thousand million frames."""
+    large = h264.encode(np.zeros((2, 4096, 4096, 3), np.uint8), 12)
+    assert len(large) < 100_000
+    for decode in (h264.decode_yuv, h264.decode_rgb):
+        with pytest.raises(VideoError, match=r"more than 1024 MiB|cannot hold"):
+            decode(large, range(60))
+        with pytest.raises(VideoError, match="cannot hold 2000000000 frames"):
+            decode(h264.encode(frames[:2], 12), range(2_000_000_000))
+    with pytest.raises(VideoError, match="4096x4096, more than"):
+        h264.decode_rgb(large, size=(96, 54))
+    with pytest.raises(VideoError, match="is due"):
+        h264.decode_rgb(h264.encode(frames[:2, :90], 12), size=(96, 54))
+
+
 def test_only_our_clips_are_decoded_to_planes(frames, tmp_path):
     with pytest.raises(VideoError, match=r"BT\.709"):
         h264.decode_yuv(write(tmp_path / "a.mp4", frames[:2], [0, 40]).read_bytes())

@@ -25,6 +25,8 @@ from entprog.media.video import BT709, decoded_frames, opened
 EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pixels, not of every second one
 CRF = 16
 """Quality (x264) of videos that are written to be looked at and measured."""
+MOST_BYTES = 1 << 30
+"""A whole clip decodes to no more than this."""
 _PADDING = 128  # FFmpeg counts whole macroblocks and aligned lines as pixels
 TUNE = "fastdecode"
 """x264's tuning of clips that are read once an epoch: no arithmetic coding and no deblocking, so they
@@ -64,7 +66,7 @@ def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None =
         height, width = frame.height, frame.width
         if planes is None:
             due = (count, height * 3 // 2, width)
-            out = np.empty(due, np.uint8) if out is None else out
+            out = _room(due) if out is None else out
             if out.shape != due:
                 raise VideoError("corrupt", f"it decodes to {due} where {out.shape} is due")
             planes = out.reshape(count, -1)
@@ -89,11 +91,18 @@ def decode_rgb(mp4: bytes, frames: range | None = None, size: tuple[int, int] | 
     out = None
     for i, frame, count in _clip(mp4, frames, size):
         image = showing.pixels(frame)
-        out = np.empty((count, *(size or image.shape[:2]), 3), np.uint8) if out is None else out
+        out = _room((count, *(size or image.shape[:2]), 3)) if out is None else out
         if image.shape != out.shape[1:]:
             raise VideoError("corrupt", f"it decodes to {image.shape} where {out.shape[1:]} is due")
         out[i] = image
     return out
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty uint8 array. Raises VideoError `too_large` rather than take more than MOST_BYTES."""
+    if math.prod(shape) > MOST_BYTES:
+        raise VideoError("too_large", f"it decodes to {list(shape)}, more than {MOST_BYTES >> 20} MiB are not taken")
+    return np.empty(shape, np.uint8)
 
 
 def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Iterator[tuple[int, av.VideoFrame, int]]:

@@ -292,9 +292,7 @@ def decoded_frames(
                 raise VideoError("too_long", f"{_name(source)}: more than {limits.max_frames} frames are not decoded")
             if time.monotonic() - began_s > limits.max_work_s:
                 raise VideoError("too_long", f"{_name(source)}: not decoded within {limits.max_work_s:g} s")
-            # Not every decoder says it of its frames; packets come out as frames at once where there are no B-frames.
-            is_key = frame.key_frame or (packet.is_keyframe and not stream.codec_context.has_b_frames)
-            if waiting and not is_key:
+            if waiting and not _is_key(frame, packet, stream):
                 continue
             if frame.is_corrupt:  # the decoder painted over what it could not read
                 raise VideoError("corrupt", f"{_name(source)}: damaged after {last_s or 0:.2f} s")
@@ -305,7 +303,7 @@ def decoded_frames(
                 time_s = (frame.pts - start) * numerator / denominator  # as Fraction would, in a tenth of its time
                 leap_s = 0.0 if last_s is None else time_s - last_s
                 if leap_s < -_SAME_TIME_S or (leaps and leap_s > limits.max_gap_s):
-                    waiting = not is_key
+                    waiting = not _is_key(frame, packet, stream)
                     if waiting:
                         continue
                     part += 1
@@ -325,6 +323,11 @@ def decoded_frames(
             yield Shown(time_s, duration_s, frame, part, aspect)
     if last_s is None:
         raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream, or no key frame")
+
+
+def _is_key(frame: av.VideoFrame, packet, stream) -> bool:
+    """Not every decoder says it of its frames; where there are no B-frames a packet comes out at once as a frame."""
+    return bool(frame.key_frame or (packet.is_keyframe and not stream.codec_context.has_b_frames))
 
 
 def _decoded(source: Source, from_s: float, limits: Limits) -> Iterator[Shown]:
