@@ -2,39 +2,49 @@
 
     make demo
 
-prepare → brief pre-training of a tiny base (reference image only) → score → plain training and Ent-Prog with equal
-seconds from the same base, several seeds → a sweep of a few short trials → a generated clip of the held-out motion by
-each arm → one page that compares them. It reports what came out.
+prepare → score → fine-tune a small pre-trained network, which draws people in any pose, to follow one: by plain
+training, by the schedule that the presets recommend and by Ent-Prog's search, for equal charged seconds → generate a
+held-out motion by each → one page that compares them. Whatever wins is printed.
 """
 
-import shutil
+import json
+import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from PIL import Image
 
-from entprog import config
-from entprog.data import shards
+from entprog import config, files, models
+from entprog.data import clip_stream, latents, shards
+from entprog.diffusion import losses
 from entprog.media import assets, h264, sheet, skeleton
-from pipelines import charts, cli, compare, generate, prepare, score, train, tune
+from entprog.models import fingerprints
+from entprog.quality import posing
+from pipelines import charts, cli, compare, generate, prepare, score, train
 from pipelines.cluster import launch
 from pipelines.generating import motions, rendering
 from pipelines.outputs import claim
-from pipelines.sweeping import spaces  # fmt: skip
 from pipelines.tracking.store import how_to_open, tracking_uri
 
-app = cli.app("The whole pipeline on real clips: prepare, pre-train, score, train both ways, sweep, generate, compare.")
+app = cli.app("The whole pipeline on real clips: prepare, score, train in three ways, generate, compare.")
 
 BASE = Path(__file__).parent / "demo_base"
 """The pre-trained network that the demo fine-tunes (made by `python -m benchmarks.demo_base`)."""
 HELD_OUT = "cam04.mp4"
 """The view of the demo's videos that nothing is trained on."""
-ARMS = {"full": "plain training", "entprog": "Ent-Prog"}
-SPACE = "convergence"
-"""What the sweep varies."""
+ARMS = {"full": "plain training", "progressive": "small clips first", "entprog": "Ent-Prog's search"}
+"""Kind of schedule → what it is called."""
+BEFORE = "before"
+COLUMNS = 8
+"""Frames of the motion in the picture."""
+GIF_FRAME_MS, GIF_HEIGHT = 125, 192
+WORTH = 0.75
+"""A target loss, as a share of the base's, where plain training got no lower than the base."""
 
 
 @app.command()
@@ -42,45 +52,124 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
         "out/demo"
     ),
-    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 60.0,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 2,
-    base_steps: Annotated[int, typer.Option(help="Steps of the base's pre-training.")] = 500,
-    trials: Annotated[int, typer.Option(min=0, help="Trials of the sweep; 0: none (tune.trials).")] = 4,
-    trial_seconds: Annotated[float, typer.Option(help="Charged seconds of each trial (train.seconds).")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 75.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
     help_settings: cli.help_settings() = False,
 ) -> None:
-    """Run everything once and print the comparison. Settings given here apply to both arms and to the sweep.
+    """Run everything once and print what came out. Settings given here apply to all arms.
 
-    Leaves in OUTPUT: shards/, base/, full/, entprog/ (each with model/, charts; further seeds beside them), sweep/,
-    generated clips, compare/comparison.html and result.json; the runs are in MLflow.
+    Leaves in OUTPUT: demo.png and demo.gif, compare/comparison.html, shards/, a folder for each arm (model/, charts,
+    generated/; further seeds beside them) and result.json; the runs are in MLflow.
     """
 
     def work() -> dict[str, Any]:
-        base_experiment = cli.settings(config.Experiment, "demo_base", None, None, train={"steps": base_steps})
         arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in ARMS]
-        sweep = sweep_of(trials, trial_seconds, output, config_file, set_) if trials else None
-        identity = {"--base-steps": base_steps, "--trials": trials, "--trial-seconds": trial_seconds}
-        identity |= {  # more seeds may be added
-            name: value
-            for name, value in config.settings(arms[0]).items()
-            if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
-        }
-        (claim.check if dry_run else claim.take)(output, "demo", identity)
+        (claim.check if dry_run else claim.take)(output, "demo", deciding(arms[0]))
         if dry_run:
-            cli.show("Ent-Prog", list(config.settings(arms[1]).items()), ("setting", "value"))
+            cli.show("Ent-Prog's search", list(config.settings(arms[-1]).items()), ("setting", "value"))
             cli.console.print(
-                f"Would prepare real clips, pre-train for {base_steps} steps, score, train {' and '.join(ARMS)} with "
-                f"{seeds} seed(s) of {seconds:g} s each, try {trials} settings for {trial_seconds:g} s each, "
-                f"generate and compare, in {output}."
+                f"Would prepare real clips, score, train {', '.join(ARMS)} with {seeds} seed(s) of {seconds:g} s each "
+                f"from {BASE}, generate and compare, in {output}."
             )
             return {}
-        return run(base_experiment, arms, sweep, output, verbose=verbose)
+        return run(arms, output, verbose=verbose)
 
     cli.run("demo", None if dry_run else output, work, verbose=verbose)
+
+
+def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
+    """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
+    return cli.settings(
+        config.Experiment,
+        "demo",
+        files,
+        ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
+        data={"shards": str(output / "shards")},
+        model={"base": str(BASE)},
+        tracking={"run_name": f"demo-{name}-seed-{seed}"},
+    )
+
+
+def deciding(experiment: config.Experiment) -> dict[str, Any]:
+    """The settings that a folder of the demo belongs to: more seeds may be added, and it may lie elsewhere."""
+    elsewhere = (*config.FREE, *config.PATHS, "data.shards")
+    return {
+        name: value for name, value in config.settings(experiment).items() if not config.is_part_of(name, elsewhere)
+    }
+
+
+def place(output: Path, experiment: config.Experiment) -> Path:
+    """Folder of a run: `full`, `entprog`, and for further seeds `full-seed-1`, …."""
+    seed = experiment.train.seed
+    return output / (experiment.schedule.kind + (f"-seed-{seed}" if seed else ""))
+
+
+def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> dict[str, Any]:
+    """All the steps; each is skipped when it was finished before. A finished demo tells again what came out."""
+    started = time.time()
+    identity = config.digest([config.settings(experiment) for experiment in arms], fingerprints.base(arms[0].model))
+    finished = output / "finished.json"
+    if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == identity:
+        return _tell(known["result"])
+    tables, first = output / "cei", {e.schedule.kind: e for e in reversed(arms)}
+    with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        _say(1, "prepare: cut clips of people out of real videos, with pose")
+        cut = prepared(output, arms[0].data.shape, verbose=verbose)
+
+        _say(2, "score: how much does the prediction's entropy grow without each block?")
+        scored = score.run(first["entprog"], output / "score", tables=tables)
+
+        _say(3, f"train {len(arms)} times from a base that knows no pose, {arms[0].train.seconds:g} s each")
+        trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+        for experiment in arms:
+            name = experiment.schedule.kind
+            cli.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
+            trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
+
+    _say(4, "generate the held-out motion by the base and by each arm")
+    before = loss_before(arms[0])
+    checkpoints = {BEFORE: BASE} | {name: place(output, experiment) for name, experiment in first.items()}
+    motion, own = held_out_motion(output, arms[0].data.shape)
+    made = {name: drawn(folder, output, name) for name, folder in checkpoints.items()}
+    poses = {
+        name: posing.drawn_distance(motion.reference, own, _frames(clip["result"]), motion.pose)
+        for name, clip in made.items()
+    }
+    poses["truth"] = posing.drawn_distance(motion.reference, own, motion.video, motion.pose)
+    picture, moving = pictures(motion, {name: _frames(clip["result"]) for name, clip in made.items()}, output)
+
+    _say(5, "compare")
+    ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
+    compared = compare.run(
+        arms[0].tracking.experiment, output / "compare", worthwhile(trained["full"], before), wanted=ids
+    )
+    curves = {
+        f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
+        for name, results in trained.items()
+        for seed, result in enumerate(results)
+    }
+    result = {
+        "before": before,
+        "arms": {name: _arm(results, made[name], poses[name]) for name, results in trained.items()},
+        "pose": poses,
+        "prepared": {k: cut[k] for k in ("inputs", "clips", "splits")},
+        "score": scored,
+        "comparison": str(charts.loss_chart(curves, output / "comparison.png")),
+        "compared": {k: compared[k] for k in ("headline", "target_loss", "time_to_target_ratio")},
+        "page": compared["page"],
+        "picture": str(picture),
+        "moving_picture": str(moving),
+        "wall_s": round(time.time() - started, 1),
+    }
+    files.write_json(finished, {"identity": identity, "result": result})
+    return _tell(result)
+
+
+# ---- steps ----
 
 
 def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[str, Any]:
@@ -92,135 +181,98 @@ def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[st
     return prepare.run(videos, output / "shards", settings, verbose=verbose)
 
 
-def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
-    """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
-    return cli.settings(
-        config.Experiment,
-        "demo",
-        files,
-        ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
-        data={"shards": str(output / "shards")},
-        model={"base": str(output / "base")},
-        tracking={"run_name": f"demo-{name}-seed-{seed}"},
-    )
+def loss_before(experiment: config.Experiment) -> float:
+    """Held-out loss of the base, before the first step, on the clips that all arms are judged by."""
+    data, model = experiment.data, experiment.model
+    denoiser = models.family(model.family).load(model, "cpu", experiment.train.seed)
+    clips = clip_stream.held_out(shards.read_dataset(Path(data.shards)), data.held_out_clips, data.batch_size)
+    batches = [latents.encode(denoiser, batch.resized(data.shape)) for batch in clips]
+    return losses.held_out_loss(denoiser, batches, data.held_out_draws, data.held_out_seed)
 
 
-def sweep_of(trials: int, seconds: float, output: Path, files, pairs) -> config.Sweep:
-    """The same experiment, many times over."""
-    return cli.settings(
-        config.Sweep,
-        "demo",
-        files,
-        ["train.steps=null", f"train.seconds={seconds}", *(pairs or [])],
-        data={"shards": str(output / "shards")},
-        model={"base": str(output / "base")},
-        tune={"trials": trials, "early_stop": False},  # so few are all needed
-    )
+def held_out_motion(output: Path, shape: config.ClipShape) -> tuple[motions.Motion, np.ndarray]:
+    """All of HELD_OUT as one motion, and the pose of its reference image, its middle frame (also left in OUTPUT)."""
+    pose, video = motions.driving_clip(output / "videos" / HELD_OUT, shape, config.Prepare(), most=math.inf)
+    middle = len(video) // 2
+    Image.fromarray(video[middle]).save(output / "reference.png")
+    return motions.Motion(Path(HELD_OUT).stem, video[middle], pose, video), pose[middle]
 
 
-def place(output: Path, experiment: config.Experiment) -> Path:
-    """Folder of a run: `full`, `entprog`, and for further seeds `full-seed-1`, …."""
-    seed = experiment.train.seed
-    return output / (experiment.schedule.kind + (f"-seed-{seed}" if seed else ""))
+def drawn(checkpoint: Path, output: Path, name: str) -> dict[str, Any]:
+    """The record of the held-out motion as a checkpoint draws it (pipelines.generate)."""
+    settings = config.Generation(generate=config.Generate(seconds=math.inf))
+    options = {"reference": output / "reference.png", "video": output / "videos" / HELD_OUT}
+    return generate.run(checkpoint, output / "generated" / name, settings, **options)["clips"][0]
 
 
-def run(
-    base_experiment: config.Experiment,
-    arms: list[config.Experiment],
-    sweep: config.Sweep | None,
-    output: Path,
-    *,
-    verbose: bool,
-) -> dict[str, Any]:
-    """All the steps; each is skipped when it was finished before."""
-    started = time.time()
-    tables = output / "cei"
-    with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=sweep is not None, verbose=verbose):
-        _say(1, "prepare: cut clips of people out of real videos, with pose")
-        cut = prepared(output, base_experiment.data.shape, verbose=verbose)
-
-        _say(2, "pre-train a tiny base that sees the reference image and no pose")
-        base_experiment = config.build(
-            config.merge(base_experiment.model_dump(), {"data": {"shards": str(output / "shards")}})
-        )
-        base = train.run(base_experiment, output / "pretraining", tables=tables)
-        if not (output / "base").exists():
-            shutil.copytree(output / "pretraining" / "model", output / "base")
-
-        _say(3, "score: how much does the prediction's entropy grow without each block?")
-        first = {experiment.schedule.kind: experiment for experiment in arms if experiment.train.seed == 0}
-        scored = score.run(first["entprog"], output / "score", tables=tables)
-
-        _say(4, f"train {len(arms)} times from that base, {arms[0].train.seconds:g} s each; pose enters")
-        trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-        for experiment in arms:
-            name = experiment.schedule.kind
-            cli.console.print(f"{ARMS[name]}, seed {experiment.train.seed}", style="bold")
-            trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
-
-        swept = None
-        if sweep is not None:
-            _say(5, f"sweep: {sweep.tune.trials} short trials of other settings ({SPACE})")
-            swept = tune.run(sweep, spaces.read(SPACE), output / "sweep", tables=tables, verbose=verbose)
-
-    _say(6, "generate the held-out motion with both")
-    made = {}
-    for name, experiment in first.items():
-        folder = place(output, experiment)
-        made[name] = generate.run(folder / "model", folder / "generated", shards=output / "shards", split="held_out")
-    curves = {
-        f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
-        for name, results in trained.items()
-        for seed, result in enumerate(results)
-    }
-    chart = charts.loss_chart(curves, output / "comparison.png")
-    picture = _picture(made, output)
-
-    _say(7, "compare (few seeds, a tiny network: this shows the machinery and proves nothing)")
-    ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
-    compared = compare.run(arms[0].tracking.experiment, output / "compare", wanted=ids)
-    cli.console.print(f"Held-out motion, truth and both arms: {picture}")
-    cli.console.print(f"Runs in MLflow: {how_to_open(tracking_uri())}")
-    return {
-        "arms": {name: _arm(results, made[name]) for name, results in trained.items()},
-        "base_held_out_loss": base["held_out_loss"],
-        "prepared": {k: cut[k] for k in ("inputs", "clips")},
-        "score": scored,
-        "sweep": swept and {k: swept[k] for k in ("best", "counts", "recommendation")},
-        "comparison": str(chart),
-        "compared": {k: compared[k] for k in ("headline", "target_loss", "time_to_target_ratio")},
-        "page": compared["page"],
-        "picture": str(picture),
-        "wall_s": round(time.time() - started, 1),
-    }
+def worthwhile(plain: Sequence[Mapping[str, Any]], before: float) -> config.Comparison:
+    """What to compare at: plain training's final loss, or where it is not below the base's, a loss that is."""
+    final = max(result["held_out_loss"] for result in plain)
+    return config.build({"compare": {"target_loss": final if final < before else WORTH * before}}, config.Comparison)
 
 
-def _arm(results: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any]:
-    """The first seed's figures and clips, with all seeds' figures beside."""
+def _frames(path: str) -> np.ndarray:
+    return h264.decode_rgb(Path(path).read_bytes())
+
+
+def pictures(motion: motions.Motion, made: Mapping[str, np.ndarray], output: Path) -> tuple[Path, Path]:
+    """demo.png, a row for each of reference, pose, base, arms and truth, and demo.gif, the same side by side."""
+    frames, (height, width) = len(motion.video), motion.reference.shape[:2]
+    pose = rendering.pixels(skeleton.draw(torch.from_numpy(motion.pose), height, width))
+    titles = {BEFORE: "before: the base, which knows no pose"} | ARMS
+    rows = {"reference": motion.reference[None], "pose": pose}
+    rows |= {titles[name]: clip for name, clip in made.items()} | {"truth": motion.video}
+    picture = sheet.contact_sheet(list(rows.items()), output / "demo.png", columns=COLUMNS)
+    short = {titles[BEFORE]: BEFORE, ARMS["full"]: "plain"}
+    still = {"reference": np.repeat(motion.reference[None], frames, 0)}
+    side = sheet.side_by_side([(short.get(name, name), clip) for name, clip in (rows | still).items()], GIF_HEIGHT)
+    first, *others = [Image.fromarray(frame).quantize(128) for frame in side]
+    with files.whole(output / "demo.gif") as scratch:
+        first.save(scratch, "GIF", save_all=True, append_images=others, duration=GIF_FRAME_MS, loop=0)
+    return picture, output / "demo.gif"
+
+
+# ---- what came out ----
+
+
+def _arm(results: Sequence[dict[str, Any]], clip: Mapping[str, Any], pose: float) -> dict[str, Any]:
+    """The first seed's figures and clip, with all seeds' figures beside."""
     names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
     names = (*names, "mlflow_run_id")
     seeds = [{name: result[name] for name in names} for result in results]
-    return seeds[0] | {"videos": made["videos"], "sheet": made["sheet"], "seeds": seeds}
+    return seeds[0] | {"pose": pose, "videos": [clip["video"]], "seeds": seeds}
 
 
-def _picture(made: dict[str, dict[str, Any]], output: Path, clips: int = 2) -> Path:
-    """Both arms' results under the truth and the pose they were given."""
-    settings = config.Generation(generate=config.Generate(count=clips))
-    shape = shards.read_dataset(output / "shards").shape
-    rows = []
-    for motion in motions.motions_from_shards(output / "shards", None, "held_out", settings, shape):
-        still = motion.reference[None].repeat(len(motion.video), 0)
-        rows += [(f"reference, then truth: {motion.name}", np.concatenate([still[:1], motion.video]))]
-        drawn = rendering.pixels(skeleton.draw(torch.from_numpy(motion.pose), shape.height, shape.width))
-        rows += [("pose", np.concatenate([np.zeros_like(still[:1]), drawn]))]
-        for name, title in ARMS.items():
-            result = next(Path(c["result"]) for c in made[name]["clips"] if c["clip"] == motion.name)
-            rows += [(title, np.concatenate([np.zeros_like(still[:1]), h264.decode_rgb(result.read_bytes())]))]
-    return sheet.contact_sheet(rows, output / "demo.png", columns=shape.frames + 1)
+def _tell(result: dict[str, Any]) -> dict[str, Any]:
+    """Ten lines on the terminal: what happened, and what to open."""
+    clips = {split: figures["clips"] for split, figures in result["prepared"]["splits"].items()}
+    before, pose = result["before"], result["pose"]
+    said = [
+        "\n[bold]What happened[/bold]",
+        f"{clips['train']} clips of real people to train on, {clips['held_out']} of a view that was held out",
+        f"before: held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the picture's height off the wanted pose",
+    ]
+    for name, title in ARMS.items():
+        one = result["arms"][name]
+        off = 1 - one["held_out_loss"] / before
+        nearer = pose[BEFORE] / max(one["pose"], 1e-9)
+        said.append(
+            f"{title}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), {one['pose']:.3f} off the "
+            f"pose, {nearer:.1f} times as near as the base"
+        )
+    said += [
+        result["compared"]["headline"],
+        f"[bold]Open[/bold] {result['picture']} and {result['moving_picture']}: the held-out motion by each",
+        f"     {result['page']}: the comparison",
+        f"     {how_to_open(tracking_uri())}",
+    ]
+    for line in said:
+        cli.console.print(line, soft_wrap=True, highlight=False)
+    return result
 
 
 def _say(number: int, what: str) -> None:
-    cli.console.print(f"\n{number}/7 {what}", style="bold")
+    cli.console.print(f"\n[bold]{number}/5[/bold] {what}")
 
 
 if __name__ == "__main__":

@@ -59,15 +59,33 @@ def _draw(points: torch.Tensor, height: int, width: int, line_width: float, min_
     column = torch.arange(width, device=points.device)[None, :] + 0.5
     image = points.new_full((3, len(points), height, width), -1.0)
     for (start, end), color in zip(LIMBS, COLORS, strict=True):
-        a, b = x_y[:, start, :, None, None], x_y[:, end, :, None, None]  # [N, 2, 1, 1]
-        along_x, along_y = (b - a).unbind(1)
-        to_x, to_y = column - a[:, 0], row - a[:, 1]  # [N, 1, W] and [N, H, 1]
-        # Distance of each pixel's centre from the limb: from its nearest point, a + t·(b - a) with t in 0..1.
-        length2 = (along_x**2 + along_y**2).clamp_min(1e-6)
-        t = (to_x * (along_x / length2) + to_y * (along_y / length2)).clamp_(0, 1)
-        distance = (to_x - t * along_x).square_().add_((to_y - t * along_y).square_()).sqrt_()
+        distance = _from_limb(x_y[:, start], x_y[:, end], row, column)
         cover = distance.neg_().add_((line_width + 1) / 2).clamp_(0, 1)
         cover *= (seen[:, start] & seen[:, end])[:, None, None]
         for plane, ink in zip(image, color, strict=True):
             plane.lerp_(plane.new_tensor(2 * ink - 1), cover)
     return image.transpose(0, 1)
+
+
+def distance(points: torch.Tensor, height: int, width: int, min_visibility: float = 0.5) -> torch.Tensor:
+    """float [N, 33, 3] (x, y in 0..1, visibility) → float32 [N, H, W]: pixels from each pixel's centre to the nearest
+    limb, infinite where no limb is visible."""
+    x_y = points[..., :2].float() * points.new_tensor([width, height])
+    seen = (points[..., 2] >= min_visibility) & x_y.isfinite().all(-1)
+    x_y = torch.where(seen[..., None], x_y, 0)
+    row, column = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None, :] + 0.5
+    nearest = torch.full((len(points), height, width), torch.inf)
+    for start, end in LIMBS:
+        there = (seen[:, start] & seen[:, end])[:, None, None]
+        nearest = torch.where(there, nearest.minimum(_from_limb(x_y[:, start], x_y[:, end], row, column)), nearest)
+    return nearest
+
+
+def _from_limb(a: torch.Tensor, b: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Distance of each pixel's centre [N, H, W] from the limb a to b [N, 2], from its nearest point a + t·(b - a)."""
+    a, b = a[:, :, None, None], b[:, :, None, None]
+    along_x, along_y = (b - a).unbind(1)
+    to_x, to_y = column - a[:, 0], row - a[:, 1]  # [N, 1, W] and [N, H, 1]
+    length2 = (along_x**2 + along_y**2).clamp_min(1e-6)
+    t = (to_x * (along_x / length2) + to_y * (along_y / length2)).clamp_(0, 1)
+    return (to_x - t * along_x).square_().add_((to_y - t * along_y).square_()).sqrt_()

@@ -1,6 +1,10 @@
 """Whether the person moves as told: the pose seen in a result against the pose that it was to follow."""
 
 import numpy as np
+import torch
+from torch.nn import functional
+
+from entprog.media import skeleton
 
 MIN_VISIBILITY = 0.5
 """A joint of the wanted pose counts from this visibility on."""
@@ -39,3 +43,26 @@ def pose_values(
         "pck": float((distances <= pck_threshold).mean()) if len(distances) else float("nan"),
         "pose_found": float(np.isfinite(seen[..., :2]).all((1, 2)).mean()),
     }
+
+
+CHANGED = 24.0
+"""Levels of 0..255 by which a pixel differs from the reference image before it counts as drawn."""
+BODY = 0.07
+"""How far a body reaches from its skeleton, over the picture's height."""
+
+
+def drawn_distance(reference: np.ndarray, own: np.ndarray, results: np.ndarray, wanted: np.ndarray) -> float:
+    """How far from the wanted skeleton a clip draws what its reference image does not show, over the picture's height.
+
+    For pictures that are too small for a pose network, in front of a background that stands still. reference uint8
+    [H, W, 3] shows the person in the pose `own` [33, 3]; results uint8 [F, H, W, 3]; wanted [F, 33, 3]. Counted are the
+    pixels that differ from the reference image, outside the body there (what it uncovers is no drawing), each by how
+    much it differs; 1 where there are none. Smaller is better; what random drawing gives depends on the motion.
+    """
+    height, width = reference.shape[:2]
+    change = torch.from_numpy(np.abs(results.astype(np.float32) - reference).mean(-1))
+    change = functional.avg_pool2d(change[:, None], 3, 1, 1)[:, 0]  # without speckles
+    away, there = (skeleton.distance(torch.from_numpy(p).float(), height, width) for p in (wanted, own[None]))
+    weight = (change - CHANGED).clamp_min(0) * (there > BODY * height)
+    outside = (away.clamp(max=height) - BODY * height).clamp_min(0) / height
+    return float((weight * outside).sum() / weight.sum()) if weight.sum() > 0 else 1.0
