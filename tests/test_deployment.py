@@ -392,12 +392,14 @@ def head(tmp_path_factory, shards):
         head.end()
 
 
+@pytest.mark.slow
 def test_a_job_is_refused_without_the_token(head):
     wrong = head.env | {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "b" * 40}
     tried = subprocess.run([head.ray, "job", "list"], env=wrong, capture_output=True, text=True)
     assert tried.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_submitted_job_is_followed_stopped_with_a_checkpoint_and_resumed(head, shards, tmp_path):
     # Many steps, so that the job is stopped before its last one, and nothing but steps.
     settings = config.merge(SETTINGS, {"train": {"steps": 400, "checkpoint_every": 2000, "held_out_every": 400}})

@@ -159,6 +159,7 @@ def resumed_at(told):
     return [item["resumed"] for item in told if "resumed" in item]
 
 
+@pytest.mark.slow
 def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed, nodes, place):
     folder, _ = place
     nodes.are(4, 4)
@@ -208,6 +209,7 @@ def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
     assert found.info.status == "FAILED" and found.data.metrics["skipped_updates"] == 3
 
 
+@pytest.mark.slow
 def test_too_little_room_is_told_and_waited_for(nodes):
     nodes.are(1)
     told = []
@@ -257,6 +259,7 @@ def test_what_ray_does_not_promise_still_works(nodes):
     assert placement_group_table()[group.id.hex()]["state"] == "REMOVED"
 
 
+@pytest.mark.slow
 def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     """A node goes and another comes: fewer workers take more batches each, and an update sees the same clips. On two
     CPUs, one of them the head's, there is room for one worker: the other CPU decodes."""

@@ -72,6 +72,7 @@ def ran(tmp_path_factory):
     return corpus, output, good, job, told, watch, tracker
 
 
+@pytest.mark.slow
 def test_every_file_is_accounted_for_and_the_sound_ones_are_kept(ran):
     corpus, output, good, job, told, _, tracker = ran
     assert job.returncode == 0, told
@@ -95,6 +96,7 @@ def test_every_file_is_accounted_for_and_the_sound_ones_are_kept(ran):
     )
 
 
+@pytest.mark.slow
 def test_reasons_are_the_right_ones(ran):
     _, output, *_ = ran
     reason = {row["file"]: row["reason"] for row in ledger.read(output / "ledger.parquet") if row["kind"] == "input"}
@@ -127,6 +129,7 @@ def test_reasons_are_the_right_ones(ran):
     }
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(ran):
     *_, watch, _ = ran
     print(f"most memory: {watch.peak_bytes / 2**20:.0f} MiB in {watch.who}")
@@ -134,6 +137,7 @@ def test_memory_is_bounded(ran):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux's way to ask")
+@pytest.mark.slow
 def test_making_the_corpus_leaves_this_process_its_priority(ran):
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 

@@ -185,6 +185,7 @@ def prepare_latents(*arguments, status=0):
     return result
 
 
+@pytest.mark.slow
 def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, base, denoiser):
     dataset = fresh(rows, place / "shards")
     arguments = ["--output", dataset.folder, "--base", base]

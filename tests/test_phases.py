@@ -117,6 +117,7 @@ def interrupted(place):
     return json.loads((output / "result.json").read_text()), output
 
 
+@pytest.mark.slow
 def test_phases_equal_the_trainings_by_hand(interrupted, place):
     result, output = interrupted
     values = yaml.safe_load((cli.PRESETS / "three_phases.yaml").read_text())
@@ -135,6 +136,7 @@ def test_phases_equal_the_trainings_by_hand(interrupted, place):
     assert result["held_out_loss"] == alone["held_out_loss"] and result["steps"] == 28
 
 
+@pytest.mark.slow
 def test_conditions_grow_and_the_last_model_is_the_runs(interrupted):
     from diffusers import WanTransformer3DModel
 
@@ -149,6 +151,7 @@ def test_conditions_grow_and_the_last_model_is_the_runs(interrupted):
     assert (output / "video/adapter/adapter_model.safetensors").exists() and not (output / "pose/adapter").exists()
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_with_the_phases_in_it(interrupted):
     from mlflow import MlflowClient
 

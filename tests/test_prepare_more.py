@@ -211,6 +211,7 @@ def test_mostly_bad_input_is_stopped_with_the_reasons(frames, tmp_path):
     assert len(verdicts(tmp_path / "out")) == 10 and not (tmp_path / "out" / "ledger.partial.parquet").exists()
 
 
+@pytest.mark.slow
 def test_killed_while_adding_it_ends_the_same(frames, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     for i in range(3):

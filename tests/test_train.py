@@ -178,6 +178,7 @@ def test_score_uses_the_table_that_training_made(undisturbed, shards, place):
     assert sorted(result["ranking"]) == [f"blocks.{i}" for i in range(6)]
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place):
     command = Command(place, shards, "driver")
     command.killed(at_9=lambda: None)
@@ -187,6 +188,7 @@ def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place)
     assert record["losses"] == undisturbed[0]["losses"]
 
 
+@pytest.mark.slow
 def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, place):
     """FSDP: a killed worker, then a killed driver; then one worker with two batches an update takes up what two had
     saved in parts. It sees the clips that two undisturbed workers with whole networks see, and ends like them."""

@@ -130,6 +130,7 @@ def test_mlflow_has_sweep_trials_and_stages(swept):
         assert [point.step for point in sorted(steps, key=lambda p: p.step)] == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_seeds_objectives_and_chance(place, ray):
     over = {"trials": 2, "search": "random", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
     plain = wanted(place, tune=over, train={"seconds": 3}, schedule={"kind": "full"})
@@ -193,6 +194,7 @@ def test_the_attack_is_one(tmp_path):
     assert made.exists()
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_driver_then_the_same_command(place):
     """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
     output = place / "killed"
