@@ -46,7 +46,7 @@ SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN, COOLDOWN = 0.65, 16, 0.1, 0.6
 SAVE_EVERY_S = 60.0
 CURVE_EVERY = 25
 """Updates whose mean loss is a point of the record's curve."""
-JUDGED, SHOWN = 24, 3
+JUDGED, SHOWN, SHOWN_STEPS = 24, 3, 30
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def drawn(denoiser: Denoiser, material: Material, shape: ClipShape, path: Path) 
     for name, (of, first, last) in kinds.items():
         numbers = np.linspace(first, last, SHOWN).round().astype(int)
         motions = rendering.motions_of(some(of, numbers, np.arange(SHOWN)), [f"{name} {number}" for number in numbers])
-        made = rendering.make(denoiser, motions, shape, Generate(steps=30))
+        made = rendering.make(denoiser, motions, shape, Generate(steps=SHOWN_STEPS))
         for motion, clip in zip(motions, made, strict=True):
             row = np.concatenate([motion.reference[None], clip, motion.video])
             rows.append((f"{motion.name}: reference, drawn, truth", row))

@@ -1,0 +1,152 @@
+"""The demo and its base: what can be said without running them for minutes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import demo_base
+from entprog import config, models
+from entprog.config import ClipShape
+from entprog.data.clips import Clips
+from entprog.media import skeleton
+from entprog.quality import posing
+from pipelines import cli, demo
+from pipelines.generating import motions
+
+SHAPE = ClipShape(frames=4, height=64, width=48, fps=12)
+
+
+def person(lean: float, frames: int = 4) -> np.ndarray:
+    """Poses [frames, 33, 3] of a body that leans to one side, more and more."""
+    rng = np.random.default_rng(0)
+    pose = np.concatenate([rng.uniform((0.47, 0.2), (0.53, 0.8), (33, 2)), np.ones((33, 1))], 1)
+    out = np.repeat(pose[None].astype(np.float32), frames, 0)
+    out[..., 0] += lean * np.linspace(0.5, 1, frames, dtype=np.float32)[:, None]
+    return out
+
+
+def shown(poses: np.ndarray) -> np.ndarray:
+    """Pictures of bodies in these poses in front of a still background: uint8 [frames, H, W, 3]."""
+    background = np.random.default_rng(1).integers(0, 90, (SHAPE.height, SHAPE.width, 3))
+    body = skeleton.distance(torch.from_numpy(poses), SHAPE.height, SHAPE.width).numpy() < 3
+    return np.where(body[..., None], 220, background).astype(np.uint8)
+
+
+def test_distance_is_to_the_nearest_visible_limb():
+    pose = np.zeros((1, 33, 3), np.float32)
+    assert torch.isinf(skeleton.distance(torch.from_numpy(pose), 8, 8)).all()
+    pose[0, 11], pose[0, 12] = (0.25, 0.5, 1), (0.75, 0.5, 1)  # shoulders alone: one limb, four pixels long
+    found = skeleton.distance(torch.from_numpy(pose), 8, 8)[0]
+    assert found[3, 4] == found[4, 4] == 0.5 and found[0, 4] == 3.5
+    assert found[3, 7] == pytest.approx((1.5**2 + 0.5**2) ** 0.5)
+    assert (skeleton.draw(torch.from_numpy(pose), 8, 8)[0].max(0).values > -1).eq(found < 1.25).all()
+
+
+def test_who_draws_the_wanted_pose_is_nearer_to_it():
+    reference, wanted = person(-0.7, 1), person(0.35)
+    pictures, noise = shown(wanted), np.random.default_rng(2).integers(0, 256, (4, 64, 48, 3)).astype(np.uint8)
+
+    def away(results):
+        return posing.drawn_distance(shown(reference)[0], reference[0], results, wanted)
+
+    assert away(pictures) < 0.01 < away(shown(person(0.0))) < away(noise)
+    still = np.repeat(shown(reference), 4, 0)
+    assert away(still) == 1, "who draws nothing is as far as can be"
+
+
+def test_the_comparison_is_at_a_loss_that_had_to_be_worked_for():
+    def target(*losses, before):
+        return demo.worthwhile([{"held_out_loss": loss} for loss in losses], before).compare.target_loss
+
+    assert target(0.2, 0.25, before=0.3) == 0.25
+    assert target(0.31, before=0.3) < 0.3, "plain training that learned nothing sets no target"
+
+
+def test_pictures_have_a_row_for_everybody(tmp_path):
+    poses = person(0.2, 12)
+    video = shown(poses)
+    motion = motions.Motion("cam", video[6], poses, video)
+    made = dict.fromkeys((demo.BEFORE, *demo.ARMS), 255 - video)
+    picture, moving = demo.pictures(motion, made, tmp_path)
+    rows = 4 + len(demo.ARMS)  # reference, pose, before and truth beside the arms
+    assert Image.open(picture).height // rows in range(192, 240)
+    assert Image.open(moving).n_frames == 12
+
+
+def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch):
+    arms = [demo.arm(name, 0, 1.0, tmp_path, None, None) for name in demo.ARMS]
+    monkeypatch.setattr(demo.fingerprints, "base", lambda model: "base")
+    seed = {"held_out_loss": 0.2, "seconds": 75.0, "pose": 0.01}
+    result = {
+        "before": 0.3, "arms": dict.fromkeys(demo.ARMS, seed), "pose": {"before": 0.05},
+        "prepared": {"splits": {"train": {"clips": 150}, "held_out": {"clips": 17}}},
+        "compared": {"headline": "sooner"}, "picture": "demo.png", "moving_picture": "demo.gif", "page": "page.html",
+    }  # fmt: skip
+    identity = config.digest([config.settings(experiment) for experiment in arms], "base")
+    (tmp_path / "finished.json").write_text(json.dumps({"identity": identity, "result": result}))
+    assert demo.run(arms, tmp_path, verbose=False) == result
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 11 and "(-33%)" in lines[3] and "5.0 times as near" in lines[3]
+
+
+# ---- the base ----
+
+
+def test_every_tenth_clip_is_real_and_none_is_left_out():
+    numbers = demo_base.numbers_at(np.arange(400), rendered=90, real=7, seed=3)
+    real = numbers >= 90
+    assert real.nonzero()[0].tolist() == list(range(0, 400, demo_base.REAL_EVERY))
+    assert sorted(numbers[real][:7]) == list(range(90, 97)) and sorted(numbers[~real][:90]) == list(range(90))
+    again = demo_base.numbers_at(np.arange(137, 400), rendered=90, real=7, seed=3)
+    assert (again == numbers[137:]).all(), "a resume sees what it would have seen"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base of a second's training on noise, in its folders."""
+    place = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(0)
+
+    def clips(count):
+        video = torch.from_numpy(rng.integers(0, 256, (count, 4, 96, 48), dtype=np.uint8))
+        reference = torch.from_numpy(rng.integers(0, 256, (count, 64, 48, 3), dtype=np.uint8))
+        return Clips(video, reference, torch.from_numpy(person(0.1)).expand(count, -1, -1, -1), torch.arange(count))
+
+    tiny = ["model.init.num_layers=2", "model.init.num_attention_heads=1", "model.init.ffn_dim=16"]
+    parts = demo_base.divided(cli.settings(config.Experiment, "demo_base", None, tiny), 1.0, place)
+    material = demo_base.Material(clips(24), 20, clips(4), ("a",))
+    return place, parts, material
+
+
+def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, monkeypatch):
+    place, parts, material = made
+    monkeypatch.setattr(demo_base.common, "RESULTS", place)
+    monkeypatch.setattr(demo_base, "SHOWN_STEPS", 2)
+    small, whole = parts
+    assert (small.experiment.data.shape.height, whole.experiment.data.shape.height) == (32, 64)
+    figures = demo_base.run(parts, material, place, place / "left")
+    assert figures["bytes"] < 2 * figures["parameters"] + 20_000
+    loaded = models.family("wan").load(config.Model(base=str(place / "left"), conditions=["reference", "pose"]))
+    assert demo_base.judged(loaded, material.held_out) == figures["held_out_loss"], "what was measured is what is kept"
+    record = json.loads((place / "demo_base.json").read_text())
+    assert record["figures"][0]["clips_seen"] > 16 and record["curves"].keys() == {"small", "whole"}
+
+    done = demo_base.trained(small, material)
+    assert demo_base.trained(small, material) == done, "a finished part is not done again"
+    more = {"train": {"seconds": done["seconds"] + 0.01}}
+    longer = replace(small, experiment=config.build(config.merge(small.experiment.model_dump(), more)))
+    assert demo_base.trained(longer, material)["clips"] == done["clips"] + demo_base.SMALL_BATCH
+
+
+def test_the_base_that_comes_with_the_project_fits_the_preset():
+    if not demo.BASE.exists():
+        pytest.skip("not made yet")
+    size = sum(path.stat().st_size for path in demo.BASE.rglob("*") if path.is_file())
+    assert size <= 10e6
+    experiment = demo.arm("full", 0, 1.0, demo.BASE, None, None)
+    network = models.family("wan").inspect(experiment.model, experiment.data.shape)
+    assert network.conditions == ("reference", "pose")
