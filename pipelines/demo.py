@@ -127,7 +127,7 @@ def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> di
         trained: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
         for experiment in arms:
             name = experiment.schedule.kind
-            cli.console.print(f"[bold]{ARMS[name]}[/bold], seed {experiment.train.seed}")
+            cli.console.print(f"{ARMS[name]}, seed {experiment.train.seed}", style="bold")
             trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
 
     _say(4, "generate the held-out motion by the base and by each arm")
@@ -248,7 +248,6 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
     clips = {split: figures["clips"] for split, figures in result["prepared"]["splits"].items()}
     before, pose = result["before"], result["pose"]
     said = [
-        "\n[bold]What happened[/bold]",
         f"{clips['train']} clips of real people to train on, {clips['held_out']} of a view that was held out",
         f"before: held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the picture's height off the wanted pose",
     ]
@@ -262,17 +261,18 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
         )
     said += [
         result["compared"]["headline"],
-        f"[bold]Open[/bold] {result['picture']} and {result['moving_picture']}: the held-out motion by each",
+        f"Open {result['picture']} and {result['moving_picture']}: the held-out motion by each",
         f"     {result['page']}: the comparison",
         f"     {how_to_open(tracking_uri())}",
     ]
+    cli.console.print("\nWhat happened", style="bold")
     for line in said:
-        cli.console.print(line, soft_wrap=True, highlight=False)
+        cli.console.print(line, soft_wrap=True, highlight=False, markup=False)
     return result
 
 
 def _say(number: int, what: str) -> None:
-    cli.console.print(f"\n[bold]{number}/5[/bold] {what}")
+    cli.console.print(f"\n{number}/5 {what}", style="bold")
 
 
 if __name__ == "__main__":
