@@ -11,7 +11,7 @@ weights in half precision, its record in entprog.json), benchmarks/results/demo_
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ app = cli.app("Pre-train the demo's base: people in any pose, from a reference i
 REAL_EVERY = 10
 """One clip in so many is a real one; the others are rendered."""
 SMALL = Smaller(shrink=2)
-SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN, COOLDOWN = 0.65, 16, 0.1, 0.6
+SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN, COOLDOWN = 0.45, 16, 0.1, 0.6
 """Of the seconds, those for small clips; how many in an update; shares of each part over which the rate falls to 0."""
 SAVE_EVERY_S = 60.0
 CURVE_EVERY = 25
@@ -186,6 +186,8 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path)
         "command": cli.command(), "commit": cli.commit(), "device": common.describe("cpu"),
         "seconds": round(took, 1), "clips_seen": seen,
     }  # fmt: skip
+    network = replace(network, provenance={})  # the record says it, and no folder of this machine
+    network.network.register_to_config(_name_or_path=folder.name)
     network.network.half()
     network.save(folder, shape=shape, **record)
     stored = family.load(config.Model(family=last.experiment.model.family, base=str(folder), conditions=["reference"]))

@@ -40,6 +40,8 @@ HELD_OUT = "cam04.mp4"
 ARMS = {"full": "plain training", "progressive": "small clips first", "entprog": "Ent-Prog's search"}
 """Kind of schedule → what it is called."""
 BEFORE = "before"
+STEPS, SHIFT = 4, 3.0
+"""Of the sampler: a network that has learned for minutes is cleaner in few steps, most of them on noise."""
 COLUMNS = 8
 """Frames of the motion in the picture."""
 GIF_FRAME_MS, GIF_HEIGHT = 125, 192
@@ -200,7 +202,7 @@ def held_out_motion(output: Path, shape: config.ClipShape) -> tuple[motions.Moti
 
 def drawn(checkpoint: Path, output: Path, name: str) -> dict[str, Any]:
     """The record of the held-out motion as a checkpoint draws it (pipelines.generate)."""
-    settings = config.Generation(generate=config.Generate(seconds=math.inf))
+    settings = config.Generation(generate=config.Generate(seconds=math.inf, steps=STEPS, shift=SHIFT))
     options = {"reference": output / "reference.png", "video": output / "videos" / HELD_OUT}
     return generate.run(checkpoint, output / "generated" / name, settings, **options)["clips"][0]
 
