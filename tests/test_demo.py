@@ -96,15 +96,6 @@ def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch
 # ---- the base ----
 
 
-def test_every_tenth_clip_is_real_and_none_is_left_out():
-    numbers = demo_base.numbers_at(np.arange(400), rendered=90, real=7, seed=3)
-    real = numbers >= 90
-    assert real.nonzero()[0].tolist() == list(range(0, 400, demo_base.REAL_EVERY))
-    assert sorted(numbers[real][:7]) == list(range(90, 97)) and sorted(numbers[~real][:90]) == list(range(90))
-    again = demo_base.numbers_at(np.arange(137, 400), rendered=90, real=7, seed=3)
-    assert (again == numbers[137:]).all(), "a resume sees what it would have seen"
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A base of a second's training on noise, in its folders."""
@@ -118,7 +109,7 @@ def made(tmp_path_factory):
 
     tiny = ["model.init.num_layers=2", "model.init.num_attention_heads=1", "model.init.ffn_dim=16"]
     parts = demo_base.divided(cli.settings(config.Experiment, "demo_base", None, tiny), 1.0, place)
-    material = demo_base.Material(clips(24), 20, clips(4), ("a",))
+    material = demo_base.Material(clips(24), clips(4), "a")
     return place, parts, material
 
 
