@@ -90,7 +90,7 @@ def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch
     (tmp_path / "finished.json").write_text(json.dumps({"identity": identity, "result": result}))
     assert demo.run(arms, tmp_path, verbose=False) == result
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 11 and "(-33%)" in lines[3] and "5.0 times as near" in lines[3]
+    assert len(lines) == 10 and "(-33%)" in lines[3] and "5.0 times as near" in lines[3]
 
 
 # ---- the base ----
