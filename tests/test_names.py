@@ -11,6 +11,7 @@ from entprog.errors import UserError
 from entprog.names import cell, plain
 from entprog.preparing import inputs, ledger
 from pipelines import cli, tune
+from pipelines.outputs import claim
 
 STEERING = {
     "title": ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
@@ -53,6 +54,7 @@ def test_what_looks_like_markup_is_shown_as_it_is(name, capsys):
 @pytest.mark.parametrize("name", [*(name for name, _ in STEERING.values()), *MARKUP])
 def test_a_job_that_fails_over_a_name_says_so_in_one_line(name, tmp_path, capfd):
     def work():
+        claim.take(tmp_path, "prepare", {})
         raise OSError(f"cannot decode {name}\nsecond line")
 
     with pytest.raises(typer.Exit):
