@@ -205,6 +205,15 @@ def test_other_clips_and_other_weights_are_another_identity(inputs, place):
     assert "clips of data.shards was" in said
 
 
+def test_phases_are_part_of_what_a_training_is(inputs, place):
+    output = place / "out"
+    phases = lambda steps: ["--set", f"phases={{one: {{train: {{steps: 4}}}}, two: {{train: {{steps: {steps}}}}}}}"]  # noqa: E731
+    assert run("train", *inputs["train"], *phases(5), "--output", output).exit_code == 1, "up to Ray"
+    assert "(two: train.steps was 5, now 6)" in refused("train", *inputs["train"], *phases(6), "--output", output)
+    assert 'phases was ["one", "two"], now []' in refused("train", *inputs["train"], "--output", output)
+    assert run("train", *inputs["train"], *phases(5), "--output", output, "--dry-run").exit_code == 0
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_command_that_is_refused_later_leaves_no_mark(there, inputs, place, monkeypatch):
     """Here for a cluster that is not there: the same output can be taken with other settings then."""
