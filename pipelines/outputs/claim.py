@@ -5,6 +5,7 @@ same job of the same identity goes on in the folder; everything else is refused 
 job ever replaces or removes what a person, or another job, has put there.
 """
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -71,8 +72,10 @@ def writable(folder: Path) -> None:
 
 
 def is_of(output: Path, job: str) -> bool:
-    """Whether the folder carries the job's mark, of whatever identity."""
-    return (output / MARK).is_file() and _read(output)["job"] == job
+    """Whether the folder carries the job's mark, of whatever identity; a damaged mark is nobody's."""
+    with contextlib.suppress(UserError):
+        return _read(output)["job"] == job
+    return False
 
 
 def release(output: Path, *, made: bool) -> None:
