@@ -18,7 +18,7 @@ from entprog.config import Experiment
 from entprog.data import shards
 from entprog.models import fingerprints
 from entprog.schedule import plans
-from entprog.training import storage
+from entprog.training import checkpoint, storage
 from entprog.training.storage import Place
 from pipelines import cli
 from pipelines.cluster import launch, stalls
@@ -145,7 +145,9 @@ def run(
     expectation.tell(experiment)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     if experiment.train.checkpoints:
-        Place.at(storage.quickly(experiment.train.checkpoints)).check()
+        place = storage.quickly(experiment.train.checkpoints)
+        Place.at(place).check()
+        checkpoint.check_owner(place, key)
     if experiment.in_fp8 and not gpus:
         fp8.check_device(torch.device("cpu"))
     uri = tracking_uri()

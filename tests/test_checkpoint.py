@@ -61,6 +61,22 @@ def test_whole_pruned_and_guarded(tmp_path):
         checkpoint.load(tmp_path, newest.name, run.network, run.state, "id")
 
 
+def test_folders_of_others_stay_and_checkpoints_of_others_are_refused_before(tmp_path):
+    names = ["mine.partial", ".step-1.partial", "step-one", "step-00000001-best", ".step-00000009.0123abcd.partial"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    run = Trained()
+    for step in (1, 2, 3):
+        run.state.step = step
+        checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {*names[:-1], "step-00000003"}, "its own leftover alone is removed"
+    checkpoint.check_owner(tmp_path, "id")
+    with pytest.raises(UserError, match="holds step-00000003 of another training"):
+        checkpoint.check_owner(tmp_path, "another")
+
+
 @pytest.mark.parametrize("cut", ["a shard in the middle", "a shard missing", "the last file", "the last file missing"])
 def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
     run = Trained()

@@ -8,6 +8,7 @@ A network that every rank holds whole is written by rank 0; of a sharded one eac
 number of ranks, sharded or not, can take them up again.
 """
 
+import re
 import shutil
 import tempfile
 import time
@@ -34,6 +35,9 @@ from entprog.schedule.state import RunState
 from entprog.training.storage import Place
 
 STATE = "state.json"
+NAME = re.compile(r"step-\d{8,}")
+PARTIAL = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.partial")
+"""Names of folders of checkpoints, and of those being written: no other folder is read or removed."""
 # Said of every save without a process group, which rank 0's of a whole network is.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
@@ -132,7 +136,7 @@ class Saver:
             for name in _complete_names(self.place)[: -self.keep]:
                 (self.place / name).remove()
             for name in self.place.folders():
-                if name.endswith(".partial"):
+                if PARTIAL.fullmatch(name):
                     (self.place / name).remove()
         except OSError as error:
             return f"old checkpoints in {self.place} could not be removed: {_reason(error)}; training goes on"
@@ -177,6 +181,17 @@ def found(folder: str | Path) -> list[str]:
 def newest(folder: str | Path) -> str | None:
     """The newest complete checkpoint's name, or None."""
     return (found(folder) or [None])[-1]
+
+
+def check_owner(folder: str | Path, experiment_hash: str) -> None:
+    """Raises UserError if a folder holds a checkpoint of another experiment, which saving would replace or remove."""
+    place = Place.at(folder)
+    for name in _names(place):
+        whose = experiment_hash
+        with suppress(OSError, ValueError, KeyError, TypeError):  # cut short: not used, and not removed
+            whose = (place / name).read_json(STATE)["experiment"]
+        if whose != experiment_hash:
+            raise UserError(f"{place} holds {name} of another training: choose another train.checkpoints")
 
 
 def damaged(folder: str | Path) -> list[str]:
@@ -248,7 +263,7 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _names(place: Place) -> list[str]:
-    return [name for name in place.folders() if name.startswith("step-")]
+    return [name for name in place.folders() if NAME.fullmatch(name)]
 
 
 def _complete_names(place: Place) -> list[str]:
