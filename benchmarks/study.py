@@ -1,7 +1,7 @@
 """Does it pay? Ent-Prog against its controls at equal cost, several seeds, all costs charged.
 
-    python -m benchmarks.study --scale small                     # under an hour on one core; a kill costs one unit
-    python -m benchmarks.study --scale cpu                       # all arms, larger clips, five seeds: days
+    python -m benchmarks.study --scale small                     # the least of them; a kill costs one unit
+    python -m benchmarks.study --scale cpu                       # all arms, larger clips, five seeds
     python -m benchmarks.study --scale gpu --sitting-s 500       # one GPU, in sittings: the same command goes on
     python -m benchmarks.study --scale cpu --report              # docs/study.md and its charts anew, from the JSON
 
