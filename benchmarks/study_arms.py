@@ -293,7 +293,14 @@ SMOKE = Scale(
     hindsight_stages=(0,),
     tasks=("wan_rendered", "latte_rendered"),
     arms=("full", "past", "lora_small", "badam"),
-    common=config.merge(COMMON, {"priority": {"conditions": 2}, "schedule": {"search_share": 0.9}}),
+    common=config.merge(
+        COMMON,
+        {
+            "priority": {"conditions": 2},
+            "schedule": {"stages": 2, "search_share": 0.9},
+            "train": {"warmup_steps": 0},  # a search waits for its end
+        },
+    ),
 )
 GPU = Scale(
     rendered=ClipShape(frames=16, height=128, width=96, fps=12),
