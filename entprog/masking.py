@@ -34,7 +34,7 @@ def masked(text: str, *addresses: str) -> str:
 
 def one_line(what: object, *addresses: str, most: int = 200) -> str:
     """An exception or a text as one masked line, cut to `most` characters; an exception without words is its name."""
-    text = " ".join(str(what).split()) or type(what).__name__
+    text = " ".join(str(what).split()) or (type(what).__name__ if isinstance(what, BaseException) else "")
     return masked(text, *addresses)[:most]
 
 

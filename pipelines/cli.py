@@ -43,8 +43,8 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
     def render_str(self, text: str, **options) -> Text:
-        """Every text that is printed, alone or in a table, becomes what is shown here."""
-        return super().render_str(plain(text, keep="\n\t"), **options)
+        """Every text that is printed, alone or in a table, becomes what is shown here; addresses without secrets."""
+        return super().render_str(plain(masking.masked(text), keep="\n\t"), **options)
 
 
 console = Terminal()
@@ -222,6 +222,8 @@ def stderr_into(path: Path, *, verbose: bool = False):
         sys.stderr.flush()
         os.dup2(mine, 2)
         os.close(mine)
+        if path.exists():
+            path.write_text(masking.masked(path.read_text(errors="replace")))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def main(
     reference: Annotated[
         Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")
     ] = None,
-    pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz, or a folder of them.")] = None,
+    pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz or .npy, or a folder of them.")] = None,
     video: Annotated[Path | None, typer.Option(help="Driving video of one person, or a folder of them.")] = None,
     shards: Annotated[Path | None, typer.Option(help="Folder of pipelines.prepare: take motions out of it.")] = None,
     clip: Annotated[list[str] | None, typer.Option(metavar="ID", help="Clip of the shards; may be repeated.")] = None,
@@ -155,17 +155,18 @@ def _from_files(
     """Every pose sequence or driving video with every reference picture, and what was left out."""
     start_s, crop = settings.generate.start_s, settings.prepare
     most = motions.wanted_frames(settings.generate.seconds, shape)
-    pictures = motions.files(reference, motions.PICTURES, "--reference")
+    pictures, others = motions.files(reference, motions.PICTURES, "--reference")
     who, without = motions.read_all(pictures, lambda p: motions.reference_image(p, shape, crop), "--reference")
     if pose is not None:
-        paths = motions.files(pose, motions.POSES, "--pose")
-        found, bad = motions.read_all(paths, lambda p: motions.read_pose(p, shape, start_s, most), "--pose")
-        driven = [(path.stem, points, None) for path, points in found.items()]
+        paths, more = motions.files(pose, motions.POSES, "--pose")
+        found, bad = motions.read_all(paths, lambda p: motions.read_pose(p, shape, crop, start_s, most), "--pose")
+        clips = {path: (points, None) for path, points in found.items()}
     else:
-        paths = motions.files(video, motions.VIDEOS, "--video")
-        found, bad = motions.read_all(paths, lambda p: motions.driving_clip(p, shape, crop, start_s, most), "--video")
-        driven = [(path.stem, *clip) for path, clip in found.items()]
-    return motions.pairs(who, driven), without | bad
+        paths, more = motions.files(video, motions.VIDEOS, "--video")
+        clips, bad = motions.read_all(paths, lambda p: motions.driving_clip(p, shape, crop, start_s, most), "--video")
+    called = motions.names(clips)
+    driven = [(called[path], *clip) for path, clip in clips.items()]
+    return motions.pairs(who, driven), others | more | without | bad
 
 
 def _check_options(reference, pose, video, shards, clip, split) -> None:

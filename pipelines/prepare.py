@@ -20,8 +20,9 @@ from entprog import config
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.errors import UserError
+from entprog.masking import masked
 from entprog.media import pose
-from entprog.preparing import attempts, cutting, fetching, inputs, ledger, probing
+from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from pipelines import cli
 from pipelines.outputs import claim
@@ -44,8 +45,8 @@ def main(
     input: Annotated[
         str | None,
         typer.Option(
-            help="Folder (searched with its subfolders), glob, manifest (.csv, .parquet, .jsonl), list of videos "
-            "(.txt), folder of numbered images, or video; also s3://, gs://, https://. Never modified."
+            help="Folder (searched with its subfolders), glob, manifest (.csv, .tsv, .parquet, .json, .jsonl), list of "
+            "videos (.txt), folder of numbered images, or video; also s3://, gs://, https://. Never modified."
         ),
     ] = None,
     *,
@@ -147,7 +148,7 @@ class Work:
 
 def look(given: str | Path, output: Path, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
-    found = inputs.find(given, settings.prepare.frames_fps, output)
+    found = inputs.find(given, settings.prepare, output)
     before = additions.read(output)
     claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
@@ -169,6 +170,7 @@ def _is_earlier(output: Path, settings: Preparation, before: additions.Before | 
 
 def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, Any]:
     """What would be done, printed (--dry-run)."""
+    settings = inputs.trusting(settings, given)
     work = look(given, output, settings)
     rows = work.found.rows
     cli.show("settings", list(config.flat(settings.model_dump(mode="json")).items()), ("setting", "value"))
@@ -178,7 +180,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
     def say(text: str) -> None:
         cli.console.print(text)
 
-    say(f"input: {work.found.kind} {fetching.without_secrets(str(given))}")
+    say(f"input: {work.found.kind} {masked(str(given))}")
     say(f"{len(rows)} files, {len(tried)} of them videos by name ({size})")
     folders = sum(bool(row["frames_fps"]) for row in rows)
     if folders:
@@ -203,8 +205,11 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 
 def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
+    settings = inputs.trusting(settings, given)
     work = look(given, output, settings)
     claim.take(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, work.before))
+    for note in work.found.notes:
+        cli.console.print(note)
     additions.mend(output, work.before)
     if work.before is not None and not work.to_do:
         if (output / "parts").exists():  # killed after the dataset was finished
@@ -308,8 +313,12 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
         raise UserError(f"no clip could be kept of {len(keys)} files ({told}): see {output / 'ledger.parquet'}")
     asked = {row["file"]: row["split"] for row in work.to_do if row["split"]}
     ratio, seed = settings.prepare.held_out_ratio, settings.prepare.seed
-    splits = packing.split(kept, work.held, ratio, seed, asked, before.splits() if before else {})
+    content = {line["file"]: line["sha256"] for line in (*old, *new) if line["kind"] == "input" and line["kept"]}
+    splits = packing.split(kept, work.held, ratio, seed, asked, before.splits() if before else {}, content)
     new = [{**line, "split": splits[line["file"]] if line["kept"] else ""} for line in new]
+    new = packing.with_twins(new, old)
+    if twins := sum(line["kept"] and bool(line["message"]) for line in new):
+        cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
     plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first)
@@ -333,7 +342,8 @@ def _report(output: Path, figures: Row) -> Row:
         splits[name] = {"clips": dataset.clips(name), "shards": len(infos), "bytes": size}
         cli.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
     if not dataset.clips("held_out"):
-        cli.console.print("nothing is held out: training has no clips to measure its loss on", style="yellow")
+        alone = "; one source alone cannot be both, add another" if figures["inputs"]["kept"] == 1 else ""
+        cli.console.print(f"nothing is held out: training has no clips to measure its loss on{alone}", style="yellow")
     cli.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
     shape = dataset.shape.model_dump()
     return {**figures, "splits": splits, "shape": shape, "fingerprint": dataset.fingerprint, "output": str(output)}

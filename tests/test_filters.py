@@ -45,7 +45,7 @@ def outcome(folder, tmp_path_factory):
     settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
     track = cutting.Track(settings, parts)
     out = {}
-    for row in inputs.find(folder, 30).rows:
+    for row in inputs.find(folder).rows:
         key = Path(row["file"]).stem
         row = track(probing.cut_shots(probing.probe({**row, "key": key}, settings, parts), settings, parts))
         cutting.cut(row, settings, parts)

@@ -55,6 +55,47 @@ def test_adding_moves_no_source(files, first, ratio, seed):
         assert not more.keys() & one.keys() and "train" in {**one, **more}.values()
 
 
+@given(
+    st.lists(names, unique=True, min_size=1, max_size=20),
+    st.lists(st.integers(0, 4), min_size=20, max_size=20),
+    st.dictionaries(names, splits, max_size=3),
+    st.sets(names, max_size=2),
+    st.floats(0, 0.9),
+    st.integers(0, 3),
+)
+def test_sources_of_one_content_are_on_one_side(files, contents, before, held, ratio, seed):
+    content = dict(zip(files, map(str, contents), strict=False))
+    before = {file: side for file, side in before.items() if file not in files}
+    with suppress(UserError):
+        out = packing.split(files, held, ratio, seed, {}, before, content)
+        sides = {content[file]: side for file, side in out.items()}
+        assert all(sides[content[file]] == side for file, side in out.items())
+        assert "train" in {**before, **out}.values()
+
+
+def test_a_copy_goes_where_its_original_is_and_a_manifest_is_obeyed():
+    content = {"a.mp4": "1", "copy.mp4": "1", "b.mp4": "2"}
+    assert packing.split(["copy.mp4"], set(), 0.1, 0, {}, {"a.mp4": "held_out", "b.mp4": "train"}, content) == {
+        "copy.mp4": "held_out"
+    }
+    assert packing.split(["a.mp4", "b.mp4", "copy.mp4"], {"a.mp4"}, 0.1, 0, {}, {}, content) == {
+        "a.mp4": "held_out",
+        "b.mp4": "train",
+        "copy.mp4": "held_out",
+    }
+    asked = {"a.mp4": "train", "copy.mp4": "held_out"}
+    out = packing.split(["a.mp4", "b.mp4", "copy.mp4"], set(), 0.1, 0, asked, {}, content)
+    assert (out["a.mp4"], out["copy.mp4"]) == ("train", "held_out")
+    line = {"kind": "input", "kept": True, "message": "", "sha256": "1"}
+    lines = [{**line, "file": file, "split": out[file]} for file in ("a.mp4", "copy.mp4")]
+    one, other = packing.with_twins(lines)
+    assert one["message"] == "the same content as copy.mp4, which is on the other side of the split"
+    assert other["message"].startswith("the same content as a.mp4")
+    assert packing.with_twins(lines[:1]) == lines[:1]
+    (copy,) = packing.with_twins([{**lines[1], "split": "train"}], lines[:1])
+    assert copy["message"] == "the same content as a.mp4"
+
+
 def clip(i: int, shape: ClipShape) -> dict:
     blank = {"source": "a.mp4", "source_sha256": "", "split": "", "caption": "", "start_s": 0.0, "fps": shape.fps}
     sizes = ("source_height", "source_width", "crop_left", "crop_top", "crop_width", "crop_height")

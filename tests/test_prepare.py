@@ -101,6 +101,12 @@ def test_every_file_and_every_clip_is_accounted_for(prepared, videos):
     output, before = prepared
     rows = ledger.read(output / "ledger.parquet")
     assert {row["file"]: row["reason"] for row in rows if row["kind"] == "input"} == EXPECTED
+    kept = {row["file"]: (row["split"], row["message"]) for row in rows if row["kind"] == "input" and row["kept"]}
+    assert kept == {  # a copy of what is held out by its name is held out too
+        "cam01.mp4": ("train", ""),
+        "cam04.mp4": ("held_out", "the same content as more clips/cam04 – 'held'.mp4"),
+        "more clips/cam04 – 'held'.mp4": ("held_out", "the same content as cam04.mp4"),
+    }
     result = json.loads((output / "result.json").read_text())
     assert result["status"] == "done" and result["job"] == "prepare"
     for kind in ("inputs", "clips"):
@@ -197,6 +203,9 @@ def run(*arguments):
         (["--input", "no/such/folder"], "no/such/folder does not exist"),
         (["--input", "EMPTY"], "has no files"),
         (["--height", "97"], "data.shape.height"),
+        (["--fps", "inf"], "data.shape.fps"),
+        (["--input", "ftp://me:hush@host/a.mp4"], "ftp://***@host/a.mp4: protocol 'ftp' is not read"),
+        (["--input", "https://me:hush@[::1/a.mp4?sig=hush"], "is malformed"),
         (["--frames", "0"], "data.shape.frames"),
         (["--held-out", "cam05"], "no such file (did you mean cam0"),
         (["--held-out", "cam04", "--held-out-ratio", "0.5"], "both --held-out and --held-out-ratio"),
@@ -244,6 +253,8 @@ def test_split_by_seed_keeps_a_source_on_each_side():
     assert sorted(packing.split(files[:2], set(), 0.01, 0).values()) == ["held_out", "train"]
     assert sorted(packing.split(files[:2], set(), 0.99, 0).values()) == ["held_out", "train"]
     assert packing.split(files[:1], set(), 0.5, 0) == {"0.mp4": "train"}
+    with pytest.raises(UserError, match=r"0.mp4 is the only usable source, .*: give another one too, or leave out"):
+        packing.split(files[:1], {"0.mp4"}, 0.1, 0)
     with pytest.raises(UserError, match="all 2 usable sources are held out"):
         packing.split(files[:2], set(files), 0.1, 0)
     with pytest.raises(UserError, match=r"no clip was kept of any held-out source \(bad\.mp4\)"):
@@ -282,11 +293,17 @@ def test_the_ledger_notices_what_does_not_add_up():
             ledger.check(rows, files, kept)
 
 
+def test_a_name_that_no_file_can_have_is_a_verdict(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"path": "a\\u0000b.mp4"}')
+    (row,) = inputs.find(tmp_path / "m.jsonl").rows
+    assert probing.probe(row, config.Preparation())["reason"] == "unreadable"
+
+
 def test_a_file_that_vanishes_or_is_no_file_is_a_verdict(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "here.mp4").write_bytes(b"x")
     (tmp_path / "grows.mp4").write_bytes(b"x")
-    rows = inputs.find(tmp_path, 30).rows
+    rows = inputs.find(tmp_path).rows
     (tmp_path / "here.mp4").unlink()
     (tmp_path / "grows.mp4").write_bytes(b"xy")
     probed = [probing.probe(row, config.Preparation()) for row in rows]
@@ -298,7 +315,7 @@ def test_a_file_that_vanishes_or_is_no_file_is_a_verdict(tmp_path):
 
 
 def source(folder: Path, name: str) -> dict:
-    (row,) = (row for row in inputs.find(folder, 30).rows if row["file"] == name)
+    (row,) = (row for row in inputs.find(folder).rows if row["file"] == name)
     return row
 
 

@@ -19,6 +19,7 @@ import ray
 from PIL import Image
 from typer.testing import CliRunner
 
+from entprog import masking
 from entprog.data import shards
 from entprog.media import assets, h264, video
 from entprog.preparing import ledger
@@ -151,31 +152,44 @@ def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
     images.mkdir(parents=True)
     for i, frame in enumerate(frames["one"]):
         Image.fromarray(frame).save(images / f"{i:04d}.png")
+    place = served(tmp_path).replace("http://", "http://me:planted-password@")
+    signed = "?X-Amz-Signature=planted/signature&x=1"
     entries = [
-        {"path": f"{served(tmp_path)}/alone.mp4", "caption": "from afar", "split": "train"},
+        {"path": f"{place}/alone.mp4{signed}", "caption": "from afar", "split": "train"},
         {"path": "00001/images", "caption": "images", "split": "train", "fps": 10},
         {"path": "both.mp4", "caption": "on the left", "split": "train", "crop": "0,0,272,480"},
         {"path": "both.mp4", "caption": "on the right", "split": "held_out", "crop": "272,0,272,480"},
         {"path": "both.mp4", "caption": "outside", "split": "", "crop": "300,0,272,480"},
         {"path": "../alone.mp4", "caption": "", "split": "train"},
         {"path": "../../../../../../etc/passwd", "caption": "not ours"},
+        {"path": f"{place}/{'x' * 190}.mp4{signed}"},
+        {"path": f"ftp://me:planted-password@host/a.mp4{signed}"},
+        {"path": f"https://[::1/a.mp4{signed}"},
     ]
+    names = [masking.bare(entry["path"]) for entry in entries]
     (tmp_path / "in" / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     arguments = ["--input", tmp_path / "in" / "m.jsonl", "--output", tmp_path / "deep" / "out", *SHAPE]
+    arguments += ["--set", "prepare.hosts=[127.0.0.1]"]
     dry = run(*arguments, "--dry-run")
     assert "input: manifest " in dry.output and "6 captions, 5 splits, 3 crops" in dry.output.replace("\n", " ")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     output = tmp_path / "deep" / "out"
     assert verdicts(output) == {
-        entries[0]["path"]: ("", "train"),
+        names[0]: ("", "train"),
         "00001/images": ("", "train"),
         "both.mp4@0,0,272,480": ("", "train"),
         "both.mp4@272,0,272,480": ("", "held_out"),
         "both.mp4@300,0,272,480": ("bad_crop", ""),
         "../alone.mp4": ("", "train"),
         "../../../../../../etc/passwd": ("not_a_video", ""),
+        names[7]: ("unreadable", ""),
+        "ftp://host/a.mp4": ("bad_address", ""),
+        "https://[::1/a.mp4": ("bad_address", ""),
     }
+    left = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
+    told = dry.output + done.output + repr(ledger.read(output / "ledger.parquet")) + repr(clips_of(output, ["source"]))
+    assert b"planted" not in left and "planted" not in told
     columns = ["video", "caption", "source_width", "crop_left", "crop_width", "source"]
     clips = clips_of(output, columns)
     assert {clip["caption"] for clip in clips} == {"on the left", "on the right", "", "images", "from afar"}

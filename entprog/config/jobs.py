@@ -15,6 +15,9 @@ class Prepare(Part):
     """Frames per second of a folder of numbered images, where a manifest does not say it."""
     max_bytes: ByteSize = Field(default=ByteSize(20 * 10**9), ge=1)
     """Largest file that is read, also the most that is fetched of a remote one; above: `too_large`."""
+    hosts: tuple[str, ...] = ()
+    """Hosts on the web that are asked although they are in this machine's own network and stand in a manifest or a
+    redirect, and other hosts that redirects may lead to (`*.example.org` names several). That of --input is one."""
     max_pixels: int = Field(default=7680 * 4320, ge=1)
     """Most pixels in a frame, checked before one is decoded; above: `too_large`."""
     max_duration_s: float = Field(default=4 * 3600.0, gt=0)
@@ -24,10 +27,10 @@ class Prepare(Part):
     max_frames: int = Field(default=4_000_000, ge=1)
     """Most frames decoded of one video; above: `too_long`."""
     max_work_s: float = Field(default=24 * 3600.0, gt=0)
-    """Longest time on the clock that one stage decodes one video; above: `too_long`."""
+    """Longest time on the clock that one stage takes for one video, fetching included; above: `too_long`."""
     max_decoded_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest array (a pose file) or table (a manifest) in memory, checked before and while it is unpacked."""
-    stall_s: float = Field(default=300.0, gt=0)
+    stall_s: float = Field(default=300.0, gt=0, le=7 * 24 * 3600)
     """Longest wait for one frame or one piece of a file; after it the process is ended, twice: `crashed`."""
     shot_change: float | None = Field(default=20.0, gt=0)
     """Mean change between two clip frames, in levels of 0..255, from which there may be a cut (it must also stand out

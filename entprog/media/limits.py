@@ -128,6 +128,9 @@ def rows(
     most = min(max(limits.max_decoded_bytes // max(*sizes, 1), 1), _BATCH_ROWS)
     pieces, held = [], 0
     for piece in file.iter_batches(most, row_groups=list(groups), columns=columns, use_threads=False):
+        # A file may ask that a column stay a dictionary, in which a text costs nothing however often it stands.
+        dense = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in piece.columns]
+        piece = pa.RecordBatch.from_arrays(dense, piece.schema.names)
         held += piece.nbytes
         if held > limits.max_decoded_bytes:
             raise UserError(too_many_bytes(held, limits))

@@ -5,11 +5,14 @@ in another one, for ever. Marks in the folder of parts outlive the process.
 """
 
 import faulthandler
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from entprog.media.video import VideoError
 
 MAX_CRASHES = 2
 """Crashes of the process after which a source is left alone: one may be another's doing (memory, a lost node)."""
@@ -42,13 +45,19 @@ def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterato
     mark.unlink(missing_ok=True)
 
 
-def heard(items: Iterable[Any], stall_s: float, watched: bool) -> Iterator[Any]:
-    """The items; with each of them the watch of `attempt` begins anew."""
-    armed = time.monotonic()
+def heard(items: Iterable[Any], stall_s: float, watched: bool, work_s: float = math.inf) -> Iterator[Any]:
+    """The items; with each of them the watch of `attempt` begins anew.
+
+    Raises VideoError `too_long` once they have taken more than `work_s`: a server may send a byte a minute, for ever.
+    """
+    began = armed = time.monotonic()
     for item in items:
-        if watched and time.monotonic() - armed > min(_REARM_S, stall_s / 4):
+        now = time.monotonic()
+        if now - began > work_s:
+            raise VideoError("too_long", f"it takes more than {work_s:g} s (prepare.max_work_s)")
+        if watched and now - armed > min(_REARM_S, stall_s / 4):
             faulthandler.dump_traceback_later(stall_s, exit=True, file=2)
-            armed = time.monotonic()
+            armed = now
         yield item
 
 

@@ -1,6 +1,6 @@
 """A source's bytes on this machine, for as long as a stage works on them.
 
-Local sources are read where they are. Remote ones (any fsspec filesystem: s3://, gs://, https://, …) are copied into a
+Local sources are read where they are. Remote ones (s3://, gs://, https://, http://, by fsspec) are copied into a
 scratch folder, within the size limit, and are gone with the stage: a data set can be larger than a disk.
 """
 
@@ -11,58 +11,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from entprog.errors import UserError
+from entprog.config import Prepare
+from entprog.masking import bare, reason
 from entprog.media import frames
 from entprog.media.video import VideoError
+from entprog.preparing import addresses
+from entprog.preparing.addresses import AddressError
 from entprog.preparing.attempts import MachineError
 
 PIECE_BYTES = 1 << 20
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is a URI of another filesystem than this machine's."""
-    return "://" in path and not path.startswith("file://")
-
-
-def filesystem(uri: str):
-    """(fsspec filesystem, path in it). Raises UserError for a protocol that is not known or not installed."""
-    import fsspec
-
-    if "::" in uri:  # chains fetch, unpack and cache by rules of their own
-        raise UserError(f"{without_secrets(uri)}: chained addresses ('::') are not read; give the file's own address")
-    try:
-        return fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:  # s3fs is not installed; no such protocol
-        raise UserError(f"cannot read {without_secrets(uri)}: {' '.join(str(error).split())[:200]}") from None
-
-
-def without_secrets(uri: str) -> str:
-    """An address for people and logs: without user, password and query, in which signatures and tokens stand."""
-    if not is_remote(uri):
-        return uri
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 @contextmanager
-def fetched(row: dict[str, Any], max_bytes: int, heard=lambda pieces: pieces) -> Iterator[Path]:
+def fetched(row: dict[str, Any], prepare: Prepare, heard=lambda pieces: pieces) -> Iterator[Path]:
     """A source's path on this machine. `heard` goes over the pieces of a remote file as they come in.
 
-    Raises VideoError: `unreadable` (missing, not permitted, not a plain file, not answered), `too_large`,
-    `changed` (a local file that is not what was listed).
+    Raises VideoError: `bad_address`, `unreadable` (missing, not permitted, not a plain file, not answered),
+    `too_large`, `changed` (a local file that is not what was listed).
     """
+    check(row, prepare)
     path = os.fsdecode(row["path"])
-    if not is_remote(path):
-        yield _local(Path(path), row, max_bytes)
+    if not addresses.is_remote(path):
+        yield _local(Path(path), row, prepare.max_bytes)
         return
     with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
         try:
-            yield _copy(path, Path(scratch), row, max_bytes, heard)
+            yield _copy(path, Path(scratch), row, prepare, heard)
         except _RemoteError as error:
-            told = f"{row['file']}: {type(error.reason).__name__}: {' '.join(str(error.reason).split())[:200]}"
-            raise VideoError("unreadable", told.replace(path, without_secrets(path))) from None
+            refused = addresses.cause(error.reason)
+            if refused is not None:
+                raise VideoError("bad_address", f"{row['file']}: {refused}") from None
+            raise VideoError("unreadable", f"{row['file']}: {reason(error.reason, path)}") from None
+
+
+def check(row: dict[str, Any], prepare: Prepare) -> None:
+    """Raises VideoError `bad_address` for a source whose address is not read."""
+    path = os.fsdecode(row["path"])
+    if path.startswith("file://"):  # listed files of this machine are paths
+        raise VideoError("bad_address", f"{row['file']}: a manifest on another machine cannot name files of this one")
+    if addresses.is_remote(path):
+        try:
+            addresses.check(path, prepare.hosts)
+        except AddressError as error:
+            raise VideoError("bad_address", str(error)) from None
 
 
 class _RemoteError(Exception):
@@ -74,8 +66,8 @@ class _RemoteError(Exception):
 def _local(path: Path, row: dict[str, Any], max_bytes: int) -> Path:
     try:
         known = path.stat()
-    except OSError as error:
-        raise VideoError("unreadable", f"{row['file']}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # gone, not permitted; a name that no file can have
+        raise VideoError("unreadable", f"{row['file']}: {getattr(error, 'strerror', error)}") from None
     if row["frames_fps"]:
         if not stat.S_ISDIR(known.st_mode):
             raise VideoError("unreadable", f"{row['file']}: not a folder of numbered images")
@@ -96,17 +88,17 @@ def stamp(known: os.stat_result) -> str:
     return f"{known.st_size}-{known.st_mtime_ns}"
 
 
-def _copy(uri: str, scratch: Path, row: dict[str, Any], max_bytes: int, heard) -> Path:
+def _copy(address: str, scratch: Path, row: dict[str, Any], prepare: Prepare, heard) -> Path:
     try:
-        files, path = filesystem(uri)
+        files, path = addresses.filesystem(address, prepare.hosts)
         if not row["frames_fps"]:
-            target = scratch / f"source{Path(path).suffix}"
-            _download(files, path, target, max_bytes, row, heard)
+            target = scratch / f"source{Path(bare(address)).suffix}"
+            download(files, path, target, prepare.max_bytes, row["file"], heard)
             return target
-        left = max_bytes
+        left = prepare.max_bytes
         names = {item.rstrip("/").rpartition("/")[2]: item for item in files.ls(path, detail=False)}
         for name in frames.numbered(list(names)):
-            left -= _download(files, names[name], scratch / name, left, row, heard)
+            left -= download(files, names[name], scratch / name, left, row["file"], heard)
         return scratch
     except (VideoError, MachineError):
         raise
@@ -114,13 +106,17 @@ def _copy(uri: str, scratch: Path, row: dict[str, Any], max_bytes: int, heard) -
         raise _RemoteError(error) from None
 
 
-def _download(files, path: str, target: Path, max_bytes: int, row: dict[str, Any], heard) -> int:
+def download(files, path: str, target: Path, max_bytes: int, name: str, heard=lambda pieces: pieces) -> int:
+    """Copy a file of an fsspec filesystem to `target`; its size in bytes.
+
+    Raises VideoError `too_large`, MachineError where it cannot be written, and what the filesystem raises.
+    """
     got = 0
     with files.open(path, "rb") as stream, target.open("wb") as out:
         for piece in heard(iter(lambda: stream.read(PIECE_BYTES), b"")):
             got += len(piece)
             if got > max_bytes:
-                raise VideoError("too_large", f"{row['file']}: more than {max_bytes} bytes are not read")
+                raise VideoError("too_large", f"{name}: more than {max_bytes} bytes are not read")
             try:
                 out.write(piece)
             except OSError as error:

@@ -6,19 +6,23 @@ first stage takes them. Listing opens no source.
 
 import glob
 import os
+import stat
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from entprog.config import digest
+from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
-from entprog.media import frames
+from entprog.masking import bare, masked, query, reason
+from entprog.media import frames, limits
+from entprog.media.video import VideoError
 from entprog.names import plain
-from entprog.preparing import fetching, manifest
+from entprog.preparing import addresses, fetching, manifest
+from entprog.preparing.addresses import AddressError
 
 Row = dict[str, Any]
 
@@ -30,12 +34,16 @@ SUFFIXES = frozenset(
 """Endings of file names that are tried as videos. Others are not opened: FFmpeg takes even plain text for a video."""
 
 
+CAPTION_BYTES = 1 << 16
+"""Largest text beside a video that is taken for its caption."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What `--input` names."""
 
     kind: str
-    """What the input is, for people: folder, glob, manifest, …"""
+    """In words: folder, glob, manifest, …"""
     rows: list[Row]
     """Sources by name. `file`: name for people and the ledger, unique; `path`: bytes of the path or URI; `bytes`: size,
     0 if not known; `stamp`: changes with the content, empty if not known; `frames_fps`: of a folder of images, 0 for a
@@ -44,18 +52,30 @@ class Inputs:
     """What a person should know."""
 
 
-def find(given: str | Path, frames_fps: float, leave_out: Path | None = None) -> Inputs:
+def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Path | None = None) -> Inputs:
     """All sources that an input names. `leave_out`: a folder that is not searched (the output).
 
     Raises UserError if there are none, or if a manifest is wrong.
     """
     text = str(given)
     if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    found = (_remote if fetching.is_remote(text) else _local)(text, frames_fps, leave_out)
+        text = _local_path(text)
+    found = (_remote if addresses.is_remote(text) else _local)(text, prepare, leave_out)
     if not found.rows:
-        raise UserError(f"input {found.kind} {fetching.without_secrets(text)} has no files: give --input videos")
+        raise UserError(f"input {found.kind} {masked(text)} has no files: give --input videos")
     return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
+
+
+def trusting(settings: Preparation, given: str | Path) -> Preparation:
+    """The settings with the input's own host among `prepare.hosts`: a person has named it."""
+    try:
+        host = addresses.host(str(given))
+    except AddressError:  # `find` says so
+        host = ""
+    if not host:
+        return settings
+    hosts = tuple(dict.fromkeys((*settings.prepare.hosts, host)))
+    return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"hosts": hosts})})
 
 
 def is_video(row: Row) -> bool:
@@ -66,7 +86,15 @@ def is_video(row: Row) -> bool:
 def suffix(row: Row) -> str:
     """Ending of a source's name, in small letters."""
     path = os.fsdecode(row["path"])
-    return Path(urlsplit(path).path if fetching.is_remote(path) else path).suffix.lower()
+    return Path(bare(path) if addresses.is_remote(path) else path).suffix.lower()
+
+
+def _local_path(address: str) -> str:
+    """The path that a file:// address names."""
+    try:
+        return unquote(urlsplit(address).path)
+    except ValueError as error:
+        raise UserError(f"cannot read {address}: {error}") from None
 
 
 def _row(file: str, path: str, **known: Any) -> Row:
@@ -77,22 +105,57 @@ def _row(file: str, path: str, **known: Any) -> Row:
 # ---- on this machine ----
 
 
-def _local(text: str, frames_fps: float, leave_out: Path | None) -> Inputs:
-    path = Path(text)
+def _local(text: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
+    path, fps = Path(text), prepare.frames_fps
     if path.is_dir():
-        rows = list(_walk(path, frames_fps, leave_out))
-        return Inputs("frame folder" if len(rows) == 1 and rows[0]["frames_fps"] else "folder", rows)
+        rows = list(_walk(path, fps, leave_out))
+        kind = "frame folder" if len(rows) == 1 and rows[0]["frames_fps"] else "folder"
+        return _captioned(Inputs(kind, rows, _tables_among(rows)))
     if path.is_file():
         if path.suffix.lower() in (*manifest.TABLES, *manifest.LISTS):
-            return _manifest(path, text, str(path.parent), frames_fps)
-        return Inputs("video", [_file(path.name, path)])
+            found = _manifest(path, text, str(path.parent), prepare)
+            return _captioned(found) if path.suffix.lower() in manifest.LISTS else found
+        return _captioned(Inputs("video", [_file(path.name, path)]))
     if glob.has_magic(text):
         root = Path(*Path(text).parts[: next(i for i, p in enumerate(Path(text).parts) if glob.has_magic(p))])
         found = sorted({Path(match) for match in glob.iglob(text, recursive=True)})  # noqa: PTH207 (a path of any form)
-        rows = [_entry_at(_name(match, root), match, frames_fps) for match in found]
-        return Inputs("glob", [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()])
+        rows = [_entry_at(_name(match, root), match, fps) for match in found]
+        rows = [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()]
+        return _captioned(Inputs("glob", rows))
     wrong = "is neither a file nor a folder" if path.exists() else "does not exist"
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
+
+
+def _tables_among(rows: Iterable[Row]) -> tuple[str, ...]:
+    """A note on files in a folder that could be its manifest."""
+    found = [row["file"] for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
+    return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
+
+
+def _captioned(found: Inputs) -> Inputs:
+    """The same with captions out of texts beside videos (NAME.txt of NAME.mp4), which are no sources then."""
+    captions, taken, unread = {}, set(), []
+    for row in found.rows:
+        if suffix(row) not in SUFFIXES or not row["stamp"]:  # no video, or none that is there
+            continue
+        beside = Path(os.fsdecode(row["path"])).with_suffix(".txt")
+        try:
+            known = beside.stat()
+            if not stat.S_ISREG(known.st_mode) or known.st_size > CAPTION_BYTES:
+                raise ValueError(f"no text of at most {CAPTION_BYTES} bytes")
+            captions[row["file"]] = beside.read_text("utf-8-sig").strip()
+            taken.add(os.fsencode(beside))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            unread.append(f"{beside.name}: {reason(error)}")
+    rows = [row | {"caption": captions.get(row["file"], "")} for row in found.rows if row["path"] not in taken]
+    notes = list(found.notes)
+    if captions:
+        notes.append(f"captions of {len(captions)} videos are those of the .txt files beside them")
+    if unread:
+        notes.append(f"{len(unread)} .txt files beside videos cannot be read as captions ({unread[0]})")
+    return Inputs(found.kind, rows, tuple(notes))
 
 
 def _name(path: Path, root: Path) -> str:
@@ -102,7 +165,7 @@ def _name(path: Path, root: Path) -> str:
 
 def _entry_at(file: str, path: Path, frames_fps: float) -> Row:
     """A path that may be a folder of numbered images."""
-    listable = path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+    listable = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)  # noqa: PTH112 (of any name)
     names = frames.numbered([entry.name for entry in path.iterdir()]) if listable else []
     return _images(file, path, names, frames_fps) if names else _file(file, path)
 
@@ -146,53 +209,73 @@ def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[R
 # ---- elsewhere ----
 
 
-def _remote(uri: str, frames_fps: float, leave_out: Path | None) -> Inputs:
-    files, path = fetching.filesystem(uri)
-    ending = Path(urlsplit(uri).path).suffix.lower()
+def _remote(address: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
     try:
+        files, path = addresses.filesystem(address, prepare.hosts)
+        ending = Path(bare(address)).suffix.lower()
         if ending in (*manifest.TABLES, *manifest.LISTS):
-            with tempfile.TemporaryDirectory() as scratch:
+            with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
                 copy = Path(scratch, f"manifest{ending}")
-                copy.write_bytes(files.cat_file(path))
-                return _manifest(copy, fetching.without_secrets(uri), uri.rpartition("/")[0], frames_fps)
-        if glob.has_magic(path) and files.protocol not in ("http", "https"):
+                fetching.download(files, path, copy, limits.of(prepare).max_decoded_bytes, masked(address))
+                base = addresses.split(address)._replace(query="", fragment="").geturl().rpartition("/")[0]
+                return _manifest(copy, masked(address), base, prepare)
+        # On the web a '?' begins a query, which may be a signature; such an address is one file's.
+        pattern = bare(path) if addresses.is_web(address) else path
+        if glob.has_magic(pattern):
             kind, found = "glob", files.glob(path, detail=True)
-        elif ending in SUFFIXES:
-            return Inputs("video", [_row(fetching.without_secrets(uri).rpartition("/")[2], uri)])
+        elif ending in SUFFIXES or (addresses.is_web(address) and query(address)):
+            return Inputs("video", [_row(bare(address).rpartition("/")[2], address)])
         else:
             kind, found = "folder", files.find(path, detail=True, on_error="raise")
     except UserError:
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        told = told.replace(uri, fetching.without_secrets(uri))
-        raise UserError(f"cannot read input {fetching.without_secrets(uri)} ({told})") from None
-    return Inputs(f"{kind} on {uri.partition('://')[0]}", list(_remote_rows(files, path, found, frames_fps)))
+        told = addresses.cause(error) or (error if isinstance(error, VideoError) else reason(error, address))
+        raise UserError(f"cannot read input {masked(address)} ({told})") from None
+    rows = _told_apart(list(_remote_rows(files, path, found, prepare.frames_fps)))
+    texts = sum(suffix(row) == ".txt" for row in rows)
+    notes = (f"{texts} .txt files there are not read as captions: a manifest can hold them",) if texts else ()
+    return Inputs(f"{kind} on {address.partition('://')[0]}", rows, notes)
 
 
 def _remote_rows(files, root: str, found: dict[str, Row], frames_fps: float) -> Iterator[Row]:
-    """Sources among a listing {path: what is known of it}."""
+    """Sources among a listing {path: what is known of it}. What does not lie in the folder itself is left out."""
     root = root.rstrip("/")
     while glob.has_magic(root):
         root = root.rpartition("/")[0]
     of_folder = defaultdict(list)
     for path, known in found.items():
         folder, _, name = path.rpartition("/")
-        if known.get("type") != "directory" and not any(p.startswith(".") for p in path[len(root) :].split("/")):
+        inside = path.startswith(f"{root}/") and not any(p.startswith(".") for p in path[len(root) :].split("/"))
+        if known.get("type") != "directory" and inside:
             of_folder[folder].append(name)
     for folder, names in of_folder.items():
         images = frames.numbered(names)
         if images:
             known = [found[f"{folder}/{name}"] for name in images]
             size = sum(item.get("size") or 0 for item in known)
-            name = fetching.without_secrets(folder[len(root) + 1 :] or folder.rpartition("/")[2])
+            name = bare(folder)[len(bare(root)) + 1 :] or folder.rpartition("/")[2]
             told = digest([(name, _version(item)) for name, item in zip(images, known, strict=True)])
             yield _row(name, files.unstrip_protocol(folder), bytes=size, stamp=told, frames_fps=frames_fps)
         for name in set(names) - set(images):
             path = f"{folder}/{name}"
             known = found[path]
             size = known.get("size") or 0
-            yield _row(path[len(root) + 1 :], files.unstrip_protocol(path), bytes=size, stamp=_version(known))
+            file = bare(path)[len(bare(root)) + 1 :]
+            yield _row(file, files.unstrip_protocol(path), bytes=size, stamp=_version(known))
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """The rows; names that several addresses share, which differ in their queries, get a hash of these.
+
+    A name is no hash of a query where it need not be: an address that is signed anew is the same source.
+    """
+    counted = Counter(row["file"] for row in rows)
+    out = []
+    for row in rows:
+        hidden = query(os.fsdecode(row["path"])) if counted[row["file"]] > 1 else ""
+        out.append(row | {"file": f"{row['file']}?{digest(hidden)[:8]}"} if hidden else row)
+    return out
 
 
 def _version(known: Row) -> str:
@@ -206,35 +289,49 @@ def _version(known: Row) -> str:
 # ---- manifests ----
 
 
-def _manifest(path: Path, name: str, base: str, frames_fps: float) -> Inputs:
-    entries, unread = manifest.read(path, name)
+def _manifest(path: Path, name: str, base: str, prepare: Prepare) -> Inputs:
+    entries, unread = manifest.read(path, name, limits.of(prepare))
     kind = "video list" if path.suffix.lower() in manifest.LISTS else "manifest"
-    rows, row_of = [], {}
-    for number, entry in enumerate(entries, 1):
-        row = _entry_row(entry, base, frames_fps)
+    rows, row_of = _told_apart([_entry_row(entry, base, prepare.frames_fps) for entry in entries]), {}
+    for number, row in enumerate(rows, 1):
         before = row_of.setdefault(row["file"], number)
         if before != number:
             raise UserError(f"{kind} {name}: rows {before} and {number} are both {row['file']!r}; leave one out")
-        rows.append(row)
-    notes = (f"columns of {name} that are not read: {', '.join(unread)}",) if unread else ()
-    return Inputs(kind, rows, notes)
+    _check_libraries(rows)
+    notes = [f"columns of {name} that are not read: {', '.join(unread)}"] if unread else []
+    bad = [error for row in rows if (error := _refused(row, prepare))]
+    if bad:
+        notes.append(f"{len(bad)} addresses of {name} are not read ({bad[0]})")
+    return Inputs(kind, rows, tuple(notes))
+
+
+def _refused(row: Row, prepare: Prepare) -> VideoError | None:
+    try:
+        fetching.check(row, prepare)
+    except VideoError as error:
+        return error
+    return None
+
+
+def _check_libraries(rows: Iterable[Row]) -> None:
+    """Raises UserError where a protocol's library is not installed: now, not once for each row of a long job."""
+    protocols = {os.fsdecode(row["path"]).partition("://")[0].lower() for row in rows if b"://" in row["path"]}
+    for protocol in protocols & {"s3", "gs"}:
+        addresses.filesystem(f"{protocol}://bucket")
 
 
 def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Row:
     """A manifest's entry as a source. Its name is the path as it is written, without secrets, and its crop."""
-    text = entry.path
-    if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    path = text if fetching.is_remote(text) else f"{base}/{text}" if fetching.is_remote(base) else Path(base, text)
-    path = str(path)
+    text, far = entry.path, addresses.is_remote(base)
     told = {"caption": entry.caption, "split": entry.split, "crop": entry.crop}
-    file = text + (f"@{entry.crop}" if entry.crop else "")
-    if fetching.is_remote(path):
-        fetching.filesystem(path)  # said now, not once for each row of a long job
-        file = fetching.without_secrets(text) + (f"@{entry.crop}" if entry.crop else "")
-        query = urlsplit(text).query
-        file += f"?{digest(query)[:8]}" if query else ""
-        is_folder = entry.fps or not (Path(urlsplit(path).path).suffix or path.startswith("http"))
-        return _row(file, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | told
-    row = _entry_at(file, Path(path), entry.fps or frames_fps)
-    return row | told | ({"frames_fps": entry.fps} if entry.fps else {})
+    at = f"@{entry.crop}" if entry.crop else ""
+    if text.startswith("file://") and not far:
+        text = _local_path(text)
+    if "://" not in text and not far:
+        row = _entry_at(text + at, Path(base, text), entry.fps or frames_fps)
+        return row | told | ({"frames_fps": entry.fps} if entry.fps else {})
+    # A manifest on another machine may say file:// too, which the first stage refuses.
+    path = text if "://" in text else f"{base}/{text}"
+    name = bare(text) if "://" in text else bare(path)[len(bare(base)) + 1 :]
+    is_folder = entry.fps or not (Path(bare(path)).suffix or addresses.is_web(path))
+    return _row(name + at, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | told

@@ -1,5 +1,6 @@
 """The ledger: one row for every input file and every clip window that was found, kept or rejected and why."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from entprog import files
 from entprog.config import digest
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.names import plain
 from entprog.preparing.attempts import MAX_CRASHES
 
@@ -30,7 +32,8 @@ SCHEMA = pa.schema(
         pa.field("stamp", pa.string(), nullable=False),
     ]
 )
-"""kind: `input` or `clip`. reason, stage, message: empty where kept. sha256 and bytes: of the input; for a kept clip of
+"""kind: `input` or `clip`. reason, stage: empty where kept. message: why it is rejected; of a kept input, which other
+one has the same content. sha256 and bytes: of the input; for a kept clip of
 its encoded video. start_s: where in its source a clip begins. split: `train` or `held_out` where kept. stamp: of an
 input, what tells it from a changed one without reading it (`inputs.Inputs`), and what a manifest says of it."""
 
@@ -63,7 +66,8 @@ def stamp(row: Row) -> str:
 
 def rejected(row: Row, stage: str, reason: str, message: str) -> Row:
     """The row with its verdict."""
-    return {**row, "stage": stage, "reason": reason, "message": plain(" ".join(message.split()))[:500]}
+    told = plain(one_line(message, os.fsdecode(row.get("path", b"")), most=500))
+    return {**row, "stage": stage, "reason": reason, "message": told}
 
 
 def crashed(row: Row, stage: str) -> Row:
@@ -82,7 +86,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path, columns=SCHEMA.names).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read the ledger {path}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"cannot read the ledger {path}: {one_line(error)}") from None
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,26 @@
-"""Manifests: tables of sources (CSV, Parquet, JSON lines) and plain lists of paths (the layout of UBC-Fashion)."""
+"""Manifests: tables of sources (CSV, TSV, Parquet, JSON, JSON lines) and lists of paths (UBC-Fashion's layout)."""
 
+import csv
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from entprog.config import close_to
 from entprog.data.shards import SPLITS
 from entprog.errors import UserError
+from entprog.masking import one_line
+from entprog.media import limits
+from entprog.media.limits import Limits
 
-TABLES = (".csv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 LISTS = (".txt", ".lst")
+MAX_ROWS = 5_000_000
+"""More would take gigabytes."""
 COLUMNS = ("path", "caption", "split", "crop", "fps")
 
 
@@ -33,45 +39,84 @@ class Entry:
     """Frame rate of a folder of numbered images; 0 where the manifest gives none."""
 
 
-def read(path: Path, name: str) -> tuple[list[Entry], list[str]]:
+def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry], list[str]]:
     """(all entries of a manifest or list, names of columns that are not read). `name` is how messages call it.
 
-    Raises UserError naming the row that is wrong, or the columns that are missing.
+    Names of columns count without the spaces around them, in small letters.
+    Raises UserError naming the row that is wrong, the columns that are missing, or a size over the limits.
     """
-    suffix = path.suffix.lower()
+    suffix, most = path.suffix.lower(), most or Limits()
     try:
-        if suffix in LISTS:
-            lines = (line.strip() for line in path.read_text("utf-8-sig").splitlines())
-            return [Entry(line) for line in lines if line and not line.startswith("#")], []
-        rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[suffix](path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"cannot read manifest {name}: {' '.join(str(error).split())[:200]}") from None
+        if suffix == ".parquet":
+            rows = _parquet(path, most)
+        else:
+            if path.stat().st_size > most.max_decoded_bytes:
+                raise UserError(limits.too_many_bytes(path.stat().st_size, most))
+            with path.open(encoding="utf-8-sig", newline="") as text:
+                if suffix in LISTS:
+                    lines = (line.strip() for line in islice(text, MAX_ROWS))
+                    return [Entry(line) for line in lines if line and not line.startswith("#")], []
+                kinds = {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
+                rows = list(islice(kinds[suffix](text), MAX_ROWS + 1))
+        if len(rows) > MAX_ROWS:
+            raise ValueError(f"more than {MAX_ROWS} rows are not read: split it")
+        rows = [_named(row) for row in rows]
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        told = str(error).replace(f"{path}: ", "").replace(str(path), name)
+        raise UserError(f"cannot read manifest {name}: {one_line(told)}") from None
     entries = [_entry(row, f"manifest {name}, row {number}") for number, row in enumerate(rows, 1)]
-    return entries, sorted({column for row in rows for column in row} - set(COLUMNS))
+    unread = {column for row in rows for column in row} - set(COLUMNS)
+    return entries, [f"{column}{close_to(column, COLUMNS)}" for column in sorted(unread)]
 
 
-def _csv(path: Path) -> list[dict[str, Any]]:
-    header = pa.csv.open_csv(path).schema.names
-    strings = pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
-    quoted = pa.csv.ParseOptions(newlines_in_values=True)
-    return pa.csv.read_csv(path, convert_options=strings, parse_options=quoted).to_pylist()
+def _csv(text: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, Any]]:
+    """The rows of a table with a header; spaces around a cell do not count."""
+    lines = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+    header = next(lines, None)
+    if not header:
+        raise ValueError("it is empty")
+    for cells in lines:
+        if cells and len(cells) != len(header):
+            raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
+        if cells:
+            yield dict(zip(header, map(str.strip, cells), strict=True))
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            rows.append(row)
+def _tsv(text: Iterable[str]) -> Iterator[dict[str, Any]]:
+    return _csv(text, "\t")
+
+
+def _json(text) -> list[dict[str, Any]]:
+    rows = json.load(text)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it is no list of JSON objects")
     return rows
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    return pq.read_table(path).to_pylist()
+def _jsonl(text: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            yield row
+
+
+def _parquet(path: Path, most: Limits) -> list[dict[str, Any]]:
+    table = limits.table(path, limits=most)
+    for field in table.schema:
+        plain = field.type.value_type if pa.types.is_list(field.type) else field.type
+        if pa.types.is_nested(plain) or pa.types.is_dictionary(plain):  # of a few bytes that may stand for many
+            raise ValueError(f"column {field.name} is of type {field.type}: write plain text and numbers")
+    return table.slice(0, MAX_ROWS + 1).to_pylist()
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under its columns' plain names."""
+    out = {str(column).strip().lower(): value for column, value in row.items()}
+    if len(out) < len(row):
+        raise ValueError(f"two columns of one name among {', '.join(map(str, row))}")
+    return out
 
 
 def _entry(row: dict[str, Any], where: str) -> Entry:

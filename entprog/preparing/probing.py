@@ -19,7 +19,7 @@ from entprog.config import Preparation
 from entprog.media import footage, frames
 from entprog.media.footage import Footage
 from entprog.media.video import VideoError
-from entprog.preparing import attempts, fetching, inputs, ledger, shots
+from entprog.preparing import addresses, attempts, fetching, inputs, ledger, shots
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work)
     with attempts.attempt(parts, row.get("key", ""), stage, prepare.stall_s) as may_try:
         if not may_try:
             return ledger.crashed(row, stage)
-        heard = partial(attempts.heard, stall_s=prepare.stall_s, watched=parts is not None)
+        heard = partial(attempts.heard, stall_s=prepare.stall_s, work_s=prepare.max_work_s, watched=parts is not None)
         try:
             return work(row, settings, heard)
         except attempts.MachineError:
@@ -67,7 +67,7 @@ def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work)
 @contextmanager
 def opened(row: Row, settings: Preparation, heard) -> Iterator[Footage]:
     """The source on this machine, as footage. Raises VideoError as `fetching.fetched` does."""
-    with fetching.fetched(row, settings.prepare.max_bytes, heard) as path:
+    with fetching.fetched(row, settings.prepare, heard) as path:
         try:
             yield footage.footage(path, row["frames_fps"], row["crop"], settings.prepare)
         except VideoError as error:  # people know it by its name, not by where it lay
@@ -76,7 +76,8 @@ def opened(row: Row, settings: Preparation, heard) -> Iterator[Footage]:
 
 def _probe(row: Row, settings: Preparation, heard) -> Row:
     path, is_video = os.fsdecode(row["path"]), inputs.is_video(row)
-    if fetching.is_remote(path) and not is_video:
+    fetching.check(row, settings.prepare)
+    if addresses.is_remote(path) and not is_video:
         raise _not_a_video(row)
     with opened(row, settings, heard) as source:
         row["sha256"] = _sha256(source, heard)

@@ -19,6 +19,7 @@ REASONS = {
     "not_a_video": "its name does not end as a video's does",
     "empty": "no bytes in it",
     "unreadable": "it cannot be opened",
+    "bad_address": "its address is malformed, or of a protocol or a host that is not read",
     "corrupt": "it is damaged, or no video",
     "unsupported": "its colours, or the way it is turned, cannot be shown rightly",
     "no_video_stream": "no picture in it",

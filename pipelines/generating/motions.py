@@ -1,31 +1,31 @@
 """What a generated clip is to show: who, from a picture, and how they move, from a video, a pose file or a shard."""
 
 import hashlib
-import io
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from entprog import config
 from entprog.config import ClipShape, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
-from entprog.media import h264
+from entprog.masking import one_line
+from entprog.media import h264, limits
+from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.names import plain
-from entprog.preparing import windows
+from entprog.preparing import cutting, inputs, windows
 from pipelines import cli
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-POSES = (".npz",)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = inputs.SUFFIXES
+POSES = frozenset({".npz", ".npy"})
+PICTURES = images.SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,32 @@ def wanted_frames(seconds: float | None, shape: ClipShape) -> float:
     return frames
 
 
-def files(given: Path, endings: tuple[str, ...], option: str) -> list[Path]:
-    """The file, or a folder's files of that kind, in order of name. Raises UserError for an empty folder."""
+def files(given: Path, endings: frozenset[str], option: str) -> tuple[list[Path], dict[str, str]]:
+    """(the file, or a folder's files of that kind in order of name; {file: why it is none of them}).
+
+    Hidden files are passed over. Raises UserError if there is no such file, or none in the folder.
+    """
     if not given.is_dir():
-        return [given]
-    found = sorted(path for path in given.iterdir() if path.suffix.lower() in endings)
+        if not given.exists():
+            raise UserError(f"{option}: no such file: {given}")
+        return [given], {}
+    there = sorted(path for path in given.iterdir() if not path.name.startswith("."))
+    found = [path for path in there if path.suffix.lower() in endings and not path.is_dir()]
+    others = {str(path): "a folder" if path.is_dir() else "of another kind, by its name" for path in there}
+    others = {name: why for name, why in others.items() if Path(name) not in found}
     if not found:
-        raise UserError(f"{option}: no file in the folder {given} ends in {', '.join(endings)}")
-    return found
+        raise UserError(f"{option}: no file in the folder {given} ends in {', '.join(sorted(endings))}")
+    if others:
+        some = ", ".join(Path(name).name for name in list(others)[:5]) + (", …" if len(others) > 5 else "")
+        cli.console.print(f"{option}: {len(others)} in {given} are left out, as of another kind: {some}")
+    return found, others
+
+
+def names(paths: Iterable[Path]) -> dict[Path, str]:
+    """What files are called: without their endings, where that tells them apart."""
+    paths = list(paths)
+    counted = Counter(path.stem for path in paths)
+    return {path: path.stem if counted[path.stem] == 1 else path.name for path in paths}
 
 
 def read_all(
@@ -102,10 +120,10 @@ def read_all(
 
 def pairs(references: dict[Path, np.ndarray], driven: Iterable[tuple[str, np.ndarray, np.ndarray | None]]) -> list:
     """Every motion (name, pose, video) with every reference picture."""
-    out = []
+    out, called = [], names(references)
     for name, pose, video in driven:
         for path, who in references.items():
-            title = f"{path.stem} as {name}" if len(references) > 1 else name
+            title = f"{called[path]} as {name}" if len(references) > 1 else name
             out.append(Motion(plain(title), who, pose, video, "driving video", len(out)))
     return out
 
@@ -149,32 +167,26 @@ def from_row(path: Path, row: int, place: int = 0) -> Motion:
     """One clip of a shard. Raises DamagedShardError naming shard and row."""
     (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video"])
     try:
-        with Image.open(io.BytesIO(columns["reference"]), formats=["PNG"]) as image:
-            reference = np.asarray(image.convert("RGB"))
+        reference = images.read(columns["reference"])
         frames = h264.decode_rgb(columns["video"])
-    except (videos.VideoError, OSError, ValueError, SyntaxError, zlib.error) as error:
-        raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {_line(error)}; prepare it again") from None
+    except (videos.VideoError, ValueError) as error:
+        told = one_line(error)
+        raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {told}; prepare it again") from None
     return Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
 
 
-def read_pose(path: Path, shape: ClipShape, start_s: float = 0.0, most: float | None = None) -> np.ndarray:
-    """A pose sequence from an .npz (never unpickled): float32 [F, 33, 3], F of the clip's length, or up to `most`.
+def read_pose(
+    path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
+) -> np.ndarray:
+    """A pose sequence from an .npz or .npy (never unpickled): float32 [F, 33, 3], F of the clip's length, or up to
+    `most`.
 
-    Raises UserError if it is not one, or too short.
+    Raises UserError if it is not one, too short, or larger than `crop`'s limits.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if isinstance(stored, np.ndarray):
-                raise UserError(f"--pose: {path} is a single array (.npy), needed is an .npz with `pose`")
-            if "pose" not in stored.files:
-                raise UserError(f"--pose: {path} has no array named pose, only {', '.join(stored.files) or 'nothing'}")
-            points = stored["pose"]
-    except FileNotFoundError:
-        raise UserError(f"--pose: no such file: {path}") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--pose: cannot read {path} as .npz: {_line(error)}") from None
+        points = limits.array(path, None if path.suffix.lower() == ".npy" else "pose", limits.of(crop))
+    except UserError as error:
+        raise UserError(f"--pose: {error}") from None
     if points.ndim != 3 or points.shape[1:] != (poses.POINTS, 3) or points.dtype.kind not in "fiu":
         raise UserError(
             f"--pose: {path} holds {points.dtype} {list(points.shape)}, needed is float [frames, {poses.POINTS}, 3]"
@@ -193,15 +205,17 @@ def driving_clip(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The person in a video: (pose float32 [F, 33, 3] in the crop, its frames uint8 RGB [F, H, W, 3]).
 
-    F: of the clip's length, or up to `most`. One crop for the whole clip, as `pipelines.prepare` makes it. Raises
-    UserError if there is no such clip in it.
+    F: of the clip's length, or up to `most`. One crop for the whole clip, as `pipelines.prepare` makes it, around the
+    foremost of several people. Raises UserError if there is no such clip in it, or if it is over `crop`'s limits.
     """
+    bounds = limits.of(crop)
+    end_s = start_s + ((most or shape.frames) - 0.5) / shape.fps
+    read = partial(videos.iter_frames, path, fps=shape.fps, start_s=start_s, end_s=end_s, limits=bounds)
     try:
-        info = videos.probe(path)
-        end_s = start_s + ((most or shape.frames) - 0.5) / shape.fps
+        info = videos.probe(path, bounds)
+        estimator, several = poses.PoseEstimator(), []
         # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
-        frames = videos.iter_frames(path, fps=shape.fps, start_s=start_s, end_s=end_s, quick=True)
-        track = poses.PoseEstimator().track(frame for _, frame in frames)
+        track = estimator.track(_watched(estimator, (frame for _, frame in read(quick=True)), several))
         if len(track) < shape.frames:
             raise UserError(
                 f"--video: {path} has {len(track)} frames from {start_s:g} s on at {shape.fps:g} fps, "
@@ -212,44 +226,64 @@ def driving_clip(
         if box is None:
             raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
         if not found.all():
-            cli.console.print(f"warning: the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
-        times = videos.clip_times(start_s, len(track), shape.fps)
-        cut, _ = videos.read_frames(path, times, crop=box, size=(shape.height, shape.width))
+            _warn(f"the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
+        if np.mean(several) >= cutting.PEOPLE_SHARE:
+            _warn(f"several people are in {path}: the foremost is followed")
+        cut = np.stack([frame for _, frame in read(crop=box, size=(shape.height, shape.width))])
     except videos.VideoError as error:
         raise UserError(f"--video: {error}") from None
+    except MemoryError:
+        raise UserError(f"--video: {path} does not fit into memory: take less of it with --seconds") from None
+    if len(cut) != len(track):
+        raise UserError(f"--video: {path} was changed while it was read")
     return windows.to_crop(track, box, info.height, info.width), cut
+
+
+def _watched(estimator, frames: Iterable[np.ndarray], several: list[bool]) -> Iterator[np.ndarray]:
+    """The frames; whether the detector, asked anew, sees several people in each goes into `several`."""
+    for i, frame in enumerate(frames):
+        # Every other frame is enough to tell, and half the cost.
+        several.append(_several(estimator, frame) if i % 2 == 0 else several[-1])
+        yield frame
+
+
+def _several(estimator, frame: np.ndarray) -> bool:
+    people = estimator.detect(frame)
+    return sum(person.radius >= cutting.PEOPLE_SIZE * people[0].radius for person in people) > 1
 
 
 def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
     """A picture at the clip's size: uint8 RGB [H, W, 3].
 
     One of that very size is taken as it is; of any other the person is cut out as in training, or the middle if
-    nobody is found. Raises UserError if it is not a picture.
+    nobody is found. Raises UserError if it is not a picture, or larger than `crop`'s limits.
     """
+    if not path.exists():
+        raise UserError(f"--reference: no such file: {path}")
     try:
-        with Image.open(path) as image:
-            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"--reference: no such file: {path}") from None
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
-        raise UserError(f"--reference: cannot read {path} as a picture: {_line(error)}") from None
+        picture = images.read(path, limits.of(crop))
+    except videos.VideoError as error:
+        raise UserError(f"--reference: cannot read {path} as a picture: {one_line(error)}") from None
     height, width = picture.shape[:2]
     if (height, width) == (shape.height, shape.width):
         return picture
-    track = poses.PoseEstimator().track([picture])
+    estimator = poses.PoseEstimator()
+    track = estimator.track([picture])
     box = _person(track, height, width, shape, crop) if poses.found(track).any() else None
     if box is None:
-        cli.console.print(f"warning: nobody was found in {path}: its middle is taken")
+        _warn(f"nobody was found in {path}: its middle is taken")
         high = min(height, round(width * shape.height / shape.width))
         wide = min(width, round(height * shape.width / shape.height))
         box = ((width - wide) // 2, (height - high) // 2, wide, high)
+    elif _several(estimator, picture):
+        _warn(f"several people are in {path}: the foremost is taken")
     left, top, wide, high = box
     return videos.scale(picture[top : top + high, left : left + wide], (shape.height, shape.width))
 
 
+def _warn(message: str) -> None:
+    cli.console.print(f"warning: {message}")
+
+
 def _person(track: np.ndarray, height: int, width: int, shape: ClipShape, crop: Prepare) -> windows.Box | None:
     return windows.person_box(track, height, width, shape.width / shape.height, crop.margin, crop.point_visibility)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,7 +14,7 @@ from entprog.data import shards
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
-from entprog.preparing import fetching, inputs, ledger, probing
+from entprog.preparing import addresses, inputs, ledger, probing
 from pipelines import cli
 from pipelines.preparing import packing
 
@@ -81,8 +81,10 @@ def check_settings(before: Before, output: Path, settings: Preparation, held: se
         "prepare": dict(before.dataset.settings.get("prepare", {})),
     }
     mine = settings.model_dump(mode="json")
-    splits = before.splits()
-    if mine["prepare"]["held_out"] and {file for file in splits if splits[file] == "held_out"} == held & splits.keys():
+    splits, lines = before.splits(), before.inputs()
+    content = {lines[file]["sha256"] for file in held & splits.keys()}  # what is held out with the named ones
+    also = {file for file in splits if lines[file]["sha256"] in content}
+    if mine["prepare"]["held_out"] and {file for file in splits if splits[file] == "held_out"} == also:
         theirs["prepare"]["held_out"] = mine["prepare"]["held_out"]
     for name in packing.JOB_SETTINGS:
         theirs["prepare"][name] = mine["prepare"][name]
@@ -147,4 +149,4 @@ def _has_changed(row: Row, line: Row, settings: Preparation) -> bool:
 
 def _never_read(row: Row, line: Row) -> bool:
     """Whether a remote source did not answer before."""
-    return not line["sha256"] and inputs.is_video(row) and fetching.is_remote(os.fsdecode(row["path"]))
+    return not line["sha256"] and inputs.is_video(row) and addresses.is_remote(os.fsdecode(row["path"]))

@@ -21,7 +21,7 @@ from entprog.preparing import ledger
 
 Row = dict[str, Any]
 
-JOB_SETTINGS = ("max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
+JOB_SETTINGS = ("hosts", "max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
 """Settings of the job, that no clip and no verdict on one depends on."""
 OF_PARTS = re.compile(r"[0-9a-f]{16}\.(json|parquet|\w+\.tried)|(train|held_out)-\d{5,}\.parquet\.done|\..*\.tmp")
 """Names of what preparing writes into the folder of parts."""
@@ -74,29 +74,74 @@ def split(
     seed: int,
     asked: Mapping[str, str] | None = None,
     before: Mapping[str, str] | None = None,
+    content: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Each kept source's split: {file: 'train' or 'held_out'}.
 
     `before`: sources that have theirs already, and keep it. `asked`: what a manifest asks for, which counts before all
     else. Of the rest the named ones are held out, or else those whose seeded hash is smallest, until `ratio` of all
-    sources are: at least one where there are two, never all.
+    sources are: at least one where there are two, never all. Sources of one `content` (its hash, where it is known) go
+    together, unless a manifest asks otherwise.
     Raises UserError if that leaves nothing to train on, or if a named source was not kept.
     """
-    asked, before = asked or {}, before or {}
+    asked, before, content = asked or {}, before or {}, content or {}
     everything = {*kept, *before}
-    fixed = {file: before.get(file) or asked.get(file) for file in everything}
     if named and not everything & named:
         raise UserError(f"no clip was kept of any held-out source ({', '.join(sorted(named)[:3])}): name another")
-    held = {file for file, name in fixed.items() if name == "held_out" or (name is None and file in named)}
+    alike = defaultdict(set)
+    for file in everything:
+        alike[content.get(file) or file].add(file)
+    held, free = set(), []
+    for group in alike.values():
+        side = _side(group, before, asked, dict.fromkeys(named, "held_out"))
+        held |= {file for file in group if (before.get(file) or asked.get(file) or side) == "held_out"}
+        if side is None:
+            free.append(group)
     if not named and ratio > 0 and len(everything) > 1:
-        wanted = min(len(everything) - 1, max(1, round(ratio * len(everything)))) - len(held)
-        free = [file for file, name in fixed.items() if name is None]
-        held |= set(sorted(free, key=lambda file: _hash(seed, file))[: max(0, wanted)])
+        wanted = min(len(everything) - 1, max(1, round(ratio * len(everything))))
+        for group in sorted(free, key=lambda group: _hash(seed, min(group))):
+            if len(held) < wanted and held | group != everything:
+                held |= group
     if held == everything:
+        if len(alike) == 1:
+            raise UserError(
+                f"{min(held)} is the only usable source, and cannot be both held out and trained on: give another one "
+                "too, or leave out --held-out"
+            )
         raise UserError(
             f"all {len(held)} usable sources are held out: hold out fewer, so that some are left to train on"
         )
     return {file: "held_out" if file in held else "train" for file in kept}
+
+
+def _side(group: set[str], *wishes: Mapping[str, str]) -> str | None:
+    """The split of sources of one content, by the first of the wishes that says anything of one of them."""
+    for wish in wishes:
+        found = {wish[file] for file in group if file in wish}
+        if found:
+            return "held_out" if found == {"held_out"} else "train"
+    return None
+
+
+def with_twins(lines: Sequence[Row], before: Sequence[Row] = ()) -> list[Row]:
+    """The ledger's lines, with a message for kept inputs whose content another kept input has too.
+
+    `before`: lines of earlier runs, which are not given back.
+    """
+    of_content = defaultdict(list)
+    for line in (*before, *lines):
+        if line["kind"] == "input" and line["kept"]:
+            of_content[line["sha256"]].append(line)
+    out = []
+    for line in lines:
+        others = [other for other in of_content[line["sha256"]] if other["file"] != line["file"]]
+        if line["kind"] == "input" and line["kept"] and others:
+            told = f"the same content as {others[0]['file']}"
+            if any(other["split"] != line["split"] for other in others):
+                told += ", which is on the other side of the split"
+            line = {**line, "message": told}
+        out.append(line)
+    return out
 
 
 def _hash(seed: int, file: str) -> bytes:

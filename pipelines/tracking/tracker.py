@@ -355,5 +355,5 @@ def _key(name: str) -> str:
 
 
 def _text(value: Any, length: int) -> str:
-    text = value if isinstance(value, str) else files.strict_json(value)
+    text = masked(value if isinstance(value, str) else files.strict_json(value))
     return text if len(text) <= length else text[: length - 1] + "…"

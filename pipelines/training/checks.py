@@ -31,7 +31,7 @@ def check(experiment: Experiment) -> shards.Dataset:
         )
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
-            raise UserError(f"shards {data.shards} have no clips in split {split}: prepare with --held-out")
+            raise UserError(f"shards {data.shards} have no clips in split {split}: prepare two videos or more")
     if experiment.train.checkpoints:
         Place.at(experiment.train.checkpoints)
     shards.verify(dataset, data.verify)

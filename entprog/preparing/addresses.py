@@ -1,0 +1,156 @@
+"""Addresses of sources on other machines: which are read, and which hosts may be asked.
+
+Manifests, links in listings and redirects are written by others. They must not make this machine ask its neighbours (a
+router, a cloud's metadata service), nor lead it to hosts that nobody chose.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from urllib.parse import SplitResult, urlsplit
+
+from entprog.errors import UserError
+from entprog.masking import has_credentials, masked, one_line
+
+PROTOCOLS = ("http", "https", "s3", "gs")
+"""Those that are read, beside files of this machine."""
+WEB = ("http", "https")
+
+
+class AddressError(ValueError):
+    """An address that is not read. The message says why, and holds no secret."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address on another filesystem than this machine's."""
+    return "://" in path and not path.startswith("file://")
+
+
+def is_web(address: str) -> bool:
+    """Whether an address is one of http or https."""
+    return address.lower().startswith(("http://", "https://"))
+
+
+def split(address: str) -> SplitResult:
+    """Its parts. Raises AddressError for a malformed one."""
+    try:
+        parts = urlsplit(address)
+        if is_web(address) and not (parts.hostname and (parts.port is None or parts.port)):
+            raise ValueError("no host")
+    except ValueError as error:
+        raise AddressError(f"{masked(address)} is malformed ({one_line(error, address)})") from None
+    return parts
+
+
+def host(address: str) -> str:
+    """Host of a web address in small letters, empty for any other. Raises AddressError for a malformed one."""
+    return _plain(split(address).hostname or "") if is_web(address) else ""
+
+
+def check(address: str, hosts: Sequence[str] = ()) -> None:
+    """Raises AddressError for an address that is not read.
+
+    `hosts`: of the web, those that may be asked although they are on this machine or in its network.
+    """
+    shown, protocol = masked(address), address.partition("://")[0].lower()
+    if "::" in (protocol if protocol in WEB else address):  # chains fetch, unpack and cache by rules of their own
+        raise AddressError(f"{shown}: chained addresses ('::') are not read; give the file's own address")
+    if protocol not in PROTOCOLS:
+        told = ", ".join(("file", *PROTOCOLS))
+        raise AddressError(f"{shown}: protocol {protocol!r} is not read, only {told}")
+    split(address)
+    if protocol not in WEB:
+        if has_credentials(address):
+            raise AddressError(f"{shown}: give credentials of {protocol}:// in the environment, not in the address")
+        return
+    _check_number(host(address), shown, hosts)
+
+
+def filesystem(address: str, hosts: Sequence[str] = ()):
+    """(fsspec filesystem, path in it) of an address that passes `check`; over the web it follows a redirect to another
+    host only if `hosts` names it (`*.example.org` names several).
+
+    Raises AddressError as `check` does, UserError where the protocol's library is not installed.
+    """
+    check(address, hosts)
+    import fsspec
+
+    protocol, _, rest = address.partition("://")
+    address = f"{protocol.lower()}://{rest}"
+    try:
+        if is_web(address):
+            client = partial(_client, shown=masked(address), hosts=tuple(hosts))
+            return fsspec.filesystem("http", get_client=client, skip_instance_cache=True), address
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:  # s3fs or gcsfs
+        raise UserError(f"cannot read {masked(address)}: {one_line(error, address)}") from None
+    except ValueError as error:
+        raise AddressError(f"{masked(address)} is malformed ({one_line(error, address)})") from None
+
+
+def cause(error: BaseException) -> AddressError | None:
+    """The AddressError from which a filesystem's own exception came, if any."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, AddressError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def is_local(name: str) -> bool:
+    """Whether a host, given by number, is on this machine or in a network that the internet does not see."""
+    try:
+        # As connecting takes it: 127.1, 0177.0.0.1 and 2130706433 are 127.0.0.1.
+        text = socket.inet_ntoa(socket.inet_aton(name)) if name.replace(".", "").isdigit() else name.partition("%")[0]
+        number = ipaddress.ip_address(text)
+    except (OSError, ValueError):
+        return False  # a name: told when it is resolved
+    return not (getattr(number, "ipv4_mapped", None) or number).is_global
+
+
+def _plain(name: str) -> str:
+    return name.lower().strip("[]").rstrip(".")
+
+
+def _check_number(name: str, shown: str, hosts: Sequence[str]) -> None:
+    if is_local(name) and name not in hosts:
+        raise AddressError(_not_asked(shown, name, "is an address of this machine or its network"))
+
+
+def _not_asked(shown: str, name: str, why: str) -> str:
+    return f"{shown}: {name} {why}; it is not asked unless prepare.hosts names it"
+
+
+async def _client(shown: str, hosts: tuple[str, ...], **settings):
+    """aiohttp's session, which asks no host that it should not: neither by number, nor by name, nor redirected."""
+    import aiohttp
+    import yarl
+
+    class Resolver(aiohttp.ThreadedResolver):
+        async def resolve(self, name: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET):
+            found = await super().resolve(name, port, family)
+            if _plain(name) not in hosts and any(is_local(each["host"]) for each in found):
+                why = "is the name of an address of this machine or its network"
+                raise AddressError(_not_asked(shown, _plain(name), why))
+            return found
+
+    async def started(_session, _context, request) -> None:  # numbers are not resolved; here in their final form
+        _check_number(_plain(request.url.raw_host or ""), shown, hosts)
+
+    async def redirected(_session, _context, request) -> None:
+        where = request.response.headers.get("Location") or request.response.headers.get("URI") or ""
+        try:
+            to = request.url.join(yarl.URL(where))
+        except ValueError:
+            raise AddressError(f"{shown}: it redirects to a malformed address") from None
+        name = _plain(to.raw_host or "")
+        _check_number(name, shown, hosts)
+        if name != _plain(request.url.raw_host) and not any(fnmatchcase(name, pattern) for pattern in hosts):
+            raise AddressError(_not_asked(shown, name, "is another host, to which it redirects"))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(started)
+    trace.on_request_redirect.append(redirected)
+    connector = aiohttp.TCPConnector(resolver=Resolver())
+    return aiohttp.ClientSession(connector=connector, trace_configs=[trace], **settings)

@@ -1,0 +1,195 @@
+"""Addresses of others: what is asked, what is followed, and what is seen of them."""
+
+import http.server
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from entprog import config
+from entprog.errors import UserError
+from entprog.preparing import addresses, attempts, inputs, probing
+
+SECRET = "hUshhUsh"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A site that leads astray: its port, and the paths that were asked of it."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(f"{self.headers['Host'].partition(':')[0]} {self.path}")
+            path = self.path.partition("?")[0]
+            port = self.server.server_address[1]
+            if path.startswith("/to/"):  # /to/HOST/… redirects there
+                host, _, rest = path.removeprefix("/to/").partition("/")
+                self.send_response(302)
+                self.send_header("Location", f"http://{host}:{port}/{rest}" if host != "file" else f"file:///{rest}")
+                self.end_headers()
+                return
+            pages = {
+                "/list/": f"<a href='own.mp4'>x</a> <a href='http://localhost:{port}/far.mp4'>x</a> <a href='/b.mp4'>",
+                "/m.jsonl": "\n".join(json.dumps({"path": text}) for text in self.server.rows),
+            }
+            found = pages.get(path, "video" if path.endswith(".mp4") and "missing" not in path else None)
+            self.send_response(404 if found is None else 200)
+            self.send_header("Content-Type", "text/html" if path.endswith("/") else "video/mp4")
+            self.send_header("Content-Length", str(len(found or "")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write((found or "").encode())
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.rows = asked, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def at(site, path: str, host: str = "127.0.0.1") -> str:
+    return f"http://{host}:{site.server_address[1]}/{path}"
+
+
+def probed(path: str, folder: Path, *hosts: str) -> dict:
+    """What the first stage makes of an address in a manifest."""
+    (folder / "m.jsonl").write_text(json.dumps({"path": path}))
+    (row,) = inputs.find(folder / "m.jsonl").rows
+    return probing.probe(row, config.Preparation(prepare=config.Prepare(hosts=hosts)))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("ftp://x/a.mp4", "protocol 'ftp' is not read, only file, http, https, s3, gs"),
+        ("nosuch://x/a.mp4", "protocol 'nosuch'"),
+        ("memory://a.mp4", "protocol 'memory'"),
+        ("sftp://me:hUshhUsh@host/a.mp4", "protocol 'sftp'"),
+        ("https://[::1/a.mp4", "malformed"),
+        ("https://[::1/", "malformed"),
+        ("https:///a.mp4", "malformed (no host)"),
+        ("https://host:99999/a.mp4", "malformed"),
+        ("simplecache::https://x/a.mp4", "chained addresses"),
+        ("zip://a.mp4::file:///etc/a.zip", "chained addresses"),
+        ("http://127.0.0.1/a.mp4", "127.0.0.1 is an address of this machine or its network"),
+        ("http://169.254.169.254/latest/a.mp4", "169.254.169.254 is an address of this machine or its network"),
+        ("http://10.1.2.3/a.mp4", "unless prepare.hosts names it"),
+        ("http://[::1]/a.mp4", "::1 is an address of this machine"),
+        ("http://[::ffff:127.0.0.1]/a.mp4", "of this machine or its network"),
+        ("http://localhost:9/a.mp4", "localhost is the name of an address of this machine"),
+        ("http://2130706433:9/a.mp4", "2130706433 is an address of this machine"),
+        ("http://①②⑦.0.0.1:9/a.mp4", "127.0.0.1 is an address of this machine"),
+        ("http://127.1:9/a.mp4", "127.1 is an address of this machine"),
+        ("http://0177.0.0.1:9/a.mp4", "0177.0.0.1 is an address of this machine"),
+        ("http://0x7f.1:9/a.mp4", "of this machine or its network"),
+        ("http://LOCALHOST:9/a.mp4", "localhost is the name of an address of this machine"),
+    ],
+)
+def test_a_bad_row_is_a_row_of_the_ledger(path, told, tmp_path):
+    row = probed(path, tmp_path)
+    assert row["reason"] == "bad_address" and told in row["message"], row
+    assert SECRET not in row["message"] + row["file"]
+
+
+def test_bad_rows_are_counted_beforehand_and_an_input_itself_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("path\na.mp4\nftp://x/b.mp4\nhttps://[::1/\n")
+    found = inputs.find(tmp_path / "m.csv")
+    assert len(found.rows) == 3 and "2 addresses of" in found.notes[0]
+    for address in ("ftp://x/a", "https://[::1/", f"s3://KEY:{SECRET}@bucket/a.mp4"):
+        with pytest.raises(UserError, match="cannot read input") as error:
+            inputs.find(address)
+        assert SECRET not in str(error.value)
+
+
+def test_redirects_are_followed_on_the_same_host_alone_unless_a_setting_says_so(site, tmp_path):
+    assert probed(at(site, "to/127.0.0.1/a.mp4"), tmp_path, "127.0.0.1")["reason"] == "corrupt", "it was fetched"
+    for path, told in {
+        "to/localhost/a.mp4": "localhost is the name of",
+        "to/2852039166/a.mp4": "2852039166 is an address of this machine",
+        "to/169.254.169.254/a.mp4": "169.254.169.254 is an address of this machine or its network",
+        "to/127.0.0.1/to/localhost/a.mp4": "localhost is another host, to which it redirects",
+        "to/example.org/a.mp4": "example.org is another host, to which it redirects",
+        "to/file/etc/passwd.mp4": "",
+    }.items():
+        del site.asked[:]
+        row = probed(at(site, path), tmp_path, "127.0.0.1")
+        assert row["reason"] in ("bad_address", "unreadable") and (not told or row["reason"] == "bad_address"), row
+        assert told.split(" ")[0] in row["message"] and not any(asked.startswith("localhost") for asked in site.asked)
+    row = probed(at(site, "to/localhost/a.mp4"), tmp_path, "127.0.0.1", "localhost")
+    assert row["reason"] == "corrupt" and row["sha256"]
+
+
+def test_a_name_of_this_machine_is_not_asked_by_way_of_a_pattern(site, tmp_path):
+    row = probed(at(site, "to/localhost/a.mp4"), tmp_path, "127.0.0.1", "*")
+    assert row["reason"] == "bad_address"
+
+
+def test_links_that_lead_elsewhere_are_not_listed(site):
+    settings = inputs.trusting(config.Preparation(), at(site, "list/"))
+    found = inputs.find(at(site, "list/"), settings.prepare)
+    assert [row["file"] for row in found.rows] == ["own.mp4"]
+
+
+def test_a_manifest_elsewhere_names_no_files_of_this_machine(site, tmp_path):
+    (tmp_path / "mine.mp4").write_bytes(b"mine")
+    site.rows = [f"file://{tmp_path}/mine.mp4", f"{tmp_path}/mine.mp4", "../../etc/passwd.mp4", "FILE:///etc/x.mp4"]
+    address = at(site, "m.jsonl")
+    settings = inputs.trusting(config.Preparation(), address)
+    rows = inputs.find(address, settings.prepare).rows
+    found = [probing.probe(row, settings) for row in rows]
+    assert len(found) == 4 and b"mine" not in repr(found).encode().replace(b"mine.mp4", b"")
+    assert {row["reason"] for row in found if row["file"].lower().startswith("file://")} == {"bad_address"}
+    assert all(row["bytes"] != 4 for row in found)
+
+
+def test_a_signed_address_is_one_video_and_shows_nothing(site, tmp_path):
+    signed = at(site, f"dance.mp4?X-Amz-Signature={SECRET}&name=a*b").replace("http://", f"http://me:{SECRET}@")
+    settings = inputs.trusting(config.Preparation(), signed)
+    found = inputs.find(signed, settings.prepare)
+    assert found.kind == "video" and [row["file"] for row in found.rows] == ["dance.mp4"]
+    assert probing.probe(found.rows[0], settings)["reason"] == "corrupt", "it was fetched"
+    (row,) = inputs.find(at(site, f"download?id=7&token={SECRET}"), settings.prepare).rows
+    assert SECRET not in row["file"]
+    for path in (f"missing{'x' * 190}.mp4?sig={SECRET}", f"missing.mp4?sig={SECRET}"):
+        row = probed(at(site, path), tmp_path, "127.0.0.1")
+        assert row["reason"] == "unreadable" and SECRET not in row["message"] + row["file"]
+    with pytest.raises(UserError, match="cannot read input") as error:
+        inputs.find(at(site, f"missing{'x' * 190}/?sig={SECRET}").replace("?", "/m.csv?"), settings.prepare)
+    assert SECRET not in str(error.value)
+
+
+def test_a_name_does_not_change_when_its_address_is_signed_anew(tmp_path):
+    def names(*queries):
+        (tmp_path / "m.txt").write_text("".join(f"https://host/a.mp4?{query}\n" for query in queries))
+        return {row["file"] for row in inputs.find(tmp_path / "m.txt").rows}
+
+    assert names("sig=1") == names("sig=2") == {"https://host/a.mp4"}
+    two = names("id=1", "id=2")
+    assert len(two) == 2 and all(name.startswith("https://host/a.mp4?") and "id=" not in name for name in two)
+    with pytest.raises(UserError, match="rows 1 and 2 are both"):
+        names("id=1", "id=1")
+
+
+def test_a_source_has_a_total_time():
+    def drips():
+        while True:
+            time.sleep(0.01)
+            yield b"x"
+
+    with pytest.raises(attempts.VideoError) as error:
+        for _ in attempts.heard(drips(), stall_s=60, watched=False, work_s=0.1):
+            pass
+    assert error.value.reason == "too_long"
+
+
+@pytest.mark.parametrize("protocol", addresses.PROTOCOLS)
+def test_what_is_read_passes(protocol):
+    addresses.check(f"{protocol}://bucket.example.org/a%20b/c@d.mp4")

@@ -1,0 +1,111 @@
+"""What generate takes from a person's files: pictures, poses and driving videos, of any size and kind."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from entprog.config import ClipShape, Generation, Prepare
+from entprog.errors import UserError
+from entprog.media import assets, h264, video
+from pipelines.generating import motions
+
+SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
+CROP = Generation().prepare
+
+
+def test_every_file_of_a_folder_is_taken_or_named(tmp_path, capsys):
+    taken = ["a.mp4", "b.M4V", "c.gif", "d.webm", "e.mpg"]
+    for name in [*taken, "notes.txt", "f.jpg", "no ending", ".hidden.mp4"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    found, others = motions.files(tmp_path, motions.VIDEOS, "--video")
+    assert [path.name for path in found] == taken
+    assert {Path(name).name for name in others} == {"notes.txt", "f.jpg", "no ending", "folder.mp4"}
+    assert "4 in" in capsys.readouterr().out
+    assert [path.name for path in motions.files(tmp_path, motions.PICTURES, "--reference")[0]] == ["c.gif", "f.jpg"]
+    for given, told in ((tmp_path / "folder.mp4", "no file in the folder"), (tmp_path / "none.mp4", "no such file")):
+        with pytest.raises(UserError, match=told):
+            motions.files(given, motions.VIDEOS, "--video")
+
+
+def test_inputs_of_one_stem_have_names_of_their_own(tmp_path):
+    paths = [tmp_path / name for name in ("dance.mp4", "dance.mov", "walk.mp4")]
+    called = motions.names(paths)
+    assert list(called.values()) == ["dance.mp4", "dance.mov", "walk"]
+    who = dict.fromkeys([tmp_path / "me.png", tmp_path / "me.jpg"], np.zeros((4, 4, 3), np.uint8))
+    made = motions.pairs(who, [(called[path], np.zeros((5, 33, 3)), None) for path in paths])
+    assert len({motion.name for motion in made}) == 6 and made[0].name == "me.png as dance.mp4"
+
+
+def test_several_people_are_told(tmp_path, capsys):
+    size = (480, 272)
+    people = [
+        [frame for _, frame in video.iter_frames(assets.clip(name), fps=10, end_s=0.6, size=size)]
+        for name in ("cam04", "cam01")
+    ]
+    both = [np.concatenate(pair, 1) for pair in zip(*people, strict=True)]
+    h264.write(tmp_path / "both.mp4", both, fps=10)
+    h264.write(tmp_path / "one.mp4", people[0], fps=10)
+    Image.fromarray(both[0]).save(tmp_path / "both.png")
+    points, cut = motions.driving_clip(tmp_path / "both.mp4", SHAPE, CROP)
+    assert points.shape == (5, 33, 3) and cut.shape == (5, 48, 32, 3)
+    assert "several people are in" in capsys.readouterr().out
+    motions.reference_image(tmp_path / "both.png", SHAPE, CROP)
+    assert "several people are in" in capsys.readouterr().out
+    motions.driving_clip(tmp_path / "one.mp4", SHAPE, CROP)
+    assert "several" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp", ".tif"])
+def test_a_cut_out_reference_does_not_show_its_hidden_colours(ending, tmp_path):
+    picture = np.zeros((48, 32, 4), np.uint8)
+    picture[..., 0] = 255  # red everywhere, of which only a square is to be seen
+    picture[10:20, 10:20, 3] = 255
+    Image.fromarray(picture).save(tmp_path / f"me{ending}", **({"lossless": True} if ending == ".webp" else {}))
+    who = motions.reference_image(tmp_path / f"me{ending}", SHAPE, CROP)
+    assert (who[0, 0] == 255).all() and who[15, 15].tolist() == [255, 0, 0]
+
+
+def test_a_reference_is_one_of_the_kinds_that_are_read(tmp_path):
+    (tmp_path / "me.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 48\n(x) run\n")
+    with pytest.raises(UserError, match=r"cannot read .* as a picture: .*no picture of a kind that is read"):
+        motions.reference_image(tmp_path / "me.png", SHAPE, CROP)
+
+
+def test_small_files_that_unpack_to_much_are_refused(tmp_path):
+    small = Prepare(max_pixels=500_000, max_decoded_bytes=2**20)
+    Image.new("1", (4000, 4000)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"--reference: .*more than 500000 pixels"):
+        motions.reference_image(tmp_path / "wide.png", SHAPE, small)
+    np.savez_compressed(tmp_path / "long.npz", pose=np.zeros((20_000, 33, 3), np.float32))
+    assert (tmp_path / "long.npz").stat().st_size < 20_000
+    with pytest.raises(UserError, match=r"--pose: .*max_decoded_bytes"):
+        motions.read_pose(tmp_path / "long.npz", SHAPE, small)
+    h264.write(tmp_path / "wide.mp4", [np.zeros((800, 800, 3), np.uint8)] * 5, fps=10)
+    with pytest.raises(UserError, match=r"--video: .*500000 pixels|--video: .*larger than is read"):
+        motions.driving_clip(tmp_path / "wide.mp4", SHAPE, small)
+
+
+def test_two_frames_a_year_apart_are_no_driving_video(tmp_path):
+    with av.open(str(tmp_path / "year.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", Fraction(1, 10)
+        for i, pts in enumerate((0, 365 * 24 * 3600 * 10)):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match=r"--video: .*(stands still|not read)"):
+        motions.driving_clip(tmp_path / "year.mkv", SHAPE, CROP, most=float("inf"))
+
+
+def test_a_pose_sequence_as_npz_and_as_npy(tmp_path):
+    points = np.random.default_rng(0).random((9, 33, 3))
+    np.save(tmp_path / "one.npy", points)
+    np.savez(tmp_path / "one.npz", pose=points)
+    one, other = (motions.read_pose(tmp_path / f"one.{kind}", SHAPE, CROP) for kind in ("npy", "npz"))
+    assert one.shape == (5, 33, 3) and one.dtype == np.float32 and np.array_equal(one, other)
