@@ -24,6 +24,7 @@ from entprog.masking import masked
 from entprog.media import pose
 from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
+from entprog.preparing.rows import Source
 from pipelines import cli
 from pipelines.outputs import claim
 from pipelines.preparing import additions, contact_sheet, packing, progress
@@ -140,7 +141,7 @@ class Work:
 
     found: Inputs
     before: additions.Before | None
-    to_do: list[Row]
+    to_do: list[Source]
     """Sources that no dataset in the output has."""
     held: set[str]
     """Sources that --held-out names."""
@@ -248,7 +249,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
 
 
 def _cut_all(
-    ray, left: list[Row], parts: Path, keys: dict[str, str], settings: Preparation, tally: progress.Tally
+    ray, left: list[Source], parts: Path, keys: dict[str, str], settings: Preparation, tally: progress.Tally
 ) -> None:
     """Take sources through all stages; a progress bar with rate and ETA. Their parts lie in `parts` afterwards."""
     if not left:
@@ -267,7 +268,7 @@ def _cut_all(
                 tally.count(row["file"], row["reason"])
 
 
-def _stages(ray, rows: list[Row], parts: Path, settings: Preparation, cpus: int):
+def _stages(ray, rows: list[Source], parts: Path, settings: Preparation, cpus: int):
     """The Dataset of sources done: probe and shots, which share a task, → track → cut.
 
     Each takes a CPU and has memory of its own: operators that ask for the same are made one by Ray Data, and then

@@ -26,6 +26,7 @@ from entprog.media.video import VideoError
 from entprog.preparing import ledger, shots, windows
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.probing import opened, tried
+from entprog.preparing.rows import Cut, Done, Shots, Tracked
 
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
@@ -34,8 +35,6 @@ PEOPLE_SIZE = 0.5
 """Another person counts from this share of the foremost one's size on: smaller ones are passers-by, or no people."""
 PEOPLE_SHARE = 0.5
 """Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
-
-Row = dict[str, Any]
 
 
 class Track:
@@ -46,11 +45,11 @@ class Track:
         self.parts = parts
         self.estimator = pose.estimator(settings.prepare)
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: Shots) -> Tracked:
         """Adds `track`, the bytes of float32 [T, 33, 3], and `others`, of bool [T]: whether more people were seen."""
         return tried({**row, "track": b"", "others": b""}, "track", self.settings, self.parts, self._track)
 
-    def _track(self, row: Row, settings: Preparation, heard) -> Row:
+    def _track(self, row: Tracked, settings: Preparation, heard) -> Tracked:
         height, width = row["view_height"], row["view_width"]
         shrink = min(1.0, LONGEST_SIDE / max(height, width))
         size = None if shrink == 1 else (max(1, round(height * shrink)), max(1, round(width * shrink)))
@@ -99,7 +98,7 @@ class _Window:
     reference: bytes = b""
 
 
-def cut(row: Row, settings: Preparation, parts: Path) -> Row:
+def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
     """Fourth stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
     The ledger file comes last: a part with a ledger is finished and never done again.
@@ -112,7 +111,7 @@ def cut(row: Row, settings: Preparation, parts: Path) -> Row:
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
 
-def _cut(row: Row, settings: Preparation, heard, parts: Path) -> Row:
+def _cut(row: Cut, settings: Preparation, heard, parts: Path) -> Cut:
     """Writes the part; adds `clips`, their number, `part_sha256`, and the ledger's `lines` of all clips.
 
     The row is rejected if no clip is kept.
@@ -121,7 +120,7 @@ def _cut(row: Row, settings: Preparation, heard, parts: Path) -> Row:
     kept, verdicts = _choose(row, track, settings)
     part, encoded = None, {}
 
-    def clips(windows_done: Iterable[_Window]) -> Iterator[Row]:
+    def clips(windows_done: Iterable[_Window]) -> Iterator[dict[str, Any]]:
         for window in windows_done:
             if window.reason:
                 verdicts[window.start] = "picture", window.reason
@@ -154,7 +153,7 @@ def _cut(row: Row, settings: Preparation, heard, parts: Path) -> Row:
     return ledger.rejected(row, "cut", reason, f"none of its {len(lines)} clips is good enough")
 
 
-def _choose(row: Row, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], dict[int, tuple[str, str]]]:
+def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], dict[int, tuple[str, str]]]:
     """Decide on every window by its pose: (those kept, {first frame: (stage, reason or '')} of all)."""
     shape, prepare = settings.data.shape, settings.prepare
     height, width = row["view_height"], row["view_width"]
@@ -190,7 +189,9 @@ def _choose(row: Row, track: np.ndarray, settings: Preparation) -> tuple[list[_W
     return kept, verdicts
 
 
-def _extract(row: Row, kept: list[_Window], pictures: Iterator[np.ndarray], settings: Preparation) -> Iterator[_Window]:
+def _extract(
+    row: Tracked, kept: list[_Window], pictures: Iterator[np.ndarray], settings: Preparation
+) -> Iterator[_Window]:
     """Second pass: cut the frames of all kept windows out of one decoding; judge and encode each clip when it is whole.
 
     Gives the windows in their order, each as soon as it has its `reference`, and `video` or `reason`: a source of hours
@@ -237,7 +238,7 @@ def _png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _clip(row: Row, window: _Window, settings: Preparation) -> Row:
+def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any]:
     """A clip as `shards.SCHEMA` has it. Its split is decided when all sources are known."""
     shape = settings.data.shape
     left, top, width, height = window.box

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from entprog.config import Prepare
 from entprog.masking import bare, reason
@@ -19,12 +18,13 @@ from entprog.media.video import VideoError
 from entprog.preparing import addresses
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.attempts import MachineError
+from entprog.preparing.rows import Source
 
 PIECE_BYTES = 1 << 20
 
 
 @contextmanager
-def fetched(row: dict[str, Any], prepare: Prepare, heard=lambda pieces: pieces) -> Iterator[Path]:
+def fetched(row: Source, prepare: Prepare, heard=lambda pieces: pieces) -> Iterator[Path]:
     """A source's path on this machine. `heard` goes over the pieces of a remote file as they come in.
 
     Raises VideoError: `bad_address`, `unreadable` (missing, not permitted, not a plain file, not answered),
@@ -45,7 +45,7 @@ def fetched(row: dict[str, Any], prepare: Prepare, heard=lambda pieces: pieces) 
             raise VideoError("unreadable", f"{row['file']}: {reason(error.reason, path)}") from None
 
 
-def check(row: dict[str, Any], prepare: Prepare) -> None:
+def check(row: Source, prepare: Prepare) -> None:
     """Raises VideoError `bad_address` for a source whose address is not read."""
     path = os.fsdecode(row["path"])
     if path.startswith("file://"):  # listed files of this machine are paths
@@ -63,7 +63,7 @@ class _RemoteError(Exception):
         self.reason = reason
 
 
-def _local(path: Path, row: dict[str, Any], max_bytes: int) -> Path:
+def _local(path: Path, row: Source, max_bytes: int) -> Path:
     try:
         known = path.stat()
     except (OSError, ValueError) as error:  # gone, not permitted; a name that no file can have
@@ -88,7 +88,7 @@ def stamp(known: os.stat_result) -> str:
     return f"{known.st_size}-{known.st_mtime_ns}"
 
 
-def _copy(address: str, scratch: Path, row: dict[str, Any], prepare: Prepare, heard) -> Path:
+def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heard) -> Path:
     try:
         files, path = addresses.filesystem(address, prepare.hosts)
         if not row["frames_fps"]:

@@ -23,8 +23,7 @@ from entprog.media.video import VideoError
 from entprog.names import plain
 from entprog.preparing import addresses, fetching, manifest
 from entprog.preparing.addresses import AddressError
-
-Row = dict[str, Any]
+from entprog.preparing.rows import Source
 
 SUFFIXES = frozenset(
     {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
@@ -44,10 +43,8 @@ class Inputs:
 
     kind: str
     """In words: folder, glob, manifest, …"""
-    rows: list[Row]
-    """Sources by name. `file`: name for people and the ledger, unique; `path`: bytes of the path or URI; `bytes`: size,
-    0 if not known; `stamp`: changes with the content, empty if not known; `frames_fps`: of a folder of images, 0 for a
-    video; `caption`, `split`, `crop`: as `manifest.Entry` has them."""
+    rows: list[Source]
+    """By name."""
     notes: tuple[str, ...] = ()
     """What a person should know."""
 
@@ -78,12 +75,12 @@ def trusting(settings: Preparation, given: str | Path) -> Preparation:
     return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"hosts": hosts})})
 
 
-def is_video(row: Row) -> bool:
+def is_video(row: Source) -> bool:
     """Whether a source is tried as a video, by its name."""
     return bool(row["frames_fps"]) or suffix(row) in SUFFIXES
 
 
-def suffix(row: Row) -> str:
+def suffix(row: Source) -> str:
     """Ending of a source's name, in small letters."""
     path = os.fsdecode(row["path"])
     return Path(bare(path) if addresses.is_remote(path) else path).suffix.lower()
@@ -97,7 +94,7 @@ def _local_path(address: str) -> str:
         raise UserError(f"cannot read {address}: {error}") from None
 
 
-def _row(file: str, path: str, **known: Any) -> Row:
+def _row(file: str, path: str, **known: Any) -> Source:
     blank = {"bytes": 0, "stamp": "", "frames_fps": 0.0, "caption": "", "split": "", "crop": ""}
     return {"file": plain(file), "path": os.fsencode(path), **blank, **known}
 
@@ -126,7 +123,7 @@ def _local(text: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
 
 
-def _tables_among(rows: Iterable[Row]) -> tuple[str, ...]:
+def _tables_among(rows: Iterable[Source]) -> tuple[str, ...]:
     """A note on files in a folder that could be its manifest."""
     found = [row["file"] for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
     return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
@@ -163,14 +160,14 @@ def _name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
-def _entry_at(file: str, path: Path, frames_fps: float) -> Row:
+def _entry_at(file: str, path: Path, frames_fps: float) -> Source:
     """A path that may be a folder of numbered images."""
     listable = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)  # noqa: PTH112 (of any name)
     names = frames.numbered([entry.name for entry in path.iterdir()]) if listable else []
     return _images(file, path, names, frames_fps) if names else _file(file, path)
 
 
-def _file(file: str, path: Path) -> Row:
+def _file(file: str, path: Path) -> Source:
     try:
         known = path.stat()
     except (OSError, ValueError):  # a link to nowhere, or gone since it was listed: the first stage says so
@@ -178,13 +175,13 @@ def _file(file: str, path: Path) -> Row:
     return _row(file, str(path), bytes=known.st_size, stamp=fetching.stamp(known))
 
 
-def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Row:
+def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Source:
     rows = [_file(name, folder / name) for name in names]
     told = digest([(row["file"], row["stamp"]) for row in rows])
     return _row(file, str(folder), bytes=sum(row["bytes"] for row in rows), stamp=told, frames_fps=fps)
 
 
-def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[Row]:
+def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[Source]:
     """Every file in a folder and its subfolders but hidden ones; a sequence of numbered images is one source.
 
     Links are followed, each folder is entered once.
@@ -238,7 +235,7 @@ def _remote(address: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
     return Inputs(f"{kind} on {address.partition('://')[0]}", rows, notes)
 
 
-def _remote_rows(files, root: str, found: dict[str, Row], frames_fps: float) -> Iterator[Row]:
+def _remote_rows(files, root: str, found: dict[str, dict[str, Any]], frames_fps: float) -> Iterator[Source]:
     """Sources among a listing {path: what is known of it}. What does not lie in the folder itself is left out."""
     root = root.rstrip("/")
     while glob.has_magic(root):
@@ -265,7 +262,7 @@ def _remote_rows(files, root: str, found: dict[str, Row], frames_fps: float) -> 
             yield _row(file, files.unstrip_protocol(path), bytes=size, stamp=_version(known))
 
 
-def _told_apart(rows: list[Row]) -> list[Row]:
+def _told_apart(rows: list[Source]) -> list[Source]:
     """The rows; names that several addresses share, which differ in their queries, get a hash of these.
 
     A name is no hash of a query where it need not be: an address that is signed anew is the same source.
@@ -278,7 +275,7 @@ def _told_apart(rows: list[Row]) -> list[Row]:
     return out
 
 
-def _version(known: Row) -> str:
+def _version(known: dict[str, Any]) -> str:
     """What a filesystem says that changes with a file's content; empty if it says nothing but the size."""
     for name in ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime"):
         if known.get(name):
@@ -305,7 +302,7 @@ def _manifest(path: Path, name: str, base: str, prepare: Prepare) -> Inputs:
     return Inputs(kind, rows, tuple(notes))
 
 
-def _refused(row: Row, prepare: Prepare) -> VideoError | None:
+def _refused(row: Source, prepare: Prepare) -> VideoError | None:
     try:
         fetching.check(row, prepare)
     except VideoError as error:
@@ -313,14 +310,14 @@ def _refused(row: Row, prepare: Prepare) -> VideoError | None:
     return None
 
 
-def _check_libraries(rows: Iterable[Row]) -> None:
+def _check_libraries(rows: Iterable[Source]) -> None:
     """Raises UserError where a protocol's library is not installed: now, not once for each row of a long job."""
     protocols = {os.fsdecode(row["path"]).partition("://")[0].lower() for row in rows if b"://" in row["path"]}
     for protocol in protocols & {"s3", "gs"}:
         addresses.filesystem(f"{protocol}://bucket")
 
 
-def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Row:
+def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
     """A manifest's entry as a source. Its name is the path as it is written, without secrets, and its crop."""
     text, far = entry.path, addresses.is_remote(base)
     told = {"caption": entry.caption, "split": entry.split, "crop": entry.crop}

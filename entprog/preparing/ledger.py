@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,9 @@ from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.names import plain
 from entprog.preparing.attempts import MAX_CRASHES
+from entprog.preparing.rows import Line, Probed, Source
+
+R = TypeVar("R", bound=Probed)
 
 SCHEMA = pa.schema(
     [
@@ -37,10 +40,8 @@ one has the same content. sha256 and bytes: of the input; for a kept clip of
 its encoded video. start_s: where in its source a clip begins. split: `train` or `held_out` where kept. stamp: of an
 input, what tells it from a changed one without reading it (`inputs.Inputs`), and what a manifest says of it."""
 
-Row = dict[str, Any]
 
-
-def line(row: Row) -> Row:
+def line(row: Mapping[str, Any]) -> Line:
     """What the ledger says of a source, or with `clip` and `start_s` of one of its clips."""
     is_clip = bool(row.get("clip"))
     return {
@@ -59,29 +60,29 @@ def line(row: Row) -> Row:
     }
 
 
-def stamp(row: Row) -> str:
+def stamp(row: Source) -> str:
     """What an input is, as far as its listing tells: its own stamp and what a manifest says of it."""
     return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'])}"
 
 
-def rejected(row: Row, stage: str, reason: str, message: str) -> Row:
+def rejected(row: R, stage: str, reason: str, message: str) -> R:
     """The row with its verdict."""
     told = plain(one_line(message, os.fsdecode(row.get("path", b"")), most=500))
     return {**row, "stage": stage, "reason": reason, "message": told}
 
 
-def crashed(row: Row, stage: str) -> Row:
+def crashed(row: R, stage: str) -> R:
     """The verdict on a source that brought its process down again and again."""
     return rejected(row, stage, "crashed", f"it brought the process down, or stood still, {MAX_CRASHES} times")
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[Line]) -> None:
     """Write the ledger as Parquet, whole or not at all."""
     with files.whole(path) as scratch:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), scratch, compression="ZSTD")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Line]:
     """All rows. Raises UserError if there is no readable ledger."""
     try:
         return pq.read_table(path, columns=SCHEMA.names).to_pylist()
@@ -89,7 +90,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read the ledger {path}: {one_line(error)}") from None
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(rows: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """{"inputs": {"found", "kept", "rejected": {reason: count}}, "clips": the same}, the frequent reasons first."""
     out = {}
     for name, kind in (("inputs", "input"), ("clips", "clip")):
@@ -100,7 +101,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def check(rows: Sequence[Mapping[str, Any]], files: Iterable[str], shard_clips: int | None = None) -> None:
+def check(rows: Sequence[Line], files: Iterable[str], shard_clips: int | None = None) -> None:
     """Nothing may vanish: every file found has one row, every clip one, and what is kept is what the shards hold.
 
     Raises RuntimeError saying what does not add up.

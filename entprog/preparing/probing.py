@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,11 +20,12 @@ from entprog.media import footage, frames
 from entprog.media.footage import Footage
 from entprog.media.video import VideoError
 from entprog.preparing import addresses, attempts, fetching, inputs, ledger, shots
+from entprog.preparing.rows import Probed, Shots, Source
 
-Row = dict[str, Any]
+R = TypeVar("R", bound=Probed)
 
 
-def probe(row: Row, settings: Preparation, parts: Path | None = None) -> Row:
+def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Probed:
     """Hash the source and look at its first frame.
 
     Adds sha256, source_height and source_width (of the whole upright picture), view_height and view_width (of what the
@@ -35,12 +36,12 @@ def probe(row: Row, settings: Preparation, parts: Path | None = None) -> Row:
     return tried(row, "probe", settings, parts, _probe)
 
 
-def cut_shots(row: Row, settings: Preparation, parts: Path | None = None) -> Row:
+def cut_shots(row: Probed, settings: Preparation, parts: Path | None = None) -> Shots:
     """Second stage: adds `cuts`, bytes of int32: the clip frames (`shots.cuts`) at which new shots begin."""
     return tried({**row, "cuts": b""}, "shots", settings, parts, _cut_shots)
 
 
-def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work) -> Row:
+def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -> R:
     """`work(row, settings, heard)` with everything that can go wrong made a verdict; a bad row passes by.
 
     `heard` goes over whatever work waits for, so that a standstill is noticed (`attempts`).
@@ -65,7 +66,7 @@ def tried(row: Row, stage: str, settings: Preparation, parts: Path | None, work)
 
 
 @contextmanager
-def opened(row: Row, settings: Preparation, heard) -> Iterator[Footage]:
+def opened(row: Source, settings: Preparation, heard) -> Iterator[Footage]:
     """The source on this machine, as footage. Raises VideoError as `fetching.fetched` does."""
     with fetching.fetched(row, settings.prepare, heard) as path:
         try:
@@ -74,7 +75,7 @@ def opened(row: Row, settings: Preparation, heard) -> Iterator[Footage]:
             raise VideoError(error.reason, str(error).replace(str(path), row["file"])) from None
 
 
-def _probe(row: Row, settings: Preparation, heard) -> Row:
+def _probe(row: Probed, settings: Preparation, heard) -> Probed:
     path, is_video = os.fsdecode(row["path"]), inputs.is_video(row)
     fetching.check(row, settings.prepare)
     if addresses.is_remote(path) and not is_video:
@@ -91,13 +92,13 @@ def _probe(row: Row, settings: Preparation, heard) -> Row:
     return {**row, **sizes}
 
 
-def _not_a_video(row: Row) -> VideoError:
+def _not_a_video(row: Source) -> VideoError:
     ending = inputs.suffix(row)
     told = f"ends with {ending!r}" if ending else "has no ending"
     return VideoError("not_a_video", f"its name {told}; if it is a video, give it its ending")
 
 
-def content_sha256(row: Row, settings: Preparation) -> str:
+def content_sha256(row: Source, settings: Preparation) -> str:
     """Hash of a source's content, decoding nothing. Raises VideoError as `fetching.fetched` does."""
     with opened(row, settings, lambda pieces: pieces) as source:
         return _sha256(source, lambda pieces: pieces)
@@ -113,7 +114,7 @@ def _sha256(source: Footage, heard) -> str:
     return whole.hexdigest()
 
 
-def _cut_shots(row: Row, settings: Preparation, heard) -> Row:
+def _cut_shots(row: Shots, settings: Preparation, heard) -> Shots:
     with opened(row, settings, heard) as source:
         change = shots.changes(heard(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
     return {**row, "cuts": np.array(shots.cuts(change, settings.prepare.shot_change), np.int32).tobytes()}

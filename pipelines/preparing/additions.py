@@ -15,10 +15,10 @@ from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
 from entprog.preparing import addresses, inputs, ledger, probing
+from entprog.preparing.rows import Line, Source
 from pipelines import cli
 from pipelines.preparing import packing
 
-Row = dict[str, Any]
 NEXT_LEDGER = "ledger.next.parquet"
 
 
@@ -27,10 +27,10 @@ class Before:
     """What a finished run has left."""
 
     dataset: Dataset
-    lines: list[Row]
+    lines: list[Line]
     """Rows of the dataset's ledger."""
 
-    def inputs(self) -> dict[str, Row]:
+    def inputs(self) -> dict[str, Line]:
         """The ledger's line of each input."""
         return {line["file"]: line for line in self.lines if line["kind"] == "input"}
 
@@ -61,7 +61,7 @@ def _is_due(output: Path, dataset: Dataset) -> bool:
     return coming.exists() and files.sha256(coming) == dataset.settings.get("ledger")
 
 
-def finish(output: Path, settings: Preparation, lines: Sequence[Row], written) -> Dataset:
+def finish(output: Path, settings: Preparation, lines: Sequence[Line], written) -> Dataset:
     """Write ledger and dataset.json so that they belong together after a kill at any moment."""
     coming = output / NEXT_LEDGER
     ledger.write(coming, lines)
@@ -92,7 +92,7 @@ def check_settings(before: Before, output: Path, settings: Preparation, held: se
         refuse(output, theirs, mine)
 
 
-def refuse(output: Path, theirs: Row, mine: Row) -> None:
+def refuse(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises UserError naming the first setting that differs."""
     theirs, mine = config.flat(theirs), config.flat(mine)
     name = next(name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name))
@@ -100,7 +100,7 @@ def refuse(output: Path, theirs: Row, mine: Row) -> None:
     raise UserError(f"{output} was prepared with other settings ({told}): choose another --output, or delete it")
 
 
-def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Preparation) -> list[Row]:
+def to_do(before: Before, sources: Sequence[Source], output: Path, settings: Preparation) -> list[Source]:
     """Sources that the dataset does not have: new ones, and changed ones of which it has no clip.
 
     A file whose time stamp alone is another is read to see whether it has changed. Prints what it found.
@@ -138,7 +138,7 @@ def to_do(before: Before, sources: Sequence[Row], output: Path, settings: Prepar
     return [*new, *again.values()]
 
 
-def _has_changed(row: Row, line: Row, settings: Preparation) -> bool:
+def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
     if line["stamp"].rpartition(" ")[2] != ledger.stamp(row).rpartition(" ")[2]:
         return True  # a manifest says something else of it
     try:
@@ -147,6 +147,6 @@ def _has_changed(row: Row, line: Row, settings: Preparation) -> bool:
         return True
 
 
-def _never_read(row: Row, line: Row) -> bool:
+def _never_read(row: Source, line: Line) -> bool:
     """Whether a remote source did not answer before."""
     return not line["sha256"] and inputs.is_video(row) and addresses.is_remote(os.fsdecode(row["path"]))

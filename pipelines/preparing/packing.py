@@ -18,6 +18,7 @@ from entprog.data import shards
 from entprog.data.shards import ShardInfo
 from entprog.errors import UserError
 from entprog.preparing import ledger
+from entprog.preparing.rows import Line, Source
 
 Row = dict[str, Any]
 
@@ -50,7 +51,7 @@ def identity_of(dataset: shards.Dataset) -> Row:
         return config.flat(shape)
 
 
-def part_keys(rows: Iterable[Row], settings: Preparation) -> dict[str, str]:
+def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
     """Name of each source's part: changes with the source and with every setting that its clips depend on."""
     same = config.digest(cut_settings(settings), shards.FORMAT)
     return {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
@@ -123,7 +124,7 @@ def _side(group: set[str], *wishes: Mapping[str, str]) -> str | None:
     return None
 
 
-def with_twins(lines: Sequence[Row], before: Sequence[Row] = ()) -> list[Row]:
+def with_twins(lines: Sequence[Line], before: Sequence[Line] = ()) -> list[Line]:
     """The ledger's lines, with a message for kept inputs whose content another kept input has too.
 
     `before`: lines of earlier runs, which are not given back.
@@ -149,7 +150,7 @@ def _hash(seed: int, file: str) -> bytes:
 
 
 def shard_plans(
-    rows: Sequence[Row],
+    rows: Sequence[Line],
     splits: Mapping[str, str],
     keys: Mapping[str, str],
     clips_per_shard: int,

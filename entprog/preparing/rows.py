@@ -1,0 +1,100 @@
+"""A source's row on its way through the stages of prepare: what each stage finds in it, with shapes and units.
+
+At run time a row is a dictionary of text, numbers and bytes, as Ray Data takes it: an array is the bytes of its values.
+A stage gives back a new row with its own fields added, and passes a rejected row on as it is.
+"""
+
+from typing import NotRequired, TypedDict
+
+
+class Source(TypedDict):
+    """A source as `inputs.find` lists it; nothing of it has been opened."""
+
+    file: str
+    """Name for people, ledger and clips; unique among the inputs, and without secrets."""
+    path: bytes
+    """Path or address. File names need not be UTF-8."""
+    bytes: int
+    """Size; 0 if it is not known."""
+    stamp: str
+    """Changes with the content; empty if nothing is known that does."""
+    frames_fps: float
+    """Frames per second of a folder of numbered images; 0: a video."""
+    caption: str
+    split: str
+    """`train` or `held_out` where a manifest asks for one, else empty."""
+    crop: str
+    """left,top,width,height in pixels of the upright picture; empty: all of it."""
+    key: NotRequired[str]
+    """Name of its part: of the files that its stages write."""
+
+
+class Probed(Source):
+    """After the first stage."""
+
+    sha256: str
+    """Of the content; empty if it could not be read."""
+    stage: str
+    """Where it was rejected; empty if it was not, as are the next two."""
+    reason: str
+    """One of `windows.REASONS`."""
+    message: str
+    """The reason in more words: one line without secrets."""
+    source_height: int
+    """Pixels of the whole upright picture."""
+    source_width: int
+    view_height: int
+    """Pixels of what the crop leaves."""
+    view_width: int
+
+
+class Shots(Probed):
+    """After the second stage."""
+
+    cuts: bytes
+    """int32 [N]: clip frames at which new shots begin."""
+
+
+class Tracked(Shots):
+    """After the third stage."""
+
+    track: bytes
+    """float32 [T, 33, 3]: x and y in 0..1 of the view, visibility 0..1, at the clip's frame rate."""
+    others: bytes
+    """bool [T]: whether more people than one were seen."""
+
+
+class Cut(Tracked):
+    """In the fourth stage."""
+
+    lines: list["Line"]
+    """The ledger's, of all its clips."""
+    clips: int
+    """Number of those that are kept."""
+    part_sha256: str
+    """Of the file that holds them; empty if there is none."""
+
+
+class Done(TypedDict):
+    """After the last stage, whose results lie in files."""
+
+    file: str
+    clips: int
+    reason: str
+
+
+class Line(TypedDict):
+    """A line of the ledger, of an input or of one of its clips: what `ledger.SCHEMA` says."""
+
+    kind: str
+    file: str
+    clip: str
+    kept: bool
+    reason: str
+    stage: str
+    message: str
+    sha256: str
+    bytes: int
+    start_s: float
+    split: str
+    stamp: str
