@@ -1,6 +1,7 @@
 """Shot cuts, people, motion, sharpness: each filter on real clips that it is about."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_splice_of_two_real_videos_is_cut_there(outcome):
 def test_a_full_disk_ends_the_job_and_is_no_verdict(outcome, tmp_path):
     settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
     row, *_ = outcome["plain"]
-    (tmp_path / "plain.parquet.tmp").symlink_to("/dev/full")  # where the part is written first
+    (tmp_path / f".plain.parquet.{os.getpid()}.tmp").symlink_to("/dev/full")  # where the part is written first
     with pytest.raises(attempts.MachineError, match="No space left"):
         cutting.cut(row, settings, tmp_path)
     assert not (tmp_path / "plain.json").exists(), "a source that could not be written is not done"
@@ -124,7 +125,7 @@ def test_sharpness_falls_with_blur_and_motion_with_time():
 
 def test_a_source_that_stands_still_ends_its_process(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from entprog.media import attempts\n"
+        "import sys, time; from pathlib import Path; from entprog.preparing import attempts\n"
         "with attempts.attempt(Path(sys.argv[1]), 'k', 'probe', 0.5) as may_try:\n"
         "    print(may_try, flush=True)\n"
         "    for _ in attempts.heard(range(8 if may_try else 0), 0.5, True): time.sleep(0.2)\n"
