@@ -23,7 +23,7 @@ WRITERS = 8
 DRIVER = """
 import sys, time
 from pathlib import Path
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import Tracker
 output = Path(sys.argv[1])
 tracker = Tracker.start(output, "parallel", output.name, params={"seed": 1}, tags={})
 rank_0 = Tracker.attach(tracker.handle())
