@@ -58,17 +58,17 @@ def filtered(content: bytes, filters) -> np.ndarray:
     return graph.pull().to_ndarray()
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libx265"])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mjpeg"])
 @pytest.mark.parametrize("turn", hostile.TURNS)
 def test_all_eight_turns_are_those_of_libavfilter(turn, codec, frames):
-    options = {"x265-params": "log-level=none:pools=none:frame-threads=1"} if codec == "libx265" else {}
+    pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     for container in ("mp4", "mov"):
-        content = hostile.encoded([hostile.laid(f, turn) for f in frames[:2]], codec, container, options=options)
+        content = hostile.encoded([hostile.laid(f, turn) for f in frames[:2]], codec, container, pixels)
         content = hostile.turned(content, turn)
         got, _ = video.read_frames(content, [0.0])
         assert got.shape == (1, 96, 56, 3)
         np.testing.assert_array_equal(got[0], filtered(content, FILTERS[turn]))
-        assert unlike(got[0], frames[0]) < 12 and unlike(got[0][::-1], frames[0]) > 20
+        assert unlike(got[0], frames[0]) < 20 and unlike(got[0], frames[0]) < unlike(got[0][::-1], frames[0]) / 2
         info = video.probe(content)
         assert (info.height, info.width) == (96, 56)
         crop = video.read_frames(content, [0.0], crop=(5, 11, 40, 30))[0]
@@ -187,12 +187,11 @@ def patches() -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("transfer", "codec", "container"),
-    [("pq", "libx264", "mp4"), ("hlg", "libx265", "mp4"), ("bt2020", "ffv1", "matroska")],
+    [("pq", "libx264", "mp4"), ("hlg", "libx264", "mov"), ("bt2020", "ffv1", "matroska")],
 )
 def test_wide_colours_become_ordinary_ones(transfer, codec, container):
     image = patches()
-    options = {"x265-params": "log-level=none:pools=none:frame-threads=1:crf=8"} if codec == "libx265" else {}
-    options = {"crf": "4"} if codec == "libx264" else options
+    options = {"crf": "4"} if codec == "libx264" else {}
     content = hostile.encoded([hostile.wide(image, transfer)] * 2, codec, container, "yuv420p10le", options)
     got = all_of(content)[0].astype(int)
     inner = np.s_[3::8, 3::8]
