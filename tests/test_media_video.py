@@ -287,3 +287,13 @@ def test_damage_raises_nothing_else(keep, at, damage):
             assert error.reason in video.REASONS
         else:
             assert keep
+
+
+def test_a_key_frame_that_an_edit_list_cuts_away_still_begins_what_follows():
+    """The first picture shown is a B-frame, whole all the same."""
+    path = assets.clip("no_face")
+    with av.open(str(path)) as container:
+        first = next(frame for packet in container.demux(video=0) for frame in packet.decode())
+        assert not first.key_frame, "or this clip shows nothing here"
+    times = [shown[0] for shown in video.iter_frames(path)]
+    assert times[0] == 0 and times == sorted(times) and len(times) > 90

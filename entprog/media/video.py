@@ -277,7 +277,10 @@ def decoded_frames(
     leaps = bool(container.format.flags & Flags.ts_discont.value)
     aspect, began_s = _aspect(stream), time.monotonic()
     last_s, part, count, waiting = None, 0, 0, True
+    first_key = None  # its picture may be cut away by an edit list: what follows it is whole all the same
     for packet in container.demux(stream):
+        if first_key is None and packet.is_keyframe:
+            first_key = packet.pts
         if packet.is_corrupt and (packet.is_keyframe or not waiting):
             raise VideoError("corrupt", f"{_name(source)}: damaged or cut off after {last_s or 0:.2f} s")
         try:
@@ -292,7 +295,8 @@ def decoded_frames(
                 raise VideoError("too_long", f"{_name(source)}: more than {limits.max_frames} frames are not decoded")
             if time.monotonic() - began_s > limits.max_work_s:
                 raise VideoError("too_long", f"{_name(source)}: not decoded within {limits.max_work_s:g} s")
-            if waiting and not _is_key(frame, packet, stream):
+            follows = last_s is None and None not in (first_key, frame.pts) and frame.pts >= first_key
+            if waiting and not (follows or _is_key(frame, packet, stream)):
                 continue
             if frame.is_corrupt:  # the decoder painted over what it could not read
                 raise VideoError("corrupt", f"{_name(source)}: damaged after {last_s or 0:.2f} s")
