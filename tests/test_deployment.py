@@ -26,9 +26,11 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.training import checkpoint
+from helpers import servers
 from helpers.commands import SETTINGS
 from helpers.people import two_people
 from pipelines import cli, train
+from pipelines.cluster import spot
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
@@ -292,6 +294,25 @@ def test_documents_name_settings_and_files_that_exist():
     assert named and named <= known, named - known
     for name in re.findall(r"`([\w-]+\.yaml)`", text):
         assert (ROOT / name).exists() or name == "mine.yaml"
+
+
+def test_a_spot_machine_hears_its_notice():
+    with servers.metadata("terminate", quiet=2) as address:
+        assert [spot.notice(address) for _ in range(3)] == [None, None, "terminate"]
+    with pytest.raises(OSError):
+        spot.notice(address)  # nobody answers: the watcher goes on looking
+
+
+def test_every_spot_machine_watches_and_every_training_pod_has_time_to_leave():
+    values = read("cluster.yaml")
+    assert "python -m pipelines.cluster.spot" in " ".join(values["worker_start_ray_commands"])
+    for name in ("gpu", "decode"):
+        pod = pods()[name]["spec"]
+        (container,) = pod["containers"]
+        words = container["lifecycle"]["preStop"]["exec"]["command"]
+        leaving = int(re.search(r"python -m pipelines\.cluster\.spot --leaving (\d+)", words[-1])[1])
+        assert leaving + 10 <= pod["terminationGracePeriodSeconds"], "Kubernetes would kill it before"
+        assert words[-1].endswith("ray stop"), "as KubeRay's own hook, whose place it takes"
 
 
 # ---- a job on a head node ----

@@ -22,8 +22,9 @@ from entprog.training import checkpoint
 from helpers.commands import SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
+from helpers.servers import metadata
 from pipelines import cli, train
-from pipelines.cluster import elastic, ray_internals
+from pipelines.cluster import elastic, ray_internals, spot
 from pipelines.cluster.message_board import Listener
 
 MIB = 2**20
@@ -57,6 +58,11 @@ class Nodes:
                 self.cluster.remove_node(each[1])
         for missing in wanted.elements():
             self.add(missing)
+
+    def with_a_worker(self):
+        """A node that a training worker runs on."""
+        holders = {process.ppid() for process in running("RayTrainWorker")}
+        return next(node for _, node in self.nodes if node.all_processes["raylet"][0].process.pid in holders)
 
     def kill_one_with_a_worker(self):
         """SIGKILL of a node: its raylet and all that runs under it, at once."""
@@ -155,6 +161,14 @@ def spot_notice():
     running("RayTrainWorker")[0].send_signal(signal.SIGTERM)
 
 
+def drain_one_with_a_worker(nodes):
+    """AWS's notice on a node's metadata service: its watcher drains the node. Another one comes in its place."""
+    node = nodes.with_a_worker()
+    nodes.add(4)
+    with metadata("terminate") as address:
+        spot.watch(address, "--address", nodes.cluster.address, "--node-id", node.node_id, every_s=0.1)
+
+
 def resumed_at(told):
     return [item["resumed"] for item in told if "resumed" in item]
 
@@ -167,18 +181,20 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
         folder / "disturbed",
         (3, no_space),
         (7, kill_controller),
-        (11, spot_notice),
-        (15, nodes.kill_one_with_a_worker),
+        (9, spot_notice),
+        (12, lambda: drain_one_with_a_worker(nodes)),
+        (16, nodes.kill_one_with_a_worker),
     )
     result, told = run("disturbed")
-    assert len(watcher.done) == 4
+    assert len(watcher.done) == 5
     warnings = [item["warning"] for item in told if "warning" in item]
     assert any("was not saved" in line and "training goes on" in line for line in warnings)
     assert any("SIGTERM" in line and "from the newest checkpoint" in line for line in warnings)
-    after_controller, after_notice, after_node = resumed_at(told)
+    after_controller, after_notice, after_drain, after_node = resumed_at(told)
     assert after_controller <= 4, "no checkpoint could be written before"
-    assert after_notice >= 11, "a notice is time for a checkpoint of its own"
-    assert after_node >= after_notice
+    assert after_notice >= 9, "a notice is time for a checkpoint of its own"
+    assert after_drain >= 12, "and so is a drained node"
+    assert after_node >= after_drain
     assert result["losses"] == undisturbed["losses"]
     assert result["held_out"] == [dict(point, charged_s=mine["charged_s"]) for point, mine in zip(
         undisturbed["held_out"], result["held_out"], strict=True)]  # fmt: skip

@@ -167,7 +167,7 @@ def _growing(listener: Listener, train: Train, workers: int, gpus: bool):
     """A group that is smaller than it should be is told when it can grow."""
     import ray
 
-    ray.get(listener.board.forget.remote(GROWS))
+    ray.get(listener.board.anew.remote())
     listener.begun.clear()
 
     def grow() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
 """Items with which a group of workers ends."""
+DRAINING_EVERY_S = 2.0
+"""Between looks at the nodes that Ray drains; AWS gives two minutes."""
 GOES_ON, GROWS, MACHINE_ENDS, JOB_ENDS = range(4)
 """Notices to workers (`pipelines.cluster.stopping`): the higher, the more urgent."""
 
@@ -19,6 +21,23 @@ class Board:
         self.items: list[dict[str, Any]] = []
         self.notice = GOES_ON
         self.noticed = asyncio.Event()
+        self.nodes: set[str] = set()
+        """Where the workers are."""
+        self.watching: asyncio.Task | None = None
+
+    async def join(self, node: str) -> None:
+        """A worker has begun on this node: should Ray drain it, as it does before a spot machine ends, all are told."""
+        self.nodes.add(node)
+        self.watching = self.watching or asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        import ray
+
+        while True:
+            leaving = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+            if self.nodes & leaving.keys():
+                await self.tell(MACHINE_ENDS)
+            await asyncio.sleep(DRAINING_EVERY_S)
 
     async def post(self, item: dict[str, Any]) -> None:
         self.items.append(item)
@@ -32,9 +51,10 @@ class Board:
         self.notice = max(self.notice, notice)
         self.noticed.set()
 
-    async def forget(self, notice: int) -> None:
-        """Take a notice back that was meant for workers who have ended."""
-        if self.notice == notice:
+    async def anew(self) -> None:
+        """New workers begin: what was meant for those before them is taken back. That the job ends stays."""
+        self.nodes.clear()
+        if self.notice != JOB_ENDS:
             self.notice = GOES_ON
             self.noticed.clear()
 

@@ -1,4 +1,5 @@
-"""Notices that something is about to end: a spot machine (SIGTERM to its workers), the job (SIGTERM to the driver), or
+"""Notices that something is about to end: a spot machine (SIGTERM to its workers, or Ray drains
+its node), the job (SIGTERM to the driver), or
 a group of workers in favour of a larger one.
 
 Always the workers save a checkpoint after the step they are at. Then a group whose machine leaves, or which can grow,
@@ -33,6 +34,9 @@ class Notices:
 
     def __init__(self, board: Any, device: torch.device):
         self.device = device
+        import ray
+
+        board.join.remote(ray.get_runtime_context().get_node_id())
         self.of_driver = board.heard.remote() if agree.world()[0] == 0 else None
 
     def heard(self) -> int:

@@ -196,7 +196,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             if notice:
                 saver.wait()
                 if notice == MACHINE_ENDS:
-                    raise LeavingError(f"a worker's machine is about to end (SIGTERM) after step {step.step}")
+                    raise LeavingError(
+                        f"a worker's machine is about to end (SIGTERM, or Ray drains it) after step {step.step}"
+                    )
                 return {"grows" if notice == GROWS else "stopped": step.step}
     if state.step == 0:
         raise UserError(

@@ -1,11 +1,15 @@
-"""A real MLflow server that can be stopped and started."""
+"""A real MLflow server that can be stopped and started; a machine's metadata service as AWS has it."""
 
+import http.server
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 
 class Server:
@@ -45,3 +49,37 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+@contextmanager
+def metadata(action, quiet=2):
+    """A spot machine's metadata service, which answers to session tokens alone: its address. The first `quiet` looks
+    find no notice, later ones that `action` is due."""
+    looks = []
+
+    class Service(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self):
+            right = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+            self._answer(200 if right else 400, "a-token")
+
+        def do_GET(self):
+            if self.headers["X-aws-ec2-metadata-token"] != "a-token":
+                return self._answer(401, "")
+            looks.append(self.path)
+            due = self.path == "/latest/meta-data/spot/instance-action" and len(looks) > quiet
+            return self._answer(200 if due else 404, json.dumps({"action": action, "time": "2026-01-01T00:00:00Z"}))
+
+        def _answer(self, status, text):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/latest"
+        finally:
+            server.shutdown()
