@@ -382,7 +382,7 @@ class Head:
         everything = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(30)
+            self.process.wait(5)  # `--block` waits for processes that end one by one
         for process in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

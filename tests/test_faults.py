@@ -64,6 +64,12 @@ class Nodes:
         holders = {process.ppid() for process in running("RayTrainWorker")}
         return next(node for _, node in self.nodes if node.all_processes["raylet"][0].process.pid in holders)
 
+    def drop(self, node):
+        """Remove a node of the cluster."""
+        (each,) = (each for each in self.nodes if each[1] is node)
+        self.nodes.remove(each)
+        self.cluster.remove_node(node)
+
     def kill_one_with_a_worker(self):
         """SIGKILL of a node: its raylet and all that runs under it, at once."""
         holders = {process.ppid() for process in running("RayTrainWorker")}
@@ -161,14 +167,6 @@ def spot_notice():
     running("RayTrainWorker")[0].send_signal(signal.SIGTERM)
 
 
-def drain_one_with_a_worker(nodes):
-    """AWS's notice on a node's metadata service: its watcher drains the node. Another one comes in its place."""
-    node = nodes.with_a_worker()
-    nodes.add(4)
-    with metadata("terminate") as address:
-        spot.watch(address, "--address", nodes.cluster.address, "--node-id", node.node_id, every_s=0.1)
-
-
 def resumed_at(told):
     return [item["resumed"] for item in told if "resumed" in item]
 
@@ -181,20 +179,18 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
         folder / "disturbed",
         (3, no_space),
         (7, kill_controller),
-        (9, spot_notice),
-        (12, lambda: drain_one_with_a_worker(nodes)),
-        (16, nodes.kill_one_with_a_worker),
+        (11, spot_notice),
+        (15, nodes.kill_one_with_a_worker),
     )
     result, told = run("disturbed")
-    assert len(watcher.done) == 5
+    assert len(watcher.done) == 4
     warnings = [item["warning"] for item in told if "warning" in item]
     assert any("was not saved" in line and "training goes on" in line for line in warnings)
     assert any("SIGTERM" in line and "from the newest checkpoint" in line for line in warnings)
-    after_controller, after_notice, after_drain, after_node = resumed_at(told)
+    after_controller, after_notice, after_node = resumed_at(told)
     assert after_controller <= 4, "no checkpoint could be written before"
-    assert after_notice >= 9, "a notice is time for a checkpoint of its own"
-    assert after_drain >= 12, "and so is a drained node"
-    assert after_node >= after_drain
+    assert after_notice >= 11, "a notice is time for a checkpoint of its own"
+    assert after_node >= after_notice
     assert result["losses"] == undisturbed["losses"]
     assert result["held_out"] == [dict(point, charged_s=mine["charged_s"]) for point, mine in zip(
         undisturbed["held_out"], result["held_out"], strict=True)]  # fmt: skip
@@ -223,6 +219,31 @@ def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     found = client.get_run(json.loads((output / "mlflow_run.json").read_text())["run_id"])
     assert found.info.status == "FAILED" and found.data.metrics["skipped_updates"] == 3
+
+
+@pytest.mark.slow
+def test_a_machine_that_aws_takes_back_is_left_with_a_checkpoint(run, nodes, place):
+    """AWS's notice on a node's metadata service: its watcher has Ray drain the node, and no worker stays there."""
+    folder, _ = place
+    nodes.are(4, 4)
+    steps = folder / "drained" / "steps.jsonl"
+
+    def taken_back():
+        node = nodes.with_a_worker()
+        nodes.add(4)
+        with metadata("terminate") as address:
+            spot.watch(address, "--address", nodes.cluster.address, "--node-id", node.node_id, every_s=0.1)
+        return node, len(steps.read_bytes().splitlines())
+
+    watcher = at_steps(folder / "drained", (5, taken_back))
+    long = {"schedule": {"kind": "full"}, "train": {"steps": 800, "checkpoint_every": 10_000, "held_out_every": 800}}
+    result, told = run("drained", **long)
+    ((node, told_at),) = watcher.done
+    (resumed,) = resumed_at(told)
+    assert told_at <= resumed < 800, "the checkpoint is of after the notice: no step is lost"
+    assert [item for item in told if "Ray drains it" in item.get("warning", "")]
+    assert len(result["losses"]) == 800
+    nodes.drop(node)
 
 
 @pytest.mark.slow

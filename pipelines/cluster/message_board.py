@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from pipelines.cluster import ray_internals
+
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
 """Items with which a group of workers ends."""
 DRAINING_EVERY_S = 2.0
@@ -31,11 +33,8 @@ class Board:
         self.watching = self.watching or asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        import ray
-
         while True:
-            leaving = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
-            if self.nodes & leaving.keys():
+            if self.nodes & await asyncio.to_thread(ray_internals.draining_nodes):
                 await self.tell(MACHINE_ENDS)
             await asyncio.sleep(DRAINING_EVERY_S)
 

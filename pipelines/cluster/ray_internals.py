@@ -37,6 +37,13 @@ def resources_that_may_come() -> dict[str, float]:
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray drains: nothing new is placed on them, and they are about to end."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def is_driver() -> bool:
     """Whether this process is the program that connected to Ray; False in a task or an actor, as a trial of Tune is."""
     import ray
