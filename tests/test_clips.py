@@ -230,7 +230,7 @@ def test_only_the_middle_frames_are_decoded_and_are_those_of_the_whole_clip(data
 
 def test_decode_tasks_do_not_load_torch():
     """Each of their processes would need seconds and 200 MB for it."""
-    program = "import sys, pipelines.feed; sys.exit('torch' in sys.modules)"
+    program = "import sys, pipelines.stream.feed; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

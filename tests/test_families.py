@@ -342,7 +342,7 @@ def test_half_precision_and_checkpointing(tiny):
 
 
 WRONG = [
-    ({"base": "{}/other"}, "holds a HunyuanVideoTransformer3DModel, not a .*; families there are: .*README"),
+    ({"base": "{}/other"}, "holds a HunyuanVideoTransformer3DModel, not a .*; families there are: .*docs/families.md"),
     ({"base": "{}/family"}, "set model.family="),
     ({"init": {}, "base": None}, "no network: set model.base"),
     ({"init": {"no_such_setting": 2}}, "unknown setting model.init.no_such_setting"),

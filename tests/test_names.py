@@ -72,7 +72,7 @@ def test_one_name_in_the_ledger_for_every_file_and_none_that_steers(tmp_path):
     files += ["a\nb.mp4", "a\\nb.mp4", "a\\\\nb.mp4"]  # three names that a careless escape would make one
     for name in files:
         (folder / name).touch()
-    rows = inputs.find(folder, 30.0).rows
+    rows = inputs.find(folder).rows
     assert len({row["file"] for row in rows}) == len(files)
     assert {os.fsdecode(row["path"]) for row in rows} == {str(folder / name) for name in files}
     verdicts = [ledger.rejected({**row, "sha256": ""}, "probe", "corrupt", f"cannot open {files}") for row in rows]
@@ -80,7 +80,7 @@ def test_one_name_in_the_ledger_for_every_file_and_none_that_steers(tmp_path):
     for row in ledger.read(tmp_path / "ledger.parquet"):
         assert not any(steers(value) or {*value} & {*"\n\t"} for value in row.values() if isinstance(value, str))
     given = folder / files[0]
-    (one,) = inputs.find(given, 30.0).rows
+    (one,) = inputs.find(given).rows
     assert not steers(one["file"]) and os.fsdecode(one["path"]) == str(given)
 
 
@@ -88,7 +88,7 @@ def test_a_manifest_may_name_such_files(tmp_path):
     name = "\x1b[2J.mp4"
     (tmp_path / name).touch()
     (tmp_path / "list.jsonl").write_text(json.dumps({"path": name}) + "\n")
-    (row,) = inputs.find(tmp_path / "list.jsonl", 30.0).rows
+    (row,) = inputs.find(tmp_path / "list.jsonl").rows
     assert row["file"] == r"\x1b[2J.mp4" and os.fsdecode(row["path"]).endswith(name)
 
 

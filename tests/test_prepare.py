@@ -241,7 +241,7 @@ def test_settings_come_from_preset_then_files_then_options_then_set(tmp_path):
     settings = cli.settings(
         config.Preparation, "demo", files, pairs, data={"shape": {"fps": 7, "width": None}}, prepare={"stride": 2}
     )
-    assert settings.data.shape.model_dump() == {"frames": 5, "height": 48, "width": 32, "fps": 6}
+    assert settings.data.shape.model_dump() == {"frames": 5, "height": 64, "width": 48, "fps": 6}
     assert settings.prepare.margin == 0.3 and settings.prepare.stride == 2
 
 

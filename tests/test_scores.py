@@ -188,7 +188,7 @@ def test_the_same_weights_are_never_scored_twice(tmp_path, counted):
 
 def test_draws_until_stable_is_an_option_of_the_score_job(monkeypatch):
     asked = []
-    monkeypatch.setattr(score, "explain", lambda experiment: asked.append(experiment.priority) or {})
+    monkeypatch.setattr(score, "explain", lambda experiment, output: asked.append(experiment.priority) or {})
     common = ["--preset", "demo", "--dry-run", "--set", "priority.conditions=125"]
     assert CliRunner().invoke(score.app, [*common, "--draws-until-stable", "0.8"]).exit_code == 0
     assert CliRunner().invoke(score.app, common).exit_code == 0

@@ -17,7 +17,7 @@ from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.servers import Server
 from pipelines.tracking import registry, tracker
 from pipelines.tracking import store as mlflow_store
-from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.tracker import PARAM_LENGTH, Tracker
 
 WRITERS = 8
 DRIVER = """
@@ -126,7 +126,7 @@ def test_params_tags_parent_and_artifacts(uri, tmp_path):
     run = client(uri).get_run(tracker.run_id)
     assert run.data.params["model.init"] == '{"layers": [1, 2]}'
     assert (run.data.params["name"], run.data.params["none"]) == ("x", "null")
-    assert len(run.data.params["long"]) <= tracker.PARAM_LENGTH and run.data.params["long"].endswith("…")
+    assert len(run.data.params["long"]) <= PARAM_LENGTH and run.data.params["long"].endswith("…")
     assert len(run.data.params) == 254
     assert run.data.tags["entprog.data"] == "abc" and run.data.tags["version.torch"]
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id

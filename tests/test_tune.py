@@ -149,7 +149,7 @@ def test_a_grid_is_walked_whole_and_a_loss_that_is_no_number_is_told(place, ray)
     result = tune.run(plain, spaces.read(str(place / "grid.yaml")), place / "grid")
     rows = {row["settings"]["train.learning_rate"]: row for row in result["trials"]}
     assert [rows[rate]["status"] for rate in (1e-3, 1e30)] == ["finished", "failed"]
-    assert "held-out loss is nan" in rows[1e30]["reason"] and result["best"]["id"] == rows[1e-3]["id"]
+    assert "is nan: no model is saved" in rows[1e30]["reason"] and result["best"]["id"] == rows[1e-3]["id"]
     from mlflow import MlflowClient
 
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])

@@ -326,6 +326,8 @@ def decoded_frames(
             last_s = time_s
             yield Shown(time_s, duration_s, frame, part, aspect)
     if last_s is None:
+        if stream.frames:  # so many are said to be there
+            raise VideoError("corrupt", f"{_name(source)}: none of {stream.frames} frames can be decoded")
         raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream, or no key frame")
 
 
