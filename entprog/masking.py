@@ -50,9 +50,9 @@ def bare(address: str) -> str:
 
 
 def has_credentials(address: str) -> bool:
-    """Whether an address holds a user or a password."""
+    """Whether an address holds a user or a password; `anonymous@` is pyarrow's word for neither."""
     found = _PARTS.fullmatch(address)
-    return bool(found and found["user"] is not None)
+    return bool(found and found["user"] not in (None, "anonymous"))
 
 
 def query(address: str) -> str:
