@@ -134,8 +134,6 @@ def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, 
 
 
 def test_the_base_that_comes_with_the_project_fits_the_preset():
-    if not demo.BASE.exists():
-        pytest.skip("not made yet")
     size = sum(path.stat().st_size for path in demo.BASE.rglob("*") if path.is_file())
     assert size <= 10e6
     experiment = demo.arm("full", 0, 1.0, demo.BASE, None, None)

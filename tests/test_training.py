@@ -117,7 +117,7 @@ def test_a_seconds_budget_ends_the_run():
     run = Run(experiment)
     steps = list(run.steps())
     assert steps[-1].last and run.state.seconds.total >= 4.0
-    assert run.state.seconds.total - steps[-1].seconds - steps[-1].wait_s < 4.0 + 1.0
+    assert all(step.charged_s < 4.0 for step in steps[:-1]), "the first step past the budget is the last"
 
 
 def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told():
