@@ -91,8 +91,8 @@ def main(
         experiment = cli.settings(config.Experiment, "demo_base", config_file, set_)
         parts = divided(experiment, seconds, output)
         if dry_run:
-            told = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
-            cli.console.print(f"Would render {rendered} clips, train {told}, and leave {folder}.")
+            message = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
+            cli.console.print(f"Would render {rendered} clips, train {message}, and leave {folder}.")
             return {}
         claim.take(output, "demo_base", {"--rendered": rendered, "--held-out": held_out})
         torch.set_num_threads(threads)

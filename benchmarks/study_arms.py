@@ -360,7 +360,7 @@ def experiment(
     budget: float,
     tuning: bool = False,
 ) -> Experiment:
-    """What one run of an arm is told. batch: clips of a step; budget: in the scale's clock; tuning: it is a share of a
+    """Settings of one run of an arm. batch: clips of a step; budget: in the scale's clock; tuning: it is a share of a
     whole run's.
 
     Raises UserError for settings that do not fit.

@@ -139,7 +139,7 @@ def _short(commit: str) -> str:
 
 
 TOLD = ("paper", "progressive", "rotating", "past")
-"""Arms that are told of in sentences."""
+"""Arms that the page describes in sentences."""
 
 
 def verdict(arms: Mapping[str, Any]) -> str:
@@ -195,7 +195,7 @@ def in_words(arm: Mapping[str, Any]) -> str:
     elif ratio["high"] < 1:
         found = "later than full training in every resample: plain training wins"
     else:
-        found = "not told apart from full training by these seeds"
+        found = "not distinguishable from full training by these seeds"
     own, final = spread(arm["time_to_full_loss_ratio_cpu"], ".2f"), spread(arm["loss_minus_full"])
     return (
         f"{spread(ratio, '.2f')} times as soon at full training's final loss, which {ratio['reached']} of "

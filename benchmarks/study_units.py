@@ -248,8 +248,8 @@ def _budget(bench: Bench, unit: Unit) -> dict[str, Any]:
     """What full training's steps take in the clock: counted, or the median of some timed steps."""
     scale = bench.scale
     limit = {"flops": 1e30, "seconds": 1e9}[scale.clock]
-    told = {"seed": 0, "rate": scale.rates[0], "batch": scale.batch_size, "budget": limit}
-    wanted = experiment(scale, unit.task, "full", base=_base_of(bench, unit), **told)
+    given = {"seed": 0, "rate": scale.rates[0], "batch": scale.batch_size, "budget": limit}
+    wanted = experiment(scale, unit.task, "full", base=_base_of(bench, unit), **given)
     goods = material(bench, unit.task)
     run = opened(bench, wanted, goods.train, goods.search, 0)
     if scale.clock == "flops":
@@ -269,8 +269,8 @@ def _base_of(bench: Bench, unit: Unit) -> str:
 def _scores(bench: Bench, unit: Unit) -> dict[str, Any]:
     """The base's blocks scored at leisure: CEI beside the loss increase on skip, on the task's own clips."""
     goods = material(bench, unit.task)
-    told = {"seed": unit.seed, "rate": 1e-3, "batch": bench.scale.batch_size, "budget": 1e30}
-    wanted = experiment(bench.scale, unit.task, "paper", base=_base_of(bench, unit), **told)
+    given = {"seed": unit.seed, "rate": 1e-3, "batch": bench.scale.batch_size, "budget": 1e30}
+    wanted = experiment(bench.scale, unit.task, "paper", base=_base_of(bench, unit), **given)
     many = {
         "conditions": min(4 * wanted.priority.conditions, len(goods.train(bench.scale.shape).position)),
         "draws": 2 * wanted.priority.draws,
@@ -284,8 +284,8 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
     """One training of an arm, judged along the way on clips that neither it nor tuning saw."""
     scale, goods = bench.scale, material(bench, unit.task)
     tuning = unit.kind == "tune"
-    told = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget, "tuning": tuning}
-    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **told)
+    given = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget, "tuning": tuning}
+    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **given)
     began = time.perf_counter()
     cpu = time.process_time()
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)
@@ -363,8 +363,8 @@ def _in_short(decision) -> dict[str, Any]:
 def _hindsight(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> dict[str, Any]:
     """Every candidate of a stage's search, each from the same weights for the rest of the stage's budget."""
     goods, scale = material(bench, unit.task), bench.scale
-    told = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget}
-    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **told)
+    given = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget}
+    wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **given)
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)
     judged = _to(goods.test, bench.device)
     step = next((s for s in run.steps if s.decision and s.decision.stage == unit.stage and not run.state.waits), None)
@@ -395,8 +395,8 @@ def _branch(
 ) -> dict[str, Any]:
     """One candidate's training from a checkpoint on, whatever the search said."""
     seed = wanted.train.seed
-    told = wanted.model_copy(update={"schedule": wanted.schedule.model_copy(update={"kind": "full"})})
-    run = opened(bench, told, goods.train, goods.search, seed)
+    given = wanted.model_copy(update={"schedule": wanted.schedule.model_copy(update={"kind": "full"})})
+    run = opened(bench, given, goods.train, goods.search, seed)
     state = run.state
     checkpoint.load(folder, checkpoint.newest(folder), run.denoiser.network, state, "hindsight")
     state.plan = plan

@@ -73,8 +73,8 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
                 also()
             raise typer.Exit
 
-    told = "Explain every setting, with its default."
-    return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=told)]
+    help_text = "Explain every setting, with its default."
+    return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
 
 
 def app(help: str) -> typer.Typer:

@@ -133,8 +133,10 @@ def plan(
     metrics or the run named.
     """
     if (checkpoint is None) == (generated is None):
-        told = "neither was" if checkpoint is None else "both were"
-        raise UserError(f"--checkpoint generates clips, --generated takes some that are there: give one, {told} given")
+        message = "neither was" if checkpoint is None else "both were"
+        raise UserError(
+            f"--checkpoint generates clips, --generated takes some that are there: give one, {message} given"
+        )
     chosen, dataset = settings.evaluate, datasets.read_dataset(shards)
     datasets.verify(dataset, "size")
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
@@ -324,10 +326,10 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
     try:
         connect(uri).get_run(run_id)
     except Exception as error:  # whatever store or network raise
-        told = f"MLflow at {masked(uri)} has no run {run_id} ({reason(error, uri)})"
+        message = f"MLflow at {masked(uri)} has no run {run_id} ({reason(error, uri)})"
         if wanted:
-            raise UserError(f"--run: {told}; check MLFLOW_TRACKING_URI") from None
-        cli.console.print(f"warning: {told}: the figures stay in the output folder")
+            raise UserError(f"--run: {message}; check MLFLOW_TRACKING_URI") from None
+        cli.console.print(f"warning: {message}: the figures stay in the output folder")
         return None
     return run_id
 

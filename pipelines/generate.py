@@ -173,8 +173,8 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
     ways = {"--pose": pose, "--video": video, "--shards": shards}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
-        told = f"{' and '.join(given)} were given" if given else "none was given"
-        raise UserError(f"one of --video, --pose and --shards says how the person moves; {told}")
+        message = f"{' and '.join(given)} were given" if given else "none was given"
+        raise UserError(f"one of --video, --pose and --shards says how the person moves; {message}")
     if shards is None and reference is None:
         raise UserError(f"{given[0]} needs --reference too: a picture of the person to animate")
     if shards is None and (clip or split):
@@ -199,8 +199,8 @@ def _generate(
     cli.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:
         largest = max(record["difference"] for record in records)
-        told = "identical: it has no influence yet" if largest == 0 else f"up to {largest} of 255 levels apart"
-        cli.console.print(f"With and without {without}: {told}")
+        message = "identical: it has no influence yet" if largest == 0 else f"up to {largest} of 255 levels apart"
+        cli.console.print(f"With and without {without}: {message}")
     cli.console.print(f"At a glance: {picture}")
     return {
         "checkpoint": str(checkpoint.root),

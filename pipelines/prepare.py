@@ -310,8 +310,8 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
         ledger.write(output / "ledger.parquet", new)
         figures = ledger.summary(new)
         _show(figures)
-        told = ", ".join(f"{reason} {count}" for reason, count in list(figures["inputs"]["rejected"].items())[:3])
-        raise UserError(f"no clip could be kept of {len(keys)} files ({told}): see {output / 'ledger.parquet'}")
+        message = ", ".join(f"{reason} {count}" for reason, count in list(figures["inputs"]["rejected"].items())[:3])
+        raise UserError(f"no clip could be kept of {len(keys)} files ({message}): see {output / 'ledger.parquet'}")
     asked = {row["file"]: row["split"] for row in work.to_do if row["split"]}
     ratio, seed = settings.prepare.held_out_ratio, settings.prepare.seed
     content = {line["file"]: line["sha256"] for line in (*old, *new) if line["kind"] == "input" and line["kept"]}

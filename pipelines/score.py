@@ -104,11 +104,11 @@ def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> d
     settings = {"tables": str(tables.resolve())}
     with cli.console.status("scoring blocks") as status:
 
-        def heard(item: dict[str, Any]) -> None:
+        def on_item(item: dict[str, Any]) -> None:
             if "scored" in item:
                 status.update(f"scoring blocks: condition {item['scored']} of {item['of']}")
 
-        known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", heard)
+        known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", on_item)
     table = ScoreTable.from_json(known)
     files.write_json(output / "cei.json", known)
     charts.cei_chart(known, output / "cei.png")

@@ -177,7 +177,7 @@ def run(
     try:
         with Display(experiment) as display, stalls.watched(lambda line: display.show({"warning": line})) as store:
 
-            def heard(item: dict[str, Any]) -> None:
+            def on_item(item: dict[str, Any]) -> None:
                 display.show(item)
                 if "about" in item:
                     tracker.tags(item["about"])
@@ -185,7 +185,7 @@ def run(
                     stages.log(tracker, steplog.steps_of(output))
                 listen(item)
 
-            result = launch.run_workers(launch.training, settings, experiment, output / "ray", heard)
+            result = launch.run_workers(launch.training, settings, experiment, output / "ray", on_item)
         steps = steplog.steps_of(output)
         result = report.figures(result, steps) | {
             "identity": key,
@@ -196,8 +196,8 @@ def run(
         }
         has_vae = models.family(experiment.model.family).inspect(experiment.model).vae is not None
         encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
-        told = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
-        result |= {"advice": told, **store.figures()}
+        message = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
+        result |= {"advice": message, **store.figures()}
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(report.final(result) | result["stalls"] | store.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})

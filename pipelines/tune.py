@@ -30,7 +30,7 @@ from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 from pipelines.training import checks, steplog
 
-app = cli.app("Search for settings: many trainings at equal seconds, the best ones told with their uncertainty.")
+app = cli.app("Search for settings: many trainings at equal seconds, the best ones reported with their uncertainty.")
 
 FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""

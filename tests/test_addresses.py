@@ -67,7 +67,7 @@ def probed(path: str, folder: Path, *hosts: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("ftp://x/a.mp4", "protocol 'ftp' is not read, only file, http, https, s3, gs"),
         ("nosuch://x/a.mp4", "protocol 'nosuch'"),
@@ -93,9 +93,9 @@ def probed(path: str, folder: Path, *hosts: str) -> dict:
         ("http://LOCALHOST:9/a.mp4", "localhost is the name of an address of this machine"),
     ],
 )
-def test_a_bad_row_is_a_row_of_the_ledger(path, told, tmp_path):
+def test_a_bad_row_is_a_row_of_the_ledger(path, message, tmp_path):
     row = probed(path, tmp_path)
-    assert row["reason"] == "bad_address" and told in row["message"], row
+    assert row["reason"] == "bad_address" and message in row["message"], row
     assert SECRET not in row["message"] + row["file"]
 
 
@@ -111,7 +111,7 @@ def test_bad_rows_are_counted_beforehand_and_an_input_itself_is_refused(tmp_path
 
 def test_redirects_are_followed_on_the_same_host_alone_unless_a_setting_says_so(site, tmp_path):
     assert probed(at(site, "to/127.0.0.1/a.mp4"), tmp_path, "127.0.0.1")["reason"] == "corrupt", "it was fetched"
-    for path, told in {
+    for path, message in {
         "to/localhost/a.mp4": "localhost is the name of",
         "to/2852039166/a.mp4": "2852039166 is an address of this machine",
         "to/169.254.169.254/a.mp4": "169.254.169.254 is an address of this machine or its network",
@@ -121,8 +121,10 @@ def test_redirects_are_followed_on_the_same_host_alone_unless_a_setting_says_so(
     }.items():
         del site.asked[:]
         row = probed(at(site, path), tmp_path, "127.0.0.1")
-        assert row["reason"] in ("bad_address", "unreadable") and (not told or row["reason"] == "bad_address"), row
-        assert told.split(" ")[0] in row["message"] and not any(asked.startswith("localhost") for asked in site.asked)
+        assert row["reason"] in ("bad_address", "unreadable") and (not message or row["reason"] == "bad_address"), row
+        assert message.split(" ")[0] in row["message"] and not any(
+            asked.startswith("localhost") for asked in site.asked
+        )
     row = probed(at(site, "to/localhost/a.mp4"), tmp_path, "127.0.0.1", "localhost")
     assert row["reason"] == "corrupt" and row["sha256"]
 
@@ -185,7 +187,7 @@ def test_a_source_has_a_total_time():
             yield b"x"
 
     with pytest.raises(attempts.VideoError) as error:
-        for _ in attempts.heard(drips(), stall_s=60, watched=False, work_s=0.1):
+        for _ in attempts.heartbeats(drips(), stall_s=60, watched=False, work_s=0.1):
             pass
     assert error.value.reason == "too_long"
 

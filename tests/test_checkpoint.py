@@ -98,8 +98,8 @@ def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
 
 @pytest.mark.parametrize("where", ["network", "moments", "ema"])
 def test_what_is_not_finite_is_not_saved_and_takes_no_good_checkpoints_place(tmp_path, where):
-    run, told = Trained(), []
-    with closing(checkpoint.Saver(tmp_path, "id", keep=1, warn=told.append)) as saver:
+    run, message = Trained(), []
+    with closing(checkpoint.Saver(tmp_path, "id", keep=1, warn=message.append)) as saver:
         saver.save(run.network, run.state)
         for value in (math.nan, -math.inf):
             run.update()
@@ -109,7 +109,9 @@ def test_what_is_not_finite_is_not_saved_and_takes_no_good_checkpoints_place(tmp
                 tensors[name][0].view(-1)[0] = value
             saver.save(run.network, run.state)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-    assert len(told) == 2 and all("is not finite; training goes on" in line for line in told) and where in told[0]
+    assert (
+        len(message) == 2 and all("is not finite; training goes on" in line for line in message) and where in message[0]
+    )
     assert all(tensor.isfinite().all() for tensor in resumed(tmp_path).tensors().values())
 
 
@@ -165,9 +167,9 @@ def test_a_bad_file_is_called_damaged_in_one_line(tmp_path, how):
     else:
         del values["skipped"]
     state.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="another version" if how == "an older state" else "damaged") as told:
+    with pytest.raises(UserError, match="another version" if how == "an older state" else "damaged") as message:
         checkpoint.load(tmp_path, folder.name, run.network, run.state, "id")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(message.value)
 
 
 WRITER = """
@@ -190,11 +192,11 @@ def test_sigkill_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
     for kill in range(3):
         with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=env, stdout=subprocess.PIPE) as writer:
             for _ in range(3):
-                told = int(writer.stdout.readline())
+                message = int(writer.stdout.readline())
             time.sleep(0.004 * kill)
             writer.kill()
         again = resumed(tmp_path)
-        assert again.state.step >= told
+        assert again.state.step >= message
     run = Trained()
     run.state.step = 10**6
     checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
@@ -203,8 +205,8 @@ def test_sigkill_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
     """The kernel refuses to write further, as a full disk does."""
-    run, told = Trained(), []
-    with closing(checkpoint.Saver(tmp_path, "id", keep=2, warn=told.append)) as saver:
+    run, message = Trained(), []
+    with closing(checkpoint.Saver(tmp_path, "id", keep=2, warn=message.append)) as saver:
         saver.save(run.network, run.state)
         saver.wait()
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -217,11 +219,11 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, ignored)
-        assert len(told) == 1 and "after step 3 was not saved" in told[0] and "training goes on" in told[0]
+        assert len(message) == 1 and "after step 3 was not saved" in message[0] and "training goes on" in message[0]
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
         run.update()
         saver.save(run.network, run.state)
-    assert checkpoint.found(tmp_path) == ["step-00000002", "step-00000004"] and len(told) == 1
+    assert checkpoint.found(tmp_path) == ["step-00000002", "step-00000004"] and len(message) == 1
 
 
 def _sharded_rank(rank, world, folder, how):
@@ -305,11 +307,11 @@ def test_a_bucket_that_is_away_is_told_and_training_goes_on(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     away = "s3://runs/one?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
-    run, told = Trained(), []
-    with closing(checkpoint.Saver(away, "id", keep=2, warn=told.append)) as saver:
+    run, message = Trained(), []
+    with closing(checkpoint.Saver(away, "id", keep=2, warn=message.append)) as saver:
         saver.save(run.network, run.state)
         run.update()
-    (line,) = told
+    (line,) = message
     assert "after step 2 was not saved in s3://runs/one" in line and "training goes on" in line and "\n" not in line
     with pytest.raises(OSError, match="NETWORK"):
         checkpoint.newest(away)  # and a resume does not take the run to be new

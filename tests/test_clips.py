@@ -337,12 +337,12 @@ def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path, where
 
 
 def test_spilling_of_the_object_store_is_seen(ray):
-    told = []
-    with stalls.watched(told.append, every_s=0.2) as watch:
+    message = []
+    with stalls.watched(message.append, every_s=0.2) as watch:
         held = [ray.put(np.zeros(100 << 20, np.uint8)) for _ in range(6)]
         assert len(held) == 6
     assert watch.figures()["spilled_bytes"] > 0 and watch.peak_used_share > 0.2
-    assert any("spilled" in line for line in told)
+    assert any("spilled" in line for line in message)
 
 
 def test_inside_two_train_workers(ray, dataset, tmp_path):

@@ -51,7 +51,7 @@ def test_every_setting_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "told"),
+    ("pairs", "message"),
     [
         (["train.step=4"], "did you mean train.steps"),
         (["cei_threshold=4"], "did you mean schedule.cei_threshold"),
@@ -84,10 +84,10 @@ def test_every_setting_is_explained():
         (["schedule.candidates=[0.5,2]"], "setting schedule.candidates"),
     ],
 )
-def test_wrong_settings_are_one_line(pairs, told, tmp_path):
+def test_wrong_settings_are_one_line(pairs, message, tmp_path):
     with pytest.raises(UserError) as error:
         config.phases(cli.settings(config.Experiment, "demo", None, pairs), tmp_path)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 WRITTEN = [

@@ -213,11 +213,11 @@ def test_a_whole_run_is_the_same_in_one_process_and_shared_out_either_way(tmp_pa
 
 def _disagreeing_rank(rank, world, folder):
     join(rank, world, folder)
-    told = []
+    message = []
     try:
         agree.agree("the plan", {"m": rank, "shape": "the same"})
     except agree.DisagreementError as error:
-        told.append(str(error))
+        message.append(str(error))
     experiment = tiny_experiment(train={"workers": 2, "learning_rate": 1e-3 * (rank + 1)})
     denoiser = tiny_denoiser(experiment)
     found = blocks(denoiser.network)
@@ -231,8 +231,8 @@ def _disagreeing_rank(rank, world, folder):
             state, source = start(denoiser.network, settings), batches(settings, rank, world)
             next(fit(denoiser, found, source, [latents(range(3))], latents([0]), table, settings, state))
         except agree.DisagreementError as error:
-            told.append(str(error))
-    (folder / f"{rank}.json").write_text(json.dumps(told))
+            message.append(str(error))
+    (folder / f"{rank}.json").write_text(json.dumps(message))
     leave()
 
 

@@ -119,9 +119,9 @@ def run(place, tmp_path_factory):
     def start(name, **over):
         values = config.merge(SETTINGS, {"data": {"shards": str(shards)}, "name": name})
         values = config.merge(values, {"train": {"workers": 2, "steps": 20, "checkpoint_every": 2, "max_failures": 1}})
-        told = []
+        message = []
         experiment = config.build(config.merge(values, over))
-        return train.run(experiment, folder / name, tables=folder / "tables", listen=told.append), told
+        return train.run(experiment, folder / name, tables=folder / "tables", listen=message.append), message
 
     return start
 
@@ -167,8 +167,8 @@ def spot_notice():
     running("RayTrainWorker")[0].send_signal(signal.SIGTERM)
 
 
-def resumed_at(told):
-    return [item["resumed"] for item in told if "resumed" in item]
+def resumed_at(message):
+    return [item["resumed"] for item in message if "resumed" in item]
 
 
 @pytest.mark.slow
@@ -182,12 +182,12 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
         (11, spot_notice),
         (15, nodes.kill_one_with_a_worker),
     )
-    result, told = run("disturbed")
+    result, message = run("disturbed")
     assert len(watcher.done) == 4
-    warnings = [item["warning"] for item in told if "warning" in item]
+    warnings = [item["warning"] for item in message if "warning" in item]
     assert any("was not saved" in line and "training goes on" in line for line in warnings)
     assert any("SIGTERM" in line and "from the newest checkpoint" in line for line in warnings)
-    after_controller, after_notice, after_node = resumed_at(told)
+    after_controller, after_notice, after_node = resumed_at(message)
     assert after_controller <= 4, "no checkpoint could be written before"
     assert after_notice >= 11, "a notice is time for a checkpoint of its own"
     assert after_node >= after_notice
@@ -237,11 +237,11 @@ def test_a_machine_that_aws_takes_back_is_left_with_a_checkpoint(run, nodes, pla
 
     watcher = at_steps(folder / "drained", (5, taken_back))
     long = {"schedule": {"kind": "full"}, "train": {"steps": 800, "checkpoint_every": 10_000, "held_out_every": 800}}
-    result, told = run("drained", **long)
+    result, message = run("drained", **long)
     ((node, told_at),) = watcher.done
-    (resumed,) = resumed_at(told)
+    (resumed,) = resumed_at(message)
     assert told_at <= resumed < 800, "the checkpoint is of after the notice: no step is lost"
-    assert [item for item in told if "Ray drains it" in item.get("warning", "")]
+    assert [item for item in message if "Ray drains it" in item.get("warning", "")]
     assert len(result["losses"]) == 800
     nodes.drop(node)
 
@@ -249,16 +249,16 @@ def test_a_machine_that_aws_takes_back_is_left_with_a_checkpoint(run, nodes, pla
 @pytest.mark.slow
 def test_too_little_room_is_told_and_waited_for(nodes):
     nodes.are(1)
-    told = []
+    message = []
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(elastic.room, 2, 3, False, told.append)
-        while not told:
+        found = pool.submit(elastic.room, 2, 3, False, message.append)
+        while not message:
             assert not found.done()
             time.sleep(0.1)
         nodes.add(4)
         assert found.result() == 3
-    assert told == ["there is room for 1 of 3 workers, train.min_workers=2: waiting for more"]
-    assert elastic.room(1, 3, False, told.append) == 3 and len(told) == 1, "what was asked for is given back"
+    assert message == ["there is room for 1 of 3 workers, train.min_workers=2: waiting for more"]
+    assert elastic.room(1, 3, False, message.append) == 3 and len(message) == 1, "what was asked for is given back"
 
 
 def test_a_board_whose_process_ends_is_made_anew_and_read_on(nodes):
@@ -306,11 +306,11 @@ def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     alone, _ = run("alone", **one)
     nodes.are(4, 1)
     watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(4)))
-    result, told = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
-    worlds = [item["workers"] for item in told if "workers" in item]
+    result, message = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
+    worlds = [item["workers"] for item in message if "workers" in item]
     assert len(watcher.done) == 2 and worlds == [2, 1, 2]
     assert result["clips"] == 200 * 4
     assert result["losses"][:40] == pytest.approx(alone["losses"], rel=1e-3)
-    grown = max(number for number, item in enumerate(told) if "resumed" in item)
-    before = [item["step"]["step"] for item in told[:grown] if "step" in item]
-    assert told[grown]["resumed"] == before[-1] > 12, "growing repeats no step"
+    grown = max(number for number, item in enumerate(message) if "resumed" in item)
+    before = [item["step"]["step"] for item in message[:grown] if "step" in item]
+    assert message[grown]["resumed"] == before[-1] > 12, "growing repeats no step"

@@ -128,12 +128,12 @@ def test_a_source_that_stands_still_ends_its_process(tmp_path):
         "import sys, time; from pathlib import Path; from entprog.preparing import attempts\n"
         "with attempts.attempt(Path(sys.argv[1]), 'k', 'probe', 0.5) as may_try:\n"
         "    print(may_try, flush=True)\n"
-        "    for _ in attempts.heard(range(8 if may_try else 0), 0.5, True): time.sleep(0.2)\n"
+        "    for _ in attempts.heartbeats(range(8 if may_try else 0), 0.5, True): time.sleep(0.2)\n"
         "    print('goes on', flush=True)\n"
         "    time.sleep(60 if may_try else 0)\n"
     )
-    told = []
+    message = []
     for _ in range(attempts.MAX_CRASHES + 1):
         done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=50)
-        told.append((done.returncode, done.stdout.split()))
-    assert told == [(1, ["True", "goes", "on"])] * 2 + [(0, ["False", "goes", "on"])]
+        message.append((done.returncode, done.stdout.split()))
+    assert message == [(1, ["True", "goes", "on"])] * 2 + [(0, ["False", "goes", "on"])]

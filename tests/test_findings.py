@@ -129,13 +129,13 @@ def test_the_target_is_reached_where_the_curve_first_comes_down_to_it(curve, tar
 @settings(max_examples=50)
 @given(CURVES.filter(lambda curve: curve[-1][0] > 1), st.integers(2, 27))
 def test_every_share_of_the_budget_is_reported_once_in_order(curve, of):
-    told = []
-    ticks = trial.Ticks(100.0, of, told.append)
+    message = []
+    ticks = trial.Ticks(100.0, of, message.append)
     for x, y in curve:
-        ticks.heard({"step": {"charged_s": x, "held_out_loss": None}})
-        ticks.heard({"step": {"charged_s": x, "held_out_loss": y}})
-    assert [r["tick"] for r in told] == list(range(1, min(int(curve[-1][0] / 100 * of + 1e-9), of - 1) + 1))
-    for report in told:
+        ticks.on_item({"step": {"charged_s": x, "held_out_loss": None}})
+        ticks.on_item({"step": {"charged_s": x, "held_out_loss": y}})
+    assert [r["tick"] for r in message] == list(range(1, min(int(curve[-1][0] / 100 * of + 1e-9), of - 1) + 1))
+    for report in message:
         first = next(i for i, (x, _) in enumerate(curve) if x >= report["tick"] * 100 / of)
         assert report["held_out_loss"] == curves.at(curve[: first + 1], report["tick"] * 100 / of)
 

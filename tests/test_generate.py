@@ -334,7 +334,7 @@ def test_video_with_nobody_or_too_short(made):
 
 def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):
     given = ["--checkpoint", made / "run", "--shards", made / "shards", "--output", tmp_path]
-    told = command(*given, "--set", "generate.step=3", expected=2)
-    assert told.strip() == "error: unknown setting generate.step (did you mean generate.steps?)"
-    told = command(*given, "--steps", 0, expected=2)
-    assert told.strip() == "error: setting generate.steps: input should be greater than or equal to 1, given 0"
+    output = command(*given, "--set", "generate.step=3", expected=2)
+    assert output.strip() == "error: unknown setting generate.step (did you mean generate.steps?)"
+    output = command(*given, "--steps", 0, expected=2)
+    assert output.strip() == "error: setting generate.steps: input should be greater than or equal to 1, given 0"

@@ -65,17 +65,17 @@ def ran(tmp_path_factory):
         tracker = next((p for p in psutil.Process(job.pid).children(recursive=True) if "Track" in p.name()), None)
         if tracker is not None:  # as the system does when memory runs out
             tracker.kill()
-        told, _ = job.communicate(timeout=400)
+        message, _ = job.communicate(timeout=400)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
-    return corpus, output, good, job, told, watch, tracker
+    return corpus, output, good, job, message, watch, tracker
 
 
 @pytest.mark.slow
 def test_every_file_is_accounted_for_and_the_sound_ones_are_kept(ran):
-    corpus, output, good, job, told, _, tracker = ran
-    assert job.returncode == 0, told
+    corpus, output, good, job, message, _, tracker = ran
+    assert job.returncode == 0, message
     assert tracker is not None, "no tracking process was there to be killed"
     rows = ledger.read(output / "ledger.parquet")
     verdict = {row["file"]: row for row in rows if row["kind"] == "input"}

@@ -85,11 +85,11 @@ def write_manifest(path: Path, entries: list[dict]) -> Path:
         pq.write_table(pa.Table.from_pylist([{n: e.get(n) for n in columns} for e in entries]), path)
     else:
         comma = "\t" if path.suffix == ".tsv" else ","
-        told = [comma.join(columns)]
+        message = [comma.join(columns)]
         for entry in entries:
             cells = ("" if entry.get(n) is None else str(entry[n]).strip("[]") for n in columns)
-            told.append(comma.join('"' + cell.replace('"', '""') + '"' for cell in cells))
-        path.write_text("\n".join(told) + "\n")
+            message.append(comma.join('"' + cell.replace('"', '""') + '"' for cell in cells))
+        path.write_text("\n".join(message) + "\n")
     return path
 
 
@@ -97,8 +97,8 @@ def write_manifest(path: Path, entries: list[dict]) -> Path:
 def test_a_manifest_says_caption_split_crop_and_rate(kind, folder):
     found = inputs.find(write_manifest(folder.parent / folder.name / f".m{kind}", ENTRIES))
     assert found.kind == "manifest" and not found.notes
-    told = {row["file"]: (row["caption"], row["split"], row["crop"], row["frames_fps"]) for row in found.rows}
-    assert told == {
+    message = {row["file"]: (row["caption"], row["split"], row["crop"], row["frames_fps"]) for row in found.rows}
+    assert message == {
         "a/cam01.mp4@0,0,134,120": ('a man, "balancing"', "held_out", "0,0,134,120", 0),
         "a/cam01.mp4@0,100,134,140": ("line one\nline two", "train", "0,100,134,140", 0),
         "00001/images": ("", "", "", 10),
@@ -148,8 +148,8 @@ def test_texts_beside_videos_are_their_captions(tmp_path):
     (tmp_path / "notes.txt").write_text("no caption")
     (tmp_path / "metadata.jsonl").write_text("{}")
     found = inputs.find(tmp_path)
-    told = {row["file"]: row["caption"] for row in found.rows}
-    assert told == {
+    message = {row["file"]: row["caption"] for row in found.rows}
+    assert message == {
         "a.mp4": "a man", "b/b.MOV": "a woman", "c.mp4": "", "c.txt": "", "gone.mp4": "", "images.mp4": "",
         "images.txt": "", "metadata.jsonl": "", "notes.txt": "",
     }  # fmt: skip
@@ -161,10 +161,10 @@ def test_texts_beside_videos_are_their_captions(tmp_path):
         assert row["caption"] == "a man"
 
 
-@pytest.mark.parametrize(("text", "told"), [('{"path": "a.mp4"}', "no list"), ("[1]", "no list"), ("[" * 9999, "")])
-def test_json_that_is_no_manifest(text, told, tmp_path):
+@pytest.mark.parametrize(("text", "message"), [('{"path": "a.mp4"}', "no list"), ("[1]", "no list"), ("[" * 9999, "")])
+def test_json_that_is_no_manifest(text, message, tmp_path):
     (tmp_path / "m.json").write_text(text)
-    with pytest.raises(UserError, match=f"cannot read manifest .*{told}"):
+    with pytest.raises(UserError, match=f"cannot read manifest .*{message}"):
         inputs.find(tmp_path / "m.json")
 
 
@@ -213,7 +213,7 @@ def test_a_rate_that_never_ends_is_refused(fps):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("file,caption\na.mp4,x\n", "no column 'path'"),
         ("path,split\na.mp4,test\n", "split is 'test', give train or held_out"),
@@ -228,11 +228,11 @@ def test_a_rate_that_never_ends_is_refused(fps):
         ('path,caption\na.mp4,"x\n', "cannot read manifest"),
     ],
 )
-def test_a_wrong_manifest_is_one_line(content, told, tmp_path):
+def test_a_wrong_manifest_is_one_line(content, message, tmp_path):
     (tmp_path / "m.csv").write_text(content)
     with pytest.raises(UserError) as error:
         inputs.find(tmp_path / "m.csv")
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_half_a_character_and_a_byte_order_mark(tmp_path):

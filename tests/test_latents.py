@@ -189,8 +189,8 @@ def prepare_latents(*arguments, status=0):
 def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, base, denoiser):
     dataset = fresh(rows, place / "shards")
     arguments = ["--output", dataset.folder, "--base", base]
-    told = " ".join(prepare_latents(*arguments, "--dry-run").output.split())
-    assert "latents of 11 clips of 5 frames of 32x64" in told and "take about" in told
+    message = " ".join(prepare_latents(*arguments, "--dry-run").output.split())
+    assert "latents of 11 clips of 5 frames of 32x64" in message and "take about" in message
     assert not (dataset.folder / "latents").exists()
 
     command = [sys.executable, "-m", "pipelines.prepare", "--latents", *map(str, arguments)]
@@ -242,12 +242,12 @@ def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
     }  # fmt: skip
     with pytest.raises(UserError, match=r"hold no latents of 5 frames .*prepare --latents"):
         batches.caches(config.build(settings), dataset, denoiser)
-    auto, told = config.build(config.merge(settings, {"data": {"latents": "auto"}})), []
-    assert batches.caches(auto, dataset, denoiser, told.append) == {} and not told
+    auto, message = config.build(config.merge(settings, {"data": {"latents": "auto"}})), []
+    assert batches.caches(auto, dataset, denoiser, message.append) == {} and not message
     cache = cached(dataset, denoiser)
-    assert batches.caches(auto, dataset, denoiser, told.append) == {SHAPE: cache} and not told
+    assert batches.caches(auto, dataset, denoiser, message.append) == {SHAPE: cache} and not message
     (cache.folder / "latents.json").unlink()  # as after a kill
-    assert batches.caches(auto, dataset, denoiser, told.append) == {} and "not finished" in told[0]
+    assert batches.caches(auto, dataset, denoiser, message.append) == {} and "not finished" in message[0]
 
     def refused(*arguments) -> str:
         lines = [line for line in prepare_latents(*arguments, status=2).stderr.splitlines() if line.strip()]

@@ -27,8 +27,8 @@ def test_every_file_of_a_folder_is_taken_or_named(tmp_path, capsys):
     assert {Path(name).name for name in others} == {"notes.txt", "f.jpg", "no ending", "folder.mp4"}
     assert "4 in" in capsys.readouterr().out
     assert [path.name for path in motions.files(tmp_path, motions.PICTURES, "--reference")[0]] == ["c.gif", "f.jpg"]
-    for given, told in ((tmp_path / "folder.mp4", "no file in the folder"), (tmp_path / "none.mp4", "no such file")):
-        with pytest.raises(UserError, match=told):
+    for given, message in ((tmp_path / "folder.mp4", "no file in the folder"), (tmp_path / "none.mp4", "no such file")):
+        with pytest.raises(UserError, match=message):
             motions.files(given, motions.VIDEOS, "--video")
 
 

@@ -166,10 +166,10 @@ def test_another_setting_is_refused_with_both_values_and_the_same_goes_on(job, i
         assert json.loads((output / "result.json").read_text())["job"] == job
     put(output, ["since.txt"])
     before = everything(place)
-    other, told = OTHERS[job]
+    other, message = OTHERS[job]
     for dry_run in ([], ["--dry-run"]):
         said = refused(job, *inputs[job], *other, "--output", output, *dry_run)
-        assert told in said and "choose another --output" in said
+        assert message in said and "choose another --output" in said
         assert everything(place) == before, "a refused command changed something"
     someone = next(name for name in JOBS if name != job)
     assert f"output of a {job} job" in refused(someone, *inputs[someone], "--output", output)

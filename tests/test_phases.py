@@ -166,13 +166,13 @@ def test_mlflow_has_one_run_with_the_phases_in_it(interrupted):
     assert [r.data.tags["entprog.phase"] for r in inside] == ["subject", "pose", "video"]
     assert {r.info.status for r in inside} == {"FINISHED"}
     points = client.get_metric_history(run.info.run_id, "phase")
-    told = [(p.step, p.timestamp) for p in points]
-    assert len(set(told)) == len(told)
+    message = [(p.step, p.timestamp) for p in points]
+    assert len(set(message)) == len(message)
     done = 0  # what a killed driver had heard of is there as well, at its own time
     for phase in ("subject", "pose", "video"):
         steps = [json.loads(line) for line in (output / phase / "steps.jsonl").read_text().splitlines()]
         measured = {(done + s["step"], int(s["time"] * 1000)) for s in steps if s["held_out_loss"] is not None}
-        assert measured and measured <= set(told), phase
+        assert measured and measured <= set(message), phase
         done += len(steps)
     assert {p.step: p.value for p in points} == {1: 1, 4: 1, 5: 2, 8: 2, 12: 2, 16: 2, 17: 3, 20: 3, 24: 3, 28: 3}
 

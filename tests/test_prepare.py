@@ -198,7 +198,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--input", "no/such/folder"], "no/such/folder does not exist"),
         (["--input", "EMPTY"], "has no files"),
@@ -215,7 +215,7 @@ def run(*arguments):
         (["--output", "/proc/no/such"], "cannot write to output folder"),
     ],
 )
-def test_wrong_arguments_get_one_line_and_status_2(arguments, told, videos, tmp_path):
+def test_wrong_arguments_get_one_line_and_status_2(arguments, message, videos, tmp_path):
     (tmp_path / "EMPTY").mkdir()
     given = [str(tmp_path / a) if a == "EMPTY" else a for a in arguments]
     if "--input" not in given:
@@ -224,7 +224,7 @@ def test_wrong_arguments_get_one_line_and_status_2(arguments, told, videos, tmp_
         given += ["--output", str(tmp_path / "out")]
     done = run(*given)
     assert done.exit_code == 2, done.output
-    assert told in done.output
+    assert message in done.output
     assert len(done.output.strip().splitlines()) == 1
 
 
@@ -281,7 +281,7 @@ def test_the_ledger_notices_what_does_not_add_up():
     row = {"kind": "input", "file": "a", "clip": "", "kept": False, "reason": "empty"}
     ledger.check([row], ["a"], 0)
     clip = {"kind": "clip", "file": "a", "clip": "a#0", "kept": False, "reason": "nobody"}
-    for rows, files, kept, told in (
+    for rows, files, kept, message in (
         ([row], ["a", "b"], 0, "one row for each input"),
         ([row, row], ["a"], 0, "one row for each input"),
         ([row, clip, clip], ["a"], 0, "twice"),
@@ -289,7 +289,7 @@ def test_the_ledger_notices_what_does_not_add_up():
         ([{**row, "kept": True, "reason": ""}], ["a"], 0, "no clip is kept of"),
         ([row], ["a"], 1, "the shards hold 1"),
     ):
-        with pytest.raises(RuntimeError, match=told):
+        with pytest.raises(RuntimeError, match=message):
             ledger.check(rows, files, kept)
 
 

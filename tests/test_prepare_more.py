@@ -89,15 +89,15 @@ def grown(frames, tmp_path_factory):
 
 
 def test_new_videos_are_added_in_new_shards(grown):
-    _, output, ((_, before, files, told), (said, after, more, told_after)) = grown
+    _, output, ((_, before, files, message), (said, after, more, told_after)) = grown
     assert "adding 5 inputs" in said and "1 inputs that gave no clip before are tried again" in said
     old_shards = {file: sha for file, sha in files.items() if not file.startswith("ledger")}
     assert old_shards.items() <= more.items() and len(more) > len(files)
     for split in shards.SPLITS:
         assert after.splits[split][: len(before.splits[split])] == before.splits[split]
     assert after.fingerprint != before.fingerprint
-    assert told["late.mp4"][0] == "corrupt" and told_after["late.mp4"][0] == ""
-    assert {f: v for f, v in told.items() if f != "late.mp4"}.items() <= told_after.items(), "an old clip has moved"
+    assert message["late.mp4"][0] == "corrupt" and told_after["late.mp4"][0] == ""
+    assert {f: v for f, v in message.items() if f != "late.mp4"}.items() <= told_after.items(), "an old clip has moved"
     held = [file for file, (_, split) in told_after.items() if split == "held_out"]
     assert len(told_after) == 9 and len(held) == 2
     clips = clips_of(output, ["clip_id", "split", "source"])
@@ -192,8 +192,10 @@ def test_a_manifest_decides_captions_crops_and_splits(frames, tmp_path):
         "https://[::1/a.mp4": ("bad_address", ""),
     }
     left = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
-    told = dry.output + done.output + repr(ledger.read(output / "ledger.parquet")) + repr(clips_of(output, ["source"]))
-    assert b"planted" not in left and "planted" not in told
+    message = (
+        dry.output + done.output + repr(ledger.read(output / "ledger.parquet")) + repr(clips_of(output, ["source"]))
+    )
+    assert b"planted" not in left and "planted" not in message
     columns = ["video", "caption", "source_width", "crop_left", "crop_width", "source"]
     clips = clips_of(output, columns)
     assert {clip["caption"] for clip in clips} == {"on the left", "on the right", "", "images", "from afar"}

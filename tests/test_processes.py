@@ -110,8 +110,8 @@ def test_the_scheduler_walks_back_along_the_process(name):
     sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
         t = process.t(timestep)
-        told = process.timestep(t.view(1))
-        assert torch.allclose(told.double(), timestep.double(), atol=1e-3), (told, timestep)
+        conditioned = process.timestep(t.view(1))
+        assert torch.allclose(conditioned.double(), timestep.double(), atol=1e-3), (conditioned, timestep)
         seen = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
         a, s = (x.flatten()[0] for x in coefficients(process, t.view(1)))
         # the noise that leads from the clip to where the sample is, and the target it stands for

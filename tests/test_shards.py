@@ -108,7 +108,7 @@ def test_no_dataset_is_said_in_one_line(tmp_path, dataset):
         shards.read_dataset(tmp_path / "empty")
     description = dataset.folder / "dataset.json"
     good = json.loads(description.read_text())
-    for wrong, told in (
+    for wrong, message in (
         ("{", "cannot read"),
         ("[]", "has format None"),
         (json.dumps({**good, "format": "entprog-shards-9"}), "this version reads"),
@@ -116,7 +116,7 @@ def test_no_dataset_is_said_in_one_line(tmp_path, dataset):
         (json.dumps({**good, "splits": {"train": [{"file": "x"}]}}), "is damaged"),
     ):
         description.write_text(wrong)
-        with pytest.raises(UserError, match=told) as error:
+        with pytest.raises(UserError, match=message) as error:
             shards.read_dataset(dataset.folder)
         assert "\n" not in str(error.value)
 

@@ -46,15 +46,15 @@ def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s,
 
 
 def test_a_full_store_and_spilling_are_told_once_each():
-    told = []
-    watch = stalls.Watch(told.append)
+    message = []
+    watch = stalls.Watch(message.append)
     assert watch.figures() == {"object_store_peak_share": None, "spilled_bytes": None}, "not measured is not zero"
     watch.see(Store(used=100, capacity=1000, spilled=70))  # by somebody else, before
-    assert watch.figures() == {"object_store_peak_share": 0.1, "spilled_bytes": 0} and not told
+    assert watch.figures() == {"object_store_peak_share": 0.1, "spilled_bytes": 0} and not message
     for _ in range(2):
         watch.see(Store(used=950, capacity=1000, spilled=70))
-    assert len(told) == 1 and "95% full" in told[0]
+    assert len(message) == 1 and "95% full" in message[0]
     for _ in range(2):
         watch.see(Store(used=500, capacity=1000, spilled=2 * 10**9 + 70))
-    assert len(told) == 2 and "spilled 2 GB" in told[1] and "ENTPROG_OBJECT_STORE_BYTES" in told[1]
+    assert len(message) == 2 and "spilled 2 GB" in message[1] and "ENTPROG_OBJECT_STORE_BYTES" in message[1]
     assert watch.figures() == {"object_store_peak_share": 0.95, "spilled_bytes": 2 * 10**9}

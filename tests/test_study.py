@@ -167,12 +167,12 @@ def test_the_gpu_scale_is_as_large_as_it_says():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [(["--scale", "gpuu"], "did you mean gpu?"), (["--only", "lissa"], "did you mean lisa?")]
+    ("wrong", "message"), [(["--scale", "gpuu"], "did you mean gpu?"), (["--only", "lissa"], "did you mean lisa?")]
 )
-def test_a_wrong_name_is_one_line(capsys, tmp_path, wrong, told):
+def test_a_wrong_name_is_one_line(capsys, tmp_path, wrong, message):
     outcome = CliRunner().invoke(study.app, ["--scale", "smoke", "--work", str(tmp_path), *wrong])
     assert outcome.exit_code == 2
-    assert told in capsys.readouterr().err + outcome.output
+    assert message in capsys.readouterr().err + outcome.output
 
 
 # ---- what is said ----

@@ -192,7 +192,7 @@ def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place)
 def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, place):
     """FSDP: a killed worker, then a killed driver; then one worker with two batches an update takes up what two had
     saved in parts. It sees the clips that two undisturbed workers with whole networks see, and ends like them."""
-    command, told = Command(place, shards, "fsdp"), []
+    command, message = Command(place, shards, "fsdp"), []
     checkpoints = command.output / "checkpoints"
 
     def kill_a_worker():
@@ -200,10 +200,10 @@ def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, plac
 
     def look():
         newest = checkpoints / checkpoint.newest(checkpoints)
-        told.append((newest.name, len(list(newest.glob("*.safetensors")))))
+        message.append((newest.name, len(list(newest.glob("*.safetensors")))))
 
     command.killed("train.parallel=fsdp", "train.workers=2", at_6=kill_a_worker, at_14=look)
-    ((name, parts),) = told
+    ((name, parts),) = message
     assert name >= "step-00000008" and parts == 2, "each worker's own"
     said, record = command.again("train.parallel=fsdp", "train.workers=1", "train.accumulate=2")
     step = re.search(r"Resumed from the checkpoint after step (\d+)", said)
@@ -251,11 +251,11 @@ def test_a_full_object_store_and_a_tracking_server_away(undisturbed, shards, pla
 
 def test_a_straggler_is_named_and_every_step_has_its_spread(shards, place):
     """One of two workers is stopped most of the time, as by a machine that something else keeps busy."""
-    told, seen, over = [], {}, threading.Event()
+    message, seen, over = [], {}, threading.Event()
 
     def hold_up():
         slow = running("RayTrainWorker")[0]
-        told.append({"pid": slow.pid})
+        message.append({"pid": slow.pid})
         with contextlib.suppress(psutil.NoSuchProcess):  # the run is over
             while not over.is_set():
                 slow.suspend()
@@ -275,13 +275,13 @@ def test_a_straggler_is_named_and_every_step_has_its_spread(shards, place):
     watchers = [when_at(output / "steps.jsonl", 1, act) for act in (hold_up, scrape)]
     plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 52, "workers": 2})
     try:
-        result = train.run(plain, output, tables=place / "tables", listen=told.append)
+        result = train.run(plain, output, tables=place / "tables", listen=message.append)
     finally:
         over.set()
         for watcher in watchers:
             watcher.join()
-    (pid,) = [item["pid"] for item in told if "pid" in item]
-    (line,) = [item["warning"] for item in told if "is the slowest" in item.get("warning", "")]
+    (pid,) = [item["pid"] for item in message if "pid" in item]
+    (line,) = [item["warning"] for item in message if "is the slowest" in item.get("warning", "")]
     named = re.fullmatch(r"rank (\d) \(node [\d.]+, process (\d+)\) is the slowest of 2 in (\d+) of 50 steps .*", line)
     assert int(named[2]) == pid
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])

@@ -127,8 +127,8 @@ def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told():
     steps = list(
         fit(run.denoiser, run.found, source, run.held_out, sample, run.table, experiment, run.state, [latents([0, 1])])
     )
-    told = [(s.stage, s.drift) for s in steps if s.drift is not None]
-    assert [stage for stage, _ in told] == [1] and -1 <= told[0][1] <= 1
+    message = [(s.stage, s.drift) for s in steps if s.drift is not None]
+    assert [stage for stage, _ in message] == [1] and -1 <= message[0][1] <= 1
     assert run.state.flops.score == pytest.approx(2 * run.table.flops)
     assert run.state.seconds.score > run.table.seconds
 

@@ -111,13 +111,13 @@ def test_generate_refuses_weights_that_are_not_finite(tmp_path, value):
 
 def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):
     """An update whose own gradient is finite can still make the weights infinite."""
-    run, told = Run(tiny_experiment(train={"max_nonfinite": 2}, schedule={"kind": "full"})), []
-    saver = checkpoint.Saver(tmp_path, "id", keep=1, warn=told.append)
+    run, message = Run(tiny_experiment(train={"max_nonfinite": 2}, schedule={"kind": "full"})), []
+    saver = checkpoint.Saver(tmp_path, "id", keep=1, warn=message.append)
     with pytest.raises(DivergedError, match="2 updates in a row"):
         for step in run.steps():
             if step.step == 3:
                 spoilt(run.denoiser.network, math.inf)
             saver.save(run.denoiser.network, run.state)
     saver.close()
-    assert checkpoint.found(tmp_path) == ["step-00000002"] and len(told) == 3
+    assert checkpoint.found(tmp_path) == ["step-00000002"] and len(message) == 3
     assert next(Run(run.experiment, tmp_path).steps()).step == 3

@@ -1,4 +1,4 @@
-"""What evaluating is told: which metrics, on which clips, judged by which networks."""
+"""Settings of `evaluate`: which metrics, on which clips, judged by which networks."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What jobs other than training are told: preparing clips, generating, comparing."""
+"""Settings of jobs other than training: preparing clips, generating, comparing."""
 
 from typing import Literal
 

@@ -8,7 +8,7 @@ from entprog.config.reading import build, merge
 from entprog.errors import UserError
 
 START = ("base", "init")
-"""What only a training's first phase is told."""
+"""Settings that only the first phase of a training may give."""
 
 
 def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:

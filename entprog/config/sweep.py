@@ -1,4 +1,4 @@
-"""An experiment many times over: what a search for settings is told."""
+"""Settings of `tune`: an experiment many times over."""
 
 from typing import Literal, get_args
 

@@ -208,8 +208,8 @@ def verify(dataset: Dataset, how: Literal["sha256", "size"] = "sha256") -> None:
                 f"damaged shard {path}: {size} bytes where dataset.json says {shard.bytes}; {again}"
             )
         if how == "sha256" and (found := files.sha256(path)) != shard.sha256:
-            told = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
-            raise DamagedShardError(f"damaged shard {path}: {told}; {again}")
+            message = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
+            raise DamagedShardError(f"damaged shard {path}: {message}; {again}")
 
 
 def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
@@ -242,9 +242,9 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
             return out
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:
         reason = masking.one_line(error)
-        told = f"damaged shard {path}, row {at}: {reason}"
+        message = f"damaged shard {path}, row {at}: {reason}"
         raise DamagedShardError(
-            f"{told}; check it against dataset.json's sha256 and restore or prepare it again"
+            f"{message}; check it against dataset.json's sha256 and restore or prepare it again"
         ) from None
 
 

@@ -141,8 +141,8 @@ def agree(what: str, value: Any) -> None:
         return
     held = _differing(gathered(json.loads(json.dumps(value, default=str))))
     groups = {each: [rank for rank, own in enumerate(seen) if own == each] for each in dict.fromkeys(seen)}
-    told = [f"{_ranks(ranks)}: {each[0]} = {_short(json.dumps(held[ranks[0]]))}" for each, ranks in groups.items()]
-    raise DisagreementError(f"ranks disagree on {what}: " + "; ".join(told))
+    message = [f"{_ranks(ranks)}: {each[0]} = {_short(json.dumps(held[ranks[0]]))}" for each, ranks in groups.items()]
+    raise DisagreementError(f"ranks disagree on {what}: " + "; ".join(message))
 
 
 def _differing(values: list[Any]) -> list[Any]:

@@ -58,8 +58,8 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
     found = paths(folder)
     duration_s = len(found) / own_fps
     if duration_s > limits.max_duration_s:
-        told = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
-        raise VideoError("too_long", f"{folder}: {told}")
+        message = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
+        raise VideoError("too_long", f"{folder}: {message}")
     height, width = pictures.read(found[0], limits).shape[:2]
     return VideoInfo(width, height, own_fps, duration_s, len(found), "images")
 

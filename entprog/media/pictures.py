@@ -33,8 +33,8 @@ def read(source: Path | bytes, limits: Limits = LIMITS) -> np.ndarray:
             raise VideoError("too_large", f"{name}: {size} bytes, more than any picture has that is read")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
-                told = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
-                raise VideoError("too_large", f"{name}: {told}")
+                message = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
+                raise VideoError("too_large", f"{name}: {message}")
             return np.asarray(opaque(ImageOps.exif_transpose(_eight_bits(image))))
     except VideoError:
         raise

@@ -46,8 +46,8 @@ class RtmEstimator:
             with redirect_stdout(sys.stderr):  # it tells what it loads
                 self._model = Wholebody(backend="onnxruntime", device=device, **networks)
         except OSError as error:  # its download failed
-            told = one_line(error)
-            raise UserError(f"rtmlib cannot fetch its networks ({told}): fetch them once with a network") from None
+            message = one_line(error)
+            raise UserError(f"rtmlib cannot fetch its networks ({message}): fetch them once with a network") from None
 
     def detect(self, frame: np.ndarray) -> list[Person]:
         """People in uint8 RGB [H, W, 3]: the largest and most central first; of their boxes, not of their pose."""

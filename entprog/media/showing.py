@@ -168,8 +168,8 @@ def _graph(buffer: str, *filters: tuple[str, str]) -> av.filter.Graph:
 
 def _unsupported(frame: av.VideoFrame, error: Exception) -> VideoError:
     colours = f"matrix {frame.colorspace}, transfer {frame.color_trc}, primaries {frame.color_primaries}"
-    told = f"its colours ({frame.format.name}, {colours} of H.273) cannot be shown rightly"
-    return VideoError("unsupported", f"{told}: {getattr(error, 'strerror', None) or error}")
+    message = f"its colours ({frame.format.name}, {colours} of H.273) cannot be shown rightly"
+    return VideoError("unsupported", f"{message}: {getattr(error, 'strerror', None) or error}")
 
 
 # ---- fields ----

@@ -211,8 +211,8 @@ def _error(source: Source, error: Exception) -> VideoError:
 
 
 def _too_long(source: Source, seconds: float, limits: Limits) -> VideoError:
-    told = f"{seconds:.0f} s, more than {limits.max_duration_s:g} s are not read"
-    return VideoError("too_long", f"{_name(source)}: {told}")
+    message = f"{seconds:.0f} s, more than {limits.max_duration_s:g} s are not read"
+    return VideoError("too_long", f"{_name(source)}: {message}")
 
 
 @contextmanager
@@ -238,8 +238,8 @@ def opened(source: Source, limits: Limits = LIMITS):
             stream.codec_context.options = pixels
             width, height = showing.square(stream.codec_context.width, stream.codec_context.height, _aspect(stream))
             if width * height > limits.max_pixels:
-                told = f"frames of {width}x{height}, more than {limits.max_pixels} pixels are not decoded"
-                raise VideoError("too_large", f"{_name(source)}: {told}")
+                message = f"frames of {width}x{height}, more than {limits.max_pixels} pixels are not decoded"
+                raise VideoError("too_large", f"{_name(source)}: {message}")
             yield container, stream
     except (av.error.FFmpegError, OSError, MemoryError) as error:
         raise _error(source, error) from None
@@ -319,8 +319,8 @@ def decoded_frames(
             duration_s = (frame.duration or 0) * numerator / denominator
             stands_s = max(duration_s, 0.0 if last_s is None else time_s - last_s)
             if stands_s > limits.max_gap_s:
-                told = f"a frame stands still for {stands_s:.1f} s near {last_s or 0:.2f} s"
-                raise VideoError("corrupt", f"{_name(source)}: {told}")
+                message = f"a frame stands still for {stands_s:.1f} s near {last_s or 0:.2f} s"
+                raise VideoError("corrupt", f"{_name(source)}: {message}")
             if time_s > limits.max_duration_s:
                 raise _too_long(source, time_s, limits)
             last_s = time_s

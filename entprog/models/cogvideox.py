@@ -27,7 +27,7 @@ from entprog.models.geometry import Geometry
 CLASS = "CogVideoXTransformer3DModel"
 
 OFS = 2.0
-"""What CogVideoX 1.5's image-to-video networks are told beside the timestep: a constant of diffusers' pipeline."""
+"""What CogVideoX 1.5's image-to-video networks get beside the timestep: a constant of diffusers' pipeline."""
 
 
 @bypass.register

@@ -27,7 +27,7 @@ from entprog.models.geometry import Geometry
 CLASS = "UNetSpatioTemporalConditionModel"
 
 FPS, MOTION, REFERENCE_NOISE = 7, 127, 0.0
-"""What the network is told of the clip: SVD's and MimicMotion's own; no noise is added to the reference here."""
+"""What the network gets about the clip: SVD's and MimicMotion's own; no noise is added to the reference here."""
 
 
 @blocks.kind.register
@@ -65,12 +65,12 @@ class SvdDenoiser(VideoDenoiser):
             raise UserError("model.dtype: SVD's temporal convolutions have no sound bfloat16 on a CPU; take float32")
 
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        told = inputs.new_tensor([FPS - 1, MOTION, REFERENCE_NOISE])
+        extra = inputs.new_tensor([FPS - 1, MOTION, REFERENCE_NOISE])
         (v,) = self.network(
             sample=inputs.transpose(1, 2),
             timestep=timestep,
             encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
-            added_time_ids=told.expand(len(inputs), -1),
+            added_time_ids=extra.expand(len(inputs), -1),
             return_dict=False,
         )
         return v.transpose(1, 2)

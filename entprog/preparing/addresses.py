@@ -58,8 +58,8 @@ def check(address: str, hosts: Sequence[str] = ()) -> None:
     if "::" in (protocol if protocol in WEB else address):  # chains fetch, unpack and cache by rules of their own
         raise AddressError(f"{shown}: chained addresses ('::') are not read; give the file's own address")
     if protocol not in PROTOCOLS:
-        told = ", ".join(("file", *PROTOCOLS))
-        raise AddressError(f"{shown}: protocol {protocol!r} is not read, only {told}")
+        allowed = ", ".join(("file", *PROTOCOLS))
+        raise AddressError(f"{shown}: protocol {protocol!r} is not read, only {allowed}")
     split(address)
     if protocol not in WEB:
         if has_credentials(address):

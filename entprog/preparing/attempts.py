@@ -27,7 +27,7 @@ class MachineError(Exception):
 def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterator[bool]:
     """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.
 
-    The mark is taken away when the stage comes back. While it runs, the process ends itself when nothing was `heard`
+    The mark is taken away when the stage comes back. While it runs, the process ends if `heartbeats` saw nothing
     for `stall_s`: a decoder that never returns can be stopped in no other way.
     """
     if parts is None:
@@ -45,7 +45,7 @@ def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterato
     mark.unlink(missing_ok=True)
 
 
-def heard(items: Iterable[Any], stall_s: float, watched: bool, work_s: float = math.inf) -> Iterator[Any]:
+def heartbeats(items: Iterable[Any], stall_s: float, watched: bool, work_s: float = math.inf) -> Iterator[Any]:
     """The items; with each of them the watch of `attempt` begins anew.
 
     Raises VideoError `too_long` once they have taken more than `work_s`: a server may send a byte a minute, for ever.

@@ -49,23 +49,25 @@ class Track:
         """Adds `track`, the bytes of float32 [T, 33, 3], and `others`, of bool [T]: whether more people were seen."""
         return tried({**row, "track": b"", "others": b""}, "track", self.settings, self.parts, self._track)
 
-    def _track(self, row: Tracked, settings: Preparation, heard) -> Tracked:
+    def _track(self, row: Tracked, settings: Preparation, heartbeats) -> Tracked:
         height, width = row["view_height"], row["view_width"]
         shrink = min(1.0, LONGEST_SIDE / max(height, width))
         size = None if shrink == 1 else (max(1, round(height * shrink)), max(1, round(width * shrink)))
         shape = settings.data.shape
         starts = set(np.frombuffer(row["cuts"], np.int32).tolist())
         people: list[int] = []
-        with opened(row, settings, heard) as source:
-            frames = self._watched(heard(footage.pictures(source, shape.fps, size, quick=True)), people)
+        with opened(row, settings, heartbeats) as source:
+            frames = self._watched(heartbeats(footage.pictures(source, shape.fps, size, quick=True)), people)
             shot = accumulate(i in starts for i in count())
             by_shot = groupby(zip(shot, frames, strict=False), key=itemgetter(0))
             tracks = [self.estimator.track(frame for _, frame in frames) for _, frames in by_shot]
         track = np.concatenate([np.zeros((0, pose.POINTS, 3), np.float32), *tracks])
         longest = max(map(len, shots.spans(len(track), sorted(starts))))
         if longest < shape.frames:
-            told = f"{longest} frames at {shape.fps:g} fps, a clip has {shape.frames}"
-            raise VideoError("too_short", told if len(tracks) < 2 else f"its longest shot of {len(tracks)} has {told}")
+            message = f"{longest} frames at {shape.fps:g} fps, a clip has {shape.frames}"
+            raise VideoError(
+                "too_short", message if len(tracks) < 2 else f"its longest shot of {len(tracks)} has {message}"
+            )
         seen = np.array(people)
         track = windows.without_phantoms(track, seen > 0, settings.prepare.min_detected)
         track = np.ascontiguousarray(track, np.float32).tobytes()
@@ -111,7 +113,7 @@ def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
 
-def _cut(row: Cut, settings: Preparation, heard, parts: Path) -> Cut:
+def _cut(row: Cut, settings: Preparation, heartbeats, parts: Path) -> Cut:
     """Writes the part; adds `clips`, their number, `part_sha256`, and the ledger's `lines` of all clips.
 
     The row is rejected if no clip is kept.
@@ -130,8 +132,8 @@ def _cut(row: Cut, settings: Preparation, heard, parts: Path) -> Cut:
             window.video = window.reference = b""  # written: hours of clips are not to be held
 
     if kept:
-        with opened(row, settings, heard) as source:
-            pictures = heard(footage.pictures(source, settings.data.shape.fps))
+        with opened(row, settings, heartbeats) as source:
+            pictures = heartbeats(footage.pictures(source, settings.data.shape.fps))
             of_source = clips(_extract(row, kept, pictures, settings))
             first = next(of_source, None)
             if first is not None:
@@ -143,9 +145,9 @@ def _cut(row: Cut, settings: Preparation, heard, parts: Path) -> Cut:
     lines = []
     for start, (stage, reason) in sorted(verdicts.items()):
         sha256, size = encoded.get(start, ("", 0))
-        told = {"clip": clip_id(row["file"], start), "start_s": start / settings.data.shape.fps}
-        told |= {"stage": stage if reason else "", "reason": reason, "message": "", "sha256": sha256, "bytes": size}
-        lines.append(ledger.line({**row, **told}))
+        decision = {"clip": clip_id(row["file"], start), "start_s": start / settings.data.shape.fps}
+        decision |= {"stage": stage if reason else "", "reason": reason, "message": "", "sha256": sha256, "bytes": size}
+        lines.append(ledger.line({**row, **decision}))
     row = {**row, "lines": lines}
     if part is not None:
         return {**row, "clips": part.clips, "part_sha256": part.sha256}

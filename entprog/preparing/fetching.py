@@ -24,8 +24,8 @@ PIECE_BYTES = 1 << 20
 
 
 @contextmanager
-def fetched(row: Source, prepare: Prepare, heard=lambda pieces: pieces) -> Iterator[Path]:
-    """A source's path on this machine. `heard` goes over the pieces of a remote file as they come in.
+def fetched(row: Source, prepare: Prepare, heartbeats=lambda pieces: pieces) -> Iterator[Path]:
+    """A source's path on this machine. `heartbeats` goes over the pieces of a remote file as they come in.
 
     Raises VideoError: `bad_address`, `unreadable` (missing, not permitted, not a plain file, not answered),
     `too_large`, `changed` (a local file that is not what was listed).
@@ -37,7 +37,7 @@ def fetched(row: Source, prepare: Prepare, heard=lambda pieces: pieces) -> Itera
         return
     with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
         try:
-            yield _copy(path, Path(scratch), row, prepare, heard)
+            yield _copy(path, Path(scratch), row, prepare, heartbeats)
         except _RemoteError as error:
             refused = addresses.cause(error.reason)
             if refused is not None:
@@ -88,17 +88,17 @@ def stamp(known: os.stat_result) -> str:
     return f"{known.st_size}-{known.st_mtime_ns}"
 
 
-def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heard) -> Path:
+def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heartbeats) -> Path:
     try:
         files, path = addresses.filesystem(address, prepare.hosts)
         if not row["frames_fps"]:
             target = scratch / f"source{Path(bare(address)).suffix}"
-            download(files, path, target, prepare.max_bytes, row["file"], heard)
+            download(files, path, target, prepare.max_bytes, row["file"], heartbeats)
             return target
         left = prepare.max_bytes
         names = {item.rstrip("/").rpartition("/")[2]: item for item in files.ls(path, detail=False)}
         for name in frames.numbered(list(names)):
-            left -= download(files, names[name], scratch / name, left, row["file"], heard)
+            left -= download(files, names[name], scratch / name, left, row["file"], heartbeats)
         return scratch
     except (VideoError, MachineError):
         raise
@@ -106,14 +106,14 @@ def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heard) -> 
         raise _RemoteError(error) from None
 
 
-def download(files, path: str, target: Path, max_bytes: int, name: str, heard=lambda pieces: pieces) -> int:
+def download(files, path: str, target: Path, max_bytes: int, name: str, heartbeats=lambda pieces: pieces) -> int:
     """Copy a file of an fsspec filesystem to `target`; its size in bytes.
 
     Raises VideoError `too_large`, MachineError where it cannot be written, and what the filesystem raises.
     """
     got = 0
     with files.open(path, "rb") as stream, target.open("wb") as out:
-        for piece in heard(iter(lambda: stream.read(PIECE_BYTES), b"")):
+        for piece in heartbeats(iter(lambda: stream.read(PIECE_BYTES), b"")):
             got += len(piece)
             if got > max_bytes:
                 raise VideoError("too_large", f"{name}: more than {max_bytes} bytes are not read")

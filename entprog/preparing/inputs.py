@@ -177,8 +177,8 @@ def _file(file: str, path: Path) -> Source:
 
 def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Source:
     rows = [_file(name, folder / name) for name in names]
-    told = digest([(row["file"], row["stamp"]) for row in rows])
-    return _row(file, str(folder), bytes=sum(row["bytes"] for row in rows), stamp=told, frames_fps=fps)
+    stamp = digest([(row["file"], row["stamp"]) for row in rows])
+    return _row(file, str(folder), bytes=sum(row["bytes"] for row in rows), stamp=stamp, frames_fps=fps)
 
 
 def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[Source]:
@@ -227,8 +227,8 @@ def _remote(address: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
     except UserError:
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own
-        told = addresses.cause(error) or (error if isinstance(error, VideoError) else reason(error, address))
-        raise UserError(f"cannot read input {masked(address)} ({told})") from None
+        message = addresses.cause(error) or (error if isinstance(error, VideoError) else reason(error, address))
+        raise UserError(f"cannot read input {masked(address)} ({message})") from None
     rows = _told_apart(list(_remote_rows(files, path, found, prepare.frames_fps)))
     texts = sum(suffix(row) == ".txt" for row in rows)
     notes = (f"{texts} .txt files there are not read as captions: a manifest can hold them",) if texts else ()
@@ -252,8 +252,8 @@ def _remote_rows(files, root: str, found: dict[str, dict[str, Any]], frames_fps:
             known = [found[f"{folder}/{name}"] for name in images]
             size = sum(item.get("size") or 0 for item in known)
             name = bare(folder)[len(bare(root)) + 1 :] or folder.rpartition("/")[2]
-            told = digest([(name, _version(item)) for name, item in zip(images, known, strict=True)])
-            yield _row(name, files.unstrip_protocol(folder), bytes=size, stamp=told, frames_fps=frames_fps)
+            stamp = digest([(name, _version(item)) for name, item in zip(images, known, strict=True)])
+            yield _row(name, files.unstrip_protocol(folder), bytes=size, stamp=stamp, frames_fps=frames_fps)
         for name in set(names) - set(images):
             path = f"{folder}/{name}"
             known = found[path]
@@ -320,15 +320,15 @@ def _check_libraries(rows: Iterable[Source]) -> None:
 def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
     """A manifest's entry as a source. Its name is the path as it is written, without secrets, and its crop."""
     text, far = entry.path, addresses.is_remote(base)
-    told = {"caption": entry.caption, "split": entry.split, "crop": entry.crop}
+    wishes = {"caption": entry.caption, "split": entry.split, "crop": entry.crop}
     at = f"@{entry.crop}" if entry.crop else ""
     if text.startswith("file://") and not far:
         text = _local_path(text)
     if "://" not in text and not far:
         row = _entry_at(text + at, Path(base, text), entry.fps or frames_fps)
-        return row | told | ({"frames_fps": entry.fps} if entry.fps else {})
+        return row | wishes | ({"frames_fps": entry.fps} if entry.fps else {})
     # A manifest on another machine may say file:// too, which the first stage refuses.
     path = text if "://" in text else f"{base}/{text}"
     name = bare(text) if "://" in text else bare(path)[len(bare(base)) + 1 :]
     is_folder = entry.fps or not (Path(bare(path)).suffix or addresses.is_web(path))
-    return _row(name + at, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | told
+    return _row(name + at, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | wishes

@@ -67,8 +67,8 @@ def stamp(row: Source) -> str:
 
 def rejected(row: R, stage: str, reason: str, message: str) -> R:
     """The row with its verdict."""
-    told = plain(one_line(message, os.fsdecode(row.get("path", b"")), most=500))
-    return {**row, "stage": stage, "reason": reason, "message": told}
+    shown = plain(one_line(message, os.fsdecode(row.get("path", b"")), most=500))
+    return {**row, "stage": stage, "reason": reason, "message": shown}
 
 
 def crashed(row: R, stage: str) -> R:

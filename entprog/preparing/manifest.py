@@ -62,8 +62,8 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
             raise ValueError(f"more than {MAX_ROWS} rows are not read: split it")
         rows = [_named(row) for row in rows]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        told = str(error).replace(f"{path}: ", "").replace(str(path), name)
-        raise UserError(f"cannot read manifest {name}: {one_line(told)}") from None
+        message = str(error).replace(f"{path}: ", "").replace(str(path), name)
+        raise UserError(f"cannot read manifest {name}: {one_line(message)}") from None
     entries = [_entry(row, f"manifest {name}, row {number}") for number, row in enumerate(rows, 1)]
     unread = {column for row in rows for column in row} - set(COLUMNS)
     return entries, [f"{column}{close_to(column, COLUMNS)}" for column in sorted(unread)]

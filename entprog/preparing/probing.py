@@ -42,9 +42,9 @@ def cut_shots(row: Probed, settings: Preparation, parts: Path | None = None) -> 
 
 
 def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -> R:
-    """`work(row, settings, heard)` with everything that can go wrong made a verdict; a bad row passes by.
+    """`work(row, settings, heartbeats)` with everything that can go wrong made a verdict; a bad row passes by.
 
-    `heard` goes over whatever work waits for, so that a standstill is noticed (`attempts`).
+    `heartbeats` goes over whatever work waits for, so that a standstill is noticed (`attempts`).
     """
     if row["reason"]:
         return row
@@ -52,9 +52,11 @@ def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -
     with attempts.attempt(parts, row.get("key", ""), stage, prepare.stall_s) as may_try:
         if not may_try:
             return ledger.crashed(row, stage)
-        heard = partial(attempts.heard, stall_s=prepare.stall_s, work_s=prepare.max_work_s, watched=parts is not None)
+        heartbeats = partial(
+            attempts.heartbeats, stall_s=prepare.stall_s, work_s=prepare.max_work_s, watched=parts is not None
+        )
         try:
-            return work(row, settings, heard)
+            return work(row, settings, heartbeats)
         except attempts.MachineError:
             raise
         except VideoError as error:
@@ -66,22 +68,22 @@ def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -
 
 
 @contextmanager
-def opened(row: Source, settings: Preparation, heard) -> Iterator[Footage]:
+def opened(row: Source, settings: Preparation, heartbeats) -> Iterator[Footage]:
     """The source on this machine, as footage. Raises VideoError as `fetching.fetched` does."""
-    with fetching.fetched(row, settings.prepare, heard) as path:
+    with fetching.fetched(row, settings.prepare, heartbeats) as path:
         try:
             yield footage.footage(path, row["frames_fps"], row["crop"], settings.prepare)
         except VideoError as error:  # people know it by its name, not by where it lay
             raise VideoError(error.reason, str(error).replace(str(path), row["file"])) from None
 
 
-def _probe(row: Probed, settings: Preparation, heard) -> Probed:
+def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
     path, is_video = os.fsdecode(row["path"]), inputs.is_video(row)
     fetching.check(row, settings.prepare)
     if addresses.is_remote(path) and not is_video:
         raise _not_a_video(row)
-    with opened(row, settings, heard) as source:
-        row["sha256"] = _sha256(source, heard)
+    with opened(row, settings, heartbeats) as source:
+        row["sha256"] = _sha256(source, heartbeats)
         if not is_video:
             raise _not_a_video(row)
         if not row["bytes"] and not source.frames_fps:
@@ -94,8 +96,8 @@ def _probe(row: Probed, settings: Preparation, heard) -> Probed:
 
 def _not_a_video(row: Source) -> VideoError:
     ending = inputs.suffix(row)
-    told = f"ends with {ending!r}" if ending else "has no ending"
-    return VideoError("not_a_video", f"its name {told}; if it is a video, give it its ending")
+    ending_is = f"ends with {ending!r}" if ending else "has no ending"
+    return VideoError("not_a_video", f"its name {ending_is}; if it is a video, give it its ending")
 
 
 def content_sha256(row: Source, settings: Preparation) -> str:
@@ -104,17 +106,17 @@ def content_sha256(row: Source, settings: Preparation) -> str:
         return _sha256(source, lambda pieces: pieces)
 
 
-def _sha256(source: Footage, heard) -> str:
+def _sha256(source: Footage, heartbeats) -> str:
     if source.frames_fps:
         return frames.sha256(source.path)
     whole = hashlib.sha256()
     with source.path.open("rb") as stream:  # in pieces, as it may take long
-        for piece in heard(iter(lambda: stream.read(fetching.PIECE_BYTES), b"")):
+        for piece in heartbeats(iter(lambda: stream.read(fetching.PIECE_BYTES), b"")):
             whole.update(piece)
     return whole.hexdigest()
 
 
-def _cut_shots(row: Shots, settings: Preparation, heard) -> Shots:
-    with opened(row, settings, heard) as source:
-        change = shots.changes(heard(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
+def _cut_shots(row: Shots, settings: Preparation, heartbeats) -> Shots:
+    with opened(row, settings, heartbeats) as source:
+        change = shots.changes(heartbeats(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
     return {**row, "cuts": np.array(shots.cuts(change, settings.prepare.shot_change), np.int32).tobytes()}

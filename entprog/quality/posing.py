@@ -1,4 +1,4 @@
-"""Whether the person moves as told: the pose seen in a result against the pose that it was to follow."""
+"""Whether the person moves as asked: the pose seen in a result against the pose that it was to follow."""
 
 import numpy as np
 import torch

@@ -194,7 +194,7 @@ class _Fit:
         self.startup_s = 0.0
         """Until the first batch was there: the same for every schedule and repeated by every resume, so that no budget
         pays for it."""
-        self.told = self.spent()
+        self.reported = self.spent()
         """Of what the batches have cost, what Steps have carried."""
         total = experiment.train.workers * experiment.train.accumulate
         self.batches_per_update = total
@@ -318,7 +318,7 @@ class _Fit:
         drifted, self.drift = self.drift, None
         model = state.models.get(plan.shape)
         last = is_over(self.experiment, state)
-        fed, self.told = self.spent().since(self.told), self.spent()
+        fed, self.reported = self.spent().since(self.reported), self.spent()
         mine = [fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(plan))]
         open_s, copy_s, encode_s, most = agree.largest_of(mine, self.device)
         memory = int(most)
@@ -407,7 +407,7 @@ class _Fit:
         batch = next(self.stream[1])
         if starting:
             self.startup_s = self.now() - began
-            self.told = self.spent()
+            self.reported = self.spent()
         return batch
 
     def spent(self) -> Spent:

@@ -22,7 +22,7 @@ def resources(gpus: bool) -> dict[str, float]:
     return {"GPU": 1} if gpus else {"CPU": 1}
 
 
-def room(least: int, most: int, gpus: bool, told: Callable[[str], None]) -> int:
+def room(least: int, most: int, gpus: bool, warn: Callable[[str], None]) -> int:
     """Workers, `least` to `most`, that can be placed now beside Ray Data; waits for the `least`, and says so."""
     data, workers = [{"CPU": CPUS_FOR_DATA}], [resources(gpus)]
     with _wanted([data, *[workers] * most]) as groups:
@@ -36,7 +36,7 @@ def room(least: int, most: int, gpus: bool, told: Callable[[str], None]) -> int:
                     break
                 if not waited:
                     here = max(count - 1, 0)
-                    told(f"there is room for {here} of {most} workers, train.min_workers={least}: waiting for more")
+                    warn(f"there is room for {here} of {most} workers, train.min_workers={least}: waiting for more")
                     waited = True
             time.sleep(LOOK_S)
         return count - 1

@@ -113,9 +113,9 @@ def run_workers(
     settings: dict[str, Any],
     experiment: Experiment,
     storage: Path,
-    heard: Callable[[dict[str, Any]], None],
+    on_item: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run `worker(settings)` on every worker of a TorchTrainer; `heard` gets what rank 0 posts; returns its last word.
+    """Run `worker(settings)` on every worker of a TorchTrainer; `on_item` gets rank 0's posts; returns the last item.
 
     A worker posts `{"result": {…}}` when all is done, `{"user_error": line}` for a person's mistake that only it could
     see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end, and
@@ -127,18 +127,18 @@ def run_workers(
     gpus = use_gpus(experiment)
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    listener = Listener(heard)
+    listener = Listener(on_item)
     train, tries, furthest = experiment.train, experiment.train.max_failures, 0
     workers = train.workers
     try:
         with _stopping(listener):
             while True:
                 if train.min_workers:
-                    wait = lambda line: heard({"warning": line})  # noqa: E731
+                    wait = lambda line: on_item({"warning": line})  # noqa: E731
                     workers = elastic.room(train.min_workers, train.workers, gpus, wait)
                 with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus):
-                    told = {**settings, "board": listener.board}
-                    failure = _attempt(worker, told, experiment, workers, gpus, storage)
+                    boarded = {**settings, "board": listener.board}
+                    failure = _attempt(worker, boarded, experiment, workers, gpus, storage)
                 listener.read()
                 last = listener.last
                 if last.pop("grows", None) is not None:
@@ -157,7 +157,7 @@ def run_workers(
                 if "failure" in last or not tries:
                     raise RuntimeError(reason) from failure
                 tries -= 1
-                heard({"warning": f"{reason}: starting the workers again, from the newest checkpoint"})
+                on_item({"warning": f"{reason}: starting the workers again, from the newest checkpoint"})
     finally:
         listener.close()
 

@@ -57,7 +57,7 @@ class Board:
             self.notice = GOES_ON
             self.noticed.clear()
 
-    async def heard(self) -> int:
+    async def notices(self) -> int:
         """The notice, once there is one."""
         await self.noticed.wait()
         return self.notice
@@ -66,7 +66,7 @@ class Board:
 class Listener:
     """The driver's end: hands on what is posted, from a thread."""
 
-    def __init__(self, heard: Callable[[dict[str, Any]], None]):
+    def __init__(self, on_item: Callable[[dict[str, Any]], None]):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -74,7 +74,7 @@ class Listener:
         # Should its process end it is made anew: what was posted a moment before is lost, the run goes on.
         lasting = {"max_restarts": -1, "max_task_retries": -1}
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Board).remote()
-        self.heard = heard
+        self.on_item = on_item
         self.last: dict[str, Any] = {}
         """The newest message."""
         self.step = 0
@@ -98,7 +98,7 @@ class Listener:
                 if "step" in item:
                     self.step = max(self.step, item["step"]["step"])
                     self.begun.set()
-                self.heard(item)
+                self.on_item(item)
 
     def _listen(self) -> None:
         from ray.exceptions import RayError

@@ -60,10 +60,12 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> l
     if waiting >= WORTH_TELLING:
         # Decoding took all of the time, and may take only what is not waited: so many more hands are needed.
         more = max(decode_cpus * stalls.wait_s / max(running_s - stalls.wait_s, 1e-9), 0.0)
-        told = f"decode-bound: waiting {waiting:.0%} of the time: give decoding about {ceil(more)} more CPUs"
+        message = f"decode-bound: waiting {waiting:.0%} of the time: give decoding about {ceil(more)} more CPUs"
         each = " per worker" if workers > 1 else ""
-        told += f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; those of other nodes with data.decode=cluster)"
-        out.append(told + (f", or cache latents: {CACHE}" if encodes else ""))
+        message += (
+            f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; those of other nodes with data.decode=cluster)"
+        )
+        out.append(message + (f", or cache latents: {CACHE}" if encodes else ""))
     if encodes and stalls.share(stalls.encode_s) >= WORTH_TELLING:
         out.append(f"encode-bound: {stalls.share(stalls.encode_s):.0%} of the time in the VAE: {CACHE}")
     if waiting >= WORTH_TELLING and stalls.copy_s > stalls.compute_s:
@@ -85,7 +87,7 @@ class Watch:
         self.peak_used_share: float | None = None
         self.spilled_bytes: int | None = None
         """None until the store was seen."""
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def see(self, store: Store) -> None:
         self.first = self.first or store
@@ -94,15 +96,15 @@ class Watch:
         self.spilled_bytes = store.spilled - self.first.spilled
         remedy = "give Ray a larger object store (ENTPROG_OBJECT_STORE_BYTES), or use smaller batches"
         if self.spilled_bytes:
-            told = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB to disk, which slows the stream"
-            self._once("spill", f"{told}: {remedy}")
+            message = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB to disk, which slows the stream"
+            self._once("spill", f"{message}: {remedy}")
         elif used_share >= NEARLY_FULL:
-            told = f"Ray's object store ({store.capacity / 1e9:.2g} GB) is {used_share:.0%} full, about to spill"
-            self._once("full", f"{told}: {remedy}")
+            message = f"Ray's object store ({store.capacity / 1e9:.2g} GB) is {used_share:.0%} full, about to spill"
+            self._once("full", f"{message}: {remedy}")
 
     def _once(self, what: str, line: str) -> None:
-        if what not in self.told:
-            self.told.add(what)
+        if what not in self.reported:
+            self.reported.add(what)
             self.warn(line)
 
     def figures(self) -> dict[str, float | None]:

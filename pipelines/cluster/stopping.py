@@ -15,7 +15,7 @@ import torch
 from entprog.distributed import agree
 from pipelines.cluster.message_board import GOES_ON, MACHINE_ENDS
 
-_told = threading.Event()
+_noticed = threading.Event()
 """SIGTERM has come to this worker's process."""
 
 
@@ -26,24 +26,24 @@ class LeavingError(RuntimeError):
 def listen() -> None:
     """Take SIGTERM as a notice; without this Ray's own handler ends the process at once. Called in the worker's main
     thread, as signals want it."""
-    signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    signal.signal(signal.SIGTERM, lambda *_: _noticed.set())
 
 
 class Notices:
-    """What a worker has been told; every rank asks after every step, and all hear the same."""
+    """The notices a worker got; every rank asks after every step, and all get the same answer."""
 
     def __init__(self, board: Any, device: torch.device):
         self.device = device
         import ray
 
         board.join.remote(ray.get_runtime_context().get_node_id())
-        self.of_driver = board.heard.remote() if agree.world()[0] == 0 else None
+        self.of_driver = board.notices.remote() if agree.world()[0] == 0 else None
 
-    def heard(self) -> int:
+    def newest(self) -> int:
         """GOES_ON, GROWS, MACHINE_ENDS or JOB_ENDS."""
         import ray
 
-        mine = MACHINE_ENDS if _told.is_set() else GOES_ON
+        mine = MACHINE_ENDS if _noticed.is_set() else GOES_ON
         if self.of_driver is not None and ray.wait([self.of_driver], timeout=0)[0]:
             mine = max(mine, ray.get(self.of_driver))
         return int(agree.slowest(float(mine), self.device))

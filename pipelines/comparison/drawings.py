@@ -106,8 +106,8 @@ def ratios(verdict: Verdict) -> Drawing | None:
     axes.set_xlabel(textwrap.fill(f"times sooner at the target than {verdict.baseline.group.label}", 48))
     axes.grid(axis="x", color=colour("grid"), linewidth=0.7)
     _plain_numbers(axes)
-    told = "; ".join(f"{j.group.label} {j.ratio.value:.2f}" for _, j in rows)
-    return _drawing(figure, "Net speed-up to the target loss", f"Net speed-up to the target loss: {told}.")
+    message = "; ".join(f"{j.group.label} {j.ratio.value:.2f}" for _, j in rows)
+    return _drawing(figure, "Net speed-up to the target loss", f"Net speed-up to the target loss: {message}.")
 
 
 def schedule(

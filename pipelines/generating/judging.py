@@ -142,7 +142,7 @@ def generate(
     absolute = replace(checkpoint, root=checkpoint.root.resolve())  # actors work in another directory
     arguments = {"checkpoint": absolute, "settings": settings.generate}
     made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
-    for _ in told("generating", made, len(todo)):
+    for _ in shown_progress("generating", made, len(todo)):
         pass
 
 
@@ -155,7 +155,7 @@ def judge(
     chosen = settings.evaluate.model_copy(update=absolute)
     arguments = {"names": tuple(names), "settings": chosen, "device": "cuda" if gpus else "cpu"}
     found = _over(todo, Judge, arguments, 1, workers, gpus)
-    return {row["clip_id"]: row for row in told("judging", found, len(todo))}
+    return {row["clip_id"]: row for row in shown_progress("judging", found, len(todo))}
 
 
 def _over(
@@ -178,7 +178,7 @@ def _over(
         yield from data.iter_rows()
 
 
-def told(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+def shown_progress(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
     """The rows, with a line now and then: how many are done, how fast, how long still."""
     started = last = time.time()
     for done, row in enumerate(rows, 1):

@@ -170,8 +170,8 @@ def from_row(path: Path, row: int, place: int = 0) -> Motion:
         reference = images.read(columns["reference"])
         frames = h264.decode_rgb(columns["video"])
     except (videos.VideoError, ValueError) as error:
-        told = one_line(error)
-        raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {told}; prepare it again") from None
+        why = one_line(error)
+        raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {why}; prepare it again") from None
     return Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
 
 

@@ -50,8 +50,8 @@ def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool 
     now, before = json.loads(files.strict_json(identity)), known["identity"]
     differing = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
     if differing:
-        told = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
-        raise UserError(f"{output} holds a {job} job of other settings ({told}): {another}")
+        message = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
+        raise UserError(f"{output} holds a {job} job of other settings ({message}): {another}")
 
 
 def take(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:

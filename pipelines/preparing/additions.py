@@ -96,8 +96,8 @@ def refuse(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises UserError naming the first setting that differs."""
     theirs, mine = config.flat(theirs), config.flat(mine)
     name = next(name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name))
-    told = f"{name} was {theirs.get(name)}, now {mine.get(name)}"
-    raise UserError(f"{output} was prepared with other settings ({told}): choose another --output, or delete it")
+    message = f"{name} was {theirs.get(name)}, now {mine.get(name)}"
+    raise UserError(f"{output} was prepared with other settings ({message}): choose another --output, or delete it")
 
 
 def to_do(before: Before, sources: Sequence[Source], output: Path, settings: Preparation) -> list[Source]:

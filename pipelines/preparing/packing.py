@@ -137,10 +137,10 @@ def with_twins(lines: Sequence[Line], before: Sequence[Line] = ()) -> list[Line]
     for line in lines:
         others = [other for other in of_content[line["sha256"]] if other["file"] != line["file"]]
         if line["kind"] == "input" and line["kept"] and others:
-            told = f"the same content as {others[0]['file']}"
+            message = f"the same content as {others[0]['file']}"
             if any(other["split"] != line["split"] for other in others):
-                told += ", which is on the other side of the split"
-            line = {**line, "message": told}
+                message += ", which is on the other side of the split"
+            line = {**line, "message": message}
         out.append(line)
     return out
 
@@ -213,9 +213,9 @@ def pack(row: Row, folder: str, shape: ClipShape) -> Row:
     files.write_json(receipt, {"plan": "begun"}, indent=None)  # what lies there from now on is this job's
     clips = [{**clip, "split": plan["split"]} for clip in clips]
     info = shards.write_shard(Path(folder), plan["file"], clips, shape)
-    told = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
-    files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": told}, indent=None)
-    return told
+    entry = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
+    files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": entry}, indent=None)
+    return entry
 
 
 def _receipt(parts: Path, file: str) -> Path:
@@ -235,8 +235,8 @@ def remove_parts(parts: Path) -> None:
 def _packed(receipt: Path, shard: Path, plan: str) -> Row | None:
     """A shard that an attempt killed later has finished: what it wrote down, if the file is still that."""
     try:
-        told = json.loads(receipt.read_text())
-        whole = told["plan"] == config.digest(plan) and files.sha256(shard) == told["info"]["sha256"]
+        entry = json.loads(receipt.read_text())
+        whole = entry["plan"] == config.digest(plan) and files.sha256(shard) == entry["info"]["sha256"]
     except (OSError, ValueError, KeyError):
         return None
-    return told["info"] if whole else None
+    return entry["info"] if whole else None

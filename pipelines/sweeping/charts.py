@@ -36,7 +36,7 @@ def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Pa
         if row["status"] == "stopped":
             axes.plot(*curve[-1], "x", color=RED, markersize=6, zorder=4)
     counts = Counter(row["status"] for row in rows)
-    told = ", ".join(f"{counts[how]} {how}" for how in ("finished", "stopped", "failed") if counts[how])
+    outcomes = ", ".join(f"{counts[how]} {how}" for how in ("finished", "stopped", "failed") if counts[how])
     losses = [y for row in drawn for _, y in row["seeds"][0]["curve"]]
     if losses and min(losses) > 0 and max(losses) / min(losses) > 5:
         axes.set_yscale("log")
@@ -46,7 +46,7 @@ def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Pa
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     ends = "; × stopped early" if counts["stopped"] else ""
-    figure.suptitle(f"Trials over time ({told}{ends})", fontsize=11)
+    figure.suptitle(f"Trials over time ({outcomes}{ends})", fontsize=11)
     return save(figure, path)
 
 

@@ -100,7 +100,7 @@ def run(
                 tables=Path(spec.tables),
                 parent=parent,
                 tags={"entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
-                listen=ticks.heard if number == 0 else lambda item: None,
+                listen=ticks.on_item if number == 0 else lambda item: None,
             )
             if not math.isfinite(result["held_out_loss"]):
                 raise UserError(f"held-out loss is {result['held_out_loss']} after {result['steps']} steps")
@@ -191,7 +191,7 @@ class Ticks:
     of: int
     report: Callable[[dict[str, Any]], None]
     curve: list[Point] = field(default_factory=list)
-    told: int = 0
+    reported: int = 0
 
     def resume(self, training: Path) -> None:
         """Take over what a training that goes on had measured before."""
@@ -199,18 +199,18 @@ class Ticks:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         steps = [json.loads(line) for line in lines if line.endswith("\n")]
         self.curve = [(s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
-        self.told = int(self.curve[-1][0] / self.budget_s * self.of) if self.curve else 0
+        self.reported = int(self.curve[-1][0] / self.budget_s * self.of) if self.curve else 0
 
-    def heard(self, item: Mapping[str, Any]) -> None:
+    def on_item(self, item: Mapping[str, Any]) -> None:
         """An item that rank 0 posts. Nothing is reported of the last share: the trial's own last report is that."""
         step = item.get("step")
         if step is None or step["held_out_loss"] is None:
             return
         self.curve = [point for point in self.curve if point[0] < step["charged_s"]]
         self.curve.append((step["charged_s"], step["held_out_loss"]))
-        while self.told + 1 < self.of and self.curve[-1][0] >= (self.told + 1) * self.budget_s / self.of:
-            self.told += 1
-            loss = curves.at(self.curve, self.told * self.budget_s / self.of)
+        while self.reported + 1 < self.of and self.curve[-1][0] >= (self.reported + 1) * self.budget_s / self.of:
+            self.reported += 1
+            loss = curves.at(self.curve, self.reported * self.budget_s / self.of)
             if not math.isfinite(loss):
                 loss = math.inf  # compared as the worst
-            self.report({"tick": self.told, "held_out_loss": loss, "charged_s": step["charged_s"]})
+            self.report({"tick": self.reported, "held_out_loss": loss, "charged_s": step["charged_s"]})

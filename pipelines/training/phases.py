@@ -49,13 +49,15 @@ def run(
             done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
             tell = _teller(tracker, number, **done)
 
-            def heard(item: dict[str, Any], tell: Callable[[Mapping[str, Any]], None] = tell) -> None:
+            def on_item(item: dict[str, Any], tell: Callable[[Mapping[str, Any]], None] = tell) -> None:
                 if "step" in item:
                     tell(item["step"])
                 listen(item)
 
             about = {"entprog.phase": name, **(tags or {})}
-            results[name] = train(phase, output / name, tables=tables, parent=tracker.run_id, tags=about, listen=heard)
+            results[name] = train(
+                phase, output / name, tables=tables, parent=tracker.run_id, tags=about, listen=on_item
+            )
             for step in steplog.steps_of(output / name):  # what was told to a driver that was killed; the rest is there
                 tell(step)
             tracker.metrics(done["steps"], {f"phase/{name}_held_out_loss": results[name]["held_out_loss"]})

@@ -188,7 +188,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 )
             if step.last:
                 final_loss = step.held_out_loss
-            notice = GOES_ON if step.last else notices.heard()
+            notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
                 saver.save(denoiser.network, state)
                 if rank == 0:

@@ -202,6 +202,7 @@ def _hlg(light: np.ndarray) -> np.ndarray:
 def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
     """Sound sources by name: they show a person and are to be kept."""
     x264 = {"crf": "20", "preset": "veryfast"}
+    vpx = {"deadline": "good", "cpu-used": "5", "b": "2M"}  # "realtime" would encode by how busy the machine is
     plain = encoded(frames, "libx264", "mp4", options=x264)
     wide = [np.ascontiguousarray(np.rot90(frame)) for frame in frames]
     return {
@@ -220,9 +221,9 @@ def formats(frames: list[np.ndarray]) -> dict[str, bytes]:
         "hevc.mp4": encoded(
             frames, "libx265", "mp4", options={"x265-params": "log-level=none:pools=none:frame-threads=1"}
         ),
-        "vp8.webm": encoded(frames, "libvpx", "webm", options={"deadline": "realtime", "b": "2M"}),
-        "vp9.webm": encoded(frames, "libvpx-vp9", "webm", options={"deadline": "realtime", "cpu-used": "8", "b": "2M"}),
-        "vp9-alpha.webm": encoded(frames, "libvpx-vp9", "webm", "yuva420p", {"deadline": "realtime", "b": "2M"}),
+        "vp8.webm": encoded(frames, "libvpx", "webm", options=vpx),
+        "vp9.webm": encoded(frames, "libvpx-vp9", "webm", options=vpx),
+        "vp9-alpha.webm": encoded(frames, "libvpx-vp9", "webm", "yuva420p", vpx),
         "av1.mp4": in_a_thread(encoded, frames, "libsvtav1", "mp4", options={"preset": "12", "crf": "30"}),
         "mpeg4.avi": encoded(frames, "mpeg4", "avi", options={"b": "3M"}),
         "mjpeg.avi": encoded(frames, "mjpeg", "avi", "yuvj420p", {"q": "3"}),
