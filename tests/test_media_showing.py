@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from entprog.media import assets, h264, showing, video
+from entprog.media import assets, fields, h264, showing, video
 from entprog.media.limits import Limits
 from entprog.media.video import VideoError
 from entprog.preparing import shots
@@ -170,7 +170,66 @@ def test_nothing_is_filtered_where_nothing_is_interlaced(frames):
     content = hostile.encoded(frames, "libx264", "mp4", options=X264)
     with video.opened(content) as (container, stream):
         decoded = list(video.decoded_frames(content, container, stream))
-    assert [id(shown) for shown in showing.deinterlaced(iter(decoded))] == [id(shown) for shown in decoded]
+    assert [id(shown) for shown in fields.deinterlaced(iter(decoded))] == [id(shown) for shown in decoded]
+
+
+CODERS = [
+    ("libx264", "mp4", "yuv420p", {"crf": "18", "preset": "veryfast"}),
+    ("libx264", "matroska", "yuv422p10le", {"crf": "20", "preset": "veryfast"}),
+    ("mpeg4", "avi", "yuv420p", {"b": "3M"}),
+    ("libvpx", "webm", "yuv420p", {"deadline": "realtime", "b": "2M"}),
+    ("mjpeg", "avi", "yuvj420p", {"q": "3"}),
+]
+
+
+@pytest.fixture(scope="module")
+def moments():
+    """48 pictures of a real person who moves, taken 30 times a second: uint8 RGB [240, 352, 3] each."""
+    return [frame for _, frame in video.iter_frames(assets.clip("jump"), end_s=1.6, size=(240, 352))][:48]
+
+
+@pytest.mark.parametrize("top_first", [True, False], ids=["top", "bottom"])
+@pytest.mark.parametrize(("codec", "container", "pixels", "options"), CODERS)
+def test_fields_of_which_a_video_does_not_say_are_found_out(codec, container, pixels, options, top_first, moments):
+    woven = hostile.woven(moments, top_first)
+    content = hostile.encoded(woven, codec, container, pixels, options, fps=15)
+    with av.open(io.BytesIO(content)) as file:
+        assert not any(frame.interlaced_frame for frame in file.decode(video=0))
+    order = video.field_order(content)
+    assert order == ("tff" if top_first else "bff")
+    was = [image for _, image in video.iter_frames(content)]
+    got = [image for _, image in video.iter_frames(content, order=order)]
+    assert len(got) == len(was) == len(woven)
+    assert combed(np.stack(got)[1:-1]) < 0.8 * combed(np.stack(was)[1:-1])
+
+
+@pytest.mark.parametrize(("codec", "container", "pixels", "options"), CODERS)
+def test_progressive_video_is_not_taken_for_fields(codec, container, pixels, options, moments):
+    for frames, fps in ((moments, 30), (moments[::2], 15), ([f for f in moments for _ in range(2)], 60)):
+        content = hostile.encoded(frames, codec, container, pixels, options, fps=fps)
+        assert video.field_order(content) == ""
+    uneven = [frame for i, frame in enumerate(moments) for _ in range(1 + (i % 4 == 0))]  # 24 frames a second at 30
+    assert video.field_order(hostile.encoded(uneven, codec, container, pixels, options, fps=30)) == ""
+
+
+@pytest.mark.parametrize("name", assets.CLIPS)
+def test_real_clips_are_progressive(name):
+    assert video.field_order(assets.clip(name)) == ""
+
+
+def test_film_spread_over_fields_is_found_out(moments):
+    spread = []
+    for a, b, c, d in zip(*(moments[i::4] for i in range(4)), strict=True):
+        spread += [a, b, *(hostile.woven([first, second])[0] for first, second in ((b, c), (c, d))), d]
+    content = hostile.encoded(spread, "libx264", "mp4", options=X264, fps=30)
+    assert video.field_order(content) == "tff"
+
+
+def test_a_still_or_short_or_broken_video_has_no_fields(moments):
+    for frames in (moments[:1] * 30, moments[:4]):
+        assert video.field_order(hostile.encoded(frames, "libx264", "mp4", options=X264)) == ""
+    content = hostile.encoded(moments, "mpeg4", "mpegts", options={"b": "2M"})
+    assert video.field_order(content[: len(content) // 4]) == ""
 
 
 # ---- colours ----

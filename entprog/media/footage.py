@@ -22,12 +22,14 @@ class Footage:
     crop: Box | None
     """Part of the upright picture; None: all of it."""
     limits: Limits
+    order: str = ""
+    """As `field_order` gives it."""
 
 
-def footage(path: Path, frames_fps: float, crop: str, prepare: Prepare) -> Footage:
+def footage(path: Path, frames_fps: float, crop: str, prepare: Prepare, order: str = "") -> Footage:
     """`crop` is 'left,top,width,height' or empty."""
     box = tuple(map(int, crop.split(","))) if crop else None
-    return Footage(path, frames_fps, box, limits.of(prepare))
+    return Footage(path, frames_fps, box, limits.of(prepare), order)
 
 
 def probe(of: Footage) -> VideoInfo:
@@ -43,10 +45,16 @@ def probe(of: Footage) -> VideoInfo:
     return info
 
 
+def field_order(of: Footage) -> str:
+    """Of an interlaced video that does not say it is one: `tff` or `bff`; else empty."""
+    return "" if of.frames_fps else video.field_order(of.path, of.limits)
+
+
 def pictures(of: Footage, fps: float, size: tuple[int, int] | None = None, quick: bool = False) -> Iterator[np.ndarray]:
     """uint8 RGB [H, W, 3] nearest to each i / fps, cropped, then scaled to `size`; as `video.iter_frames` does."""
     if not of.frames_fps:
-        for _, frame in video.iter_frames(of.path, fps, crop=of.crop, size=size, quick=quick, limits=of.limits):
+        how = {"crop": of.crop, "size": size, "quick": quick, "limits": of.limits, "order": of.order}
+        for _, frame in video.iter_frames(of.path, fps, **how):
             yield frame
         return
     for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits):

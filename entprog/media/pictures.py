@@ -15,6 +15,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 BACKGROUND = (255, 255, 255)
 """RGB that shows through where a picture is transparent."""
+_BAND_ROWS = 128
 _BYTES_PER_PIXEL = 16
 """No honest file is larger than its pixels at 4 channels of 32 bits."""
 
@@ -68,3 +69,12 @@ def opaque(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
+
+
+def over_background(rgba: np.ndarray) -> np.ndarray:
+    """`opaque` of uint8 RGBA [H, W, 4]: uint8 RGB [H, W, 3]. Some rows at a time: a large frame is not held four times."""
+    out = np.empty((*rgba.shape[:2], 3), np.uint8)
+    for top in range(0, len(rgba), _BAND_ROWS):
+        band = np.ascontiguousarray(rgba[top : top + _BAND_ROWS])
+        out[top : top + len(band)] = np.asarray(opaque(Image.fromarray(band)))
+    return out

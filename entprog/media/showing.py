@@ -6,8 +6,6 @@ What a frame says of itself decides; a frame of which nothing has to be changed 
 import functools
 import struct
 import threading
-from collections import deque
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -15,7 +13,6 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-from PIL import Image
 
 from entprog.media import pictures
 from entprog.media.errors import VideoError
@@ -101,8 +98,11 @@ def pixels(frame: av.VideoFrame, flags: Interpolation = EXACT, size: tuple[int, 
         )
     except OSError as error:
         raise _unsupported(frame, error) from None
-    image = frame.to_ndarray()
-    return np.asarray(pictures.opaque(Image.fromarray(image))) if clear else image
+    if not clear:
+        return frame.to_ndarray()
+    (plane,) = frame.planes
+    lines = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size // 4, 4)
+    return pictures.over_background(lines[:, :width])
 
 
 def is_plain(frame: av.VideoFrame) -> bool:
@@ -137,9 +137,9 @@ def _to_bt709(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
         frame.colorspace = BT2020 if frame.colorspace == UNSPECIFIED else frame.colorspace
     names = (frame.format.name, int(frame.colorspace), int(frame.color_range), frame.color_trc, frame.color_primaries)
     try:
-        graph = _bt709_graph(threading.get_ident(), frame.width, frame.height, *names, width, height)
-        graph.push(frame)
-        return graph.pull().reformat(format="rgb24", threads=1).to_ndarray()
+        made = _bt709_graph(threading.get_ident(), frame.width, frame.height, *names, width, height)
+        made.push(frame)
+        return made.pull().reformat(format="rgb24", threads=1).to_ndarray()
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise _unsupported(frame, error) from None
 
@@ -155,54 +155,19 @@ def _bt709_graph(
     buffer = f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000:colorspace={matrix}:range={levels}"
     scale = f"{wide}:{high}:flags=bilinear:out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
     # By way of 16 bits: straight to 8, libswscale is off by up to 12 levels, and by far more with full_chroma_int.
-    return _graph(buffer, ("scale", scale), ("format", "gbrp16le"))
+    return graph(buffer, ("scale", scale), ("format", "gbrp16le"))
 
 
-def _graph(buffer: str, *filters: tuple[str, str]) -> av.filter.Graph:
-    graph = av.filter.Graph()
-    graph.threads = 1
-    chain = [graph.add("buffer", buffer), *(graph.add(*each) for each in filters), graph.add("buffersink")]
-    graph.link_nodes(*chain).configure()
-    return graph
+def graph(buffer: str, *filters: tuple[str, str]) -> av.filter.Graph:
+    """libavfilter's filters (name, options) one after the other, on one thread, for frames of a buffer's kind."""
+    made = av.filter.Graph()
+    made.threads = 1
+    chain = [made.add("buffer", buffer), *(made.add(*each) for each in filters), made.add("buffersink")]
+    made.link_nodes(*chain).configure()
+    return made
 
 
 def _unsupported(frame: av.VideoFrame, error: Exception) -> VideoError:
     colours = f"matrix {frame.colorspace}, transfer {frame.color_trc}, primaries {frame.color_primaries}"
     message = f"its colours ({frame.format.name}, {colours} of H.273) cannot be shown rightly"
     return VideoError("unsupported", f"{message}: {getattr(error, 'strerror', None) or error}")
-
-
-# ---- fields ----
-
-
-def deinterlaced(frames: Iterator[Shown]) -> Iterator[Shown]:
-    """The same, with two fields made one moment (bwdif) where a frame says that it is interlaced."""
-    graph, kind, ahead = None, None, deque()
-    for shown in frames:
-        frame = shown.frame
-        if graph is None and not frame.interlaced_frame:
-            yield shown
-            continue
-        now = shown.part, frame.format.name, frame.width, frame.height
-        if now != kind:
-            if graph is not None:
-                yield from _pulled(graph, None, ahead)
-            ratio = f"{frame.time_base.numerator}/{frame.time_base.denominator}"
-            buffer = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={ratio}"
-            buffer += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
-            graph, kind = _graph(buffer, ("bwdif", "mode=send_frame:deint=interlaced")), now
-        ahead.append(shown)
-        yield from _pulled(graph, frame, ahead)
-    if graph is not None:
-        yield from _pulled(graph, None, ahead)
-
-
-def _pulled(graph: av.filter.Graph, frame: av.VideoFrame | None, ahead: deque[Shown]) -> Iterator[Shown]:
-    """What a graph gives for one more frame (None: for the end), each with the time of its original."""
-    graph.push(frame)
-    while ahead:
-        try:
-            whole = graph.pull()
-        except (BlockingIOError, EOFError):
-            return
-        yield ahead.popleft()._replace(frame=whole)

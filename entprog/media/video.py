@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from entprog.media import showing
+from entprog.media import fields, showing
 from entprog.media.errors import REASONS, VideoError
 from entprog.media.limits import LIMITS, Limits
 from entprog.media.showing import EXACT, Shown
@@ -90,6 +90,21 @@ def probe(source: Source, limits: Limits = LIMITS) -> VideoInfo:
         )
 
 
+def field_order(source: Source, limits: Limits = LIMITS) -> str:
+    """Of an interlaced video that does not say it is one: `tff` or `bff`; else empty (`fields.order`).
+
+    Decodes as many frames as it takes to tell. Damage behind the first frame is for whoever reads on.
+    """
+    with opened(source, limits) as (container, stream):
+        return fields.order(_sound(shown.frame for shown in decoded_frames(source, container, stream, limits)))
+
+
+def _sound(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The frames as far as they can be decoded."""
+    with suppress(VideoError, av.error.FFmpegError):
+        yield from frames
+
+
 def clip_times(start_s: float, frames: int, fps: float) -> np.ndarray:
     """Times of a clip's frames: float64 [F], start_s + i / fps."""
     return start_s + np.arange(frames) / fps
@@ -104,6 +119,7 @@ def iter_frames(
     size: tuple[int, int] | None = None,
     quick: bool = False,
     limits: Limits = LIMITS,
+    order: str = "",
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (time_s, RGB uint8 [H, W, 3]) one at a time.
 
@@ -111,20 +127,21 @@ def iter_frames(
     start_s + i / fps, with that time, as long as it is before end_s (None: the video's end). Times count from the
     first frame; where time stamps start again they go on. `crop` is cut out of the upright picture in square pixels,
     then scaled to `size` (height, width). quick: colours within 3 levels and chroma not interpolated, 8 ms sooner a
-    1080p frame: for frames that are analysed, not kept.
+    1080p frame: for frames that are analysed, not kept. order: of the fields of an interlaced video that does not say it is one
+    (`field_order`).
 
     Raises VideoError, after yielding what could be decoded if the file breaks in the middle.
     """
     end_s = float("inf") if end_s is None else end_s
     if fps is None:
-        for shown in _decoded(source, start_s, limits):
+        for shown in _decoded(source, start_s, limits, order):
             if shown.time_s >= end_s:
                 return
             if shown.time_s >= start_s:
                 yield shown.time_s, _rgb(source, shown, crop, size, quick)
         return
     wanted = _until(end_s, start_s, fps)
-    for want, shown in _nearest(_decoded(source, start_s, limits), wanted, hold_last=False):
+    for want, shown in _nearest(_decoded(source, start_s, limits, order), wanted, hold_last=False):
         yield want, _rgb(source, shown, crop, size, quick)
 
 
@@ -336,10 +353,10 @@ def _is_key(frame: av.VideoFrame, packet, stream) -> bool:
     return bool(frame.key_frame or (packet.is_keyframe and not stream.codec_context.has_b_frames))
 
 
-def _decoded(source: Source, from_s: float, limits: Limits) -> Iterator[Shown]:
+def _decoded(source: Source, from_s: float, limits: Limits, order: str = "") -> Iterator[Shown]:
     """Whole frames from a key frame at or before `from_s` to the end."""
     with opened(source, limits) as (container, stream):
-        yield from showing.deinterlaced(_from_key_frame(source, container, stream, from_s, limits))
+        yield from fields.deinterlaced(_from_key_frame(source, container, stream, from_s, limits), order)
 
 
 def _from_key_frame(source: Source, container, stream, from_s: float, limits: Limits) -> Iterator[Shown]:

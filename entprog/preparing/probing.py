@@ -29,9 +29,9 @@ def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Prob
     """Hash the source and look at its first frame.
 
     Adds sha256, source_height and source_width (of the whole upright picture), view_height and view_width (of what the
-    crop leaves), and the verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
+    crop leaves), field_order, and the verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
     """
-    row = {**row, "sha256": "", "stage": "", "reason": "", "message": ""}
+    row = {**row, "sha256": "", "stage": "", "reason": "", "message": "", "field_order": ""}
     row |= dict.fromkeys(("source_height", "source_width", "view_height", "view_width"), 0)
     return tried(row, "probe", settings, parts, _probe)
 
@@ -72,7 +72,7 @@ def opened(row: Source, settings: Preparation, heartbeats) -> Iterator[Footage]:
     """The source on this machine, as footage. Raises VideoError as `fetching.fetched` does."""
     with fetching.fetched(row, settings.prepare, heartbeats) as path:
         try:
-            yield footage.footage(path, row["frames_fps"], row["crop"], settings.prepare)
+            yield footage.footage(path, row["frames_fps"], row["crop"], settings.prepare, row.get("field_order", ""))
         except VideoError as error:  # people know it by its name, not by where it lay
             raise VideoError(error.reason, str(error).replace(str(path), row["file"])) from None
 
@@ -89,6 +89,7 @@ def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
         if not row["bytes"] and not source.frames_fps:
             row["bytes"] = source.path.stat().st_size
         info = footage.probe(source)
+        row["field_order"] = footage.field_order(source)
     width, height = source.crop[2:] if source.crop else (info.width, info.height)
     sizes = {"source_height": info.height, "source_width": info.width, "view_height": height, "view_width": width}
     return {**row, **sizes}

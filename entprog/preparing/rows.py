@@ -46,6 +46,8 @@ class Probed(Source):
     view_height: int
     """Pixels of what the crop leaves."""
     view_width: int
+    field_order: str
+    """`tff` or `bff` of an interlaced video that does not say it is one, else empty."""
 
 
 class Shots(Probed):
