@@ -149,3 +149,10 @@ def test_what_is_not_there_is_unreadable(tmp_path):
         with pytest.raises(VideoError) as raised:
             pictures.read(path)
         assert raised.value.reason == "unreadable"
+
+
+def test_a_large_transparent_picture_is_laid_over_its_background_in_bands():
+    rgba = np.random.default_rng(0).integers(0, 256, (300, 40, 4), np.uint8)
+    rgba[::3, :, 3] = 0
+    whole = np.asarray(pictures.opaque(Image.fromarray(rgba)))
+    assert (pictures.over_background(rgba[:, 4:]) == whole[:, 4:]).all()

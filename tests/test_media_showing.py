@@ -177,8 +177,8 @@ CODERS = [
     ("libx264", "mp4", "yuv420p", {"crf": "18", "preset": "veryfast"}),
     ("libx264", "matroska", "yuv422p10le", {"crf": "20", "preset": "veryfast"}),
     ("mpeg4", "avi", "yuv420p", {"b": "3M"}),
-    ("libvpx", "webm", "yuv420p", {"deadline": "realtime", "b": "2M"}),
-    ("mjpeg", "avi", "yuvj420p", {"q": "3"}),
+    ("libvpx", "webm", "yuv420p", {"deadline": "good", "cpu-used": "5", "b": "2M"}),
+    ("mjpeg", "avi", "yuvj420p", {"b": "4M"}),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Interlaced video: two moments (fields) woven line by line into one frame, and how one moment is made of them again."""
+"""Interlaced video: two moments (fields) woven line by line into one frame, of which one moment is made again."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -72,7 +72,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def over_background(rgba: np.ndarray) -> np.ndarray:
-    """`opaque` of uint8 RGBA [H, W, 4]: uint8 RGB [H, W, 3]. Some rows at a time: a large frame is not held four times."""
+    """`opaque` of uint8 RGBA [H, W, 4]: uint8 RGB [H, W, 3]. Some rows at a time: no large copies are made."""
     out = np.empty((*rgba.shape[:2], 3), np.uint8)
     for top in range(0, len(rgba), _BAND_ROWS):
         band = np.ascontiguousarray(rgba[top : top + _BAND_ROWS])

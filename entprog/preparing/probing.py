@@ -29,7 +29,8 @@ def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Prob
     """Hash the source and look at its first frame.
 
     Adds sha256, source_height and source_width (of the whole upright picture), view_height and view_width (of what the
-    crop leaves), field_order, and the verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
+    crop leaves), field_order, and the verdict if it is bad. With a folder of `parts`, a source that crashes the process
+    is rejected.
     """
     row = {**row, "sha256": "", "stage": "", "reason": "", "message": "", "field_order": ""}
     row |= dict.fromkeys(("source_height", "source_width", "view_height", "view_width"), 0)

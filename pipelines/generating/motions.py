@@ -210,9 +210,10 @@ def driving_clip(
     """
     bounds = limits.of(crop)
     end_s = start_s + ((most or shape.frames) - 0.5) / shape.fps
-    read = partial(videos.iter_frames, path, fps=shape.fps, start_s=start_s, end_s=end_s, limits=bounds)
+    span = {"fps": shape.fps, "start_s": start_s, "end_s": end_s}
     try:
         info = videos.probe(path, bounds)
+        read = partial(videos.iter_frames, path, **span, limits=bounds, order=videos.field_order(path, bounds))
         estimator, several = poses.PoseEstimator(), []
         # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
         track = estimator.track(_watched(estimator, (frame for _, frame in read(quick=True)), several))

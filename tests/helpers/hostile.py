@@ -248,6 +248,7 @@ def shown(frames: list[np.ndarray]) -> dict[str, bytes]:
     narrow = [np.ascontiguousarray(frame[:, ::2]) for frame in frames]
     low = [np.ascontiguousarray(frame[::2]) for frame in frames]
     fields = woven([frame for frame in frames for _ in range(2)])
+    moments = [frame for _, frame in video.iter_frames(assets.clip("cam04"), fps=40, end_s=1.0, size=(480, 272))]
     ts = [remuxed(encoded(some, "libx264", "mp4", options=x264), "mpegts", {}) for some in (frames, frames[::-1])]
     return out | {
         "mirrored.mov": turned(mpeg4, "mirrored"),
@@ -256,6 +257,8 @@ def shown(frames: list[np.ndarray]) -> dict[str, bytes]:
         "low-pixels.mkv": encoded(low, "libx264", "matroska", options=x264, aspect=Fraction(1, 2)),
         "fields.mp4": encoded(fields, "libx264", "mp4", options=x264 | {"x264-params": "tff=1"}, interlaced=True),
         "fields.ts": encoded(fields, "mpeg2video", "mpegts", options={"b": "3M"}, interlaced=True),
+        "unsaid-fields.mp4": encoded(woven(moments), "libx264", "mp4", options=x264, fps=20),
+        "unsaid-fields.avi": encoded(woven(moments, top_first=False), "mpeg4", "avi", options={"b": "3M"}, fps=20),
         "pq.mp4": encoded([wide(frame, "pq") for frame in frames], "libx264", "mp4", "yuv420p10le", x264),
         "hlg.mkv": encoded([wide(frame, "hlg") for frame in frames], "libx264", "matroska", "yuv420p10le", x264),
         "again.ts": joined(*ts),
