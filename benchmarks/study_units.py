@@ -34,7 +34,8 @@ from entprog.schedule.prices import Prices
 from entprog.schedule.state import RunState
 from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
-from entprog.training.fit import Step, fit, start
+from entprog.training.fit import fit, start
+from entprog.training.steps import Step
 from pipelines.generating import rendering
 
 Kind = Literal["clips", "base", "budget", "scores", "tune", "run", "hindsight"]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -203,6 +203,32 @@ def progress_bar() -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+LINE_EVERY_S = 5.0
+"""Time between lines where there is no terminal to draw a bar on."""
+
+
+@contextmanager
+def advancing(what: str, total: int, units: str = "clips") -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with how many more of the units are done: draws a bar with rate and ETA, or prints a
+    line now and then, and one at the end."""
+    started = printed = time.monotonic()
+    done = 0
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(more: int) -> None:
+            nonlocal done, printed
+            done, now = done + more, time.monotonic()
+            rate = done / max(now - started, 1e-9)
+            bar.update(task, completed=done, description=f"{what}, {rate:.2f} {units}/s")
+            if not console.is_terminal and (done == total or now - printed >= LINE_EVERY_S):
+                printed = now
+                left_s = (total - done) / rate
+                console.print(f"{what}: {done}/{total} {units}, {rate:.2f} {units}/s, ETA {left_s:.0f} s")
+
+        yield advance
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 from entprog import config, files
 from entprog.config import Experiment
 from entprog.data import shards as datasets
+from entprog.models import fingerprints
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
 from pipelines import charts, cli
@@ -101,7 +102,7 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
 def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures."""
     claimed(experiment, output)
-    settings = {"tables": str(tables.resolve())}
+    settings = {"tables": str(tables.resolve()), "weights": fingerprints.base(experiment.model)}
     with cli.console.status("scoring blocks") as status:
 
         def on_item(item: dict[str, Any]) -> None:

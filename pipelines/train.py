@@ -26,9 +26,10 @@ from pipelines.outputs import claim
 from pipelines.tracking import registry, stages
 from pipelines.tracking.store import tracking_uri
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, outline, phases, report, steplog
+from pipelines.training import checks, expectation, outline, phases, report, startup, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
+from pipelines.training.startup import Startup
 
 app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
@@ -61,6 +62,8 @@ def main(
     """
 
     def work() -> dict[str, Any]:
+        clock = Startup.of_process()
+        clock.over("imports")
         experiment = cli.settings(
             Experiment,
             preset,
@@ -73,8 +76,10 @@ def main(
         if dry_run:
             return explain(experiment, output)
         parts = claimed(experiment, output)
+        clock.over("checks")
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(experiment, output, parts=parts)
+            clock.over("ray")
+            return run(experiment, output, parts=parts, clock=clock)
 
     cli.run("train", None if dry_run else output, work, verbose=verbose)
 
@@ -124,14 +129,15 @@ def run(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     listen: Callable[[dict[str, Any]], None] = lambda item: None,
+    clock: Startup | None = None,
 ) -> dict:
     """Train on the connected Ray cluster; returns the figures of result.json.
 
     parts: what `claimed` returned, if it was called already. tables: where score tables are kept and looked for.
     parent: MLflow run under which this one is nested; tags: of the run, beside its own. listen: gets all that rank 0
-    posts, in the order in which it happened.
+    posts, in the order in which it happened. clock: of the command, where it began before this call.
     """
-    started = time.time()
+    started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
     if experiment.phases:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
@@ -150,7 +156,7 @@ def run(
         checkpoint.check_owner(place, key)
     if experiment.in_fp8 and not gpus:
         fp8.check_device(torch.device("cpu"))
-    uri = tracking_uri()
+    uri, weights = tracking_uri(), fingerprints.base(experiment.model)
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
@@ -160,24 +166,30 @@ def run(
             "entprog.commit": cli.commit(),
             "entprog.data": dataset.fingerprint,
             "entprog.held_out": fingerprints.held_out(experiment, dataset),
-            "entprog.base": fingerprints.base(experiment.model),
+            "entprog.base": weights,
             "entprog.identity": key,
             "entprog.kind": "training",
             **(tags or {}),
         },
         parent=parent,
     )
+    clock.over("tracking")
     settings = {
         "output": str(output.resolve()),
         "tables": str(tables.resolve()),
         "identity": key,
+        "weights": weights,
         "tracking": tracker.handle(),
         "decode_cpus": launch.decode_cpus(experiment),
     }
+    startup_s: dict[str, float] = {}
     try:
         with Display(experiment) as display, stalls.watched(lambda line: display.show({"warning": line})) as store:
 
             def on_item(item: dict[str, Any]) -> None:
+                if "started" in item and not startup_s:
+                    startup_s.update(startup.seconds(clock.begun, [*clock.marks, *item["started"]], item["step"]))
+                    display.line(startup.line(startup_s))
                 display.show(item)
                 if "about" in item:
                     tracker.tags(item["about"])
@@ -192,6 +204,7 @@ def run(
             "mlflow_run_id": tracker.run_id,
             "model": str(output / "model"),
             "data": dataset.fingerprint,
+            "startup_s": startup_s,
             "wall_s": round(time.time() - started, 3),
         }
         has_vae = models.family(experiment.model.family).inspect(experiment.model).vae is not None

@@ -346,7 +346,7 @@ def _waiting_rank(rank, world, folder):
     join(rank, world, folder, timeout_s=5)
     experiment = tiny_experiment(priority={"kind": "random"})
     denoiser, dataset = tiny_denoiser(experiment), SimpleNamespace(fingerprint="clips")
-    scored = denoiser, blocks(denoiser.network), dataset, experiment, folder / "tables"
+    scored = denoiser, blocks(denoiser.network), dataset, experiment, "new", folder / "tables"
     first = cache.table(*scored)
     if rank == 0:
         (lock,) = (folder / "tables").glob("*.lock")

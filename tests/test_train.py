@@ -72,6 +72,9 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert len(result["losses"]) == 16 and result["held_out"][-1]["loss"] == result["held_out_loss"]
     assert len(result["decisions"]) == 2 and result["seconds"] > result["search_seconds"] > 0
     assert result["flops"] > 0 and result["peak_memory_bytes"] > 0
+    *parts, total = result["startup_s"].values()
+    assert list(result["startup_s"])[:4] == ["tracking", "workers", "weights", "held_out_clips"]
+    assert 0 < total <= result["wall_s"] and total == pytest.approx(sum(parts), abs=0.01)
     for name in ("schedule.png", "cei.png", "loss.png", "cei.json", "steps.jsonl", "model/entprog.json"):
         assert (output / name).stat().st_size > 0
     network = WanTransformer3DModel.from_pretrained(output / "model" / "transformer")

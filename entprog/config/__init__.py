@@ -6,23 +6,7 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 """
 
 from entprog.config.evaluation import Evaluate, Evaluation
-from entprog.config.experiment import (
-    Backward,
-    Choose,
-    ClipShape,
-    Data,
-    Experiment,
-    Fraction,
-    FrozenPrecision,
-    Lora,
-    Model,
-    Priority,
-    Row,
-    Schedule,
-    Smaller,
-    Tracking,
-    Train,
-)
+from entprog.config.experiment import Data, Experiment, Lora, Model, Priority, Tracking, Train
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.phases import phases
@@ -44,6 +28,8 @@ from entprog.config.reading import (
     settings,
     settings_help,
 )
+from entprog.config.schedule import Backward, Choose, Fraction, FrozenPrecision, Row, Schedule
+from entprog.config.shapes import ClipShape, Smaller
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
 from entprog.config.written import meaning, suited
 

@@ -1,20 +1,15 @@
 """An experiment and its parts: typed, frozen, checked before anything starts."""
 
-import itertools
 import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from entprog.config.part import Part
-from entprog.errors import UserError
+from entprog.config.schedule import Schedule
+from entprog.config.shapes import ClipShape
 from entprog.masking import has_credentials
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Backward = Literal["exact", "residual"]
-FrozenPrecision = Literal["full", "fp8"]
-Choose = Literal["top", "random", "weighted"]
 
 
 def _without_credentials(place: str) -> str:
@@ -26,33 +21,6 @@ def _without_credentials(place: str) -> str:
 
 Place = Annotated[str, AfterValidator(_without_credentials)]
 """A path, or an address without credentials in it."""
-
-
-class ClipShape(Part):
-    """Shape of one clip in pixels, the unit that shards hold and batches are made of."""
-
-    frames: int = Field(default=8, ge=1)
-    """Frames in a clip."""
-    height: int = Field(default=96, ge=16, multiple_of=2)
-    """Height in pixels (even: H.264 4:2:0)."""
-    width: int = Field(default=64, ge=16, multiple_of=2)
-    """Width in pixels (even)."""
-    fps: float = Field(default=12.0, gt=0, le=1000)
-    """Frames per second."""
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of a clip, over all its frames."""
-        return self.frames * self.height * self.width
-
-    def is_cut_of(self, whole: "ClipShape") -> bool:
-        """Whether clips of `whole` can be cut to this shape: fewer frames, height and width divided by one number."""
-        shrink = whole.height // self.height
-        sizes = (self.height * shrink, self.width * shrink) == (whole.height, whole.width)
-        return sizes and self.frames <= whole.frames and self.fps == whole.fps
-
-    def __str__(self) -> str:
-        return f"{self.frames} frames of {self.width}x{self.height} at {self.fps:g} fps"
 
 
 class Model(Part):
@@ -240,164 +208,6 @@ class Priority(Part):
         if not 0 <= low < high <= 1:
             raise ValueError("needs two rising numbers within 0 and 1")
         return given
-
-
-class Smaller(Part):
-    """A step of the clip shape ladder: clips smaller than `data.shape`, cut out of the same shards."""
-
-    frames: int | None = Field(default=None, ge=1)
-    """Frames in the middle of a clip. None: all."""
-    shrink: int = Field(default=1, ge=1)
-    """Height and width divided by this whole number (mean over areas)."""
-
-    def of(self, shape: ClipShape) -> ClipShape:
-        """The smaller shape. Raises UserError if clips of `shape` cannot be made that small."""
-        frames = self.frames or shape.frames
-        if frames > shape.frames or shape.height % (2 * self.shrink) or shape.width % (2 * self.shrink):
-            raise UserError(
-                f"schedule.shapes, schedule.table: clips of {shape} cannot be cut to {frames} frames and divided by "
-                f"{self.shrink} (height and width must stay even)"
-            )
-        try:
-            return ClipShape(
-                frames=frames, height=shape.height // self.shrink, width=shape.width // self.shrink, fps=shape.fps
-            )
-        except ValidationError:
-            raise UserError(
-                f"schedule.shapes, schedule.table: {shape} divided by {self.shrink} is under 16 pixels"
-            ) from None
-
-
-class Row(Smaller):
-    """A row of `schedule.table`: what is trained until a share of the budget is used up."""
-
-    until: Fraction
-    """Share of the budget at which the row ends; the last row's is 1."""
-    share: Fraction = 1.0
-    """Share of the blocks that is trained."""
-    backward: Backward | None = None
-    """How gradient crosses the others. None: as `schedule.backward` says."""
-    choose: Choose = "top"
-    """Which blocks: those of highest priority, any, or any in proportion to their priority."""
-    redraw_every: int | None = Field(default=None, ge=1)
-    """Steps after which `random` and `weighted` draw again. None: one draw for the row."""
-
-    @model_validator(mode="after")
-    def _draws_what_can_be_drawn(self):
-        if self.redraw_every is not None and self.choose == "top":
-            raise ValueError("redraw_every needs blocks that are drawn: set choose to random or weighted")
-        return self
-
-    @property
-    def ranks(self) -> bool:
-        """Whether it needs to know which blocks matter most."""
-        return self.share < 1 and self.choose != "random"
-
-
-class Schedule(Part):
-    """What is trained when (Ent-Prog §3.3-3.4)."""
-
-    kind: Literal["full", "progressive", "entprog", "linear", "lisa", "badam"] = "entprog"
-    """`full`: all blocks always, on whole clips; `progressive`: as `table` says; `entprog`: the search decides;
-    `linear`: top-m grows evenly with stages; `lisa`: a random share of the blocks, another one each stage; `badam`: one
-    block a stage, in turns (`entprog/schedule/rotation.py`)."""
-    table: tuple[Row, ...] = (Row(until=0.5, shrink=2), Row(until=1.0))
-    """Kind `progressive`: rows in their order, each with `until` (share of the budget at which it ends, the last one's
-    is 1), `frames` and `shrink` (clip shape, as in `shapes`; the last row's is `data.shape`), `share` of the blocks,
-    `backward`, `choose` (top, random or weighted by priority) and `redraw_every` (steps between two draws)."""
-    stages: int = Field(default=3, ge=1)
-    """K, stages of equal budget, of every kind but `full` and `progressive`."""
-    lisa_share: Fraction = 0.25
-    """Kind `lisa`: share of the blocks that a stage trains."""
-    candidates: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Numbers of trained blocks to choose from, as fractions of L."""
-    generators: tuple[Literal["count", "suffix", "budget"], ...] = ("count",)
-    """Where candidates come from: top-m blocks (the paper); top-m among the last blocks alone, so that exact backward
-    ends early; or the largest sum of priorities that a step budget pays for (`budgets`)."""
-    suffixes: tuple[Fraction, ...] = (0.5,)
-    """Generator `suffix`: shares of the blocks, counted from the last, that top-m is taken among."""
-    budgets: tuple[Fraction, ...] = (0.5, 0.7, 0.85)
-    """Generator `budget`: what a step may cost, as fractions of full training's."""
-    shapes: tuple[Smaller, ...] = ()
-    """Smaller clips, smallest first. Kind `entprog`: all stages but the last may also train on them; `linear`, `lisa`
-    and `badam`: stages go through them evenly, the last on whole clips. Held-out loss is always at `data.shape`."""
-    tokens: Literal["fewer", "constant"] = "fewer"
-    """What smaller clips change: `fewer` tokens a step, of `data.batch_size` clips; or tokens stay `constant` and a
-    batch holds as many times the clips as each has fewer pixels."""
-    timestep_shift: Literal["fixed", "auto"] = "fixed"
-    """Of smaller clips: `fixed` as `train.timestep_shift` says, or `auto`: times the root of their share of the pixels,
-    since the same noise hides less of what fewer pixels show."""
-    memory_budget_bytes: ByteSize | None = Field(default=None, gt=0)
-    """Bytes, or like 24GB or 22.5GiB. Plans whose predicted peak memory per device is above this are left out."""
-    search_steps: int = Field(default=4, ge=1)
-    """S, steps per candidate in a stage's search."""
-    search_until_clear: bool = True
-    """Search beyond `search_steps` while the intervals of the best two overlap and `search_share` allows."""
-    search_clips: int = Field(default=8, ge=1)
-    """Held-out clips of a search's evaluations, at most `data.held_out_clips`."""
-    search_share: float = Field(default=0.05, ge=0, le=1)
-    """Largest share of a stage's budget spent on its search."""
-    efficiency: Literal["paired", "paper"] = "paired"
-    """Loss drop credited to a candidate: across its own step, or the paper's telescoping sum, which needs two steps of
-    each."""
-    backward: Backward | tuple[Backward, ...] = "exact"
-    """How gradient crosses a frozen block: `exact` through it, `residual` along its skip connection alone; both in a
-    list: candidates of each."""
-    frozen_precision: FrozenPrecision = "full"
-    """Arithmetic of frozen blocks under residual backward: `full`, as `model.dtype` says; `fp8`: their linear layers in
-    8 bits through torchao (GPUs of compute capability 8.9 and later). Evaluation, and blocks that gradient crosses
-    exactly, stay full."""
-    cei_threshold: float | None = None
-    """Blocks with priority below this stay frozen until the last stage."""
-    monotone: bool = False
-    """Candidates never shrink from one stage to the next."""
-    blocks: Literal["all", "spatial", "temporal"] = "all"
-    """Which blocks may be trained: all, those that mix positions within a frame, or those that mix frames; a network
-    without any of that kind trains all."""
-    outside: Literal["always", "conditions", "never"] = "always"
-    """Parameters outside blocks: all trained, only the condition input layer, or none."""
-    clock: Literal["seconds", "flops"] = "seconds"
-    """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether blocks are ranked."""
-        if self.kind == "progressive":
-            return any(row.ranks for row in self.table)
-        if self.kind == "linear":
-            return self.stages > 1
-        some = min(self.candidates) < 1 or "budget" in self.generators or self.cei_threshold is not None
-        return self.kind == "entprog" and some
-
-    @property
-    def backwards(self) -> tuple[Backward, ...]:
-        """`backward` as a tuple."""
-        return (self.backward,) if isinstance(self.backward, str) else self.backward
-
-    @model_validator(mode="after")
-    def _has_candidates(self):
-        if not self.generators or not self.backwards:
-            raise ValueError("schedule.generators and schedule.backward need at least one entry each")
-        return self
-
-    @model_validator(mode="after")
-    def _estimator_has_enough(self):
-        if self.kind == "entprog" and self.efficiency == "paper" and self.search_steps < 2:
-            raise ValueError(
-                "schedule.efficiency=paper compares steps of a candidate: set schedule.search_steps to 2 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _table_is_whole(self):
-        ends = [row.until for row in self.table]
-        if not ends or ends[-1] != 1 or any(b <= a for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"schedule.table: until has to grow from row to row and end at 1, given {ends}")
-        if self.table[-1].frames is not None or self.table[-1].shrink != 1:
-            raise ValueError(
-                "schedule.table: the last row trains on whole clips (data.shape): leave its frames and shrink out"
-            )
-        return self
 
 
 class Tracking(Part):

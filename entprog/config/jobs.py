@@ -4,8 +4,10 @@ from typing import Literal
 
 from pydantic import ByteSize, Field
 
-from entprog.config.experiment import ClipShape, Model, Row, Schedule, Smaller
+from entprog.config.experiment import Model
 from entprog.config.part import Part
+from entprog.config.schedule import Row, Schedule
+from entprog.config.shapes import ClipShape, Smaller
 
 
 class Prepare(Part):

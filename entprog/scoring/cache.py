@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from entprog import files
@@ -14,7 +13,6 @@ from entprog.blocks import Block
 from entprog.config import Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
-from entprog.data.hashing import content_hash
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 from entprog.scoring import priorities
@@ -26,13 +24,18 @@ def table(
     blocks: Sequence[Block],
     dataset: shards.Dataset,
     experiment: Experiment,
+    weights: str,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
-    """The table of the network as it is now: the one in the folder if these weights were ever scored, else made and
-    kept there. Every rank calls it. progress: gets (conditions scored, conditions)."""
+    """The table of a network that nothing has trained since it was loaded: the one in the folder if it was ever scored,
+    else made and kept there. Every rank calls it.
+
+    weights: `fingerprints.base` of the model, which the driver knows: hashing what lies on a GPU takes seconds.
+    progress: gets (conditions scored, conditions).
+    """
     priority = experiment.priority
-    key = _key(denoiser, dataset, experiment)
+    key = _key(denoiser, dataset, experiment, weights)
     kept = folder / f"{key}.json"
     rank = agree.world()[0]
     with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
@@ -62,14 +65,12 @@ def clips(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -
     return [latents.encode(denoiser, next(source).resized(data.shape)) for _ in range(batches)]
 
 
-def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -> str:
+def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, weights: str) -> str:
     """Hash of all that a table depends on: the VAE and the text as well as the network."""
-    parts = [getattr(denoiser, field.name) for field in fields(denoiser)]
-    contents = content_hash(*(part for part in parts if isinstance(part, torch.nn.Module | torch.Tensor)))
     model, shape, train = experiment.model, experiment.data.shape, experiment.train
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
     rest += [train.seed, train.timestep_shift]
-    return table_key(contents, dataset.fingerprint, experiment.priority, rest)
+    return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 
 
 @contextmanager

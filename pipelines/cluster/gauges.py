@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entprog.distributed import agree
-from entprog.training.fit import Step
+from entprog.training.steps import Step
 
 LOOK_AT = 50
 """Steps after which a straggler is looked for, again and again."""

@@ -4,7 +4,6 @@ Every clip is a row that names a place in the shards; what was generated lies in
 is there is not generated again.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,6 @@ from pipelines.generating import checkpoints, motions
 
 WEIGHTS = ("inception", "i3d", "resnet3d")
 """Settings that name files."""
-TELL_S = 5.0
-"""Seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def generate(
     absolute = replace(checkpoint, root=checkpoint.root.resolve())  # actors work in another directory
     arguments = {"checkpoint": absolute, "settings": settings.generate}
     made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
-    for _ in shown_progress("generating", made, len(todo)):
+    for _ in _counted("generating", made, len(todo)):
         pass
 
 
@@ -155,7 +152,7 @@ def judge(
     chosen = settings.evaluate.model_copy(update=absolute)
     arguments = {"names": tuple(names), "settings": chosen, "device": "cuda" if gpus else "cpu"}
     found = _over(todo, Judge, arguments, 1, workers, gpus)
-    return {row["clip_id"]: row for row in shown_progress("judging", found, len(todo))}
+    return {row["clip_id"]: row for row in _counted("judging", found, len(todo))}
 
 
 def _over(
@@ -178,14 +175,9 @@ def _over(
         yield from data.iter_rows()
 
 
-def shown_progress(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
-    """The rows, with a line now and then: how many are done, how fast, how long still."""
-    started = last = time.time()
-    for done, row in enumerate(rows, 1):
-        yield row
-        now = time.time()
-        if done == total or now - last >= TELL_S:
-            rate = done / max(now - started, 1e-9)
-            left = (total - done) / rate
-            cli.console.print(f"{what}: {done}/{total} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
-            last = now
+def _counted(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """The rows, while progress is shown."""
+    with cli.advancing(what, total) as advance:
+        for row in rows:
+            yield row
+            advance(1)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from entprog.diffusion import sampling
 from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
-from pipelines.cli import console
+from pipelines import cli
 from pipelines.generating.motions import Motion
 
 SHOWN = 8
@@ -88,7 +87,7 @@ def render(
     files = [Files(output / "videos", number, motion, identity) for number, (motion, identity) in each]
     todo = [clip for clip in files if not clip.kept()]
     if len(todo) < len(files):
-        console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
+        cli.console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
     if todo:
         _make_all(load(), todo, shape, settings, without)
     shown = files[:: -(-len(files) // SHOWN)]
@@ -100,17 +99,14 @@ def _make_all(
     denoiser: Denoiser, todo: Sequence["Files"], shape: ClipShape, settings: Generate, without: str | None
 ) -> None:
     todo = [replace(clip, motion=fitting(denoiser, clip.motion, shape)) for clip in todo]
-    started, done = time.time(), 0
-    for batch in _batches(todo, settings.batch_size):
-        motions = [clip.motion for clip in batch]
-        made = make(denoiser, motions, shape, settings)
-        bare = None if without is None else make(denoiser, motions, shape, settings, without)
-        for number, clip in enumerate(batch):
-            clip.write(made[number], shape.fps, *(() if bare is None else (without, bare[number])))
-        done += len(batch)
-        rate = done / (time.time() - started)
-        left = (len(todo) - done) / rate
-        console.print(f"{done}/{len(todo)} clips, {rate:.2f} clips/s, ETA {left:.0f} s")
+    with cli.advancing("generating", len(todo)) as advance:
+        for batch in _batches(todo, settings.batch_size):
+            motions = [clip.motion for clip in batch]
+            made = make(denoiser, motions, shape, settings)
+            bare = None if without is None else make(denoiser, motions, shape, settings, without)
+            for number, clip in enumerate(batch):
+                clip.write(made[number], shape.fps, *(() if bare is None else (without, bare[number])))
+            advance(len(batch))
 
 
 def _batches(clips: Sequence["Files"], size: int) -> Iterator[list["Files"]]:

@@ -30,6 +30,9 @@ class Display:
     def __exit__(self, *_) -> None:
         self.bar.stop()
 
+    def line(self, text: str) -> None:
+        self.bar.console.print(text)
+
     def show(self, item: dict[str, Any]) -> None:
         if "scored" in item:
             self.bar.update(self.task, description=f"scoring blocks: condition {item['scored']}/{item['of']}")

@@ -27,7 +27,8 @@ from entprog.schedule.state import RunState
 from entprog.scoring import cache, cei
 from entprog.scoring.tables import ScoreTable
 from entprog.training import checkpoint
-from entprog.training.fit import DivergedError, Step, fit, start
+from entprog.training.fit import DivergedError, fit, start
+from entprog.training.steps import Step
 from pipelines.cluster import gauges, launch
 from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.cluster.stopping import LeavingError, Notices
@@ -36,6 +37,7 @@ from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import steplog
+from pipelines.training.startup import Startup
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Setup:
     """Latents of training clips that need not be encoded again."""
     post: Callable[[dict[str, Any]], None]
     """Tell the driver (rank 0; nothing on the others)."""
+    clock: Startup
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -72,7 +75,8 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
     import ray
 
     rank, world = agree.world()
-    board = settings["board"]
+    board, clock = settings["board"], Startup()
+    clock.over("workers")
 
     def post(item: dict[str, Any]) -> None:
         if rank == 0:
@@ -80,7 +84,7 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
 
     setup, mistake = None, None
     try:
-        setup = _open(settings, post)
+        setup = _open(settings, post, clock)
     except UserError as error:
         mistake = str(error)
     mistakes = [line for line in agree.gathered(mistake) if line]
@@ -101,7 +105,7 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         ray.get(board.post.remote(result))
 
 
-def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> Setup:
+def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clock: Startup) -> Setup:
     import ray.train
     import ray.train.torch
 
@@ -116,6 +120,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
     if experiment.train.lora:
         lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, experiment.train.seed)
+    clock.over("weights")
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
     rank, world = agree.world()
@@ -128,7 +133,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None]) -> S
     sample = latents.encode(denoiser, first.resized(data.shape))
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
-    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post)
+    clock.over("held_out_clips")
+    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post, clock)
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
@@ -138,7 +144,11 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
         setup.post({"scored": done, "of": of})
 
     folder = Path(settings["tables"])
-    return cache.table(setup.denoiser, setup.blocks, setup.dataset, setup.experiment, folder, progress)
+    made = cache.table(
+        setup.denoiser, setup.blocks, setup.dataset, setup.experiment, settings["weights"], folder, progress
+    )
+    setup.clock.over("scores")
+    return made
 
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +177,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         files.write_json(output / "cei.json", table.as_json())
-    final_loss = 0.0
+    final_loss, starting = 0.0, True
+    setup.clock.over("checkpoint")
     data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
     with closing(Batches(experiment, *data)) as batches:
         rescored = table is not None and experiment.priority.rescore
@@ -181,7 +192,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 tracker.metrics(step.step, metrics(step))
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
-                setup.post({"step": record})
+                if starting:
+                    setup.clock.over("first_step")
+                setup.post({"step": record} | ({"started": setup.clock.marks} if starting else {}))
+                starting = False
             if step.skipped and state.skipped_in_a_row == 1:
                 warn(
                     f"step {step.step}: loss or gradient is not finite, update skipped ({step.skipped_updates} so far)"
