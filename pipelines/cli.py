@@ -109,14 +109,14 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
     `work` claims the output and returns the job's own figures. With `output` None (a dry run), or one that was not
     claimed, nothing is written.
     """
-    started, there = time.time(), output is not None and output.exists()
+    started, made = time.time(), claim.missing(output) if output is not None else []
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     try:
         record |= work()
         status = 0
     except UserError as error:
         if output is not None:
-            claim.release(output, made=not there)
+            claim.release(output, made)
         complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -233,7 +233,10 @@ def advancing(what: str, total: int, units: str = "clips") -> Iterator[Callable[
 
 @contextmanager
 def stderr_into(path: Path, *, verbose: bool = False):
-    """What C++ libraries write to this process's stderr goes into a file, which is kept only if the work fails."""
+    """What C++ libraries write to this process's stderr goes into a file, which is kept only if the work fails.
+
+    Not if it is refused: a UserError says by itself what is wrong.
+    """
     if verbose:
         yield
         return
@@ -242,7 +245,11 @@ def stderr_into(path: Path, *, verbose: bool = False):
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
     try:
-        yield
+        try:
+            yield
+        except UserError:
+            path.unlink(missing_ok=True)
+            raise
         path.unlink(missing_ok=True)
     finally:
         sys.stderr.flush()

@@ -193,7 +193,7 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     with cli.stderr_into(output / "ray.log", verbose=verbose):
         if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
-        rows = judging.judge(task.places, names, settings, workers, gpus)
+        rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
     figures, unmeasured = _figures(rows, names, settings)
     cards = {name: _card(task, name) for name in figures}
     evaluation = {
@@ -202,7 +202,7 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     }
     files.write_json(output / "evaluation.json", evaluation)
     files.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
-    picture = _sheet(task.places, output)
+    picture = _sheet(task.places, task.dataset.shape, output)
     if task.run_id:
         _log(task.run_id, output, figures)
     _show(evaluation, len(task.places))
@@ -278,11 +278,11 @@ def _values(row: dict[str, Any], place: judging.Place) -> dict[str, Any]:
     return {"clip": place.clip_id, "file": place.file, **known}
 
 
-def _sheet(todo: Sequence[judging.Place], output: Path) -> Path:
+def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Path) -> Path:
     """Some clips, truth over result."""
     rows = []
     for place in todo[:: -(-len(todo) // SHOWN)]:
-        truth = motions.from_row(Path(place.shard), place.row).video
+        truth = motions.from_row(Path(place.shard), place.row, shape).video
         rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(Path(place.file), truth.shape))]
     return sheet.contact_sheet(rows, output / "sheet.png")
 

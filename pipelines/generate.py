@@ -8,16 +8,17 @@ The motion is a driving video (its pose is estimated), a pose sequence (.npz wit
 0..1 of the picture, visibility 0..1), or clips out of shards, for which the true video is known.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from entprog import config
 from entprog.config import ClipShape, Generation
+from entprog.diffusion.denoiser import Denoiser
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.generating import checkpoints, motions, protocol
@@ -26,7 +27,7 @@ from pipelines.outputs import claim
 
 DECIDING = ("generate", "prepare.margin", "prepare.point_visibility")
 """Settings, and parts of them, that an output belongs to."""
-FREE = ("generate.batch_size", "generate.gpus")
+FREE = ("generate.batch_size", "generate.gpus", "generate.max_bytes")
 """Of them those that a resumed command may change."""
 
 app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
@@ -141,8 +142,7 @@ def run(
         return {"settings": _flat(settings)}
     claim.take(output, "generate", identity)
     how |= {"overlap": settings.generate.overlap, "without": without}
-    protocol.leave(output, how)
-    return _generate(found, made, output, settings, without, config.digest(how)) | {"left_out": left_out}
+    return _generate(found, made, output, settings, how) | {"left_out": left_out}
 
 
 def _flat(settings: Generation) -> dict[str, Any]:
@@ -154,19 +154,29 @@ def _from_files(
 ) -> tuple[list[motions.Motion], dict[str, str]]:
     """Every pose sequence or driving video with every reference picture, and what was left out."""
     start_s, crop = settings.generate.start_s, settings.prepare
-    most = motions.wanted_frames(settings.generate.seconds, shape)
+    wanted, room = motions.wanted_frames(settings.generate, shape), motions.Room(settings.generate, shape)
     pictures, others = motions.files(reference, motions.PICTURES, "--reference")
     who, without = motions.read_all(pictures, lambda p: motions.reference_image(p, shape, crop), "--reference")
-    if pose is not None:
-        paths, more = motions.files(pose, motions.POSES, "--pose")
-        found, bad = motions.read_all(paths, lambda p: motions.read_pose(p, shape, crop, start_s, most), "--pose")
-        clips = {path: (points, None) for path, points in found.items()}
-    else:
-        paths, more = motions.files(video, motions.VIDEOS, "--video")
-        clips, bad = motions.read_all(paths, lambda p: motions.driving_clip(p, shape, crop, start_s, most), "--video")
+
+    def posed(path: Path) -> tuple[np.ndarray, None]:
+        own = motions.Room(settings.generate, shape)
+        points = motions.read_pose(path, shape, crop, start_s, own.limited(wanted, path))
+        own.take(len(points), wanted, path)
+        return points, None
+
+    def driven(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        points, frames = motions.driving_clip(path, shape, crop, start_s, room.limited(wanted, path))
+        room.take(len(points), wanted, path)
+        return points, frames
+
+    given, endings, option, read = (
+        (video, motions.VIDEOS, "--video", driven) if pose is None else (pose, motions.POSES, "--pose", posed)
+    )
+    paths, more = motions.files(given, endings, option)
+    clips, bad = motions.read_all(paths, read, option)
     called = motions.names(clips)
-    driven = [(called[path], *clip) for path, clip in clips.items()]
-    return motions.pairs(who, driven), others | more | without | bad
+    moving = [(called[path], *clip) for path, clip in clips.items()]
+    return motions.pairs(who, moving), others | more | without | bad
 
 
 def _check_options(reference, pose, video, shards, clip, split) -> None:
@@ -188,13 +198,17 @@ def _generate(
     made: list[motions.Motion],
     output: Path,
     settings: Generation,
-    without: str | None,
-    key: str,
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     from pipelines.generating.rendering import render
 
-    load = functools.partial(checkpoints.load, checkpoint, settings.generate)
-    records, picture = render(load, made, checkpoint.shape, output, settings.generate, without, key)
+    def load() -> Denoiser:
+        denoiser = checkpoints.load(checkpoint, settings.generate)
+        protocol.leave(output, how)  # after all that may be refused, before the first clip
+        return denoiser
+
+    without = how["without"]
+    records, picture = render(load, made, checkpoint.shape, output, settings.generate, without, config.digest(how))
     columns = ("clip", "video", *(["difference"] if without else []))
     cli.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:

@@ -222,7 +222,6 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
         cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
-    parts.mkdir(exist_ok=True)
     records = {file: packing.read_part(parts, key) for file, key in keys.items()}
     left = [row for row in work.to_do if records[row["file"]] is None]
     if len(left) < len(work.to_do):
@@ -235,6 +234,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
                     tally.count(file, record["ledger"][0]["reason"])
             pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
             with cli.ray_cluster(cpus=2, verbose=verbose) as ray:
+                parts.mkdir(exist_ok=True)
                 _cut_all(ray, left, parts, keys, settings, tally)
                 written, lines = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:

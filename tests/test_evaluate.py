@@ -109,7 +109,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     values = {v["clip"]: v for v in json.loads((out / "clips.json").read_text())}
     meter = Meter(FAST["evaluate"]["metrics"], some.evaluate)
     for place in judging.places(shards.read_dataset(made / "shards"), "held_out", None, out / "generated"):
-        motion = motions.from_row(Path(place.shard), place.row)
+        motion = motions.from_row(Path(place.shard), place.row, SHAPE)
         frames = judging.read_result(Path(place.file), motion.video.shape)
         ours = meter.measure(frames, motion.video, motion.reference, motion.pose).values
         sides = [torch.from_numpy(f).permute(0, 3, 1, 2).double() / 255 for f in (frames, motion.video)]

@@ -19,7 +19,7 @@ from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.models.wan import load
 from pipelines import generate
-from pipelines.generating import motions
+from pipelines.generating import motions, rendering
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -199,6 +199,35 @@ def test_a_long_motion_is_made_in_windows(made, tmp_path):
     assert len(frames(seconds=float("inf"), overlap=0.6)) == 14
     with pytest.raises(UserError, match=r"0.1 s are 1 frames, one clip of this checkpoint has 5"):
         frames(seconds=0.1)
+
+
+def test_no_more_frames_are_held_than_allowed(made, tmp_path, capsys):
+    nine = 9 * 3 * SHAPE.height * SHAPE.width
+    np.savez(tmp_path / "long.npz", pose=np.random.default_rng(0).random((1, 33, 3)).repeat(14, 0))
+    paths = {"reference": made / "me.png", "pose": tmp_path / "long.npz"}
+
+    def run(dry_run=True, **values):
+        chosen = Generation.model_validate({"generate": {"steps": 1, "max_bytes": nine, **values}})
+        return generate.run(made / "run", tmp_path / str(values), chosen, **paths, dry_run=dry_run)
+
+    (record,) = run(dry_run=False, seconds=float("inf"))["clips"]
+    assert len(h264.decode_rgb(Path(record["result"]).read_bytes())) == 9
+    assert "cut to 9 frames (0.75 s), the most for generate.max_bytes" in capsys.readouterr().out
+    run(seconds=0.75)
+    assert "cut to" not in capsys.readouterr().out
+    for values in ({"seconds": 1.0}, {"seconds": 1e9}, {"max_bytes": 1000}, {"max_bytes": 1000, "seconds": np.inf}):
+        with pytest.raises(UserError, match=r"no room for .* fit into generate.max_bytes"):
+            run(**values)
+    paths = {"shards": made / "shards"}
+    with pytest.raises(UserError, match=r"2 clips of .*no room for 10 frames of 32x48, 9 more fit"):
+        run(count=2)
+
+
+def test_clips_made_at_once_keep_within_the_room():
+    clips = [rendering.Files(Path(), i, motions.Motion("", None, np.zeros((n, 33, 3)), None), None)
+             for i, n in enumerate([5, 5, 5, 5, 9, 9, 40])]  # fmt: skip
+    got = [[len(clip.motion.pose) for clip in batch] for batch in rendering._batches(clips, 3, 12)]
+    assert got == [[5, 5], [5, 5], [9], [9], [40]]
 
 
 def test_with_and_without_pose_are_equal_before_training_and_differ_after(made, tmp_path):

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from entprog.config import ClipShape, Generation, Prepare
+from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
-from pipelines.generating import motions
+from helpers import real_clips
+from pipelines.generating import judging, motions
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
 CROP = Generation().prepare
@@ -109,3 +111,32 @@ def test_a_pose_sequence_as_npz_and_as_npy(tmp_path):
     np.savez(tmp_path / "one.npz", pose=points)
     one, other = (motions.read_pose(tmp_path / f"one.{kind}", SHAPE, CROP) for kind in ("npy", "npz"))
     assert one.shape == (5, 33, 3) and one.dtype == np.float32 and np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("lie", [{"frames": 4}, {"frames": 9}, {"height": 32}, {"width": 64}])
+def test_a_shard_s_clip_of_another_shape_is_not_decoded(lie, tmp_path):
+    """What a data set says of its clips bounds what one of them may take."""
+    shards.write_shard(tmp_path, "0.parquet", [real_clips.row("cam01", "train", 0.0, SHAPE)], SHAPE)
+    assert motions.from_row(tmp_path / "0.parquet", 0, SHAPE).video.shape == (5, 48, 32, 3)
+    with pytest.raises(shards.DamagedShardError, match=r"0.parquet, row 0: .*prepare it again"):
+        motions.from_row(tmp_path / "0.parquet", 0, SHAPE.model_copy(update=lie))
+
+
+def test_a_given_clip_is_read_no_further_than_it_is_due(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (40, 48, 32, 3), np.uint8)
+    long = h264.write(tmp_path / "long.mp4", frames, fps=10)
+    with pytest.raises(UserError, match="is 6 frames of 32x48 or more, its truth 5 frames of 32x48"):
+        judging.read_result(long, (5, 48, 32, 3))
+    large = h264.write(tmp_path / "large.mp4", np.zeros((2, 1600, 1600, 3), np.uint8), fps=10)
+    with pytest.raises(UserError, match="frames of 1600x1600, more than"):
+        judging.read_result(large, (2, 48, 32, 3))
+
+
+def test_driving_videos_share_the_room_for_frames(tmp_path, capsys):
+    settings = Generation.model_validate({"generate": {"max_bytes": 7 * 3 * 48 * 32}}).generate
+    room = motions.Room(settings, SHAPE)
+    assert room.limited(np.inf, tmp_path / "a.mp4") == 7 and room.limited(5, tmp_path / "a.mp4") == 5
+    room.take(6, np.inf, tmp_path / "a.mp4")  # it ended by itself
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match=r"b.mp4: no room for 5 frames of 32x48, 1 more fit"):
+        room.limited(np.inf, tmp_path / "b.mp4")

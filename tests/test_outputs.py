@@ -215,17 +215,23 @@ def test_phases_are_part_of_what_a_training_is(inputs, place):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_command_that_is_refused_later_leaves_no_mark(there, inputs, place, monkeypatch):
-    """Here for a cluster that is not there: the same output can be taken with other settings then."""
+@pytest.mark.parametrize("job", [*WITH_RAY, "generate"])
+def test_a_command_that_is_refused_later_leaves_nothing(job, there, inputs, place, monkeypatch):
+    """Here for a cluster, or a GPU, that is not there: the same output can be taken with other settings then."""
 
     def away(*_, **__):
         raise UserError("no Ray cluster answers")
 
     monkeypatch.setattr(cli, "ray_cluster", away)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output = place / "deep" / "er" / "out"
     if there:
-        (place / "out").mkdir()
-    assert "no Ray" in refused("train", *inputs["train"], "--output", place / "out")
-    assert (place / "out").exists() == there and not (there and names(place / "out"))
+        output.mkdir(parents=True)
+    before = everything(place)
+    gpus = ["--set", "generate.gpus=yes"] if job == "generate" else []
+    said = refused(job, *inputs[job], *gpus, "--output", output)
+    assert ("torch sees no GPU" if gpus else "no Ray") in said
+    assert everything(place).keys() == before.keys() and output.exists() == there
 
 
 def test_a_crash_before_the_claim_writes_nothing(place):

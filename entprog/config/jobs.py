@@ -136,6 +136,10 @@ class Generate(Part):
     """Share of a window that the next one overlaps, in results of several windows."""
     batch_size: int = Field(default=4, ge=1)
     """Clips sampled at once."""
+    max_bytes: ByteSize = Field(default=ByteSize(2**30), ge=1)
+    """Most memory for frames, at 3 bytes a pixel: of all driving videos or clips of a command together, and of the
+    results that are sampled at once (which take some 20 times as much while they are made). `seconds=.inf` is cut to
+    it; what else is larger is refused."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass."""
     gpus: Literal["auto", "yes", "no"] = "auto"

@@ -6,6 +6,7 @@ is there is not generated again.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +17,7 @@ from entprog import config
 from entprog.config import Evaluation
 from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import h264
+from entprog.media import h264, limits
 from entprog.media import video as videos
 from pipelines import cli
 from pipelines.cluster import failures
@@ -24,6 +25,8 @@ from pipelines.generating import checkpoints, motions
 
 WEIGHTS = ("inception", "i3d", "resnet3d")
 """Settings that name files."""
+LEAST_PIXELS = 1 << 21
+"""A generated clip's frames may be larger than its truth's, which is reported, up to this many pixels."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Generator:
         from pipelines.generating.rendering import make
 
         batch = [
-            motions.from_row(Path(path), int(row), int(number))
+            motions.from_row(Path(path), int(row), self._checkpoint.shape, int(number))
             for path, row, number in zip(rows["shard"], rows["row"], rows["number"], strict=True)
         ]
         made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
@@ -93,16 +96,16 @@ class Generator:
 class Judge:
     """Measures clips against their truth."""
 
-    def __init__(self, names: Sequence[str], settings: config.Evaluate, device: str):
+    def __init__(self, names: Sequence[str], shape: config.ClipShape, settings: config.Evaluate, device: str):
         from entprog.quality.metrics import Meter
 
-        self._names = names
+        self._names, self._shape = names, shape
         self._meter = Meter(names, settings, device)
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = []
         for path, row, file in zip(rows["shard"], rows["row"], rows["file"], strict=True):
-            motion = motions.from_row(Path(path), int(row))
+            motion = motions.from_row(Path(path), int(row), self._shape)
             result = read_result(Path(file), motion.video.shape)
             found.append(self._meter.measure(result, motion.video, motion.reference, motion.pose))
         out = {"clip_id": rows["clip_id"]}
@@ -116,12 +119,15 @@ class Judge:
 
 def read_result(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A generated clip: uint8 RGB [F, H, W, 3]. Raises UserError if it cannot be read or has another shape."""
+    bounds = replace(limits.LIMITS, max_pixels=max(LEAST_PIXELS, shape[1] * shape[2]))
     try:
-        frames = np.stack([frame for _, frame in videos.iter_frames(path)])
+        # One more than are due is enough to tell.
+        frames = np.stack([frame for _, frame in islice(videos.iter_frames(path, limits=bounds), shape[0] + 1)])
     except videos.VideoError as error:
         raise UserError(f"generated clip cannot be read: {error}") from None
     if frames.shape != shape:
-        raise UserError(f"generated clip {path} is {_size(frames.shape)}, its truth {_size(shape)}")
+        more = " or more" if len(frames) > shape[0] else ""
+        raise UserError(f"generated clip {path} is {_size(frames.shape)}{more}, its truth {_size(shape)}")
     return frames
 
 
@@ -144,13 +150,13 @@ def generate(
 
 
 def judge(
-    todo: Sequence[Place], names: Sequence[str], settings: Evaluation, workers: int, gpus: bool
+    todo: Sequence[Place], names: Sequence[str], shape: config.ClipShape, settings: Evaluation, workers: int, gpus: bool
 ) -> dict[str, dict[str, Any]]:
     """{clip id: {`value/METRIC`, `real/METRIC`, `made/METRIC`}} of all places."""
     paths = {name: value for name in WEIGHTS if (value := getattr(settings.evaluate, name)) is not None}
     absolute = {name: str(Path(value).expanduser().resolve()) for name, value in paths.items()}
     chosen = settings.evaluate.model_copy(update=absolute)
-    arguments = {"names": tuple(names), "settings": chosen, "device": "cuda" if gpus else "cpu"}
+    arguments = {"names": tuple(names), "shape": shape, "settings": chosen, "device": "cuda" if gpus else "cpu"}
     found = _over(todo, Judge, arguments, 1, workers, gpus)
     return {row["clip_id"]: row for row in _counted("judging", found, len(todo))}
 

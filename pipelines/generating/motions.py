@@ -4,14 +4,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from entprog import config
-from entprog.config import ClipShape, Generation, Prepare
+from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import one_line
@@ -53,20 +53,48 @@ class Motion:
         return found.hexdigest()
 
 
-def wanted_frames(seconds: float | None, shape: ClipShape) -> float:
-    """Most frames that a result may have: a clip's, or those of `generate.seconds`.
+def wanted_frames(settings: Generate, shape: ClipShape) -> float:
+    """Most frames that a result may have: a clip's, or those of `generate.seconds`; infinity for all of a motion.
 
-    Raises UserError for less than a clip.
+    Raises UserError for less than a clip, or more than `generate.max_bytes`.
     """
-    if seconds is None or math.isinf(seconds):
-        return shape.frames if seconds is None else math.inf
-    frames = round(seconds * shape.fps)
+    seconds = settings.seconds
+    frames = math.inf if seconds == math.inf else round((seconds or shape.frames / shape.fps) * shape.fps)
     if frames < shape.frames:
         raise UserError(
             f"generate.seconds: {seconds:g} s are {frames} frames, one clip of this checkpoint has {shape.frames} "
             f"({shape.frames / shape.fps:g} s): take at least that, or leave it out"
         )
+    Room(settings, shape).check(shape.frames if frames == math.inf else frames, "the result")
     return frames
+
+
+class Room:
+    """How many more frames of a clip shape may be held, of those that `generate.max_bytes` allows."""
+
+    def __init__(self, settings: Generate, shape: ClipShape):
+        self.max_bytes, self.shape = settings.max_bytes, shape
+        self.left = settings.max_bytes // (3 * shape.height * shape.width)
+
+    def check(self, frames: int, what: str) -> None:
+        """Raises UserError unless there is room for the frames."""
+        if frames > self.left:
+            raise UserError(
+                f"{what}: no room for {frames} frames of {self.shape.width}x{self.shape.height}, {self.left} more fit "
+                f"into generate.max_bytes={self.max_bytes}: make fewer or shorter clips with one command, or raise it"
+            )
+
+    def limited(self, wanted: float, path: Path) -> int:
+        """Most frames to read of a motion, of which so many are wanted. Raises UserError if there is no room."""
+        self.check(self.shape.frames if wanted == math.inf else int(wanted), str(path))
+        return int(min(wanted, self.left))
+
+    def take(self, frames: int, wanted: float, path: Path) -> None:
+        """Count what was read; a motion that may go on after it is named."""
+        if frames == self.left < wanted:
+            seconds = frames / self.shape.fps
+            _warn(f"{path}: cut to {frames} frames ({seconds:g} s), the most for generate.max_bytes={self.max_bytes}")
+        self.left -= frames
 
 
 def files(given: Path, endings: frozenset[str], option: str) -> tuple[list[Path], dict[str, str]]:
@@ -150,7 +178,8 @@ def motions_from_shards(
         picked = np.unique(np.linspace(0, total - 1, min(settings.generate.count, total)).round().astype(int))
         index = datasets.index(dataset, split)
         places = [index[i] for i in picked]
-    return [from_row(dataset.folder / file, row, place) for place, (file, row) in enumerate(places)]
+    Room(settings.generate, shape).check(len(places) * shape.frames, f"{len(places)} clips of {folder}")
+    return [from_row(dataset.folder / file, row, shape, place) for place, (file, row) in enumerate(places)]
 
 
 def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int]]:
@@ -163,12 +192,15 @@ def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int
     }
 
 
-def from_row(path: Path, row: int, place: int = 0) -> Motion:
-    """One clip of a shard. Raises DamagedShardError naming shard and row."""
+def from_row(path: Path, row: int, shape: ClipShape, place: int = 0) -> Motion:
+    """One clip of a shard whose clips have this shape. Raises DamagedShardError naming shard and row."""
     (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video"])
+    size = (shape.height, shape.width)
     try:
-        reference = images.read(columns["reference"])
-        frames = h264.decode_rgb(columns["video"])
+        reference = images.read(columns["reference"], replace(limits.LIMITS, max_pixels=shape.height * shape.width))
+        frames = h264.decode_rgb(columns["video"], range(shape.frames), size)
+        if reference.shape[:2] != size or len(columns["pose"]) != shape.frames:
+            raise ValueError(f"its reference or its pose is not of {shape}")
     except (videos.VideoError, ValueError) as error:
         why = one_line(error)
         raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {why}; prepare it again") from None
@@ -230,12 +262,15 @@ def driving_clip(
             _warn(f"the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
         if np.mean(several) >= cutting.PEOPLE_SHARE:
             _warn(f"several people are in {path}: the foremost is followed")
-        cut = np.stack([frame for _, frame in read(crop=box, size=(shape.height, shape.width))])
+        cut, count = np.empty((len(track), shape.height, shape.width, 3), np.uint8), 0
+        for _, frame in read(crop=box, size=(shape.height, shape.width)):
+            cut[min(count, len(cut) - 1)] = frame
+            count += 1
     except videos.VideoError as error:
         raise UserError(f"--video: {error}") from None
     except MemoryError:
         raise UserError(f"--video: {path} does not fit into memory: take less of it with --seconds") from None
-    if len(cut) != len(track):
+    if count != len(track):
         raise UserError(f"--video: {path} was changed while it was read")
     return windows.to_crop(track, box, info.height, info.width), cut
 

@@ -99,8 +99,9 @@ def _make_all(
     denoiser: Denoiser, todo: Sequence["Files"], shape: ClipShape, settings: Generate, without: str | None
 ) -> None:
     todo = [replace(clip, motion=fitting(denoiser, clip.motion, shape)) for clip in todo]
+    most = settings.max_bytes // (3 * shape.height * shape.width)
     with cli.advancing("generating", len(todo)) as advance:
-        for batch in _batches(todo, settings.batch_size):
+        for batch in _batches(todo, settings.batch_size, most):
             motions = [clip.motion for clip in batch]
             made = make(denoiser, motions, shape, settings)
             bare = None if without is None else make(denoiser, motions, shape, settings, without)
@@ -109,12 +110,12 @@ def _make_all(
             advance(len(batch))
 
 
-def _batches(clips: Sequence["Files"], size: int) -> Iterator[list["Files"]]:
-    """Neighbours of one length, at most `size` at once."""
-    for _, group in itertools.groupby(clips, lambda clip: len(clip.motion.pose)):
-        of_length = list(group)
-        for first in range(0, len(of_length), size):
-            yield of_length[first : first + size]
+def _batches(clips: Sequence["Files"], size: int, most: int) -> Iterator[list["Files"]]:
+    """Neighbours of one length, at most `size` at once, and of more than one at most `most` frames."""
+    for length, group in itertools.groupby(clips, lambda clip: len(clip.motion.pose)):
+        of_length, together = list(group), max(1, min(size, most // length))
+        for first in range(0, len(of_length), together):
+            yield of_length[first : first + together]
 
 
 @dataclass(frozen=True)

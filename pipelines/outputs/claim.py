@@ -78,15 +78,21 @@ def is_of(output: Path, job: str) -> bool:
     return False
 
 
-def release(output: Path, *, made: bool) -> None:
+def release(output: Path, made: Sequence[Path]) -> None:
     """Take back a mark in a folder that holds nothing else: what was refused leaves nothing behind.
 
-    made: whether the folder itself is to go too, as this command made it.
+    made: folders, innermost first, that were not there before this command: they go too if they are empty.
     """
     if output.is_dir() and [path.name for path in output.iterdir()] == [MARK]:
         (output / MARK).unlink()
-        if made:
-            output.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's file may have come into one meanwhile
+            for folder in made:
+                folder.rmdir()
+
+
+def missing(output: Path) -> list[Path]:
+    """The folder and those above it that are not there, innermost first."""
+    return [folder for folder in (output, *output.parents) if not folder.exists()]
 
 
 def _read(output: Path) -> dict[str, Any]:
