@@ -160,7 +160,8 @@ def table_of(folder, seed=0, **parts):
     """The kept table, or a new one, of a tiny network, with clips made up."""
     experiment = tiny_experiment(**parts)
     denoiser, dataset = tiny_denoiser(experiment, seed), SimpleNamespace(fingerprint="some clips")
-    return cache.table(denoiser, blocks(denoiser.network), dataset, experiment, folder)
+    weights = hashing.content_hash(denoiser.network)
+    return cache.table(denoiser, blocks(denoiser.network), dataset, experiment, weights, folder)
 
 
 @pytest.fixture
