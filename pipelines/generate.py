@@ -18,7 +18,6 @@ import typer
 
 from entprog import config
 from entprog.config import ClipShape, Generation
-from entprog.diffusion.denoiser import Denoiser
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.generating import checkpoints, motions, protocol
@@ -202,7 +201,7 @@ def _generate(
 ) -> dict[str, Any]:
     from pipelines.generating.rendering import render
 
-    def load() -> Denoiser:
+    def load():
         denoiser = checkpoints.load(checkpoint, settings.generate)
         protocol.leave(output, how)  # after all that may be refused, before the first clip
         return denoiser
