@@ -45,9 +45,9 @@ def probe(of: Footage) -> VideoInfo:
     return info
 
 
-def field_order(of: Footage) -> str:
-    """Of an interlaced video that does not say it is one: `tff` or `bff`; else empty."""
-    return "" if of.frames_fps else video.field_order(of.path, of.limits)
+def field_order(of: Footage, heartbeats) -> str:
+    """Of an interlaced video that does not say it is one: `tff` or `bff`; else empty. `heartbeats`: over its frames."""
+    return "" if of.frames_fps else video.field_order(of.path, of.limits, heartbeats)
 
 
 def pictures(of: Footage, fps: float, size: tuple[int, int] | None = None, quick: bool = False) -> Iterator[np.ndarray]:

@@ -90,13 +90,15 @@ def probe(source: Source, limits: Limits = LIMITS) -> VideoInfo:
         )
 
 
-def field_order(source: Source, limits: Limits = LIMITS) -> str:
+def field_order(source: Source, limits: Limits = LIMITS, heartbeats=lambda frames: frames) -> str:
     """Of an interlaced video that does not say it is one: `tff` or `bff`; else empty (`fields.order`).
 
-    Decodes as many frames as it takes to tell. Damage behind the first frame is for whoever reads on.
+    Decodes as many frames as it takes to tell; `heartbeats` goes over them. Damage behind the first frame is for
+    whoever reads on.
     """
     with opened(source, limits) as (container, stream):
-        return fields.order(_sound(shown.frame for shown in decoded_frames(source, container, stream, limits)))
+        frames = (shown.frame for shown in decoded_frames(source, container, stream, limits))
+        return fields.order(heartbeats(_sound(frames)))
 
 
 def _sound(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:

@@ -90,7 +90,7 @@ def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
         if not row["bytes"] and not source.frames_fps:
             row["bytes"] = source.path.stat().st_size
         info = footage.probe(source)
-        row["field_order"] = footage.field_order(source)
+        row["field_order"] = footage.field_order(source, heartbeats)
     width, height = source.crop[2:] if source.crop else (info.width, info.height)
     sizes = {"source_height": info.height, "source_width": info.width, "view_height": height, "view_width": width}
     return {**row, **sizes}
