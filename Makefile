@@ -16,11 +16,14 @@ install = { test -x $(bin)/uv && $(bin)/uv pip install --quiet --python $(bin)/p
 demo: setup
 	$(bin)/python -m pipelines.demo --output $(OUT)
 
+# A file stays in one process, and files are begun in the order of tests/conftest.py.
+pytest := $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: lint assets
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(pytest) -m "not slow"
 
 test-all: lint assets
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
+	$(pytest)
 
 setup: $(VENV)/.installed assets
 

@@ -27,8 +27,7 @@ from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source
 from pipelines import cli
 from pipelines.outputs import claim
-from pipelines.preparing import additions, contact_sheet, packing, progress
-from pipelines.preparing import latents as caching
+from pipelines.preparing import additions, packing, progress
 
 Row = dict[str, Any]
 
@@ -99,6 +98,8 @@ def main(
         own = {"stride": stride, "held_out": held_out, "held_out_ratio": held_out_ratio, "seed": seed}
         own |= {"min_visibility": min_visibility, "clips_per_shard": clips_per_shard, "max_rejected": max_rejected}
         shape = {"frames": frames, "height": height, "width": width, "fps": fps}
+        if latents:
+            from pipelines.preparing import latents as caching  # here: clips are prepared without a network
         ours, of_model = caching.mine(set) if latents else (set, [])
         encoding = (
             cli.settings(config.Encoding, preset, config_file, of_model, model={"base": base}) if latents else None
@@ -206,6 +207,8 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 
 def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
+    from pipelines.preparing import contact_sheet  # here: it draws with torch, whose import takes seconds
+
     settings = inputs.trusting(settings, given)
     work = look(given, output, settings)
     claim.take(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, work.before))

@@ -1,6 +1,12 @@
-"""Shared material: tiny real networks and latents."""
+"""Shared material: tiny real networks and latents; one local Ray and shards of real people for all files of a process.
 
+Files that ask for the shared Ray come first, the longest before the others, so that both of two processes have enough
+to do until the end. It ends with the last of them: what follows has no Ray, and may start one of its own.
+"""
+
+import contextlib
 import os
+from pathlib import Path
 
 os.environ.setdefault("ENTPROG_OBJECT_STORE_BYTES", str(500 * 2**20))
 
@@ -11,6 +17,45 @@ from entprog.blocks import blocks
 from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+LONGEST = ("test_train.py", "test_tune.py", "test_family_commands.py", "test_prepare.py", "test_clips.py")
+SHARED_RAY = contextlib.ExitStack()
+USERS = pytest.StashKey[set[Path]]()
+"""Files that ask for the shared Ray."""
+
+
+@pytest.hookimpl(trylast=True)  # after those that are left out have gone
+def pytest_collection_modifyitems(config, items):
+    users = config.stash[USERS] = {item.path for item in items if "local_ray" in item.fixturenames}
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.path not in users, place.get(item.path.name, len(place))))
+
+
+def pytest_runtest_setup(item):
+    if item.path not in item.config.stash[USERS]:
+        SHARED_RAY.close()
+
+
+def pytest_sessionfinish():
+    SHARED_RAY.close()
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A local Ray with a dashboard, started by the first file that asks for it: `cli.ray_cluster` joins it."""
+    import ray
+
+    from pipelines import cli
+    from pipelines.cluster import launch
+
+    def ended() -> None:
+        assert not ray.is_initialized()
+
+    if not ray.is_initialized():
+        SHARED_RAY.callback(ended)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_metrics_report_interval_ms", "500")  # tests read Ray's own metrics
+            SHARED_RAY.enter_context(cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True))
+    return ray
 
 
 @pytest.fixture

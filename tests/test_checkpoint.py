@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from entprog.errors import UserError
 from entprog.training import checkpoint
-from helpers.processes import join, leave, run_ranks
+from helpers.processes import forks, join, leave, run_ranks
 from helpers.runs import Trained
 
 
@@ -172,31 +172,31 @@ def test_a_bad_file_is_called_damaged_in_one_line(tmp_path, how):
     assert "\n" not in str(message.value)
 
 
-WRITER = """
-import sys
-from helpers.runs import Trained
-from entprog.training import checkpoint
-run = Trained(steps=1)
-saver = checkpoint.Saver(sys.argv[1], "id", keep=2)
-while True:
-    run.state.step += 1
-    saver.save(run.network, run.state)
-    saver.wait()
-    print(run.state.step, flush=True)
-"""
+def _writer(folder, saved):
+    torch.set_num_threads(1)
+    run = Trained(steps=1)
+    saver = checkpoint.Saver(folder, "id", keep=2)
+    while True:
+        run.state.step += 1
+        saver.save(run.network, run.state)
+        saver.wait()
+        saved.send(run.state.step)
 
 
 def test_sigkill_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
-    """Killed at five moments of a process that does nothing but save."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())])}
+    """Killed at three moments of a process that does nothing but save."""
     for kill in range(3):
-        with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=env, stdout=subprocess.PIPE) as writer:
-            for _ in range(3):
-                message = int(writer.stdout.readline())
-            time.sleep(0.004 * kill)
-            writer.kill()
+        saved, end = forks().Pipe(duplex=False)
+        writer = forks().Process(target=_writer, args=(tmp_path, end))
+        writer.start()
+        for _ in range(3):
+            step = saved.recv()
+        time.sleep(0.004 * kill)
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
         again = resumed(tmp_path)
-        assert again.state.step >= message
+        assert again.state.step >= step
     run = Trained()
     run.state.step = 10**6
     checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,15 +25,16 @@ SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
 
 
 def command(*arguments, expected=0):
-    """Run the job as a person does; its standard output, or standard error when it is to fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.generate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
+    """Run the job by its command line; its standard output, or standard error when it is to fail."""
+    done = CliRunner().invoke(generate.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert done.exit_code == expected, done.output
     return done.stderr if expected else done.stdout
+
+
+def process(*arguments):
+    """The command as a person types it."""
+    words = [sys.executable, "-m", "pipelines.generate", *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def row(number, split="held_out"):
@@ -87,8 +87,9 @@ def made(tmp_path_factory):
 
 def test_clips_of_a_split_by_the_command(made, tmp_path):
     given = ["--checkpoint", made / "run", "--shards", made / "shards", "--split", "held_out", "--count", 2]
-    out = command(*given, "--steps", 2, "--output", tmp_path, "--set", "generate.batch_size=1")
-    assert "2/2 clips" in out
+    with process(*given, "--steps", 2, "--output", tmp_path, "--set", "generate.batch_size=1") as person:
+        out, errors = person.communicate()
+    assert person.returncode == 0 and "2/2 clips" in out, errors
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["job"], result["status"], len(result["videos"])) == ("generate", "done", 2)
     assert result["settings"]["generate.steps"] == 2
@@ -122,13 +123,13 @@ def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path
     output = tmp_path / "out"
     given = ["--checkpoint", made / "run", "--reference", made / "me.png", "--pose", tmp_path, "--output", output]
     given += ["--steps", 80, "--set", "generate.batch_size=1"]
-    first = subprocess.Popen([sys.executable, "-m", "pipelines.generate", *map(str, given)], stdout=subprocess.DEVNULL)
+    first = process(*given)
     whole = lambda: sorted((output / "videos").glob("*.json"))  # noqa: E731
     while len(whole()) < 2:
         assert first.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     first.kill()
-    first.wait()
+    first.communicate()
     notes = whole()
     kept = {path: path.stat().st_mtime_ns for note in notes for path in output.glob(f"videos/{note.stem}*")}
     assert len(notes) < 4 and len(kept) == 4 * len(notes)

@@ -1,6 +1,7 @@
 """The house rules that a machine can check."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,13 @@ def test_every_module_at_the_top_of_pipelines_is_a_job():
 
 
 @pytest.mark.parametrize("job", ["prepare", "score", "train", "generate", "evaluate", "compare", "demo", "tune"])
-def test_every_job_takes_the_common_options(job):
-    out = subprocess.run(
-        [sys.executable, "-m", f"pipelines.{job}", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
+def test_every_job_takes_the_common_options(job, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job", "--help"])
+    monkeypatch.delitem(sys.modules, f"pipelines.{job}", raising=False)  # run as `python -m` does
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"pipelines.{job}", run_name="__main__", alter_sys=True)
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
     for option in ("--help", "--dry-run", "--set", "--config", "--output"):
         assert option in out, f"{job} lacks {option}"
 

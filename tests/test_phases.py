@@ -4,7 +4,6 @@ which blocks may train."""
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,11 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.media import assets
 from entprog.schedule import plans
+from helpers import real_clips
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run
-from pipelines import cli, prepare, train
-from pipelines.cluster import launch
+from pipelines import cli, train
 
 SHAPE = {"frames": 2, "height": 48, "width": 32, "fps": 12}
 SETTINGS = {
@@ -46,20 +44,20 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder with MLflow's store, shards of two real videos, and one Ray."""
+    """A working folder with MLflow's store and shards of two real videos."""
     folder = tmp_path_factory.mktemp("phases")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     before = Path.cwd()
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))
-    (folder / "videos").mkdir()
-    for name in ("cam01.mp4", "cam04.mp4"):
-        shutil.copy(assets.clip(name.removesuffix(".mp4")), folder / "videos" / name)
-    settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 6}}
+    shape = config.ClipShape(**SHAPE)
+    splits = {
+        split: [[real_clips.row(name, split, start_s, shape) for start_s in (0.0, 0.4, 0.8, 1.2)]]
+        for name, split in (("cam01", "train"), ("cam04", "held_out"))
+    }
+    real_clips.write(folder / "shards", splits, shape)
     try:
-        with cli.ray_cluster(launch.LOCAL_CPUS):
-            prepare.run(folder / "videos", folder / "shards", config.build(settings, config.Preparation))
-            yield folder
+        yield folder
     finally:
         os.chdir(before)
         del os.environ["MLFLOW_TRACKING_URI"]
@@ -98,7 +96,7 @@ def raylets() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def interrupted(place):
+def interrupted(place, local_ray):
     """The command killed in the middle of its second phase, typed again, and a worker killed in the third."""
     output = place / "out"
     steps = lambda phase: output / phase / "steps.jsonl"  # noqa: E731

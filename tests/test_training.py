@@ -1,6 +1,7 @@
 """fit(): frozen parameters never move, a resumed run equals an uninterrupted one, the search keeps to its share."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -31,12 +32,17 @@ def test_frozen_parameters_never_move(backward):
     assert narrow > 0
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 12, 20])
-def test_resume_equals_no_interruption(tmp_path, stop_at):
+@functools.cache
+def uninterrupted():
+    """(experiment, steps, run)"""
     experiment = tiny_experiment(train={"ema_decay": 0.9})
     whole = Run(experiment)
-    expected = [comparable(step) for step in whole.steps()]
+    return experiment, [comparable(step) for step in whole.steps()], whole
 
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 12, 20])
+def test_resume_equals_no_interruption(tmp_path, stop_at):
+    experiment, expected, whole = uninterrupted()
     first = Run(experiment)
     got = []
     for step in first.steps():

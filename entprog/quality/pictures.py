@@ -1,11 +1,9 @@
-"""Likeness of two clips frame by frame, by torchmetrics: PSNR, SSIM, MS-SSIM."""
+"""Likeness of two clips frame by frame, by torchmetrics: PSNR, SSIM, MS-SSIM.
+
+It is imported by whoever measures: with it come transformers and scipy, which take seconds.
+"""
 
 import torch
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 PSNR_LIMIT = 100.0
 """Decibel given to frames that are equal, which have no finite PSNR."""
@@ -16,17 +14,23 @@ SSIM_SIDE = 11
 
 def psnr(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean over frames of 10·log₁₀(1 / mean squared error), at most PSNR_LIMIT; uint8 [F, 3, H, W]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     ratio = peak_signal_noise_ratio(*_unit(result, truth), data_range=1.0, dim=(1, 2, 3), reduction="none")
     return float(ratio.clamp(max=PSNR_LIMIT).mean())
 
 
 def ssim(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean structural similarity over frames (Gaussian window of 11 pixels, σ 1.5); uint8 [F, 3, H, W]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return float(structural_similarity_index_measure(*_unit(result, truth), data_range=1.0))
 
 
 def ms_ssim(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean multi-scale structural similarity over frames; uint8 [F, 3, H, W] of MS_SSIM_SIDE pixels or more."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     return float(multiscale_structural_similarity_index_measure(*_unit(result, truth), data_range=1.0))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from entprog.config import Schedule
 from entprog.records import Record
@@ -105,7 +105,7 @@ def efficiencies(candidates: Sequence[Plan], trials: Sequence[Trial], schedule: 
             value = float(pairs[:, 0].sum() / pairs[:, 1].sum())
         if value is not None and scatter is not None:
             independent = len(pairs) if estimator == "paired" else 1
-            width = float(student_t.ppf(0.95, freedom) * scatter * math.sqrt(independent) / pairs[:, 1].sum())
+            width = float(stdtrit(freedom, 0.95) * scatter * math.sqrt(independent) / pairs[:, 1].sum())
         out.append(
             Efficiency(
                 m=plan.m,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 from entprog.blocks import Block
 from entprog.config import Priority, digest
@@ -130,6 +129,8 @@ def tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> flo
     """Kendall's τ of two lists of scores; 1 for a single block, 0 where it is undefined (all tied)."""
     if len(a) < 2:
         return 1.0
+    from scipy.stats import kendalltau  # here: its import takes half a second
+
     value = float(kendalltau(a, b).statistic)
     return round(value, 12) if np.isfinite(value) else 0.0  # equal rankings give 1, not 0.9999999999999999
 

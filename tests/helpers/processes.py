@@ -24,10 +24,17 @@ def leave():
     dist.destroy_process_group()
 
 
-def run_ranks(target, world, folder, *args):
-    """Ranks are forked from a server that has imported all they need: once, not once a rank."""
+def forks() -> multiprocessing.context.BaseContext:
+    """Starts processes as forks of a server that has imported all they need: once, not once a process."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    multiprocessing.set_forkserver_preload(["test_distributed", "test_checkpoint"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed", "test_checkpoint"])
+    return context
+
+
+def run_ranks(target, world, folder, *args):
+    """`target(rank, world, folder, *args)` in a process for each rank."""
+    forks()
     mp.start_processes(target, args=(world, folder, *args), nprocs=world, start_method="forkserver")
 
 
