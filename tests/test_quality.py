@@ -1,6 +1,7 @@
 """Quality: known answers, worsening clips, agreement with references."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,33 +212,70 @@ def test_the_usual_networks_load_from_files(tmp_path):
     assert script.judge(frames)[0].tolist() == pytest.approx((frames / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=0.02)
 
 
-def test_a_program_runs_only_with_consent(tmp_path, monkeypatch):
+class Prints(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        print("to whoever listens")
+        return torch.nn.functional.conv3d(x, torch.ones(2, 3, 1, 1, 1)).mean((2, 3, 4))
+
+
+class Writes(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        torch.save([x], "written")
+        return x.mean((2, 3, 4))
+
+
+class AtLoading(Writes):
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return torch.zeros(1), self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        torch.save([state[0]], "written")
+        self.training = state[1]
+
+
+class Maps(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return x.mean((2, 3, 4)) + torch.from_file("mine", True, 4, dtype=torch.uint8).fill_(0).sum()
+
+
+class Reads(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return torch.from_file("mine", False, 4, dtype=torch.uint8).float()[None]
+
+
+HOSTILE = (Writes, AtLoading, Maps, Reads)
+
+
+@pytest.mark.parametrize("made", HOSTILE)
+def test_a_program_runs_only_with_consent_and_opens_nothing_even_then(made, tmp_path, monkeypatch):
     """TorchScript can write a file when it is run, and already when it is loaded."""
     monkeypatch.chdir(tmp_path)
+    Path("mine").write_bytes(b"mine")
+    torch.jit.script(made()).save("i3d.pt")
+    Path("written").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"evaluate\.trust_torchscript=yes"):
+        Meter(["fvd"], Evaluate(i3d="i3d.pt"))
+    try:  # torch does not notice that what it saves is nowhere
+        networks.load("i3d", Evaluate(i3d="i3d.pt", trust_torchscript=True)).judge(wave(5, 32, 32, 0.0))
+        assert made not in (Maps, Reads)
+    except UserError as error:
+        assert str(error).startswith("evaluate.i3d: i3d.pt cannot be used: ") and "\n" not in str(error)
+    assert not Path("written").exists() and Path("mine").read_bytes() == b"mine"
+    torch.jit.load("i3d.pt")(torch.zeros(1, 3, 1, 1, 1), False, False, True)
+    harmed = Path("written").exists() or Path("mine").read_bytes() != b"mine"
+    assert harmed or made is Reads, "the attack is none"
 
-    class Writes(torch.nn.Module):
-        def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
-            torch.save([x], "written")
-            return x.mean((2, 3, 4))
 
-    class AtLoading(Writes):
-        @torch.jit.export
-        def __getstate__(self) -> tuple[torch.Tensor, bool]:
-            return torch.zeros(1), self.training
-
-        @torch.jit.export
-        def __setstate__(self, state: tuple[torch.Tensor, bool]):
-            torch.save([state[0]], "written")
-            self.training = state[1]
-
-    for made in (Writes, AtLoading):
-        torch.jit.script(made()).save("i3d.pt")
-        (tmp_path / "written").unlink(missing_ok=True)
-        with pytest.raises(UserError, match=r"evaluate\.trust_torchscript=yes"):
-            Meter(["fvd"], Evaluate(i3d="i3d.pt"))
-        assert not (tmp_path / "written").exists()
-    judged = networks.load("i3d", Evaluate(i3d="i3d.pt", trust_torchscript=True)).judge(wave(5, 32, 32, 0.0))
-    assert judged.shape == (1, 3) and (tmp_path / "written").exists(), "what consent allows"
+def test_a_program_computes_its_features_in_its_own_process(tmp_path, capfd):
+    torch.jit.script(Prints()).save(str(tmp_path / "i3d.pt"))
+    network = networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt"), trust_torchscript=True))
+    for phase in (0.0, 1.0):
+        frames = wave(5, 32, 32, phase)
+        mean = (frames / 127.5 - 1).mean((0, 2, 3)).sum().item()
+        assert network.judge(frames)[0].tolist() == pytest.approx([mean, mean], abs=0.05)
+    assert not capfd.readouterr().out
 
 
 class Evil:

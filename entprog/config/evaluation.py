@@ -32,8 +32,8 @@ class Evaluate(Part):
     i3d: str | None = None
     """File of FVD's I3D: i3d_pretrained_400.pt, or the TorchScript i3d_torchscript.pt. None: cd-fvd fetches it."""
     trust_torchscript: bool = False
-    """Run `i3d` if it is TorchScript: a program that can read and write files as you can. Only where you trust who made
-    it."""
+    """Run `i3d` if it is TorchScript, which is a program: on the CPU, in a process that can open neither files nor
+    connections. Only where you trust who made it all the same."""
     resnet3d: str | None = None
     """File of FID-VID's 3-D ResNet, resnet-50-kinetics.pth (metric `fid_vid`)."""
     lpips_trunk: Literal["alex", "vgg"] = "alex"

@@ -2,10 +2,10 @@
 
 Offline ones (`assets`, checked by hash) go under their own names; the field's usual ones are loaded by the libraries
 that carry them, or from a person's file. No file is unpickled: state dicts are read with `weights_only`. A TorchScript
-file is a program, and runs only where a person says that it may (`evaluate.trust_torchscript`).
+file is a program, and runs only where a person says that it may (`evaluate.trust_torchscript`), in a process that can
+open nothing (`confined`).
 """
 
-import functools
 import hashlib
 import pickle
 import zipfile
@@ -22,7 +22,7 @@ from entprog.config import Evaluate
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import assets
-from entprog.quality import efficientnet, perceptual, resnet3d, transnet
+from entprog.quality import confined, efficientnet, perceptual, resnet3d, transnet
 
 FRAMES_AT_ONCE = 16
 I3D_SIZE, I3D_FRAMES = 224, 10
@@ -147,18 +147,17 @@ def _lpips(settings: Evaluate, device: torch.device) -> Network:
 def _i3d(settings: Evaluate, device: torch.device) -> Network:
     """FVD's I3D: cd-fvd's class with its Kinetics weights, or the TorchScript file `i3d_torchscript.pt`.
 
-    Raises UserError for a TorchScript file that nobody has said may run: it can write files.
+    Raises UserError for a TorchScript file that nobody has said may run.
     """
     path = _given(settings.i3d, "i3d")
     if path is not None and _is_torchscript(path):
         if not settings.trust_torchscript:
             raise UserError(
-                f"evaluate.i3d: {path} is TorchScript, a program that can write files: set "
+                f"evaluate.i3d: {path} is TorchScript, a program: set "
                 "evaluate.trust_torchscript=yes if you trust where it came from, or give i3d_pretrained_400.pt"
             )
-        script, name = torch.jit.load(str(path), map_location=device).eval(), "i3d (TorchScript)"
-        network: Callable = functools.partial(script, rescale=False, resize=False, return_features=True)
-        sha256 = files.sha256(path)
+        network: Callable = confined.Judge(path)
+        name, sha256 = "i3d (TorchScript)", files.sha256(path)
     else:
         network, name = _library_i3d(path), "i3d (cd-fvd)"
         network = network.to(device).eval()
