@@ -77,6 +77,11 @@ def probed(path: str, folder: Path, *hosts: str) -> dict:
         ("https://[::1/", "malformed"),
         ("https:///a.mp4", "malformed (no host)"),
         ("https://host:99999/a.mp4", "malformed"),
+        ("https://me:hUshhUsh/9@host/a.mp4", "malformed"),
+        ("s3://", "no bucket"),
+        ("s3://a*/b.mp4", "no bucket"),
+        ("s3://bucket?endpoint_override=10.1.2.3/b.mp4", "no bucket"),
+        ("gs:///b.mp4", "no bucket"),
         ("simplecache::https://x/a.mp4", "chained addresses"),
         ("zip://a.mp4::file:///etc/a.zip", "chained addresses"),
         ("http://127.0.0.1/a.mp4", "127.0.0.1 is an address of this machine or its network"),
@@ -103,7 +108,12 @@ def test_bad_rows_are_counted_beforehand_and_an_input_itself_is_refused(tmp_path
     (tmp_path / "m.csv").write_text("path\na.mp4\nftp://x/b.mp4\nhttps://[::1/\n")
     found = inputs.find(tmp_path / "m.csv")
     assert len(found.rows) == 3 and "2 addresses of" in found.notes[0]
-    for address in ("ftp://x/a", "https://[::1/", f"s3://KEY:{SECRET}@bucket/a.mp4"):
+    for address in (
+        "ftp://x/a",
+        "https://[::1/",
+        f"s3://KEY:{SECRET}@bucket/a.mp4",
+        f"https://me:{SECRET}/9@host/a.mp4",
+    ):
         with pytest.raises(UserError, match="cannot read input") as error:
             inputs.find(address)
         assert SECRET not in str(error.value)

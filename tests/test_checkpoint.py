@@ -5,7 +5,6 @@ import math
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from entprog.errors import UserError
 from entprog.training import checkpoint
+from helpers import servers
 from helpers.processes import forks, join, leave, run_ranks
 from helpers.runs import Trained
 
@@ -253,31 +253,11 @@ def test_parts_of_two_ranks_are_taken_up_by_three_and_by_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
+def bucket():
     """Address of a bucket of a real S3 server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
-    )
-    address = (
-        f"s3://runs/one?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        yield address
-    finally:
-        server.kill()
-        server.wait()
+    with servers.s3() as endpoint:
+        where = f"endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
+        yield f"s3://runs/one?scheme=http&{where}&allow_bucket_creation=true"
 
 
 def test_s3(bucket):

@@ -4,19 +4,21 @@ Manifests, links in listings and redirects are written by others. They must not 
 router, a cloud's metadata service), nor lead it to hosts that nobody chose.
 """
 
+import functools
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
-from entprog.errors import UserError
-from entprog.masking import has_credentials, masked, one_line
+from entprog.masking import has_credentials, masked
 
 PROTOCOLS = ("http", "https", "s3", "gs")
 """Those that are read, beside files of this machine."""
 WEB = ("http", "https")
+_BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class AddressError(ValueError):
@@ -38,9 +40,12 @@ def split(address: str) -> SplitResult:
     try:
         parts = urlsplit(address)
         if is_web(address) and not (parts.hostname and (parts.port is None or parts.port)):
-            raise ValueError("no host")
+            raise AddressError(f"{masked(address)} is malformed (no host)")
     except ValueError as error:
-        raise AddressError(f"{masked(address)} is malformed ({one_line(error, address)})") from None
+        if isinstance(error, AddressError):
+            raise
+        # Not in Python's words, which show a password that it has taken for a port.
+        raise AddressError(f"{masked(address)} is malformed (its host or port; a '/' in a password is %2F)") from None
     return parts
 
 
@@ -64,6 +69,9 @@ def check(address: str, hosts: Sequence[str] = ()) -> None:
     if protocol not in WEB:
         if has_credentials(address):
             raise AddressError(f"{shown}: give credentials of {protocol}:// in the environment, not in the address")
+        # An address chooses neither the endpoint nor the region: credentials would go wherever a manifest says.
+        if not _BUCKET.fullmatch(address.partition("://")[2].partition("/")[0]):
+            raise AddressError(f"{shown} is malformed (no bucket's name)")
         return
     _check_number(host(address), shown, hosts)
 
@@ -72,22 +80,35 @@ def filesystem(address: str, hosts: Sequence[str] = ()):
     """(fsspec filesystem, path in it) of an address that passes `check`; over the web it follows a redirect to another
     host only if `hosts` names it (`*.example.org` names several).
 
-    Raises AddressError as `check` does, UserError where the protocol's library is not installed.
+    Buckets are read by pyarrow, as checkpoints in them are: credentials, region and endpoint come from the environment.
+    Raises AddressError as `check` does, OSError for a bucket that is not there or may not be read.
     """
     check(address, hosts)
     import fsspec
 
     protocol, _, rest = address.partition("://")
-    address = f"{protocol.lower()}://{rest}"
-    try:
-        if is_web(address):
-            client = partial(_client, shown=masked(address), hosts=tuple(hosts))
-            return fsspec.filesystem("http", get_client=client, skip_instance_cache=True), address
-        return fsspec.core.url_to_fs(address)
-    except ImportError as error:  # s3fs or gcsfs
-        raise UserError(f"cannot read {masked(address)}: {one_line(error, address)}") from None
-    except ValueError as error:
-        raise AddressError(f"{masked(address)} is malformed ({one_line(error, address)})") from None
+    protocol = protocol.lower()
+    if protocol in WEB:
+        client = partial(_client, shown=masked(address), hosts=tuple(hosts))
+        return fsspec.filesystem("http", get_client=client, skip_instance_cache=True), f"{protocol}://{rest}"
+    bucket, _, key = rest.partition("/")
+    files, root = _bucket(protocol, bucket)
+    return files, f"{root}/{key}" if key else root
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket(protocol: str, bucket: str):
+    """(fsspec filesystem, its root) of a bucket; its first use asks where the bucket lies."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import fs
+
+    class Bucket(ArrowFSWrapper):
+        def unstrip_protocol(self, name: str) -> str:
+            return f"{protocol}://{name if bucket == root else name.replace(root, bucket, 1)}"
+
+    soon = "?retry_limit_seconds=20" if protocol == "gs" else ""  # Google's client tries for a quarter of an hour
+    system, root = fs.FileSystem.from_uri(f"{protocol}://{bucket}{soon}")
+    return Bucket(system, skip_instance_cache=True), root
 
 
 def cause(error: BaseException) -> AddressError | None:

@@ -294,7 +294,6 @@ def _manifest(path: Path, name: str, base: str, prepare: Prepare) -> Inputs:
         before = row_of.setdefault(row["file"], number)
         if before != number:
             raise UserError(f"{kind} {name}: rows {before} and {number} are both {row['file']!r}; leave one out")
-    _check_libraries(rows)
     notes = [f"columns of {name} that are not read: {', '.join(unread)}"] if unread else []
     bad = [error for row in rows if (error := _refused(row, prepare))]
     if bad:
@@ -308,13 +307,6 @@ def _refused(row: Source, prepare: Prepare) -> VideoError | None:
     except VideoError as error:
         return error
     return None
-
-
-def _check_libraries(rows: Iterable[Source]) -> None:
-    """Raises UserError where a protocol's library is not installed: now, not once for each row of a long job."""
-    protocols = {os.fsdecode(row["path"]).partition("://")[0].lower() for row in rows if b"://" in row["path"]}
-    for protocol in protocols & {"s3", "gs"}:
-        addresses.filesystem(f"{protocol}://bucket")
 
 
 def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
