@@ -87,7 +87,7 @@ def test_tables_are_what_was_written(tmp_path):
         (b"\0" * (8 << 20), 1, {"compression": "zstd", "use_dictionary": False}),
         (b"\0" * 1000, 100_000, {"compression": "zstd"}),
         (b"\0" * 1000, 100_000, {"compression": "none"}),
-        (b"\0" * 1000, 100_000, {"use_dictionary": False, "column_encoding": {"path": "DELTA_BYTE_ARRAY"}}),
+        (b"\0" * 1000, 100_000, {"use_dictionary": False, "compression": "gzip"}),
         (b"\0" * 500_000, 200, {"compression": "zstd"}),
     ],
 )

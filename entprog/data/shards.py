@@ -228,7 +228,7 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
     names = list(columns or SCHEMA.names)
     at = wanted[0] if wanted else 0
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with limits.parquet(path) as file:
             starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
             groups: dict[int, pa.Table] = {}
             out = []
@@ -237,7 +237,7 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
                     raise IndexError(f"it has {starts[-1]} rows")
                 group = int(np.searchsorted(starts, at, side="right")) - 1
                 if group not in groups:
-                    groups[group] = limits.rows(file, [group], names, limits.LIMITS)
+                    groups[group] = limits.rows(path, file, [group], names, limits.LIMITS)
                 out += _rows(groups[group].slice(at - starts[group], 1), names)
             return out
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:

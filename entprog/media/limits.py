@@ -16,9 +16,15 @@ import pyarrow.parquet as pq
 from entprog.config import Prepare
 from entprog.errors import UserError
 from entprog.masking import one_line
+from entprog.media import parquet_pages
 
 _BATCH_ROWS = 4096
 _HEADER_BYTES = 1 << 16
+_FOOTER_BYTES = 1 << 23
+_FOOTER_ITEMS = 1 << 14
+"""Columns, and row groups, in a Parquet file: memory for what a footer says is many times the footer."""
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+"""Bytes in memory of a value of Parquet's types."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ def table(path: Path, columns: Sequence[str] | None = None, limits: Limits = LIM
     Raises UserError if it is no Parquet file, lacks a column, or is larger than the limits allow.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return rows(file, range(file.num_row_groups), columns, limits)
+        with parquet(path) as file:
+            return rows(path, file, range(file.num_row_groups), columns, limits)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except MemoryError:
@@ -112,20 +118,32 @@ def table(path: Path, columns: Sequence[str] | None = None, limits: Limits = LIM
         raise UserError(f"cannot read {path} as Parquet: {one_line(error)}") from None
 
 
-def rows(
-    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None = None, limits: Limits = LIMITS
-) -> pa.Table:
-    """The rows of some row groups of an open Parquet file, or some of their columns.
+def parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file, opened; of its content only the footer is read, of a bounded size.
 
-    Raises UserError if they are larger than the limits allow.
+    Raises OSError, ValueError or ArrowException.
     """
-    known = [file.metadata.row_group(group) for group in groups]
-    chunks = [part.column(i) for part in known for i in range(part.num_columns)]
-    sizes = [c.total_uncompressed_size for c in chunks if columns is None or c.path_in_schema.split(".")[0] in columns]
-    if sum(sizes) > limits.max_decoded_bytes:
-        raise UserError(too_many_bytes(sum(sizes), limits))
+    with path.open("rb") as file:
+        size = parquet_pages.footer_bytes(file)
+    if size > _FOOTER_BYTES:
+        raise ValueError(f"its footer has {size} bytes, more than {_FOOTER_BYTES} are not read")
+    return pq.ParquetFile(path, page_checksum_verification=True, thrift_container_size_limit=_FOOTER_ITEMS)
+
+
+def rows(
+    path: Path,
+    file: pq.ParquetFile,
+    groups: Sequence[int],
+    columns: Sequence[str] | None = None,
+    limits: Limits = LIMITS,
+) -> pa.Table:
+    """The rows of some row groups of a Parquet file that `parquet` opened, or some of their columns.
+
+    Raises UserError if they are larger than the limits allow, whatever the file says of it, ValueError for damage.
+    """
+    largest = _largest_value(path, file, groups, columns, limits)
     # A value of a dictionary is stored once, and every row may repeat it.
-    most = min(max(limits.max_decoded_bytes // max(*sizes, 1), 1), _BATCH_ROWS)
+    most = min(max(limits.max_decoded_bytes // (4 * largest), 1), _BATCH_ROWS)
     pieces, held = [], 0
     for piece in file.iter_batches(most, row_groups=list(groups), columns=columns, use_threads=False):
         # A file may ask that a column stay a dictionary, in which a text costs nothing however often it stands.
@@ -139,6 +157,32 @@ def rows(
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in schema.names if name in columns])
     return pa.Table.from_batches(pieces, pieces[0].schema if pieces else schema)
+
+
+def _largest_value(
+    path: Path, file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None, limits: Limits
+) -> int:
+    """Bytes that one row of a column may take at most, from the headers of all pages that would be unpacked.
+
+    Raises UserError if the pages, or a row's list, are larger than the limits allow.
+    """
+    largest, whole = 1, 0
+    with path.open("rb") as stream:
+        for part in (file.metadata.row_group(group) for group in groups):
+            for i in range(part.num_columns):
+                chunk, kind = part.column(i), file.schema.column(i)
+                if columns is not None and chunk.path_in_schema.split(".")[0] not in columns:
+                    continue
+                pages = list(parquet_pages.of_column(stream, chunk))
+                whole += sum(page.bytes for page in pages)
+                width = _WIDTHS.get(kind.physical_type) or kind.length or max((page.bytes for page in pages), default=0)
+                largest = max(largest, width, max((page.bytes for page in pages), default=0))
+                # All values of a list may be one row's, and a run of equal ones takes next to no bytes in a page.
+                listed = sum(page.values for page in pages) * width if kind.max_repetition_level else 0
+                for size in (whole, width, listed):
+                    if size > limits.max_decoded_bytes:
+                        raise UserError(too_many_bytes(size, limits))
+    return largest
 
 
 def too_many_bytes(size: int, limits: Limits) -> str:
