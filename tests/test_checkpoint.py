@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
