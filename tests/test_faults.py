@@ -19,7 +19,7 @@ from ray.util import placement_group, placement_group_table
 
 from entprog import config
 from entprog.training import checkpoint
-from helpers.commands import SETTINGS
+from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import metadata
@@ -136,7 +136,7 @@ def at_steps(output: Path, *acts) -> threading.Thread:
 
     def watch():
         for lines, act in acts:
-            deadline = time.time() + 200
+            deadline = time.time() + PATIENCE_S
             while time.time() < deadline:
                 if (output / "steps.jsonl").exists():
                     seen = (output / "steps.jsonl").read_bytes().splitlines()

@@ -20,6 +20,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from helpers import real_clips
+from helpers.commands import PATIENCE_S
 from helpers.networks import TINY
 from pipelines import cli, prepare, train
 from pipelines.preparing import latents as caching
@@ -196,7 +197,7 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     command = [sys.executable, "-m", "pipelines.prepare", "--latents", *map(str, arguments)]
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # the other Ray here is closed
     killed = subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 200
+    deadline = time.time() + PATIENCE_S
     while not (written := list(dataset.folder.rglob("*.safetensors"))):
         assert time.time() < deadline and killed.poll() is None, "nothing was written"
         time.sleep(0.005)

@@ -21,6 +21,7 @@ from entprog import config
 from entprog.errors import UserError
 from entprog.schedule import plans
 from helpers import real_clips
+from helpers.commands import PATIENCE_S
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run
 from pipelines import cli, train
@@ -70,7 +71,7 @@ def arguments(place, output, *more):
 
 def as_soon_as(happened, act) -> threading.Thread:
     def watch():
-        deadline = time.time() + 300
+        deadline = time.time() + PATIENCE_S
         while time.time() < deadline:
             if happened():
                 act()

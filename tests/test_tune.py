@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.media import assets
-from helpers.commands import SETTINGS, SHAPE
+from helpers.commands import PATIENCE_S, SETTINGS, SHAPE
 from pipelines import cli, prepare, train, tune
 from pipelines.cluster import launch
 from pipelines.sweeping import spaces, sweep
@@ -216,7 +216,7 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)  # fmt: skip
-    deadline = time.time() + 300
+    deadline = time.time() + PATIENCE_S
     while time.time() < deadline:
         finished = [p for p in output.glob("trials/*/trial.json") if '"finished"' in p.read_text()]
         running = [name for name, steps in steps_of(output).items() if steps >= 3]

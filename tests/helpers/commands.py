@@ -26,11 +26,15 @@ SETTINGS = {
 }
 
 
+PATIENCE_S = 500
+"""Longest wait for what another process does, on a machine that is busy with other things too."""
+
+
 def when_at(steps_file: Path, lines: int, act) -> threading.Thread:
     """Do something once the run has come that far."""
 
     def watch():
-        deadline = time.time() + 120
+        deadline = time.time() + PATIENCE_S
         while time.time() < deadline:
             if steps_file.exists() and len(steps_file.read_bytes().splitlines()) >= lines:
                 act()
