@@ -189,7 +189,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
         rate = f"{settings.prepare.frames_fps:g} frames per second unless a manifest says otherwise"
         say(f"{folders} of them folders of numbered images: {rate}")
     said = {name: sum(bool(row[name]) for row in rows) for name in ("caption", "split", "crop")}
-    if any(said.values()):
+    if work.found.kind == "manifest" and any(said.values()):
         say("of the manifest: " + ", ".join(f"{count} {name}s" for name, count in said.items() if count))
     for note in work.found.notes:
         say(note)
