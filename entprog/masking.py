@@ -5,6 +5,8 @@ after that: half a secret cannot be recognised any more.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 HIDDEN = "***"
@@ -30,6 +32,15 @@ def masked(text: str, *addresses: str) -> str:
     for secret in sorted({secret for address in addresses for secret in _secrets(address)}, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     return _ADDRESS.sub(lambda found: _hidden(found[0]), text)
+
+
+def masked_in(value: Any) -> Any:
+    """The same of every text in a JSON value, for what is stored."""
+    if isinstance(value, Mapping):
+        return {name: masked_in(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_in(each) for each in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def one_line(what: object, *addresses: str, most: int = 200) -> str:

@@ -135,7 +135,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
     if output is not None and claim.is_of(output, job):
-        files.write_json(output / "result.json", record)
+        files.write_json(output / "result.json", masking.masked_in(record))
     if status:
         raise typer.Exit(status)
 

@@ -14,6 +14,7 @@ from entprog import config, masking
 from entprog.errors import UserError
 from entprog.training.storage import Place
 from pipelines import cli, train
+from pipelines.outputs import claim
 
 SECRET = "hUsh/9+Q=="
 """As cloud keys are: with signs that mean something in an address."""
@@ -98,3 +99,20 @@ def test_a_rejected_value_is_shown_without_its_secret():
     with pytest.raises(UserError) as error:
         config.build({"train": {"steps": ADDRESSES[0]}})
     assert "hUsh" not in str(error.value) and "https://***@host/a.mp4" in str(error.value)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_what_is_stored_of_settings_and_figures_has_no_secret(address, tmp_path):
+    settings = {"model.base": address, "list": [f"of {address}", {"deep": (address, 1, None)}], "n": 0.5}
+
+    def work():
+        claim.take(tmp_path, "prepare", settings)
+        return {"settings": settings}
+
+    cli.run("prepare", tmp_path, work)
+    for name in (claim.MARK, "result.json"):
+        text = (tmp_path / name).read_text()
+        assert "hUsh" not in text and "0.5" in text, text
+    claim.check(tmp_path, "prepare", {**settings, "model.base": address.replace("hUsh", "nEw")})
+    with pytest.raises(UserError, match="other settings"):
+        claim.check(tmp_path, "prepare", {**settings, "model.base": address.replace("//", "//x/")})

@@ -47,7 +47,7 @@ def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool 
     known = _read(output)
     if known["job"] != job:
         raise UserError(f"{output} is the output of a {known['job']} job: {another} for {job}")
-    now, before = json.loads(files.strict_json(identity)), known["identity"]
+    now, before = masking.masked_in(json.loads(files.strict_json(identity))), masking.masked_in(known["identity"])
     differing = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
     if differing:
         message = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
@@ -58,7 +58,7 @@ def take(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool =
     """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
     check(output, job, identity, earlier=earlier)
     writable(output)
-    files.write_json(output / MARK, {"job": job, "identity": identity})
+    files.write_json(output / MARK, {"job": job, "identity": masking.masked_in(identity)})
 
 
 def writable(folder: Path) -> None:

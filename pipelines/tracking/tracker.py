@@ -75,7 +75,7 @@ class Tracker:
         params: {dotted name: JSON value}. parent: id of the run under which this one is nested.
         Raises UserError if MLflow does not answer.
         """
-        uri = tracking_uri()
+        uri, experiment, run_name = tracking_uri(), masked(experiment), masked(run_name)
         record = Path(output) / RUN_FILE
         known = json.loads(record.read_text())["run_id"] if record.exists() else None
         try:
