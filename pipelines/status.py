@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from entprog.errors import UserError
+from entprog.masking import reason
 from pipelines import cli
 from pipelines.training import standing
 
@@ -26,15 +27,15 @@ def main(
 ) -> None:
     """Show step, time left, losses, trained blocks, where time goes and what went wrong. Changes nothing."""
     try:
-        seen = standing.read(output)
+        state, table = _look(output)
         if not follow:
-            cli.console.print(_table(output, seen))
+            cli.console.print(table)
             return
-        with Live(_table(output, seen), console=cli.console, auto_refresh=False) as live:
-            while seen.state in ("running", "silent"):
+        with Live(table, console=cli.console, auto_refresh=False) as live:
+            while state in ("running", "silent"):
                 time.sleep(every_s)
-                seen = standing.read(output)
-                live.update(_table(output, seen), refresh=True)
+                state, table = _look(output)
+                live.update(table, refresh=True)
     except UserError as error:
         cli.complain("error", str(error))
         raise typer.Exit(2) from None
@@ -42,11 +43,17 @@ def main(
         raise typer.Exit(0) from None
 
 
-def _table(output: Path, seen: standing.Standing) -> Table:
+def _look(output: Path) -> tuple[str, Table]:
+    """(state, what is shown). Raises UserError for a folder that is no training's, or whose files are damaged."""
+    try:
+        seen = standing.read(output)
+        rows = standing.rows(seen)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read the training in {output}: a file there is damaged ({reason(error)})") from None
     table = Table(title=str(output), title_justify="left", show_header=False)
-    for row in standing.rows(seen):
+    for row in rows:
         table.add_row(*row)
-    return table
+    return seen.state, table
 
 
 if __name__ == "__main__":

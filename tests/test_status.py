@@ -92,3 +92,39 @@ def test_the_command(tmp_path):
     assert followed.exit_code == 0, "a training that has ended is not waited for"
     nothing = CliRunner().invoke(status.app, [str(tmp_path / "nothing")])
     assert nothing.exit_code == 2 and "Traceback" not in nothing.output
+
+
+@pytest.mark.parametrize("follow", [[], ["--follow"]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]\n",
+        b"{}\n",
+        b"\xff\xfe\n",
+        b"{\n",
+        json.dumps(step(1, loss="x", time="y")).encode() + b"\n",
+        json.dumps(step(1, phase="\x1b[2J")).encode() + b"\n",
+        json.dumps(step(1, last=True, clips="x")).encode() + b"\n",
+    ],
+)
+def test_a_damaged_log_is_one_line(content, follow, tmp_path):
+    (tmp_path / "steps.jsonl").write_bytes(content)
+    done = CliRunner().invoke(status.app, [*follow, str(tmp_path)])
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1 and "\x1b" not in done.output, done.output
+
+
+@pytest.mark.parametrize("identity", [[1], {"train.steps": "x"}, {"train.steps": [1]}])
+def test_a_damaged_mark_is_no_trace(identity, tmp_path):
+    training(tmp_path, [step(1)])
+    (tmp_path / "entprog-job.json").write_text(json.dumps({"job": "train", "identity": identity}))
+    done = CliRunner().invoke(status.app, [str(tmp_path)])
+    assert (done.exit_code in (0, 2) and len(done.output.splitlines()) == 1) or "state" in done.output
+
+
+@pytest.mark.parametrize("follow", [[], ["--follow"]])
+def test_what_a_folder_says_steers_nothing(follow, tmp_path):
+    name = "\x1b]0;owned\x07[bold]\x9b2J"
+    folder = training(tmp_path / name, [step(1, time=0.0, shape=f"[red]{name}", last=bool(follow))])
+    (folder / "error.log").write_text(f"boom\n{name}\n")
+    shown = CliRunner().invoke(status.app, [*follow, str(folder)])
+    assert shown.exit_code == 0 and "[bold]" in shown.output and not {*"\x1b\x07\x9b"} & {*shown.output}
