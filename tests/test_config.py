@@ -249,3 +249,9 @@ def test_no_setting_takes_what_is_not_finite():
                 value = f"[{text}, {text}]" if several else text
                 with pytest.raises(UserError, match=name):
                     cli.settings(whole, "demo" if whole is config.Sweep else None, None, [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("steps", [0, 1001, 10**9])
+def test_nobody_who_asks_a_served_model_keeps_it_busy_for_ever(steps):
+    with pytest.raises(UserError, match=r"generate\.steps"):
+        config.build({"generate": {"steps": steps}}, config.Generation)

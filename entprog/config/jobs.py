@@ -114,8 +114,8 @@ class Generate(Part):
 
     sampler: str | None = None
     """diffusers class that walks from noise to clip, such as UniPCMultistepScheduler. None: the checkpoint's own."""
-    steps: int = Field(default=20, ge=1)
-    """Steps from noise to clip."""
+    steps: int = Field(default=20, ge=1, le=1000)
+    """Steps from noise to clip; a served model takes it from whoever asks."""
     seed: int = Field(default=0, ge=0)
     """Seeds the noise that a clip starts from."""
     reference_guidance: float = Field(default=1.0, ge=0)
