@@ -48,6 +48,8 @@ def _look(output: Path) -> tuple[str, Table]:
     try:
         seen = standing.read(output)
         rows = standing.rows(seen)
+    except UserError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot read the training in {output}: a file there is damaged ({reason(error)})") from None
     table = Table(title=str(output), title_justify="left", show_header=False)
