@@ -56,7 +56,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
         "out/demo"
     ),
-    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 120.0,
+    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 150.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,
     search: Annotated[bool, typer.Option(help="Train by Ent-Prog's search too.")] = False,
     config_file: cli.ConfigFile = None,
@@ -121,7 +121,7 @@ def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> di
     finished = output / "finished.json"
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == identity:
         return _tell(known["result"])
-    tables, first = output / "cei", {e.schedule.kind: e for e in reversed(arms)}
+    tables, first = output / "cei", {e.schedule.kind: e for e in arms if e.train.seed == 0}
     with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, arms[0].data.shape, verbose=verbose)
