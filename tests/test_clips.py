@@ -50,15 +50,6 @@ def dataset(rows, tmp_path_factory):
     return write(tmp_path_factory.mktemp("shards"), files)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    import ray
-
-    ray.init(address="local", num_cpus=4, object_store_memory=500 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 def local(dataset, batch=BATCH, **options):
     return clip_stream.local_stream(dataset, "train", SHAPE, batch, **options)
 
@@ -251,7 +242,7 @@ def ray_stream(dataset, batch=BATCH, **options):
 
 
 @pytest.mark.parametrize("where", ["worker", "cluster"])
-def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, monkeypatch, where):
+def test_ray_data_gives_the_same_bits_over_epochs_and_executions(local_ray, dataset, monkeypatch, where):
     monkeypatch.setattr(feed, "TASKS", 3)
     monkeypatch.setattr(feed, "TASK_BATCHES", 2)
     found = take(
@@ -262,7 +253,7 @@ def test_ray_data_gives_the_same_bits_over_epochs_and_executions(ray, dataset, m
     assert epoch.tolist() == list(range(45))
 
 
-def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(ray, dataset):
+def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(local_ray, dataset):
     ranks = [ray_stream(dataset, rank=rank, world=2, start_position=2 * BATCH) for rank in range(2)]
     pairs = [(next(ranks[0]), next(ranks[1])) for _ in range(4)]
     for stream in ranks:
@@ -273,21 +264,21 @@ def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(ray, d
             assert torch.equal(torch.cat([getattr(part, name) for part in pair]), getattr(one, name))
 
 
-def test_closing_frees_the_cpus(ray, dataset):
+def test_closing_frees_the_cpus(local_ray, dataset):
     stream = ray_stream(dataset, cpus=2)
     next(stream)
     assert stream.wait_s > 0
     stream.close()
     stream.close()
     deadline = time.time() + 60
-    while ray.available_resources().get("CPU", 0) < 4:
-        assert time.time() < deadline, f"CPUs still held: {ray.available_resources()}"
+    while local_ray.available_resources().get("CPU", 0) < local_ray.cluster_resources()["CPU"]:
+        assert time.time() < deadline, f"CPUs still held: {local_ray.available_resources()}"
         time.sleep(0.05)
     with pytest.raises(StopIteration):
         next(stream)
 
 
-def test_nothing_global_is_changed(ray, dataset):
+def test_nothing_global_is_changed(local_ray, dataset):
     from ray.data import DataContext
 
     take(ray_stream(dataset), 1)
@@ -295,7 +286,7 @@ def test_nothing_global_is_changed(ray, dataset):
     assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
 
 
-def test_tasks_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, tmp_path):
+def test_tasks_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeypatch, tmp_path):
     decoded = tmp_path / "decoded"
     decoded.mkdir()
 
@@ -314,7 +305,7 @@ def test_tasks_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch, 
     assert before <= due, "an execution has 256 tasks: the reader does not hold them back"
 
 
-def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, monkeypatch):
+def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeypatch):
     begun = []
     original = clip_stream.decoded
     monkeypatch.setattr(clip_stream, "decoded", lambda *args: (begun.append(1), original(*args))[1])
@@ -330,22 +321,22 @@ def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(ray, dataset, mo
 
 
 @pytest.mark.parametrize("where", ["worker", "cluster"])
-def test_a_damaged_clip_ends_the_stream_with_its_name(ray, rows, tmp_path, where):
+def test_a_damaged_clip_ends_the_stream_with_its_name(local_ray, rows, tmp_path, where):
     stream = ray_stream(damaged(rows, tmp_path, video=b"not a video"), where=where)
     with pytest.raises(shards.DamagedShardError, match=r"train/00000\.parquet, row 1"):
         take(stream, 3)
 
 
-def test_spilling_of_the_object_store_is_seen(ray):
+def test_spilling_of_the_object_store_is_seen(local_ray):
     message = []
     with stalls.watched(message.append, every_s=0.2) as watch:
-        held = [ray.put(np.zeros(100 << 20, np.uint8)) for _ in range(6)]
+        held = [local_ray.put(np.zeros(100 << 20, np.uint8)) for _ in range(6)]
         assert len(held) == 6
     assert watch.figures()["spilled_bytes"] > 0 and watch.peak_used_share > 0.2
     assert any("spilled" in line for line in message)
 
 
-def test_inside_two_train_workers(ray, dataset, tmp_path):
+def test_inside_two_train_workers(local_ray, dataset, tmp_path):
     """Each worker holds a CPU and opens its own pipeline; neither waits for the other."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -389,25 +389,16 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """Shards, and the addresses on which a local run's Ray has listened while they were made."""
-    with cli.ray_cluster(4, dashboard=True):
-        made = two_people(tmp_path_factory)
-        found = set()
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                found |= {(c.laddr.ip, process.name()) for c in process.net_connections("inet") if c.status == "LISTEN"}
-        found |= {(c.laddr.ip, "driver") for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"}
-    return made, found
+def shards(tmp_path_factory, local_ray):
+    return two_people(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def shards(local):
-    return local[0]
-
-
-def test_a_local_ray_listens_on_this_machine_alone(local):
-    _, found = local
+def test_a_local_ray_listens_on_this_machine_alone(shards):
+    """With a dashboard, and after it has worked."""
+    found = {(c.laddr.ip, "driver") for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found |= {(c.laddr.ip, process.name()) for c in process.net_connections("inet") if c.status == "LISTEN"}
     names = {name for _, name in found}
     assert {"driver", "gcs_server", "raylet"} <= names and len(names) >= 5, names
     assert {ip for ip, _ in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found

@@ -42,12 +42,6 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with cli.ray_cluster(2) as ray:
-        yield ray
-
-
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -66,7 +60,7 @@ def truth_as_generated(made, folder: Path) -> Path:
     return folder
 
 
-def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, cluster, tmp_path):
+def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ray, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})
     result = evaluated(None, made / "shards", tmp_path / "out", chosen, generated=folder)
@@ -86,7 +80,9 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, cluster,
     assert len(json.loads((tmp_path / "out" / "clips.json").read_text())) == 3
 
 
-def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_training_s_run(made, cluster, tmp_path, store):
+def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_training_s_run(
+    made, local_ray, tmp_path, store
+):
     run = shutil.copytree(made / "run", tmp_path / "run")
     tracker = Tracker.start(run, "test", "training", params={}, tags={})
     tracker.end("FINISHED")
@@ -176,7 +172,7 @@ def test_wrong_input_is_one_clear_line(made, tmp_path, store, given, message):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_damaged_clip_is_one_line_from_the_actor(made, cluster, tmp_path):
+def test_a_damaged_clip_is_one_line_from_the_actor(made, local_ray, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     victim = sorted(folder.glob("*.mp4"))[1]
     content = victim.read_bytes()

@@ -16,8 +16,7 @@ from entprog.config import ClipShape
 from entprog.media import h264
 from helpers.families import TINY
 from helpers.real_clips import row, write
-from pipelines import cli, compare, evaluate, generate, train
-from pipelines.cluster import launch
+from pipelines import compare, evaluate, generate, train
 from pipelines.generating import judging
 from pipelines.tracking.store import connect, tracking_uri
 
@@ -31,8 +30,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working folder with MLflow's store and shards of real clips in it, and one Ray for the module."""
+def place(tmp_path_factory, local_ray):
+    """A working folder with MLflow's store and shards of real clips in it."""
     folder = tmp_path_factory.mktemp("families")
     before = Path.cwd()
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
@@ -41,8 +40,7 @@ def place(tmp_path_factory):
     splits["held_out"] = [[row("cam04", "held_out", start_s, SHAPE) for start_s in (0.0, 0.3)]]
     write(folder / "shards", splits, SHAPE)
     try:
-        with cli.ray_cluster(launch.LOCAL_CPUS):
-            yield folder
+        yield folder
     finally:
         os.chdir(before)
         del os.environ["MLFLOW_TRACKING_URI"]

@@ -22,7 +22,7 @@ from entprog.errors import UserError
 from helpers import real_clips
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY
-from pipelines import cli, prepare, train
+from pipelines import prepare, train
 from pipelines.preparing import latents as caching
 from pipelines.stream import batches, feed
 
@@ -172,11 +172,10 @@ def test_damage_is_found(dataset, denoiser):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, local_ray):
     folder = tmp_path_factory.mktemp("latents")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    with cli.ray_cluster(4):
-        yield folder
+    yield folder
     del os.environ["MLFLOW_TRACKING_URI"]
 
 

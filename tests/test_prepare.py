@@ -30,6 +30,10 @@ def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "pipelines.prepare", *map(str, arguments)]
 
 
+def run(*arguments):
+    return CliRunner().invoke(prepare.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
 def hashes(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -168,7 +172,7 @@ def test_running_it_again_does_nothing_and_other_settings_are_refused(prepared, 
     assert "(cam01.mp4)" in changed.output
 
 
-def test_after_a_kill_the_same_command_ends_with_the_same_clips(prepared, videos, tmp_path):
+def test_after_a_kill_the_same_command_ends_with_the_same_clips(prepared, videos, tmp_path, local_ray):
     whole = shards.read_dataset(prepared[0])
     job = subprocess.Popen(
         command("--input", videos, "--output", tmp_path, *ARGUMENTS), stdout=subprocess.DEVNULL, start_new_session=True
@@ -183,18 +187,14 @@ def test_after_a_kill_the_same_command_ends_with_the_same_clips(prepared, videos
     with pytest.raises(UserError, match="not a finished dataset"):
         shards.read_dataset(tmp_path)
     finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("parts/*.json")}
-    done = subprocess.run(command("--input", videos, "--output", tmp_path, *ARGUMENTS), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run("--input", videos, "--output", tmp_path, *ARGUMENTS)
+    assert done.exit_code == 0, done.output
     assert f"resuming: {len(finished)} of {len(EXPECTED)}" in done.stdout
     resumed = shards.read_dataset(tmp_path)
     assert resumed.fingerprint == whole.fingerprint and resumed.splits == whole.splits
 
 
 # ---- without Ray ----
-
-
-def run(*arguments):
-    return CliRunner().invoke(prepare.app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize(

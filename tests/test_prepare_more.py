@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,7 +22,7 @@ from entprog import masking
 from entprog.data import shards
 from entprog.media import assets, h264, video
 from entprog.preparing import ledger
-from pipelines import cli, prepare
+from pipelines import prepare
 
 SHAPE = ["--frames", "4", "--height", "48", "--width", "32", "--fps", "10", "--stride", "2"]
 
@@ -32,12 +31,7 @@ def run(*arguments):
     return CliRunner().invoke(prepare.app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_ray():
-    """A Ray that all runs of this module join."""
-    with cli.ray_cluster(cpus=2):
-        yield
-    assert not ray.is_initialized()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")

@@ -28,26 +28,22 @@ from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import Server
 from pipelines import cli, score, train
-from pipelines.cluster import launch
 from pipelines.tracking import store as mlflow_store
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working folder with MLflow's store in it, and one Ray for the module."""
+def place(tmp_path_factory, local_ray):
+    """A working folder with MLflow's store in it."""
     folder = tmp_path_factory.mktemp("train")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112
     before = Path.cwd()
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
     try:
-        with cli.ray_cluster(launch.LOCAL_CPUS):
-            yield folder
+        yield folder
     finally:
         os.chdir(before)
-        for name in ("MLFLOW_TRACKING_URI", "RAY_metrics_report_interval_ms"):
-            del os.environ[name]
+        del os.environ["MLFLOW_TRACKING_URI"]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +56,15 @@ def experiment(shards, **over):
     return config.build(config.merge(values, over))
 
 
+def whole(shards, **train):
+    return experiment(shards, train={"samples": 1, **train})
+
+
 @pytest.fixture(scope="module")
 def undisturbed(place, shards):
     """The run that all others are compared with, and its folder."""
     output = place / "whole"
-    return train.run(experiment(shards), output, tables=place / "tables"), output
+    return train.run(whole(shards), output, tables=place / "tables"), output
 
 
 def test_a_run_leaves_what_it_promises(undisturbed, shards):
@@ -77,6 +77,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert 0 < total <= result["wall_s"] and total == pytest.approx(sum(parts), abs=0.01)
     for name in ("schedule.png", "cei.png", "loss.png", "cei.json", "steps.jsonl", "model/entprog.json"):
         assert (output / name).stat().st_size > 0
+    assert list((output / "samples").rglob("*.mp4"))
     network = WanTransformer3DModel.from_pretrained(output / "model" / "transformer")
     assert network.config.in_channels == 9  # noise, reference, pose
 
@@ -124,7 +125,7 @@ def test_mlflow_has_the_stages_nested(undisturbed, place):
 
 def test_the_same_again_is_finished(undisturbed, shards, place, capsys):
     result, output = undisturbed
-    assert train.run(experiment(shards), output, tables=place / "tables") == result
+    assert train.run(whole(shards), output, tables=place / "tables") == result
     assert "Already finished" in capsys.readouterr().out
 
 
@@ -133,7 +134,7 @@ def test_another_experiment_in_the_same_folder_is_refused_and_changes_nothing(un
     record = lambda: MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(result["mlflow_run_id"]).to_dictionary()  # noqa: E731
     before, files = record(), {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     with pytest.raises(cli.UserError, match=r"train\.learning_rate was 0\.001, now 0\.5\): choose another --output"):
-        train.run(experiment(shards, train={"learning_rate": 0.5}), output, tables=place / "tables")
+        train.run(whole(shards, learning_rate=0.5), output, tables=place / "tables")
     assert record() == before and before["info"]["status"] == "FINISHED"
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == files
 
@@ -157,23 +158,6 @@ def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
     assert plans[0] == plans[1]
 
 
-@pytest.fixture(scope="module")
-def two(shards, place):
-    """What two workers come to that hold the network whole."""
-    return train.run(experiment(shards, train={"workers": 2}), place / "two", tables=place / "tables")
-
-
-def test_two_workers_train_one_model(two):
-    assert two["clips"] == 16 * 2 * 2 and len(two["losses"]) == 16
-
-
-def test_plain_training_has_no_search(shards, place):
-    plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 4})
-    result = train.run(plain, place / "full", tables=place / "tables")
-    assert result["search_seconds"] == result["score_seconds"] == 0
-    assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6]
-
-
 def test_score_uses_the_table_that_training_made(undisturbed, shards, place):
     before = list((place / "tables").iterdir())
     result = score.run(experiment(shards), place / "score", tables=place / "tables")
@@ -189,6 +173,12 @@ def test_sigkill_of_the_driver_then_the_same_command(undisturbed, shards, place)
     assert "Resumed from the checkpoint after step" in said
     assert record["status"] == "done" and record["job"] == "train" and record["commit"]
     assert record["losses"] == undisturbed[0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def two(shards, place):
+    """What two workers come to that hold the network whole."""
+    return train.run(experiment(shards, train={"workers": 2}), place / "two", tables=place / "tables")
 
 
 @pytest.mark.slow
@@ -252,13 +242,15 @@ def test_a_full_object_store_and_a_tracking_server_away(undisturbed, shards, pla
         server.kill()
 
 
-def test_a_straggler_is_named_and_every_step_has_its_spread(shards, place):
-    """One of two workers is stopped most of the time, as by a machine that something else keeps busy."""
-    message, seen, over = [], {}, threading.Event()
+@pytest.fixture(scope="module")
+def held_up(shards, place):
+    """Plain training by two workers, one of which is stopped most of the time, as by a machine that something else
+    keeps busy: (result, what was reported, the workers' seconds by Ray's own metrics)."""
+    messages, seen, over = [], {}, threading.Event()
 
     def hold_up():
         slow = running("RayTrainWorker")[0]
-        message.append({"pid": slow.pid})
+        messages.append({"pid": slow.pid})
         with contextlib.suppress(psutil.NoSuchProcess):  # the run is over
             while not over.is_set():
                 slow.suspend()
@@ -278,13 +270,29 @@ def test_a_straggler_is_named_and_every_step_has_its_spread(shards, place):
     watchers = [when_at(output / "steps.jsonl", 1, act) for act in (hold_up, scrape)]
     plain = experiment(shards, schedule={"kind": "full"}, train={"steps": 52, "workers": 2})
     try:
-        result = train.run(plain, output, tables=place / "tables", listen=message.append)
+        result = train.run(plain, output, tables=place / "tables", listen=messages.append)
     finally:
         over.set()
         for watcher in watchers:
             watcher.join()
-    (pid,) = [item["pid"] for item in message if "pid" in item]
-    (line,) = [item["warning"] for item in message if "is the slowest" in item.get("warning", "")]
+    return result, messages, seen
+
+
+def test_two_workers_train_one_model(held_up):
+    result, _, _ = held_up
+    assert result["clips"] == 52 * 2 * 2 and len(result["losses"]) == 52
+
+
+def test_plain_training_has_no_search(held_up):
+    result, _, _ = held_up
+    assert result["search_seconds"] == result["score_seconds"] == 0
+    assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6]
+
+
+def test_a_straggler_is_named_and_every_step_has_its_spread(held_up):
+    result, messages, seen = held_up
+    (pid,) = [item["pid"] for item in messages if "pid" in item]
+    (line,) = [item["warning"] for item in messages if "is the slowest" in item.get("warning", "")]
     named = re.fullmatch(r"rank (\d) \(node [\d.]+, process (\d+)\) is the slowest of 2 in (\d+) of 50 steps .*", line)
     assert int(named[2]) == pid
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])

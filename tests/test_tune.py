@@ -16,32 +16,28 @@ from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
 from entprog import config
-from entprog.media import assets
-from helpers.commands import PATIENCE_S, SETTINGS, SHAPE
-from pipelines import cli, prepare, train, tune
+from helpers.commands import PATIENCE_S, SETTINGS
+from helpers.people import two_people
+from pipelines import cli, train, tune
 from pipelines.cluster import launch
 from pipelines.sweeping import spaces, sweep
 
 TRIALS = {
-    "train": {"steps": None, "seconds": 8, "samples": 0, "held_out_every": 4},
+    "train": {"steps": None, "seconds": 6, "held_out_every": 4},
     "schedule": {"clock": "seconds", "search_share": 0.3},
     "tune": {"trials": 4, "rungs": 1, "reduction": 2, "retries": 0, "seed": 1},
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, local_ray):
     """A working folder with MLflow's store, settings and shards in it."""
     folder = tmp_path_factory.mktemp("tune")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     before = Path.cwd()
     os.chdir(folder)
-    (folder / "videos").mkdir()
-    for name in ("cam01", "cam04"):
-        (folder / "videos" / f"{name}.mp4").symlink_to(assets.clip(name))
-    settings = {"data": {"shape": SHAPE}, "prepare": {"held_out": ["cam04"], "stride": 3}}
-    prepare.run(folder / "videos", folder / "shards", config.build(settings, config.Preparation))
+    (folder / "shards").symlink_to(two_people(tmp_path_factory))
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config.merge(SETTINGS, TRIALS)))
     (folder / "mine.yaml").write_text(
         "train.learning_rate: {loguniform: [1e-4, 1e-2]}\nschedule.candidates: {choice: [[0.34, 1.0], [1.0]]}\n"
@@ -59,13 +55,7 @@ def wanted(place, **over) -> config.Sweep:
 
 
 @pytest.fixture(scope="module")
-def ray(place):
-    with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def swept(place, ray):
+def swept(place):
     """Optuna and early stopping; one of the values cannot be trained with."""
     (place / "risky.yaml").write_text("schedule.memory_budget_bytes: {choice: [null, 1]}\n")
     space = spaces.read(f"{place / 'mine.yaml'},{place / 'risky.yaml'}")
@@ -131,7 +121,7 @@ def test_mlflow_has_sweep_trials_and_stages(swept):
 
 
 @pytest.mark.slow
-def test_seeds_objectives_and_chance(place, ray):
+def test_seeds_objectives_and_chance(place):
     over = {"trials": 2, "search": "random", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
     plain = wanted(place, tune=over, train={"seconds": 3}, schedule={"kind": "full"})
     result = tune.run(plain, spaces.read(str(place / "mine.yaml")), place / "seeds")
@@ -143,7 +133,7 @@ def test_seeds_objectives_and_chance(place, ray):
     assert (place / "seeds" / "pareto.png").stat().st_size > 0
 
 
-def test_a_grid_is_walked_whole_and_a_loss_that_is_no_number_is_told(place, ray):
+def test_a_grid_is_walked_whole_and_a_loss_that_is_no_number_is_told(place):
     (place / "grid.yaml").write_text("train.learning_rate: {choice: [1.0e-3, 1.0e+30]}\n")
     plain = wanted(
         place, tune={"trials": 2, "search": "grid"}, train={"seconds": 2, "max_nonfinite": 1}, schedule={"kind": "full"}

@@ -19,11 +19,13 @@ SHAPE = CLIPS.model_dump()
 SETTINGS = {
     "model": {"init": {**TINY, "patch_size": [2, 8, 8]}, "vae": "none"},
     "data": {"shape": SHAPE, "batch_size": 2, "held_out_clips": 4, "held_out_draws": 2},
-    "train": {"steps": 16, "learning_rate": 1e-3, "held_out_every": 8, "checkpoint_every": 4, "threads": 1},
+    "train": {
+        "steps": 16, "learning_rate": 1e-3, "held_out_every": 8, "checkpoint_every": 4, "threads": 1, "samples": 0,
+    },
     "priority": {"conditions": 2, "draws": 4},
     "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
     "tracking": {"system_every_s": 0.5},
-}
+}  # fmt: skip
 
 
 PATIENCE_S = 500
