@@ -47,6 +47,8 @@ STEPS, SHIFT = 4, 3.0
 COLUMNS = 8
 """Frames of the motion in the picture."""
 GIF_FRAME_MS, GIF_HEIGHT = 125, 192
+NEARER = 1.1
+"""How many times as near to the wanted pose as the base's a drawing has to be before it is said to be nearer."""
 WORTH = 0.75
 """A target loss, as a share of the base's, where plain training got no lower than the base."""
 
@@ -56,7 +58,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
         "out/demo"
     ),
-    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 150.0,
+    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 140.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,
     search: Annotated[bool, typer.Option(help="Train by Ent-Prog's search too.")] = False,
     config_file: cli.ConfigFile = None,
@@ -261,9 +263,10 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
         title = ARMS[name]
         off = 1 - one["held_out_loss"] / before
         nearer = pose[BEFORE] / max(one["pose"], 1e-9)
+        than_base = f"{nearer:.1f} times as near as the base" if nearer >= NEARER else "no nearer than the base"
         said.append(
-            f"{title}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), {one['pose']:.3f} off the "
-            f"pose, {nearer:.1f} times as near as the base"
+            f"{title}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), "
+            f"{one['pose']:.3f} off the pose, {than_base}"
         )
     said += [
         result["compared"]["headline"],
