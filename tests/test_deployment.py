@@ -101,7 +101,8 @@ def test_every_machine_of_aws_answers_for_its_role_only_to_sessions(values):
 @pytest.mark.parametrize("own", [True, False], ids=["a group of one's own", "a group that Ray makes"])
 def test_ssh_is_open_to_nobody_but_where_ray_makes_the_group(own, monkeypatch):
     """What Ray makes of cluster.yaml's groups, on an Amazon of this process; the second case is why we have our own."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
+    import boto3
+    import moto
     from ray.autoscaler._private.aws import config as aws
     from ray.autoscaler._private.aws import utils
 
