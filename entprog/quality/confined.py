@@ -47,8 +47,8 @@ class Judge:
         kind, content = _receive(self._process.stdout, MAX_BYTES)
         if kind != b"+":
             self._process.kill()
-            told = one_line(content.decode(errors="replace"), most=160) if kind else "its process ended"
-            raise UserError(f"evaluate.i3d: {self._path} cannot be used: {told}")
+            message = one_line(content.decode(errors="replace"), most=160) if kind else "its process ended"
+            raise UserError(f"evaluate.i3d: {self._path} cannot be used: {message}")
         return content
 
 

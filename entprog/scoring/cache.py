@@ -70,6 +70,7 @@ def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, we
     model, shape, train = experiment.model, experiment.data.shape, experiment.train
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
     rest += [train.seed, train.timestep_shift]
+    rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 
 

@@ -58,6 +58,7 @@ class Setup:
     post: Callable[[dict[str, Any]], None]
     """Tell the driver (rank 0; nothing on the others)."""
     clock: Startup
+    """Parts of the start-up that are over."""
 
 
 def train(settings: dict[str, Any]) -> None:
