@@ -129,8 +129,7 @@ def iter_frames(
     start_s + i / fps, with that time, as long as it is before end_s (None: the video's end). Times count from the
     first frame; where time stamps start again they go on. `crop` is cut out of the upright picture in square pixels,
     then scaled to `size` (height, width). quick: colours within 3 levels and chroma not interpolated, 8 ms sooner a
-    1080p frame: for frames that are analysed, not kept. order: as
-    `field_order` gives it.
+    1080p frame: for frames that are analysed, not kept. order: as `field_order` gives it.
 
     Raises VideoError, after yielding what could be decoded if the file breaks in the middle.
     """
