@@ -3,11 +3,12 @@
     pip install 'entprog[study]'
     nice -n 10 python -m benchmarks.demo_base --seconds 3600        # one process, one thread; a kill costs a minute
 
-It sees the reference image and no pose, and no clip of the demo's: real footage and pose are what the demo brings, as
-published networks meet a person's own clips. (With one real clip in ten its held-out loss on them was so low that
-minutes of fine-tuning could not show much.) Small clips come first, since most is learnt from them at a fifth of the
-cost, then whole ones. Leaves the base in pipelines/demo_base (a diffusers folder, weights in half precision, its record
-in entprog.json), benchmarks/results/demo_base.json and OUTPUT/samples.png.
+First a VAE (benchmarks.demo_vae), of rendered frames, of the demo's training clips and of drawn poses. On pixels a
+small network spends itself on the noise: its pictures stay mosaics, and minutes of fine-tuning teach it no pose.
+Then the network, in its latents. It sees the reference image and no pose, and no clip of the demo's: real footage and
+pose are what the demo brings, as published networks meet a person's own clips. Small clips come first, since most is
+learnt from them at a fifth of the cost, then whole ones. Leaves the base in pipelines/demo_base (a diffusers folder,
+weights in half precision, its record in entprog.json), benchmarks/results/demo_base.json and OUTPUT/samples.png.
 """
 
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks import common, mocap
+from benchmarks import common, demo_vae, mocap
 from entprog import config, files, models
 from entprog.blocks import blocks
 from entprog.config import ClipShape, Experiment, Generate, Smaller
@@ -29,7 +30,8 @@ from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.media import sheet
+from entprog.media import sheet, skeleton
+from entprog.media.color import yuv420_to_rgb
 from entprog.models import fingerprints
 from entprog.scoring import cei
 from entprog.training import checkpoint
@@ -40,6 +42,13 @@ from pipelines.outputs import claim
 
 app = cli.app("Pre-train the demo's base: people in any pose, from a reference image.")
 
+VAE_SHARE = 0.25
+"""Of the seconds, those for the VAE; the others are the network's."""
+SHOWN_REAL, SHOWN_POSES = 0.3, 0.15
+"""Shares of the VAE's clips that are real, and that are drawn poses instead of pictures."""
+FRAMES_AT_ONCE = 16
+"""In a batch of the VAE's."""
+ENCODED_AT_ONCE = 16
 SMALL = Smaller(shrink=2)
 SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN, COOLDOWN = 0.45, 16, 0.1, 0.6
 """Of the seconds, those for small clips; how many in an update; shares of each part over which the rate falls to 0."""
@@ -66,8 +75,10 @@ class Material:
     train: Clips
     held_out: Clips
     """A motion and bodies of their own."""
+    real: Clips
+    """The demo's training clips: the VAE sees them, the network does not."""
     fingerprint: str
-    """Of the dataset."""
+    """Of the datasets."""
 
 
 @app.command()
@@ -85,26 +96,30 @@ def main(
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
 ) -> None:
-    """Make clips, train on small ones, train on whole ones, leave the base and its record."""
+    """Make clips, train a VAE, then a network on small clips and on whole ones; leave the base and its record."""
 
     def work() -> dict[str, Any]:
         experiment = cli.settings(config.Experiment, "demo_base", config_file, set_)
         parts = divided(experiment, seconds, output)
         if dry_run:
             message = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
-            cli.console.print(f"Would render {rendered} clips, train {message}, and leave {folder}.")
+            vae_s = VAE_SHARE * seconds
+            cli.console.print(
+                f"Would render {rendered} clips, train a VAE for {vae_s:g} s, a network for {message}, "
+                f"and leave {folder}."
+            )
             return {}
         claim.take(output, "demo_base", {"--rendered": rendered, "--held-out": held_out})
         torch.set_num_threads(threads)
         material = clips(experiment.data.shape, output, rendered, held_out, verbose=verbose)
-        return run(parts, material, output, folder)
+        return run(parts, material, output, folder, VAE_SHARE * seconds)
 
     cli.run("demo_base", None if dry_run else output, work, verbose=verbose)
 
 
 def divided(experiment: Experiment, seconds: float, output: Path) -> tuple[Part, Part]:
     """The experiment on small clips, and then on whole ones, each with its share of the seconds."""
-    whole, small = experiment.data.shape, SMALL.of(experiment.data.shape)
+    whole, small, left_s = experiment.data.shape, SMALL.of(experiment.data.shape), (1 - VAE_SHARE) * seconds
 
     def part(name: str, base: dict[str, Any], shape: ClipShape, share: float, clips: int, cooldown: float) -> Part:
         values = config.merge(
@@ -112,7 +127,7 @@ def divided(experiment: Experiment, seconds: float, output: Path) -> tuple[Part,
             {
                 "data": {"shape": shape.model_dump(), "batch_size": clips},
                 "train": {
-                    "steps": None, "seconds": share * seconds, "cooldown_share": cooldown,
+                    "steps": None, "seconds": share * left_s, "cooldown_share": cooldown,
                     "held_out_every": 1_000_000_000,  # judged here, before and after
                 },
             },
@@ -121,8 +136,15 @@ def divided(experiment: Experiment, seconds: float, output: Path) -> tuple[Part,
 
     batch = experiment.data.batch_size
     return (
-        part("small", {}, small, SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN),
-        part("whole", {"init": {}, "base": str(output / "small" / "model")}, whole, 1 - SMALL_SHARE, batch, COOLDOWN),
+        part("small", {"vae": str(output / "vae")}, small, SMALL_SHARE, SMALL_BATCH, SMALL_COOLDOWN),
+        part(
+            "whole",
+            {"init": {}, "base": str(output / "small" / "model"), "vae": "auto"},
+            whole,
+            1 - SMALL_SHARE,
+            batch,
+            COOLDOWN,
+        ),
     )
 
 
@@ -133,8 +155,10 @@ def clips(shape: ClipShape, output: Path, rendered: int, held_out: int, *, verbo
     """Make the clips that are not there yet, and decode them all."""
     with cli.ray_cluster(2, verbose=verbose):
         mocap.run(output / "rendered", "varied", rendered, held_out, shape, 0)
-    dataset = shards.read_dataset(output / "rendered")
-    return Material(decoded(dataset, "train"), decoded(dataset, "held_out"), dataset.fingerprint)
+        demo.prepared(output, shape, verbose=verbose)
+    dataset, real = shards.read_dataset(output / "rendered"), shards.read_dataset(output / "shards")
+    fingerprint = config.digest(dataset.fingerprint, real.fingerprint)
+    return Material(decoded(dataset, "train"), decoded(dataset, "held_out"), decoded(real, "train"), fingerprint)
 
 
 def decoded(dataset: shards.Dataset, split: str) -> Clips:
@@ -152,9 +176,10 @@ def some(of: Clips, numbers: np.ndarray, positions: np.ndarray) -> Clips:
 # ---- training ----
 
 
-def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path) -> dict[str, Any]:
-    """Train part after part; write the base, its record and a picture of what it draws."""
-    curves, seen, took = {}, 0, 0.0
+def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path, vae_s: float) -> dict[str, Any]:
+    """Train the VAE, then part after part; write the base, its record and a picture of what it draws."""
+    vae = encoder(material, output / "vae", vae_s)
+    curves, seen, took = {"vae": vae["curve"]}, 0, vae["seconds"]
     for part in parts:
         done = trained(part, material)
         curves[part.name] = done["curve"]
@@ -169,6 +194,7 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path)
     network = replace(network, provenance={})  # the record says it, and no folder of this machine
     network.network.register_to_config(_name_or_path=folder.name)
     network.network.half()
+    network.vae.half()
     network.save(folder, shape=shape, **record)
     stored = family.load(config.Model(family=last.experiment.model.family, base=str(folder), conditions=["reference"]))
     figures = record | {
@@ -176,6 +202,9 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path)
         "parameters": sum(parameter.numel() for parameter in stored.network.parameters()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "clips": len(material.train.position),
+        "vae_psnr_db": {
+            name: vae_psnr(stored, of) for name, of in (("held_out", material.held_out), ("real", material.real))
+        },
         "shape": shape.model_dump(),
     }
     common.write(
@@ -185,6 +214,36 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path)
     picture = drawn(stored, material, shape, output / "samples.png")
     cli.console.print(f"The base is in {folder}; what it draws: {picture}")
     return figures | {"base": str(folder), "picture": str(picture)}
+
+
+def encoder(material: Material, folder: Path, seconds: float) -> dict[str, Any]:
+    """Train the VAE, unless it has been; its figures. A kill loses what it had learnt."""
+    done, key = folder.with_suffix(".json"), config.digest(material.fingerprint, demo_vae.CONFIGURATION, seconds)
+    if (known := _read(done)).get("key") == key:
+        return known
+    figures = {"key": key, **demo_vae.train(frames(material), seconds, folder, cli.console.print)}
+    files.write_json(done, figures)
+    return figures
+
+
+def frames(material: Material) -> demo_vae.Frames:
+    """Batches for the VAE: frames of rendered and of real clips, and their poses as they are drawn."""
+    lot = np.random.default_rng(0)
+
+    def some_frames() -> torch.Tensor:
+        parts = []
+        for _ in range(FRAMES_AT_ONCE // 2):
+            of = material.real if lot.random() < SHOWN_REAL else material.train
+            clip = of.part(slice(number := int(lot.integers(len(of.position))), number + 1))
+            height, width = clip.reference.shape[1:3]
+            is_pose = lot.random() < SHOWN_POSES
+            parts.append(
+                (skeleton.draw(clip.pose, height, width) if is_pose else yuv420_to_rgb(clip.video)).flatten(0, 1)
+            )
+        every = torch.cat(parts)
+        return every[torch.from_numpy(lot.permutation(len(every))[:FRAMES_AT_ONCE])].unsqueeze(2)
+
+    return some_frames
 
 
 def trained(part: Part, material: Material) -> dict[str, Any]:
@@ -200,7 +259,7 @@ def trained(part: Part, material: Material) -> dict[str, Any]:
     if name := checkpoint.newest(folder / "checkpoints"):
         checkpoint.load(folder / "checkpoints", name, denoiser.network, state, key)
     curve = [point for point in _read(folder / "curve.json").get("curve", []) if point["step"] <= state.step]
-    batches = _batches(experiment, material, denoiser)
+    batches = _batches(experiment, encoded(denoiser, material.train, experiment.data.shape))
     sample = next(batches(experiment.data.shape, 0))
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
     held_out = [latents.encode(denoiser, material.held_out.part(slice(0, 2)).resized(experiment.data.shape))]
@@ -228,15 +287,25 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _batches(experiment: Experiment, material: Material, denoiser: Denoiser):
+def encoded(denoiser: Denoiser, clips: Clips, shape: ClipShape) -> Latents:
+    """All clips at a shape; what repeats over frames is kept once."""
+    parts = []
+    for first in range(0, len(clips.position), ENCODED_AT_ONCE):
+        batch = denoiser.encode(clips.part(slice(first, first + ENCODED_AT_ONCE)).resized(shape))
+        parts.append((batch.clean, batch.conditions["reference"][:, :, :1].clone()))
+    clean, reference = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Latents(clean, {"reference": reference.expand_as(clean)}, clips.position)
+
+
+def _batches(experiment: Experiment, of: Latents):
     seed, size = experiment.train.seed, experiment.data.batch_size
-    count = len(material.train.position)
 
     def open_at(shape: ClipShape, position: int) -> Iterator[Latents]:
         while True:
             positions = position + np.arange(size)
-            clips = some(material.train, clip_stream.clips_at(positions, count, seed), positions)
-            yield latents.encode(denoiser, clips.resized(shape))
+            rows = torch.from_numpy(clip_stream.clips_at(positions, len(of.position), seed))
+            conditions = {name: value[rows] for name, value in of.conditions.items()}
+            yield Latents(of.clean[rows], conditions, torch.from_numpy(positions))
             position += size
 
     return open_at
@@ -250,6 +319,12 @@ def judged(denoiser: Denoiser, held_out: Clips) -> float:
     parts = [held_out.part(slice(i, i + 4)) for i in range(0, min(JUDGED, len(held_out.position)), 4)]
     batches = [latents.encode(denoiser, part) for part in parts]
     return losses.held_out_loss(denoiser, batches, 2, 0)
+
+
+def vae_psnr(denoiser: Denoiser, clips: Clips) -> float:
+    """Of some clips that went through the VAE and back."""
+    video = yuv420_to_rgb(clips.part(slice(0, JUDGED)).video)
+    return round(demo_vae.psnr_db(denoiser.vae, video.flatten(0, 1).unsqueeze(2)), 2)
 
 
 def drawn(denoiser: Denoiser, material: Material, shape: ClipShape, path: Path) -> Path:

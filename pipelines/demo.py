@@ -25,10 +25,12 @@ from entprog.diffusion import losses
 from entprog.media import assets, h264, sheet, skeleton
 from entprog.models import fingerprints
 from entprog.quality import posing
+from entprog.schedule import plans
 from pipelines import charts, cli, compare, generate, prepare, score, train
 from pipelines.cluster import launch
 from pipelines.generating import motions, rendering
 from pipelines.outputs import claim
+from pipelines.preparing import latents as caching
 from pipelines.tracking.store import how_to_open, tracking_uri
 
 app = cli.app("The whole pipeline on real clips: prepare, score, train in two ways, generate, compare.")
@@ -127,6 +129,7 @@ def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> di
     with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, arms[0].data.shape, verbose=verbose)
+        encode(arms, output, verbose=verbose)
 
         _say(2, "score: how much does the prediction's entropy grow without each block?")
         scored = score.run(arms[0], output / "score", tables=tables)
@@ -187,6 +190,14 @@ def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[st
         {"data": {"shape": shape.model_dump()}, "prepare": {"held_out": [HELD_OUT], "stride": 1}}, config.Preparation
     )
     return prepare.run(videos, output / "shards", settings, verbose=verbose)
+
+
+def encode(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> None:
+    """Encode the training clips once, at every clip shape of an arm, instead of at every step."""
+    widest = max(arms, key=lambda arm: len(plans.ladder(arm.schedule, arm.data.shape, last=False)))
+    kind, shapes, table = widest.schedule.kind, widest.schedule.shapes, widest.schedule.table
+    schedule = config.Ladder(kind=kind, shapes=shapes, table=table)
+    caching.run(output / "shards", config.Encoding(model=widest.model, schedule=schedule), verbose=verbose)
 
 
 def loss_before(experiment: config.Experiment) -> float:

@@ -2,25 +2,29 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from benchmarks import demo_base
+from benchmarks import demo_base, demo_vae
 from entprog import config, models
 from entprog.config import ClipShape
 from entprog.data.clips import Clips
+from entprog.errors import UserError
 from entprog.media import skeleton
+from entprog.models.wan import WanDenoiser
 from entprog.quality import posing
 from pipelines import cli, demo
 from pipelines.generating import motions
 
-SHAPE = ClipShape(frames=4, height=64, width=48, fps=12)
+SHAPE = ClipShape(frames=5, height=64, width=48, fps=12)
 
 
-def person(lean: float, frames: int = 4) -> np.ndarray:
+def person(lean: float, frames: int = 5) -> np.ndarray:
     """Poses [frames, 33, 3] of a body that leans to one side, more and more."""
     rng = np.random.default_rng(0)
     pose = np.concatenate([rng.uniform((0.47, 0.2), (0.53, 0.8), (33, 2)), np.ones((33, 1))], 1)
@@ -48,13 +52,16 @@ def test_distance_is_to_the_nearest_visible_limb():
 
 def test_who_draws_the_wanted_pose_is_nearer_to_it():
     reference, wanted = person(-0.7, 1), person(0.35)
-    pictures, noise = shown(wanted), np.random.default_rng(2).integers(0, 256, (4, 64, 48, 3)).astype(np.uint8)
+    pictures, noise = (
+        shown(wanted),
+        np.random.default_rng(2).integers(0, 256, (SHAPE.frames, 64, 48, 3)).astype(np.uint8),
+    )
 
     def away(results):
         return posing.drawn_distance(shown(reference)[0], reference[0], results, wanted)
 
     assert away(pictures) < 0.01 < away(shown(person(0.0))) < away(noise)
-    still = np.repeat(shown(reference), 4, 0)
+    still = np.repeat(shown(reference), SHAPE.frames, 0)
     assert away(still) == 1, "who draws nothing is as far as can be"
 
 
@@ -103,13 +110,13 @@ def made(tmp_path_factory):
     rng = np.random.default_rng(0)
 
     def clips(count):
-        video = torch.from_numpy(rng.integers(0, 256, (count, 4, 96, 48), dtype=np.uint8))
+        video = torch.from_numpy(rng.integers(0, 256, (count, SHAPE.frames, 96, 48), dtype=np.uint8))
         reference = torch.from_numpy(rng.integers(0, 256, (count, 64, 48, 3), dtype=np.uint8))
         return Clips(video, reference, torch.from_numpy(person(0.1)).expand(count, -1, -1, -1), torch.arange(count))
 
     tiny = ["model.init.num_layers=2", "model.init.num_attention_heads=1", "model.init.ffn_dim=16"]
     parts = demo_base.divided(cli.settings(config.Experiment, "demo_base", None, tiny), 1.0, place)
-    material = demo_base.Material(clips(24), clips(4), "a")
+    material = demo_base.Material(clips(24), clips(4), clips(4), "a")
     return place, parts, material
 
 
@@ -119,13 +126,15 @@ def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, 
     monkeypatch.setattr(demo_base, "SHOWN_STEPS", 2)
     small, whole = parts
     assert (small.experiment.data.shape.height, whole.experiment.data.shape.height) == (32, 64)
-    figures = demo_base.run(parts, material, place, place / "left")
-    assert figures["bytes"] < 2 * figures["parameters"] + 20_000
+    figures = demo_base.run(parts, material, place, place / "left", 1.0)
+    of_vae = sum(p.numel() for p in AutoencoderKLWan(**demo_vae.CONFIGURATION).parameters())
+    assert figures["bytes"] < 2 * (figures["parameters"] + of_vae) + 40_000
     loaded = models.family("wan").load(config.Model(base=str(place / "left"), conditions=["reference", "pose"]))
     assert demo_base.judged(loaded, material.held_out) == figures["held_out_loss"], "what was measured is what is kept"
     record = json.loads((place / "demo_base.json").read_text())
-    assert record["figures"][0]["clips_seen"] > 16 and record["curves"].keys() == {"small", "whole"}
+    assert record["figures"][0]["clips_seen"] > 16 and record["curves"].keys() == {"vae", "small", "whole"}
 
+    assert figures["vae_psnr_db"].keys() == {"held_out", "real"}
     done = demo_base.trained(small, material)
     assert demo_base.trained(small, material) == done, "a finished part is not done again"
     more = {"train": {"seconds": done["seconds"] + 0.01}}
@@ -139,3 +148,28 @@ def test_the_base_that_comes_with_the_project_fits_the_preset():
     experiment = demo.arm("full", 0, 1.0, demo.BASE, None, None)
     network = models.family("wan").inspect(experiment.model, experiment.data.shape)
     assert network.conditions == ("reference", "pose")
+
+
+def test_the_vae_of_single_frames_sees_every_frame_of_a_clip_alike(made):
+    place, _, material = made
+    curve = demo_vae.train(demo_base.frames(material), 2.0, place / "a_vae", lambda line: None)
+    assert curve["steps"] >= 1
+    vae = AutoencoderKLWan.from_pretrained(place / "a_vae", torch_dtype=torch.float32).eval()
+    frame = demo_base.frames(material)()[:1]
+    clip = frame.expand(-1, -1, SHAPE.frames, -1, -1)
+    together, alone = (vae.encode(video).latent_dist.mode() for video in (clip, frame))
+    assert together.shape[2] == SHAPE.frames
+    torch.testing.assert_close(together, alone.expand_as(together), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        vae.decode(together).sample, vae.decode(alone).sample.expand_as(clip), rtol=1e-3, atol=1e-3
+    )
+    assert len(vae.config.latents_std) == demo_vae.CHANNELS and min(vae.config.latents_std) > 0
+
+
+def test_clips_that_wans_vae_would_cut_short_are_refused():
+    geometry = WanDenoiser.geometry(
+        SimpleNamespace(patch_size=(1, 2, 2), rope_max_seq_len=64), AutoencoderKLWan(**demo_vae.CONFIGURATION)
+    )
+    geometry.check(SHAPE)
+    with pytest.raises(UserError, match="frames"):
+        geometry.check(SHAPE.model_copy(update={"frames": 4}))

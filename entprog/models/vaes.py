@@ -69,6 +69,11 @@ def _(vae: AutoencoderKLWan):
     return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
 
 
+@frame_step.register
+def _(vae: AutoencoderKLWan):
+    return 4  # it encodes four frames after the first at a time, also where it does not join them, and drops a rest
+
+
 def _wan_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of its latents, each [1, C, 1, 1, 1]."""
     values = (vae.config.latents_mean, vae.config.latents_std)
