@@ -217,9 +217,9 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path,
 
 
 def encoder(material: Material, folder: Path, seconds: float) -> dict[str, Any]:
-    """Train the VAE, unless it has been; its figures. A kill loses what it had learnt."""
-    done, key = folder.with_suffix(".json"), config.digest(material.fingerprint, demo_vae.CONFIGURATION, seconds)
-    if (known := _read(done)).get("key") == key:
+    """Train the VAE, unless it has been for so long; its figures. A kill loses what it had learnt."""
+    done, key = folder.with_suffix(".json"), config.digest(material.fingerprint, demo_vae.CONFIGURATION)
+    if (known := _read(done)).get("key") == key and known["seconds"] >= seconds:
         return known
     figures = {"key": key, **demo_vae.train(frames(material), seconds, folder, cli.console.print)}
     files.write_json(done, figures)

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,12 +147,12 @@ def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> di
     checkpoints = {BEFORE: BASE} | {name: place(output, experiment) for name, experiment in first.items()}
     motion, own = held_out_motion(output, arms[0].data.shape)
     made = {name: drawn(folder, output, name) for name, folder in checkpoints.items()}
-    poses = {
-        name: posing.drawn_distance(motion.reference, own, _frames(clip["result"]), motion.pose)
-        for name, clip in made.items()
-    }
+    clips = {name: _frames(clip["result"]) for name, clip in made.items()}
+    length = len(clips[BEFORE])  # the VAE takes frames in groups
+    motion = replace(motion, pose=motion.pose[:length], video=motion.video[:length])
+    poses = {name: posing.drawn_distance(motion.reference, own, clip, motion.pose) for name, clip in clips.items()}
     poses["truth"] = posing.drawn_distance(motion.reference, own, motion.video, motion.pose)
-    picture, moving = pictures(motion, {name: _frames(clip["result"]) for name, clip in made.items()}, output)
+    picture, moving = pictures(motion, clips, output)
 
     _say(5, "compare")
     ids = [result["mlflow_run_id"] for results in trained.values() for result in results]

@@ -35,6 +35,9 @@ class Denoiser(Protocol):
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit."""
 
+    def whole_frames(self, frames: int) -> int:
+        """The most clip frames, up to so many, that the VAE takes."""
+
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """Clip shape → C, F', H', W' of one clip's latents."""
 

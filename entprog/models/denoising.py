@@ -136,6 +136,10 @@ class VideoDenoiser:
         """Raises UserError if clips of this shape do not fit the VAE or the network's patches."""
         self._geometry.check(shape)
 
+    def whole_frames(self, frames: int) -> int:
+        """The most clip frames, up to so many, that the VAE takes."""
+        return self._geometry.whole_frames(frames)
+
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """Clip shape → C, F', H', W' of one clip's latents."""
         return self.latent_channels, *self._geometry.latents(shape)

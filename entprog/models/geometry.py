@@ -40,6 +40,10 @@ class Geometry:
     def latent_frames(self, frames: int) -> int:
         return 1 + (frames - 1) // self.temporal
 
+    def whole_frames(self, frames: int) -> int:
+        """The most clip frames, up to so many, that the VAE takes."""
+        return frames - (frames - 1) % self.step
+
     def latents(self, shape: ClipShape) -> tuple[int, int, int]:
         """Clip shape → F', H', W'."""
         return self.latent_frames(shape.frames), shape.height // self.spatial, shape.width // self.spatial
@@ -47,7 +51,7 @@ class Geometry:
     def check(self, shape: ClipShape) -> None:
         """Raises UserError if clips of this shape do not fit."""
         if (shape.frames - 1) % self.step:
-            fewer = shape.frames - (shape.frames - 1) % self.step
+            fewer = self.whole_frames(shape.frames)
             raise UserError(
                 f"data.shape.frames must be {self.step}n+1 with this VAE, given {shape.frames}: "
                 f"take {fewer} or {fewer + self.step}"

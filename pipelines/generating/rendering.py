@@ -55,13 +55,7 @@ def make(
 
 def fitting(denoiser: Denoiser, motion: Motion, shape: ClipShape) -> Motion:
     """The motion cut to a number of frames that the VAE's groups of frames make up."""
-
-    def latent_frames(frames: int) -> int:
-        return denoiser.latent_shape(shape.model_copy(update={"frames": frames}))[1]
-
-    frames = len(motion.pose)
-    while frames > shape.frames and latent_frames(frames) == latent_frames(frames - 1):
-        frames -= 1
+    frames = max(shape.frames, denoiser.whole_frames(len(motion.pose)))
     video = None if motion.video is None else motion.video[:frames]
     return replace(motion, pose=motion.pose[:frames], video=video)
 
