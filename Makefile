@@ -11,6 +11,10 @@ pip := $(bin)/python -m pip install --quiet
 install = { test -x $(bin)/uv && $(bin)/uv pip install --quiet --python $(bin)/python $(1); } || \
 	{ echo "without uv this takes minutes"; $(pip) $(1); }
 
+# A run has some ten processes. Where no bytecode lies on disk, each compiles what it imports: up to 7 s of CPU. So it is
+# always written, and set-up imports once what most of them import.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all setup assets lint format lock clean
 
 demo: setup
@@ -36,6 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	@$(call install,--no-deps --require-hashes --requirement requirements.lock)
 	@$(pip) --constraint constraints.txt torch
 	@$(call install,--no-deps --editable .)
+	@$(bin)/python -c 'import mlflow, ray.train.torch, ray.tune, pipelines.training.worker'
 	@touch $@
 
 # Real human clips and pose networks: fetched once into the cache, checked by hash.

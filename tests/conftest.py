@@ -1,7 +1,8 @@
 """Shared material: tiny real networks and latents; one local Ray and shards of real people for all files of a process.
 
-Files that ask for the shared Ray come first, the longest before the others, so that both of two processes have enough
-to do until the end. It ends with the last of them: what follows has no Ray, and may start one of its own.
+Files that ask for the shared Ray come first. It ends with the last of them: what follows has no Ray, and may start one
+of its own. Of both kinds the longest come before the others, so that both of two processes have enough to do until the
+end.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 LONGEST = ("test_train.py", "test_tune.py", "test_family_commands.py", "test_prepare.py", "test_clips.py")
+LONGEST += ("test_faults.py", "test_distributed.py", "test_training.py", "test_search.py", "test_wheel.py")
+"""The longest of those with the shared Ray, and of the others."""
 SHARED_RAY = contextlib.ExitStack()
 USERS = pytest.StashKey[set[Path]]()
 """Files that ask for the shared Ray."""

@@ -53,6 +53,7 @@ def command(job, output: Path, *arguments) -> dict:
     return json.loads((output / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TINY if name not in ("wan", "cogvideox15")])
 def test_a_family_is_trained_generated_with_judged_and_shown(place, name):
     tiny, folder = TINY[name], place / name

@@ -205,6 +205,7 @@ def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed
     assert {p.step: p.value for p in points} == dict(enumerate(result["losses"], 1)), "no point is lost"
 
 
+@pytest.mark.slow
 def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
     """Another try would end alike: there is none, and no model."""
     folder, _ = place

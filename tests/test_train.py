@@ -213,6 +213,7 @@ def test_sharded_workers_are_killed_and_another_number_goes_on(two, shards, plac
         torch.testing.assert_close(got[name], expected[name], rtol=2e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_full_object_store_and_a_tracking_server_away(undisturbed, shards, place, tmp_path, monkeypatch, capsys):
     """Other objects fill Ray's store, MLflow's server is killed and comes back: the run is the undisturbed one."""
     store = os.environ["MLFLOW_TRACKING_URI"]
