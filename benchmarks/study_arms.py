@@ -241,7 +241,7 @@ CPU = Scale(
     tasks=("wan_rendered", "wan_real"),
     common=COMMON,
 )
-"""Long on one core: `--only` and `--sitting-s` cut it into parts. Not run yet: study_cpu.json is of smaller clips."""
+"""Long on one core: `--only` and `--sitting-s` cut it into parts."""
 SMALL = Scale(
     rendered=ClipShape(frames=4, height=48, width=32, fps=12),
     shape=ClipShape(frames=4, height=48, width=32, fps=12),
@@ -265,7 +265,7 @@ SMALL = Scale(
     arms=("full", "paper", "past_linear", "progressive", "progressive_tokens", "rotating"),
     common=COMMON,
 )
-"""The least that tells arms apart, for one core. Not run yet."""
+"""The least that tells arms apart, for one core."""
 SMOKE = Scale(
     rendered=ClipShape(frames=2, height=32, width=16, fps=12),
     shape=ClipShape(frames=2, height=32, width=16, fps=12),

@@ -45,7 +45,7 @@ ARMS = {"full": "plain training", "progressive": "small clips first", "entprog":
 SEARCH = "entprog"
 """The arm that is trained only when asked for."""
 BEFORE = "before"
-STEPS, SHIFT = 4, 3.0
+STEPS, SHIFT = 12, 3.0
 """Of the sampler: a network that has learned for minutes is cleaner in few steps, most of them on noise."""
 COLUMNS = 8
 """Frames of the motion in the picture."""
