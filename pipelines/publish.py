@@ -135,7 +135,7 @@ def _to_hub(folder: Path, name: str, public: bool) -> None:
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    hub.create_repo(name, private=None if public else True, exist_ok=True)
+    hub.create_repo(name, private=not public, exist_ok=True)
     hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained pipeline")
 
 

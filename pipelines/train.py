@@ -106,6 +106,11 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",
     }
+    if every := experiment.train.preview_every:
+        cli.console.print(
+            f"Would draw {experiment.train.preview_clips} held-out motions every {every} steps, uncharged: "
+            f"{output / 'previews' / 'index.html'}"
+        )
     cli.console.print(
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )

@@ -172,6 +172,11 @@ class Train(Part):
     encoders too, copied; `light`: both named by hub name and commit, or by folder, and loaded from there."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
+    preview_every: int = Field(default=0, ge=0)
+    """Steps between previews: held-out motions drawn with the weights as they are then (their averages with
+    `ema_decay`), in OUTPUT/previews/index.html and MLflow. Uncharged; training computes the same. 0: none."""
+    preview_clips: int = Field(default=2, ge=1)
+    """Held-out motions of a preview."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
     further than before."""

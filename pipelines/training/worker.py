@@ -37,6 +37,7 @@ from pipelines.generating.motions import Motion
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
+from pipelines.training import previews as previewing
 from pipelines.training import steplog
 from pipelines.training.startup import Startup
 
@@ -185,6 +186,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         files.write_json(output / "cei.json", table.as_json())
+    previews = _previews(setup, output, tracker, warn)
     final_loss, starting = 0.0, True
     setup.clock.over("checkpoint")
     data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
@@ -210,6 +212,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 )
             if step.last:
                 final_loss = step.held_out_loss
+            if previews is not None and step.step % experiment.train.preview_every == 0:
+                previews.show(step.step, step.charged_s, state.ema)
             notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
                 saver.save(denoiser.network, state)
@@ -307,6 +311,21 @@ def _held_out_motions(setup: Setup, count: int) -> list[Motion]:
         names = [f"held-out clip {n}" for n in batch.position.tolist()]
         out += rendering.motions_of(batch.resized(data.shape), names)
     return out
+
+
+def _previews(
+    setup: Setup, output: Path, tracker: Tracker | None, warn: Callable[[str], None]
+) -> previewing.Previews | None:
+    """Those that are asked for; None: none. Every rank draws the same motions, or waits for who does."""
+    experiment = setup.experiment
+    if not experiment.train.preview_every:
+        return None
+    data = experiment.data
+    settings = config.Generate(batch_size=data.batch_size, shift=_sampling_shift(setup))
+    motions = _held_out_motions(setup, experiment.train.preview_clips) if tracker else []
+    keep = tracker.artifact if tracker else lambda path, folder: None
+    compiled = experiment.model.compile_blocks
+    return previewing.Previews(setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled)
 
 
 def _sampling_shift(setup: Setup) -> float | None:
