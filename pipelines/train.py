@@ -26,7 +26,7 @@ from pipelines.outputs import claim
 from pipelines.tracking import registry, stages
 from pipelines.tracking.store import tracking_uri
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, outline, phases, report, startup, steplog
+from pipelines.training import checks, expectation, model_card, outline, phases, report, startup, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
@@ -58,7 +58,8 @@ def main(
 ) -> None:
     """Fine-tune on prepared clips: score blocks, then train the ones that matter.
 
-    Leaves in OUTPUT: model/ (diffusers), checkpoints/, steps.jsonl (a line a step), cei.json and charts, result.json.
+    Leaves in OUTPUT: model/ (a pipeline that plain diffusers runs, with its card), checkpoints/, steps.jsonl (a line a
+    step), cei.json and charts, result.json.
     """
 
     def work() -> dict[str, Any]:
@@ -101,6 +102,18 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
         if name:
             cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
         _explain(part, dataset, first.model)
+    beside = {
+        "whole": "VAE and the base's encoders copied",
+        "light": "VAE and encoders by name, not copied (train.save=light)",
+    }
+    if every := experiment.train.preview_every:
+        cli.console.print(
+            f"Would draw {experiment.train.preview_clips} held-out motions every {every} steps, uncharged: "
+            f"{output / 'previews' / 'index.html'}"
+        )
+    cli.console.print(
+        f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
+    )
     return {"settings": config.settings(experiment)}
 
 
@@ -184,9 +197,11 @@ def run(
     }
     startup_s: dict[str, float] = {}
     try:
-        with Display(experiment) as display, stalls.watched(lambda line: display.show({"warning": line})) as store:
+        with Display(experiment) as display, stalls.watched(lambda line: on_item({"warning": line})) as store:
 
             def on_item(item: dict[str, Any]) -> None:
+                if "warning" in item:
+                    steplog.warn(output, item["warning"])
                 if "started" in item and not startup_s:
                     startup_s.update(startup.seconds(clock.begun, [*clock.marks, *item["started"]], item["step"]))
                     display.line(startup.line(startup_s))
@@ -211,6 +226,7 @@ def run(
         encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
         message = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": message, **store.figures()}
+        model_card.write(output / "model", experiment, result)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(report.final(result) | result["stalls"] | store.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})

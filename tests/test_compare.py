@@ -1,6 +1,7 @@
 """compare: real tiny trainings in a real MLflow store → verdict and page; what it refuses; that it tells the truth."""
 
 import base64
+import csv
 import hashlib
 import html.parser
 import json
@@ -23,7 +24,7 @@ from entprog.training import curves
 from helpers.networks import tiny_experiment
 from helpers.runs import Run
 from pipelines import charts, compare
-from pipelines.comparison import drawings, groups, verdict, words
+from pipelines.comparison import drawings, groups, tables, verdict, words
 from pipelines.comparison.runs import Point, Training
 from pipelines.tracking import store as store_of_runs
 from pipelines.tracking.tracker import Tracker
@@ -187,10 +188,29 @@ def test_the_page_shows_what_there_is_to_show(compared):
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     hovers = [json.loads(a["data-hover"]) for _, a in page.tags if "data-hover" in a]
-    assert [hover["unit"] for hover in hovers] == ["charged seconds", "steps"]
+    assert [hover["unit"] for hover in hovers][:2] == ["charged seconds", "steps"]
+    assert any(chart.startswith("Held-out loss against seconds on the clock: ") for chart in charts)
+    for said in ("Cost and held-out loss (lower is better)", "Cost and psnr (higher is better)"):
+        assert any(chart.startswith(f"{said}; on the Pareto front: ") for chart in charts)
     for line in hovers[1]["lines"]:
         mean = next(g for g in result["groups"] if g["label"] == line["name"])["loss"]["value"]
         assert line["points"][-1] == [12, pytest.approx(mean, rel=1e-4)]
+
+
+def test_the_page_gives_its_table_for_a_paper(compared):
+    result, page = compared
+    links = {a["download"]: a["href"] for t, a in page.tags if t == "a" and "download" in a}
+    content = {name: base64.b64decode(href.partition(",")[2]).decode() for name, href in links.items()}
+    assert list(content) == ["comparison.csv", "comparison.tex"]
+    first, second = csv.DictReader(content["comparison.csv"].splitlines())
+    assert (first["group"], second["group"], first["runs"]) == ("full", "entprog", "2")
+    for row, group in zip((first, second), result["groups"], strict=True):
+        assert float(row["held-out loss"]) == pytest.approx(group["loss"]["value"], rel=1e-5)
+        assert float(row["held-out loss low"]) < float(row["held-out loss high"])
+        assert float(row["psnr"]) == 20.5
+    head = content["comparison.tex"].splitlines()[3]
+    assert head.startswith("Group & held-out loss & ") and head.endswith(r"psnr \\")
+    assert r"$20.5 \pm " in content["comparison.tex"]
 
 
 # ---- what is refused ----
@@ -527,3 +547,33 @@ def test_no_finished_baseline_is_told():
 def test_many_groups_keep_their_colours_apart_and_the_rest_grey():
     assert len({drawings.series(place) for place in range(drawings.COLOURS)}) == drawings.COLOURS
     assert drawings.series(drawings.COLOURS) == drawings.series(99) == "other"
+
+
+def test_latex_and_spreadsheets_take_names_as_they_are():
+    plain = [training("full", seed, straight(10), "full", seconds=10.0, flops=1.5e12) for seed in (0, 1)]
+    odd = [training("odd", seed, straight(5), "=1+1_%&#{}~^\\", seconds=5.0) for seed in (0, 1)]
+    found = verdict.judge(groups.grouped([*plain, *odd]), None, 0.95)
+    body = tables.as_latex(found, {})
+    assert r"=1+1\_\%\&\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & " in body
+    assert r"$1.5 \times 10^{12}$" in body and "95 \\%" in body
+    assert body.count(r"\\") == 3 and all(line.count(" & ") == body.splitlines()[3].count(" & ")
+                                          for line in body.splitlines()[3:7] if " & " in line)  # fmt: skip
+    rows = list(csv.reader(tables.as_csv(found, {}).splitlines()))
+    assert rows[2][0].startswith("'=1+1") and len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("points", "higher", "named"),
+    [
+        ([(1, 5), (2, 3), (3, 4), (4, 1)], False, [0, 1, 3]),
+        ([(1, 5), (1, 3)], False, [1]),
+        ([(1, 5), (2, 5)], False, [0]),
+        ([(1, 5), (2, 3), (3, 7)], True, [0, 2]),
+    ],
+)
+def test_the_pareto_front_is_what_nothing_cheaper_matches(points, higher, named):
+    arms = [drawings.Arm(str(i), i, cost, value, None, None) for i, (cost, value) in enumerate(points)]
+    assert [arm.place for arm in drawings.front(arms, higher)] == named
+    drawn = drawings.pareto(arms, "loss", higher)
+    assert drawn.alt.endswith(f": {', '.join(map(str, named))}.") and "<svg" in drawn.svg
+    assert drawings.pareto(arms[:1], "loss") is None

@@ -8,7 +8,7 @@ from entprog.blocks import ADAPTER, blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
-from entprog.models import lora
+from entprog.models import adapters, lora
 from entprog.schedule.freezing import outside
 from entprog.training import checkpoint
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
@@ -111,7 +111,7 @@ def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):
     assert all(torch.equal(a, network.state_dict()[name]) for name, a in merged.state_dict().items())
 
     other = tiny_denoiser(experiment)  # the base, with what was trained beside it
-    rest = load_file(tmp_path / "adapter" / lora.OUTSIDE)
+    rest = load_file(tmp_path / "adapter" / adapters.OUTSIDE)
     missing = other.network.load_state_dict(rest, strict=False).missing_keys
     assert all(name.startswith("blocks.") for name in missing)
     PeftModel.from_pretrained(other.network, str(tmp_path / "adapter"))  # adapts the network in place

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines import status
-from pipelines.training import standing
+from pipelines.training import standing, steplog
 
 NOW_S = 1_000_000.0
 
@@ -128,3 +128,46 @@ def test_what_a_folder_says_steers_nothing(follow, tmp_path):
     (folder / "error.log").write_text(f"boom\n{name}\n")
     shown = CliRunner().invoke(status.app, [*follow, str(folder)])
     assert shown.exit_code == 0 and "[bold]" in shown.output and not {*"\x1b\x07\x9b"} & {*shown.output}
+
+
+def test_last_preview_and_last_warning(tmp_path):
+    folder = training(tmp_path, [step(1)])
+    assert "last warning" not in dict(standing.rows(standing.read(folder, NOW_S)))
+    steplog.warn(folder, "slow disk")
+    steplog.warn(folder, "s3://me:secret@bucket is away")
+    (folder / "previews").mkdir()
+    with (folder / steplog.PREVIEWS).open("w") as file:
+        file.write(json.dumps({"step": 4, "videos": ["previews/step-00000004/a.mp4"]}) + "\n")
+    shown = dict(standing.rows(standing.read(folder)))
+    assert shown["last warning"].startswith("s3://***@bucket is away (0 s ago, 2 in all)")
+    assert shown["last preview"] == "step 4: previews/step-00000004/a.mp4"
+    empty = training(tmp_path / "empty", [])
+    steplog.warn(empty, "no node has room yet")
+    assert "no node has room" in dict(standing.rows(standing.read(empty)))["last warning"]
+
+
+def test_a_warning_that_cannot_be_kept_ends_nothing(tmp_path):
+    steplog.warn(tmp_path / "nowhere", "slow disk")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], ""),
+        (["blocks.1"], "blocks.1"),
+        (["blocks.2", "blocks.10", "blocks.1", "blocks.9", "blocks.0"], "blocks.0-2, blocks.9-10"),
+        (["down.0.attentions.1", "down.0.attentions.0", "mid"], "down.0.attentions.0-1, mid"),
+    ],
+)
+def test_blocks_in_short(names, said):
+    assert standing.compact(names) == said
+
+
+@pytest.mark.parametrize("name", [steplog.WARNINGS, steplog.PREVIEWS])
+@pytest.mark.parametrize("content", ["{\n", "[1]\n", "{}\n"])
+def test_damaged_warnings_and_previews_are_one_line(name, content, tmp_path):
+    training(tmp_path, [step(1)])
+    (tmp_path / "previews").mkdir()
+    (tmp_path / name).write_text(content)
+    done = CliRunner().invoke(status.app, [str(tmp_path)])
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from entprog import config
+from entprog.models import whole as whole_folder
 from entprog.training import checkpoint
 from helpers.commands import SETTINGS, Command, when_at
 from helpers.people import two_people
@@ -29,6 +30,7 @@ from helpers.processes import running
 from helpers.servers import Server
 from pipelines import cli, score, train
 from pipelines.tracking import store as mlflow_store
+from pipelines.training import steplog
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def whole(shards, **train):
 def undisturbed(place, shards):
     """The run that all others are compared with, and its folder."""
     output = place / "whole"
-    return train.run(whole(shards), output, tables=place / "tables"), output
+    seen = whole(shards, preview_every=8, preview_clips=1)  # those that it is compared with draw none
+    return train.run(seen, output, tables=place / "tables"), output
 
 
 def test_a_run_leaves_what_it_promises(undisturbed, shards):
@@ -80,6 +83,12 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert list((output / "samples").rglob("*.mp4"))
     network = WanTransformer3DModel.from_pretrained(output / "model" / "transformer")
     assert network.config.in_channels == 9  # noise, reference, pose
+    assert whole_folder.missing(output / "model") == []
+    card = (output / "model" / "README.md").read_text()
+    assert f"| held-out loss | {result['held_out_loss']:.5g} |" in card and result["data"] in card
+    shown = steplog.lines_of(output / steplog.PREVIEWS)
+    assert [line["step"] for line in shown] == [8, 16] and (output / "previews" / "index.html").is_file()
+    assert all((output / video).is_file() for line in shown for video in line["videos"])
 
 
 def test_mlflow_has_the_run(undisturbed, place):
@@ -97,8 +106,11 @@ def test_mlflow_has_the_run(undisturbed, place):
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [p.step for p in points] == list(range(1, 17)) and [p.value for p in points] == result["losses"]
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {
-        "schedule.png", "cei.png", "cei.json", "loss.png", "contact_sheet.png",
+        "schedule.png", "cei.png", "cei.json", "loss.png", "contact_sheet.png", "previews",
     }  # fmt: skip
+    assert [a.path for a in client.list_artifacts(run.info.run_id, "previews")] == [
+        "previews/step-00000008", "previews/step-00000016",
+    ]  # fmt: skip
 
 
 def test_mlflow_has_the_stages_nested(undisturbed, place):

@@ -175,7 +175,9 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(tmp_path):
     (tmp_path / "model" / "stray").touch()
     denoiser.save(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["entprog.json", "scheduler", "transformer"]
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "entprog.json", "model_index.json", "pipeline.py", "scheduler", "skeleton.py", "transformer",
+    ]  # fmt: skip
 
 
 def test_transformer_s_own_folder_of_a_saved_checkpoint_is_the_checkpoint(tmp_path):

@@ -32,6 +32,13 @@ class Model(Part):
     """Folder (or hub name) of the pre-trained checkpoint in diffusers format. None: a new network from `init`."""
     init: dict[str, Any] = {}
     """Configuration of a new network, the diffusers class's own argument names. Only when `base` is None."""
+    weights: str | None = None
+    """Single safetensors file of the network in its original format or ComfyUI's (families `wan`, `wan_animate`):
+    `base` then says the network's configuration, VAE and scheduler, its own weights are not read."""
+    adapter: str | None = None
+    """Low-rank adapter to start from: a folder that `train.lora` or `entprog adapter` left, or a file in diffusers',
+    peft's or ComfyUI's keys. With `train.lora`, whose rank and alpha must be its own, it is trained on; otherwise it is
+    merged into the weights."""
     trust_pickle: bool = False
     """Read weights of base and VAE that are no safetensors (`.bin`). They are pickles, which may run what their maker
     wanted; torch reads them with `weights_only`, which allows tensors alone. Only where you trust who made them."""
@@ -160,8 +167,16 @@ class Train(Part):
     lora: Lora | None = None
     """Where it is set (`train.lora.rank=16`) blocks are trained through low-rank adapters, their own weights stay. What
     lies outside blocks is trained as `schedule.outside` says."""
+    save: Literal["whole", "light"] = "whole"
+    """What OUTPUT/model holds beside the network: `whole`: the VAE, and of a base that lies here its text and image
+    encoders too, copied; `light`: both named by hub name and commit, or by folder, and loaded from there."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
+    preview_every: int = Field(default=0, ge=0)
+    """Steps between previews: held-out motions drawn with the weights as they are then (their averages with
+    `ema_decay`), in OUTPUT/previews/index.html and MLflow. Uncharged; training computes the same. 0: none."""
+    preview_clips: int = Field(default=2, ge=1)
+    """Held-out motions of a preview."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
     further than before."""

@@ -7,7 +7,7 @@ from entprog.config.experiment import Experiment
 from entprog.config.reading import build, merge
 from entprog.errors import UserError
 
-START = ("base", "init")
+START = ("base", "init", "weights", "adapter")
 """Settings that only the first phase of a training may give."""
 
 
@@ -35,7 +35,7 @@ def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:
             values = merge(values, {"train": {"checkpoints": f"{experiment.train.checkpoints.rstrip('/')}/{name}"}})
         if out:
             before = next(reversed(out))
-            start = {"base": str(output / before / "model"), "init": {}}
+            start = {"base": str(output / before / "model"), "init": {}, "weights": None, "adapter": None}
             values = merge(values, {"model": start})
         try:
             out[name] = build(values)

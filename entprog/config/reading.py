@@ -91,12 +91,13 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
-    "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "train.max_nonfinite", "data.verify",
-    "data.decode", "data.decode_cpus", "data.latents", "model.trust_pickle", "tracking",
+    "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "train.max_nonfinite", "train.save",
+    "train.preview_every", "train.preview_clips",
+    "data.verify", "data.decode", "data.decode_cpus", "data.latents", "model.trust_pickle", "tracking",
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
 accumulate only the product counts: the batches of an update."""
-PATHS = ("model.base", "model.vae", "model.prompt_embeds")
+PATHS = ("model.base", "model.weights", "model.adapter", "model.vae", "model.prompt_embeds")
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""

@@ -1,7 +1,7 @@
 """The protocol that every model family fulfils: what training, scoring and sampling ask of a network."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -59,8 +59,16 @@ class Denoiser(Protocol):
     def outside(self) -> dict[str, list[nn.Parameter]]:
         """Parameters outside blocks: {"conditions": the condition input layer, "rest": all others}."""
 
-    def save(self, folder: str | Path, shape: ClipShape | None = None, shift: float | None = None, **record) -> None:
-        """A diffusers folder (network, VAE if any, scheduler) with `entprog.json` beside; `load` reads it back.
+    def save(
+        self,
+        folder: str | Path,
+        shape: ClipShape | None = None,
+        shift: float | None = None,
+        parts: Literal["whole", "light"] = "whole",
+        **record,
+    ) -> None:
+        """A pipeline's folder, which plain diffusers runs, with `entprog.json` beside; `load` reads it back.
 
-        shape: the clips it was trained on; shift: timestep shift for sampling; record: JSON values kept beside.
+        shape: the clips it was trained on; shift: timestep shift for sampling; parts: `light` names the VAE and others
+        that are not trained instead of copying them; record: JSON values kept beside.
         """

@@ -19,7 +19,7 @@ from entprog.data.clips import Clips, Latents
 from entprog.diffusion.processes import Flow, Process
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
-from entprog.models import folders, inputs, texts, vaes
+from entprog.models import folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -60,6 +60,10 @@ class VideoDenoiser:
     """Clip shape that a saved checkpoint was trained on, if it says so."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it came from: kept in `entprog.json`."""
+    origins: dict[str, whole.Origin] = field(default_factory=dict)
+    """Where VAE and encoders of its pipeline come from, by name."""
+    base_index: dict[str, Any] = field(default_factory=dict)
+    """The model_index.json of its base."""
 
     # ---- what a family says ----
 
@@ -196,15 +200,25 @@ class VideoDenoiser:
         known = inside | {id(p) for p in conditions}
         return {"conditions": conditions, "rest": [p for p in self.network.parameters() if id(p) not in known]}
 
-    def save(self, folder: str | Path, shape: ClipShape | None = None, shift: float | None = None, **record) -> None:
-        """Write a diffusers folder: the network's part, `vae/` if any, `scheduler/`, and `entprog.json` beside.
+    def save(
+        self,
+        folder: str | Path,
+        shape: ClipShape | None = None,
+        shift: float | None = None,
+        parts: whole.Save = "whole",
+        **record,
+    ) -> None:
+        """Write a pipeline's folder: the network's part, `vae/` if any, `scheduler/`, the base's encoders, its index
+        and code (`entprog.models.whole`), and `entprog.json` beside.
 
-        The network's part loads with plain diffusers; `load` reads the whole. shape: the clips it was trained on;
-        shift: timestep shift for sampling; record: JSON values to keep under `provenance`. An existing folder is
-        replaced, whole or not at all. Raises UserError for a shift where the process has none.
+        It runs with plain diffusers; `load` reads it too. shape: the clips it was trained on; shift: timestep shift for
+        sampling; parts: `light` names VAE and encoders instead of copying them; record: JSON values to keep under
+        `provenance`. An existing folder is replaced, whole or not at all. Raises UserError for a shift where the
+        process has none.
         """
         shape = shape or self.shape
         scheduler = self.scheduler(shift)
+        left_out = whole.elsewhere(self.origins, parts)
         about = {
             "format": folders.FORMAT,
             "family": self.FAMILY,
@@ -215,14 +229,27 @@ class VideoDenoiser:
             "shape": shape and shape.model_dump(),
             "shift": self.shift if shift is None else shift,
             "provenance": self.provenance | record,
+            "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }
         with folders.replacing(Path(folder)) as scratch:
             self.network.save_pretrained(scratch / self.PART)
-            if self.vae is not None:
+            if self.vae is not None and "vae" not in left_out:
                 self.vae.save_pretrained(scratch / "vae")
+            whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
             texts.save(self.text, scratch)
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
+            whole.leave(
+                scratch,
+                network=(self.PART, self.NETWORK.__name__),
+                scheduler=type(scheduler).__name__,
+                vae=self.vae and type(self.vae).__name__,
+                origins=self.origins,
+                about=about,
+                base=self.base_index,
+                text_shape=tuple(self.text.shape),
+                compression=(self._geometry.temporal, self._geometry.spatial),
+            )
 
     def latents(self, video: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, contiguous."""

@@ -4,11 +4,13 @@ Weights are read from safetensors. Others run pickle's own little programs: they
 them (`model.trust_pickle`), and even then nothing but tensors comes out of them (torch's `weights_only`).
 """
 
+import io
 import json
+import logging as python_logging
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,29 @@ from entprog.masking import one_line
 
 FORMAT = "entprog-model-1"
 INDEX = "model_index.json"
+CARD = "README.md"
 PROMPT = "prompt_embeds.safetensors"
 NETWORKS = ("transformer", "unet")
 """A pipeline's folders that may hold its network."""
+BESIDE = ("vae/", "scheduler/")
+"""A pipeline's other folders that are read."""
 STEM = "diffusion_pytorch_model"
 """How diffusers begins the names of files of weights."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
 """Variants of the same weights, the most exact first; others come after them."""
+
+
+class Elsewhere(config.Part):
+    """A part of a pipeline that does not lie in its folder."""
+
+    name: str
+    """Hub name, or a folder of the machine that trained."""
+    revision: str | None
+    """Commit on the hub; None: a folder."""
+    subfolder: str
+    library: str
+    kind: str
+    """Its class in that library."""
 
 
 class Record(config.Part):
@@ -50,10 +68,20 @@ class Record(config.Part):
     shift: float = Field(gt=0)
     """Timestep shift for sampling."""
     provenance: dict[str, Any]
+    elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
+    """Parts of the pipeline that are not in this folder, by name."""
 
 
-def locate(name: str, setting: str, trust_pickle: bool = False) -> Path:
+def locate(
+    name: str,
+    setting: str,
+    trust_pickle: bool = False,
+    revision: str | None = None,
+    parts: Sequence[str] = (STEM, *(f"{name}/" for name in NETWORKS), *BESIDE),
+) -> Path:
     """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON; `.bin` only where trusted).
+
+    revision, parts: of what is fetched: a commit, and the beginnings of the files' names.
 
     For a train job's output that is `model/` in it, for a network's folder in a checkpoint the checkpoint itself.
     Raises UserError, naming `setting`, if there is none.
@@ -68,7 +96,8 @@ def locate(name: str, setting: str, trust_pickle: bool = False) -> Path:
         return inside if (inside / "entprog.json").is_file() and not networks else folder
     if folder.is_file():
         raise UserError(
-            f"{setting}: {name} is a file, wanted is a folder in diffusers' format: make one with its class's "
+            f"{setting}: {name} is a file, wanted is a folder in diffusers' format: give a single file of a network's "
+            "weights as model.weights, beside the base that it belongs to; of others make a folder with their class's "
             "from_single_file(FILE).save_pretrained(FOLDER)"
         )
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
@@ -76,11 +105,11 @@ def locate(name: str, setting: str, trust_pickle: bool = False) -> Path:
         raise UserError(f"{setting}: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    parts = (STEM, *(f"{name}/" for name in NETWORKS), "vae/", "scheduler/")
     endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
     files = [f"{p}*{ending}" for p in parts for ending in endings]
+    files += [*(f"{name}/config.json" for name in NETWORKS), "config.json", "entprog.json", INDEX, PROMPT, CARD]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*files, "config.json", "entprog.json", INDEX, PROMPT]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = one_line(str(error).strip().partition("\n")[0], most=160)
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
@@ -216,6 +245,49 @@ def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False
             raise UserError(
                 f"{setting}: {len(wrong)} weights {problem} the {cls.__name__} in {folder}, e.g. {min(wrong)}"
             )
+    return model
+
+
+def check_single_file(cls: type, given: str, setting: str) -> Path:
+    """The file of a network's weights in its original format. Raises UserError for one that diffusers cannot read."""
+    path = Path(given).expanduser()
+    if not hasattr(cls, "from_single_file"):
+        raise UserError(f"{setting}: diffusers reads no single file of a {cls.__name__}: give a folder as model.base")
+    if not path.is_file():
+        raise UserError(f"{setting}: no such file: {given}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{setting}: {path} is no safetensors: others are pickles or programs; convert it first")
+    _check_file(path, setting, trust_pickle=False)
+    return path
+
+
+def from_single_file(cls: type, path: Path, configuration: Path, setting: str):
+    """A diffusers model of a file in its original format, in float32. Raises UserError unless every weight fits.
+
+    configuration: the folder with the model's config.json.
+    """
+    said = io.StringIO()
+    handler, logger = (
+        python_logging.StreamHandler(said),
+        python_logging.getLogger("diffusers.loaders.single_file_model"),
+    )
+    logger.addHandler(handler)
+    try:
+        model = cls.from_single_file(
+            str(path), config=str(configuration), local_files_only=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        cause = _first_cause(error)
+        if "meta tensor" in str(cause):  # what no weight was found for
+            raise UserError(
+                f"{setting}: {path} lacks weights that the {cls.__name__} of model.base has: it is another base's, or "
+                "a part of a network"
+            ) from None
+        raise UserError(f"{setting}: cannot load {cls.__name__} from {path}: {one_line(cause)}") from None
+    finally:
+        logger.removeHandler(handler)
+    if "were not used" in said.getvalue():
+        raise UserError(f"{setting}: {path} holds weights that have no place in the {cls.__name__} of model.base")
     return model
 
 

@@ -6,22 +6,17 @@ Every block gets adapters; which of them train is the plan's to say, as it is of
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from entprog.blocks import ADAPTER, Block
 from entprog.config import Lora
 from entprog.errors import UserError
-from entprog.models import folders
-
-WEIGHTS = "adapter_model.safetensors"
-"""peft's own name; `adapter_config.json` beside."""
-OUTSIDE = "outside.safetensors"
-"""Trained parameters that lie in no block: the other half of what training changed."""
+from entprog.models import adapters
 
 
 def check(network: nn.Module, found: Iterable[Block], settings: Lora) -> None:
@@ -51,21 +46,27 @@ def add(network: nn.Module, found: Iterable[Block], settings: Lora, seed: int) -
         inject_adapter_in_model(_config(settings, wanted), network)
 
 
-def save(network: nn.Module, settings: Lora, outside: Iterable[nn.Parameter], folder: Path) -> None:
-    """Write the adapters in peft's format (`PeftModel.from_pretrained` reads them), and what was trained `outside`."""
+def save(
+    network: nn.Module,
+    settings: Lora,
+    outside: Iterable[nn.Parameter],
+    folder: Path,
+    part: str = "transformer",
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapters, and what was trained `outside`, as `adapters.write` does.
+
+    part: the network's folder in a pipeline. about: `family`, `conditions` and `base`, kept beside.
+    """
     names = {parameter: name for name, parameter in network.named_parameters()}
-    adapters = {
-        f"base_model.model.{name.replace('.default', '')}": tensor.detach().cpu().contiguous()
-        for tensor, name in names.items()
-        if ADAPTER in name
+    halves = {name.replace(".default", ""): tensor for tensor, name in names.items() if ADAPTER in name}
+    layers = dict.fromkeys(name.partition(ADAPTER)[0] for name in halves)
+    pairs = {
+        layer: adapters.Pair(*(halves[f"{layer}{ADAPTER}{half}.weight"] for half in "AB"), settings.alpha)
+        for layer in layers
     }
-    rest = {names[parameter]: parameter.detach().cpu().contiguous() for parameter in outside}
-    layers = sorted({name.removeprefix("base_model.model.").rpartition(ADAPTER)[0] for name in adapters})
-    with folders.replacing(folder) as scratch:
-        _config(settings, layers).save_pretrained(scratch)
-        save_file(adapters, scratch / WEIGHTS)
-        if rest:
-            save_file(rest, scratch / OUTSIDE)
+    rest = {names[parameter]: parameter for parameter in outside}
+    adapters.write(folder, adapters.Adapter(pairs, rest, about or {}), part)
 
 
 def merge(network: nn.Module) -> None:
@@ -82,7 +83,7 @@ def _ending(target: str) -> str:
     return rf"(?:.*\.)?{re.escape(target)}"
 
 
-def _config(settings: Lora, targets: str | list[str]):
+def _config(settings: Lora, targets: str):
     from peft import LoraConfig
 
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)

@@ -1,11 +1,14 @@
 """From settings to a denoiser: what can be known of a base before its weights are read, then the weights."""
 
+import contextlib
 import inspect as python_inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from entprog import config
@@ -14,8 +17,11 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models import HOW_TO_ADD, families, family, folders, inputs, texts, vaes
+from entprog.models import HOW_TO_ADD, adapters, families, family, folders, inputs, texts, vaes, whole
 from entprog.models.denoising import SCHEDULER_FILE, VideoDenoiser, process_of
+
+LORA = re.compile(r"\.lora_(A|B|down|up)\b")
+"""In the names of a low-rank adapter's weights."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,14 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     """
     if settings.base and settings.init:
         raise UserError("model.base and model.init are both given: a base has its own configuration, drop model.init")
+    if settings.weights and not settings.base:
+        raise UserError(
+            "model.weights is given without model.base: set that to the folder or hub name of the file's diffusers "
+            "pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for its configuration, VAE and scheduler"
+        )
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = folders.locate(settings.base, "model.base", settings.trust_pickle) if settings.base else None
+    root = _root(settings)
     about = folders.saved(root) if root else {}
     part = _network_folder(cls, root, settings.base) if root else None
     vae_folder, setting = _vae_folder(settings, root, about)
@@ -64,7 +75,10 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         folders.weights(vae_folder, setting, settings.trust_pickle)
     channels = 3 if vae is None else vaes.channels(vae)
     if part:
-        folders.weights(part, "model.base", settings.trust_pickle)
+        if settings.weights:
+            _check_single_file(cls, settings.weights)
+        else:
+            folders.weights(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
     else:
         values = _new_configuration(cls, settings, channels)
@@ -78,11 +92,44 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     conditions, splits = cls.planned_inputs(network.config, about, channels, settings)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape)
+    if settings.adapter:
+        _check_adapter(adapters.read(settings.adapter, "model.adapter"), network, settings)
     tensors = cls.tensors(network.config, settings, root)
     process = process_of(cls, root, about)
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, process
     )  # fmt: skip
+
+
+def _root(settings: config.Model) -> Path | None:
+    """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces."""
+    if not settings.base:
+        return None
+    parts = {"parts": folders.BESIDE} if settings.weights else {}
+    return folders.locate(settings.base, "model.base", settings.trust_pickle, **parts)
+
+
+def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
+    """Raises UserError for a file that cannot be this family's network, saying what it is where that can be seen."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, SafetensorError), safe_open(Path(given).expanduser(), "pt") as file:
+        names = list(file.keys())
+    if any(LORA.search(name) for name in names):
+        raise UserError(f"model.weights: {given} is a low-rank adapter: give it as model.adapter")
+    if posenet := [name for name in names if name.startswith(("pose_net.", "posenet."))]:
+        raise UserError(
+            f"model.weights: {given} is MimicMotion's, whose PoseNet ({len(posenet)} weights) no family has: here the "
+            "pose enters family svd through input channels; take its UNet alone, in diffusers' format, as model.base"
+        )
+    folders.check_single_file(cls.NETWORK, given, "model.weights")
+
+
+def _check_adapter(adapter: adapters.Adapter, network: nn.Module, settings: config.Model) -> None:
+    """Raises UserError for an adapter of another network, or one of conditions that this one is not to have."""
+    adapters.check(adapter, network, "model.adapter")
+    if lost := [name for name in adapter.about.get("conditions", ()) if name not in settings.conditions]:
+        names = ", ".join(lost)
+        raise UserError(f"model.adapter: {settings.adapter} was trained with {names}: add that to model.conditions")
 
 
 def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
@@ -96,10 +143,15 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         for path in (folder / "config.json", *folders.weights(folder, setting, settings.trust_pickle).files):
             out[f"{name}/{path.name}"] = path
 
-    root = folders.locate(settings.base, "model.base", settings.trust_pickle) if settings.base else None
+    root = _root(settings)
     about = folders.saved(root) if root else {}
     if root is not None:
-        network("network", _network_folder(cls, root, settings.base), "model.base")
+        part = _network_folder(cls, root, settings.base)
+        if settings.weights:
+            file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
+            out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
+        else:
+            network("network", part, "model.base")
         for name in ("entprog.json", SCHEDULER_FILE):
             if (root / name).is_file():
                 out[name] = root / name
@@ -108,13 +160,16 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         network("vae", vae, setting)
     if prompt := texts.file_of(settings, root):
         out[folders.PROMPT] = prompt
+    if settings.adapter:
+        out |= {f"adapter/{path.name}": path for path in adapters.files(settings.adapter, "model.adapter")}
     return out
 
 
 def load(
     cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu", seed: int = 0
 ) -> VideoDenoiser:
-    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks.
+    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks, with its
+    adapter merged into it.
 
     seed: of a new network's weights; torch's own random state is left as it was.
     Raises UserError as `inspect` does, and for weights that are missing or do not fit.
@@ -122,7 +177,11 @@ def load(
     source = inspect(cls, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if source.part is not None:
+        if settings.weights:
+            file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
+            network = folders.from_single_file(cls.NETWORK, file, source.part, "model.weights")
+            network.register_to_config(_name_or_path=settings.base)
+        elif source.part is not None:
             network = folders.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
             network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
         else:
@@ -131,12 +190,15 @@ def load(
             network.eval()  # as from_pretrained gives it
     if len(source.splits) > 1:
         _widen(cls, network, source.splits)
+    if settings.adapter:
+        adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
         vae.requires_grad_(False).eval().to(device)
     shape = source.about.get("shape")
     provenance = {"base": settings.base, "init": settings.init}
+    provenance |= {name: given for name in ("weights", "adapter") if (given := getattr(settings, name))}
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
     return cls(
@@ -144,6 +206,8 @@ def load(
         vae=vae,
         conditions=source.conditions,
         process=source.process,
+        origins=_origins(settings, source.root, source.about, vae, source.vae_folder),
+        base_index=whole.index_of(source.root),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
         shape=ClipShape(**shape) if shape else None,
         provenance=provenance,
@@ -186,12 +250,43 @@ def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]
     if settings.vae == "auto":
         folder = root / "vae" if root and (root / "vae" / "config.json").is_file() else None
         if folder is None and about.get("vae"):
-            raise UserError(f"model.base: {settings.base} was saved with a VAE, its vae/ folder is missing")
+            if place := about.get("elsewhere", {}).get("vae"):
+                return _vae_elsewhere(settings, place), setting
+            raise UserError(
+                f"model.base: {settings.base} was saved with a VAE, its vae/config.json is missing: "
+                f"{whole.remedy(root)}"
+            )
         return folder, setting
     folder = folders.part(folders.locate(settings.vae, "model.vae", settings.trust_pickle), "vae")
     if folder is None:
         raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
     return folder, setting
+
+
+def _vae_elsewhere(settings: config.Model, place: dict[str, Any]) -> Path:
+    """The folder of the VAE of a checkpoint that was saved light. Raises UserError if it is not there any more."""
+    name, revision, inside = place["name"], place["revision"], place["subfolder"]
+    setting = f"model.base: the VAE of {settings.base}, saved light"
+    folder = folders.locate(name, setting, revision=revision, parts=[f"{inside}/" if inside else folders.STEM]) / inside
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{setting}: no config.json in {folder}: put it back there")
+    return folder
+
+
+def _origins(
+    settings: config.Model, root: Path | None, about: dict[str, Any], vae: nn.Module | None, vae_folder: Path | None
+) -> dict[str, whole.Origin]:
+    """Where the parts come from that no one trains."""
+    out = whole.encoders(settings.base, root, about)
+    if vae is not None:
+        kind, given = type(vae).__name__, settings.base if settings.vae == "auto" else settings.vae
+        inside = vae_folder.name == "vae"
+        place = vae_folder.parent if inside else vae_folder
+        if (kept := about.get("elsewhere", {}).get("vae")) and settings.vae == "auto":
+            out["vae"] = whole.Origin(folders.Elsewhere(**kept), vae_folder)
+        else:
+            out["vae"] = whole.origin(given, place, "vae" if inside else "", "diffusers", kind, {})
+    return out
 
 
 def _vae(cls: type[VideoDenoiser], folder: Path, setting: str) -> nn.Module:

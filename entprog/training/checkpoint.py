@@ -243,6 +243,35 @@ def load(folder: str | Path, name: str, network: nn.Module, state: RunState, exp
         ) from None
 
 
+def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
+    """Put a checkpoint's weights, or their averages where there are any, into a network.
+
+    Raises UserError if the checkpoint is not there or not whole, or is one of another network (of adapters, say).
+    """
+    place = Place.at(folder) / name
+    if name not in found(folder):
+        there = ", ".join(found(folder)) or "none"
+        raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {there}")
+    scratch = None if place.local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    try:
+        if scratch:
+            place.download(scratch)
+        reader = dcp.HuggingFaceStorageReader(str(scratch or place.local))
+        kept = reader.read_metadata().state_dict_metadata
+        parameters = network.state_dict()
+        named = {(f"ema/{n}" if f"ema/{n}" in kept else f"network/{n}"): tensor for n, tensor in parameters.items()}
+        if odd := [full for full, tensor in named.items() if full not in kept or kept[full].size != tensor.shape]:
+            raise UserError(f"checkpoint {place} is of another network: {odd[0].partition('/')[2]} does not fit")
+        dcp.load(named, storage_reader=reader, no_dist=True)
+    except UserError:
+        raise
+    except (*BAD, dcp.CheckpointException) as error:
+        raise UserError(f"checkpoint {place} is damaged ({type(_cause(error)).__name__})") from None
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 FAILURES = (OSError, MemoryError)
 """For want of space, memory, disk or network."""
 BAD = (SafetensorError, ValueError, KeyError, AssertionError)

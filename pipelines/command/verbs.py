@@ -15,6 +15,8 @@ VERBS = {
     "tune": "Search for settings: many trainings at equal seconds, the best ones with their uncertainty.",
     "generate": "Generate clips from a checkpoint, a reference image and a motion.",
     "evaluate": "Judge what a checkpoint generates against the truth.",
+    "adapter": "Merge a low-rank adapter into its base, or extract one (adapter merge, adapter extract).",
+    "publish": "Put a trained pipeline where others find it: a folder, a bucket, a hub.",
     "compare": "Compare training runs: what reaches the target loss sooner, beyond seed noise?",
 }
 """In the order of their use."""

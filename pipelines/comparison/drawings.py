@@ -47,8 +47,12 @@ def series(place: int) -> str:
     return f"series-{place}" if place < COLOURS else "other"
 
 
+UNITS = {"charged_s": "charged seconds", "step": "steps", "wall_s": "seconds on the clock"}
+"""What a curve may be drawn over, and what it is called."""
+
+
 def curves(verdict: Verdict, axis: str) -> Drawing:
-    """Held-out loss of every run (thin) and every group's mean (thick), over `charged_s` or `step`."""
+    """Held-out loss of every run (thin) and every group's mean (thick), over one of UNITS."""
     figure, axes = _figure(WIDTH, HEIGHT)
     lines, losses = [], []
     for place, judged in enumerate(verdict.judged):
@@ -71,7 +75,7 @@ def curves(verdict: Verdict, axis: str) -> Drawing:
     axes.axhline(verdict.target_loss, color=colour("muted"), linewidth=1, linestyle=(0, (3, 3)))
     axes.annotate("target", (0, verdict.target_loss), xycoords=("axes fraction", "data"), xytext=(4, 3),
                   textcoords="offset points", size=9, color=colour("muted"))  # fmt: skip
-    unit = "charged seconds" if axis == "charged_s" else "steps"
+    unit = UNITS[axis]
     axes.set_xlabel(unit)
     axes.set_ylabel("held-out loss")
     axes.set_xlim(left=0)
@@ -81,6 +85,55 @@ def curves(verdict: Verdict, axis: str) -> Drawing:
     return _drawing(
         figure, f"Held-out loss against {unit}", f"Held-out loss against {unit}: {ends}.", axes, lines, unit
     )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A group as a point of cost and quality."""
+
+    label: str
+    place: int
+    cost_s: float
+    """Mean charged seconds of its runs."""
+    quality: float
+    low: float | None
+    high: float | None
+
+
+def front(arms: Sequence[Arm], higher: bool = False) -> list[Arm]:
+    """The arms that no other one beats in cost without being worse in quality, cheapest first (the Pareto front)."""
+    best, out = math.inf, []
+    for arm in sorted(arms, key=lambda arm: (arm.cost_s, -arm.quality if higher else arm.quality)):
+        value = -arm.quality if higher else arm.quality
+        if value < best:
+            best = value
+            out.append(arm)
+    return out
+
+
+def pareto(arms: Sequence[Arm], quality: str, higher: bool = False) -> Drawing | None:
+    """What each group cost and how good it came out, with the Pareto front; None for fewer than two groups."""
+    if len(arms) < 2:
+        return None
+    figure, axes = _figure(WIDTH, HEIGHT)
+    best = front(arms, higher)
+    axes.step([arm.cost_s for arm in best], [arm.quality for arm in best], where="post", color=colour("muted"),
+              linewidth=1, linestyle=(0, (3, 3)))  # fmt: skip
+    for arm in arms:
+        ink = colour(series(arm.place))
+        if arm.low is not None:
+            axes.plot([arm.cost_s] * 2, [arm.low, arm.high], color=ink, linewidth=2, solid_capstyle="butt")
+        axes.plot(arm.cost_s, arm.quality, "o" if arm in best else "s", color=ink, markersize=8,
+                  markerfacecolor=ink if arm in best else "none")  # fmt: skip
+        axes.annotate(_short(arm.label, 24), (arm.cost_s, arm.quality), xytext=(0, 9), textcoords="offset points",
+                      ha="center", size=9, color=colour("ink"))  # fmt: skip
+    axes.margins(0.18)
+    axes.set_xlabel("charged seconds, mean of the runs")
+    axes.set_ylabel(quality)
+    axes.grid(color=colour("grid"), linewidth=0.7)
+    better = "higher" if higher else "lower"
+    title = f"Cost and {quality} ({better} is better)"
+    return _drawing(figure, title, f"{title}; on the Pareto front: {', '.join(arm.label for arm in best)}.")
 
 
 def ratios(verdict: Verdict) -> Drawing | None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,12 +11,14 @@ from typing import Any
 
 from entprog import files
 from entprog.names import plain
-from pipelines.comparison import drawings, samples, words
+from pipelines.comparison import drawings, samples, tables, words
 from pipelines.comparison.groups import Difference, Group, text
 from pipelines.comparison.runs import Training
-from pipelines.comparison.verdict import Judged, Verdict, mean_of
+from pipelines.comparison.verdict import Estimate, Judged, Verdict, mean_of
 
 FOLDER = Path(__file__).parent / "page"
+PARETO_METRICS = 3
+"""Quality metrics that are drawn against cost, beside the held-out loss."""
 DASHES = ("", "6 3", "6 2 1 2", "1 2")
 """Dashes of each group's line in chart keys, as `drawings.STYLES` draws it."""
 
@@ -64,8 +67,9 @@ def render(
         keys=[_key(group, place) for place, group in enumerate(groups)],
         tiles=tiles(verdict),
         summary=summary(verdict),
-        charts=[*filter(None, [drawings.curves(verdict, "charged_s"), drawings.curves(verdict, "step"),
-                               drawings.ratios(verdict)])],
+        charts=[*filter(None, _charts(verdict, evaluations))],
+        downloads=[(name, content, base64.b64encode(content.encode()).decode())
+                   for name, content in tables.downloads(verdict, evaluations)],
         schedules=schedules,
         scores=scores,
         undrawn=max(0, len(groups) - drawings.COLOURS),
@@ -257,6 +261,32 @@ def about(verdict: Verdict, groups: Sequence[Group]) -> list[tuple[str, str]]:
 
 
 # ---- pictures ----
+
+
+def _charts(verdict: Verdict, evaluations: Mapping[str, Mapping[str, Any]]):
+    """Learning curves, cost and quality, speed-ups; None for one that there is nothing to draw for."""
+    for axis in drawings.UNITS:
+        places = [getattr(point, axis) for judged in verdict.judged for run in judged.group.runs for point in run.curve]
+        if not places or all(map(math.isfinite, places)):
+            yield drawings.curves(verdict, axis)
+    columns = tables.estimates(verdict, evaluations)
+    yield drawings.pareto(_arms(verdict, columns["held-out loss"]), "held-out loss")
+    better = {}
+    for evaluation in evaluations.values():
+        better |= {name: evaluation["cards"][f["card"]].get("better") for name, f in evaluation["figures"].items()}
+    for metric, direction in list(better.items())[:PARETO_METRICS]:
+        if direction in ("higher", "lower"):
+            yield drawings.pareto(_arms(verdict, columns[metric]), metric, direction == "higher")
+    yield drawings.ratios(verdict)
+
+
+def _arms(verdict: Verdict, qualities: Sequence[Estimate | None]) -> list[drawings.Arm]:
+    pairs = enumerate(zip(verdict.judged, qualities, strict=True))
+    return [
+        drawings.Arm(judged.group.label, place, judged.seconds, found.value, found.low, found.high)
+        for place, (judged, found) in pairs
+        if found is not None and judged.seconds and math.isfinite(found.value)
+    ]
 
 
 def _schedules(groups: Sequence[Group]):

@@ -84,6 +84,8 @@ class Point(NamedTuple):
     charged_s: float
     step: int
     loss: float
+    wall_s: float = math.nan
+    """Since the run was begun, pauses between its restarts counted too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +267,12 @@ def _training(client, run, scratch: Path) -> Training:
     info, data = run.info, run.data
     charged = _by_step(client, info.run_id, "charged_s", data.metrics)
     losses = _by_step(client, info.run_id, "held_out_loss", data.metrics)
-    curve = tuple(Point(charged[step], step, loss) for step, loss in sorted(losses.items()) if step in charged)
+    begun_ms = info.start_time
+    curve = tuple(
+        Point(charged[step].value, step, loss.value, (loss.timestamp - begun_ms) / 1000)
+        for step, loss in sorted(losses.items())
+        if step in charged
+    )
     status = STATUS.get(info.status, info.status.lower())
     if status == "finished":
         status = "empty" if not curve else "finished" if math.isfinite(curve[-1].loss) else "diverged"
@@ -298,19 +305,19 @@ def _training(client, run, scratch: Path) -> Training:
     )
 
 
-def _by_step(client, run_id: str, metric: str, known: dict[str, float]) -> dict[int, float]:
-    """A metric's values by step; of a step that a resumed run repeated the later one."""
+def _by_step(client, run_id: str, metric: str, known: dict[str, float]) -> dict[int, Any]:
+    """A metric's points by step; of a step that a resumed run repeated the later one."""
     if metric not in known:
         return {}
     history = sorted(client.get_metric_history(run_id, metric), key=lambda m: m.timestamp)
-    return {m.step: m.value for m in history}
+    return {m.step: m for m in history}
 
 
-def _figures(metrics: dict[str, float], charged: dict[int, float], curve: Sequence[Point]) -> dict[str, float]:
+def _figures(metrics: dict[str, float], charged: dict[int, Any], curve: Sequence[Point]) -> dict[str, float]:
     known = {name: metrics[f"final/{name}"] for name in FIGURES if f"final/{name}" in metrics}
     so_far = {"peak_memory_bytes": metrics.get("peak_memory_bytes"), "flops": metrics.get("flops")}
     if charged:
-        so_far |= {"steps": max(charged), "seconds": charged[max(charged)]}
+        so_far |= {"steps": max(charged), "seconds": charged[max(charged)].value}
     if curve:
         so_far["held_out_loss"] = curve[-1].loss
     return {name: value for name, value in so_far.items() if value is not None} | known

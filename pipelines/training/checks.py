@@ -8,7 +8,7 @@ from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.errors import UserError
-from entprog.models import fingerprints, lora
+from entprog.models import adapters, fingerprints, lora
 from entprog.schedule import plans
 from entprog.training.storage import Place
 
@@ -39,6 +39,9 @@ def check(experiment: Experiment) -> shards.Dataset:
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
     if experiment.train.lora:
         lora.check(source.network, blocks(source.network), experiment.train.lora)
+        if given := experiment.model.adapter:
+            started = adapters.read(given, "model.adapter")
+            adapters.check_goes_on(started, experiment.train.lora, "model.adapter")
     return dataset
 
 

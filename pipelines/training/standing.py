@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from entprog import files
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.cluster import stalls
@@ -37,6 +38,11 @@ class Standing:
     """Seconds since the last step; None before the first."""
     trouble: str
     """The last line of error.log, or ''."""
+    warnings: list[dict[str, Any]]
+    """The lines of warnings.jsonl."""
+    previews: list[dict[str, Any]]
+    """The lines of previews/previews.jsonl."""
+    now_s: float
 
     @property
     def held_out(self) -> list[float]:
@@ -63,7 +69,8 @@ def read(output: Path, now_s: float | None = None) -> Standing:
         state = "failed" if trouble else "silent"
     else:
         state = "running"
-    return Standing(state, steps, share, left_s, age_s, trouble)
+    told, shown = (steplog.lines_of(output / name) for name in (steplog.WARNINGS, steplog.PREVIEWS))
+    return Standing(state, steps, share, left_s, age_s, trouble, told, shown, now_s)
 
 
 def _budgets(output: Path) -> dict[str, float]:
@@ -119,7 +126,7 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     """The standing as (figure, value) for people."""
     out = [("state", _state(standing))]
     if not standing.steps:
-        return [*out, ("step", "none yet: workers start, or blocks are scored")]
+        return [*out, ("step", "none yet: workers start, or blocks are scored"), *_told(standing)]
     last, steps = standing.steps[-1], standing.steps
     share = "" if standing.share is None else f", {standing.share:.0%} of the budget"
     out.append(("step", f"{last['step']}{share}, {last['charged_s']:.0f} charged seconds"))
@@ -135,6 +142,7 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
         )
     doing = {"search": "searching", "train": "training"}[last["phase"]]
     out.append(("stage", f"{last['stage'] + 1}, {doing} {len(last['trained'])} blocks, {last['backward']} backward"))
+    out.append(("trained blocks", compact(last["trained"])))
     out.append(("clips", f"{last['shape']}, {_clips_per_s(steps):.2f} clips/s"))
     lost = stalls.of(steps)
     parts = {
@@ -145,7 +153,37 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     }
     out.append(("time goes to", ", ".join(f"{name} {lost.share(s):.0%}" for name, s in parts.items())))
     out.append(("peak memory", f"{max(s['memory_bytes'] for s in steps) / 2**20:.0f} MiB"))
+    return [*out, *_told(standing)]
+
+
+def _told(standing: Standing) -> list[tuple[str, str]]:
+    """The last preview and the last warning, where there are any."""
+    out = []
+    if standing.previews:
+        last = standing.previews[-1]
+        others = f", {len(standing.previews)} in all" if len(standing.previews) > 1 else ""
+        out.append(("last preview", f"step {last['step']}: {', '.join(last['videos'])}{others}"))
+    if standing.warnings:
+        last = standing.warnings[-1]
+        ago = cli.duration(max(standing.now_s - last["time"], 0.0))
+        others = f", {len(standing.warnings)} in all" if len(standing.warnings) > 1 else ""
+        out.append(("last warning", f"{last['warning']} ({ago} ago{others})"))
     return out
+
+
+def compact(names: Sequence[str]) -> str:
+    """Names of blocks in the order of their numbers, neighbours as one: `blocks.0-3, blocks.7`."""
+    out: list[tuple[str, int | None, int | None]] = []
+    for name in sorted(names, key=files.natural):
+        stem, dot, end = name.rpartition(".")
+        number = int(end) if dot and end.isdigit() else None
+        if number is not None and out and out[-1][0] == stem and out[-1][2] == number - 1:
+            out[-1] = (stem, out[-1][1], number)
+        else:
+            out.append((name, None, None) if number is None else (stem, number, number))
+    return ", ".join(
+        stem if low is None else f"{stem}.{low}" if low == high else f"{stem}.{low}-{high}" for stem, low, high in out
+    )
 
 
 def _state(standing: Standing) -> str:

@@ -19,7 +19,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
-from entprog.models import fingerprints, lora
+from entprog.models import adapters, fingerprints, lora
 from entprog.models.finite import not_finite
 from entprog.schedule import plans, prices
 from entprog.schedule.freezing import outside
@@ -33,9 +33,11 @@ from pipelines.cluster import gauges, launch
 from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.cluster.stopping import LeavingError, Notices
 from pipelines.generating import rendering
+from pipelines.generating.motions import Motion
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
+from pipelines.training import previews as previewing
 from pipelines.training import steplog
 from pipelines.training.startup import Startup
 
@@ -118,9 +120,15 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     if experiment.in_fp8:
         fp8.check_device(device)
     dataset = shards.read_dataset(Path(experiment.data.shards))
-    denoiser = models.family(experiment.model.family).load(experiment.model, device, experiment.train.seed)
-    if experiment.train.lora:
-        lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, experiment.train.seed)
+    model, settings_of_adapters = experiment.model, experiment.train.lora
+    if settings_of_adapters:  # then an adapter to start from is not merged: it goes on
+        model = model.model_copy(update={"adapter": None})
+    denoiser = models.family(model.family).load(model, device, experiment.train.seed)
+    if settings_of_adapters:
+        lora.add(denoiser.network, blocks(denoiser.network), settings_of_adapters, experiment.train.seed)
+        if given := experiment.model.adapter:
+            started = adapters.read(given, "model.adapter")
+            adapters.go_on(started, denoiser.network, settings_of_adapters, "model.adapter")
     clock.over("weights")
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
@@ -178,6 +186,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         warn(line)
     if rank == 0 and table is not None:
         files.write_json(output / "cei.json", table.as_json())
+    previews = _previews(setup, output, tracker, warn)
     final_loss, starting = 0.0, True
     setup.clock.over("checkpoint")
     data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
@@ -203,6 +212,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 )
             if step.last:
                 final_loss = step.held_out_loss
+            if previews is not None and step.step % experiment.train.preview_every == 0:
+                previews.show(step.step, step.charged_s, state.ema)
             notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
                 saver.save(denoiser.network, state)
@@ -228,12 +239,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
             trained = outside(denoiser, experiment)
-            lora.save(denoiser.network, experiment.train.lora, trained, output / "adapter")
+            about = {"family": denoiser.FAMILY, "conditions": denoiser.conditions, "base": experiment.model.base}
+            lora.save(denoiser.network, experiment.train.lora, trained, output / "adapter", denoiser.PART, about)
             lora.merge(denoiser.network)
-        # A base keeps its own sampling shift; new weights know only the one they were trained with.
-        flow = isinstance(denoiser.process, Flow)
-        shift = experiment.train.timestep_shift if flow and not experiment.model.base else None
-        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift)
+        shift = _sampling_shift(setup)
+        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, parts=experiment.train.save)
         _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()
@@ -290,15 +300,38 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     """A look at what was learned: held-out motions by the final weights."""
     data, count = setup.experiment.data, setup.experiment.train.samples
-    if not count:
-        return
-    motions = []
+    if count:
+        settings = config.Generate(batch_size=data.batch_size, shift=shift)
+        rendering.render(lambda: setup.denoiser, _held_out_motions(setup, count), data.shape, folder, settings)
+
+
+def _held_out_motions(setup: Setup, count: int) -> list[Motion]:
+    data, out = setup.experiment.data, []
     for batch in clip_stream.held_out(setup.dataset, count, data.batch_size):
-        motions += rendering.motions_of(
-            batch.resized(data.shape), [f"held-out clip {n}" for n in batch.position.tolist()]
-        )
-    settings = config.Generate(batch_size=data.batch_size, shift=shift)
-    rendering.render(lambda: setup.denoiser, motions, data.shape, folder, settings)
+        names = [f"held-out clip {n}" for n in batch.position.tolist()]
+        out += rendering.motions_of(batch.resized(data.shape), names)
+    return out
+
+
+def _previews(
+    setup: Setup, output: Path, tracker: Tracker | None, warn: Callable[[str], None]
+) -> previewing.Previews | None:
+    """Those that are asked for; None: none. Every rank draws the same motions, or waits for who does."""
+    experiment = setup.experiment
+    if not experiment.train.preview_every:
+        return None
+    data = experiment.data
+    settings = config.Generate(batch_size=data.batch_size, shift=_sampling_shift(setup))
+    motions = _held_out_motions(setup, experiment.train.preview_clips) if tracker else []
+    keep = tracker.artifact if tracker else lambda path, folder: None
+    compiled = experiment.model.compile_blocks
+    return previewing.Previews(setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled)
+
+
+def _sampling_shift(setup: Setup) -> float | None:
+    """A base keeps its own sampling shift; new weights know only the one they were trained with."""
+    new = isinstance(setup.denoiser.process, Flow) and not setup.experiment.model.base
+    return setup.experiment.train.timestep_shift if new else None
 
 
 def as_record(step: Step) -> dict[str, Any]:

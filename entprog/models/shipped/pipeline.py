@@ -1,0 +1,385 @@
+"""A fine-tuned human-video network as a pipeline of diffusers: who, from a picture, moves as pose frames say.
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+    clip = pipe(reference=picture, pose=frames).frames[0]
+
+This file lies beside the weights and stands alone: it needs torch and diffusers, not the program that trained them.
+Pose frames are what `draw` of skeleton.py, in the same folder, makes of body points.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors.torch import load_file
+
+PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+FRAMES_AT_ONCE = 8
+"""Frames that an image VAE encodes or decodes at a time."""
+REFERENCE_SEED = 4764156602392020899
+"""Of the noise that Wan-Animate's reference is trained with."""
+IMAGE_VAES = (diffusers.AutoencoderKL, diffusers.AutoencoderKLTemporalDecoder)
+
+
+@dataclass
+class ClipOutput(BaseOutput):
+    """Clips, one for each that was asked for; of `output_type="latent"` their latents [1, C, F', H', W']."""
+
+    frames: list | np.ndarray | torch.Tensor
+
+
+class ReferencePosePipeline(DiffusionPipeline):
+    """Noise to a clip, with reference and pose as further input channels of the network."""
+
+    model_cpu_offload_seq = "transformer->unet->vae"
+    _optional_components = [  # noqa: RUF012 - diffusers reads a list
+        "transformer", "unet", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor",
+        "feature_extractor",
+    ]  # fmt: skip
+
+    def __init__(
+        self,
+        scheduler,
+        transformer=None,
+        unet=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        image_encoder=None,
+        image_processor=None,
+        feature_extractor=None,
+        family="",
+        conditions=(),
+        latent_channels=3,
+        compression=(1, 1),
+        text_shape=(1, 1, 1),
+        prompt=False,
+        clip=None,
+        elsewhere=None,
+    ):
+        """compression: clip frames to a latent frame, and pixels to a latent row. text_shape: of what cross-attention
+        sees. prompt: whether its values lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames,
+        height, width and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder."""
+        super().__init__()
+        place = (elsewhere or {}).get("vae")
+        if vae is None and place:
+            vae = getattr(diffusers, place["kind"]).from_pretrained(
+                place["name"], revision=place["revision"], subfolder=place["subfolder"]
+            )
+        self.register_modules(
+            scheduler=scheduler, transformer=transformer, unet=unet, vae=vae, text_encoder=text_encoder,
+            tokenizer=tokenizer, image_encoder=image_encoder, image_processor=image_processor,
+            feature_extractor=feature_extractor,
+        )  # fmt: skip
+        self.register_to_config(
+            family=family, conditions=list(conditions), latent_channels=latent_channels, compression=list(compression),
+            text_shape=list(text_shape), prompt=prompt, clip=clip, elsewhere=elsewhere,
+        )  # fmt: skip
+
+    @property
+    def network(self):
+        return self.transformer if self.unet is None else self.unet
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        reference=None,
+        pose=None,
+        num_frames=None,
+        height=None,
+        width=None,
+        num_inference_steps=20,
+        reference_guidance=1.0,
+        pose_guidance=1.0,
+        prompt_embeds=None,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        """One clip.
+
+        reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size. pose: as many
+        drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
+        strengthens a condition over a zeroed one. prompt_embeds [1, tokens, width]: instead of the folder's own.
+        latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
+        """
+        device, shown = self._execution_device, {}
+        given = {"reference": reference, "pose": pose}
+        for name in self.config.conditions:
+            if given[name] is None:
+                raise ValueError(f"this network was trained with {', '.join(self.config.conditions)}: give {name}")
+            shown[name] = pixels(given[name]).to(device)
+        known = self.config.clip or {}
+        frames = num_frames or (shown["pose"].shape[2] if "pose" in shown else known["frames"])
+        sizes = next((video.shape[-2:] for video in shown.values()), None)
+        rows, columns = sizes or (height or known["height"], width or known["width"])
+        temporal, spatial = self.config.compression
+        size = (1, self.config.latent_channels, 1 + (frames - 1) // temporal, rows // spatial, columns // spatial)
+        shown = {name: self.encode(video) for name, video in shown.items()}
+        if "reference" in shown:
+            shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
+            if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
+                shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
+        text = {name: tensor.to(device) for name, tensor in self.text(prompt_embeds).items()}
+        passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
+        if latents is None:
+            latents = randn_tensor(size, generator=generator, device=device)
+        if type(self.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+            evenly = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=evenly, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device).float() * getattr(self.scheduler, "init_noise_sigma", 1)  # known only now
+        takes = inspect.signature(self.scheduler.step).parameters  # some add noise on the way
+        extra = {"generator": generator} if "generator" in takes else {}
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            seen = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                seen = self.scheduler.scale_model_input(latents, timestep)
+            prediction = torch.zeros_like(latents)
+            for kept, share in passes.items():
+                visible = {name: v if name in kept else torch.zeros_like(v) for name, v in shown.items()}
+                prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
+            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+        made = latents if output_type == "latent" else shaped(self.decode(latents), output_type)
+        return ClipOutput(frames=made) if return_dict else (made,)
+
+    def predict(self, latents, timestep, shown, text):
+        """The network's prediction, float32 like the latents."""
+        inputs = [latents, *(shown[name] for name in self.config.conditions)]
+        if self.config.family != "wan_animate":
+            unused = self.network.config.in_channels - sum(each.shape[1] for each in inputs)
+            if unused:  # an image-to-video base's own image, as if none was given
+                inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
+        dtype, family = self.network.dtype, self.config.family
+        inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
+        if family == "wan_animate":
+            return self.wan_animate(*inputs, timestep, text[PROMPT]).float()
+        call = {
+            "wan": wan, "cogvideox": cogvideox, "latte": latte, "svd": svd, "motion_unet": motion_unet,
+            "hunyuan_video": hunyuan_video,
+        }  # fmt: skip
+        out = call[family](self.network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
+        return out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
+
+    def wan_animate(self, noisy, reference, pose, timestep, text):
+        """The reference is a frame of its own before the clip's, noised along with it; the face is one not there."""
+        network, reference = self.network, reference[:, :, :1]
+        t = timestep / 1000
+        first = (1 - t) * reference + t * fixed_noise(reference)
+        latents = torch.cat([first.to(noisy), noisy], dim=2)
+        given = torch.cat([reference, self.nothing(noisy)], dim=2)
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, 4, 1, 1, 1)
+        mask[:, :, 0] = 1
+        face = network.motion_encoder.size
+        (velocity,) = network(
+            hidden_states=torch.cat([latents, mask, given], dim=1),
+            timestep=timestep,
+            encoder_hidden_states=text,
+            encoder_hidden_states_image=no_image(network.config).to(noisy),
+            pose_hidden_states=pose,
+            face_pixel_values=noisy.new_full((1, 3, 4 * (noisy.shape[2] - 1) + 1, face, face), -1.0),
+            return_dict=False,
+        )
+        return velocity[:, :, 1:]
+
+    def nothing(self, like):
+        """Latents of a grey clip, where Wan-Animate's pipeline has an earlier segment's frames."""
+        if self.vae is None:
+            return torch.zeros_like(like)
+        temporal, spatial = self.config.compression
+        frames, rows, columns = 1 + (like.shape[2] - 1) * temporal, like.shape[3] * spatial, like.shape[4] * spatial
+        return self.encode(torch.zeros(1, 3, frames, rows, columns, device=like.device)).to(like)
+
+    def text(self, given):
+        """What the network sees of a text, by name: [1, tokens, width] for cross-attention, perhaps more."""
+        if given is not None:
+            return {PROMPT: given}
+        if not self.config.prompt:
+            return {PROMPT: torch.zeros(self.config.text_shape)}
+        path = Path(self.config._name_or_path, f"{PROMPT}.safetensors")
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = hf_hub_download(self.config._name_or_path, path.name)
+        return {name: tensor[None] for name, tensor in load_file(path).items()}
+
+    def encode(self, video):
+        """Pixels [1, 3, F, H, W] in -1..1 → scaled latents: the posterior's mode."""
+        vae = self.vae
+        if vae is None:
+            return video
+        video = video.to(vae.dtype)
+        if isinstance(vae, diffusers.AutoencoderKLWan):
+            mean, std = scale(vae, video)
+            return ((vae.encode(video).latent_dist.mode() - mean) / std).float()
+        if isinstance(vae, IMAGE_VAES):
+            parts = video[0].transpose(0, 1).split(FRAMES_AT_ONCE)
+            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
+            latents = (latents - shift(vae)) * vae.config.scaling_factor
+            return latents.transpose(0, 1)[None].float()
+        return (vae.encode(video).latent_dist.mode() * vae.config.scaling_factor).float()
+
+    def decode(self, latents):
+        """Latents [1, C, F', H', W'] → pixels [1, 3, F, H, W] in -1..1."""
+        vae = self.vae
+        if vae is None:
+            return latents.clamp(-1, 1)
+        latents = latents.to(vae.dtype)
+        if isinstance(vae, diffusers.AutoencoderKLWan):
+            mean, std = scale(vae, latents)
+            video = vae.decode(latents * std + mean).sample
+        elif isinstance(vae, IMAGE_VAES):
+            frames = (latents[0] / vae.config.scaling_factor).transpose(0, 1)
+            if isinstance(vae, diffusers.AutoencoderKLTemporalDecoder):
+                frames = vae.decode(frames, num_frames=len(frames)).sample
+            else:
+                frames = torch.cat([vae.decode(part + shift(vae)).sample for part in frames.split(FRAMES_AT_ONCE)])
+            video = frames.transpose(0, 1)[None]
+        else:
+            video = vae.decode(latents / vae.config.scaling_factor).sample
+        return video.float().clamp(-1, 1)
+
+
+# ---- each family's call: network, inputs [1, channels, F', H', W'], timestep [1], text, more of it → prediction ----
+
+
+def wan(network, inputs, timestep, text, more):
+    return network(
+        hidden_states=inputs, timestep=timestep, encoder_hidden_states=text,
+        encoder_hidden_states_image=None if (image := no_image(network.config)) is None else image.to(inputs),
+        return_dict=False,
+    )[0]  # fmt: skip
+
+
+def no_image(sizes):
+    """Image tokens of a Wan image-to-video network, as if no image was given; None where it takes none."""
+    if sizes.added_kv_proj_dim is None:
+        return None
+    if sizes.pos_embed_seq_len is None:
+        return torch.zeros(1, 1, sizes.image_dim)
+    return torch.zeros(2, sizes.pos_embed_seq_len // 2, sizes.image_dim)
+
+
+def hunyuan_video(network, inputs, timestep, text, more):
+    sizes = network.config
+    pooled = more.get(POOLED, inputs.new_zeros(1, sizes.pooled_projection_dim))
+    return network(
+        hidden_states=inputs, timestep=timestep, encoder_hidden_states=text, pooled_projections=pooled,
+        encoder_attention_mask=text.new_ones(text.shape[:2]),
+        guidance=inputs.new_full((1,), 6000.0) if sizes.guidance_embeds else None,  # its pipeline's strength
+        return_dict=False,
+    )[0]  # fmt: skip
+
+
+def cogvideox(network, inputs, timestep, text, more):
+    sizes = network.config
+    extra = -inputs.shape[2] % (sizes.patch_size_t or 1)  # 1.5 takes frames in pairs
+    inputs = torch.cat([inputs[:, :, :1].expand(-1, -1, extra, -1, -1), inputs], dim=2)
+    (v,) = network(
+        hidden_states=inputs.transpose(1, 2), encoder_hidden_states=text, timestep=timestep,
+        ofs=None if sizes.ofs_embed_dim is None else inputs.new_full((1,), 2.0),
+        image_rotary_emb=rotary(sizes, *inputs.shape[2:], inputs.device), return_dict=False,
+    )  # fmt: skip
+    return v.transpose(1, 2)[:, :, extra:]
+
+
+def rotary(sizes, frames, rows, columns, device):
+    """CogVideoX's rotary positions; None for a network without."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    if not sizes.use_rotary_positional_embeddings:
+        return None
+    patch = sizes.patch_size
+    grid, base = (rows // patch, columns // patch), (sizes.sample_height // patch, sizes.sample_width // patch)
+    common = {"embed_dim": sizes.attention_head_dim, "grid_size": grid, "device": device}
+    if sizes.patch_size_t is None:
+        crops = get_resize_crop_region_for_grid(grid, base[1], base[0])
+        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
+    frames = -(-frames // sizes.patch_size_t)
+    return get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=base, **common)
+
+
+def latte(network, inputs, timestep, text, more):
+    every = network.temp_pos_embed
+    network.temp_pos_embed = every[:, : inputs.shape[2]]  # a shorter clip has the positions of the first frames
+    try:
+        return network(hidden_states=inputs, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+    finally:
+        network.temp_pos_embed = every
+
+
+def svd(network, inputs, timestep, text, more):
+    clip = inputs.new_tensor([[6, 127, 0.0]])  # frames per second - 1, motion, noise on the reference
+    return network(
+        sample=inputs.transpose(1, 2), timestep=timestep, encoder_hidden_states=text, added_time_ids=clip,
+        return_dict=False,
+    )[0].transpose(1, 2)  # fmt: skip
+
+
+def motion_unet(network, inputs, timestep, text, more):
+    text = text.expand(inputs.shape[2], -1, -1)
+    return network(sample=inputs, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+
+# ---- pictures and numbers ----
+
+
+def pixels(given):
+    """A picture or frames → float [1, 3, F, H, W] in -1..1."""
+    if isinstance(given, list | tuple):
+        given = np.stack([np.asarray(frame.convert("RGB")) for frame in given])
+    elif isinstance(given, Image.Image):
+        given = np.asarray(given.convert("RGB"))
+    video = torch.as_tensor(given)
+    if video.dtype == torch.uint8:
+        video = video.movedim(-1, -3).float() / 127.5 - 1
+    if video.ndim == 3:
+        video = video[None]
+    return video.transpose(0, 1)[None].float()
+
+
+def shaped(video, output_type):
+    """Pixels [1, 3, F, H, W] in -1..1 as a person wants them, a clip a row."""
+    frames = ((video + 1) / 2).transpose(1, 2).cpu()
+    if output_type == "pt":
+        return frames
+    frames = frames.movedim(2, -1).numpy()
+    if output_type == "np":
+        return frames
+    return [[Image.fromarray(frame) for frame in (clip * 255).round().astype(np.uint8)] for clip in frames]
+
+
+def guidance(conditions, reference, pose):
+    """{conditions shown, others being zeroed: what that prediction counts} (InstructPix2Pix, arXiv 2211.09800)."""
+    strengths, shares, kept, left = {"reference": reference, "pose": pose}, {}, (), 1.0
+    for name in sorted(conditions, key=lambda name: name != "reference"):
+        shares[kept] = left - strengths[name]
+        kept, left = (*kept, name), strengths[name]
+    shares[kept] = left
+    return {names: share for names, share in shares.items() if share}
+
+
+def fixed_noise(frame):
+    """The one noise that Wan-Animate's reference was trained with, [1, C, 1, H', W']."""
+    generator = torch.Generator(frame.device).manual_seed(REFERENCE_SEED)
+    return torch.empty_like(frame, dtype=torch.float32).normal_(generator=generator)
+
+
+def scale(vae, like):
+    """Mean and deviation of the channels of Wan's latents, [1, C, 1, 1, 1]."""
+    values = (vae.config.latents_mean, vae.config.latents_std)
+    return (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1) for v in values)
+
+
+def shift(vae):
+    return getattr(vae.config, "shift_factor", None) or 0.0

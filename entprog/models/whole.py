@@ -1,0 +1,155 @@
+"""A saved folder as a whole pipeline, which plain diffusers runs: its index, its code, the parts that are not trained.
+
+`DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)` needs model_index.json and
+pipeline.py, which is `shipped/pipeline.py` here. VAE and encoders of the base are copied, or named by where they lie.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+
+from entprog.errors import UserError
+from entprog.masking import one_line
+from entprog.media import skeleton
+from entprog.models import folders
+from entprog.models.folders import Elsewhere
+
+Save = Literal["whole", "light"]
+ENCODERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "feature_extractor")
+"""Parts of a base's pipeline that make what cross-attention sees."""
+CODE = Path(__file__).parent / "shipped" / "pipeline.py"
+CLASS = "ReferencePosePipeline"
+COPIED = (".json", ".safetensors", ".model", ".txt")
+"""Endings of an encoder's files that are copied: neither pickles nor programs."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a part that is not trained comes from."""
+
+    place: Elsewhere
+    folder: Path | None
+    """On this machine; None: it was not fetched."""
+
+
+def origin(given: str, root: Path, subfolder: str, library: str, kind: str, about: Mapping[str, Any]) -> Origin:
+    """The origin of a part of the pipeline in `root`, which a person called `given`. about: its `entprog.json`."""
+    folder = root / subfolder if subfolder else root
+    kept = about.get("elsewhere", {}).get(subfolder)
+    if kept and not folder.is_dir():  # that folder does not hold it either
+        return Origin(Elsewhere(**kept), None)
+    revision = root.name if root.parent.name == "snapshots" else None  # the hub's cache
+    name = given if revision else str(root.resolve())
+    place = Elsewhere(name=name, revision=revision, subfolder=subfolder, library=library, kind=kind)
+    return Origin(place, folder if folder.is_dir() else None)
+
+
+def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> dict[str, Origin]:
+    """The encoders that the pipeline of a base names."""
+    named = {name: kinds for name, kinds in _parts(index_of(root)).items() if name in ENCODERS}
+    named |= {
+        name: (kept["library"], kept["kind"]) for name, kept in about.get("elsewhere", {}).items() if name in ENCODERS
+    }
+    return {name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()}
+
+
+def index_of(root: Path | None) -> dict[str, Any]:
+    """A folder's model_index.json; {} if it has none. Raises UserError if it is damaged."""
+    path = root and root / folders.INDEX
+    return folders.read_json(path) if path and path.is_file() else {}
+
+
+def _parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{name: (library, class)} of the parts that an index names."""
+    entries = {name: entry for name, entry in index.items() if name[0] != "_" and name != "conditions"}
+    pairs = {name: tuple(entry) for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: pair for name, pair in pairs.items() if all(isinstance(word, str) for word in pair)}
+
+
+def elsewhere(origins: Mapping[str, Origin], save: Save) -> dict[str, Elsewhere]:
+    """The parts that a saved folder does not hold: those that are not here, and with `light` all of them."""
+    return {name: o.place for name, o in origins.items() if save == "light" or (name != "vae" and o.folder is None)}
+
+
+def copy_encoders(origins: Mapping[str, Origin], left_out: Mapping[str, Elsewhere], folder: Path) -> None:
+    """Copy those of the encoders that are not left out."""
+    for name, where in origins.items():
+        if name in ENCODERS and name not in left_out and where.folder is not None:
+            (folder / name).mkdir()
+            for path in where.folder.iterdir():
+                if path.suffix in COPIED and path.is_file():
+                    shutil.copyfile(path, folder / name / path.name)
+
+
+def leave(
+    folder: Path,
+    *,
+    network: tuple[str, str],
+    scheduler: str,
+    vae: str | None,
+    origins: Mapping[str, Origin],
+    about: Mapping[str, Any],
+    base: Mapping[str, Any],
+    text_shape: tuple[int, ...],
+    compression: tuple[int, int],
+) -> None:
+    """Write model_index.json, and pipeline.py with its drawing of poses where the network needs them.
+
+    network: its folder and class; scheduler, vae: their classes; about: the content of entprog.json; base: the base's
+    own index. A network without conditions keeps its base's pipeline, if all of that is there.
+    """
+    left_out = about["elsewhere"]
+    here = {"scheduler": ["diffusers", scheduler], network[0]: ["diffusers", network[1]]}
+    if vae is not None and "vae" not in left_out:
+        here["vae"] = ["diffusers", vae]
+    copied = {name: o.place for name, o in origins.items() if name in ENCODERS and name not in left_out}
+    here |= {name: [place.library, place.kind] for name, place in copied.items()}
+    if not about["conditions"] and _parts(base).keys() == here.keys() and isinstance(base.get("_class_name"), str):
+        values = {**base, **here}
+    else:
+        clip = about["shape"] and {name: about["shape"][name] for name in ("frames", "height", "width", "fps")}
+        values = {
+            "_class_name": [CODE.stem, CLASS],
+            "_diffusers_version": diffusers.__version__,
+            **here,
+            "family": about["family"],
+            "conditions": about["conditions"],
+            "latent_channels": about["latent_channels"],
+            "compression": compression,
+            "text_shape": text_shape,
+            "prompt": (folder / folders.PROMPT).is_file(),
+            "clip": clip,
+            "elsewhere": left_out or None,
+        }
+        shutil.copyfile(CODE, folder / CODE.name)
+        if "pose" in about["conditions"]:
+            shutil.copyfile(skeleton.__file__, folder / "skeleton.py")
+    (folder / folders.INDEX).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def missing(root: Path) -> list[str]:
+    """The files that a whole pipeline needs and a folder lacks."""
+    listed = index_of(root)
+    if not listed:
+        return [folders.INDEX]
+    out = [] if isinstance(listed.get("_class_name"), str) or (root / CODE.name).is_file() else [CODE.name]
+    out += [f"{name}/" for name in _parts(listed) if not list((root / name).glob("*.json"))]
+    if listed.get("prompt") and not (root / folders.PROMPT).is_file():
+        out.append(folders.PROMPT)
+    return out
+
+
+def remedy(root: Path) -> str:
+    """The command that makes a folder whole again, for messages."""
+    made = {}
+    with contextlib.suppress(UserError):
+        made = folders.read_json(root.parent / "result.json") if (root.parent / "result.json").is_file() else {}
+    command = made.get("command")
+    again = f"it was made by: {one_line(str(command), most=300)}" if command else "python -m pipelines.train makes one"
+    return f"copy it there again, or train anew with another --output ({again})"

@@ -1,0 +1,106 @@
+"""Adapter: merge a low-rank adapter into its base, or extract one out of two networks.
+
+python -m pipelines.adapter merge --adapter out/run/adapter --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output out/merged
+python -m pipelines.adapter extract --before out/base --after out/run/model --rank 16 --output out/adapter
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entprog.errors import UserError
+from pipelines import cli
+from pipelines.outputs import claim
+
+app = cli.app("Low-rank adapters: merge one into its base, or extract one out of what training changed.")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys.")],
+    base: Annotated[str, typer.Option(help="The base that it was trained on: a folder, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged pipeline, new or empty.")],
+    family: Annotated[
+        str | None, typer.Option(help="Model family of the base, where the adapter does not say.")
+    ] = None,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+) -> None:
+    """Add the adapter to the base's weights: a pipeline that needs no adapter any more."""
+
+    def work() -> dict[str, Any]:
+        from entprog import config, models
+        from entprog.models import adapters, folders
+
+        claim.check(output, "adapter", {"merge": adapter, "base": base})
+        found = adapters.read(adapter, "--adapter")
+        saved = folders.saved(folders.locate(base, "--base"))
+        about = {**saved, **found.about} if found.about else saved
+        chosen = config.Model(
+            family=family or about.get("family", "wan"), base=base, adapter=adapter,
+            conditions=tuple(about.get("conditions", ())),
+        )  # fmt: skip
+        kind = models.family(chosen.family)
+        kind.inspect(chosen)
+        parts = f"{len(found.pairs)} layers and {len(found.outside)} whole weights"
+        if dry_run:
+            cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {output}.")
+            return {}
+        claim.take(output, "adapter", {"merge": adapter, "base": base})
+        kind.load(chosen).save(output / "model")
+        cli.console.print(f"Merged {parts} of {adapter} into {base}: {output / 'model'}")
+        return {"model": str(output / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
+
+    cli.run("adapter", None if dry_run else output, work, verbose=verbose)
+
+
+@app.command()
+def extract(
+    before: Annotated[str, typer.Option(help="The base: a folder, or a hub name.")],
+    after: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
+    output: Annotated[Path, typer.Option(help="Folder of the adapter, new or empty.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+) -> None:
+    """What training added to a base, as an adapter: the best approximation of that rank, layer by layer."""
+
+    def work() -> dict[str, Any]:
+        from entprog import config, models
+        from entprog.blocks import blocks
+        from entprog.models import adapters, folders
+
+        identity = {"before": before, "after": after, "rank": rank}
+        claim.check(output, "adapter", identity)
+        root = folders.locate(after, "--after")
+        saved = folders.saved(root)
+        if not saved:
+            raise UserError(f"--after: {after} was not written by pipelines.train (it has no entprog.json)")
+        family, conditions = saved["family"], tuple(saved["conditions"])
+        kind = models.family(family)
+        sides = [config.Model(family=family, base=name, conditions=conditions) for name in (before, str(root))]
+        for side in sides:
+            kind.inspect(side)
+        if dry_run:
+            cli.console.print(f"Would extract an adapter of rank {rank} out of {after} over {before} into {output}.")
+            return {}
+        claim.take(output, "adapter", identity)
+        base, tuned = (kind.load(side) for side in sides)
+        about = {"family": family, "conditions": conditions, "base": before}
+        found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
+        if not found.pairs:
+            raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")
+        adapters.write(output / "adapter", found, tuned.PART)
+        cli.console.print(
+            f"Extracted {len(found.pairs)} layers at rank {rank}, without {lost:.1%} of their change; "
+            f"{len(found.outside)} other weights that changed are whole beside them: {output / 'adapter'}"
+        )
+        whole = len(found.outside)
+        return {"adapter": str(output / "adapter"), "layers": len(found.pairs), "whole_weights": whole, "lost": lost}
+
+    cli.run("adapter", None if dry_run else output, work, verbose=verbose)
+
+
+if __name__ == "__main__":
+    app()

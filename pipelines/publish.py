@@ -1,0 +1,143 @@
+"""Publish: what train left → a folder, a bucket or a hub, as a whole pipeline that plain diffusers runs.
+
+python -m pipelines.publish --checkpoint out/run --to hf://me/dancer
+python -m pipelines.publish --checkpoint out/run --to s3://bucket/dancer
+"""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entprog.errors import UserError
+from entprog.masking import bare, has_credentials, reason
+from pipelines import cli
+
+HUB = "hf://"
+MADE = ("model_index.json", "pipeline.py", "skeleton.py", "README.md")
+"""Files that can be made of the others."""
+
+app = cli.app("Put a trained pipeline where others find it: a folder, a bucket, or a hub.")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
+    to: Annotated[str, typer.Option(help="A folder, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or hf://OWNER/NAME.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="With the weights of the checkpoint after this step, not the last ones.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository on the hub is open to everyone.")] = False,
+    dry_run: cli.DryRun = False,
+    verbose: cli.Verbose = False,
+) -> None:
+    """Copy the pipeline, whole: what a folder of an older version lacks is made, what cannot be made is named."""
+    cli.run("publish", None, lambda: run(checkpoint, to, step=step, public=public, dry_run=dry_run), verbose=verbose)
+
+
+def run(
+    checkpoint: str, to: str, *, step: int | None = None, public: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Publish; returns `{"files": {name: bytes}, "to": where}`. step: of the checkpoint in the training's own folder,
+    beside `model/`, whose weights are taken.
+
+    Raises UserError for a folder that is not whole and cannot be made so, a place that is no place, or one that does
+    not take it.
+    """
+    from entprog.models import folders, whole
+
+    root = folders.locate(checkpoint, "--checkpoint")
+    about = folders.saved(root)
+    if not about:
+        raise UserError(f"--checkpoint: {checkpoint} was not written by pipelines.train (it has no entprog.json)")
+    lost = [name for name in whole.missing(root) if name not in MADE]
+    if lost:
+        raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
+    _check(to, about)
+    with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
+        folder = _complete(root, about, Path(scratch) / "model", step)
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        total = sum(sizes.values())
+        done = "Would publish" if dry_run else "Published"
+        if not dry_run:
+            _put(folder, to, public)
+        cli.console.print(
+            f"{done} {root} ({len(sizes)} files, {total / 2**20:.1f} MiB) to {bare(to)}: {', '.join(sizes)}"
+        )
+    return {"to": bare(to), "files": sizes}
+
+
+def _check(to: str, about: dict[str, Any]) -> None:
+    """Raises UserError for a place that nothing can be published to, before anything is read."""
+    from entprog.training.storage import Place
+
+    if has_credentials(to):
+        raise UserError(f"--to: {bare(to)} holds a user or password: give credentials in the environment")
+    if to.startswith(HUB):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", to.removeprefix(HUB)):
+            raise UserError(f"--to: a repository on the hub is named hf://OWNER/NAME, given {to}")
+    elif "://" in to:
+        Place.at(to)
+    else:
+        folder = Path(to)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--to: {to} is a file, wanted is a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "entprog.json").is_file():
+            raise UserError(f"--to: {to} holds files that are no published pipeline: choose a new or an empty folder")
+    here = [f"{name} ({place['name']})" for name, place in about.get("elsewhere", {}).items() if not place["revision"]]
+    if here and "://" in to:
+        raise UserError(
+            f"--checkpoint: saved light, its {', '.join(here)} lies on this machine alone: train with train.save=whole"
+        )
+
+
+def _complete(root: Path, about: dict[str, Any], folder: Path, step: int | None) -> Path:
+    """A copy with all that can be made of the rest, and perhaps the weights of an earlier step."""
+    from entprog import config, models
+    from entprog.models import folders, whole
+    from entprog.training import checkpoint
+    from pipelines.training import model_card
+
+    if whole.missing(root) or step is not None:
+        chosen = config.Model(family=about["family"], base=str(root), conditions=tuple(about["conditions"]))
+        denoiser = models.family(about["family"]).load(chosen)
+        if step is not None:
+            checkpoint.load_weights(root.resolve().parent / "checkpoints", f"step-{step:08d}", denoiser.network)
+        denoiser.save(folder, **({} if step is None else {"step": step}))
+    else:
+        shutil.copytree(root, folder)
+    if not (folder / folders.CARD).is_file():
+        model_card.write(folder)
+    return folder
+
+
+def _put(folder: Path, to: str, public: bool) -> None:
+    """Raises UserError if the place does not take it."""
+    from entprog.models import folders
+    from entprog.training.storage import Place
+
+    try:
+        if to.startswith(HUB):
+            _to_hub(folder, to.removeprefix(HUB), public)
+        elif "://" in to:
+            Place.at(to).upload(folder)
+        else:
+            with folders.replacing(Path(to).absolute()) as scratch:
+                shutil.copytree(folder, scratch, dirs_exist_ok=True)
+    except (OSError, ValueError) as error:  # of disk, bucket and hub, whose own errors are OSErrors
+        raise UserError(f"--to: {bare(to)} does not take it: {reason(error)}") from None
+
+
+def _to_hub(folder: Path, name: str, public: bool) -> None:
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(name, private=not public, exist_ok=True)
+    hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained pipeline")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,125 @@
+"""Previews: what the network draws while it trains, as clips and as a page that plays them over time.
+
+OUTPUT/previews/
+  step-00000200/     videos/ and sheet.png, as `generate` leaves them
+  previews.jsonl     a line a preview
+  index.html         all of them, step by step
+Nothing that training computes depends on them: they draw from generators of their own, between two steps.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entprog import files
+from entprog.config import ClipShape, Generate
+from entprog.diffusion.denoiser import Denoiser
+from entprog.distributed import agree, fsdp
+from entprog.masking import reason
+from pipelines.generating import rendering
+from pipelines.generating.motions import Motion
+from pipelines.training import steplog
+
+PAGE = Path(__file__).with_name("previews.html")
+
+
+@dataclass(frozen=True)
+class Previews:
+    """What is drawn, and where it is left. Every rank has one; rank 0 draws."""
+
+    denoiser: Denoiser
+    motions: Sequence[Motion]
+    shape: ClipShape
+    output: Path
+    settings: Generate
+    keep: Callable[[Path, str], None]
+    """Keep a file with the run in MLflow, in a folder of that name."""
+    warn: Callable[[str], None]
+    compiled: bool = False
+    """Whether blocks are compiled."""
+
+    def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> None:
+        """Draw every motion with the weights as they are after this step, or with their averages where there are any;
+        every rank calls it. What goes wrong is a warning."""
+        network = self.denoiser.network
+        with averaged(network, ema), fsdp.gathered(network), undisturbed(network, self.compiled):
+            if agree.world()[0] == 0:
+                try:
+                    self._draw(step, charged_s)
+                except Exception as error:  # memory, disk, codec: a look must not cost the run
+                    self.warn(f"the preview after step {step} failed: {reason(error)}; training goes on")
+        agree.wait_for_all()  # no rank's next step pays for it
+
+    def _draw(self, step: int, charged_s: float) -> None:
+        folder = self.output / "previews" / f"step-{step:08d}"
+        records, sheet = rendering.render(lambda: self.denoiser, self.motions, self.shape, folder, self.settings)
+        videos = [Path(record["video"]) for record in records]
+        entry = {
+            "step": step,
+            "charged_s": charged_s,
+            "time": time.time(),
+            "motions": [record["clip"] for record in records],
+            "videos": [str(video.relative_to(self.output)) for video in videos],
+        }
+        for path in (*videos, sheet):
+            self.keep(path, f"previews/{folder.name}")
+        leave(self.output, entry)
+
+
+def leave(output: Path, entry: Mapping[str, Any]) -> None:
+    """Add a preview to the list and to the page; those of the same step or later, of a run that was cut short, go."""
+    path = output / steplog.PREVIEWS
+    entries = [each for each in steplog.lines_of(path) if each["step"] < entry["step"]] + [dict(entry)]
+    files.write_text(path, "".join(files.strict_json(each) + "\n" for each in entries))
+    files.write_text(path.with_name("index.html"), page(entries, output.resolve().name))
+
+
+def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The page that plays them: its clips are the files beside it."""
+    shown = [
+        {
+            "step": each["step"],
+            "charged_s": each["charged_s"],
+            "motions": each["motions"],
+            "videos": [str(Path(video).relative_to("previews")) for video in each["videos"]],
+        }
+        for each in entries
+    ]
+    content = json.dumps(shown).replace("<", "\\u003c")  # a motion's name must not end the script
+    return PAGE.read_text().replace("{{ title }}", escape(title)).replace("{{ previews }}", content)
+
+
+@contextlib.contextmanager
+def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Averaged weights for the length of a block, then the very weights that were there."""
+    swapped = [(fsdp.held(p), fsdp.held(ema[name])) for name, p in network.named_parameters() if name in ema]
+    with torch.no_grad():
+        before = [weight.to("cpu", copy=True) for weight, _ in swapped]
+        try:
+            for weight, average in swapped:
+                weight.copy_(average)
+            yield
+        finally:
+            for (weight, _), own in zip(swapped, before, strict=True):
+                weight.copy_(own)
+
+
+@contextlib.contextmanager
+def undisturbed(network: nn.Module, compiled: bool) -> Iterator[None]:
+    """Random states and measured memory stay as they are, and compiled blocks are not compiled for other shapes."""
+    device = next(network.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    as_written = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), as_written:
+        yield
+    if devices:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

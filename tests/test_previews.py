@@ -1,0 +1,115 @@
+"""Previews: training computes the same with and without them, what is drawn is what `generate` draws, failures warn."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from entprog.blocks import compile_blocks
+from entprog.config import Generate
+from entprog.media import h264
+from helpers.networks import SHAPE, tiny_experiment
+from helpers.runs import Run, comparable
+from pipelines.generating import rendering
+from pipelines.generating.motions import Motion
+from pipelines.training import previews, steplog
+
+
+def motions(count=2):
+    random = np.random.default_rng(0)
+    return [
+        Motion(
+            f"clip </script> {n}",
+            random.integers(0, 255, (16, 16, 3), np.uint8),
+            random.random((2, 33, 3), np.float32),
+            None,
+            place=n,
+        )
+        for n in range(count)
+    ]
+
+
+def looking(run, output, settings=None, kept=None, warnings=None):
+    return previews.Previews(
+        run.denoiser, motions(), SHAPE, output, settings or Generate(steps=2),
+        lambda path, folder: None if kept is None else kept.append((path.name, folder)),
+        pytest.fail if warnings is None else warnings.append, run.experiment.model.compile_blocks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"train": {"ema_decay": 0.9}},
+        {"schedule": {"backward": "residual"}, "model": {"gradient_checkpointing": True}},
+        {"model": {"compile_blocks": True}},
+    ],
+)
+def test_training_computes_the_same_to_the_bit(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("entprog.blocks.compile_blocks", lambda found: compile_blocks(found, backend="aot_eager"))
+    experiment = tiny_experiment(**{**parts, "train": {"steps": 12, "held_out_every": 4, **parts.get("train", {})}})
+    plain, watched = Run(experiment), Run(experiment)
+    expected = [comparable(step) for step in plain.steps()]
+    torch.manual_seed(3)
+    state, got = torch.random.get_rng_state(), []
+    look = looking(watched, tmp_path)
+    for step in watched.steps():
+        got.append(comparable(step))
+        if step.step % 3 == 0:
+            look.show(step.step, step.charged_s, watched.state.ema)
+    assert got == expected
+    for name, tensor in plain.weights().items():
+        assert torch.equal(tensor, watched.weights()[name]), name
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [line["step"] for line in steplog.lines_of(tmp_path / steplog.PREVIEWS)] == [3, 6, 9, 12]
+
+
+def test_what_is_drawn_is_what_the_averages_draw(tmp_path):
+    run, kept = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 4})), []
+    list(run.steps())
+    look = looking(run, tmp_path, kept=kept)
+    look.show(4, 1.5, run.state.ema)
+    (entry,) = steplog.lines_of(tmp_path / steplog.PREVIEWS)
+    shown = h264.decode_rgb((tmp_path / entry["videos"][0].replace(".mp4", "_result.mp4")).read_bytes())
+    with torch.no_grad():
+        for name, parameter in run.denoiser.network.named_parameters():
+            if name in run.state.ema:
+                parameter.copy_(run.state.ema[name])
+    made = rendering.make(run.denoiser, motions(), SHAPE, Generate(steps=2))[0]
+    assert np.array_equal(shown, h264.decode_rgb(h264.write(tmp_path / "made.mp4", made, SHAPE.fps).read_bytes()))
+    folder = "previews/step-00000004"
+    assert {where for _, where in kept} == {folder} and {"sheet.png"} < {name for name, _ in kept}
+
+
+def test_the_page_plays_them_in_order_and_a_motions_name_is_a_text(tmp_path):
+    run = Run(tiny_experiment(train={"steps": 2}))
+    look = looking(run, tmp_path)
+    for step in (10, 20, 30, 20):  # resumed from before the third
+        look.show(step, step / 2, {})
+    page = (tmp_path / "previews" / "index.html").read_text()
+    (content,) = re.findall(r'<script type="application/json" id="previews">(.*?)</script>', page, re.S)
+    entries = json.loads(content)
+    assert [entry["step"] for entry in entries] == [10, 20] and entries[0]["motions"][0] == "clip </script> 0"
+    for entry in entries:
+        for video in entry["videos"]:
+            assert (tmp_path / "previews" / video).is_file()
+    assert not re.search(r"https?://", page)
+
+
+@pytest.mark.parametrize("fault", ["disk", "sampler", "tracking"])
+def test_a_failure_is_a_warning_and_weights_come_back(fault, tmp_path):
+    run, warnings = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 3})), []
+    list(run.steps())
+    before = run.weights()
+    settings = Generate(steps=2, sampler="DDIMScheduler") if fault == "sampler" else Generate(steps=2)
+    look = looking(run, tmp_path, settings, warnings=warnings)
+    if fault == "disk":
+        (tmp_path / "previews").write_text("in the way")
+    if fault == "tracking":
+        object.__setattr__(look, "keep", lambda path, folder: 1 / 0)
+    look.show(3, 1.0, run.state.ema)
+    assert len(warnings) == 1 and warnings[0].startswith("the preview after step 3 failed: ")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, run.weights()[name]), name

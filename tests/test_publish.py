@@ -1,0 +1,222 @@
+"""A trained pipeline in a folder, a bucket and on a hub; its card; what cannot be published."""
+
+import base64
+import http.server
+import json
+import re
+import shutil
+import threading
+
+import pytest
+import torch
+import yaml
+from pyarrow import fs
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from entprog import config
+from entprog.models import folders, whole
+from entprog.training import checkpoint
+from helpers import servers
+from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
+from helpers.runs import Trained
+from pipelines import publish
+from pipelines.training import model_card
+
+
+def published(*options):
+    return CliRunner().invoke(publish.app, list(map(str, options)))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """A training's output, without its training."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_denoiser(tiny_experiment()).save(folder / "model", shape=SHAPE)
+    return folder
+
+
+RESULT = {
+    "held_out_loss": 0.25, "steps": 24, "seconds": 3.0, "flops": 1e9, "data": "abc123",
+    "decisions": [{"plan": {"trainable": ["blocks.1", "blocks.2"]}}],
+}  # fmt: skip
+
+
+def test_a_folder(output, tmp_path):
+    there = tmp_path / "there"
+    dry = published("--checkpoint", output, "--to", there, "--dry-run")
+    assert dry.exit_code == 0 and dry.output.startswith("Would publish") and not there.exists(), dry.output
+    assert published("--checkpoint", output, "--to", there).exit_code == 0
+    assert whole.missing(there) == [] and (there / "README.md").is_file() and folders.saved(there)["family"] == "wan"
+    assert published("--checkpoint", output / "model", "--to", there).exit_code == 0, "again, over what it left"
+
+
+def test_what_a_folder_of_an_older_version_lacks_is_made(output, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(output / "model", old)
+    for name in ("model_index.json", "pipeline.py", "skeleton.py"):
+        (old / name).unlink()
+    assert published("--checkpoint", old, "--to", tmp_path / "there").exit_code == 0
+    assert whole.missing(tmp_path / "there") == [] and whole.missing(old) == ["model_index.json"]
+
+
+def test_the_weights_of_an_earlier_step_are_a_whole_pipeline_too(tmp_path):
+    run = Trained()
+    run.denoiser.save(tmp_path / "model", shape=SHAPE)
+    averages = {name: tensor.clone() for name, tensor in run.state.ema.items()}
+    before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
+    checkpoint.save(tmp_path / "checkpoints", run.network, run.state, "id", keep=2)
+    run.update()
+    done = published("--checkpoint", tmp_path, "--to", tmp_path / "there", "--step", 2)
+    assert done.exit_code == 0 and whole.missing(tmp_path / "there") == [], done.output
+    weights = load_file(tmp_path / "there" / "transformer" / "diffusion_pytorch_model.safetensors")
+    expected = before | averages
+    assert averages and weights.keys() == before.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert folders.saved(tmp_path / "there")["provenance"]["step"] == 2
+    gone = published("--checkpoint", tmp_path, "--to", tmp_path / "other", "--step", 7)
+    assert gone.exit_code == 2 and "no whole checkpoint step-00000007" in gone.output and "step-00000002" in gone.output
+
+
+def test_a_bucket(output):
+    with servers.s3() as endpoint:
+        address = endpoint.removeprefix("http://")
+        system = fs.S3FileSystem(
+            endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True
+        )
+        system.create_dir("shop")
+        query = f"?scheme=http&endpoint_override={address}&region=us-east-1"
+        done = published("--checkpoint", output, "--to", f"s3://shop/dancer{query}")
+        assert done.exit_code == 0, done.output
+        listed = system.get_file_info(fs.FileSelector("shop/dancer", recursive=True))
+        names = {info.path.removeprefix("shop/dancer/") for info in listed if info.is_file}
+    assert names >= {"model_index.json", "pipeline.py", "README.md", "transformer/config.json"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What of the hub's interface an upload of small files uses."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("/api/repos/create"):
+            self.server.created.append(json.loads(body))
+            return self._answer({"url": f"http://127.0.0.1:{self.server.server_port}/me/dancer"})
+        if "/preupload/" in self.path:
+            asked = json.loads(body)["files"]
+            return self._answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            )
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self._answer(
+                {
+                    "commitUrl": f"http://127.0.0.1:{self.server.server_port}/me/dancer/commit/{'0' * 40}",
+                    "commitOid": "0" * 40,
+                    "pullRequestUrl": None,
+                }
+            )
+        if self.path.endswith("/api/validate-yaml"):
+            return self._answer({"errors": [], "warnings": []})
+        return self._answer({"error": f"unknown: {self.path}"}, 404)
+
+    def do_GET(self):
+        self._answer({"id": "me/dancer", "sha": "0" * 40, "siblings": []})
+
+    def _answer(self, value, status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_hub(output, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.created, server.files = [], {}
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+        done = published("--checkpoint", output, "--to", "hf://me/dancer")
+        server.shutdown()
+    assert done.exit_code == 0, done.output
+    created = server.created[0]  # older and newer versions of the library say it differently
+    assert created.get("visibility") == "private" or created.get("private") is True
+    assert created["name"] == "dancer"
+    index = json.loads(server.files["model_index.json"])
+    assert index["family"] == "wan" and "secret" not in done.output
+    assert server.files["transformer/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("hf://dancer", "named hf://OWNER/NAME"),
+        ("s3://me:secret@bucket/x", "holds a user or password"),
+        ("ftp://somewhere/x", "no place"),
+        ("there", "no published pipeline"),
+        ("there/mine.txt", "is a file"),
+    ],
+)
+def test_a_place_that_is_none_is_refused_in_one_line(to, said, output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    done = published("--checkpoint", output, "--to", to)
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+    assert said in done.output and "secret" not in done.output
+
+
+def test_a_folder_that_is_not_whole_names_what_it_lacks_and_the_command(output, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(output, broken)
+    shutil.rmtree(broken / "model" / "scheduler")
+    (broken / "result.json").write_text(json.dumps({"command": "entprog train --preset x"}))
+    done = published("--checkpoint", broken, "--to", tmp_path / "there")
+    assert done.exit_code == 2 and "lacks scheduler/" in done.output and "entprog train --preset x" in done.output
+    assert not (tmp_path / "there").exists()
+    nothing = published("--checkpoint", tmp_path, "--to", tmp_path / "there")
+    assert nothing.exit_code == 2 and "was not written by pipelines.train" in nothing.output
+
+
+def test_a_light_folder_that_names_this_machine_goes_nowhere_else(output, tmp_path):
+    light = tmp_path / "light"
+    shutil.copytree(output / "model", light)
+    about = json.loads((light / "entprog.json").read_text())
+    place = {"name": "/data/base", "revision": None, "subfolder": "vae", "library": "diffusers", "kind": "X"}
+    (light / "entprog.json").write_text(json.dumps(about | {"elsewhere": {"vae": place}}))
+    done = published("--checkpoint", light, "--to", "hf://me/dancer")
+    assert done.exit_code == 2 and "vae (/data/base) lies on this machine alone" in done.output
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: stable-video\n---\n",
+            {"license": "other", "license_name": "stable-video"},
+        ),
+        ("---\nlicense: [a, b]\n---\n", {}),
+        ("no card\n", {}),
+        ("---\n: - {\n---\n", {}),
+    ],
+)
+def test_the_card_has_figures_data_base_and_its_licence(front, licence, output, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "model"
+    shutil.copytree(output / "model", base)
+    shutil.copytree(output / "model", folder)
+    (base / "README.md").write_text(front)
+    experiment = config.build(config.merge(tiny_experiment().model_dump(), {"model": {"base": str(base), "init": {}}}))
+    model_card.write(folder, experiment, RESULT)
+    text = (folder / "README.md").read_text()
+    head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
+    assert {k: v for k, v in head.items() if k.startswith("license")} == licence
+    assert licence.get("license_name", licence.get("license", "not stated")) in text
+    for said in ("| held-out loss | 0.25 |", "`abc123`", "entprog, blocks trained by stage: 2", "2 frames of 16x16"):
+        assert said in text
+    assert str(tmp_path) not in text, "a machine's folders are nobody's business"
+    compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "card", "exec")

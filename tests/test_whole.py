@@ -1,0 +1,187 @@
+"""What is saved is a pipeline that plain diffusers runs, where this project cannot be imported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from entprog.config import ClipShape, Generate
+from entprog.diffusion import sampling
+from entprog.diffusion.objectives import noise_like
+from entprog.errors import UserError
+from entprog.media.skeleton import draw
+from entprog.models import folders, whole
+from helpers.families import NAMES, TINY, again, clips, load
+
+STEPS = 3
+NINE = ClipShape(frames=9, height=64, width=32, fps=12)
+ELSEWHERE = """
+import json, sys
+sys.modules["entprog"] = sys.modules["pipelines"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+for folder in sys.argv[1:]:
+    given = load_file(f"{folder}/given.safetensors")
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    run = dict(reference=given["reference"], pose=given["pose"], latents=given["noise"], num_inference_steps=3)
+    made = {"latents": pipe(output_type="latent", **run).frames}
+    made["frames"] = pipe(output_type="pt", **run).frames
+    made["guided"] = pipe(output_type="latent", reference_guidance=2.0, pose_guidance=3.0, **run).frames
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, f"{folder}/made.safetensors")
+    clip = pipe(**run).frames[0]
+    assert len(clip) == 9 and clip[0].size == (32, 64), clip
+"""
+
+
+def vae_of(name, folder):
+    kind, sizes = TINY[name]["vae"]
+    torch.manual_seed(1)
+    kind(**sizes).eval().save_pretrained(folder / "vae")
+    return str(folder / "vae")
+
+
+def tuned(name, folder, **save):
+    """A base without conditions, widened for both, as it might be after training; saved, and its folder."""
+    vae, generator = vae_of(name, folder), torch.Generator().manual_seed(2)
+    own = {"conditions": ("reference", "pose")} if name == "wan_animate" else {"conditions": ()}
+    if name == "latte":  # with channels for a learned variance
+        own["init"] = {**TINY[name]["init"], "out_channels": 8}
+    base = load(name, vae=vae, **own)
+    save_file({"prompt_embeds": torch.randn(3, base.text.shape[-1], generator=generator)}, folder / "prompt")
+    base.save(folder / "base")
+    denoiser = again(folder / "base", name, conditions=("reference", "pose"), prompt_embeds=str(folder / "prompt"))
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    denoiser.save(folder / "model", shape=NINE, **save)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{family: (its folder, what the pipeline made there)}, all in one process that knows diffusers alone."""
+    root, out = tmp_path_factory.mktemp("whole"), {}
+    for name in NAMES:
+        out[name] = tuned(name, root / name, parts="light" if name == "latte" else "whole")
+        denoiser, batch = again(out[name], name), clips(1, NINE)
+        shape = (1, *denoiser.latent_shape(NINE))
+        given = {"reference": batch.reference[0], "pose": draw(batch.pose[0], NINE.height, NINE.width)}
+        given["noise"] = noise_like(torch.empty(shape), torch.tensor([0]), 5)
+        save_file(given, out[name] / "given.safetensors")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    env["HF_MODULES_CACHE"] = str(root / "modules")
+    command = [sys.executable, "-c", ELSEWHERE, *map(str, out.values())]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: (folder, load_file(folder / "made.safetensors")) for name, folder in out.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_diffusers_makes_what_generate_makes(made, name):
+    folder, theirs = made[name]
+    denoiser, batch = again(folder, name), clips(1, NINE)
+    conditions = denoiser.condition(batch.reference, batch.pose)
+    shape = (1, *denoiser.latent_shape(NINE))
+    ours = sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0])
+    torch.testing.assert_close(theirs["latents"], ours, rtol=1e-3, atol=1e-3)
+    frames = denoiser.decode(ours) / 2 + 0.5
+    torch.testing.assert_close(theirs["frames"], frames, rtol=1e-3, atol=1e-3)
+    both = Generate(steps=STEPS, seed=5, reference_guidance=2.0, pose_guidance=3.0)
+    guided = sampling.sample(denoiser, conditions, shape, both, [0])
+    assert not torch.allclose(guided, ours, atol=1e-2), "guidance is to make a difference here"
+    torch.testing.assert_close(theirs["guided"], guided, rtol=2e-3, atol=2e-3)
+
+
+def test_a_light_folder_names_its_vae(made, tmp_path):
+    folder, _ = made["latte"]
+    about = json.loads((folder / "entprog.json").read_text())
+    assert not (folder / "vae").exists() and about["elsewhere"]["vae"]["subfolder"] == "vae"
+    here = tmp_path / "model"
+    shutil.copytree(folder, here)
+    about["elsewhere"]["vae"]["name"] = str(tmp_path / "gone")
+    (here / "entprog.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"saved light: no such folder: .*gone"):
+        again(here, "latte")
+    assert again(folder, "latte").vae is not None and whole.missing(folder) == []
+
+
+def test_what_a_folder_lacks_is_named(made, tmp_path):
+    folder, _ = made["wan"]
+    parts = ("model_index.json", "pipeline.py", "vae/", "scheduler/", "prompt_embeds.safetensors", "transformer/")
+    for said in parts:
+        name = said.rstrip("/")
+        here = tmp_path / name / "model"
+        shutil.copytree(folder, here)
+        (shutil.rmtree if (here / name).is_dir() else os.unlink)(here / name)
+        assert whole.missing(here) == [said]
+    (tmp_path / "vae" / "result.json").write_text(json.dumps({"command": "entprog train --preset x"}))
+    with pytest.raises(UserError, match=r"vae/config.json is missing: .*made by: entprog train --preset x"):
+        again(tmp_path / "vae" / "model", "wan")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache with a pipeline in it whose text encoder was not fetched: its name."""
+    snapshot = tmp_path / "hub" / "models--someone--dancer" / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    base = load("wan", vae=vae_of("wan", tmp_path), conditions=())
+    base.save(snapshot)
+    index = {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.36.0",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
+    }  # fmt: skip
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    (snapshot / "entprog.json").unlink()
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "someone/dancer", snapshot.name
+
+
+@pytest.mark.parametrize("parts", ["whole", "light"])
+def test_parts_of_a_base_on_the_hub_are_named_with_their_commit(hub, parts, tmp_path):
+    name, commit = hub
+    base = again(name, "wan", conditions=("reference", "pose"))
+    base.save(tmp_path / "model", shape=NINE, parts=parts)
+    about = folders.saved(tmp_path / "model")
+    expected = {"name": name, "revision": commit, "subfolder": "text_encoder", "library": "transformers"}
+    assert expected.items() <= about["elsewhere"]["text_encoder"].items()
+    assert (tmp_path / "model" / "vae").is_dir() == (parts == "whole") == ("vae" not in about["elsewhere"])
+    assert again(tmp_path / "model", "wan").vae is not None
+    again(tmp_path / "model", "wan").save(tmp_path / "later", parts=parts)  # a phase after it
+    assert folders.saved(tmp_path / "later")["elsewhere"] == about["elsewhere"]
+
+
+def test_encoders_that_lie_here_are_copied_without_programs(tmp_path):
+    base = load("wan", vae=vae_of("wan", tmp_path), conditions=())
+    base.save(tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    encoder = tmp_path / "base" / "text_encoder"
+    encoder.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "run.py"):
+        (encoder / name).write_bytes(np.random.default_rng(0).bytes(8))
+    again(tmp_path / "base", "wan", conditions=("reference",)).save(tmp_path / "tuned")
+    assert {path.name for path in (tmp_path / "tuned" / "text_encoder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    index = json.loads((tmp_path / "tuned" / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"] and index["_class_name"][0] == "pipeline"
+    again(tmp_path / "base", "wan", conditions=()).save(tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "model_index.json").read_text())["_class_name"] == "WanPipeline"
+    assert not (tmp_path / "same" / "pipeline.py").exists(), "a network that was not widened keeps its base's pipeline"
