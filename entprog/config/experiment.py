@@ -104,6 +104,18 @@ class Lora(Part):
     """Linear layers of a block that get an adapter, by the ends of their names."""
 
 
+class Drop(Part):
+    """Shares of training clips that are shown without a condition, so that guidance has something to compare with.
+    Which clips those are depends on `train.seed` and their places in the run alone. 0: none."""
+
+    text: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without text (zeros in its place). Of no effect where there is none anyway."""
+    reference: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without the reference image. Of no effect where the network does not see one."""
+    pose: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without the pose. Of no effect where the network does not see one."""
+
+
 class Train(Part):
     """How long, how fast, on how much hardware."""
 
@@ -132,6 +144,8 @@ class Train(Part):
     """Linear learning-rate warm-up of each block from the step at which it begins to be trained."""
     timestep_shift: float = Field(default=1.0, gt=0)
     """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5)."""
+    drop: Drop = Drop()
+    """Conditions that some clips are shown without."""
     seed: int = Field(default=0, ge=0)
     """Seeds order, noise, timesteps, candidates, new weights."""
     workers: int = Field(default=1, ge=1)

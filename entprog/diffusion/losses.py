@@ -6,18 +6,20 @@ import torch
 
 from entprog.config import Train
 from entprog.data.clips import Latents
-from entprog.diffusion import objectives
+from entprog.diffusion import dropping, objectives
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 
 
 def training_loss(denoiser: Denoiser, batch: Latents, train: Train, shift: float | None = None) -> torch.Tensor:
-    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for.
+    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for, some of the clips
+    without a condition (`train.drop`).
 
     shift: of timesteps. None: `train.timestep_shift`.
     """
     t = objectives.timesteps(batch.position, train.seed, shift=shift or train.timestep_shift)
-    return clip_losses(denoiser, batch, batch.position, t, train.seed).mean()
+    shown = dropping.dropped(denoiser, batch, train.drop, train.seed)
+    return clip_losses(denoiser, shown, batch.position, t, train.seed).mean()
 
 
 def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int, shift: float = 1.0) -> float:

@@ -21,14 +21,20 @@ def timesteps(
     distribution: "uniform", or "logit-normal" (t = sigmoid(n), n standard normal: more in the middle).
     shift: as of `shifted`. The same bits on every device.
     """
-    # 53 bits of the hash, half a step away from both ends.
-    uniform = [((_hash(seed, position, 0) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
-    t = torch.tensor(uniform, dtype=torch.float64)
+    t = uniform(positions, seed, 0)
     if distribution == "logit-normal":
         t = torch.special.ndtri(t).sigmoid()
     elif distribution != "uniform":
         raise ValueError(f"unknown distribution of timesteps {distribution!r}: uniform or logit-normal")
     return shifted(t, shift).to(device=device or positions.device, dtype=torch.float32)
+
+
+def uniform(positions: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
+    """Evenly spread numbers in 0..1 for clips at positions int64 [B]: float64 [B] on the CPU. draw: 0 for timesteps,
+    others for other purposes (1 is noise's)."""
+    # 53 bits of the hash, half a step away from both ends.
+    numbers = [((_hash(seed, position, draw) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:

@@ -67,9 +67,9 @@ class VideoDenoiser:
 
     # ---- what a family says ----
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Call the network: inputs [B, all channels, F', H', W'], timestep [B] as `process.timestep` gives it →
-        prediction [B, C, F', H', W']."""
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Call the network: inputs [B, all channels, F', H', W'], timestep [B] as `process.timestep` gives it, text
+        [1 or B, tokens, width] (`texts.spread`) → prediction [B, C, F', H', W']."""
         raise NotImplementedError
 
     @classmethod
@@ -176,7 +176,8 @@ class VideoDenoiser:
         if unused:
             given.insert(1, noisy.new_zeros(1).expand(len(noisy), unused, *noisy.shape[2:]))
         with self.in_its_type():
-            prediction = self.run(torch.cat(given, dim=1) if len(given) > 1 else noisy, self.process.timestep(t))
+            inputs = torch.cat(given, dim=1) if len(given) > 1 else noisy
+            prediction = self.run(inputs, self.process.timestep(t), conditions.get("text", self.text))
         return prediction.float()
 
     def in_its_type(self):

@@ -50,12 +50,12 @@ class MotionUnetDenoiser(VideoDenoiser):
         "steps_offset": 1,
     }
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         clips, _, frames = inputs.shape[:3]
         (noise,) = self.network(
             sample=inputs,
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(clips * frames, -1, -1),
+            encoder_hidden_states=texts.spread(text, clips * frames),
             return_dict=False,
         )
         return noise

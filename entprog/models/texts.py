@@ -40,6 +40,12 @@ def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(embeds, (0, 0, 0, tokens - embeds.shape[1]))
 
 
+def spread(text: torch.Tensor, rows: int) -> torch.Tensor:
+    """Embeddings of all clips [1, tokens, width], or of each [B, tokens, width], as `rows` rows of a network's batch;
+    where it has several rows a clip (frames), those of a clip follow each other."""
+    return text.expand(rows, -1, -1) if len(text) == 1 else text.repeat_interleave(rows // len(text), dim=0)
+
+
 def save(embeds: torch.Tensor, folder: Path) -> None:
     """Keep embeddings beside a checkpoint; zeros need no file."""
     if embeds.any():

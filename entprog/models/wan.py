@@ -52,11 +52,11 @@ class WanDenoiser(VideoDenoiser):
     image: torch.Tensor | None
     """Zero image tokens [rows, tokens, image_dim] of one clip for I2V networks."""
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         (velocity,) = self.network(
             hidden_states=inputs,
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            encoder_hidden_states=texts.spread(text, len(inputs)),
             encoder_hidden_states_image=None if self.image is None else self.image.repeat(len(inputs), 1, 1),
             return_dict=False,
         )

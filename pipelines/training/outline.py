@@ -32,6 +32,13 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
     return out
 
 
+def withheld(experiment: Experiment) -> str | None:
+    """Which conditions some clips are shown without, in words; None where clips are always whole."""
+    model, drop = experiment.model, experiment.train.drop
+    shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in ("text", *model.conditions)]
+    return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
+
+
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:
     """Which blocks a row trains, in words."""
     schedule, count = experiment.schedule, plans.count(row.share, blocks)
