@@ -129,8 +129,9 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     )
     network = models.family(experiment.model.family).inspect(model, experiment.data.shape).network
     eligible = plans.eligible(blocks(network), schedule.blocks)
-    if line := outline.withheld(experiment):
-        cli.console.print(line)
+    for line in (outline.withheld(experiment), outline.timesteps(experiment)):
+        if line:
+            cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     expectation.tell(experiment, model)
 

@@ -32,6 +32,7 @@ from entprog.config.reading import (
 from entprog.config.schedule import Backward, Choose, Fraction, FrozenPrecision, Row, Schedule
 from entprog.config.shapes import ClipShape, Smaller
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
+from entprog.config.timesteps import Timesteps
 from entprog.config.written import meaning, suited
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Shape",
     "Smaller",
     "Sweep",
+    "Timesteps",
     "Tracking",
     "Train",
     "Tune",

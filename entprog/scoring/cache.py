@@ -3,14 +3,14 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from entprog import files
 from entprog.blocks import Block
-from entprog.config import Experiment
+from entprog.config import Experiment, Timesteps
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
@@ -44,7 +44,7 @@ def table(
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
         conditions, train = clips(denoiser, dataset, experiment), experiment.train
-        how = {"key": key, "seed": train.seed, "shift": train.timestep_shift, "progress": progress}
+        how = {"key": key, "seed": train.seed, "law": experiment.timesteps, "progress": progress}
         made = priorities.score(denoiser, blocks, conditions, priority, **how)
         if rank == 0:
             files.write_json(kept, made.as_json())
@@ -67,9 +67,10 @@ def clips(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -
 
 def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, weights: str) -> str:
     """Hash of all that a table depends on: the VAE and the text as well as the network."""
-    model, shape, train = experiment.model, experiment.data.shape, experiment.train
+    model, shape, train, law = experiment.model, experiment.data.shape, experiment.train, experiment.timesteps
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
-    rest += [train.seed, train.timestep_shift]
+    rest += [train.seed, law.shift]
+    rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from entprog import config, models
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
+from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.models import adapters, fingerprints, lora
 from entprog.schedule import plans
@@ -37,6 +40,10 @@ def check(experiment: Experiment) -> shards.Dataset:
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
+    if experiment.train.min_snr is not None:
+        source.process.min_snr(torch.tensor([0.5]), experiment.train.min_snr)
+    if experiment.train.timestep_shift == "auto" and not isinstance(source.process, Flow):
+        raise UserError("train.timestep_shift=auto is of flow-matching networks: leave it out for this one")
     if experiment.train.lora:
         lora.check(source.network, blocks(source.network), experiment.train.lora)
         if given := experiment.model.adapter:

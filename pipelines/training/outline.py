@@ -1,6 +1,6 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
-from entprog.config import Experiment, Row
+from entprog.config import Experiment, Row, Timesteps
 from entprog.schedule import plans
 
 COLUMNS = ("stage", "budget", "clips", "clips a step", "trained blocks", "gradient through the others")
@@ -37,6 +37,16 @@ def withheld(experiment: Experiment) -> str | None:
     model, drop = experiment.model, experiment.train.drop
     shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in ("text", *model.conditions)]
     return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
+
+
+def timesteps(experiment: Experiment) -> str | None:
+    """Which timesteps are trained on, in words; None for uniform ones that count alike."""
+    law = experiment.timesteps
+    if law == Timesteps():
+        return None
+    of = {"uniform": "", "logit_normal": f" of mean {law.mean:g}, spread {law.spread:g}", "mode": f" of {law.spread:g}"}
+    weights = f", losses weighted by min-SNR {law.min_snr:g}" if law.min_snr else ""
+    return f"Timesteps: {law.law}{of[law.law]}, shift {law.shift:.3g} on whole clips{weights}."
 
 
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:

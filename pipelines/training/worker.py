@@ -331,7 +331,7 @@ def _previews(
 def _sampling_shift(setup: Setup) -> float | None:
     """A base keeps its own sampling shift; new weights know only the one they were trained with."""
     new = isinstance(setup.denoiser.process, Flow) and not setup.experiment.model.base
-    return setup.experiment.train.timestep_shift if new else None
+    return setup.experiment.timesteps.shift if new else None
 
 
 def as_record(step: Step) -> dict[str, Any]:
