@@ -87,19 +87,6 @@ def test_a_condition_that_is_always_dropped_does_not_matter(family_name, name):
         assert not torch.equal(loss(1.0, tiny_experiment().train), loss(7.0, tiny_experiment().train))
 
 
-def test_a_clip_s_own_text_is_what_it_sees():
-    for family_name in NAMES:
-        denoiser, batch = family(family_name), latents(range(2))
-        text = torch.randn(2, *denoiser.text.shape[1:], generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            t = torch.tensor([0.3, 0.6])
-            both = denoiser.predict(batch.clean, t, {**batch.conditions, "text": text})
-            for i in range(2):
-                one = batch.part(slice(i, i + 1))
-                alone = denoiser.predict(one.clean, t[i : i + 1], {**one.conditions, "text": text[i : i + 1]})
-                torch.testing.assert_close(alone, both[i : i + 1], rtol=1e-3, atol=1e-4)
-
-
 def test_a_run_with_drops_resumes_to_the_bit(tmp_path):
     from entprog.training import checkpoint
 

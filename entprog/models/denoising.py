@@ -45,6 +45,10 @@ class VideoDenoiser:
     SCHEDULER: ClassVar[dict[str, Any]]
     """Scheduler configuration of a base that comes without one, and of new networks."""
 
+    FIXED: ClassVar[dict[str, str]] = {}
+    """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
+    with which they are saved."""
+
     network: nn.Module
     vae: nn.Module | None
     """None: the network works on pixels."""
@@ -234,7 +238,7 @@ class VideoDenoiser:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
-            texts.save(self.text, scratch)
+            texts.save(self.text, scratch, {name: getattr(self, field) for field, name in self.FIXED.items()})
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(
                 scratch,

@@ -1,5 +1,6 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from entprog import config, files, models
-from entprog.blocks import Block, blocks, fp8
+from entprog.blocks import Block, blocks, fp8, overlooked
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
@@ -141,6 +142,13 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
     sample = latents.encode(denoiser, first.resized(data.shape))
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
+    if rank == 0:
+        one = sample.part(slice(0, 1))
+        clips = (one, replace(one, clean=one.clean.roll(1, -1)))
+        runs = [functools.partial(cei.blocks_in_order, [], denoiser.predict, clip) for clip in clips]
+        missed = overlooked(denoiser.network, *runs)
+        for kind, name in missed.items():
+            post({"warning": f"{kind} ({name}) seems to be a block without a bypass: it is never scored or frozen"})
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
     clock.over("held_out_clips")
     return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post, clock)
