@@ -83,11 +83,11 @@ def blocks(network: nn.Module) -> list[Block]:
 
 @torch.no_grad()
 def overlooked(network: nn.Module, run: Callable[[], Any], otherwise: Callable[[], Any]) -> dict[str, str]:
-    """Residual units on the noisy clip's way, in lists of the network, that are no blocks: {class: name of the first}.
+    """Residual units on the noisy clip's way, in lists of modules, that are no blocks: {class: name of the first}.
 
-    run, otherwise: call the network with two noisy clips, all else being equal. A unit counts as residual if it gives its
-    first input back once all its weights are zero. It is neither scored nor skipped nor frozen: a class whose bypass was
-    forgotten, most likely.
+    run, otherwise: call the network with two noisy clips, all else being equal. A unit counts as residual if it gives
+    its first input back once all its weights are zero. It is neither scored nor skipped nor frozen: a class whose
+    bypass was forgotten, most likely.
     """
     known = {id(m) for module in network.modules() if is_block(module) for m in module.modules()}
     holding = {id(m) for m in network.modules() if any(is_block(part) for part in m.modules())}
