@@ -50,6 +50,9 @@ class Model(Part):
     prompt_embeds: str | None = None
     """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for SVD an image's embedding.
     None: zeros."""
+    text_encoder: str | None = None
+    """Folder (or hub name) with `text_encoder/` and `tokenizer/`, which encode captions (`data.text`). None: the base's
+    own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
@@ -90,6 +93,9 @@ class Data(Part):
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""
+    text: Literal["fixed", "empty", "caption"] = "fixed"
+    """What text cross-attention sees: `fixed`, `model.prompt_embeds` or zeros; `empty`, the empty text as the base's
+    encoder has it; `caption`, each clip's caption, encoded once and kept in SHARDS/texts. The two need extra `text`."""
     verify: Literal["sha256", "size"] = "sha256"
     """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
 
@@ -110,7 +116,8 @@ class Drop(Part):
     Which clips those are depends on `train.seed` and their places in the run alone. 0: none."""
 
     text: float = Field(default=0.0, ge=0, le=1)
-    """Share of clips without text (zeros in its place). Of no effect where there is none anyway."""
+    """Share of clips without text: with the empty text where `data.text` is not fixed, with zeros where it is. Of no
+    effect where there is none anyway."""
     reference: float = Field(default=0.0, ge=0, le=1)
     """Share of clips without the reference image. Of no effect where the network does not see one."""
     pose: float = Field(default=0.0, ge=0, le=1)
@@ -312,6 +319,12 @@ class Experiment(Part):
     def timesteps(self) -> Timesteps:
         """The law of timesteps on whole clips, by which blocks are scored and held-out loss is measured."""
         return self.timesteps_at(self.data.shape)
+
+    @model_validator(mode="after")
+    def _has_one_text(self):
+        if self.data.text != "fixed" and self.model.prompt_embeds:
+            raise ValueError(f"model.prompt_embeds is a fixed text, given data.text={self.data.text}: drop one of them")
+        return self
 
     @model_validator(mode="after")
     def _clock_is_repeatable(self):

@@ -25,9 +25,12 @@ def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latent
         if rate == 0 or (name != "text" and name not in conditions):
             continue
         whole = conditions[name] if name in conditions else denoiser.text.expand(len(batch.position), -1, -1)
+        nothing = torch.zeros_like(whole)
+        if name == "text" and name in conditions:  # captions: the denoiser's own is the empty one
+            nothing = denoiser.text.to(whole).expand_as(whole)
         hidden = objectives.uniform(batch.position, seed, draw) < rate
         hidden = hidden.to(whole.device).view(-1, *[1] * (whole.ndim - 1))
-        conditions[name] = torch.where(hidden, torch.zeros_like(whole), whole)
+        conditions[name] = torch.where(hidden, nothing, whole)
     return replace(batch, conditions=conditions)
 
 

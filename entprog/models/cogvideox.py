@@ -44,6 +44,7 @@ class CogVideoXDenoiser(VideoDenoiser):
     VAES = (AutoencoderKLCogVideoX,)
     INPUT = "patch_embed.proj"
     PROCESS = Diffusion
+    TEXT_PIPELINE = "CogVideoXPipeline"
     SCHEDULER: ClassVar[dict[str, Any]] = {
         "_class_name": "CogVideoXDDIMScheduler",
         "prediction_type": "v_prediction",
@@ -70,6 +71,10 @@ class CogVideoXDenoiser(VideoDenoiser):
             return_dict=False,
         )
         return v.transpose(1, 2)[:, :, extra:]
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        return network.max_text_seq_length
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:

@@ -45,6 +45,8 @@ class VideoDenoiser:
     SCHEDULER: ClassVar[dict[str, Any]]
     """Scheduler configuration of a base that comes without one, and of new networks."""
 
+    TEXT_PIPELINE: ClassVar[str | None] = None
+    """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
     with which they are saved."""
@@ -85,6 +87,19 @@ class VideoDenoiser:
     def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
         """Fields that hold fixed inputs, among them `text`. network: its diffusers configuration; root: of the base."""
         raise NotImplementedError
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        """Tokens of an encoded caption, filled up with zeros. network: its diffusers configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+        """Texts → embeddings [texts, tokens, width] by a TEXT_PIPELINE that has nothing but tokenizer and encoder."""
+        embeds, _ = pipeline.encode_prompt(
+            some, do_classifier_free_guidance=False, max_sequence_length=cls.text_tokens(network), device=device
+        )
+        return embeds
 
     @classmethod
     def check_network(cls, network: Any) -> None:

@@ -46,6 +46,7 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         data.held_out_draws,
         data.held_out_seed,
         str(data.shape),
+        *([data.text] if data.text != "fixed" else []),
         *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
     )
