@@ -6,11 +6,13 @@ import torch
 from safetensors.torch import load_file
 
 from entprog import config, models
+from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Model
 from entprog.data import clip_stream, shards
 from entprog.diffusion import dropping
 from entprog.errors import UserError
 from entprog.models import captions, texts
+from entprog.training.fit import fit, start
 from helpers import encoders, real_clips
 from helpers.families import TINY
 from helpers.networks import TINY as WAN
@@ -120,6 +122,13 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
                 assert torch.equal(row[None], found.of(SAID[clip]))
             assert denoiser.predict(batch.clean, torch.full((3,), 0.5), batch.conditions).isfinite().all()
         batches.close()
+    plain = config.build(config.merge(experiment.model_dump(), {"train": {"steps": 1}, "schedule": {"kind": "full"}}))
+    batches = Local(plain, dataset, denoiser, torch.device("cpu"), 1, {}, found)
+    sample = next(iter(batches(SHAPE, 0)))
+    steps = list(
+        fit(denoiser, blocks(denoiser.network), batches, [sample], sample, None, plain, start(denoiser.network, plain))
+    )
+    assert [step.last for step in steps] == [True] and np.isfinite(steps[0].held_out_loss)
 
 
 def test_a_dropped_caption_is_the_empty_text(base, dataset):
