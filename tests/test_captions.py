@@ -112,9 +112,9 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
     )
     found = captions.prepared(experiment.model, dataset, "caption")
     denoiser = models.family("wan").load(experiment.model)
-    for start in (0, 3):
+    for first in (0, 3):
         batches = Batches(experiment, dataset, denoiser, torch.device("cpu"), 1, {}, found)
-        stream = batches(SHAPE, start)
+        stream = batches(SHAPE, first)
         for _ in range(3):
             batch = next(stream)
             numbers = clip_stream.clips_at(batch.position.numpy(), 4, experiment.train.seed)
