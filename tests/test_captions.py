@@ -1,4 +1,4 @@
-"""Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they belong to."""
+"""Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
 def test_each_text_is_encoded_once_and_kept_without_its_padding(base, dataset, monkeypatch):
     first = captions.prepared(wan(base), dataset, "caption")
     kept = sorted(path.name for path in first.folder.rglob("*.safetensors"))
-    assert len(kept) == 1 + len(set([*SAID, *HELD_OUT]) - {""}) == 4
+    assert len(kept) == 1 + len({*SAID, *HELD_OUT} - {""}) == 4
     assert load_file(next(iter(first.folder.rglob("*.safetensors"))))[texts.NAME].shape[0] < 10
     assert first.of(SAID[0]).shape == (1, 512, 8)
 
@@ -104,6 +104,15 @@ def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
     assert captions.source(wan(base, text_encoder=str(tmp_path))).key != before.key
 
 
+class Local(Batches):
+    """Clips decoded here: the same as those of Ray's stream, bit for bit (`tests/test_clips.py`)."""
+
+    def _open(self, source, position):
+        return clip_stream.local_stream(
+            self.dataset, "train", SHAPE, source.clips, start_position=position, seed=self.experiment.train.seed
+        )
+
+
 def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
     """Whatever the batch, over two epochs, and on a resume."""
     experiment = tiny_experiment(
@@ -113,7 +122,7 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
     found = captions.prepared(experiment.model, dataset, "caption")
     denoiser = models.family("wan").load(experiment.model)
     for first in (0, 3):
-        batches = Batches(experiment, dataset, denoiser, torch.device("cpu"), 1, {}, found)
+        batches = Local(experiment, dataset, denoiser, torch.device("cpu"), 1, {}, found)
         stream = batches(SHAPE, first)
         for _ in range(3):
             batch = next(stream)
