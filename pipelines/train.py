@@ -129,6 +129,10 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     )
     network = models.family(experiment.model.family).inspect(model, experiment.data.shape).network
     eligible = plans.eligible(blocks(network), schedule.blocks)
+    said = outline.texts(experiment, dataset, model), outline.withheld(experiment), outline.timesteps(experiment)
+    for line in said:
+        if line:
+            cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     expectation.tell(experiment, model)
 

@@ -18,9 +18,13 @@ from entprog.blocks import blocks
 from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-LONGEST = ("test_train.py", "test_tune.py", "test_family_commands.py", "test_prepare.py", "test_clips.py")
-LONGEST += ("test_faults.py", "test_distributed.py", "test_training.py", "test_search.py", "test_wheel.py")
-"""The longest of those with the shared Ray, and of the others."""
+LONGEST = (
+    *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
+    *("test_prepare.py", "test_clips.py"),
+    *("test_faults.py", "test_secrets.py", "test_hostile.py"),
+    *("test_distributed.py", "test_training.py", "test_search.py", "test_wheel.py"),
+)
+"""The longest of those with the shared Ray, then of those with one of their own or none."""
 SHARED_RAY = contextlib.ExitStack()
 USERS = pytest.StashKey[set[Path]]()
 """Files that ask for the shared Ray."""

@@ -339,6 +339,7 @@ def test_spilling_of_the_object_store_is_seen(local_ray):
     assert any("spilled" in line for line in message)
 
 
+@pytest.mark.slow
 def test_inside_two_train_workers(local_ray, dataset, tmp_path):
     """Each worker holds a CPU and opens its own pipeline; neither waits for the other."""
     from ray.train import RunConfig, ScalingConfig

@@ -1,6 +1,6 @@
 """Every model family, real diffusers classes at tiny sizes, through the same tests.
 
-A new family is one file in `entprog/models/` and one entry in `TINY`.
+A new family is one file in `entprog/models/`, one entry in `TINY` and what its pipeline makes of it (`helpers.parity`).
 """
 
 import diffusers
@@ -18,6 +18,7 @@ from entprog.models import inputs
 from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
+from helpers import suite
 from helpers.families import (
     NAMES,
     TINY,
@@ -91,6 +92,12 @@ def test_blocks_are_found_once_and_in_the_order_in_which_they_run(tiny):
         assert (block.kind == "temporal") == any(word in block.name for word in ("temporal", "motion")), block.name
 
 
+@pytest.mark.parametrize("check", suite.OF_A_NETWORK, ids=lambda check: check.__name__)
+def test_it_keeps_to_its_entry(tiny, check, tmp_path):
+    name, denoiser, batch, _ = tiny
+    check(suite.Case(name, denoiser, batch, tmp_path))
+
+
 def test_every_parameter_is_in_one_place(tiny):
     name, denoiser, _, found = tiny
     groups = denoiser.outside()
@@ -130,19 +137,23 @@ def test_replayed_scores_equal_naive_scores(tiny):
 @pytest.mark.parametrize("backward", ["exact", "residual"])
 def test_gradients_of_trained_blocks_are_right_and_others_have_none(tiny, backward):
     """Exact: those of full training. Residual: of y = bypass + (f - bypass).detach(), written out."""
-    _, denoiser, batch, found = tiny
+    name, denoiser, batch, found = tiny
     with torch.no_grad():
         plain = predict(denoiser, batch)
     trained = [block.name for block in found[1 :: max(len(found) // 3, 2)]]
     outside = denoiser.outside()["conditions"]
     try:
         blocks.unfreeze(denoiser.network, found, trained, outside, backward)
-        assert torch.equal(predict(denoiser, batch).detach(), plain)
+        now = predict(denoiser, batch).detach()
+        if name == "hunyuan_video":  # a Linear on a slice of one text token: its last bit depends on requires_grad
+            torch.testing.assert_close(now, plain, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(now, plain)
         got = gradients(denoiser, batch)
         if backward == "exact":
             blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
             everything = gradients(denoiser, batch)
-            expected = {name: everything[name] for name in got}
+            expected = {n: everything[n] for n in got}
         else:
             blocks.unfreeze(denoiser.network, found, trained, outside, "exact")
             for block in found:
@@ -152,10 +163,8 @@ def test_gradients_of_trained_blocks_are_right_and_others_have_none(tiny, backwa
         of_conditions = {n for n, p in denoiser.network.named_parameters() if any(p is q for q in outside)}
         of_blocks = {n for n in got if n.startswith(tuple(f"{name}." for name in trained))}
         assert of_blocks and of_conditions and got.keys() == of_blocks | of_conditions == expected.keys()
-        for name, gradient in got.items():
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        for n, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[n], rtol=1e-3, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
     finally:
         blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
         denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
@@ -342,7 +351,7 @@ def test_half_precision_and_checkpointing(tiny):
 
 
 WRONG = [
-    ({"base": "{}/other"}, "holds a HunyuanVideoTransformer3DModel, not a .*; families there are: .*docs/families.md"),
+    ({"base": "{}/other"}, "holds a NoSuchTransformer3DModel, not a .*; families there are: .*docs/families.md"),
     ({"base": "{}/family"}, "set model.family="),
     ({"init": {}, "base": None}, "no network: set model.base"),
     ({"init": {"no_such_setting": 2}}, "unknown setting model.init.no_such_setting"),
@@ -354,10 +363,8 @@ WRONG = [
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
-    diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    ).save_pretrained(folder / "other" / "transformer")  # fmt: skip
+    (folder / "other" / "transformer").mkdir(parents=True)
+    (folder / "other" / "transformer" / "config.json").write_text('{"_class_name": "NoSuchTransformer3DModel"}')
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLMochi"}')
     return folder

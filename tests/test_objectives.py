@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from entprog.config import Timesteps
 from entprog.diffusion import objectives
+from entprog.diffusion.processes import Diffusion, Edm, Flow
+from entprog.errors import UserError
 
 
 def test_draws_depend_on_seed_and_position_alone():
@@ -34,8 +37,9 @@ def test_draws_are_spread_as_they_should_be():
     assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1
     assert t.double().sort().values.sub((positions + 0.5) / 20_000).abs().max() < 0.015  # Kolmogorov-Smirnov
     assert abs(torch.corrcoef(torch.stack([t[:-1], t[1:]]))[0, 1]) < 0.02
-    middle = objectives.timesteps(positions, 0, distribution="logit-normal")
-    assert torch.logit(middle.double()).std() == pytest.approx(1, abs=0.02)
+    middle = objectives.timesteps(positions, 0, Timesteps("logit_normal", -0.5, 0.7))
+    assert torch.logit(middle.double()).mean() == pytest.approx(-0.5, abs=0.02)
+    assert torch.logit(middle.double()).std() == pytest.approx(0.7, abs=0.02)
     noise = objectives.noise_like(torch.empty(50, 3, 10, 10), torch.arange(50), 0)
     assert noise.mean().abs() < 0.03 and noise.std() == pytest.approx(1, abs=0.03)
     assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.3
@@ -45,18 +49,70 @@ def test_shift_moves_towards_noise_as_the_scheduler_does():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     positions = torch.arange(9)
-    plain, shifted = objectives.timesteps(positions, 0), objectives.timesteps(positions, 0, shift=5.0)
+    plain, shifted = objectives.timesteps(positions, 0), objectives.timesteps(positions, 0, Timesteps(shift=5.0))
     assert (shifted > plain).all()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(sigmas=plain.tolist())
     torch.testing.assert_close(scheduler.sigmas[:-1], shifted)
 
 
-def test_unknown_distribution():
-    with pytest.raises(ValueError, match="uniform or logit-normal"):
-        objectives.timesteps(torch.arange(2), 0, distribution="beta")
+LAWS = [
+    Timesteps(),
+    Timesteps(shift=3.0),
+    Timesteps("logit_normal", 0.4, 0.8),
+    Timesteps("logit_normal", shift=2.0),
+    Timesteps("mode", spread=1.29),
+    Timesteps("mode", spread=1.75, shift=0.5),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_quantiles_are_those_of_the_draws_and_rise(law):
+    drawn = objectives.timesteps(torch.arange(20_000), 1, law).double().sort().values
+    even = objectives.quantiles((torch.arange(20_000) + 0.5) / 20_000, law).double()
+    assert (even.diff() >= 0).all() and even[0] >= 0 and even[-1] <= 1
+    assert (drawn - even).abs().max() < 0.03
+    ends = objectives.quantiles(torch.tensor([0.0, 1.0]), law)
+    torch.testing.assert_close(ends.double(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_laws_are_those_of_diffusers_trainers():
+    """Same quantiles of 40,000 draws."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    n, q = 40_000, torch.linspace(0.02, 0.98, 25)
+    for scheme, law in (
+        ("logit_normal", Timesteps("logit_normal", 0.3, 0.9)),
+        ("mode", Timesteps("mode", spread=1.29)),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        theirs = compute_density_for_timestep_sampling(scheme, n, 0.3, 0.9, 1.29, "cpu", generator)
+        torch.testing.assert_close(theirs.quantile(q), objectives.quantiles(q, law).float(), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_those_of_the_paper(gamma):
+    """ε: min(snr, γ)/snr; v: min(snr, γ)/(snr + 1), with snr as diffusers computes it."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    t = torch.linspace(0.05, 0.95, 19)
+    for prediction, over in (("epsilon", 0), ("v_prediction", 1)):
+        scheduler = DDPMScheduler(prediction_type=prediction)
+        process = Diffusion.of(scheduler.config | {"_class_name": "DDPMScheduler"})
+        snr = compute_snr(scheduler, process.timestep(t)).double()
+        torch.testing.assert_close(process.min_snr(t, gamma), snr.clamp(max=gamma) / (snr + over), rtol=1e-5, atol=0)
+    edm = Edm.of({"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction",
+                  "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0})  # fmt: skip
+    snr = edm.sigma(t) ** -2
+    torch.testing.assert_close(edm.min_snr(t, gamma), snr.clamp(max=gamma) / (snr + 1))
+    nothing_left = Diffusion.of({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True})
+    assert nothing_left.min_snr(torch.tensor([1.0]), gamma).tolist() == [1.0]
+    with pytest.raises(UserError, match="min_snr=5 weights losses of ε or v"):
+        Flow().min_snr(t, 5.0)
 
 
 def test_loss_is_a_mean_per_clip():
     prediction, target = torch.zeros(2, 3, 4), torch.stack([torch.ones(3, 4), 2 * torch.ones(3, 4)])
     assert objectives.loss(prediction.bfloat16(), target).tolist() == [1.0, 4.0]
+    assert objectives.loss(prediction, target, torch.tensor([0.5, 2.0])).tolist() == [0.5, 8.0]

@@ -172,6 +172,7 @@ def test_running_it_again_does_nothing_and_other_settings_are_refused(prepared, 
     assert "(cam01.mp4)" in changed.output
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_command_ends_with_the_same_clips(prepared, videos, tmp_path, local_ray):
     whole = shards.read_dataset(prepared[0])
     job = subprocess.Popen(

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from entprog.blocks import blocks
-from entprog.config import Priority
+from entprog.config import Priority, Timesteps
 from entprog.data import hashing
 from entprog.diffusion import losses
 from entprog.errors import UserError
@@ -122,7 +122,9 @@ def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
 def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found):
     many = Priority(conditions=4, draws=30)
     few = Priority(conditions=4, draws=25)
-    score = partial(cei._score_condition, denoiser, found, latents([0]), 0, seed=0, shift=1.0, at_once=4, replay=True)
+    score = partial(
+        cei._score_condition, denoiser, found, latents([0]), 0, seed=0, law=Timesteps(), at_once=4, replay=True
+    )
     assert tables.marks(few) == [25] and tables.marks(many) == [25, 30]
     row, noted = (score(tables.marks(settings), settings=settings) for settings in (few, many))
     for name in row:
@@ -242,7 +244,15 @@ def test_a_range_of_timesteps_that_is_none(wrong):
 # -- one law of timesteps
 
 
-def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained_on(monkeypatch):
+LAWS = [
+    ({"timestep_shift": 5.0}, 5 * 0.5 / (1 + 4 * 0.5)),
+    ({"timesteps": "logit_normal", "timesteps_mean": 1.0, "timesteps_spread": 0.5}, 1 / (1 + np.exp(-1))),
+    ({"timesteps": "mode", "timestep_shift": 2.0}, 2 * 0.5 / (1 + 1 * 0.5)),
+]
+
+
+@pytest.mark.parametrize(("train", "middle"), LAWS)
+def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained_on(monkeypatch, train, middle):
     """The same quantiles of t, whoever draws them."""
     denoiser, seen = tiny_denoiser(tiny_experiment()), []
     pair = type(denoiser.process).pair
@@ -251,8 +261,8 @@ def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained
         "pair",
         lambda self, clean, noise, t: (seen.extend(t.tolist()), pair(self, clean, noise, t))[1],
     )
-    shift, median = 5.0, {}
-    wanted = tiny_experiment(train={"timestep_shift": shift})
+    median, wanted = {}, tiny_experiment(train=train)
+    law = wanted.timesteps
     clips = latents(range(64))
 
     def drawn(work):
@@ -261,19 +271,20 @@ def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained
             work()
         return float(np.median(seen))
 
-    median["trained"] = drawn(lambda: losses.training_loss(denoiser, clips, wanted.train))
-    median["held out"] = drawn(lambda: losses.held_out_loss(denoiser, [clips], 4, 0, shift))
+    median["trained"] = drawn(lambda: losses.training_loss(denoiser, clips, wanted.train, law))
+    median["held out"] = drawn(lambda: losses.held_out_loss(denoiser, [clips], 4, 0, law))
     settings = Priority(conditions=16, draws=8)
     median["scored"] = drawn(lambda: list(map(list, (
-        cei.draws(denoiser.process, clips.part(slice(i, i + 1)), i, 8, settings, 0, shift, 8) for i in range(16)
+        cei.draws(denoiser.process, clips.part(slice(i, i + 1)), i, 8, settings, 0, law, 8) for i in range(16)
     ))))  # fmt: skip
     for name, value in median.items():
-        assert value == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.06), (name, value)
+        assert value == pytest.approx(middle, abs=0.06), (name, value)
 
 
 def test_a_table_belongs_to_its_shift(denoiser, found):
     settings = Priority(conditions=2, draws=4)
     even, shifted = (
-        priorities.score(denoiser, found, [latents(range(2))], settings, shift=shift).scores() for shift in (1.0, 5.0)
+        priorities.score(denoiser, found, [latents(range(2))], settings, law=Timesteps(shift=shift)).scores()
+        for shift in (1.0, 5.0)
     )
     assert even != shifted

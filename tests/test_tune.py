@@ -62,6 +62,7 @@ def swept(place):
     return tune.run(wanted(place), space, place / "swept", tables=place / "cei")
 
 
+@pytest.mark.slow
 def test_every_trial_is_accounted_for(swept, place):
     trials = swept["trials"]
     assert len(trials) == 4 and sum(swept["counts"].values()) == 4
@@ -82,11 +83,13 @@ def test_every_trial_is_accounted_for(swept, place):
     assert [row["id"] for row in table] == [row["id"] for row in trials]
 
 
+@pytest.mark.slow
 def test_trials_share_one_table_of_scores(swept, place):
     """The settings that were varied have no part in scoring."""
     assert len(list((place / "cei").glob("*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_train_takes_the_best_settings(swept, place):
     best = place / "swept" / "best.yaml"
     result = CliRunner().invoke(train.app, ["--config", str(best), "--dry-run"])
@@ -96,6 +99,7 @@ def test_train_takes_the_best_settings(swept, place):
     assert experiment == spaces.applied(wanted(place).experiment(), drawn)
 
 
+@pytest.mark.slow
 def test_mlflow_has_sweep_trials_and_stages(swept):
     from mlflow import MlflowClient
 
@@ -259,6 +263,7 @@ def test_refusals_and_dry_run(place):
     assert result.exit_code == 0 and "Would run 4 trials" in result.output and not (place / "dry").exists()
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_same_folder_is_refused(swept, place):
     with pytest.raises(cli.UserError, match="choose another --output"):
         tune.run(wanted(place), spaces.read("cei"), place / "swept")

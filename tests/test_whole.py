@@ -56,7 +56,9 @@ def tuned(name, folder, **save):
     if name == "latte":  # with channels for a learned variance
         own["init"] = {**TINY[name]["init"], "out_channels": 8}
     base = load(name, vae=vae, **own)
-    save_file({"prompt_embeds": torch.randn(3, base.text.shape[-1], generator=generator)}, folder / "prompt")
+    text = {"prompt_embeds": torch.randn(3, base.text.shape[-1], generator=generator)}
+    more = {key: torch.randn(getattr(base, field)[0].shape, generator=generator) for field, key in base.FIXED.items()}
+    save_file(text | more, folder / "prompt")
     base.save(folder / "base")
     denoiser = again(folder / "base", name, conditions=("reference", "pose"), prompt_embeds=str(folder / "prompt"))
     with torch.no_grad():

@@ -6,11 +6,12 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 """
 
 from entprog.config.evaluation import Evaluate, Evaluation
-from entprog.config.experiment import Data, Experiment, Lora, Model, Priority, Tracking, Train
+from entprog.config.experiment import Data, Drop, Experiment, Lora, Model, Priority, Tracking, Train
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.phases import phases
 from entprog.config.reading import (
+    ADDED,
     FREE,
     PATHS,
     WHOLE,
@@ -31,9 +32,11 @@ from entprog.config.reading import (
 from entprog.config.schedule import Backward, Choose, Fraction, FrozenPrecision, Row, Schedule
 from entprog.config.shapes import ClipShape, Smaller
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
+from entprog.config.timesteps import Timesteps
 from entprog.config.written import meaning, suited
 
 __all__ = [
+    "ADDED",
     "FREE",
     "OBJECTIVES",
     "PATHS",
@@ -44,6 +47,7 @@ __all__ = [
     "Compare",
     "Comparison",
     "Data",
+    "Drop",
     "Encoding",
     "Evaluate",
     "Evaluation",
@@ -64,6 +68,7 @@ __all__ = [
     "Shape",
     "Smaller",
     "Sweep",
+    "Timesteps",
     "Tracking",
     "Train",
     "Tune",

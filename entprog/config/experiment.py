@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from entprog.config.part import Part
 from entprog.config.schedule import Schedule
 from entprog.config.shapes import ClipShape
+from entprog.config.timesteps import KNOWN_PIXELS, KNOWN_SHIFT, SPREADS, WIDEST_MODE, Law, Timesteps
 from entprog.masking import has_credentials
 
 
@@ -49,6 +50,9 @@ class Model(Part):
     prompt_embeds: str | None = None
     """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for SVD an image's embedding.
     None: zeros."""
+    text_encoder: str | None = None
+    """Folder (or hub name) with `text_encoder/` and `tokenizer/`, which encode captions (`data.text`). None: the base's
+    own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
@@ -89,6 +93,9 @@ class Data(Part):
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""
+    text: Literal["fixed", "empty", "caption"] = "fixed"
+    """What text cross-attention sees: `fixed`, `model.prompt_embeds` or zeros; `empty`, the empty text as the base's
+    encoder has it; `caption`, each clip's caption, encoded once and kept in SHARDS/texts. The two need extra `text`."""
     verify: Literal["sha256", "size"] = "sha256"
     """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
 
@@ -102,6 +109,19 @@ class Lora(Part):
     """Scale of what the adapter adds is alpha/rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers of a block that get an adapter, by the ends of their names."""
+
+
+class Drop(Part):
+    """Shares of training clips that are shown without a condition, so that guidance has something to compare with.
+    Which clips those are depends on `train.seed` and their places in the run alone. 0: none."""
+
+    text: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without text: with the empty text where `data.text` is not fixed, with zeros where it is. Of no
+    effect where there is none anyway."""
+    reference: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without the reference image. Of no effect where the network does not see one."""
+    pose: float = Field(default=0.0, ge=0, le=1)
+    """Share of clips without the pose. Of no effect where the network does not see one."""
 
 
 class Train(Part):
@@ -130,8 +150,22 @@ class Train(Part):
     """Optimizer moments of blocks that a stage freezes: moved to host memory, kept on the device, or forgotten."""
     block_warmup_steps: int = Field(default=0, ge=0)
     """Linear learning-rate warm-up of each block from the step at which it begins to be trained."""
-    timestep_shift: float = Field(default=1.0, gt=0)
-    """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5)."""
+    timestep_shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5). `auto`: by a clip's pixels over
+    all its frames, 3 for 81 frames of 832x480 (Wan's own) and in proportion to their root for others."""
+    timesteps: Law = "uniform"
+    """Law that timesteps are drawn by, before the shift: `uniform`; `logit_normal`: more in the middle; `mode`: more in
+    the middle, the ends kept (both Stable Diffusion 3, arXiv 2403.03206). Blocks are scored, and held-out loss is
+    measured, by the same."""
+    timesteps_mean: float = 0.0
+    """Law `logit_normal`: mean of logit(t); above 0 trains more on noise."""
+    timesteps_spread: float | None = Field(default=None, gt=0)
+    """Law `logit_normal`: standard deviation of logit(t); law `mode`: its scale s, at most 1.75. None: 1 and 1.29."""
+    min_snr: float | None = Field(default=None, gt=0)
+    """γ of min-SNR weights (arXiv 2303.09556), 5 as a rule: timesteps with little noise count less. For networks that
+    predict ε or v. None: every timestep counts alike."""
+    drop: Drop = Drop()
+    """Conditions that some clips are shown without."""
     seed: int = Field(default=0, ge=0)
     """Seeds order, noise, timesteps, candidates, new weights."""
     workers: int = Field(default=1, ge=1)
@@ -185,6 +219,14 @@ class Train(Part):
     def _has_an_end(self):
         if self.steps is None and self.seconds is None and self.flops is None:
             raise ValueError("a run needs an end: set train.steps or train.seconds")
+        if self.timesteps != "logit_normal" and self.timesteps_mean != 0:
+            raise ValueError(f"train.timesteps_mean is of logit_normal, given train.timesteps={self.timesteps}")
+        if self.timesteps == "uniform" and self.timesteps_spread is not None:
+            raise ValueError("train.timesteps_spread is of logit_normal and mode, given train.timesteps=uniform")
+        if self.timesteps == "mode" and (self.timesteps_spread or 0) > WIDEST_MODE:
+            raise ValueError(
+                f"train.timesteps_spread of mode is at most {WIDEST_MODE}, given {self.timesteps_spread:g}"
+            )
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"train.min_workers={self.min_workers} is more than train.workers={self.workers}")
         return self
@@ -206,8 +248,8 @@ class Priority(Part):
     draws: int = Field(default=8, ge=4)
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
-    """Flow timesteps drawn, 0 clean, 1 noise: two rising numbers within them. In between they are shifted as
-    `train.timestep_shift` says."""
+    """Timesteps drawn, 0 clean, 1 noise: two rising numbers within them. In between they follow training's law
+    (`train.timesteps`, `train.timestep_shift`)."""
     until_stable: float | None = Field(default=None, gt=0, le=1)
     """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
     4, 8, 16, … conditions; at most `conditions`. None: all conditions."""
@@ -259,10 +301,30 @@ class Experiment(Part):
         return self.data.batch_size * times
 
     def timestep_shift_at(self, shape: ClipShape) -> float:
-        """Shift of timesteps at a clip shape (`schedule.timestep_shift`): by the root of the number of pixels
-        (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
+        """Shift of timesteps at a clip shape, which `auto` takes from a shape where it is known to another by the root
+        of the number of pixels (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
+        if self.train.timestep_shift == "auto":
+            return KNOWN_SHIFT * math.sqrt(shape.pixels / KNOWN_PIXELS)
         share = shape.pixels / self.data.shape.pixels if self.schedule.timestep_shift == "auto" else 1.0
         return self.train.timestep_shift * math.sqrt(share)
+
+    def timesteps_at(self, shape: ClipShape) -> Timesteps:
+        """The law of timesteps at a clip shape."""
+        train = self.train
+        spread = SPREADS[train.timesteps] if train.timesteps_spread is None else train.timesteps_spread
+        shift = self.timestep_shift_at(shape)
+        return Timesteps(train.timesteps, train.timesteps_mean, spread, shift, train.min_snr)
+
+    @property
+    def timesteps(self) -> Timesteps:
+        """The law of timesteps on whole clips, by which blocks are scored and held-out loss is measured."""
+        return self.timesteps_at(self.data.shape)
+
+    @model_validator(mode="after")
+    def _has_one_text(self):
+        if self.data.text != "fixed" and self.model.prompt_embeds:
+            raise ValueError(f"model.prompt_embeds is a fixed text, given data.text={self.data.text}: drop one of them")
+        return self
 
     @model_validator(mode="after")
     def _clock_is_repeatable(self):

@@ -120,7 +120,7 @@ class Generate(Part):
     """Seeds the noise that a clip starts from."""
     reference_guidance: float = Field(default=1.0, ge=0)
     """Strength of the reference image over a zeroed one (classifier-free guidance); 1: none. Helps networks that were
-    trained with conditions dropped."""
+    trained with conditions dropped (`train.drop`)."""
     pose_guidance: float = Field(default=1.0, ge=0)
     """Strength of the pose over a zeroed one; 1: none. Equal to `reference_guidance`: ordinary guidance by both."""
     shift: float | None = Field(default=None, gt=0)

@@ -36,6 +36,8 @@ def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:
         if out:
             before = next(reversed(out))
             start = {"base": str(output / before / "model"), "init": {}, "weights": None, "adapter": None}
+            if values["data"]["text"] != "fixed":  # encoders are not saved with weights
+                start["text_encoder"] = values["model"]["text_encoder"] or experiment.model.base
             values = merge(values, {"model": start})
         try:
             out[name] = build(values)

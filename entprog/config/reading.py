@@ -97,7 +97,14 @@ FREE = (
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
 accumulate only the product counts: the batches of an update."""
-PATHS = ("model.base", "model.weights", "model.adapter", "model.vae", "model.prompt_embeds")
+ADDED = (
+    "train.drop.text", "train.drop.reference", "train.drop.pose", "train.timesteps", "train.timesteps_mean",
+    "train.timesteps_spread", "train.min_snr", "data.text",
+)  # fmt: skip
+"""Settings that are younger than runs that may still be resumed: at its default, one is no part of what decides."""
+PATHS = (
+    "model.base", "model.weights", "model.adapter", "model.vae", "model.prompt_embeds", "model.text_encoder",
+)  # fmt: skip
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""

@@ -71,8 +71,8 @@ class Schedule(Part):
     """What smaller clips change: `fewer` tokens a step, of `data.batch_size` clips; or tokens stay `constant` and a
     batch holds as many times the clips as each has fewer pixels."""
     timestep_shift: Literal["fixed", "auto"] = "fixed"
-    """Of smaller clips: `fixed` as `train.timestep_shift` says, or `auto`: times the root of their share of the pixels,
-    since the same noise hides less of what fewer pixels show."""
+    """Of smaller clips: `fixed`, that of whole clips, or `auto`: times the root of their share of the pixels, since the
+    same noise hides less of what fewer pixels show. With `train.timestep_shift=auto` it is always that."""
     memory_budget_bytes: ByteSize | None = Field(default=None, gt=0)
     """Bytes, or like 24GB or 22.5GiB. Plans whose predicted peak memory per device is above this are left out."""
     search_steps: int = Field(default=4, ge=1)

@@ -23,6 +23,9 @@ class Denoiser(Protocol):
     conditions: tuple[str, ...]
     """What the network sees beside the noisy clip, in the order of its input channels."""
 
+    text: torch.Tensor
+    """What text cross-attention sees of a clip without text of its own, float [1, tokens, width]."""
+
     process: Process
     """How noise and clip mix, and what the network predicts (`entprog.diffusion.processes`)."""
 
@@ -50,7 +53,8 @@ class Denoiser(Protocol):
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].
 
-        noisy [B, C, F', H', W'] as `process.pair` mixes it, t float [B].
+        noisy [B, C, F', H', W'] as `process.pair` mixes it, t float [B]. conditions: those of `conditions`, and `text`
+        [B, tokens, width] where clips have their own.
         """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

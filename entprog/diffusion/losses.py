@@ -4,27 +4,29 @@ from collections.abc import Sequence
 
 import torch
 
-from entprog.config import Train
+from entprog.config import Timesteps, Train
 from entprog.data.clips import Latents
-from entprog.diffusion import objectives
+from entprog.diffusion import dropping, objectives
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 
 
-def training_loss(denoiser: Denoiser, batch: Latents, train: Train, shift: float | None = None) -> torch.Tensor:
-    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for.
-
-    shift: of timesteps. None: `train.timestep_shift`.
+def training_loss(denoiser: Denoiser, batch: Latents, train: Train, law: Timesteps = Timesteps()) -> torch.Tensor:
+    """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for, some of the clips
+    without a condition (`train.drop`). law: of the timesteps (`Experiment.timesteps_at`).
     """
-    t = objectives.timesteps(batch.position, train.seed, shift=shift or train.timestep_shift)
-    return clip_losses(denoiser, batch, batch.position, t, train.seed).mean()
+    t = objectives.timesteps(batch.position, train.seed, law)
+    shown = dropping.dropped(denoiser, batch, train.drop, train.seed)
+    return clip_losses(denoiser, shown, batch.position, t, train.seed, law).mean()
 
 
-def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int, shift: float = 1.0) -> float:
+def held_out_loss(
+    denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int, law: Timesteps = Timesteps()
+) -> float:
     """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
 
-    Timesteps are spread evenly over 0..1, `draws` strata per clip, moved on from clip to clip by the golden ratio, and
-    then shifted as those of training are: what counts is the loss that training minimises.
+    Timesteps are quantiles of training's law, spread evenly over it: `draws` strata per clip, moved on from clip to
+    clip by the golden ratio. What counts is the loss that training minimises.
     """
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
@@ -32,16 +34,24 @@ def held_out_loss(denoiser: Denoiser, held_out: Sequence[Latents], draws: int, s
             for draw in range(draws):
                 numbers = batch.position * 1009 + draw
                 even = (draw + (batch.position * 0.6180339887) % 1) / draws
-                t = objectives.shifted(even, shift).clamp(0.02, 0.98)
-                losses = clip_losses(denoiser, batch, numbers, t, seed)
+                t = objectives.quantiles(even, law).clamp(0.02, 0.98)
+                losses = clip_losses(denoiser, batch, numbers, t, seed, law)
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
     parts = agree.gathered(total.tolist())
     return sum(part[0] for part in parts) / sum(part[1] for part in parts)
 
 
-def clip_losses(denoiser: Denoiser, batch: Latents, numbers: torch.Tensor, t: torch.Tensor, seed: int) -> torch.Tensor:
-    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for."""
+def clip_losses(
+    denoiser: Denoiser,
+    batch: Latents,
+    numbers: torch.Tensor,
+    t: torch.Tensor,
+    seed: int,
+    law: Timesteps = Timesteps(),
+) -> torch.Tensor:
+    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for, weighted by the law."""
     t = t.to(batch.clean.device, torch.float32)
     noise = objectives.noise_like(batch.clean, numbers, seed)
     noisy, target = denoiser.process.pair(batch.clean, noise, t)
-    return objectives.loss(denoiser.predict(noisy, t, batch.conditions), target)
+    prediction = denoiser.predict(noisy, t, batch.conditions)
+    return objectives.loss(prediction, target, objectives.weights(denoiser.process, t, law))

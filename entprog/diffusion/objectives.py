@@ -4,7 +4,12 @@ A clip's noise and timestep are functions of (seed, its position in the run) alo
 workers there are, how batches are split, or what was drawn before.
 """
 
+import math
+
 import torch
+
+from entprog.config import Timesteps
+from entprog.diffusion.processes import Process
 
 _UINT64 = 2**64
 
@@ -12,23 +17,37 @@ _UINT64 = 2**64
 def timesteps(
     positions: torch.Tensor,
     seed: int,
-    shift: float = 1.0,
-    distribution: str = "uniform",
+    law: Timesteps = Timesteps(),
     device: str | torch.device | None = None,
 ) -> torch.Tensor:
     """Times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
 
-    distribution: "uniform", or "logit-normal" (t = sigmoid(n), n standard normal: more in the middle).
-    shift: as of `shifted`. The same bits on every device.
+    The same bits on every device.
     """
+    return quantiles(uniform(positions, seed, 0), law).to(device=device or positions.device, dtype=torch.float32)
+
+
+def quantiles(shares: torch.Tensor, law: Timesteps) -> torch.Tensor:
+    """Times t in 0..1 that shares in 0..1 of a law's draws lie below, its shift included.
+
+    logit_normal: t = sigmoid(n), n normal; mode: t = 1 - u - s·(cos²(πu/2) - 1 + u) with u = 1 - share (Stable
+    Diffusion 3, arXiv 2403.03206, eq. 19 and 20).
+    """
+    t = shares
+    if law.law == "logit_normal":
+        t = (law.mean + law.spread * torch.special.ndtri(shares.double())).sigmoid()
+    elif law.law == "mode":
+        u = 1 - shares.double()
+        t = (1 - u - law.spread * ((math.pi / 2 * u).cos() ** 2 - 1 + u)).clamp(0, 1)
+    return shifted(t, law.shift)
+
+
+def uniform(positions: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
+    """Evenly spread numbers in 0..1 for clips at positions int64 [B]: float64 [B] on the CPU. draw: 0 for timesteps,
+    others for other purposes (1 is noise's)."""
     # 53 bits of the hash, half a step away from both ends.
-    uniform = [((_hash(seed, position, 0) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
-    t = torch.tensor(uniform, dtype=torch.float64)
-    if distribution == "logit-normal":
-        t = torch.special.ndtri(t).sigmoid()
-    elif distribution != "uniform":
-        raise ValueError(f"unknown distribution of timesteps {distribution!r}: uniform or logit-normal")
-    return shifted(t, shift).to(device=device or positions.device, dtype=torch.float32)
+    numbers = [((_hash(seed, position, draw) >> 11) + 0.5) * 2.0**-53 for position in positions.tolist()]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
@@ -48,9 +67,15 @@ def noise_like(clean: torch.Tensor, positions: torch.Tensor, seed: int) -> torch
     return noise
 
 
-def loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each clip: [B, ...] twice → float32 [B]."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each clip: [B, ...] twice → float32 [B]. weights [B]: what each counts; None: all alike."""
+    losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return losses if weights is None else losses * weights
+
+
+def weights(process: Process, t: torch.Tensor, law: Timesteps) -> torch.Tensor | None:
+    """What the loss at times t [B] counts, float32 [B] on t's device; None where all count alike."""
+    return None if law.min_snr is None else process.min_snr(t, law.min_snr).float()
 
 
 def _hash(*numbers: int) -> int:

@@ -43,6 +43,10 @@ class Process(Protocol):
         """Entry of the scheduler's `timesteps` → t. A scheduler's sample is what `predict` sees once
         `scheduler.scale_model_input` has scaled it."""
 
+    def min_snr(self, t: torch.Tensor, most: float) -> torch.Tensor:
+        """min-SNR weights (arXiv 2303.09556) of the loss at times t: [B]. most: γ, the signal-to-noise ratio above
+        which timesteps count less. Raises UserError for a process whose networks predict neither ε nor v."""
+
     def scheduler(self, shift: float | None = None) -> SchedulerMixin:
         """A diffusers scheduler of this process, no steps set. shift: instead of its own.
 
@@ -73,6 +77,9 @@ class Flow:
 
     def t(self, timestep):
         return timestep / self.STEPS
+
+    def min_snr(self, t, most):
+        raise UserError(f"train.min_snr={most:g} weights losses of ε or v: this network predicts a flow's velocity")
 
     def scheduler(self, shift=None):
         return FlowMatchEulerDiscreteScheduler(shift=self.shift if shift is None else shift)
@@ -115,6 +122,10 @@ class Diffusion:
 
     def t(self, timestep):
         return (timestep + 0.5) / len(self._kept)
+
+    def min_snr(self, t, most):
+        kept = self._kept.to(t.device)[self.timestep(t)]
+        return _min_snr(kept / (1 - kept), most, self.prediction)
 
     def scheduler(self, shift=None):
         _no_shift(shift)
@@ -166,6 +177,9 @@ class Edm:
     def t(self, timestep):
         return torch.special.ndtr((timestep.double() * 4 - self.mean) / self.std)
 
+    def min_snr(self, t, most):
+        return _min_snr(self.sigma(t) ** -2, most, "v_prediction")
+
     def scheduler(self, shift=None):
         _no_shift(shift)
         return EulerDiscreteScheduler.from_config(self.configuration)
@@ -176,6 +190,13 @@ class Edm:
         scheduler = self.scheduler()
         lowest, highest = scheduler.config.sigma_min, scheduler.config.sigma_max
         return lowest or scheduler.sigmas[-2].item(), highest or scheduler.sigmas[0].item()
+
+
+def _min_snr(ratio: torch.Tensor, most: float, prediction: str) -> torch.Tensor:
+    """Weights at signal-to-noise ratios: of ε's loss min(ratio, γ)/ratio, of v's min(ratio, γ)/(ratio + 1)."""
+    if prediction == "epsilon":
+        return (most / ratio).clamp(max=1)  # no signal at all: 1
+    return ratio.clamp(max=most) / (ratio + 1)
 
 
 def _settings(configuration: Mapping[str, Any]) -> dict[str, Any]:

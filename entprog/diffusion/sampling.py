@@ -7,6 +7,7 @@ import torch
 
 from entprog.config import ClipShape, Generate
 from entprog.diffusion.denoiser import Denoiser
+from entprog.diffusion.dropping import without
 from entprog.diffusion.longclips import blended
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler, set_steps
@@ -46,8 +47,7 @@ def sample(
         predict = blended(lambda noisy, c, t=t: denoiser.predict(noisy, t, c), window, overlap)
         prediction = torch.zeros_like(latents)
         for kept, share in passes.items():
-            shown = {name: value if name in kept else torch.zeros_like(value) for name, value in conditions.items()}
-            prediction += share * predict(seen, shown)
+            prediction += share * predict(seen, without(conditions, kept))
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
     return latents
 

@@ -44,6 +44,7 @@ class CogVideoXDenoiser(VideoDenoiser):
     VAES = (AutoencoderKLCogVideoX,)
     INPUT = "patch_embed.proj"
     PROCESS = Diffusion
+    TEXT_PIPELINE = "CogVideoXPipeline"
     SCHEDULER: ClassVar[dict[str, Any]] = {
         "_class_name": "CogVideoXDDIMScheduler",
         "prediction_type": "v_prediction",
@@ -56,20 +57,24 @@ class CogVideoXDenoiser(VideoDenoiser):
         "clip_sample": False,
     }
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         sizes = self.network.config
         # 1.5 takes frames in pairs. As in its training a clip that does not come out even begins with its first again.
         extra = -inputs.shape[2] % (sizes.patch_size_t or 1)
         inputs = torch.cat([inputs[:, :, :1].expand(-1, -1, extra, -1, -1), inputs], dim=2)
         (v,) = self.network(
             hidden_states=inputs.transpose(1, 2),
-            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            encoder_hidden_states=texts.spread(text, len(inputs)),
             timestep=timestep,
             ofs=None if sizes.ofs_embed_dim is None else inputs.new_full((1,), OFS),
             image_rotary_emb=_rotary(sizes, *inputs.shape[2:], inputs.device),
             return_dict=False,
         )
         return v.transpose(1, 2)[:, :, extra:]
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        return network.max_text_seq_length
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:

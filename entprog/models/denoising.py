@@ -45,6 +45,12 @@ class VideoDenoiser:
     SCHEDULER: ClassVar[dict[str, Any]]
     """Scheduler configuration of a base that comes without one, and of new networks."""
 
+    TEXT_PIPELINE: ClassVar[str | None] = None
+    """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
+    FIXED: ClassVar[dict[str, str]] = {}
+    """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
+    with which they are saved."""
+
     network: nn.Module
     vae: nn.Module | None
     """None: the network works on pixels."""
@@ -67,9 +73,9 @@ class VideoDenoiser:
 
     # ---- what a family says ----
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Call the network: inputs [B, all channels, F', H', W'], timestep [B] as `process.timestep` gives it →
-        prediction [B, C, F', H', W']."""
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Call the network: inputs [B, all channels, F', H', W'], timestep [B] as `process.timestep` gives it, text
+        [1 or B, tokens, width] (`texts.spread`) → prediction [B, C, F', H', W']."""
         raise NotImplementedError
 
     @classmethod
@@ -81,6 +87,19 @@ class VideoDenoiser:
     def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
         """Fields that hold fixed inputs, among them `text`. network: its diffusers configuration; root: of the base."""
         raise NotImplementedError
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        """Tokens of an encoded caption, filled up with zeros. network: its diffusers configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+        """Texts → embeddings [texts, tokens, width] by a TEXT_PIPELINE that has nothing but tokenizer and encoder."""
+        embeds, _ = pipeline.encode_prompt(
+            some, do_classifier_free_guidance=False, max_sequence_length=cls.text_tokens(network), device=device
+        )
+        return embeds
 
     @classmethod
     def check_network(cls, network: Any) -> None:
@@ -180,7 +199,8 @@ class VideoDenoiser:
         if unused:
             given.insert(1, noisy.new_zeros(1).expand(len(noisy), unused, *noisy.shape[2:]))
         with self.in_its_type():
-            prediction = self.run(torch.cat(given, dim=1) if len(given) > 1 else noisy, self.process.timestep(t))
+            inputs = torch.cat(given, dim=1) if len(given) > 1 else noisy
+            prediction = self.run(inputs, self.process.timestep(t), conditions.get("text", self.text))
         return prediction.float()
 
     def in_its_type(self):
@@ -237,7 +257,7 @@ class VideoDenoiser:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
-            texts.save(self.text, scratch)
+            texts.save(self.text, scratch, {name: getattr(self, field) for field, name in self.FIXED.items()})
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(
                 scratch,

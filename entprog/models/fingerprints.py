@@ -3,13 +3,14 @@
 import contextlib
 import json
 import platform
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from entprog import files, models
-from entprog.config import Experiment, Model, digest
+from entprog.config import Experiment, Model, Timesteps, digest
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media import assets
@@ -37,7 +38,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def held_out(experiment: Experiment, dataset: Dataset) -> str:
     """Hash of what the held-out loss is measured on: two runs' losses may be compared only where it is equal."""
-    data = experiment.data
+    data, law = experiment.data, experiment.timesteps
     clips = min(data.held_out_clips, dataset.clips("held_out"))
     return digest(
         [shard.sha256 for shard in dataset.splits["held_out"]],
@@ -45,7 +46,9 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         data.held_out_draws,
         data.held_out_seed,
         str(data.shape),
-        *([shift] if (shift := experiment.train.timestep_shift) != 1 else []),  # losses at other timesteps
+        *([data.text] if data.text != "fixed" else []),
+        *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
+        *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
     )
 
 

@@ -100,19 +100,33 @@ def locate(
             "weights as model.weights, beside the base that it belongs to; of others make a folder with their class's "
             "from_single_file(FILE).save_pretrained(FOLDER)"
         )
+    endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
+    patterns = [f"{p}*{ending}" for p in parts for ending in endings]
+    patterns += [*(f"{name}/config.json" for name in NETWORKS), "config.json", "entprog.json", INDEX, PROMPT, CARD]
+    return _fetched(name, setting, patterns, revision)
+
+
+def _fetched(name: str, setting: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder of a hub name, the files of it that the patterns name. Raises UserError, naming `setting`."""
+    folder = Path(name).expanduser()
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
         raise UserError(f"{setting}: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
-    files = [f"{p}*{ending}" for p in parts for ending in endings]
-    files += [*(f"{name}/config.json" for name in NETWORKS), "config.json", "entprog.json", INDEX, PROMPT, CARD]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = one_line(str(error).strip().partition("\n")[0], most=160)
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
+
+
+def located_text(name: str, setting: str) -> Path:
+    """The folder that holds `text_encoder/` and `tokenizer/`, given or fetched from the hub (safetensors, JSON and the
+    tokenizer's own files). Raises UserError, naming `setting`, if there is none."""
+    if Path(name).expanduser().exists():
+        return locate(name, setting)
+    return _fetched(name, setting, ["text_encoder/*.safetensors", "text_encoder/*.json", "tokenizer/*"])
 
 
 def part(root: Path, name: str) -> Path | None:

@@ -53,12 +53,12 @@ class LatteDenoiser(VideoDenoiser):
     frames: torch.Tensor
     """Positions of frames [1, video_length, width]."""
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         self.network.temp_pos_embed = self.frames[:, : inputs.shape[2]]
         (noise,) = self.network(
             hidden_states=inputs,
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            encoder_hidden_states=texts.spread(text, len(inputs)),
             return_dict=False,
         )
         return noise[:, : self.latent_channels]

@@ -23,6 +23,8 @@ from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "UNetMotionModel"
+TEXT_TOKENS = 77
+"""Of CLIP's text encoder."""
 
 
 @blocks.kind.register
@@ -40,6 +42,7 @@ class MotionUnetDenoiser(VideoDenoiser):
     VAES = (AutoencoderKL,)
     INPUT = "conv_in"
     PROCESS = Diffusion
+    TEXT_PIPELINE = "AnimateDiffPipeline"
     SCHEDULER: ClassVar[dict[str, Any]] = {
         "_class_name": "DDIMScheduler",
         "beta_schedule": "linear",
@@ -50,15 +53,24 @@ class MotionUnetDenoiser(VideoDenoiser):
         "steps_offset": 1,
     }
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         clips, _, frames = inputs.shape[:3]
         (noise,) = self.network(
             sample=inputs,
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(clips * frames, -1, -1),
+            encoder_hidden_states=texts.spread(text, clips * frames),
             return_dict=False,
         )
         return noise
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        return TEXT_TOKENS
+
+    @classmethod
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+        embeds, _ = pipeline.encode_prompt(some, device, 1, False)
+        return embeds
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:

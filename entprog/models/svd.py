@@ -64,12 +64,12 @@ class SvdDenoiser(VideoDenoiser):
             # torch 2.13's CPU kernel leaves parts of such a Conv3d's weight gradient unwritten.
             raise UserError("model.dtype: SVD's temporal convolutions have no sound bfloat16 on a CPU; take float32")
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         extra = inputs.new_tensor([FPS - 1, MOTION, REFERENCE_NOISE])
         (v,) = self.network(
             sample=inputs.transpose(1, 2),
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            encoder_hidden_states=texts.spread(text, len(inputs)),
             added_time_ids=extra.expand(len(inputs), -1),
             return_dict=False,
         )

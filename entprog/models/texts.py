@@ -1,6 +1,8 @@
 """What text cross-attention sees: fixed embeddings out of a file, or zeros."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +25,18 @@ def embeddings(settings: config.Model, root: Path | None, width: int, tokens: in
     return torch.zeros(1, tokens, width) if path is None else _read(path, width)
 
 
+def fixed(settings: config.Model, root: Path | None, name: str, width: int) -> torch.Tensor:
+    """A further tensor of the text, such as the pooled one, out of the same file: float32 [1, width]; zeros where there
+    is no file. Raises UserError for a file without it, or of another width."""
+    path = file_of(settings, root)
+    if path is None:
+        return torch.zeros(1, width)
+    value = _tensors(path, name)[name].float()
+    if value.numel() != width:
+        raise UserError(f"model.prompt_embeds: {name} of {path} has shape {list(value.shape)}, needed is [{width}]")
+    return value.reshape(1, width)
+
+
 def file_of(settings: config.Model, root: Path | None) -> Path | None:
     """The file of `model.prompt_embeds`, or the one beside the base; None: zeros."""
     if settings.prompt_embeds:
@@ -40,20 +54,33 @@ def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(embeds, (0, 0, 0, tokens - embeds.shape[1]))
 
 
-def save(embeds: torch.Tensor, folder: Path) -> None:
-    """Keep embeddings beside a checkpoint; zeros need no file."""
-    if embeds.any():
-        save_file({NAME: embeds[0].cpu().contiguous()}, folder / folders.PROMPT)
+def spread(text: torch.Tensor, rows: int) -> torch.Tensor:
+    """Embeddings of all clips [1, tokens, width], or of each [B, tokens, width], as `rows` rows of a network's batch;
+    where it has several rows a clip (frames), those of a clip follow each other."""
+    return text.expand(rows, -1, -1) if len(text) == 1 else text.repeat_interleave(rows // len(text), dim=0)
 
 
-def _read(path: Path, width: int) -> torch.Tensor:
+def save(embeds: torch.Tensor, folder: Path, others: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+    """Keep embeddings [1, tokens, width] beside a checkpoint, and further tensors of the text by name, each [1, …].
+    Zeros need no file."""
+    tensors = {NAME: embeds, **others}
+    if any(value.any() for value in tensors.values()):
+        save_file({name: value[0].cpu().contiguous() for name, value in tensors.items()}, folder / folders.PROMPT)
+
+
+def _tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that has one of that name."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.prompt_embeds: cannot read {path}: {' '.join(str(error).split())}") from None
-    if NAME not in tensors:
-        raise UserError(f"model.prompt_embeds: {path} has no tensor named {NAME}, only {', '.join(tensors)}")
-    embeds = tensors[NAME].float()
+    if name not in tensors:
+        raise UserError(f"model.prompt_embeds: {path} has no tensor named {name}, only {', '.join(tensors)}")
+    return tensors
+
+
+def _read(path: Path, width: int) -> torch.Tensor:
+    embeds = _tensors(path, NAME)[NAME].float()
     if embeds.ndim == 2:
         embeds = embeds[None]
     if embeds.ndim != 3 or embeds.shape[0] != 1 or not embeds.shape[1] or embeds.shape[2] != width:

@@ -7,7 +7,13 @@ on when or where they were computed.
 import functools
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+)
 from torch import nn
 
 FRAMES_AT_ONCE = 8
@@ -81,22 +87,29 @@ def _wan_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tenso
     return mean, std
 
 
-# ---- CogVideoX: one factor ----
+# ---- CogVideoX, HunyuanVideo: one factor ----
 
 
-@encode.register
-def _(vae: AutoencoderKLCogVideoX, video):
+@encode.register(AutoencoderKLCogVideoX)
+@encode.register(AutoencoderKLHunyuanVideo)
+def _(vae, video):
     return vae.encode(video, return_dict=False)[0].mode() * vae.config.scaling_factor
 
 
-@decode.register
-def _(vae: AutoencoderKLCogVideoX, latents):
+@decode.register(AutoencoderKLCogVideoX)
+@decode.register(AutoencoderKLHunyuanVideo)
+def _(vae, latents):
     return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
 
 @factors.register
 def _(vae: AutoencoderKLCogVideoX):
     return int(vae.config.temporal_compression_ratio), 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@factors.register
+def _(vae: AutoencoderKLHunyuanVideo):
+    return vae.config.temporal_compression_ratio, vae.config.spatial_compression_ratio
 
 
 @frame_step.register

@@ -29,8 +29,8 @@ from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "WanTransformer3DModel"
-I2V_TEXT_TOKENS = 512
-"""Number of text tokens that diffusers' Wan attention assumes where image tokens come before them."""
+TEXT_TOKENS = 512
+"""Tokens of a text; diffusers' Wan attention counts on that number where image tokens come before them."""
 
 
 @bypass.register
@@ -48,15 +48,16 @@ class WanDenoiser(VideoDenoiser):
     INPUT = "patch_embedding"
     PROCESS = Flow
     SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 1.0}
+    TEXT_PIPELINE = "WanPipeline"
 
     image: torch.Tensor | None
     """Zero image tokens [rows, tokens, image_dim] of one clip for I2V networks."""
 
-    def run(self, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         (velocity,) = self.network(
             hidden_states=inputs,
             timestep=timestep,
-            encoder_hidden_states=self.text.expand(len(inputs), -1, -1),
+            encoder_hidden_states=texts.spread(text, len(inputs)),
             encoder_hidden_states_image=None if self.image is None else self.image.repeat(len(inputs), 1, 1),
             return_dict=False,
         )
@@ -71,11 +72,15 @@ class WanDenoiser(VideoDenoiser):
         text = texts.embeddings(settings, root, network.text_dim)
         if network.added_kv_proj_dim is None:
             return {"text": text, "image": None}
-        text = texts.padded(text, I2V_TEXT_TOKENS)
+        text = texts.padded(text, TEXT_TOKENS)
         if network.pos_embed_seq_len is None:
             return {"text": text, "image": torch.zeros(1, 1, network.image_dim)}
         # First and last image arrive as two rows of the batch, which diffusers joins (Wan FLF2V).
         return {"text": text, "image": torch.zeros(2, network.pos_embed_seq_len // 2, network.image_dim)}
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        return TEXT_TOKENS
 
     @classmethod
     def check_network(cls, network: Any) -> None:

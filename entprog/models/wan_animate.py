@@ -24,7 +24,7 @@ from entprog import config
 from entprog.blocks import bypass, replaced
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
-from entprog.models import sources
+from entprog.models import sources, texts
 from entprog.models.geometry import Geometry
 from entprog.models.inputs import CONDITIONS
 from entprog.models.wan import WanDenoiser
@@ -64,7 +64,7 @@ class WanAnimateDenoiser(WanDenoiser):
             (velocity,) = self.network(
                 hidden_states=torch.cat([latents, mask, given], dim=1),
                 timestep=self.process.timestep(t),
-                encoder_hidden_states=self.text.expand(len(noisy), -1, -1),
+                encoder_hidden_states=texts.spread(conditions.get("text", self.text), len(noisy)),
                 encoder_hidden_states_image=None if self.image is None else self.image.repeat(len(noisy), 1, 1),
                 pose_hidden_states=pose,
                 face_pixel_values=noisy.new_zeros(len(noisy), 1, 4 * (noisy.shape[2] - 1) + 1, 1, 1),

@@ -111,7 +111,10 @@ class Prices:
         again where the sample has fewer."""
         _, frames, height, width = self.denoiser.latent_shape(shape)
         part = self.sample.part(torch.arange(clips) % len(self.sample.position))
-        cut = {name: value[..., :frames, :height, :width] for name, value in part.conditions.items()}
+        cut = {  # tokens have no places to be cut at
+            name: value[..., :frames, :height, :width] if value.ndim == 5 else value
+            for name, value in part.conditions.items()
+        }
         return Latents(part.clean[..., :frames, :height, :width], cut, part.position)
 
 

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from entprog import files
 from entprog.blocks import Block
-from entprog.config import Experiment
+from entprog.config import Experiment, Timesteps
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
+from entprog.models.captions import Texts
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable, table_key
 
@@ -27,15 +28,16 @@ def table(
     weights: str,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    texts: Texts | None = None,
 ) -> ScoreTable:
     """The table of a network that nothing has trained since it was loaded: the one in the folder if it was ever scored,
     else made and kept there. Every rank calls it.
 
     weights: `fingerprints.base` of the model, which the driver knows: hashing what lies on a GPU takes seconds.
-    progress: gets (conditions scored, conditions).
+    progress: gets (conditions scored, conditions). texts: of the clips, where they have texts of their own.
     """
     priority = experiment.priority
-    key = _key(denoiser, dataset, experiment, weights)
+    key = _key(denoiser, dataset, experiment, weights, texts)
     kept = folder / f"{key}.json"
     rank = agree.world()[0]
     with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
@@ -43,15 +45,17 @@ def table(
         known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
-        conditions, train = clips(denoiser, dataset, experiment), experiment.train
-        how = {"key": key, "seed": train.seed, "shift": train.timestep_shift, "progress": progress}
+        conditions, train = clips(denoiser, dataset, experiment, texts), experiment.train
+        how = {"key": key, "seed": train.seed, "law": experiment.timesteps, "progress": progress}
         made = priorities.score(denoiser, blocks, conditions, priority, **how)
         if rank == 0:
             files.write_json(kept, made.as_json())
     return made
 
 
-def clips(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -> list[Latents]:
+def clips(
+    denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, texts: Texts | None = None
+) -> list[Latents]:
     """The training clips that `priorities.score` takes as conditions, the same on every rank; none for a priority that
     looks at no data."""
     data, wanted = experiment.data, experiment.priority.conditions
@@ -62,15 +66,24 @@ def clips(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment) -
         dataset, "train", dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, device
     )
     batches = -(-wanted // data.batch_size)
-    return [latents.encode(denoiser, next(source).resized(data.shape)) for _ in range(batches)]
+    out = [latents.encode(denoiser, next(source).resized(data.shape)) for _ in range(batches)]
+    if texts is None:
+        return out
+    total, seed = dataset.clips("train"), experiment.train.seed
+    of = [clip_stream.clips_at(batch.position.numpy(), total, seed) for batch in out]
+    return [texts.beside(batch, "train", numbers) for batch, numbers in zip(out, of, strict=True)]
 
 
-def _key(denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, weights: str) -> str:
+def _key(
+    denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, weights: str, texts: Texts | None = None
+) -> str:
     """Hash of all that a table depends on: the VAE and the text as well as the network."""
-    model, shape, train = experiment.model, experiment.data.shape, experiment.train
+    model, shape, train, law = experiment.model, experiment.data.shape, experiment.train, experiment.timesteps
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
-    rest += [train.seed, train.timestep_shift]
+    rest += [train.seed, law.shift]
+    rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
+    rest += [experiment.data.text, texts.folder.name] if texts else []
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from entprog.blocks import Block, bypass, execution_order, replaced, skipped
-from entprog.config import Priority
+from entprog.config import Priority, Timesteps
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
@@ -34,7 +34,7 @@ def cei(
     *,
     key: str = "",
     seed: int = 0,
-    shift: float = 1.0,
+    law: Timesteps = Timesteps(),
     replay: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
@@ -42,14 +42,14 @@ def cei(
 
     conditions: batches of clips; every clip is one condition c, its clean latents
     the x_0 of its draws, which run in batches as large as the first of these. With several ranks each scores its share
-    of the conditions and all get the whole table. shift: of the timesteps drawn, as in training.
+    of the conditions and all get the whole table. law: of the timesteps drawn, as in training.
     replay: the full forward records each block's output; a skip pass returns the recorded ones for the blocks before b
     and computes only what follows: equal bits, about half the forwards' cost.
 
     Raises ValueError if there are fewer clips than `settings.conditions`.
     """
     score = partial(
-        _score_condition, denoiser, blocks, settings=settings, seed=seed, shift=shift,
+        _score_condition, denoiser, blocks, settings=settings, seed=seed, law=law,
         at_once=len(conditions[0].position), replay=replay,
     )  # fmt: skip
     measure = "loss" if settings.kind == "loss_increase" else settings.estimator
@@ -86,10 +86,19 @@ class Draws:
     conditions: dict[str, torch.Tensor]
     target: torch.Tensor
     """What the network should predict, float [B, C, F', H', W']."""
+    weights: torch.Tensor | None
+    """What each draw's loss counts, float [B]; None: all alike."""
 
 
 def draws(
-    process: Process, clip: Latents, number: int, count: int, settings: Priority, seed: int, shift: float, at_once: int
+    process: Process,
+    clip: Latents,
+    number: int,
+    count: int,
+    settings: Priority,
+    seed: int,
+    law: Timesteps,
+    at_once: int,
 ) -> Iterator[Draws]:
     """The first `count` draws of condition `number`, in batches of `at_once` at most.
 
@@ -99,10 +108,10 @@ def draws(
     draw_seed = seed * 1_000_003 + settings.seed
     for numbers in (torch.arange(count) + number * settings.draws).split(at_once):
         clean = clip.clean.expand(len(numbers), *clip.clean.shape[1:])
-        t = low + (high - low) * objectives.timesteps(numbers, draw_seed, shift).to(clean.device)
+        t = low + (high - low) * objectives.timesteps(numbers, draw_seed, law).to(clean.device)
         noisy, target = process.pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
         conditions = {name: value.expand(len(numbers), *value.shape[1:]) for name, value in clip.conditions.items()}
-        yield Draws(noisy, t, conditions, target)
+        yield Draws(noisy, t, conditions, target, objectives.weights(process, t, law))
 
 
 class _Moments:
@@ -137,17 +146,17 @@ def _score_condition(
     *,
     settings: Priority,
     seed: int,
-    shift: float,
+    law: Timesteps,
     at_once: int,
     replay: bool,
 ) -> Row:
     """Log-ratios of both estimators and loss increases of one condition, each [mark, block]."""
     moments = [_Moments() for _ in range(len(blocks) + 1)]  # the whole network's first
     noted: dict[int, list[torch.Tensor]] = {mark: [] for mark in marks}
-    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, shift, at_once):
+    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, law, at_once):
         passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
         for kept, predictions in zip(moments, passes, strict=True):
-            losses = objectives.loss(predictions, batch.target)
+            losses = objectives.loss(predictions, batch.target, batch.weights)
             for prediction, loss in zip(predictions, losses, strict=True):
                 kept.add(prediction, loss)
                 if kept.n in noted:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from entprog.blocks import Block, replaced
-from entprog.config import Priority
+from entprog.config import Priority, Timesteps
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
@@ -38,7 +38,7 @@ class PriorityFunction(Protocol):
         *,
         key: str = "",
         seed: int = 0,
-        shift: float = 1.0,
+        law: Timesteps = Timesteps(),
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> ScoreTable: ...
 
@@ -51,16 +51,14 @@ def score(
     *,
     key: str = "",
     seed: int = 0,
-    shift: float = 1.0,
+    law: Timesteps = Timesteps(),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
     """Score the blocks (in the network's order) by `settings.kind`; leaves the network as it was.
 
     Arguments as of `cei.cei`. conditions may be empty for the kinds that look at no data (`WITHOUT_DATA`).
     """
-    return KINDS[settings.kind](
-        denoiser, blocks, conditions, settings, key=key, seed=seed, shift=shift, progress=progress
-    )
+    return KINDS[settings.kind](denoiser, blocks, conditions, settings, key=key, seed=seed, law=law, progress=progress)
 
 
 def gradient(
@@ -71,7 +69,7 @@ def gradient(
     *,
     key: str = "",
     seed: int = 0,
-    shift: float = 1.0,
+    law: Timesteps = Timesteps(),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
     """Mean over conditions of ‖∂ℓ_c/∂ω_b‖, or (`settings.kind` "fisher") the mean over draws and weights of (∂ℓ/∂w)².
@@ -80,7 +78,7 @@ def gradient(
     rank takes its share of the conditions, and all get the mean over all of them.
     """
     measure = settings.kind
-    one = partial(_gradients_of_condition, denoiser, blocks, settings=settings, seed=seed, shift=shift, measure=measure)
+    one = partial(_gradients_of_condition, denoiser, blocks, settings=settings, seed=seed, law=law, measure=measure)
     with _differentiable(blocks):
         found = tables.measured(one, conditions, settings, measure, progress)
     return tables.table(blocks, found, settings, measure, key=key)
@@ -110,7 +108,7 @@ def _gradients_of_condition(
     *,
     settings: Priority,
     seed: int,
-    shift: float,
+    law: Timesteps,
     measure: str,
 ) -> Row:
     """One condition's gradient norms, or its mean squared gradients, [mark, block]. One draw at a time."""
@@ -119,8 +117,8 @@ def _gradients_of_condition(
     summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
     squares = torch.zeros(len(blocks), dtype=torch.float64)
     noted = {}
-    for done, draw in enumerate(draws(denoiser.process, clip, number, marks[-1], settings, seed, shift, at_once=1), 1):
-        loss = objectives.loss(denoiser.predict(draw.noisy, draw.t, draw.conditions), draw.target).sum()
+    for done, draw in enumerate(draws(denoiser.process, clip, number, marks[-1], settings, seed, law, at_once=1), 1):
+        loss = objectives.loss(denoiser.predict(draw.noisy, draw.t, draw.conditions), draw.target, draw.weights).sum()
         gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
         if measure == "fisher":
             squares += _squares(gradients, weights)
@@ -144,7 +142,7 @@ def _squares(gradients: Sequence[torch.Tensor | None], weights: Sequence[Sequenc
 def _ordered(order: Callable[[int, int], np.ndarray]) -> PriorityFunction:
     """A priority that looks at no data: order(number of blocks, seed) → their scores."""
 
-    def scored(denoiser, blocks, conditions, settings, *, key="", seed=0, shift=1.0, progress=None) -> ScoreTable:
+    def scored(denoiser, blocks, conditions, settings, *, key="", seed=0, law=None, progress=None) -> ScoreTable:
         values = order(len(blocks), seed * 1_000_003 + settings.seed)
         return ScoreTable(
             key=key,

@@ -188,7 +188,7 @@ class _Fit:
                 priority,
                 key=f"stage {stage}",
                 seed=seed,
-                shift=self.experiment.train.timestep_shift,
+                law=self.experiment.timesteps,
             )
         self.search.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
@@ -286,7 +286,7 @@ class _Fit:
         rate = optimizer.set_learning_rate(
             state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
         )
-        shift = self.experiment.timestep_shift_at(self.freeze.plan.shape)
+        law = self.experiment.timesteps_at(self.freeze.plan.shape)
         begun, waited_s, loss = self.now(), 0.0, 0.0
         for turn in range(self.rounds):
             weight = 0.0  # a pass for the other ranks' sake, over the batch before
@@ -294,7 +294,7 @@ class _Fit:
                 waiting, weight = self.now(), self.weight
                 batch = self.next_batch()
                 waited_s += self.now() - waiting
-            part = losses.training_loss(self.denoiser, batch, train, shift) * weight
+            part = losses.training_loss(self.denoiser, batch, train, law) * weight
             part.backward()
             loss += part.detach().double()
         self.pace = agree.pace(self.now() - begun - waited_s, self.device)
@@ -376,8 +376,8 @@ class _Fit:
 
     def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
         with fsdp.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
-            seed, shift = self.experiment.data.held_out_seed, self.experiment.train.timestep_shift
-            return losses.held_out_loss(self.denoiser, held_out, draws, seed, shift)
+            seed, law = self.experiment.data.held_out_seed, self.experiment.timesteps
+            return losses.held_out_loss(self.denoiser, held_out, draws, seed, law)
 
     def now(self) -> float:
         """The run's clock: it stands still while the first batch is waited for."""

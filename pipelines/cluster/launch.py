@@ -87,7 +87,8 @@ def absolute(experiment: Experiment) -> Experiment:
 
 def absolute_model(model: Model) -> Model:
     """The part of `absolute` that says what is trained."""
-    return model.model_copy(update={name: _located(getattr(model, name)) for name in ("base", "vae", "prompt_embeds")})
+    names = ("base", "vae", "prompt_embeds", "text_encoder")
+    return model.model_copy(update={name: _located(getattr(model, name)) for name in names})
 
 
 def _located(path: str | None) -> str | None:

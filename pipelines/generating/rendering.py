@@ -14,7 +14,7 @@ import torch
 from entprog import config, files
 from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
-from entprog.diffusion import sampling
+from entprog.diffusion import dropping, sampling
 from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, h264, sheet, skeleton
 from entprog.media import video as videos
@@ -45,7 +45,7 @@ def make(
         torch.from_numpy(np.stack([motion.pose for motion in motions])),
     )
     if without:
-        conditions[without] = torch.zeros_like(conditions[without])
+        conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})
     size = (len(motions), *denoiser.latent_shape(whole))
     places = [motion.place for motion in motions]

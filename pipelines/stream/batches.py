@@ -12,6 +12,7 @@ from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents, Spent
 from entprog.distributed import agree
 from entprog.errors import UserError
+from entprog.models.captions import Texts
 from entprog.schedule import plans
 from pipelines.stream import feed
 
@@ -46,9 +47,10 @@ class Batches:
         device: torch.device,
         decode_cpus: float,
         caches: Mapping[ClipShape, latents.Cache],
+        texts: Texts | None = None,
     ):
         self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
-        self.decode_cpus, self.caches = decode_cpus, caches
+        self.decode_cpus, self.caches, self.texts = decode_cpus, caches, texts
         self.whole = dataset.shape
         self.searches_shapes = experiment.schedule.kind == "entprog" and bool(experiment.schedule.shapes)
         self.rank, self.world = agree.world()
@@ -76,7 +78,7 @@ class Batches:
             self._provide(shape, lasting=not self.searches_shapes or alike > LASTING)
             batch = self._next()
             self.taken += 1
-            yield batch if isinstance(batch, Latents) else self._encoded(batch.resized(shape))
+            yield self._with_text(batch if isinstance(batch, Latents) else self._encoded(batch.resized(shape)))
 
     def close(self) -> None:
         if self.stream is not None:
@@ -118,6 +120,12 @@ class Batches:
             copy_s=self.spent.copy_s + stream.copy_s - copy_s,
         )
         return batch
+
+    def _with_text(self, batch: Latents) -> Latents:
+        if self.texts is None:
+            return batch
+        total, seed = self.dataset.clips(latents.SPLIT), self.experiment.train.seed
+        return self.texts.beside(batch, latents.SPLIT, clip_stream.clips_at(batch.position.numpy(), total, seed))
 
     def _encoded(self, batch) -> Latents:
         started = time.perf_counter()

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from entprog import config, models
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
+from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
-from entprog.models import adapters, fingerprints, lora
+from entprog.models import adapters, captions, fingerprints, lora
 from entprog.schedule import plans
 from entprog.training.storage import Place
 
@@ -37,6 +40,13 @@ def check(experiment: Experiment) -> shards.Dataset:
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
+    if data.text != "fixed":
+        captions.source(experiment.model)
+        captions.wanted(dataset, data.text)
+    if experiment.train.min_snr is not None:
+        source.process.min_snr(torch.tensor([0.5]), experiment.train.min_snr)
+    if experiment.train.timestep_shift == "auto" and not isinstance(source.process, Flow):
+        raise UserError("train.timestep_shift=auto is of flow-matching networks: leave it out for this one")
     if experiment.train.lora:
         lora.check(source.network, blocks(source.network), experiment.train.lora)
         if given := experiment.model.adapter:
@@ -69,11 +79,15 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
     base: whether the weights that it starts from are there already.
     """
     model, train = experiment.model, experiment.train
+    defaults = {name: default for name, _, default, _ in config.settings_help()}
     values = {
         name: value
         for name, value in config.settings(experiment).items()
         if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
+        and not (name in config.ADDED and value == defaults[name])
     }
+    if experiment.data.text != "fixed":
+        values["text encoder"] = captions.source(model).key
     return values | {
         "train.workers × train.accumulate": train.workers * train.accumulate,
         "model.vae": model.vae if model.vae in ("auto", "none") else "a folder",

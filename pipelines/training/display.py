@@ -36,6 +36,8 @@ class Display:
     def show(self, item: dict[str, Any]) -> None:
         if "scored" in item:
             self.bar.update(self.task, description=f"scoring blocks: condition {item['scored']}/{item['of']}")
+        elif "texts" in item:
+            self.bar.update(self.task, description=f"encoding texts: {item['texts']}/{item['of']}")
         elif "workers" in item and self.elastic:
             self.bar.console.print(f"Workers: {item['workers']} of {self.most}.")
         elif "resumed" in item:

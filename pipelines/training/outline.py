@@ -1,6 +1,8 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
-from entprog.config import Experiment, Row
+from entprog.config import Experiment, Model, Row, Timesteps
+from entprog.data.shards import SPLITS, Dataset
+from entprog.models import captions
 from entprog.schedule import plans
 
 COLUMNS = ("stage", "budget", "clips", "clips a step", "trained blocks", "gradient through the others")
@@ -30,6 +32,39 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
         )
         begun = row.until
     return out
+
+
+def withheld(experiment: Experiment) -> str | None:
+    """Which conditions some clips are shown without, in words; None where clips are always whole."""
+    model, drop = experiment.model, experiment.train.drop
+    shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in ("text", *model.conditions)]
+    return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
+
+
+def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
+    """Which texts clips are shown with, in words; None for a fixed one. model: that names the text encoder."""
+    if experiment.data.text == "fixed":
+        return None
+    wanted = captions.wanted(dataset, experiment.data.text)
+    folder = captions.folder_of(dataset, captions.source(model))
+    left = len(captions.missing(wanted, folder))
+    if experiment.data.text == "empty":
+        return f"Texts: the empty one, {'to be encoded' if left else 'encoded already'} ({folder})."
+    of_clips = [text for split in SPLITS for text in captions.of_clips(dataset, split)]
+    return (
+        f"Texts: {sum(map(bool, of_clips))} of {len(of_clips)} clips have a caption, {len(wanted) - 1} different ones; "
+        f"{left} texts are to be encoded ({folder})."
+    )
+
+
+def timesteps(experiment: Experiment) -> str | None:
+    """Which timesteps are trained on, in words; None for uniform ones that count alike."""
+    law = experiment.timesteps
+    if law == Timesteps():
+        return None
+    of = {"uniform": "", "logit_normal": f" of mean {law.mean:g}, spread {law.spread:g}", "mode": f" of {law.spread:g}"}
+    weights = f", losses weighted by min-SNR {law.min_snr:g}" if law.min_snr else ""
+    return f"Timesteps: {law.law}{of[law.law]}, shift {law.shift:.3g} on whole clips{weights}."
 
 
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:

@@ -1,5 +1,6 @@
 """What one Ray Train worker does: load, score, fit, report, save. Also runs again after a crash, from where it was."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from entprog import config, files, models
-from entprog.blocks import Block, blocks, fp8
+from entprog.blocks import Block, blocks, fp8, overlooked
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
@@ -19,7 +20,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
-from entprog.models import adapters, fingerprints, lora
+from entprog.models import adapters, captions, fingerprints, lora
 from entprog.models.finite import not_finite
 from entprog.schedule import plans, prices
 from entprog.schedule.freezing import outside
@@ -55,6 +56,8 @@ class Setup:
     sample: Latents
     """A batch to find, count and time things on: the same on every rank."""
     blocks: list[Block]
+    texts: captions.Texts | None
+    """Where clips do not see a fixed text."""
     caches: dict[ClipShape, latents.Cache]
     """Latents of training clips that need not be encoded again."""
     post: Callable[[dict[str, Any]], None]
@@ -120,10 +123,20 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     if experiment.in_fp8:
         fp8.check_device(device)
     dataset = shards.read_dataset(Path(experiment.data.shards))
+    texts = None
+    if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
+
+        def encoded(done: int, of: int) -> None:
+            post({"texts": done, "of": of})
+
+        texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
+        clock.over("texts")
     model, settings_of_adapters = experiment.model, experiment.train.lora
     if settings_of_adapters:  # then an adapter to start from is not merged: it goes on
         model = model.model_copy(update={"adapter": None})
     denoiser = models.family(model.family).load(model, device, experiment.train.seed)
+    if texts is not None:
+        denoiser = replace(denoiser, text=texts.of("").to(device))
     if settings_of_adapters:
         lora.add(denoiser.network, blocks(denoiser.network), settings_of_adapters, experiment.train.seed)
         if given := experiment.model.adapter:
@@ -135,15 +148,30 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     rank, world = agree.world()
     data = experiment.data
     held_out = [
-        latents.encode(denoiser, batch.resized(data.shape))
+        _seen(denoiser, dataset, data, batch, data.held_out_clips, texts)
         for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
     (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
-    sample = latents.encode(denoiser, first.resized(data.shape))
+    sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
     found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
+    if rank == 0:
+        one = sample.part(slice(0, 1))
+        clips = (one, replace(one, clean=one.clean.roll(1, -1)))
+        runs = [functools.partial(cei.blocks_in_order, [], denoiser.predict, clip) for clip in clips]
+        missed = overlooked(denoiser.network, *runs)
+        for kind, name in missed.items():
+            post({"warning": f"{kind} ({name}) seems to be a block without a bypass: it is never scored or frozen"})
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
     clock.over("held_out_clips")
-    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, cached, post, clock)
+    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, texts, cached, post, clock)
+
+
+def _seen(denoiser, dataset: shards.Dataset, data: config.Data, batch, count: int, texts) -> Latents:
+    """Held-out clips as the network sees them. count: as given to `clip_stream.held_out`."""
+    out = latents.encode(denoiser, batch.resized(data.shape))
+    clips = dataset.clips("held_out")
+    numbers = batch.position.numpy() * clips // min(count, clips)
+    return out if texts is None else texts.beside(out, "held_out", numbers)
 
 
 def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
@@ -153,9 +181,8 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
         setup.post({"scored": done, "of": of})
 
     folder = Path(settings["tables"])
-    made = cache.table(
-        setup.denoiser, setup.blocks, setup.dataset, setup.experiment, settings["weights"], folder, progress
-    )
+    of = setup.denoiser, setup.blocks, setup.dataset, setup.experiment, settings["weights"], folder
+    made = cache.table(*of, progress, setup.texts)
     setup.clock.over("scores")
     return made
 
@@ -189,10 +216,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     previews = _previews(setup, output, tracker, warn)
     final_loss, starting = 0.0, True
     setup.clock.over("checkpoint")
-    data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches
+    data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches, setup.texts
     with closing(Batches(experiment, *data)) as batches:
         rescored = table is not None and experiment.priority.rescore
-        conditions = cache.clips(denoiser, setup.dataset, experiment) if rescored else ()
+        conditions = cache.clips(denoiser, setup.dataset, experiment, setup.texts) if rescored else ()
         steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
         for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
@@ -331,7 +358,7 @@ def _previews(
 def _sampling_shift(setup: Setup) -> float | None:
     """A base keeps its own sampling shift; new weights know only the one they were trained with."""
     new = isinstance(setup.denoiser.process, Flow) and not setup.experiment.model.base
-    return setup.experiment.train.timestep_shift if new else None
+    return setup.experiment.timesteps.shift if new else None
 
 
 def as_record(step: Step) -> dict[str, Any]:

@@ -1,7 +1,21 @@
-"""Every model family at a tiny configuration."""
+"""Every model family at a tiny configuration: the contract of its entry.
+
+    family, init    as `model.family` and `model.init` name them
+    vae             diffusers class of its VAE, and a tiny configuration of it
+    blocks          how many blocks that network has: counted by hand, so that a kind that was forgotten shows
+    shift           timestep shift of the published checkpoints, where all have the same
+
+`helpers.parity` holds, under the same name, what diffusers' own pipeline makes of such a network.
+"""
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+)
 
 from entprog import blocks, models
 from entprog.config import ClipShape, Model
@@ -39,6 +53,7 @@ TINY = {
         "family": "wan",
         "init": WAN,
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
+        "blocks": 3,
     },
     "wan_animate": {
         "family": "wan_animate",
@@ -48,6 +63,7 @@ TINY = {
             "motion_encoder_channel_sizes": {"4": 8, "8": 8}, "image_dim": 6, "added_kv_proj_dim": 24,
         },
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
+        "blocks": 6,
     },
     "latte": {
         "family": "latte",
@@ -58,6 +74,7 @@ TINY = {
             "num_embeds_ada_norm": 1000, "out_channels": 6,
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
+        "blocks": 4,
     },
     "svd": {
         "family": "svd",
@@ -71,6 +88,7 @@ TINY = {
             "block_out_channels": [32, 32], "latent_channels": 4, "layers_per_block": 1,
             "down_block_types": ["DownEncoderBlock2D"] * 2,
         }),
+        "blocks": 24,
     },
     "motion_unet": {
         "family": "motion_unet",
@@ -81,11 +99,13 @@ TINY = {
             "num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 12,
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
+        "blocks": 19,
     },
     "cogvideox": {
         "family": "cogvideox",
         "init": COGVIDEOX,
         "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
+        "blocks": 3,
     },
     "cogvideox15": {
         "family": "cogvideox",
@@ -94,6 +114,20 @@ TINY = {
             "patch_bias": False,
         },
         "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
+        "blocks": 3,
+    },
+    "hunyuan_video": {
+        "family": "hunyuan_video",
+        "init": {
+            "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "num_single_layers": 2,
+            "num_refiner_layers": 1, "patch_size": 4, "text_embed_dim": 8, "pooled_projection_dim": 6,
+            "rope_axes_dim": [4, 4, 4],
+        },
+        "vae": (AutoencoderKLHunyuanVideo, {
+            "block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
+        }),
+        "blocks": 4,
+        "shift": 7.0,
     },
 }  # fmt: skip
 

@@ -1,0 +1,40 @@
+"""Conditions that clips are shown without: in training some of the time, in guidance for comparison."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from entprog.config import Drop
+from entprog.data.clips import Latents
+from entprog.diffusion import objectives
+from entprog.diffusion.denoiser import Denoiser
+
+DRAWS = {"text": 2, "reference": 3, "pose": 4}
+"""Number of each condition's draw for a clip (`objectives.uniform`)."""
+
+
+def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:
+    """The batch with each condition withheld from a share of its clips, independently of the other conditions.
+
+    Which clips those are is a function of (seed, position). The same batch where every share is 0.
+    """
+    conditions = dict(batch.conditions)
+    for name, draw in DRAWS.items():
+        rate = getattr(drop, name)
+        if rate == 0 or (name != "text" and name not in conditions):
+            continue
+        whole = conditions[name] if name in conditions else denoiser.text.expand(len(batch.position), -1, -1)
+        nothing = torch.zeros_like(whole)
+        if name == "text" and name in conditions:  # captions: the denoiser's own is the empty one
+            nothing = denoiser.text.to(whole).expand_as(whole)
+        hidden = objectives.uniform(batch.position, seed, draw) < rate
+        hidden = hidden.to(whole.device).view(-1, *[1] * (whole.ndim - 1))
+        conditions[name] = torch.where(hidden, nothing, whole)
+    return replace(batch, conditions=conditions)
+
+
+def without(conditions: dict[str, torch.Tensor], shown: Collection[str]) -> dict[str, torch.Tensor]:
+    """The conditions as they are seen where only those named in `shown` are given: the others are zeros, as in
+    `dropped`."""
+    return {name: value if name in shown else torch.zeros_like(value) for name, value in conditions.items()}

@@ -1,0 +1,214 @@
+"""Captions as a network sees them: each encoded once by the base's own text encoder, kept beside the shards.
+
+SHARDS/texts/KEY/AB/ABCD….safetensors   of one text, named by its sha256: `prompt_embeds` [tokens, width] in the
+                                        encoder's own type, without the zeros that fill it up at its end
+
+KEY is a hash of all that embeddings depend on: the encoder's and the tokenizer's files, and how the family uses them.
+The encoder is loaded only while something is left to encode.
+"""
+
+import hashlib
+import inspect as python_inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from entprog import config, files, models
+from entprog.config import digest
+from entprog.data import shards
+from entprog.data.clips import Latents
+from entprog.distributed import agree
+from entprog.errors import UserError
+from entprog.masking import one_line
+from entprog.models import fingerprints, folders, texts
+from entprog.models.denoising import VideoDenoiser
+
+FORMAT = "entprog-texts-1"
+FOLDER = "texts"
+AT_ONCE = 8
+"""Texts encoded at once: what a kill may cost."""
+ENCODERS = ("CLIPTextModel", "T5EncoderModel", "UMT5EncoderModel")
+"""Classes of transformers that a base's text encoder may be of."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where texts are encoded, and how."""
+
+    family: type[VideoDenoiser]
+    encoder: Path
+    tokenizer: Path
+    key: str
+    """Hash of all that embeddings depend on."""
+
+
+def source(settings: config.Model) -> Source:
+    """The text encoder that a family's captions are meant for. Nothing is loaded.
+
+    Raises UserError, in one line, for a family without captions, and for what is missing.
+    """
+    family = models.family(settings.family).load.args[0]
+    if family.TEXT_PIPELINE is None:
+        raise UserError(f"data.text: family {settings.family} takes no captions: use data.text=fixed")
+    name = settings.text_encoder or settings.base
+    setting = "model.text_encoder" if settings.text_encoder else "model.base"
+    if not name:
+        raise UserError("data.text: a new network has no text encoder: set model.text_encoder, or data.text=fixed")
+    root = folders.located_text(name, setting)
+    encoder, tokenizer = root / "text_encoder", root / "tokenizer"
+    if not (encoder / "config.json").is_file() or not tokenizer.is_dir():
+        raise UserError(
+            f"{setting}: {name} has no text_encoder/ and tokenizer/: give a folder or hub name that has as "
+            "model.text_encoder, or use data.text=fixed"
+        )
+    _kind(encoder)
+    read = sorted(path for folder in (encoder, tokenizer) for path in folder.iterdir() if path.is_file())
+    hashes = {f"{path.parent.name}/{path.name}": fingerprints.file(path) for path in read}
+    return Source(family, encoder, tokenizer, digest(FORMAT, family.TEXT_PIPELINE, hashes))
+
+
+def of_clips(dataset: shards.Dataset, split: str) -> list[str]:
+    """The caption of every clip of a split, in the order of their numbers; '' for a clip without one."""
+    found = []
+    for shard in dataset.splits.get(split, ()):
+        rows = shards.read_rows(dataset.folder / shard.file, range(shard.clips), ("caption",))
+        found += [row["caption"].strip() for row in rows]
+    return found
+
+
+def wanted(dataset: shards.Dataset, mode: str) -> list[str]:
+    """Every text that a run of `data.text=mode` shows, once, the empty one first.
+
+    Raises UserError where captions are wanted and no clip has one.
+    """
+    if mode == "empty":
+        return [""]
+    captions = [*of_clips(dataset, "train"), *of_clips(dataset, "held_out")]
+    if not any(captions):
+        raise UserError(
+            f"data.text=caption, but no clip of {dataset.folder} has a caption: prepare with .txt files beside the "
+            "videos or a manifest with a column caption, or use data.text=empty"
+        )
+    return ["", *sorted({caption for caption in captions if caption})]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings that are all there."""
+
+    folder: Path
+    """Of KEY."""
+    tokens: int
+    """What they are filled up to with zeros."""
+    captions: dict[str, list[str]]
+    """Caption of every clip, by split; empty: all clips have the empty text."""
+
+    def of(self, text: str) -> torch.Tensor:
+        """Embedding of one text, float32 [1, tokens, width]. Raises UserError for a file that is damaged."""
+        path = _file(self.folder, text)
+        try:
+            with safe_open(path, "pt") as file:
+                return texts.padded(file.get_tensor(texts.NAME).float()[None], self.tokens)
+        except (OSError, SafetensorError) as error:
+            reason = one_line(error)
+            raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None
+
+    def beside(self, batch: Latents, split: str, clips: np.ndarray) -> Latents:
+        """The batch with the texts of its clips, whose numbers in the split are given, as condition `text`."""
+        if not self.captions:
+            return batch
+        rows = torch.cat([self.of(self.captions[split][clip]) for clip in clips.tolist()])
+        return replace(batch, conditions={**batch.conditions, "text": rows.to(batch.clean.device)})
+
+
+def prepared(
+    settings: config.Model,
+    dataset: shards.Dataset,
+    mode: str,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Texts:
+    """Encode what is not encoded yet, every rank its share, and wait for the others. Every rank calls it.
+
+    mode: of `data.text`, not `fixed`. Raises UserError as `source` and `wanted` do.
+    """
+    found, rank, world = source(settings), *agree.world()
+    captions = {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
+    folder = folder_of(dataset, found)
+    due = missing(wanted(dataset, mode), folder)[rank::world]
+    network = models.family(settings.family).inspect(settings).network.config
+    if due:
+        encode = encoder(found, network, device)
+        for first in range(0, len(due), AT_ONCE):
+            part = due[first : first + AT_ONCE]
+            for text, embedding in zip(part, encode(part), strict=True):
+                _write(folder, text, embedding)
+            progress(first + len(part), len(due))
+        del encode  # and with it the encoder
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+    agree.wait_for_all()
+    return Texts(folder, found.family.text_tokens(network), captions)
+
+
+def folder_of(dataset: shards.Dataset, found: Source) -> Path:
+    """Where the embeddings of a dataset's texts lie."""
+    return dataset.folder / FOLDER / found.key
+
+
+def missing(wanted: Sequence[str], folder: Path) -> list[str]:
+    """Texts that are not encoded yet."""
+    return [text for text in wanted if not _file(folder, text).is_file()]
+
+
+def encoder(found: Source, network, device: torch.device | str) -> Callable[[list[str]], torch.Tensor]:
+    """Texts → embeddings [texts, tokens, width] on the CPU, as the base's own pipeline of diffusers has them. network:
+    the base's configuration. Raises UserError for an encoder or tokenizer that cannot be loaded."""
+    import diffusers
+    import transformers
+
+    kind = getattr(transformers, _kind(found.encoder))
+    try:
+        model = kind.from_pretrained(found.encoder, use_safetensors=True, local_files_only=True).eval().to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(found.tokenizer, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load the text encoder {found.encoder}: {one_line(error)}") from None
+    pipeline = getattr(diffusers, found.family.TEXT_PIPELINE)
+    parameters = python_inspect.signature(pipeline).parameters.values()
+    nothing = {one.name: None for one in parameters if one.default is one.empty}
+    pipe = pipeline(**nothing | {"tokenizer": tokenizer, "text_encoder": model})
+
+    @torch.no_grad()
+    def encode(some: list[str]) -> torch.Tensor:
+        return found.family.encode_text(network, pipe, some, torch.device(device)).cpu()
+
+    return encode
+
+
+def _kind(encoder: Path) -> str:
+    """The encoder's class. Raises UserError for one that is not known here, or without transformers."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UserError("data.text: captions need transformers: pip install 'entprog[text]'") from None
+    names = folders.read_json(encoder / "config.json").get("architectures") or ["of unknown class"]
+    if names[0] not in ENCODERS:
+        raise UserError(f"text encoder {encoder} is a {names[0]}: known are {', '.join(ENCODERS)}")
+    return names[0]
+
+
+def _file(folder: Path, text: str) -> Path:
+    name = hashlib.sha256(text.encode()).hexdigest()
+    return folder / name[:2] / f"{name}.safetensors"
+
+
+def _write(folder: Path, text: str, embedding: torch.Tensor) -> None:
+    used = int(embedding.any(dim=1).nonzero().max()) + 1 if embedding.any() else 1
+    path = _file(folder, text)
+    with files.whole(path) as scratch:
+        save_file({texts.NAME: embedding[:used].contiguous()}, scratch, metadata={"format": FORMAT})

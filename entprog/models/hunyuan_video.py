@@ -1,0 +1,95 @@
+"""HunyuanVideo: diffusers' `HunyuanVideoTransformer3DModel`, whose blocks carry two streams, video and text: first with
+weights of their own for each, then with shared ones. Copy this file for a network of several kinds of blocks.
+
+Reference and pose enter through new input channels. The text is `model.prompt_embeds`, with the pooled text as tensor
+`pooled_prompt_embeds` beside it, or zeros. Its guidance is distilled: the network is told a strength, here that of
+diffusers' pipeline. The text's refiner is no block: the clip does not pass it. HunyuanVideo-I2V, whose blocks treat the
+first frame apart, is refused.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
+from torch import nn
+
+from entprog import config
+from entprog.blocks import bypass
+from entprog.diffusion.processes import Flow
+from entprog.errors import UserError
+from entprog.models import sources, texts
+from entprog.models.denoising import VideoDenoiser
+from entprog.models.geometry import Geometry
+
+CLASS = "HunyuanVideoTransformer3DModel"
+
+GUIDANCE = 6.0
+"""Strength that the pipeline of diffusers tells the network by default."""
+GUIDANCE_STEPS = 1000
+"""Its embedding takes the strength times this."""
+
+
+@bypass.register(HunyuanVideoTransformerBlock)
+@bypass.register(HunyuanVideoSingleTransformerBlock)
+def _(module, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args, **kwargs):
+    return hidden_states, encoder_hidden_states
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoDenoiser(VideoDenoiser):
+    """A HunyuanVideo network with its VAE, conditions and text; predicts the velocity ε - x_0."""
+
+    FAMILY = "hunyuan_video"
+    NETWORK = HunyuanVideoTransformer3DModel
+    VAES = (AutoencoderKLHunyuanVideo,)
+    INPUT = "x_embedder.proj"
+    PROCESS = Flow
+    SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 7.0}
+    FIXED: ClassVar[dict[str, str]] = {"pooled": "pooled_prompt_embeds"}
+
+    pooled: torch.Tensor
+    """Pooled text [1, width], beside the tokens."""
+
+    def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        text = texts.spread(text, len(inputs))
+        (velocity,) = self.network(
+            hidden_states=inputs,
+            timestep=timestep,
+            encoder_hidden_states=text,
+            encoder_attention_mask=text.new_ones(text.shape[:2]),
+            pooled_projections=self.pooled.expand(len(inputs), -1),
+            guidance=inputs.new_full((len(inputs),), GUIDANCE * GUIDANCE_STEPS)
+            if self.network.config.guidance_embeds
+            else None,
+            return_dict=False,
+        )
+        return velocity
+
+    @classmethod
+    def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
+        return Geometry.of(vae, (network.patch_size_t, network.patch_size, network.patch_size))
+
+    @classmethod
+    def tensors(cls, network: Any, settings: config.Model, root: Path | None) -> dict[str, torch.Tensor | None]:
+        text = texts.embeddings(settings, root, network.text_embed_dim)
+        return {"text": text, "pooled": texts.fixed(settings, root, cls.FIXED["pooled"], network.pooled_projection_dim)}
+
+    @classmethod
+    def check_network(cls, network: Any) -> None:
+        if network.image_condition_type is not None:
+            raise UserError(
+                f"image_condition_type {network.image_condition_type}: HunyuanVideo-I2V is not supported, its blocks "
+                "treat the first frame apart; give a text-to-video checkpoint"
+            )
+
+
+inspect = partial(sources.inspect, HunyuanVideoDenoiser)
+files = partial(sources.files, HunyuanVideoDenoiser)
+load = partial(sources.load, HunyuanVideoDenoiser)

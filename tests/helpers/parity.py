@@ -1,0 +1,142 @@
+"""diffusers' own pipelines at the families' tiny configurations: what they make of a network, beside what the project
+makes of it from the same noise. Every entry of `helpers.families.TINY` has one here.
+"""
+
+from dataclasses import replace
+
+import diffusers
+import torch
+from PIL import Image
+
+from entprog import models
+from entprog.config import ClipShape, Generate, Model
+from entprog.diffusion import sampling
+from entprog.diffusion.objectives import noise_like
+from entprog.diffusion.samplers import sampler
+from entprog.models import sources
+from helpers.families import TINY
+
+STEPS = 4
+
+
+def opened(name, folder, cls=None, conditions=(), **init):
+    """(a denoiser of a pipeline's folder, with some text, its network and VAE as plain diffusers has them)
+
+    cls: the family's denoiser, if not its own. The scheduler is that of the published checkpoints.
+    """
+    tiny = TINY[name]
+    cls = cls or models.family(tiny["family"]).load.args[0]
+    torch.manual_seed(0)
+    kind, sizes = tiny["vae"]
+    network = cls.NETWORK(**{**tiny["init"], "in_channels": 4, "out_channels": 4, **init}).eval()
+    if name == "wan":
+        cls.initialise(network)
+    vae = kind(**sizes).eval()
+    network.save_pretrained(folder / cls.PART)
+    vae.save_pretrained(folder / "vae")
+    published = {**cls.SCHEDULER, **({"shift": tiny["shift"]} if "shift" in tiny else {})}
+    cls.PROCESS.of(published).scheduler().save_pretrained(folder / "scheduler")
+    denoiser = sources.load(cls, Model(family=tiny["family"], base=str(folder), conditions=conditions))
+    fields = ("text", *denoiser.FIXED) if name != "svd" else ()
+    texts = {field: torch.randn_like(getattr(denoiser, field)) for field in fields}
+    return replace(denoiser, **texts), network, vae
+
+
+@torch.no_grad()
+def of(name, folder, cls=None, **init):
+    """(our latents, the pipeline's) from the same noise and text. name: of an entry; cls: as of `opened`."""
+    special = {"svd": svd, "wan_animate": wan_animate}.get(name)
+    if special:
+        return special(folder)
+    if name == "latte":
+        init["out_channels"] = 8
+    denoiser, network, vae = opened(name, folder, cls, **init)
+    frames, size = 12 if name == "latte" else 9, 64  # plain Latte takes its own number of frames alone
+    settings = Generate(steps=STEPS, seed=5, sampler="UniPCMultistepScheduler" if name == "wan" else None)
+    shape = (1, *denoiser.latent_shape(ClipShape(frames=frames, height=size, width=size)))
+    noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
+    scheduler, text = sampler(denoiser.process, settings.sampler), denoiser.text
+    common = {
+        "height": size, "width": size, "num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent",
+        "prompt_embeds": text,
+    }  # fmt: skip
+    parts = {"vae": vae, "tokenizer": None, "text_encoder": None, "scheduler": scheduler}
+    if name == "wan":
+        pipe = diffusers.WanPipeline(transformer=network, **parts)
+        theirs = pipe(num_frames=frames, latents=noise, **common).frames
+    elif name == "latte":
+        pipe = diffusers.LattePipeline(transformer=network, **parts)
+        theirs = pipe(
+            video_length=frames, latents=noise, clean_caption=False, mask_feature=False, negative_prompt=None, **common
+        ).frames
+    elif name == "motion_unet":
+        pipe = diffusers.AnimateDiffPipeline(unet=network, motion_adapter=None, **parts)
+        theirs = pipe(num_frames=frames, latents=noise, **common).frames
+    elif name == "hunyuan_video":
+        published = diffusers.FlowMatchEulerDiscreteScheduler(shift=TINY[name]["shift"])
+        parts |= {"scheduler": published, "text_encoder_2": None, "tokenizer_2": None}
+        pipe = diffusers.HunyuanVideoPipeline(transformer=network, **parts)
+        mask = torch.ones(text.shape[:2], dtype=torch.int64)
+        own = {"pooled_prompt_embeds": denoiser.pooled, "prompt_attention_mask": mask, "guidance_scale": 6.0}
+        theirs = pipe(num_frames=frames, latents=noise, **common | own).frames
+    else:
+        pipe = diffusers.CogVideoXPipeline(transformer=network, **parts)
+        theirs = pipe(num_frames=frames, latents=noise.transpose(1, 2), **common).frames.transpose(1, 2)
+    return sampling.sample(denoiser, {}, shape, settings, [0]), theirs.float()
+
+
+def svd(folder):
+    """Image latents in the VAE's own scale, image embedding, what the network is told of the clip, σ and its steps."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    denoiser, network, vae = opened("svd", folder, conditions=("reference",), in_channels=8)
+    sizes = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=112,
+        projection_dim=8,
+    )  # fmt: skip
+    encoder = CLIPVisionModelWithProjection(sizes).eval()
+    pipe = diffusers.StableVideoDiffusionPipeline(
+        vae=vae, image_encoder=encoder, unet=network, scheduler=denoiser.scheduler(),
+        feature_extractor=CLIPImageProcessor(),
+    )  # fmt: skip
+    reference = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    picture = Image.fromarray(reference[0].numpy())
+    shape = (1, *denoiser.latent_shape(ClipShape(frames=4, height=64, width=64)))
+    noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
+    theirs = pipe(
+        picture, height=64, width=64, num_frames=4, num_inference_steps=STEPS, min_guidance_scale=1.0,
+        max_guidance_scale=1.0, fps=7, noise_aug_strength=0.0, latents=noise.transpose(1, 2), output_type="latent",
+    ).frames.transpose(1, 2)  # fmt: skip
+    embedding = pipe._encode_image(picture, torch.device("cpu"), 1, False)
+    denoiser = replace(denoiser, text=embedding)
+    conditions = denoiser.condition(reference, torch.zeros(1, 4, 33, 3))
+    assert list(conditions) == ["reference"]
+    return sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0]), theirs
+
+
+def wan_animate(folder):
+    """Not its pipeline, but a prediction from the inputs that it has: the reference's frame noised with the clip,
+    marked and given; no earlier segment; a face that is not there."""
+    tiny = TINY["wan_animate"]
+    denoiser = models.family("wan_animate").load(Model(family="wan_animate", init=tiny["init"], vae="none"))
+    generator = torch.Generator().manual_seed(0)
+    noisy, reference, pose = (torch.randn(2, 3, 2, 16, 16, generator=generator) for _ in range(3))
+    reference = reference[:, :, :1].expand(-1, -1, 2, -1, -1)
+    t = torch.tensor([0.3, 0.9])
+    got = denoiser.predict(noisy, t, {"reference": reference, "pose": pose})
+    noise = noise_like(reference[:1, :, :1], torch.tensor([0]), 0).expand(2, -1, -1, -1, -1)
+    first = (1 - t.view(-1, 1, 1, 1, 1)) * reference[:, :, :1] + t.view(-1, 1, 1, 1, 1) * noise
+    mask = torch.zeros(2, 4, 3, 16, 16)
+    mask[:, :, 0] = 1
+    given = torch.cat([reference[:, :, :1], torch.zeros(2, 3, 2, 16, 16)], dim=2)
+    (expected,) = denoiser.network(
+        torch.cat([torch.cat([first, noisy], dim=2), mask, given], dim=1),
+        t * 1000,
+        torch.zeros(2, 512, 8),
+        torch.zeros(2, 1, 6),
+        pose,
+        torch.full((2, 3, 5, 8, 8), -1.0),
+        return_dict=False,
+    )
+    return got, expected[:, :, 1:]

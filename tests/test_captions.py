@@ -1,0 +1,212 @@
+"""Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entprog import config, models
+from entprog.blocks import blocks
+from entprog.config import ClipShape, Drop, Model
+from entprog.data import clip_stream, shards
+from entprog.diffusion import dropping
+from entprog.errors import UserError
+from entprog.models import captions, texts
+from entprog.training.fit import fit, start
+from helpers import encoders, real_clips
+from helpers.families import TINY
+from helpers.networks import TINY as WAN
+from helpers.networks import latents, tiny_experiment
+from pipelines.stream.batches import Batches
+from pipelines.training import checks, outline
+
+SHAPE = ClipShape(frames=4, height=32, width=16, fps=12)
+SAID = ["a person dances", "", "a person walks home", "a person dances"]
+HELD_OUT = ["the rain"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    def rows(split, said, source):
+        return [{**real_clips.row(source, split, 0.2 * i, SHAPE), "caption": caption} for i, caption in enumerate(said)]
+
+    files = {"train": [rows("train", SAID, "cam01")], "held_out": [rows("held_out", HELD_OUT, "cam04")]}
+    return real_clips.write(tmp_path_factory.mktemp("shards"), files, SHAPE)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Wan pipeline's folder: network, text encoder and tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    models.family("wan").load(Model(init=WAN, vae="none")).save(folder / "base")
+    encoders.encoder(folder / "base")
+    return folder / "base"
+
+
+def wan(base, **changes):
+    return Model(base=str(base), vae="none", **changes)
+
+
+KINDS = {"wan": "UMT5EncoderModel", "cogvideox": "T5EncoderModel", "motion_unet": "CLIPTextModel"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
+    """Its own encode_prompt, with its own defaults of what a text may hold."""
+    import diffusers
+    import transformers
+
+    family, settings = models.family(name), Model(family=name, init=TINY[name]["init"], vae="none")
+    family.load(settings).save(tmp_path / "base")
+    model = encoders.encoder(tmp_path / "base", KINDS[name])
+    found = captions.prepared(Model(family=name, base=str(tmp_path / "base"), vae="none"), dataset, "caption")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
+    parts = {"tokenizer": tokenizer, "text_encoder": model, "vae": None, "scheduler": None}
+    for text in ("", *SAID):
+        if name == "motion_unet":
+            pipe = diffusers.AnimateDiffPipeline(unet=None, motion_adapter=None, **parts)
+            expected = pipe.encode_prompt(text, torch.device("cpu"), 1, False)[0]
+        else:
+            pipe = (diffusers.WanPipeline if name == "wan" else diffusers.CogVideoXPipeline)(transformer=None, **parts)
+            length = 512 if name == "wan" else TINY[name]["init"]["max_text_seq_length"]
+            expected = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+        torch.testing.assert_close(found.of(text), expected, rtol=1e-4, atol=1e-5)
+        assert found.of(text).any()
+
+
+def test_each_text_is_encoded_once_and_kept_without_its_padding(base, dataset, monkeypatch):
+    first = captions.prepared(wan(base), dataset, "caption")
+    kept = sorted(path.name for path in first.folder.rglob("*.safetensors"))
+    assert len(kept) == 1 + len({*SAID, *HELD_OUT} - {""}) == 4
+    assert load_file(next(iter(first.folder.rglob("*.safetensors"))))[texts.NAME].shape[0] < 10
+    assert first.of(SAID[0]).shape == (1, 512, 8)
+
+    def never(*_):
+        raise AssertionError("the encoder was loaded again")
+
+    monkeypatch.setattr(captions, "encoder", never)
+    again = captions.prepared(wan(base), dataset, "caption")
+    assert again.folder == first.folder and torch.equal(again.of(SAID[2]), first.of(SAID[2]))
+    empty = captions.prepared(wan(base), dataset, "empty")
+    batch = latents([0, 1])
+    assert empty.beside(batch, "train", np.array([0, 1])) is batch and torch.equal(empty.of(""), first.of(""))
+
+
+def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
+    encoders.encoder(tmp_path)
+    before = captions.source(wan(base, text_encoder=str(tmp_path)))
+    assert captions.source(wan(base)).key == before.key, "where it lies does not matter"
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert captions.source(wan(base, text_encoder=str(tmp_path))).key != before.key
+
+
+class Local(Batches):
+    """Clips decoded here: the same as those of Ray's stream, bit for bit (`tests/test_clips.py`)."""
+
+    def _open(self, source, position):
+        return clip_stream.local_stream(
+            self.dataset, "train", SHAPE, source.clips, start_position=position, seed=self.experiment.train.seed
+        )
+
+
+def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
+    """Whatever the batch, over two epochs, and on a resume."""
+    experiment = tiny_experiment(
+        model={"base": str(base), "init": {}, "vae": "none"},
+        data={"shape": SHAPE.model_dump(), "shards": str(dataset.folder), "batch_size": 3},
+    )
+    found = captions.prepared(experiment.model, dataset, "caption")
+    denoiser = models.family("wan").load(experiment.model)
+    for first in (0, 3):
+        batches = Local(experiment, dataset, denoiser, torch.device("cpu"), 1, {}, found)
+        stream = batches(SHAPE, first)
+        for _ in range(3):
+            batch = next(stream)
+            numbers = clip_stream.clips_at(batch.position.numpy(), 4, experiment.train.seed)
+            for row, clip in zip(batch.conditions["text"], numbers, strict=True):
+                assert torch.equal(row[None], found.of(SAID[clip]))
+            assert denoiser.predict(batch.clean, torch.full((3,), 0.5), batch.conditions).isfinite().all()
+        batches.close()
+    plain = config.build(config.merge(experiment.model_dump(), {"train": {"steps": 1}, "schedule": {"kind": "full"}}))
+    batches = Local(plain, dataset, denoiser, torch.device("cpu"), 1, {}, found)
+    sample = next(iter(batches(SHAPE, 0)))
+    steps = list(
+        fit(denoiser, blocks(denoiser.network), batches, [sample], sample, None, plain, start(denoiser.network, plain))
+    )
+    assert [step.last for step in steps] == [True] and np.isfinite(steps[0].held_out_loss)
+
+
+def test_a_dropped_caption_is_the_empty_text(base, dataset):
+    found = captions.prepared(wan(base), dataset, "caption")
+    denoiser = type("Denoiser", (), {"text": found.of("")})()
+    batch = found.beside(latents(range(4)), "train", np.arange(4))
+    dropped = dropping.dropped(denoiser, batch, Drop(text=1.0), 0)
+    assert torch.equal(dropped.conditions["text"], found.of("").expand(4, -1, -1))
+
+
+def silent(dataset, tmp_path):
+    rows = [{**real_clips.row("cam01", "train", 0.0, SHAPE), "caption": " "}]
+    return real_clips.write(tmp_path, {"train": [rows], "held_out": [rows]}, SHAPE)
+
+
+def check(dataset, **parts):
+    return checks.check(
+        tiny_experiment(**config.merge({"data": {"shape": SHAPE.model_dump(), "shards": str(dataset.folder)}}, parts))
+    )
+
+
+def test_what_is_missing_is_one_line(base, dataset, tmp_path):
+    other = {"model": {"base": str(base), "init": {}, "vae": "none"}, "data": {"text": "caption"}}
+    assert check(dataset, **other).clips("train") == 4
+    bare = tmp_path / "bare"
+    models.family("wan").load(Model(init=WAN, vae="none")).save(bare)
+    cases = [
+        ({"model": {"base": str(bare)}}, f"model.base: {bare} has no text_encoder/ and tokenizer/"),
+        ({"model": {"base": None, "init": WAN}}, "a new network has no text encoder: set model.text_encoder"),
+        ({"model": {"text_encoder": str(tmp_path / "none")}}, "model.text_encoder: no such folder"),
+        ({"model": {"prompt_embeds": "x"}}, "model.prompt_embeds is a fixed text, given data.text=caption"),
+        ({"model": {"base": None, "family": "svd", "init": TINY["svd"]["init"]}}, "family svd takes no captions"),
+        ({"data": {"text": "captions"}}, "setting data.text: .*'fixed', 'empty' or 'caption'"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            check(dataset, **config.merge(other, changes))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"no clip of .* has a caption: prepare with \.txt files"):
+        check(silent(dataset, tmp_path / "silent"), **other)
+    encoders.encoder(tmp_path / "odd")
+    written = tmp_path / "odd" / "text_encoder" / "config.json"
+    written.write_text(written.read_text().replace("UMT5EncoderModel", "GPT2LMHeadModel"))
+    with pytest.raises(UserError, match="is a GPT2LMHeadModel: known are CLIPTextModel"):
+        check(dataset, **config.merge(other, {"model": {"text_encoder": str(tmp_path / "odd")}}))
+
+
+def test_a_damaged_text_is_named(base, dataset, tmp_path):
+    whole = captions.prepared(wan(base), dataset, "caption")
+    path = captions._file(tmp_path, "a person dances")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"cut short")
+    broken = captions.Texts(tmp_path, whole.tokens, whole.captions)
+    with pytest.raises(UserError, match=r"damaged text .*\.safetensors .*: delete it"):
+        broken.of("a person dances")
+
+
+def test_a_dry_run_says_which_texts_there_are(base, dataset, tmp_path):
+    encoders.encoder(tmp_path)
+    model = wan(base, text_encoder=str(tmp_path))
+    (tmp_path / "text_encoder" / "model.safetensors").write_bytes(
+        (base / "text_encoder" / "model.safetensors").read_bytes()[:-1] + b"\x01"
+    )
+    said = {
+        mode: outline.texts(tiny_experiment(data={"text": mode}), dataset, model)
+        for mode in ("fixed", "empty", "caption")
+    }
+    assert said["fixed"] is None and said["empty"].startswith("Texts: the empty one, to be encoded (")
+    assert said["caption"].startswith(
+        "Texts: 4 of 5 clips have a caption, 3 different ones; 4 texts are to be encoded ("
+    )
+    assert shards.read_dataset(dataset.folder).fingerprint == dataset.fingerprint
