@@ -192,7 +192,8 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path,
         "seconds": round(took, 1), "clips_seen": seen,
     }  # fmt: skip
     network = replace(network, provenance={})  # the record says it, and no folder of this machine
-    network.network.register_to_config(_name_or_path=folder.name)
+    for part in (network.network, network.vae):
+        part.register_to_config(_name_or_path=folder.name)
     network.network.half()
     network.vae.half()
     network.save(folder, shape=shape, **record)
