@@ -232,7 +232,7 @@ def test_wrong_arguments_get_one_line_and_status_2(arguments, message, videos, t
 def test_dry_run_writes_nothing(videos, tmp_path):
     done = run("--input", videos, "--output", tmp_path / "out", "--preset", "demo", "--stride", "2", "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "10 files" in done.output and "4 frames of 48x64 at 12 fps" in done.output
+    assert "10 files" in done.output and "5 frames of 48x64 at 12 fps" in done.output
     assert "of the manifest" not in done.output, "there is none"
     assert not (tmp_path / "out").exists()
 

@@ -172,7 +172,7 @@ def counted(monkeypatch):
     calls = []
     score = priorities.score
     monkeypatch.setattr(priorities, "score", lambda *args, **kw: calls.append(args[3].kind) or score(*args, **kw))
-    monkeypatch.setattr(cache, "clips", lambda denoiser, dataset, experiment: [latents(range(2))])
+    monkeypatch.setattr(cache, "clips", lambda denoiser, dataset, experiment, texts: [latents(range(2))])
     return calls
 
 
