@@ -65,3 +65,15 @@ def test_a_verb_is_its_job(tmp_path):
 def test_a_command_is_recorded_as_it_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/opt/bin/entprog", "train", "--set", "tracking.run_name=a b"])
     assert cli.command() == "entprog train --set 'tracking.run_name=a b'"
+
+
+@pytest.mark.parametrize("given", [None, "", "1"])
+def test_make_has_bytecode_written(given):
+    """Otherwise each of a run's processes compiles all that it imports."""
+    said = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    said |= {} if given is None else {"PYTHONDONTWRITEBYTECODE": given}
+    show = "show: ; @python3 -c 'import sys; print(sys.dont_write_bytecode)'"
+    done = subprocess.run(
+        ["make", "--eval", show, "show"], cwd=ROOT, env=said, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "False\n", done.stderr

@@ -28,7 +28,7 @@ from pipelines.comparison import drawings, groups, tables, verdict, words
 from pipelines.comparison.runs import Point, Training
 from pipelines.tracking import store as store_of_runs
 from pipelines.tracking.tracker import Tracker
-from pipelines.training import worker
+from pipelines.training import figures
 
 LIKE = {"entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "entprog.device": "cpu"}
 CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}
@@ -53,8 +53,8 @@ def train(output, name, experiment="like", tags=(), status="FINISHED", quality=N
     )  # fmt: skip
     records = []
     for step in steps:
-        records.append(worker.as_record(step))
-        values = worker.metrics(step)
+        records.append(figures.as_record(step))
+        values = figures.metrics(step)
         if step.last and last_loss is not None:
             values["held_out_loss"] = last_loss
         tracker.metrics(step.step, values)
@@ -569,6 +569,10 @@ def test_latex_and_spreadsheets_take_names_as_they_are():
         ([(1, 5), (1, 3)], False, [1]),
         ([(1, 5), (2, 5)], False, [0]),
         ([(1, 5), (2, 3), (3, 7)], True, [0, 2]),
+        ([(140.14, 3), (140.02, 5)], False, [0]),  # one budget: they ended a fraction of a step apart
+        ([(140.02, 5), (140.14, 7)], True, [1]),
+        ([(140.02, 5), (140.14, 5)], False, [0, 1]),
+        ([(140, 5), (150, 3)], False, [0, 1]),
     ],
 )
 def test_the_pareto_front_is_what_nothing_cheaper_matches(points, higher, named):

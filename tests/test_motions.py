@@ -6,14 +6,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from entprog.config import ClipShape, Generation, Prepare
+from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
-from helpers import real_clips
-from pipelines.generating import judging, motions
+from helpers import families, real_clips
+from pipelines.generating import judging, motions, rendering
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
 CROP = Generation().prepare
@@ -140,3 +141,39 @@ def test_driving_videos_share_the_room_for_frames(tmp_path, capsys):
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"b.mp4: no room for 5 frames of 32x48, 1 more fit"):
         room.limited(np.inf, tmp_path / "b.mp4")
+
+
+def unjoined(base_dim=8):
+    """A Wan VAE whose latents are single frames: it still takes four of them at a time."""
+    return AutoencoderKLWan(
+        base_dim=base_dim, z_dim=4, num_res_blocks=1, dim_mult=[1, 2], temperal_downsample=[False],
+        scale_factor_temporal=1, scale_factor_spatial=2, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "vae", "frames", "wanted"),
+    [
+        ("wan", "none", 12, 12),
+        ("wan", "its", 12, 9),
+        ("wan", "its", 13, 13),
+        ("wan", "unjoined", 12, 9),
+        ("wan", "unjoined", 8, 5),
+        ("cogvideox", "its", 16, 9),
+        ("motion_unet", "its", 12, 12),
+    ],
+)
+def test_a_motion_is_cut_to_what_its_vae_takes(tmp_path, name, vae, frames, wanted):
+    """Its conditions then have as many latent frames as the clip, and every frame that is asked for is drawn."""
+    kind, configuration = families.TINY[name]["vae"]
+    if vae != "none":
+        (unjoined() if vae == "unjoined" else kind(**configuration)).save_pretrained(tmp_path / "vae")
+    denoiser = families.load(name, vae="none" if vae == "none" else str(tmp_path / "vae"))
+    shape = ClipShape(frames=9 if name == "cogvideox" else 5, height=32, width=32, fps=10)
+    video = np.zeros((frames, shape.height, shape.width, 3), np.uint8)
+    motion = motions.Motion("long", video[0], np.zeros((frames, 33, 3), np.float32), video)
+    cut = rendering.fitting(denoiser, motion, shape)
+    assert len(cut.pose) == len(cut.video) == wanted
+    made = rendering.make(denoiser, [cut], shape, Generate(steps=1))
+    assert made.shape == (1, wanted, shape.height, shape.width, 3)
+    denoiser.check(shape.model_copy(update={"frames": wanted}))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
 from pipelines import generate
 from pipelines.cluster import launch
-from pipelines.training import steplog, worker
+from pipelines.training import figures, steplog, worker
 
 
 def lines(path):
@@ -56,13 +57,13 @@ def test_the_log_is_strict_json(tmp_path):
     (step,) = run.steps()
     log = steplog.StepLog(tmp_path / "steps.jsonl", 0)
     for loss in (math.nan, math.inf):
-        log.add(worker.as_record(step) | {"loss": loss, "gradient_norm": -loss})
+        log.add(figures.as_record(step) | {"loss": loss, "gradient_norm": -loss})
     log.close()
     for line in lines(tmp_path / "steps.jsonl"):
         record = json.loads(line, parse_constant=pytest.fail)
         assert record["loss"] is record["gradient_norm"] is None and record["skipped"] is False
-    assert worker.metrics(step)["skipped_updates"] == 0
-    assert worker.final(run.experiment, run.state)["skipped_updates"] == 0
+    assert figures.metrics(step)["skipped_updates"] == 0
+    assert figures.final(run.experiment, run.state)["skipped_updates"] == 0
 
 
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 7), (8, 2, 3), (64, 8, 7), (2, 4, 1), (1, 1, 1)])
@@ -92,6 +93,26 @@ def test_averages_that_are_not_finite_are_no_result():
     name, weight = next(iter(setup.denoiser.network.named_parameters()))
     with pytest.raises(DivergedError, match="not finite"):
         worker._final_network(setup, RunState(optimizer=None, ema={name: torch.full_like(weight, math.nan)}))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("text", [0.0, 1.0])
+def test_a_sharded_network_ends_with_the_text_that_it_was_trained_with(monkeypatch, text, ema):
+    """The base's own is another one where clips have captions: the empty text is the encoder's."""
+    experiment = tiny_experiment()
+    denoiser = tiny_denoiser(experiment)
+    denoiser = replace(denoiser, text=torch.full_like(denoiser.text, text))
+    with torch.no_grad():
+        denoiser.network.proj_out.weight.add_(1)
+    monkeypatch.setattr(worker.fsdp, "is_sharded", lambda network: True)
+    rest = dict.fromkeys(field.name for field in fields(worker.Setup))
+    setup = worker.Setup(**rest | {"experiment": experiment, "denoiser": denoiser, "device": torch.device("cpu")})
+    averages = {name: p.detach() * 2 for name, p in denoiser.network.named_parameters()} if ema else {}
+    wanted = {name: averages.get(name, p).clone() for name, p in denoiser.network.named_parameters()}
+    left = worker._final_network(setup, RunState(optimizer=None, ema=averages)).denoiser
+    assert left.network is not denoiser.network and torch.equal(left.text, denoiser.text)
+    for name, parameter in left.network.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

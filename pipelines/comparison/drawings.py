@@ -100,15 +100,19 @@ class Arm:
     high: float | None
 
 
+ALIKE = 1.01
+"""Costs within this factor count as equal: runs of one budget end a fraction of a step apart."""
+
+
 def front(arms: Sequence[Arm], higher: bool = False) -> list[Arm]:
-    """The arms that no other one beats in cost without being worse in quality, cheapest first (the Pareto front)."""
-    best, out = math.inf, []
-    for arm in sorted(arms, key=lambda arm: (arm.cost_s, -arm.quality if higher else arm.quality)):
-        value = -arm.quality if higher else arm.quality
-        if value < best:
-            best = value
-            out.append(arm)
-    return out
+    """The arms that no other one beats in quality at equal or lower cost, cheapest first (the Pareto front)."""
+
+    def beats(one: Arm, other: Arm) -> bool:
+        if one.quality == other.quality:
+            return one.cost_s * ALIKE < other.cost_s
+        return (one.quality > other.quality) == higher and one.cost_s <= other.cost_s * ALIKE
+
+    return sorted((a for a in arms if not any(beats(b, a) for b in arms)), key=lambda arm: arm.cost_s)
 
 
 def pareto(arms: Sequence[Arm], quality: str, higher: bool = False) -> Drawing | None:
@@ -128,6 +132,7 @@ def pareto(arms: Sequence[Arm], quality: str, higher: bool = False) -> Drawing |
         axes.annotate(_short(arm.label, 24), (arm.cost_s, arm.quality), xytext=(0, 9), textcoords="offset points",
                       ha="center", size=9, color=colour("ink"))  # fmt: skip
     axes.margins(0.18)
+    axes.set_xlim(left=0)  # or runs of equal cost would seem far apart
     axes.set_xlabel("charged seconds, mean of the runs")
     axes.set_ylabel(quality)
     axes.grid(color=colour("grid"), linewidth=0.7)

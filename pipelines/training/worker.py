@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -38,8 +37,8 @@ from pipelines.generating.motions import Motion
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
+from pipelines.training import figures, steplog
 from pipelines.training import previews as previewing
-from pipelines.training import steplog
 from pipelines.training.startup import Startup
 
 
@@ -224,9 +223,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
             if rank == 0:
-                record = as_record(step)
+                record = figures.as_record(step)
                 log.add(record)
-                tracker.metrics(step.step, metrics(step))
+                tracker.metrics(step.step, figures.metrics(step))
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
                 if starting:
@@ -274,7 +273,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()
-    return {"result": final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}}
+    return {"result": figures.final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}}
 
 
 def _saved_though_it_diverges(steps: Iterator[Step], saver: checkpoint.Saver) -> Iterator[Step]:
@@ -321,7 +320,7 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
         return setup
     plain = models.family(experiment.model.family).load(experiment.model, setup.device, experiment.train.seed)
     plain.network.load_state_dict(weights)
-    return replace(setup, denoiser=plain)
+    return replace(setup, denoiser=replace(denoiser, network=plain.network))  # the text is not the base's
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
@@ -359,72 +358,3 @@ def _sampling_shift(setup: Setup) -> float | None:
     """A base keeps its own sampling shift; new weights know only the one they were trained with."""
     new = isinstance(setup.denoiser.process, Flow) and not setup.experiment.model.base
     return setup.experiment.timesteps.shift if new else None
-
-
-def as_record(step: Step) -> dict[str, Any]:
-    """A step as a line of steps.jsonl."""
-    record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision", "pace")}
-    record |= gauges.record(step)
-    record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
-    record |= {"shape": str(step.plan.shape), "pixels": step.plan.shape.pixels}
-    return record | ({"decision": step.decision.as_json()} if step.decision else {})
-
-
-def metrics(step: Step) -> dict[str, float]:
-    """A step as MLflow metrics."""
-    values = {
-        "loss": step.loss,
-        "learning_rate": step.learning_rate,
-        "gradient_norm": step.gradient_norm,
-        "skipped_updates": step.skipped_updates,
-        "trained_blocks": step.plan.m,
-        "clip_pixels": step.plan.shape.pixels,
-        "stage": step.stage,
-        "searching": float(step.phase == "search"),
-        "step_s": step.seconds,
-        "wait_s": step.wait_s,
-        "copy_s": step.copy_s,
-        "encode_s": step.encode_s,
-        "charged_s": step.charged_s,
-        "flops": step.flops,
-        "samples_per_s": step.clips / max(step.seconds + step.wait_s, 1e-9),
-        "peak_memory_bytes": step.memory_bytes,
-        "plan_memory_bytes": step.plan_memory_bytes,
-        "optimizer_bytes": step.optimizer_bytes,
-    }
-    values |= gauges.metrics(step)
-    if step.held_out_loss is not None:
-        values["held_out_loss"] = step.held_out_loss
-    if step.drift is not None:
-        values["score_drift"] = step.drift
-    foreseen = {"predicted_step_s": step.predicted_s, "predicted_memory_bytes": step.predicted_memory_bytes}
-    if step.decision is not None:
-        decision = step.decision
-        values["decision/m"] = decision.plan.m
-        values["decision/search_cost"] = decision.search_cost
-        labels = plans.labels(decision.candidates)
-        for label, efficiency in zip(labels, decision.efficiencies, strict=False):  # none where nothing was tried
-            foreseen[f"decision/efficiency_{label}"] = efficiency.value
-        names = ("step_cost", "full_step_cost", "break_even_step")
-        foreseen |= {f"decision/{name}": getattr(decision, name) for name in names}
-    return values | {name: float(value) for name, value in foreseen.items() if value is not None}
-
-
-def final(experiment: Experiment, state: RunState) -> dict[str, Any]:
-    """Final figures of the run."""
-    return {
-        "steps": state.step,
-        "clips": state.position,
-        "skipped_updates": state.skipped,
-        "seconds_by_purpose": vars(state.seconds),
-        "flops_by_purpose": vars(state.flops),
-        "peak_memory_bytes": state.peak_memory_bytes,
-        "peak_memory_is": "allocated on the GPU" if torch.cuda.is_available() else "counted",
-        "decisions": [decision.as_json() for decision in state.decisions],
-        "break_even": {
-            "predicted_step": next((d.break_even_step for d in state.decisions if d.break_even_step), None),
-            "step": state.break_even_step,
-            "saved_cost": state.saved_cost,
-            "clock": experiment.schedule.clock,
-        },
-    }
