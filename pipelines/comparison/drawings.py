@@ -132,7 +132,7 @@ def pareto(arms: Sequence[Arm], quality: str, higher: bool = False) -> Drawing |
         axes.annotate(_short(arm.label, 24), (arm.cost_s, arm.quality), xytext=(0, 9), textcoords="offset points",
                       ha="center", size=9, color=colour("ink"))  # fmt: skip
     axes.margins(0.18)
-    axes.set_xlim(left=0)  # or runs of equal cost would seem far apart
+    axes.set_xlim(0, 1.2 * max(arm.cost_s for arm in arms))  # or runs of equal cost would seem far apart
     axes.set_xlabel("charged seconds, mean of the runs")
     axes.set_ylabel(quality)
     axes.grid(color=colour("grid"), linewidth=0.7)
