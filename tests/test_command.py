@@ -70,7 +70,8 @@ def test_a_command_is_recorded_as_it_was_typed(monkeypatch):
 @pytest.mark.parametrize("given", [None, "", "1"])
 def test_make_has_bytecode_written(given):
     """Otherwise each of a run's processes compiles all that it imports."""
-    said = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    outer = ("PYTHONDONTWRITEBYTECODE", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make that runs the tests
+    said = {name: value for name, value in os.environ.items() if name not in outer}
     said |= {} if given is None else {"PYTHONDONTWRITEBYTECODE": given}
     show = "show: ; @python3 -c 'import sys; print(sys.dont_write_bytecode)'"
     done = subprocess.run(
