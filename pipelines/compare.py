@@ -102,7 +102,8 @@ def run(
         )  # fmt: skip
         shown = [judged.group for judged in verdict.judged][: drawings.COLOURS]
         clips = samples.rows(shown, chosen.samples, chosen.sample_bytes)
-        html = page.render(verdict, unlike, evaluations, clips, facts)
+        previews = samples.over_time(shown, chosen.sample_bytes) if chosen.samples else []
+        html = page.render(verdict, unlike, evaluations, clips, previews, facts)
     claim.take(output, "compare", identity)
     path = output / "comparison.html"
     path.write_text(html, encoding="utf-8")

@@ -34,6 +34,7 @@ LIKE = {"entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "e
 CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}
 
 
+PREVIEWED = (2, 4, 6, 8, 10, 12)
 TRAINED: dict[str, tuple[Run, list]] = {}
 """What was trained already: equal settings are told to MLflow again under another name."""
 
@@ -66,6 +67,8 @@ def train(output, name, experiment="like", tags=(), status="FINISHED", quality=N
     clip = np.random.default_rng(run.experiment.train.seed).integers(0, 255, (4, 32, 32, 3), np.uint8)
     for part in ("pose", "truth", "result"):  # as rendering leaves them
         files.append(h264.write(output / f"000_held-out_clip_0_{part}.mp4", clip, 8))
+    for step in PREVIEWED:
+        tracker.artifact(output / "000_held-out_clip_0_result.mp4", f"previews/step-{step:08d}")
     if quality is not None:
         figure = {"value": 20.0 + run.experiment.train.seed, "low": 19.0, "high": 22.0, "clips": 4, "card": "c1"}
         (output / "evaluation.json").write_text(json.dumps({"figures": {"psnr": figure}, "cards": quality}))
@@ -180,7 +183,7 @@ def test_the_page_shows_what_there_is_to_show(compared):
     assert "psnr higher is better" in page.text and "20.5" in page.text, "mean over seeds"
     charts = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
     assert len(charts) == len(set(charts)) >= 5, "every chart says what it shows"
-    clips = [a for t, a in page.tags if t == "video"]
+    clips = [a for t, a in page.tags if t == "video" and ": step " not in a["aria-label"]]
     assert len(clips) == 4 and all(a["aria-label"] for a in clips), "pose, truth and a result of each group"
     mp4 = base64.b64decode(clips[0]["src"].partition(",")[2])
     assert h264.decode_rgb(mp4).shape == (4, 32, 32, 3)
@@ -195,6 +198,16 @@ def test_the_page_shows_what_there_is_to_show(compared):
     for line in hovers[1]["lines"]:
         mean = next(g for g in result["groups"] if g["label"] == line["name"])["loss"]["value"]
         assert line["points"][-1] == [12, pytest.approx(mean, rel=1e-4)]
+
+
+def test_the_page_shows_what_was_drawn_while_it_trained(compared):
+    """Some steps of each group, from the first preview to the last."""
+    _, page = compared
+    videos = [a for tag, a in page.tags if tag == "video" and ": step " in a["aria-label"]]
+    assert [a["aria-label"] for a in videos] == [
+        f"{group}, held-out clip 0: step {step}" for group in ("full", "entprog") for step in (2, 6, 8, 12)
+    ]
+    assert all(a["src"].startswith("data:video/mp4;base64,") for a in videos)
 
 
 def test_the_page_gives_its_table_for_a_paper(compared):

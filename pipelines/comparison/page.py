@@ -41,6 +41,7 @@ def render(
     forced: Sequence[Difference],
     evaluations: Mapping[str, Mapping[str, Any]],
     clips: Sequence[samples.Row],
+    previews: Sequence[samples.Row],
     facts: Facts,
 ) -> str:
     """The page. evaluations: {run id: its evaluation.json}."""
@@ -76,6 +77,7 @@ def render(
         quality=quality(groups, evaluations, verdict.confidence),
         cards=_cards(evaluations),
         clips=clips,
+        previews=previews,
         runs=runs_table(groups, facts.made_s),
         settings=settings_table(groups),
         about=about(verdict, groups),

@@ -4,13 +4,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
@@ -27,6 +29,9 @@ FIGURES = (
     "break_even_step",
 )  # fmt: skip
 """What a training leaves as metrics `final/NAME`."""
+PREVIEWS, PREVIEW = "previews", re.compile(r"previews/step-(\d+)")
+"""Where a training keeps its previews: all of them, one step's."""
+PREVIEWS_SHOWN = 4
 STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
 
 
@@ -110,7 +115,9 @@ class Training:
     files: Callable[[str], bytes | None]
     """An artifact by its path; None where there is none."""
     artifacts: tuple[str, ...]
-    """Paths of the artifacts."""
+    """Paths of the artifacts, those of previews apart."""
+    previews: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Step → paths of its preview's artifacts, for some steps from the first to the last."""
     damage: list[str] = field(default_factory=list)
     """What of its files could not be read, and why; grows as they are asked for."""
 
@@ -277,10 +284,13 @@ def _training(client, run, scratch: Path) -> Training:
     if status == "finished":
         status = "empty" if not curve else "finished" if math.isfinite(curve[-1].loss) else "diverged"
     changed = {k.removeprefix("changed."): v for k, v in data.tags.items() if k.startswith("changed.")}
-    paths = tuple(entry.path for entry in client.list_artifacts(info.run_id) if not entry.is_dir)
+    entries = client.list_artifacts(info.run_id)
+    paths = tuple(entry.path for entry in entries if not entry.is_dir)
+    previews = _previews(client, info.run_id) if any(entry.path == PREVIEWS for entry in entries) else {}
+    readable = {*paths, *(path for some in previews.values() for path in some)}
 
     def files(path: str) -> bytes | None:
-        if path not in paths:
+        if path not in readable:
             return None
         folder = scratch / info.run_id
         folder.mkdir(exist_ok=True)
@@ -302,7 +312,17 @@ def _training(client, run, scratch: Path) -> Training:
         figures=_figures(data.metrics, charged, curve),
         files=files,
         artifacts=paths,
+        previews=previews,
     )
+
+
+def _previews(client, run_id: str) -> dict[int, tuple[str, ...]]:
+    """Few of them: a run may have hundreds, and each is a question to the store."""
+    matches = {entry.path: PREVIEW.fullmatch(entry.path) for entry in client.list_artifacts(run_id, PREVIEWS)}
+    steps = {int(match[1]): path for path, match in matches.items() if match}
+    places = np.linspace(0, len(steps) - 1, min(len(steps), PREVIEWS_SHOWN)).round().astype(int)
+    chosen = [sorted(steps)[place] for place in places]
+    return {step: tuple(entry.path for entry in client.list_artifacts(run_id, steps[step])) for step in chosen}
 
 
 def _by_step(client, run_id: str, metric: str, known: dict[str, float]) -> dict[int, Any]:

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +32,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Row:
-    """One motion: what was given and what every group made of it."""
+    """One motion: what was given and what every group made of it, or what one made of it while it trained."""
 
     name: str
     clips: tuple[Clip, ...]
@@ -55,14 +55,36 @@ def rows(groups: Sequence[Group], count: int, largest_bytes: int) -> list[Row]:
             for role, label, run, path in sources
         ]
         clips = tuple(Clip(label, data, role) for role, label, data in found if data)
-        out.append(Row(name[4:].replace("_", " "), clips))
+        out.append(Row(_title(name), clips))
+    return out
+
+
+def over_time(groups: Sequence[Group], largest_bytes: int) -> list[Row]:
+    """What each group's typical run drew of its first motion while it trained, step by step."""
+    out = []
+    for group in groups:
+        run, clips, motion = group.typical, [], ""
+        for step, paths in sorted(run.previews.items() if run else ()):
+            motion, path = next(iter(_results(paths).items()), ("", ""))
+            data = run.read(path, partial(_data, largest_bytes=largest_bytes)) if path else None
+            clips += [Clip(f"step {step}", data, "made")] if data else []
+        if clips:
+            out.append(Row(f"{group.label}, {_title(motion)}", tuple(clips)))
     return out
 
 
 def _names(run: Training) -> dict[str, str]:
     """{motion: artifact of its result}."""
-    found = {path: FILE.fullmatch(path) for path in sorted(run.artifacts)}
+    return _results(run.artifacts)
+
+
+def _results(paths: Iterable[str]) -> dict[str, str]:
+    found = {path: FILE.fullmatch(path) for path in sorted(paths)}
     return {match[1]: path for path, match in found.items() if match}
+
+
+def _title(motion: str) -> str:
+    return motion[4:].replace("_", " ")
 
 
 def _data(mp4: bytes, largest_bytes: int) -> str:

@@ -1,7 +1,7 @@
 """Previews: what the network draws while it trains, as clips and as a page that plays them over time.
 
 OUTPUT/previews/
-  step-00000200/     videos/ and sheet.png, as `generate` leaves them
+  step-00000200/     videos/ and sheet.png, as `generate` leaves them; with the run in MLflow too
   previews.jsonl     a line a preview
   index.html         all of them, step by step
 Nothing that training computes depends on them: they draw from generators of their own, between two steps.
@@ -69,7 +69,7 @@ class Previews:
             "motions": [record["clip"] for record in records],
             "videos": [str(video.relative_to(self.output)) for video in videos],
         }
-        for path in (*videos, sheet):
+        for path in (*videos, *(Path(record["result"]) for record in records), sheet):
             self.keep(path, f"previews/{folder.name}")
         leave(self.output, entry)
 
