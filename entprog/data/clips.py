@@ -67,7 +67,8 @@ class Latents:
     clean: torch.Tensor
     """float [B, C, F', H', W']."""
     conditions: dict[str, torch.Tensor]
-    """Each float, [B, C, F', H', W']: `reference` (repeated over frames), `pose` (drawn skeleton)."""
+    """Each float, [B, C', F', H', W']: `reference` (mostly repeated over frames), `pose` (drawn skeleton). Others are
+    [B, tokens, width]: `text` where clips have their own, `image` (tokens of the reference)."""
     position: torch.Tensor
     """int64 [B], on the CPU, as in Clips."""
 

@@ -39,6 +39,8 @@ SPLIT = "train"
 """Held-out clips are few, and encoded when a run starts."""
 FILE_BYTES = 64 << 20
 """About the size of one file: what a kill may cost, and what Ray passes on at a time."""
+OF_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""What transformers adds to a configuration when it saves it."""
 AGAIN = "delete its folder and run python -m pipelines.prepare --latents again"
 
 
@@ -120,12 +122,15 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
         for name, module in modules.items()
         if isinstance(module, nn.Module)
     }
-    return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump())
+    form = [denoiser.form] if denoiser.form else []
+    return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
 
 
 def _configuration(module) -> dict[str, Any]:
     """Without what changes when the same network is saved anew."""
-    return {k: v for k, v in dict(getattr(module, "config", {})).items() if not k.startswith("_")}
+    values = getattr(module, "config", {})
+    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)  # transformers', diffusers'
+    return {k: v for k, v in values.items() if not k.startswith("_") and k not in OF_SAVING}
 
 
 # ---- a cache as it is written ----

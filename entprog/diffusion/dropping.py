@@ -12,6 +12,8 @@ from entprog.diffusion.denoiser import Denoiser
 
 DRAWS = {"text": 2, "reference": 3, "pose": 4}
 """Number of each condition's draw for a clip (`objectives.uniform`)."""
+BELONGS = {"image": "reference"}
+"""Conditions that are there exactly where another one is: image tokens of the reference."""
 
 
 def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:
@@ -31,10 +33,19 @@ def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latent
         hidden = objectives.uniform(batch.position, seed, draw) < rate
         hidden = hidden.to(whole.device).view(-1, *[1] * (whole.ndim - 1))
         conditions[name] = torch.where(hidden, nothing, whole)
+        for part in [part for part, whose in BELONGS.items() if whose == name and part in conditions]:
+            seen = conditions[part]
+            conditions[part] = seen.where(~hidden.view(-1, *[1] * (seen.ndim - 1)), 0.0)
     return replace(batch, conditions=conditions)
 
 
 def without(conditions: dict[str, torch.Tensor], shown: Collection[str]) -> dict[str, torch.Tensor]:
-    """The conditions as they are seen where only those named in `shown` are given: the others are zeros, as in
-    `dropped`."""
-    return {name: value if name in shown else torch.zeros_like(value) for name, value in conditions.items()}
+    """The conditions as they are seen where only those named in `shown` are given, and the text: the others are zeros,
+    as in `dropped`."""
+    kept = {name for name in conditions if BELONGS.get(name, name) in (*shown, "text")}
+    return {name: value if name in kept else torch.zeros_like(value) for name, value in conditions.items()}
+
+
+def named(conditions: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """The conditions that guidance has a strength for."""
+    return tuple(name for name in conditions if name not in ("text", *BELONGS))

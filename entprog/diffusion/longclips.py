@@ -56,7 +56,7 @@ def blended(
             return predict(noisy, conditions)
         out = torch.zeros_like(noisy)
         for part, weight in zip(parts, weights(parts), strict=True):
-            of_window = {name: value[:, :, part] for name, value in conditions.items()}
+            of_window = {name: value[:, :, part] if value.ndim == 5 else value for name, value in conditions.items()}
             out[:, :, part] += weight.to(out).view(-1, 1, 1) * predict(noisy[:, :, part], of_window)
         return out
 

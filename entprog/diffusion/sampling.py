@@ -7,7 +7,7 @@ import torch
 
 from entprog.config import ClipShape, Generate
 from entprog.diffusion.denoiser import Denoiser
-from entprog.diffusion.dropping import without
+from entprog.diffusion.dropping import named, without
 from entprog.diffusion.longclips import blended
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler, set_steps
@@ -22,7 +22,8 @@ def sample(
     places: Sequence[int],
     window: int | None = None,
 ) -> torch.Tensor:
-    """Latents float32 [B, C, F', H', W'] that follow the conditions (each of that shape, on the network's device).
+    """Latents float32 [B, C, F', H', W'] that follow the conditions (as `denoiser.condition` gives them, on the
+    network's device).
 
     shape: B, C, F', H', W'. A clip's noise depends on (settings.seed, its place) alone, one a clip: many clips can be
     sampled in batches of any size. window: latent frames that the network takes at once, None: all; longer clips are
@@ -33,7 +34,7 @@ def sample(
     set_steps(scheduler, settings.steps, device)
     window = window or shape[2]
     overlap = min(max(round(settings.overlap * window), 1), window - 1)
-    passes = guidance(tuple(conditions), settings.reference_guidance, settings.pose_guidance)
+    passes = guidance(named(conditions), settings.reference_guidance, settings.pose_guidance)
     latents = noise_like(torch.empty(tuple(shape), device=device), torch.tensor(places), settings.seed)
     latents = latents * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else latents
     extra = {}

@@ -47,6 +47,8 @@ class VideoDenoiser:
 
     TEXT_PIPELINE: ClassVar[str | None] = None
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
+    MORE: ClassVar[tuple[str, ...]] = ()
+    """Further folders of the base that its family reads, where there are any (`completed`)."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
     with which they are saved."""
@@ -132,11 +134,24 @@ class VideoDenoiser:
         """Weights of a new network, where the class's own constructor does not do it. Its prediction must not be zero
         everywhere: CEI of that is undefined."""
 
+    @classmethod
+    def completed(cls, denoiser: "VideoDenoiser", root: Path | None) -> "VideoDenoiser":
+        """A loaded denoiser with whatever else its family has, from the base's folder."""
+        return denoiser
+
+    def save_more(self, folder: Path) -> None:
+        """Write what `completed` reads into a checkpoint's folder."""
+
     # ---- what they share ----
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def form(self) -> str:
+        """Name of the form that conditions have where a family knows several; part of what cached latents belong to."""
+        return ""
 
     @property
     def latent_channels(self) -> int:
@@ -185,17 +200,20 @@ class VideoDenoiser:
         out = {}
         if "reference" in self.conditions:
             pixels = reference.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
-            repeated = self._geometry.latent_frames(frames)
-            out["reference"] = self.latents(pixels.float() / 127.5 - 1).expand(-1, -1, repeated, -1, -1)
+            out["reference"] = self.reference(pixels.float() / 127.5 - 1, frames)
         if "pose" in self.conditions:
             drawn = draw(pose.to(self.device, non_blocking=True), height, width)
             out["pose"] = self.latents(drawn.transpose(1, 2))
         return out
 
+    def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
+        """The condition `reference` of clips of so many frames, [B, C', F', H', W']. image: [B, 3, 1, H, W], -1..1."""
+        return self.latents(image).expand(-1, -1, self._geometry.latent_frames(frames), -1, -1)
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """The process's target, float32 [B, C, F', H', W'], of noisy latents [B, C, F', H', W'] at times t [B]."""
         given = [noisy, *(conditions[name] for name in self.conditions)]
-        unused = self.network.config.in_channels - self.latent_channels * len(given)
+        unused = self.network.config.in_channels - sum(part.shape[1] for part in given)
         if unused:
             given.insert(1, noisy.new_zeros(1).expand(len(noisy), unused, *noisy.shape[2:]))
         with self.in_its_type():
@@ -257,6 +275,7 @@ class VideoDenoiser:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
+            self.save_more(scratch)
             texts.save(self.text, scratch, {name: getattr(self, field) for field, name in self.FIXED.items()})
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(

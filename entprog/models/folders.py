@@ -31,7 +31,7 @@ CARD = "README.md"
 PROMPT = "prompt_embeds.safetensors"
 NETWORKS = ("transformer", "unet")
 """A pipeline's folders that may hold its network."""
-BESIDE = ("vae/", "scheduler/")
+BESIDE = ("vae/", "scheduler/", "image_encoder/", "image_processor/")
 """A pipeline's other folders that are read."""
 STEM = "diffusion_pytorch_model"
 """How diffusers begins the names of files of weights."""

@@ -158,6 +158,10 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
     vae, setting = _vae_folder(settings, root, about)
     if vae is not None:
         network("vae", vae, setting)
+    for name in cls.MORE:
+        for path in sorted((root / name).iterdir()) if root is not None and (root / name).is_dir() else ():
+            if path.suffix in (".json", ".safetensors"):
+                out[f"{name}/{path.name}"] = path
     if prompt := texts.file_of(settings, root):
         out[folders.PROMPT] = prompt
     if settings.adapter:
@@ -201,7 +205,7 @@ def load(
     provenance |= {name: given for name in ("weights", "adapter") if (given := getattr(settings, name))}
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
-    return cls(
+    denoiser = cls(
         network=network.to(device),
         vae=vae,
         conditions=source.conditions,
@@ -213,6 +217,7 @@ def load(
         provenance=provenance,
         **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
     )
+    return cls.completed(denoiser, source.root)
 
 
 def _widen(cls: type[VideoDenoiser], network: nn.Module, splits: tuple[int, ...]) -> None:

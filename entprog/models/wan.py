@@ -6,11 +6,15 @@ two networks that is the one for high noise, `transformer_2` is left alone (give
 
 Wan 2.1 and 2.2 differ for us in configurations alone: 2.2's TI2V-5B has 48 latent channels of 16×16 pixels.
 
-A Wan I2V checkpoint's further inputs, mask and image, are fed zeros, its image tokens too: as if no image was given.
+An image-to-video checkpoint (2.1 with CLIP's image tokens, 2.2 without) gets the reference where its pipeline has the
+first frame: as latents of a clip that is grey after it, with a mask, and as tokens by the base's `image_encoder/`. Pose
+alone needs new channels. First-and-last-frame checkpoints, and those trained by a version that did not know this, are
+fed zeros there, as if no image was given, and have the reference in new channels.
+
 Text cross-attention sees `model.prompt_embeds`, or zeros.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +28,16 @@ from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.models import sources, texts
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "WanTransformer3DModel"
+IMAGE_PARTS = ("image_encoder", "image_processor")
+"""Folders of a pipeline with CLIP's image encoder, and with what makes its inputs."""
+MASK_CHANNELS = (1, 4)
+"""Channels of an image-to-video network's mask: clip frames in a latent frame, of pixels and of Wan's VAE."""
 TEXT_TOKENS = 512
 """Tokens of a text; diffusers' Wan attention counts on that number where image tokens come before them."""
 
@@ -49,19 +58,83 @@ class WanDenoiser(VideoDenoiser):
     PROCESS = Flow
     SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 1.0}
     TEXT_PIPELINE = "WanPipeline"
+    MORE = IMAGE_PARTS
 
     image: torch.Tensor | None
     """Zero image tokens [rows, tokens, image_dim] of one clip for I2V networks."""
+    images: torch.Tensor | None = None
+    """Image tokens of a batch's clips [B, tokens, image_dim], where they have their own."""
+    image_encoder: nn.Module | None = None
+    """CLIP's image encoder of an image-to-video base."""
+    image_processor: Any = None
+    """What makes its inputs of pixels."""
+
+    @property
+    def mask_channels(self) -> int:
+        """Channels of the mask beside the first frame's latents; 0 where the reference is no first frame."""
+        if "reference" not in self.conditions:
+            return 0
+        extra = self.network.config.in_channels - self.latent_channels * (1 + len(self.conditions))
+        return extra if extra in MASK_CHANNELS else 0
+
+    @property
+    def form(self) -> str:
+        return "first frame" if self.mask_channels else ""
+
+    def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
+        if not self.mask_channels:
+            return super().reference(image, frames)
+        after = image.new_zeros(1).expand(*image.shape[:2], frames - 1, *image.shape[3:])
+        latents = self.latents(torch.cat([image, after], dim=2))
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, self.mask_channels, 1, 1, 1)
+        mask[:, :, 0] = 1
+        return torch.cat([mask, latents], dim=1)
+
+    @torch.no_grad()
+    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = super().condition(reference, pose)
+        if self.image_encoder is not None and self.mask_channels:
+            pictures = self.image_processor(images=list(reference.cpu().numpy()), return_tensors="pt")
+            seen = self.image_encoder(pictures["pixel_values"].to(self.device), output_hidden_states=True)
+            out["image"] = seen.hidden_states[-2]
+        return out
+
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        images = conditions.get("image")
+        shown = self if images is None else replace(self, images=images)
+        return VideoDenoiser.predict(shown, noisy, t, conditions)
 
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         (velocity,) = self.network(
             hidden_states=inputs,
             timestep=timestep,
             encoder_hidden_states=texts.spread(text, len(inputs)),
-            encoder_hidden_states_image=None if self.image is None else self.image.repeat(len(inputs), 1, 1),
+            encoder_hidden_states_image=self._image_tokens(len(inputs)),
             return_dict=False,
         )
         return velocity
+
+    def _image_tokens(self, clips: int) -> torch.Tensor | None:
+        if self.images is not None or self.image is None:
+            return self.images
+        return self.image.repeat(clips, 1, 1)
+
+    @classmethod
+    def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
+        first_frame = network.in_channels - 2 * channels in MASK_CHANNELS and network.pos_embed_seq_len is None
+        return ("reference",) if first_frame else ()
+
+    @classmethod
+    def completed(cls, denoiser: "WanDenoiser", root: Path | None) -> "WanDenoiser":
+        if root is None or denoiser.image is None or not denoiser.mask_channels:
+            return denoiser
+        processor, encoder = _image_parts(root)
+        return replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
+
+    def save_more(self, folder: Path) -> None:
+        if self.image_encoder is not None:
+            self.image_encoder.save_pretrained(folder / IMAGE_PARTS[0])
+            self.image_processor.save_pretrained(folder / IMAGE_PARTS[1])
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
@@ -73,6 +146,12 @@ class WanDenoiser(VideoDenoiser):
         if network.added_kv_proj_dim is None:
             return {"text": text, "image": None}
         text = texts.padded(text, TEXT_TOKENS)
+        first_frame = cls.own_conditions(network, network.out_channels or network.in_channels)
+        if first_frame and root is not None and not all((root / part).is_dir() for part in IMAGE_PARTS):
+            raise UserError(
+                f"model.base: {settings.base} has no {IMAGE_PARTS[0]}/ and {IMAGE_PARTS[1]}/, of whose tokens this "
+                "image-to-video network makes use: give its pipeline's whole folder"
+            )
         if network.pos_embed_seq_len is None:
             return {"text": text, "image": torch.zeros(1, 1, network.image_dim)}
         # First and last image arrive as two rows of the batch, which diffusers joins (Wan FLF2V).
@@ -101,6 +180,20 @@ class WanDenoiser(VideoDenoiser):
             nn.init.normal_(part.linear_1.weight, std=0.02)
             nn.init.normal_(part.linear_2.weight, std=0.02)
         nn.init.normal_(network.proj_out.weight, std=0.02)
+
+
+def _image_parts(root: Path) -> tuple[Any, nn.Module]:
+    """(image processor, image encoder in float32) of a pipeline's folder. Raises UserError if they cannot be loaded."""
+    try:
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+    except ImportError:
+        raise UserError("image tokens need transformers: pip install 'entprog[text]'") from None
+    encoder, processor = (root / part for part in IMAGE_PARTS)
+    try:
+        seeing = CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)
+        return CLIPImageProcessor.from_pretrained(processor, local_files_only=True), seeing.float().eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the image encoder {encoder}: {one_line(error)}") from None
 
 
 inspect = partial(sources.inspect, WanDenoiser)

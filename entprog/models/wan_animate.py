@@ -53,6 +53,14 @@ class WanAnimateDenoiser(WanDenoiser):
     grey: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
     """Latents of a grey clip, by its size in pixels."""
 
+    @classmethod
+    def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def mask_channels(self) -> int:
+        return 0  # its reference is a frame of its own
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         reference, pose = conditions["reference"][:, :, :1], conditions["pose"]
         first, _ = self.process.pair(reference, _fixed_noise(reference), t)
