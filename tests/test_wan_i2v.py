@@ -1,6 +1,7 @@
 """Image-to-video Wan: the network sees at training what its diffusers pipeline shows it at inference."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -14,42 +15,17 @@ from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.models.wan import WanDenoiser, inspect, load
+from helpers.bases import image_to_video
 from helpers.families import TINY, clips
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
-SEES = {"image_dim": 8, "added_kv_proj_dim": 24}
-
-
-def pipeline(folder, clip: bool):
-    """A tiny image-to-video pipeline, of 2.1 (with CLIP's image tokens) or 2.2, and its folder."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    tiny = {**TINY["wan"]["init"], "in_channels": 2 * 4 + 4, "out_channels": 4, "patch_size": [1, 2, 2]}
-    network = diffusers.WanTransformer3DModel(**tiny, **(SEES if clip else {})).eval()
-    WanDenoiser.initialise(network)
-    kind, sizes = TINY["wan"]["vae"]
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    sees = {}
-    if clip:
-        size = {"shortest_edge": 32}
-        processor = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
-        sees = {"image_encoder": CLIPVisionModel(vision).eval(), "image_processor": processor}
-    pipe = diffusers.WanImageToVideoPipeline(
-        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **sees,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return pipe
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["2.1", "2.2"])
 def made(request, tmp_path_factory):
     """(pipeline, its folder, whether it has image tokens)"""
     folder = tmp_path_factory.mktemp("i2v")
-    return pipeline(folder, request.param), folder, request.param
+    return image_to_video(folder, request.param), folder, request.param
 
 
 def calls(network, work):
@@ -175,9 +151,20 @@ def test_what_is_missing_is_one_line(made, tmp_path):
     if not clip:
         assert inspect(Model(base=str(tmp_path / "alone"))).conditions == ("reference", "pose")
         return
-    with pytest.raises(UserError, match=r"has no image_encoder/ and image_processor/") as error:
+    missing = (
+        r"has no image_encoder/ and image_processor/, .*: give its pipeline's whole folder, or its name on the hub$"
+    )
+    with pytest.raises(UserError, match=missing) as error:
         inspect(Model(base=str(tmp_path / "alone")))
     assert "\n" not in str(error.value)
+    load(Model(base=str(folder))).save(tmp_path / "tuned", shape=SHAPE)
+    shutil.rmtree(tmp_path / "tuned" / "image_encoder")
+    with pytest.raises(UserError, match=r"tuned has no image_encoder/, .*: copy it there again, or train anew"):
+        inspect(Model(base=str(tmp_path / "tuned")))
+    (tmp_path / "tuned" / "model_index.json").unlink()  # nor anything that names it
+    shutil.copytree(folder / "image_encoder", tmp_path / "tuned" / "image_encoder")
+    load(Model(base=str(tmp_path / "tuned"))).save(tmp_path / "again", shape=SHAPE)
+    assert (tmp_path / "again" / "image_encoder" / "model.safetensors").is_file()
     before = fingerprints.base(Model(base=str(folder)))
     weights = folder / "image_encoder" / "model.safetensors"
     content = weights.read_bytes()

@@ -17,9 +17,12 @@ from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.media.skeleton import draw
 from entprog.models import folders, whole
+from helpers import bases
 from helpers.families import NAMES, TINY, again, clips, load
 
 STEPS = 3
+IMAGE_TO_VIDEO = {"wan_i2v": (True, "whole"), "wan_i2v_light": (True, "light"), "wan22_i2v": (False, "whole")}
+"""Forms of Wan that have the reference as their first frame: (whether they see image tokens, how they are saved)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
 ELSEWHERE = """
 import json, sys
@@ -60,6 +63,11 @@ def tuned(name, folder, **save):
     more = {key: torch.randn(getattr(base, field)[0].shape, generator=generator) for field, key in base.FIXED.items()}
     save_file(text | more, folder / "prompt")
     base.save(folder / "base")
+    return perturbed(folder, name, generator, **save)
+
+
+def perturbed(folder, name, generator, **save):
+    """The base in a folder with a prompt beside it, as it might be after training; saved, and its folder."""
     denoiser = again(folder / "base", name, conditions=("reference", "pose"), prompt_embeds=str(folder / "prompt"))
     with torch.no_grad():
         for parameter in denoiser.network.parameters():
@@ -68,13 +76,24 @@ def tuned(name, folder, **save):
     return folder / "model"
 
 
+def image_to_video(folder, tokens, parts):
+    """An image-to-video base, as `tuned`."""
+    bases.image_to_video(folder / "base", tokens)
+    generator = torch.Generator().manual_seed(2)
+    save_file({"prompt_embeds": torch.randn(3, 8, generator=generator)}, folder / "prompt")
+    return perturbed(folder, "wan", generator, parts=parts)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """{family: (its folder, what the pipeline made there)}, all in one process that knows diffusers alone."""
     root, out = tmp_path_factory.mktemp("whole"), {}
     for name in NAMES:
         out[name] = tuned(name, root / name, parts="light" if name == "latte" else "whole")
-        denoiser, batch = again(out[name], name), clips(1, NINE)
+    for name, (tokens, parts) in IMAGE_TO_VIDEO.items():
+        out[name] = image_to_video(root / name, tokens, parts)
+    for name in out:
+        denoiser, batch = again(out[name], family_of(name)), clips(1, NINE)
         shape = (1, *denoiser.latent_shape(NINE))
         given = {"reference": batch.reference[0], "pose": draw(batch.pose[0], NINE.height, NINE.width)}
         given["noise"] = noise_like(torch.empty(shape), torch.tensor([0]), 5)
@@ -87,11 +106,15 @@ def made(tmp_path_factory):
     return {name: (folder, load_file(folder / "made.safetensors")) for name, folder in out.items()}
 
 
+def family_of(name):
+    return "wan" if name in IMAGE_TO_VIDEO else name
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *IMAGE_TO_VIDEO])
 def test_plain_diffusers_makes_what_generate_makes(made, name):
     folder, theirs = made[name]
-    denoiser, batch = again(folder, name), clips(1, NINE)
+    denoiser, batch = again(folder, family_of(name)), clips(1, NINE)
     conditions = denoiser.condition(batch.reference, batch.pose)
     shape = (1, *denoiser.latent_shape(NINE))
     ours = sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0])
@@ -115,6 +138,23 @@ def test_a_light_folder_names_its_vae(made, tmp_path):
     with pytest.raises(UserError, match=r"saved light: no such folder: .*gone"):
         again(here, "latte")
     assert again(folder, "latte").vae is not None and whole.missing(folder) == []
+
+
+def test_a_light_folder_names_its_image_encoder(made, tmp_path):
+    folder, _ = made["wan_i2v_light"]
+    parts = ("image_encoder", "image_processor")
+    about = json.loads((folder / "entprog.json").read_text())
+    assert not any((folder / name).exists() for name in parts) and whole.missing(folder) == []
+    assert [about["elsewhere"][name]["subfolder"] for name in parts] == list(parts)
+    assert again(folder, "wan").image_encoder is not None
+    here = tmp_path / "model"
+    shutil.copytree(folder, here)
+    about["elsewhere"]["image_encoder"]["name"] = str(tmp_path / "gone")
+    (here / "entprog.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"the image_encoder of .*, saved light: no such folder: .*gone"):
+        again(here, "wan")
+    whole_, _ = made["wan_i2v"]
+    assert all((whole_ / name).is_dir() for name in parts)
 
 
 def test_what_a_folder_lacks_is_named(made, tmp_path):

@@ -47,8 +47,8 @@ class VideoDenoiser:
 
     TEXT_PIPELINE: ClassVar[str | None] = None
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
-    MORE: ClassVar[tuple[str, ...]] = ()
-    """Further folders of the base that its family reads, where there are any (`completed`)."""
+    MORE: ClassVar[dict[str, tuple[str, str]]] = {}
+    """Further folders of a base's pipeline that some of its networks need → their library and class."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
     with which they are saved."""
@@ -135,12 +135,15 @@ class VideoDenoiser:
         everywhere: CEI of that is undefined."""
 
     @classmethod
-    def completed(cls, denoiser: "VideoDenoiser", root: Path | None) -> "VideoDenoiser":
-        """A loaded denoiser with whatever else its family has, from the base's folder."""
-        return denoiser
+    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
+        """Which of MORE a network needs that has these conditions. channels: of the latents; inputs: channels of its
+        input layer, widened."""
+        return ()
 
-    def save_more(self, folder: Path) -> None:
-        """Write what `completed` reads into a checkpoint's folder."""
+    @classmethod
+    def completed(cls, denoiser: "VideoDenoiser", parts: dict[str, Path]) -> "VideoDenoiser":
+        """A loaded denoiser with what its family makes of the folders that it needs (`needs`), by name."""
+        return denoiser
 
     # ---- what they share ----
 
@@ -275,7 +278,6 @@ class VideoDenoiser:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
-            self.save_more(scratch)
             texts.save(self.text, scratch, {name: getattr(self, field) for field, name in self.FIXED.items()})
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(
@@ -286,6 +288,7 @@ class VideoDenoiser:
                 origins=self.origins,
                 about=about,
                 base=self.base_index,
+                form=self.form,
                 text_shape=tuple(self.text.shape),
                 compression=(self._geometry.temporal, self._geometry.spatial),
             )

@@ -31,10 +31,12 @@ CARD = "README.md"
 PROMPT = "prompt_embeds.safetensors"
 NETWORKS = ("transformer", "unet")
 """A pipeline's folders that may hold its network."""
-BESIDE = ("vae/", "scheduler/", "image_encoder/", "image_processor/")
-"""A pipeline's other folders that are read."""
+BESIDE = ("vae/", "scheduler/")
+"""A pipeline's other folders that every family reads."""
 STEM = "diffusion_pytorch_model"
 """How diffusers begins the names of files of weights."""
+PARTS = (STEM, *(f"{name}/" for name in NETWORKS), *BESIDE)
+"""How the names of files begin that are fetched of a base on the hub."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
 """Variants of the same weights, the most exact first; others come after them."""
 
@@ -77,7 +79,7 @@ def locate(
     setting: str,
     trust_pickle: bool = False,
     revision: str | None = None,
-    parts: Sequence[str] = (STEM, *(f"{name}/" for name in NETWORKS), *BESIDE),
+    parts: Sequence[str] = PARTS,
 ) -> Path:
     """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON; `.bin` only where trusted).
 

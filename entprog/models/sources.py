@@ -46,6 +46,8 @@ class Source:
     splits: tuple[int, ...]
     """Input channels, in the groups that are summed apart."""
     tensors: dict[str, torch.Tensor | None]
+    more: dict[str, Path]
+    """Further folders of the base's pipeline that the network needs, by name."""
     process: Process
 
 
@@ -65,7 +67,7 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         )
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = _root(settings)
+    root = _root(cls, settings)
     about = folders.saved(root) if root else {}
     part = _network_folder(cls, root, settings.base) if root else None
     vae_folder, setting = _vae_folder(settings, root, about)
@@ -95,18 +97,34 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     if settings.adapter:
         _check_adapter(adapters.read(settings.adapter, "model.adapter"), network, settings)
     tensors = cls.tensors(network.config, settings, root)
+    more = {}
+    if root is not None:
+        more = _more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, process
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process
     )  # fmt: skip
 
 
-def _root(settings: config.Model) -> Path | None:
+def _root(cls: type[VideoDenoiser], settings: config.Model) -> Path | None:
     """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces."""
     if not settings.base:
         return None
-    parts = {"parts": folders.BESIDE} if settings.weights else {}
-    return folders.locate(settings.base, "model.base", settings.trust_pickle, **parts)
+    parts = (*(folders.BESIDE if settings.weights else folders.PARTS), *(f"{name}/" for name in cls.MORE))
+    return folders.locate(settings.base, "model.base", settings.trust_pickle, parts=parts)
+
+
+def _more(needed: tuple[str, ...], settings: config.Model, root: Path, about: dict[str, Any]) -> dict[str, Path]:
+    """Further folders that a network needs: in the base, or where it says they lie. Raises UserError if one is not
+    there."""
+    out = {name: root / name for name in needed if (root / name).is_dir()}
+    places = {name: place for name, place in about.get("elsewhere", {}).items() if name in needed and name not in out}
+    if missing := [f"{name}/" for name in needed if name not in {**out, **places}]:
+        remedy = whole.remedy(root) if about else "give its pipeline's whole folder, or its name on the hub"
+        raise UserError(
+            f"model.base: {settings.base} has no {' and '.join(missing)}, which this network was trained with: {remedy}"
+        )
+    return out | {name: _elsewhere(settings, name, place) for name, place in places.items()}
 
 
 def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
@@ -143,7 +161,7 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         for path in (folder / "config.json", *folders.weights(folder, setting, settings.trust_pickle).files):
             out[f"{name}/{path.name}"] = path
 
-    root = _root(settings)
+    root = _root(cls, settings)
     about = folders.saved(root) if root else {}
     if root is not None:
         part = _network_folder(cls, root, settings.base)
@@ -158,8 +176,9 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
     vae, setting = _vae_folder(settings, root, about)
     if vae is not None:
         network("vae", vae, setting)
-    for name in cls.MORE:
-        for path in sorted((root / name).iterdir()) if root is not None and (root / name).is_dir() else ():
+    there = root is not None and any((root / name).is_dir() or name in about.get("elsewhere", {}) for name in cls.MORE)
+    for name, folder in inspect(cls, settings).more.items() if there else ():
+        for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".safetensors"):
                 out[f"{name}/{path.name}"] = path
     if prompt := texts.file_of(settings, root):
@@ -210,14 +229,14 @@ def load(
         vae=vae,
         conditions=source.conditions,
         process=source.process,
-        origins=_origins(settings, source.root, source.about, vae, source.vae_folder),
+        origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
         shape=ClipShape(**shape) if shape else None,
         provenance=provenance,
         **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
     )
-    return cls.completed(denoiser, source.root)
+    return cls.completed(denoiser, source.more)
 
 
 def _widen(cls: type[VideoDenoiser], network: nn.Module, splits: tuple[int, ...]) -> None:
@@ -256,7 +275,7 @@ def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]
         folder = root / "vae" if root and (root / "vae" / "config.json").is_file() else None
         if folder is None and about.get("vae"):
             if place := about.get("elsewhere", {}).get("vae"):
-                return _vae_elsewhere(settings, place), setting
+                return _elsewhere(settings, "VAE", place), setting
             raise UserError(
                 f"model.base: {settings.base} was saved with a VAE, its vae/config.json is missing: "
                 f"{whole.remedy(root)}"
@@ -268,21 +287,24 @@ def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]
     return folder, setting
 
 
-def _vae_elsewhere(settings: config.Model, place: dict[str, Any]) -> Path:
-    """The folder of the VAE of a checkpoint that was saved light. Raises UserError if it is not there any more."""
+def _elsewhere(settings: config.Model, part: str, place: dict[str, Any]) -> Path:
+    """The folder of a part of a checkpoint that does not hold it. Raises UserError if it is not there any more."""
     name, revision, inside = place["name"], place["revision"], place["subfolder"]
-    setting = f"model.base: the VAE of {settings.base}, saved light"
+    setting = f"model.base: the {part} of {settings.base}, saved light"
     folder = folders.locate(name, setting, revision=revision, parts=[f"{inside}/" if inside else folders.STEM]) / inside
-    if not (folder / "config.json").is_file():
+    if not any(folder.glob("*config.json")):
         raise UserError(f"{setting}: no config.json in {folder}: put it back there")
     return folder
 
 
 def _origins(
-    settings: config.Model, root: Path | None, about: dict[str, Any], vae: nn.Module | None, vae_folder: Path | None
+    cls: type[VideoDenoiser], settings: config.Model, source: Source, vae: nn.Module | None
 ) -> dict[str, whole.Origin]:
     """Where the parts come from that no one trains."""
+    root, about, vae_folder = source.root, source.about, source.vae_folder
     out = whole.encoders(settings.base, root, about)
+    for name in source.more.keys() - out.keys():  # of a base without an index
+        out[name] = whole.origin(str(settings.base), root, name, *cls.MORE[name], about)
     if vae is not None:
         kind, given = type(vae).__name__, settings.base if settings.vae == "auto" else settings.vae
         inside = vae_folder.name == "vae"

@@ -34,10 +34,13 @@ from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "WanTransformer3DModel"
-IMAGE_PARTS = ("image_encoder", "image_processor")
+IMAGE_PARTS = {
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+    "image_processor": ("transformers", "CLIPImageProcessor"),
+}
 """Folders of a pipeline with CLIP's image encoder, and with what makes its inputs."""
-MASK_CHANNELS = (1, 4)
-"""Channels of an image-to-video network's mask: clip frames in a latent frame, of pixels and of Wan's VAE."""
+MASK_CHANNELS = 4
+"""Channels of an image-to-video network's mask: clip frames in a latent frame. Networks on pixels have one."""
 TEXT_TOKENS = 512
 """Tokens of a text; diffusers' Wan attention counts on that number where image tokens come before them."""
 
@@ -72,10 +75,7 @@ class WanDenoiser(VideoDenoiser):
     @property
     def mask_channels(self) -> int:
         """Channels of the mask beside the first frame's latents; 0 where the reference is no first frame."""
-        if "reference" not in self.conditions:
-            return 0
-        extra = self.network.config.in_channels - self.latent_channels * (1 + len(self.conditions))
-        return extra if extra in MASK_CHANNELS else 0
+        return _mask_channels(self.network.config.in_channels, self.latent_channels, self.conditions)
 
     @property
     def form(self) -> str:
@@ -121,20 +121,20 @@ class WanDenoiser(VideoDenoiser):
 
     @classmethod
     def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
-        first_frame = network.in_channels - 2 * channels in MASK_CHANNELS and network.pos_embed_seq_len is None
-        return ("reference",) if first_frame else ()
+        first_frame = _mask_channels(network.in_channels, channels, ("reference",))
+        return ("reference",) if first_frame and network.pos_embed_seq_len is None else ()
 
     @classmethod
-    def completed(cls, denoiser: "WanDenoiser", root: Path | None) -> "WanDenoiser":
-        if root is None or denoiser.image is None or not denoiser.mask_channels:
-            return denoiser
-        processor, encoder = _image_parts(root)
-        return replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
+    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
+        sees_tokens = network.added_kv_proj_dim is not None and _mask_channels(inputs, channels, conditions)
+        return tuple(IMAGE_PARTS) if sees_tokens else ()
 
-    def save_more(self, folder: Path) -> None:
-        if self.image_encoder is not None:
-            self.image_encoder.save_pretrained(folder / IMAGE_PARTS[0])
-            self.image_processor.save_pretrained(folder / IMAGE_PARTS[1])
+    @classmethod
+    def completed(cls, denoiser: "WanDenoiser", parts: dict[str, Path]) -> "WanDenoiser":
+        if not parts:
+            return denoiser
+        processor, encoder = _image_parts(parts)
+        return replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
@@ -146,12 +146,6 @@ class WanDenoiser(VideoDenoiser):
         if network.added_kv_proj_dim is None:
             return {"text": text, "image": None}
         text = texts.padded(text, TEXT_TOKENS)
-        first_frame = cls.own_conditions(network, network.out_channels or network.in_channels)
-        if first_frame and root is not None and not all((root / part).is_dir() for part in IMAGE_PARTS):
-            raise UserError(
-                f"model.base: {settings.base} has no {IMAGE_PARTS[0]}/ and {IMAGE_PARTS[1]}/, of whose tokens this "
-                "image-to-video network makes use: give its pipeline's whole folder"
-            )
         if network.pos_embed_seq_len is None:
             return {"text": text, "image": torch.zeros(1, 1, network.image_dim)}
         # First and last image arrive as two rows of the batch, which diffusers joins (Wan FLF2V).
@@ -182,13 +176,20 @@ class WanDenoiser(VideoDenoiser):
         nn.init.normal_(network.proj_out.weight, std=0.02)
 
 
-def _image_parts(root: Path) -> tuple[Any, nn.Module]:
-    """(image processor, image encoder in float32) of a pipeline's folder. Raises UserError if they cannot be loaded."""
+def _mask_channels(inputs: int, channels: int, conditions: tuple[str, ...]) -> int:
+    """Channels of an image-to-video network's mask, of an input layer's channels; 0: it is none, or does not see the
+    reference as a first frame. channels: of the latents."""
+    extra, mask = inputs - channels * (1 + len(conditions)), 1 if channels == 3 else MASK_CHANNELS
+    return mask if extra == mask and "reference" in conditions else 0
+
+
+def _image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
+    """(image processor, image encoder in float32) of their folders. Raises UserError if they cannot be loaded."""
     try:
         from transformers import CLIPImageProcessor, CLIPVisionModel
     except ImportError:
         raise UserError("image tokens need transformers: pip install 'entprog[text]'") from None
-    encoder, processor = (root / part for part in IMAGE_PARTS)
+    encoder, processor = (parts[name] for name in IMAGE_PARTS)
     try:
         seeing = CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)
         return CLIPImageProcessor.from_pretrained(processor, local_files_only=True), seeing.float().eval()

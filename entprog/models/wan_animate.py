@@ -13,7 +13,7 @@ encoder is therefore never trained. Image tokens are zeros.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanAnimateTransformer3DModel
@@ -49,6 +49,7 @@ class WanAnimateDenoiser(WanDenoiser):
 
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
+    MORE: ClassVar[dict[str, tuple[str, str]]] = {}
 
     grey: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
     """Latents of a grey clip, by its size in pixels."""
@@ -60,6 +61,10 @@ class WanAnimateDenoiser(WanDenoiser):
     @property
     def mask_channels(self) -> int:
         return 0  # its reference is a frame of its own
+
+    @classmethod
+    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
+        return ()
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         reference, pose = conditions["reference"][:, :, :1], conditions["pose"]

@@ -96,13 +96,15 @@ def leave(
     origins: Mapping[str, Origin],
     about: Mapping[str, Any],
     base: Mapping[str, Any],
+    form: str,
     text_shape: tuple[int, ...],
     compression: tuple[int, int],
 ) -> None:
     """Write model_index.json, and pipeline.py with its drawing of poses where the network needs them.
 
     network: its folder and class; scheduler, vae: their classes; about: the content of entprog.json; base: the base's
-    own index. A network without conditions keeps its base's pipeline, if all of that is there.
+    own index; form: of the conditions (`VideoDenoiser.form`). A network without conditions keeps its base's pipeline,
+    if all of that is there.
     """
     left_out = about["elsewhere"]
     here = {"scheduler": ["diffusers", scheduler], network[0]: ["diffusers", network[1]]}
@@ -120,6 +122,7 @@ def leave(
             **here,
             "family": about["family"],
             "conditions": about["conditions"],
+            "form": form,
             "latent_channels": about["latent_channels"],
             "compression": compression,
             "text_shape": text_shape,

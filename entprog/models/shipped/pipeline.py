@@ -25,6 +25,10 @@ FRAMES_AT_ONCE = 8
 """Frames that an image VAE encodes or decodes at a time."""
 REFERENCE_SEED = 4764156602392020899
 """Of the noise that Wan-Animate's reference is trained with."""
+FIRST_FRAME = "first frame"
+"""Form of the conditions of a network that sees the reference as the clip's first frame (Wan's image-to-video)."""
+BELONGS = {"image": "reference"}
+"""What is there exactly where a condition is: image tokens of the reference."""
 IMAGE_VAES = (diffusers.AutoencoderKL, diffusers.AutoencoderKLTemporalDecoder)
 
 
@@ -38,7 +42,7 @@ class ClipOutput(BaseOutput):
 class ReferencePosePipeline(DiffusionPipeline):
     """Noise to a clip, with reference and pose as further input channels of the network."""
 
-    model_cpu_offload_seq = "transformer->unet->vae"
+    model_cpu_offload_seq = "image_encoder->transformer->unet->vae"
     _optional_components = [  # noqa: RUF012 - diffusers reads a list
         "transformer", "unet", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor",
         "feature_extractor",
@@ -57,6 +61,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         feature_extractor=None,
         family="",
         conditions=(),
+        form="",
         latent_channels=3,
         compression=(1, 1),
         text_shape=(1, 1, 1),
@@ -64,23 +69,23 @@ class ReferencePosePipeline(DiffusionPipeline):
         clip=None,
         elsewhere=None,
     ):
-        """compression: clip frames to a latent frame, and pixels to a latent row. text_shape: of what cross-attention
-        sees. prompt: whether its values lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames,
-        height, width and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder."""
+        """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
+        latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. prompt: whether its values
+        lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width and fps of the clips it
+        was trained on. elsewhere: where parts lie that are not in this folder."""
         super().__init__()
-        place = (elsewhere or {}).get("vae")
-        if vae is None and place:
-            vae = getattr(diffusers, place["kind"]).from_pretrained(
-                place["name"], revision=place["revision"], subfolder=place["subfolder"]
-            )
+        vae = vae or fetched("vae", elsewhere)
+        if takes_tokens(form, transformer):
+            image_encoder = image_encoder or fetched("image_encoder", elsewhere)
+            image_processor = image_processor or fetched("image_processor", elsewhere)
         self.register_modules(
             scheduler=scheduler, transformer=transformer, unet=unet, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer, image_encoder=image_encoder, image_processor=image_processor,
             feature_extractor=feature_extractor,
         )  # fmt: skip
         self.register_to_config(
-            family=family, conditions=list(conditions), latent_channels=latent_channels, compression=list(compression),
-            text_shape=list(text_shape), prompt=prompt, clip=clip, elsewhere=elsewhere,
+            family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
+            compression=list(compression), text_shape=list(text_shape), prompt=prompt, clip=clip, elsewhere=elsewhere,
         )  # fmt: skip
 
     @property
@@ -123,8 +128,15 @@ class ReferencePosePipeline(DiffusionPipeline):
         rows, columns = sizes or (height or known["height"], width or known["width"])
         temporal, spatial = self.config.compression
         size = (1, self.config.latent_channels, 1 + (frames - 1) // temporal, rows // spatial, columns // spatial)
+        picture = shown.get("reference")
+        if self.config.form == FIRST_FRAME:
+            shown["reference"] = torch.cat([picture, picture.new_zeros(1, 3, frames - 1, rows, columns)], dim=2)
         shown = {name: self.encode(video) for name, video in shown.items()}
-        if "reference" in shown:
+        if self.config.form == FIRST_FRAME:
+            shown["reference"] = self.masked(shown["reference"])
+            if takes_tokens(self.config.form, self.transformer):
+                shown["image"] = self.tokens(picture)
+        elif "reference" in shown:
             shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
             if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
@@ -146,7 +158,9 @@ class ReferencePosePipeline(DiffusionPipeline):
                 seen = self.scheduler.scale_model_input(latents, timestep)
             prediction = torch.zeros_like(latents)
             for kept, share in passes.items():
-                visible = {name: v if name in kept else torch.zeros_like(v) for name, v in shown.items()}
+                visible = {
+                    name: v if BELONGS.get(name, name) in kept else torch.zeros_like(v) for name, v in shown.items()
+                }
                 prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
         made = latents if output_type == "latent" else shaped(self.decode(latents), output_type)
@@ -160,6 +174,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             if unused:  # an image-to-video base's own image, as if none was given
                 inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
         dtype, family = self.network.dtype, self.config.family
+        text = text | {name: shown[name] for name in BELONGS if name in shown}
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
         if family == "wan_animate":
             return self.wan_animate(*inputs, timestep, text[PROMPT]).float()
@@ -190,6 +205,25 @@ class ReferencePosePipeline(DiffusionPipeline):
             return_dict=False,
         )
         return velocity[:, :, 1:]
+
+    def masked(self, latents):
+        """Latents of a clip whose first frame is given, with the mask that says so before them."""
+        channels = self.network.config.in_channels - (1 + len(self.config.conditions)) * latents.shape[1]
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1, 1)
+        mask[:, :, 0] = 1
+        return torch.cat([mask, latents], dim=1)
+
+    def tokens(self, picture):
+        """What the base's image encoder says of a picture [1, 3, 1, H, W] in -1..1: [1, tokens, width]."""
+        if self.image_encoder is None or self.image_processor is None:
+            raise ValueError(
+                "this network sees tokens of the reference, and image_encoder or image_processor is not there: give "
+                "DiffusionPipeline.from_pretrained those of its base, image-to-video Wan"
+            )
+        seen = ((picture[0, :, 0] + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()
+        inputs = self.image_processor(images=[seen], return_tensors="pt")["pixel_values"]
+        inputs = inputs.to(picture.device, self.image_encoder.dtype)
+        return self.image_encoder(inputs, output_hidden_states=True).hidden_states[-2].float()
 
     def nothing(self, like):
         """Latents of a grey clip, where Wan-Animate's pipeline has an earlier segment's frames."""
@@ -253,11 +287,29 @@ class ReferencePosePipeline(DiffusionPipeline):
 
 
 def wan(network, inputs, timestep, text, more):
+    image = more.get("image", no_image(network.config))
     return network(
         hidden_states=inputs, timestep=timestep, encoder_hidden_states=text,
-        encoder_hidden_states_image=None if (image := no_image(network.config)) is None else image.to(inputs),
-        return_dict=False,
+        encoder_hidden_states_image=None if image is None else image.to(inputs), return_dict=False,
     )[0]  # fmt: skip
+
+
+def takes_tokens(form, network):
+    """Whether a network sees image tokens of the reference."""
+    return form == FIRST_FRAME and network is not None and network.config.added_kv_proj_dim is not None
+
+
+def fetched(name, elsewhere):
+    """A part that is not in the folder, from where it lies; None if nothing says where."""
+    place = (elsewhere or {}).get(name)
+    if not place:
+        return None
+    library = diffusers
+    if name != "vae":
+        import transformers as library
+    return getattr(library, place["kind"]).from_pretrained(
+        place["name"], revision=place["revision"], subfolder=place["subfolder"]
+    )
 
 
 def no_image(sizes):

@@ -1,0 +1,34 @@
+"""Tiny pipelines of diffusers as bases that have conditions of their own."""
+
+import diffusers
+import torch
+
+from entprog.models.wan import WanDenoiser
+from helpers.families import TINY
+
+IMAGE_TOKENS = {"image_dim": 8, "added_kv_proj_dim": 24}
+
+
+def image_to_video(folder, clip: bool):
+    """An image-to-video pipeline of Wan, of 2.1 (with CLIP's image tokens) or 2.2, saved to a folder."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    tiny = {**TINY["wan"]["init"], "in_channels": 2 * 4 + 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+    network = diffusers.WanTransformer3DModel(**tiny, **(IMAGE_TOKENS if clip else {})).eval()
+    WanDenoiser.initialise(network)
+    kind, sizes = TINY["wan"]["vae"]
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    sees = {}
+    if clip:
+        size = {"shortest_edge": 24}
+        processor = CLIPImageProcessor(size=size, crop_size={"height": 24, "width": 24})
+        sees = {"image_encoder": CLIPVisionModel(vision).eval(), "image_processor": processor}
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **sees,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
