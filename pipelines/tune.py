@@ -242,10 +242,12 @@ def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
     steps = [step for place in sorted(folder.glob("seed-*")) for step in steplog.steps_of(place)]
     if status == "ERROR" or not steps:
         return row | {"status": "failed", "reason": "its process ended without a word"}
+    if (diverged_s := row.get("diverged")) is not None:  # it was stopped for that, before it could say so itself
+        return row | {"status": "failed", "reason": f"its held-out loss was not finite after {diverged_s:.3g} s"}
     curve = [(step["charged_s"], step["held_out_loss"]) for step in steps if step["held_out_loss"] is not None]
     runs = [json.loads(p.read_text())["run_id"] for p in sorted(folder.glob(f"seed-*/{RUN_FILE}"))]
-    if not math.isfinite(curve[-1][1]):  # it was stopped for that, before it could say so itself
-        return row | {"status": "failed", "reason": f"held-out loss is {curve[-1][1]} after {len(steps)} steps"}
+    if not curve:
+        return row | {"status": "failed", "reason": f"it was ended before a held-out loss, after {len(steps)} steps"}
     return row | {
         "status": "stopped",
         "held_out_loss": curve[-1][1],

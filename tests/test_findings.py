@@ -1,6 +1,7 @@
 """What trials say: known responses are found, noise is not taken for one, the front is the front."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import tune
 
-from entprog import config
+import pipelines.tune
+from entprog import config, files
 from entprog.training import curves
 from pipelines.sweeping import findings, trial
+from pipelines.training import steplog
 
 SPACE = {
     "schedule.cei_threshold": tune.uniform(0.0, 0.5),
@@ -138,6 +141,32 @@ def test_every_share_of_the_budget_is_reported_once_in_order(curve, of):
     for report in message:
         first = next(i for i, (x, _) in enumerate(curve) if x >= report["tick"] * 100 / of)
         assert report["held_out_loss"] == curves.at(curve[: first + 1], report["tick"] * 100 / of)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([0.3, 0.2], None), ([0.3, math.nan], "not finite after 60 s"), ([math.inf], "not finite after 30 s")],
+)
+def test_a_trial_that_is_ended_for_its_loss_has_failed_whatever_it_was_before(losses, said, tmp_path):
+    """Tune ends a trial between two steps: what it says of itself was written before."""
+    folder = trial.folder_of(tmp_path, "a")
+    (folder / "seed-0").mkdir(parents=True)
+    log = steplog.StepLog(folder / "seed-0" / "steps.jsonl", 0)
+    record = {"id": "a", "settings": {}, "status": "running", "seeds": []}
+    files.write_json(folder / trial.RECORD, record)
+    ticks = trial.Ticks(90.0, 3, partial(trial._reported, lambda tick: None, folder, record))
+    for number, loss in enumerate(losses, 1):
+        step = {
+            "step": number, "charged_s": 30.0 * number, "held_out_loss": loss, "memory_bytes": 1, "stage": 0,
+            "phase": "train", "seconds": 1.0, "wait_s": 0.0,
+        }  # fmt: skip
+        log.add(step)
+        ticks.on_item({"step": step})
+    log.close()
+    row = pipelines.tune._row(tmp_path, "a", "TERMINATED")
+    assert row["status"] == ("failed" if said else "stopped")
+    assert said is None or said in row["reason"]
+    assert said or row["held_out_loss"] == losses[-1]
 
 
 def test_figures_of_seeds():

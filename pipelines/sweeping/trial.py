@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def run(
     folder = folder_of(Path(spec.output), trial_id)
     record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": []}
     files.write_json(folder / RECORD, record)
-    ticks = Ticks(experiment.train.seconds, settings.reduction**settings.rungs, report)
+    ticks = Ticks(
+        experiment.train.seconds, settings.reduction**settings.rungs, partial(_reported, report, folder, record)
+    )
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
         experiment = spaces.applied(experiment, values)
@@ -103,7 +106,9 @@ def run(
                 listen=ticks.on_item if number == 0 else lambda item: None,
             )
             if not math.isfinite(result["held_out_loss"]):
-                raise UserError(f"held-out loss is {result['held_out_loss']} after {result['steps']} steps")
+                raise UserError(
+                    f"held-out loss was not finite ({result['held_out_loss']}) after {result['steps']} steps"
+                )
             results.append(figures(result, seed, settings.target_loss))
             shutil.rmtree(place / "checkpoints", ignore_errors=True)  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
@@ -120,6 +125,14 @@ def run(
             tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
     files.write_json(folder / RECORD, record)
     return last | {"tick": ticks.of}
+
+
+def _reported(report: Callable[[dict[str, Any]], None], folder: Path, record: dict[str, Any], tick: dict[str, Any]):
+    """Report a tick. Tune may end the trial at once for a loss that is no number: its record says so beforehand, as
+    its steps cannot (JSON has no word for it)."""
+    diverged = {} if math.isfinite(tick["held_out_loss"]) else {"diverged": tick["charged_s"]}
+    files.write_json(folder / RECORD, record | diverged)
+    report(tick)
 
 
 def _reason(error: BaseException) -> str:
