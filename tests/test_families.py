@@ -38,6 +38,8 @@ WAN22_VAE = {  # as TI2V-5B's: more channels, 16×16 pixels
     "latents_std": [1.5] * 6,
 }  # fmt: skip
 
+NATIVE = {"wan_animate", "wan_vace"}
+"""Families whose networks have inputs of their own for reference and pose."""
 APART = {"latte", "svd", "motion_unet"}
 """Families whose spatial and temporal blocks are apart."""
 
@@ -187,7 +189,7 @@ def test_costs_are_foreseen(tiny, backward):
         denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "wan_animate"])  # has them natively
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NATIVE])
 def test_conditions_that_a_base_lacks_change_nothing_at_step_0(tmp_path, name):
     base = load(name, conditions=())
     base.save(tmp_path / "base")

@@ -33,6 +33,9 @@ PUBLISHED = {
         30,
     ),
     "wan_animate_14b": ({"added_kv_proj_dim": 5120}, (diffusers.AutoencoderKLWan, {}), 17.3e9, 48),
+    "wan21_vace_1_3b": (
+        {**WAN, "vace_layers": list(range(0, 30, 2))}, (diffusers.AutoencoderKLWan, {}), 2.15e9, 45,
+    ),
     "svd": (
         {},
         (

@@ -17,6 +17,7 @@ from entprog.models import fingerprints
 from entprog.models.wan import WanDenoiser, inspect, load
 from helpers.bases import image_to_video
 from helpers.families import TINY, clips
+from helpers.recording import calls
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 
@@ -26,19 +27,6 @@ def made(request, tmp_path_factory):
     """(pipeline, its folder, whether it has image tokens)"""
     folder = tmp_path_factory.mktemp("i2v")
     return image_to_video(folder, request.param), folder, request.param
-
-
-def calls(network, work):
-    """What the network is called with while something works."""
-    seen = []
-    hook = network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            work()
-    finally:
-        hook.remove()
-    assert not any(args for args, _ in seen)
-    return [kwargs for _, kwargs in seen]
 
 
 def test_inputs_at_training_are_those_of_the_pipeline(made):

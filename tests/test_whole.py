@@ -55,7 +55,7 @@ def vae_of(name, folder):
 def tuned(name, folder, **save):
     """A base without conditions, widened for both, as it might be after training; saved, and its folder."""
     vae, generator = vae_of(name, folder), torch.Generator().manual_seed(2)
-    own = {"conditions": ("reference", "pose")} if name == "wan_animate" else {"conditions": ()}
+    own = {"conditions": ("reference", "pose")} if name in ("wan_animate", "wan_vace") else {"conditions": ()}
     if name == "latte":  # with channels for a learned variance
         own["init"] = {**TINY[name]["init"], "out_channels": 8}
     base = load(name, vae=vae, **own)

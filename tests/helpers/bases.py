@@ -4,6 +4,7 @@ import diffusers
 import torch
 
 from entprog.models.wan import WanDenoiser
+from entprog.models.wan_vace import WanVaceDenoiser
 from helpers.families import TINY
 
 IMAGE_TOKENS = {"image_dim": 8, "added_kv_proj_dim": 24}
@@ -29,6 +30,21 @@ def image_to_video(folder, clip: bool):
     pipe = diffusers.WanImageToVideoPipeline(
         tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **sees,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def vace(folder):
+    """A VACE pipeline of Wan, saved to a folder."""
+    torch.manual_seed(0)
+    tiny = {**TINY["wan_vace"]["init"], "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+    network = diffusers.WanVACETransformer3DModel(**tiny, vace_in_channels=2 * 4 + 64).eval()
+    WanVaceDenoiser.initialise(network)
+    kind, sizes = TINY["wan_vace"]["vae"]
+    pipe = diffusers.WanVACEPipeline(
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

@@ -65,6 +65,12 @@ TINY = {
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
         "blocks": 6,
     },
+    "wan_vace": {
+        "family": "wan_vace",
+        "init": {**WAN, "vace_layers": [0, 2]},
+        "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
+        "blocks": 5,
+    },
     "latte": {
         "family": "latte",
         "init": {

@@ -13,8 +13,9 @@ from entprog.config import ClipShape, Generate, Model
 from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
+from entprog.media.skeleton import draw
 from entprog.models import sources
-from helpers.families import TINY
+from helpers.families import TINY, clips
 
 STEPS = 4
 
@@ -29,7 +30,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
     torch.manual_seed(0)
     kind, sizes = tiny["vae"]
     network = cls.NETWORK(**{**tiny["init"], "in_channels": 4, "out_channels": 4, **init}).eval()
-    if name == "wan":
+    if name in ("wan", "wan_vace"):
         cls.initialise(network)
     vae = kind(**sizes).eval()
     network.save_pretrained(folder / cls.PART)
@@ -45,7 +46,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
 @torch.no_grad()
 def of(name, folder, cls=None, **init):
     """(our latents, the pipeline's) from the same noise and text. name: of an entry; cls: as of `opened`."""
-    special = {"svd": svd, "wan_animate": wan_animate}.get(name)
+    special = {"svd": svd, "wan_animate": wan_animate, "wan_vace": wan_vace}.get(name)
     if special:
         return special(folder)
     if name == "latte":
@@ -113,6 +114,27 @@ def svd(folder):
     conditions = denoiser.condition(reference, torch.zeros(1, 4, 33, 3))
     assert list(conditions) == ["reference"]
     return sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0]), theirs
+
+
+def wan_vace(folder):
+    """With the pose as its video and without a reference, which has a noise of its own there: `tests/test_wan_vace.py`
+    has that."""
+    denoiser, network, vae = opened("wan_vace", folder, conditions=("pose",), vace_in_channels=2 * 4 + 64)
+    pose = clips(1, ClipShape(frames=9, height=64, width=64)).pose
+    conditions = denoiser.condition(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), pose)
+    assert list(conditions) == ["pose"]
+    shape = (1, *denoiser.latent_shape(ClipShape(frames=9, height=64, width=64)))
+    noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
+    settings = Generate(steps=STEPS, seed=5, sampler="UniPCMultistepScheduler")
+    pipe = diffusers.WanVACEPipeline(
+        transformer=network, vae=vae, tokenizer=None, text_encoder=None,
+        scheduler=sampler(denoiser.process, settings.sampler),
+    )  # fmt: skip
+    theirs = pipe(
+        video=draw(pose, 64, 64) / 2 + 0.5, height=64, width=64, num_frames=9, num_inference_steps=STEPS,
+        guidance_scale=1.0, latents=noise, prompt_embeds=denoiser.text, output_type="latent",
+    ).frames  # fmt: skip
+    return sampling.sample(denoiser, conditions, shape, settings, [0]), theirs
 
 
 def wan_animate(folder):

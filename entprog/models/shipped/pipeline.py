@@ -24,11 +24,15 @@ PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 FRAMES_AT_ONCE = 8
 """Frames that an image VAE encodes or decodes at a time."""
 REFERENCE_SEED = 4764156602392020899
-"""Of the noise that Wan-Animate's reference is trained with."""
+"""Of the noise that the reference of Wan-Animate and VACE is trained with."""
 FIRST_FRAME = "first frame"
 """Form of the conditions of a network that sees the reference as the clip's first frame (Wan's image-to-video)."""
 BELONGS = {"image": "reference"}
 """What is there exactly where a condition is: image tokens of the reference."""
+OWN_INPUTS = ("wan_animate", "wan_vace")
+"""Families whose networks have inputs of their own for reference and pose."""
+VACE_MASK = 64
+"""Channels of VACE's mask: pixels that a latent stands for."""
 IMAGE_VAES = (diffusers.AutoencoderKL, diffusers.AutoencoderKLTemporalDecoder)
 
 
@@ -169,7 +173,7 @@ class ReferencePosePipeline(DiffusionPipeline):
     def predict(self, latents, timestep, shown, text):
         """The network's prediction, float32 like the latents."""
         inputs = [latents, *(shown[name] for name in self.config.conditions)]
-        if self.config.family != "wan_animate":
+        if self.config.family not in OWN_INPUTS:
             unused = self.network.config.in_channels - sum(each.shape[1] for each in inputs)
             if unused:  # an image-to-video base's own image, as if none was given
                 inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
@@ -178,6 +182,9 @@ class ReferencePosePipeline(DiffusionPipeline):
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
         if family == "wan_animate":
             return self.wan_animate(*inputs, timestep, text[PROMPT]).float()
+        if family == "wan_vace":
+            noisy, *reference, pose = inputs
+            return self.wan_vace(noisy, pose, timestep, text[PROMPT], *reference).float()
         call = {
             "wan": wan, "cogvideox": cogvideox, "latte": latte, "svd": svd, "motion_unet": motion_unet,
             "hunyuan_video": hunyuan_video,
@@ -188,9 +195,7 @@ class ReferencePosePipeline(DiffusionPipeline):
     def wan_animate(self, noisy, reference, pose, timestep, text):
         """The reference is a frame of its own before the clip's, noised along with it; the face is one not there."""
         network, reference = self.network, reference[:, :, :1]
-        t = timestep / 1000
-        first = (1 - t) * reference + t * fixed_noise(reference)
-        latents = torch.cat([first.to(noisy), noisy], dim=2)
+        latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
         given = torch.cat([reference, self.nothing(noisy)], dim=2)
         mask = torch.zeros_like(latents[:, :1]).repeat(1, 4, 1, 1, 1)
         mask[:, :, 0] = 1
@@ -205,6 +210,21 @@ class ReferencePosePipeline(DiffusionPipeline):
             return_dict=False,
         )
         return velocity[:, :, 1:]
+
+    def wan_vace(self, noisy, pose, timestep, text, reference=None):
+        """The control is the pose, of which all is to be followed; the reference is a frame before the clip's."""
+        control = torch.cat([self.nothing(noisy), pose, vace_mask(pose, 1)], dim=1)
+        latents = noisy
+        if reference is not None:
+            reference = reference[:, :, :1]
+            latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
+            first = torch.cat([reference, torch.zeros_like(reference), vace_mask(reference, 0)], dim=1)
+            control = torch.cat([first, control], dim=2)
+        (velocity,) = self.network(
+            hidden_states=latents, timestep=timestep, encoder_hidden_states=text, control_hidden_states=control,
+            return_dict=False,
+        )  # fmt: skip
+        return velocity[:, :, -noisy.shape[2] :]
 
     def masked(self, latents):
         """Latents of a clip whose first frame is given, with the mask that says so before them."""
@@ -226,7 +246,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         return self.image_encoder(inputs, output_hidden_states=True).hidden_states[-2].float()
 
     def nothing(self, like):
-        """Latents of a grey clip, where Wan-Animate's pipeline has an earlier segment's frames."""
+        """Latents of a grey clip, where a pipeline has frames of a video that is not there."""
         if self.vae is None:
             return torch.zeros_like(like)
         temporal, spatial = self.config.compression
@@ -386,6 +406,10 @@ def motion_unet(network, inputs, timestep, text, more):
 # ---- pictures and numbers ----
 
 
+def vace_mask(latents, value):
+    return latents.new_full((1, VACE_MASK, *latents.shape[2:]), value)
+
+
 def pixels(given):
     """A picture or frames → float [1, 3, F, H, W] in -1..1."""
     if isinstance(given, list | tuple):
@@ -421,8 +445,14 @@ def guidance(conditions, reference, pose):
     return {names: share for names, share in shares.items() if share}
 
 
+def led(reference, timestep):
+    """The reference's frame before the clip's, noised as the clip is."""
+    t = timestep / 1000
+    return (1 - t) * reference + t * fixed_noise(reference)
+
+
 def fixed_noise(frame):
-    """The one noise that Wan-Animate's reference was trained with, [1, C, 1, H', W']."""
+    """The one noise that a reference before the clip was trained with, [1, C, 1, H', W']."""
     generator = torch.Generator(frame.device).manual_seed(REFERENCE_SEED)
     return torch.empty_like(frame, dtype=torch.float32).normal_(generator=generator)
 

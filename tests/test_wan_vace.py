@@ -1,0 +1,107 @@
+"""Wan VACE: the network sees at training what its diffusers pipeline shows it at inference."""
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from entprog.config import ClipShape, Drop, Model
+from entprog.diffusion import dropping
+from entprog.diffusion.objectives import noise_like
+from entprog.errors import UserError
+from entprog.media.skeleton import draw
+from entprog.models.wan_vace import inspect, load
+from helpers import bases
+from helpers.families import clips
+from helpers.recording import calls
+
+SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(a pipeline, its folder)"""
+    folder = tmp_path_factory.mktemp("vace")
+    return bases.vace(folder), folder
+
+
+@pytest.mark.parametrize("conditions", [("reference", "pose"), ("pose",)])
+def test_inputs_at_training_are_those_of_the_pipeline(made, conditions):
+    pipe, folder = made
+    denoiser = load(Model(family="wan_vace", base=str(folder), conditions=conditions))
+    assert denoiser.conditions == conditions
+    batch = clips(1, SHAPE)
+    encoded = denoiser.encode(batch)
+    assert set(encoded.conditions) == set(conditions)
+    noise = noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
+    start, own = noise, 0
+    if "reference" in conditions:  # whose frame has one noise for all clips
+        own = 1
+        first = noise_like(torch.empty(1, 4, 1, 4, 4), torch.tensor([0]), 0)
+        start = torch.cat([first, noise], dim=2)
+    picture = Image.fromarray(batch.reference[0].numpy())
+    theirs = calls(pipe.transformer, lambda: pipe(
+        video=draw(batch.pose, 32, 32) / 2 + 0.5, reference_images=picture if own else None, height=32, width=32,
+        num_frames=9, num_inference_steps=3, guidance_scale=1.0, latents=start, prompt_embeds=torch.zeros(1, 512, 8),
+        output_type="latent",
+    ))  # fmt: skip
+    assert len(theirs) == 3
+    for number, told in enumerate(theirs):
+        noisy = told["hidden_states"][:, :, own:]
+        t = denoiser.process.t(told["timestep"].float())
+        (ours,) = calls(denoiser.network, lambda n=noisy, t=t: denoiser.predict(n, t, encoded.conditions))
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        seen = slice(own if number else 0, None)  # later on that frame is where the network's own prediction put it
+        assert ours["hidden_states"].shape == told["hidden_states"].shape
+        torch.testing.assert_close(ours["hidden_states"][:, :, seen], told["hidden_states"][:, :, seen], **close)
+        torch.testing.assert_close(ours["control_hidden_states"], told["control_hidden_states"], **close)
+        torch.testing.assert_close(ours["timestep"], told["timestep"].float(), **close)
+        assert told["control_hidden_states_scale"].eq(1).all(), "as a network has it that is given none"
+        assert torch.equal(ours["encoder_hidden_states"], torch.zeros(1, 1, 8))  # as many zeros as one
+
+
+def test_the_reference_s_frame_is_where_the_clip_is(made):
+    """Noised with the clip: the reference itself at t = 0, one noise at t = 1, whatever the clip."""
+    _, folder = made
+    denoiser = load(Model(family="wan_vace", base=str(folder)))
+    encoded = denoiser.encode(clips(2, SHAPE))
+    for t in (0.0, 1.0):
+        times = torch.full((2,), t)
+        (ours,) = calls(denoiser.network, lambda t=times: denoiser.predict(encoded.clean, t, encoded.conditions))
+        first, reference = ours["hidden_states"][:, :, :1], encoded.conditions["reference"][:, :, :1]
+        assert torch.equal(first, reference) == (t == 0) and torch.equal(first[0], first[1]) == (t == 1)
+    dropped = dropping.dropped(denoiser, encoded, Drop(pose=1.0), 0).conditions
+    (ours,) = calls(denoiser.network, lambda: denoiser.predict(encoded.clean, times, dropped))
+    control = ours["control_hidden_states"]
+    assert not control[:, 4:8].any() and torch.equal(control[:, :4, :1], encoded.conditions["reference"][:, :, :1])
+
+
+WRONG = [
+    (
+        {"conditions": ("reference",)},
+        r"^model\.conditions: a VACE network's control video is the drawn pose; add pose$",
+    ),
+    ({"conditions": ()}, r"^model\.conditions: a VACE network's control video is the drawn pose; add pose$"),
+    ({"vae": "none"}, r"the network has 4 output channels, pixels have 3 channels"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_what_is_missing_is_one_line(made, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        inspect(Model(**{"family": "wan_vace", "base": str(made[1]), **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_control_of_another_width_is_refused(made, tmp_path):
+    pipe, folder = made
+    other = diffusers.WanVACETransformer3DModel(**{**pipe.transformer.config, "vace_in_channels": 4 * 2 + 16})
+    other.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(UserError, match=r"vace_in_channels must be 72 .*, given 24"):
+        inspect(Model(family="wan_vace", base=str(tmp_path), vae=str(folder)))
+
+
+def test_what_was_trained_with_a_reference_keeps_it(made, tmp_path):
+    load(Model(family="wan_vace", base=str(made[1]))).save(tmp_path / "model", shape=SHAPE)
+    with pytest.raises(UserError, match=r"was trained with reference too; add that"):
+        inspect(Model(family="wan_vace", base=str(tmp_path / "model"), conditions=("pose",)))
