@@ -18,6 +18,8 @@ ORIGINAL = (
     (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
     (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
     (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^(vace_blocks\.\d+)\.proj_in", r"\1.before_proj"),
+    (r"^(vace_blocks\.\d+)\.proj_out", r"\1.after_proj"),
     (r"^proj_out", "head.head"),
     (r"^scale_shift_table", "head.modulation"),
     (r"\.scale_shift_table", ".modulation"),
@@ -29,7 +31,7 @@ ORIGINAL = (
     (r"\.ffn\.net\.2\.", ".ffn.2."),
     (r"\.norm2\.", ".norm3."),
 )
-"""Names of a Wan text-to-video network's weights in diffusers, and in Wan's own code."""
+"""Names of the weights of Wan's networks, text to video and VACE, in diffusers, and in their own code."""
 
 
 def original(name: str) -> str:
@@ -58,6 +60,17 @@ def without_network(base, folder):
         (folder / path.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
         (folder / path.relative_to(base)).write_bytes(path.read_bytes())
     return folder
+
+
+def test_a_vace_network_is_that_of_the_folder(tmp_path):
+    load("wan_vace").save(tmp_path / "vace", shape=SHAPE)
+    file = single(tmp_path / "vace", tmp_path)
+    names = load_file(file).keys()
+    assert {"vace_blocks.0.before_proj.weight", "vace_blocks.1.after_proj.bias"} <= names
+    ours = again(without_network(tmp_path / "vace", tmp_path / "base"), "wan_vace", weights=file)
+    theirs = again(tmp_path / "vace", "wan_vace").network.state_dict()
+    assert theirs.keys() == ours.network.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.network.state_dict().items())
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -34,8 +34,8 @@ class Model(Part):
     init: dict[str, Any] = {}
     """Configuration of a new network, the diffusers class's own argument names. Only when `base` is None."""
     weights: str | None = None
-    """Single safetensors file of the network in its original format or ComfyUI's (families `wan`, `wan_animate`):
-    `base` then says the network's configuration, VAE and scheduler, its own weights are not read."""
+    """Single safetensors file of the network in its original format or ComfyUI's (families `wan`, `wan_animate`,
+    `wan_vace`): `base` then says the network's configuration, VAE and scheduler, its own weights are not read."""
     adapter: str | None = None
     """Low-rank adapter to start from: a folder that `train.lora` or `entprog adapter` left, or a file in diffusers',
     peft's or ComfyUI's keys. With `train.lora`, whose rank and alpha must be its own, it is trained on; otherwise it is
