@@ -15,6 +15,7 @@ from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.models.wan import WanDenoiser, inspect, load
+from entprog.models.wan_animate import inspect as inspect_animate
 from helpers.bases import image_to_video
 from helpers.families import TINY, clips
 from helpers.recording import calls
@@ -127,6 +128,22 @@ def test_a_checkpoint_of_an_older_version_keeps_its_own_form(made, tmp_path):
     assert torch.equal(told["hidden_states"], torch.cat(expected, dim=1))
     image = told["encoder_hidden_states_image"]
     assert (image is not None) == clip and (image is None or not image.any())
+
+
+def test_of_a_base_on_the_hub_its_encoder_is_fetched_too(made, monkeypatch):
+    _, folder, _ = made
+    asked = []
+
+    def fetched(name, revision=None, allow_patterns=()):
+        asked.append(set(allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    parts = {"image_encoder/*.safetensors", "image_encoder/*.json", "image_processor/*.json"}
+    assert inspect(Model(base="someone/dancer")).conditions == ("reference", "pose") and parts <= asked[-1]
+    with pytest.raises(UserError, match=r"set model\.family=wan"):
+        inspect_animate(Model(family="wan_animate", base="someone/dancer"))
+    assert not parts & asked[-1], "another family has no use for it"
 
 
 def test_what_is_missing_is_one_line(made, tmp_path):

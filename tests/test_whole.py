@@ -19,8 +19,11 @@ from entprog.media.skeleton import draw
 from entprog.models import folders, whole
 from helpers import bases
 from helpers.families import NAMES, TINY, again, clips, load
+from helpers.recording import calls
 
 STEPS = 3
+NO_FACE = "face_pixel_values"
+"""Wan-Animate's face video, which is not there: the method itself gives its motion encoder one face for all frames."""
 IMAGE_TO_VIDEO = {"wan_i2v": (True, "whole"), "wan_i2v_light": (True, "light"), "wan22_i2v": (False, "whole")}
 """Forms of Wan that have the reference as their first frame: (whether they see image tokens, how they are saved)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
@@ -36,7 +39,12 @@ for folder in sys.argv[1:]:
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     run = dict(reference=given["reference"], pose=given["pose"], latents=given["noise"], num_inference_steps=3)
+    calls = []
+    hook = pipe.network.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     made = {"latents": pipe(output_type="latent", **run).frames}
+    hook.remove()
+    inputs = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
+    made |= {f"input {name}": value.float() for name, value in inputs.items()}
     made["frames"] = pipe(output_type="pt", **run).frames
     made["guided"] = pipe(output_type="latent", reference_guidance=2.0, pose_guidance=3.0, **run).frames
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, f"{folder}/made.safetensors")
@@ -117,8 +125,16 @@ def test_plain_diffusers_makes_what_generate_makes(made, name):
     denoiser, batch = again(folder, family_of(name)), clips(1, NINE)
     conditions = denoiser.condition(batch.reference, batch.pose)
     shape = (1, *denoiser.latent_shape(NINE))
-    ours = sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0])
+    sampled = []
+    first, *_ = calls(denoiser.network, lambda: sampled.append(
+        sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0])
+    ))  # fmt: skip
+    (ours,) = sampled
     torch.testing.assert_close(theirs["latents"], ours, rtol=1e-3, atol=1e-3)
+    inputs = {key: value for key, value in first.items() if isinstance(value, torch.Tensor) and key != NO_FACE}
+    assert {"input " + key for key in inputs} == {k for k in theirs if k.startswith("input ") and NO_FACE not in k}
+    for key, value in inputs.items():
+        torch.testing.assert_close(theirs[f"input {key}"], value.float(), rtol=1e-3, atol=1e-4, msg=f"{key} differs")
     frames = denoiser.decode(ours) / 2 + 0.5
     torch.testing.assert_close(theirs["frames"], frames, rtol=1e-3, atol=1e-3)
     both = Generate(steps=STEPS, seed=5, reference_guidance=2.0, pose_guidance=3.0)
