@@ -218,9 +218,69 @@ def test_parts_of_a_base_on_the_hub_are_named_with_their_commit(hub, parts, tmp_
     expected = {"name": name, "revision": commit, "subfolder": "text_encoder", "library": "transformers"}
     assert expected.items() <= about["elsewhere"]["text_encoder"].items()
     assert (tmp_path / "model" / "vae").is_dir() == (parts == "whole") == ("vae" not in about["elsewhere"])
+    configs = {path: json.loads(path.read_text()) for path in (tmp_path / "model").glob("*/config.json")}
+    assert {values["_name_or_path"] for values in configs.values()} == {name}, "not this machine's cache"
     assert again(tmp_path / "model", "wan").vae is not None
     again(tmp_path / "model", "wan").save(tmp_path / "later", parts=parts)  # a phase after it
     assert folders.saved(tmp_path / "later")["elsewhere"] == about["elsewhere"]
+
+
+@pytest.mark.parametrize("parts", ["whole", "light"])
+def test_a_cached_folder_that_is_given_as_a_folder_is_one(hub, parts, tmp_path):
+    name, commit = hub
+    snapshot = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+    again(snapshot, "wan", conditions=("reference",)).save(tmp_path / "model", shape=NINE, parts=parts)
+    about = folders.saved(tmp_path / "model")
+    named = {name: (place["name"], place["revision"]) for name, place in about["elsewhere"].items()}
+    assert named == ({"vae": (str(snapshot), None)} if parts == "light" else {})
+    assert whole.missing(tmp_path / "model") == []
+
+
+def local(folder, **encoder):
+    """A base whose index names a text encoder, with these files in its folder; none: that was never fetched."""
+    base = load("wan", vae=vae_of("wan", folder), conditions=())
+    base.save(folder / "base")
+    index = json.loads((folder / "base" / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
+    (folder / "base" / "model_index.json").write_text(json.dumps(index))
+    for name, text in encoder.items():
+        (folder / "base" / "text_encoder").mkdir(exist_ok=True)
+        (folder / "base" / "text_encoder" / name).write_text(text)
+    return folder / "base"
+
+
+SHARDS = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+
+
+@pytest.mark.parametrize("parts", ["whole", "light"])
+@pytest.mark.parametrize(
+    ("encoder", "counts"),
+    [
+        ((), False),
+        (("pytorch_model.bin",), False),
+        (("model.fp16.safetensors",), False),
+        (("model.safetensors.index.json", "model-1.safetensors"), False),
+        (("model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"), True),
+        (("diffusion_pytorch_model.safetensors",), True),
+    ],
+)
+def test_an_encoder_counts_where_plain_diffusers_loads_it(encoder, counts, parts, tmp_path):
+    files = {name: SHARDS if name.endswith("index.json") else "x" for name in encoder}
+    root = local(tmp_path, **files, **({"config.json": "{}"} if encoder else {}))
+    again(root, "wan", conditions=("reference",)).save(tmp_path / "tuned", parts=parts)
+    there = tmp_path / "tuned"
+    index, about = json.loads((there / "model_index.json").read_text()), folders.saved(there)
+    copied = counts and parts == "whole"
+    assert ("text_encoder" in index) == (there / "text_encoder").is_dir() == copied
+    assert ("text_encoder" in about["elsewhere"]) == (counts and parts == "light")
+    assert whole.missing(there) == []
+    if encoder and not counts:  # as an earlier version left it
+        shutil.copytree(root / "text_encoder", there / "text_encoder")
+        (there / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "X"]}))
+        assert whole.missing(there) == ["text_encoder/"]
+    if counts and parts == "light":
+        again(there, "wan", conditions=("reference",)).save(tmp_path / "later")
+        assert not folders.saved(tmp_path / "later")["elsewhere"] and (tmp_path / "later" / "text_encoder").is_dir()
 
 
 def test_encoders_that_lie_here_are_copied_without_programs(tmp_path):

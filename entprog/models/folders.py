@@ -26,6 +26,7 @@ from entprog.errors import UserError
 from entprog.masking import one_line
 
 FORMAT = "entprog-model-1"
+ABOUT = "entprog.json"
 INDEX = "model_index.json"
 CARD = "README.md"
 PROMPT = "prompt_embeds.safetensors"
@@ -91,11 +92,11 @@ def locate(
     folder = Path(name).expanduser()
     if folder.is_dir():
         above = folder.resolve().parent
-        if folder.resolve().name in NETWORKS and any((above / f).is_file() for f in ("entprog.json", INDEX)):
+        if folder.resolve().name in NETWORKS and any((above / f).is_file() for f in (ABOUT, INDEX)):
             return above
         inside = folder / "model"
         networks = any(part(folder, name) for name in NETWORKS)
-        return inside if (inside / "entprog.json").is_file() and not networks else folder
+        return inside if (inside / ABOUT).is_file() and not networks else folder
     if folder.is_file():
         raise UserError(
             f"{setting}: {name} is a file, wanted is a folder in diffusers' format: give a single file of a network's "
@@ -104,8 +105,16 @@ def locate(
         )
     endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
     patterns = [f"{p}*{ending}" for p in parts for ending in endings]
-    patterns += [*(f"{name}/config.json" for name in NETWORKS), "config.json", "entprog.json", INDEX, PROMPT, CARD]
+    patterns += [*(f"{name}/config.json" for name in NETWORKS), "config.json", ABOUT, INDEX, PROMPT, CARD]
     return _fetched(name, setting, patterns, revision)
+
+
+def hub_errors() -> tuple[type[BaseException], ...]:
+    """What the hub's client raises where the hub refuses or does not answer. The errors of the HTTP library beneath it
+    are OSErrors in some of its versions, in others they are not."""
+    from huggingface_hub import errors
+
+    return OSError, ValueError, getattr(errors, "HTTPError", OSError)
 
 
 def _fetched(name: str, setting: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -118,7 +127,7 @@ def _fetched(name: str, setting: str, patterns: list[str], revision: str | None 
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except hub_errors() as error:
         reason = one_line(str(error).strip().partition("\n")[0], most=160)
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
 
@@ -149,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def saved(folder: str | Path) -> dict[str, Any]:
     """A saved checkpoint's `entprog.json`; {} for a foreign one. Raises UserError if it is damaged."""
-    path = Path(folder) / "entprog.json"
+    path = Path(folder) / ABOUT
     if not path.is_file():
         return {}
     about = read_json(path)

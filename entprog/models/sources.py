@@ -218,6 +218,7 @@ def load(
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
+        vae.register_to_config(_name_or_path=settings.base if settings.vae == "auto" else settings.vae)
         vae.requires_grad_(False).eval().to(device)
     shape = source.about.get("shape")
     provenance = {"base": settings.base, "init": settings.init}

@@ -7,9 +7,9 @@ pipeline.py, which is `shipped/pipeline.py` here. VAE and encoders of the base a
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import diffusers
@@ -23,10 +23,18 @@ from entprog.models.folders import Elsewhere
 Save = Literal["whole", "light"]
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "feature_extractor")
 """Parts of a base's pipeline that make what cross-attention sees."""
+FOLDERS = (*folders.NETWORKS, "vae", "scheduler", *ENCODERS)
+"""Parts of a saved pipeline that have a folder."""
+WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor", "feature_extractor")
+"""Those of them that are settings alone."""
+STEMS = ("model", folders.STEM)
+"""How transformers and diffusers begin the names of files of weights."""
 CODE = Path(__file__).parent / "shipped" / "pipeline.py"
 CLASS = "ReferencePosePipeline"
 COPIED = (".json", ".safetensors", ".model", ".txt")
 """Endings of an encoder's files that are copied: neither pickles nor programs."""
+FILES = (folders.ABOUT, folders.INDEX, folders.CARD, folders.PROMPT, CODE.name, "skeleton.py")
+"""Files of a saved pipeline that lie in no part's folder."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Origin:
 
     place: Elsewhere
     folder: Path | None
-    """On this machine; None: it was not fetched."""
+    """On this machine, with weights that are copied; None: nothing like that is here."""
 
 
 def origin(given: str, root: Path, subfolder: str, library: str, kind: str, about: Mapping[str, Any]) -> Origin:
@@ -43,20 +51,38 @@ def origin(given: str, root: Path, subfolder: str, library: str, kind: str, abou
     folder = root / subfolder if subfolder else root
     kept = about.get("elsewhere", {}).get(subfolder)
     if kept and not folder.is_dir():  # that folder does not hold it either
-        return Origin(Elsewhere(**kept), None)
-    revision = root.name if root.parent.name == "snapshots" else None  # the hub's cache
-    name = given if revision else str(root.resolve())
-    place = Elsewhere(name=name, revision=revision, subfolder=subfolder, library=library, kind=kind)
-    return Origin(place, folder if folder.is_dir() else None)
+        place = Elsewhere(**kept)
+        return Origin(place, None if place.revision else _loadable(Path(place.name) / place.subfolder, subfolder))
+    cached = root.parent.name == "snapshots" and not Path(given).expanduser().is_dir()  # fetched, and given by its name
+    name = given if cached else str(root.resolve())
+    place = Elsewhere(
+        name=name, revision=root.name if cached else None, subfolder=subfolder, library=library, kind=kind
+    )
+    return Origin(place, _loadable(folder, subfolder))
 
 
 def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> dict[str, Origin]:
-    """The encoders that the pipeline of a base names."""
+    """The encoders that the pipeline of a base names, but for those that are neither here nor on the hub."""
     named = {name: kinds for name, kinds in _parts(index_of(root)).items() if name in ENCODERS}
     named |= {
         name: (kept["library"], kept["kind"]) for name, kept in about.get("elsewhere", {}).items() if name in ENCODERS
     }
-    return {name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()}
+    origins = {name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()}
+    return {name: o for name, o in origins.items() if o.folder is not None or o.place.revision}
+
+
+def _loadable(folder: Path, part: str) -> Path | None:
+    """The folder of a part if plain diffusers loads the part from it, as it is copied; None if not: variants
+    (`model.fp16.safetensors`) are loaded where they are asked for alone, and pickles are not copied."""
+    if not any(folder.glob("*.json")):
+        return None
+    if part in WITHOUT_WEIGHTS or any((folder / f"{stem}.safetensors").is_file() for stem in STEMS):
+        return folder
+    for index in (folder / f"{stem}.safetensors.index.json" for stem in STEMS):
+        named = folders.read_json(index).get("weight_map") if index.is_file() else None
+        if isinstance(named, dict) and named and all((folder / str(name)).is_file() for name in named.values()):
+            return folder
+    return None
 
 
 def index_of(root: Path | None) -> dict[str, Any]:
@@ -142,10 +168,23 @@ def missing(root: Path) -> list[str]:
     if not listed:
         return [folders.INDEX]
     out = [] if isinstance(listed.get("_class_name"), str) or (root / CODE.name).is_file() else [CODE.name]
-    out += [f"{name}/" for name in _parts(listed) if not list((root / name).glob("*.json"))]
+    out += [f"{name}/" for name in _parts(listed) if _loadable(root / name, name) is None]
     if listed.get("prompt") and not (root / folders.PROMPT).is_file():
         out.append(folders.PROMPT)
     return out
+
+
+def is_own(name: str) -> bool:
+    """Whether a saved pipeline may hold a file of this name (`vae/config.json`), so that a later one replaces it."""
+    path = PurePosixPath(name)
+    return name in FILES or (str(path.parent) in FOLDERS and path.suffix in COPIED)
+
+
+def stale(there: Iterable[str], new: Iterable[str]) -> list[str]:
+    """The files of an earlier saved pipeline among `there` that a new one lacks, which would act in it. A place without
+    a saved pipeline has none: what lies there is another's."""
+    there = set(there)
+    return sorted(filter(is_own, there - set(new))) if folders.ABOUT in there else []
 
 
 def remedy(root: Path) -> str:
