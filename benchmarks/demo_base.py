@@ -87,7 +87,9 @@ def main(
         "out/demo_base"
     ),
     folder: Annotated[Path, typer.Option(help="Where the base is left.")] = demo.BASE,
-    seconds: Annotated[float, typer.Option(min=1, help="Of training; a longer one goes on.")] = 3600.0,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of training; a longer one goes on, with the VAE it has.")
+    ] = 3600.0,
     rendered: Annotated[int, typer.Option(min=8, help="Rendered clips to train on.")] = 2048,
     held_out: Annotated[int, typer.Option(min=4, help="Rendered clips to judge by.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="torch's CPU threads.")] = 1,
@@ -218,9 +220,10 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path,
 
 
 def encoder(material: Material, folder: Path, seconds: float) -> dict[str, Any]:
-    """Train the VAE, unless it has been for so long; its figures. A kill loses what it had learnt."""
+    """Train the VAE, unless there is one, which the networks' checkpoints belong to; its figures. A kill loses what it
+    had learnt."""
     done, key = folder.with_suffix(".json"), config.digest(material.fingerprint, demo_vae.CONFIGURATION)
-    if (known := _read(done)).get("key") == key and known["seconds"] >= seconds:
+    if (known := _read(done)).get("key") == key:
         return known
     figures = {"key": key, **demo_vae.train(frames(material), seconds, folder, cli.console.print)}
     files.write_json(done, figures)

@@ -126,9 +126,7 @@ def clips(bench: Bench, target: str) -> dict[str, Any]:
             }
         cut = {"held_out": ["cam04"], "stride": 1}
         settings = config.build({"data": {"shape": scale.rendered.model_dump()}, "prepare": cut}, config.Preparation)
-        return prepare.run(
-            str(assets.demo_videos(bench.work / "videos", assets.PEOPLE)), bench.shards(target), settings
-        )
+        return prepare.run(str(assets.demo_videos(bench.work / "videos")), bench.shards(target), settings)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ def merge(
         found = adapters.read(adapter, "--adapter")
         saved = folders.saved(folders.locate(base, "--base"))
         about = {**saved, **found.about} if found.about else saved
+        text, shape = Path(adapter).expanduser() / folders.PROMPT, about.get("shape")
         chosen = config.Model(
             family=family or about.get("family", "wan"), base=base, adapter=adapter,
-            conditions=tuple(about.get("conditions", ())),
+            conditions=tuple(about.get("conditions", ())), prompt_embeds=str(text) if text.is_file() else None,
         )  # fmt: skip
         kind = models.family(chosen.family)
         kind.inspect(chosen)
@@ -48,7 +49,7 @@ def merge(
             cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {output}.")
             return {}
         claim.take(output, "adapter", {"merge": adapter, "base": base})
-        kind.load(chosen).save(output / "model")
+        kind.load(chosen).save(output / "model", shape=config.ClipShape(**shape) if shape else None)
         cli.console.print(f"Merged {parts} of {adapter} into {base}: {output / 'model'}")
         return {"model": str(output / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 

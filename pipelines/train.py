@@ -101,7 +101,7 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     for name, (part, dataset) in parts.items():
         if name:
             cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
-        _explain(part, dataset, first.model)
+        _explain(part, dataset, first.model.model_copy(update={"text_encoder": part.model.text_encoder}))
     beside = {
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",

@@ -19,6 +19,7 @@ import yaml
 from entprog import config, models
 from entprog.config import Sweep
 from entprog.errors import UserError
+from entprog.models import fingerprints
 from entprog.names import cell
 from entprog.schedule import plans
 from pipelines import cli
@@ -109,7 +110,13 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
         )
     dataset = checks.check(experiment)
     family = models.family(experiment.model.family)
+    judged_by = fingerprints.held_out(experiment, dataset)
     for one in spaces.check(space, experiment):
+        if fingerprints.held_out(one, dataset) != judged_by:
+            raise UserError(
+                "--space: trials are ranked by their held-out loss, and values of this space change what that is "
+                "measured on or by (data.*, train.timesteps, train.timestep_shift, train.min_snr): set them by --set"
+            )
         for shape in plans.ladder(one.schedule, one.data.shape, last=False):
             family.inspect(one.model, shape)
     if settings.search == "grid":

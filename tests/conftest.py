@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("ENTPROG_OBJECT_STORE_BYTES", str(500 * 2**20))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that tests start: threads of tiny networks wait for each other
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from entprog.blocks import blocks
 from helpers.networks import tiny_denoiser, tiny_experiment
 
-torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+torch.set_num_threads(1)
 LONGEST = (
     *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
     *("test_prepare.py", "test_clips.py"),

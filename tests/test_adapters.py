@@ -186,6 +186,60 @@ def test_layers_of_several_ranks_and_alphas_are_kept_apart(tmp_path):
         assert equal(read, Adapter(pairs))
 
 
+def scaled(folder, change):
+    """The scale of layer blocks.0.attn1.to_q as peft applies it, after a change of its configuration."""
+    from peft import PeftModel
+
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    network = PeftModel.from_pretrained(tiny_denoiser(experiment()).network, folder)
+    return network.base_model.model.get_submodule("blocks.0.attn1.to_q").scaling["default"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lora_alpha": 16},
+        {"use_rslora": True},
+        {"alpha_pattern": {"to_q": 2}},
+        {"alpha_pattern": {"blocks.0.attn1.to_q": 3}, "use_rslora": True},
+        {"alpha_pattern": {r"attn\d.to_.*": 5}},
+    ],
+)
+def test_scales_are_peft_s(saved, change, tmp_path):
+    """Of the folder, and of its file alone."""
+    _, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "a")
+    (tmp_path / "a" / adapters.DIFFUSERS).unlink()
+    scale = scaled(tmp_path / "a", change)
+    for given in (tmp_path / "a", tmp_path / "a" / adapters.PEFT):
+        pair = adapters.read(str(given), "it").pairs["blocks.0.attn1.to_q"]
+        assert pair.alpha / pair.rank == pytest.approx(scale), given
+
+
+def test_whole_weights_of_adapted_layers_go_on_too(tmp_path):
+    """A full training changed biases beside the weights that an adapter was extracted from."""
+    wanted = experiment()
+    base, after = tiny_denoiser(wanted), tiny_denoiser(wanted)
+    with torch.no_grad():
+        for block in blocks(after.network):
+            block.module.attn1.to_q.weight += 0.1
+            block.module.attn1.to_q.bias += 0.1
+    found, _ = adapters.extract(base.network, after.network, blocks(after.network), 4, {})
+    assert "blocks.0.attn1.to_q.bias" in found.outside
+    settings = Lora(rank=1, alpha=1, targets=("attn1.to_q",))
+    one = Adapter({name: Pair(pair.down[:1], pair.up[:, :1], 1.0) for name, pair in found.pairs.items()}, found.outside)
+    lora.add(base.network, blocks(base.network), settings, seed=0)
+    adapters.go_on(one, base.network, settings, "it")
+    whole = [p for name, p in base.network.named_parameters() if adapters.plain_name(name) in found.outside]
+    lora.save(base.network, settings, whole, tmp_path / "again")
+    again = adapters.read(str(tmp_path / "again"), "it")
+    assert again.outside.keys() == found.outside.keys()
+    assert all(torch.equal(again.outside[name], found.outside[name]) for name in found.outside)
+    adapters.check(again, tiny_denoiser(wanted).network, "it")
+
+
 def test_commands(saved, tmp_path):
     base, folder, denoiser = saved
     options = ["merge", "--adapter", str(folder), "--base", str(base), "--output", str(tmp_path / "merged")]

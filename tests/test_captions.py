@@ -1,5 +1,7 @@
 """Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,13 @@ from entprog.config import ClipShape, Drop, Model
 from entprog.data import clip_stream, shards
 from entprog.diffusion import dropping
 from entprog.errors import UserError
-from entprog.models import captions, texts
+from entprog.models import captions, fingerprints, texts
 from entprog.training.fit import fit, start
 from helpers import encoders, real_clips
 from helpers.families import TINY
 from helpers.networks import TINY as WAN
 from helpers.networks import latents, tiny_experiment
+from helpers.processes import join, leave, run_ranks
 from pipelines.stream.batches import Batches
 from pipelines.training import checks, outline
 
@@ -183,6 +186,50 @@ def test_what_is_missing_is_one_line(base, dataset, tmp_path):
     written.write_text(written.read_text().replace("UMT5EncoderModel", "GPT2LMHeadModel"))
     with pytest.raises(UserError, match="is a GPT2LMHeadModel: known are CLIPTextModel"):
         check(dataset, **config.merge(other, {"model": {"text_encoder": str(tmp_path / "odd")}}))
+
+
+def _ranks(rank, world, folder, base, sound):
+    """Two ranks, and one text: to the other there is nothing to do."""
+    join(rank, world, folder, timeout_s=60)
+    if not sound:
+        settings = wan(base, text_encoder=str(folder / "odd"))
+        with pytest.raises(UserError, match="cannot load the text encoder"):
+            captions.prepared(settings, shards.read_dataset(folder / "shards"), "empty")
+    else:
+        found = captions.prepared(wan(base), shards.read_dataset(folder / "shards"), "caption")
+        assert all(found.of(text).any() for text in ("", *SAID, *HELD_OUT))
+    leave()
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_every_rank_encodes_its_share_and_none_waits_for_one_that_cannot(sound, base, dataset, tmp_path):
+    shutil.copytree(dataset.folder, tmp_path / "shards", ignore=shutil.ignore_patterns(captions.FOLDER))
+    encoders.encoder(tmp_path / "odd")
+    weights = tmp_path / "odd" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    run_ranks(_ranks, 2, tmp_path, base, sound)
+
+
+def test_what_others_have_written_meanwhile_decides_no_share(base, dataset, tmp_path, monkeypatch):
+    """Ranks look at the folder one after the other, as where one machine fetches the encoder first."""
+    shutil.copytree(dataset.folder, tmp_path / "shards", ignore=shutil.ignore_patterns(captions.FOLDER))
+    copy = shards.read_dataset(tmp_path / "shards")
+    for rank in (0, 1):
+        monkeypatch.setattr(captions.agree, "world", lambda rank=rank: (rank, 2))
+        found = captions._share(wan(base), copy, "caption", "cpu", lambda done, of: None)
+    assert not captions.missing(captions.wanted(copy, "caption"), found.folder)
+
+
+def test_runs_of_different_text_encoders_are_judged_apart(base, dataset, tmp_path):
+    encoders.encoder(tmp_path)
+    other = {"model": {"base": str(base), "init": {}, "vae": "none"}, "data": {"text": "empty"}}
+    weights = tmp_path / "text_encoder" / "config.json"
+    weights.write_text(weights.read_text() + " ")
+    hashes = {
+        fingerprints.held_out(tiny_experiment(**config.merge(other, {"model": {"text_encoder": given}})), dataset)
+        for given in (None, str(tmp_path))
+    }
+    assert len(hashes) == 2
 
 
 def test_a_damaged_text_is_named(base, dataset, tmp_path):

@@ -224,6 +224,10 @@ def test_the_page_gives_its_table_for_a_paper(compared):
     head = content["comparison.tex"].splitlines()[3]
     assert head.startswith("Group & held-out loss & ") and head.endswith(r"psnr \\")
     assert r"$20.5 \pm " in content["comparison.tex"]
+    for group, line in zip(result["groups"], content["comparison.tex"].splitlines()[5:], strict=False):
+        time = group["seconds_to_target"]
+        if time and time["low"] is not None:
+            assert f"[${time['low']:.3g}$, ${time['high']:.3g}$]" in line, "both ends of a lopsided interval"
 
 
 # ---- what is refused ----

@@ -133,4 +133,5 @@ def test_a_dry_run_says_what_is_dropped():
     said = outline.withheld(tiny_experiment(train={"drop": drop}))
     assert said == "Without a condition (share of the clips): text of 0.05, reference of 0.1, pose of 0.2."
     alone = tiny_experiment(model={"conditions": ["reference"]}, train={"drop": {"pose": 0.2}})
-    assert outline.withheld(alone) is outline.withheld(tiny_experiment()) is None
+    empty = tiny_experiment(data={"text": "empty"}, train={"drop": {"text": 0.2}})
+    assert outline.withheld(empty) is outline.withheld(alone) is outline.withheld(tiny_experiment()) is None

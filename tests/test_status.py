@@ -56,6 +56,10 @@ def test_states(tmp_path):
     assert failed.state == "failed" and failed.trouble == "ValueError: the disk went away"
     assert dict(standing.rows(failed))["state"].startswith("failed, no step for 8 min")
     done = training(tmp_path / "b", [*some, step(6, last=True)])
+    assert standing.read(done, NOW_S).state == "running", "its network is being saved"
+    (done / "error.log").write_text("OSError: no space left on device\n")
+    assert standing.read(done, NOW_S + 500).state == "failed", "its network was not saved"
+    (done / "finished.json").write_text("{}")
     assert standing.read(done, NOW_S + 500).state == "finished"
     slow = training(tmp_path / "c", [step(n, time=NOW_S + 600 * n) for n in range(1, 4)])
     assert standing.read(slow, NOW_S + 1800 + 900).state == "running", "steps of ten minutes are no silence"
@@ -88,7 +92,9 @@ def test_a_long_sparkline_is_means():
 def test_the_command(tmp_path):
     shown = CliRunner().invoke(status.app, [str(training(tmp_path, [step(1), step(10)]))])
     assert shown.exit_code == 0 and "residual backward" in shown.output and "held-out loss" in shown.output
-    followed = CliRunner().invoke(status.app, ["--follow", str(training(tmp_path / "end", [step(1, last=True)]))])
+    ended = training(tmp_path / "end", [step(1, last=True)])
+    (ended / "finished.json").write_text("{}")
+    followed = CliRunner().invoke(status.app, ["--follow", str(ended)])
     assert followed.exit_code == 0, "a training that has ended is not waited for"
     nothing = CliRunner().invoke(status.app, [str(tmp_path / "nothing")])
     assert nothing.exit_code == 2 and nothing.output.startswith(f"error: {tmp_path / 'nothing'} holds no training")

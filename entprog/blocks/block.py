@@ -116,7 +116,8 @@ def overlooked(network: nn.Module, run: Callable[[], Any], otherwise: Callable[[
             looked_at.add(kind)  # before its hook runs again
             nothing = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
             bare = torch.func.functional_call(module, nothing, args, kwargs)
-            if torch.allclose(bare[0] if isinstance(bare, tuple) else bare, first, rtol=1e-3, atol=1e-5):
+            bare = bare[0] if isinstance(bare, tuple) else bare
+            if torch.allclose(bare.float(), first.float(), rtol=1e-3, atol=1e-5):
                 saw[module] = first.clone()
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in units]

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,14 +128,9 @@ ASSETS = {
 CUTS = {
     "walk": Cut("sports", 40, 165, (0, 470, 1768, 524)),
     "jump": Cut("sports", 0, 150, (400, 0, 700, 480)),
-    "cam04_begins": Cut("cam04", 0, 50, (94, 140, 900, 1500)),
-    "cam04_goes_on": Cut("cam04", 50, 100, (94, 140, 900, 1500)),
 }
 
-CLIPS = (
-    *("cam01", "cam02", "cam03", "cam04", "cam04_begins", "cam04_goes_on"),
-    *("walk", "jump", "woman", "no_face", "sports"),
-)
+CLIPS = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "woman", "no_face", "sports")
 """Names that `clip` takes."""
 
 NETWORKS = ("pose_detection", "pose_landmark_full", "stlpips", "efficientnet_lite0", "transnetv2")
@@ -145,10 +139,8 @@ NETWORKS = ("pose_detection", "pose_landmark_full", "stlpips", "efficientnet_lit
 LARGEST_BYTES = 64 * 2**20
 """No file that is taken out of a wheel is larger."""
 
-PEOPLE = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "no_face")
-"""Clips of the demo's input, each video whole; damaged.mp4 comes on top."""
-DEMO = ("cam01", "cam02", "cam03", "cam04_begins", "cam04_goes_on", "walk", "jump", "no_face")
-"""Those that the demo takes: of one view the first half apart from the second."""
+DEMO = ("cam01", "cam02", "cam03", "cam04", "walk", "jump", "no_face")
+"""Clips of the demo's input; damaged.mp4 comes on top."""
 
 
 def cache_folder() -> Path:
@@ -194,15 +186,15 @@ def network(name: str) -> Path:
     return path
 
 
-def demo_videos(folder: Path, names: Sequence[str] = DEMO) -> Path:
+def demo_videos(folder: Path) -> Path:
     """Fill a folder with the demo's input, and give it back.
 
-    The clips of those names: one person each, but for no_face (nobody); and damaged.mp4 (the first part of cam01,
-    unreadable). The same bytes every time; the cache is never modified: these are copies.
+    cam01..cam04, walk, jump (one person each), no_face (nobody), damaged.mp4 (the first part of cam01, unreadable).
+    The same bytes every time; the cache is never modified: these are copies.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name in DEMO:
         _put(folder / f"{name}.mp4", clip(name).read_bytes())
     whole = clip("cam01").read_bytes()
     _put(folder / "damaged.mp4", whole[: len(whole) // 3])

@@ -5,10 +5,12 @@ An adapter's folder:
   comfyui.safetensors                the same for ComfyUI (Wan alone)
   adapter_model.safetensors          the same for peft, with adapter_config.json
   outside.safetensors                whole weights that lie in no adapted layer: none of those three load them
+  prompt_embeds.safetensors          the text that training showed, where it was not zeros
   entprog.json, README.md            what it belongs to, and how to use it
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from entprog.masking import one_line
 from entprog.models import folders
 
 DIFFUSERS, COMFYUI, PEFT = "pytorch_lora_weights.safetensors", "comfyui.safetensors", "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 OUTSIDE = "outside.safetensors"
 ABOUT = "entprog.json"
 FORMAT = "entprog-adapter-1"
@@ -72,7 +75,7 @@ class Adapter:
     outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole weights, by the name of the parameter."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """`family`, `conditions`, `base`; {} for an adapter that others made."""
+    """`family`, `conditions`, `base`, `shape`; {} for an adapter that others made."""
 
 
 def write(folder: Path, adapter: Adapter, part: str) -> None:
@@ -93,7 +96,7 @@ def write(folder: Path, adapter: Adapter, part: str) -> None:
         save_file(_tensors(adapter, f"{part}."), scratch / DIFFUSERS, metadata=metadata)
         save_file(_tensors(adapter, "base_model.model."), scratch / PEFT)
         peft = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True, **config}
-        (scratch / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+        (scratch / PEFT_CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
         if adapter.about.get("family") in COMFYUI_FAMILIES:
             named = {to_comfyui(name): pair for name, pair in adapter.pairs.items()}
             tensors = _tensors(Adapter(named), "diffusion_model.")
@@ -168,10 +171,11 @@ def path_of(given: str, setting: str) -> Path:
 
 
 def files(given: str, setting: str) -> list[Path]:
-    """What `read` reads."""
+    """What `read` reads: a file alone is its pairs alone, but for peft's, whose scale is said beside them."""
     path = path_of(given, setting)
-    beside = (path.with_name(name) for name in (OUTSIDE, ABOUT, "adapter_config.json"))
-    return [path, *(each for each in beside if Path(given).expanduser().is_dir() and each.is_file())]
+    whole = Path(given).expanduser().is_dir()
+    names = (OUTSIDE, ABOUT, PEFT_CONFIG) if whole else (PEFT_CONFIG,) if path.name == PEFT else ()
+    return [path, *(each for each in map(path.with_name, names) if each.is_file())]
 
 
 def read(given: str, setting: str) -> Adapter:
@@ -226,17 +230,20 @@ def _alphas(
     config: dict[str, Any] = {}
     try:
         for each in beside:
-            if each.name == "adapter_config.json" and path.name == PEFT:
+            if each.name == PEFT_CONFIG and path.name == PEFT:
                 config = folders.read_json(each)
         for key, value in json.loads(metadata.get(METADATA, "{}")).items():
             config[next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)] = value
-        pattern = dict(config.get("alpha_pattern") or {})
-        common = config.get("lora_alpha")
-        return {
-            layer: float(pattern.get(layer, len(pair[0]) if common is None else common))
-            for layer, pair in halves.items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
+        patterns = {re.compile(rf"(?:.*\.)?(?:{key})"): v for key, v in (config.get("alpha_pattern") or {}).items()}
+        common, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))
+
+        def alpha(layer: str, rank: int) -> float:
+            own = next((value for key, value in patterns.items() if key.fullmatch(layer)), common)
+            value = float(rank if own is None else own)
+            return value * math.sqrt(rank) if by_root else value  # rsLoRA's scale is alpha / √rank
+
+        return {layer: alpha(layer, len(pair[0])) for layer, pair in halves.items()}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{setting}: {path} says its alpha in no known way: {one_line(error)}") from None
 
 
@@ -297,8 +304,13 @@ def check_goes_on(adapter: Adapter, settings: Lora, setting: str) -> None:
             )
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name in a network without adapters; peft keeps the layer that it adapts as its `base_layer`."""
+    return name.replace(".base_layer.", ".")
+
+
 def _put_outside(adapter: Adapter, network: nn.Module, setting: str) -> None:
-    parameters = dict(network.named_parameters())
+    parameters = {plain_name(name): parameter for name, parameter in network.named_parameters()}
     for name, tensor in adapter.outside.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = list(parameters[name].shape) if name in parameters else "not there"

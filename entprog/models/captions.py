@@ -135,12 +135,32 @@ def prepared(
 ) -> Texts:
     """Encode what is not encoded yet, every rank its share, and wait for the others. Every rank calls it.
 
-    mode: of `data.text`, not `fixed`. Raises UserError as `source` and `wanted` do.
+    mode: of `data.text`, not `fixed`. Raises UserError as `source`, `wanted` and `encoder` do, on every rank where one
+    of them cannot go on.
     """
+    texts_of_clips, mistake = None, None
+    try:
+        texts_of_clips = _share(settings, dataset, mode, device, progress)
+    except UserError as error:
+        mistake = str(error)
+    mistakes = [line for line in agree.gathered(mistake) if line]  # waits for all
+    if texts_of_clips is None or mistakes:
+        raise UserError(mistakes[0])
+    return texts_of_clips
+
+
+def _share(
+    settings: config.Model,
+    dataset: shards.Dataset,
+    mode: str,
+    device: torch.device | str,
+    progress: Callable[[int, int], None],
+) -> Texts:
+    """Encode this rank's share of what is not encoded yet."""
     found, rank, world = source(settings), *agree.world()
     captions = {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
     folder = folder_of(dataset, found)
-    due = missing(wanted(dataset, mode), folder)[rank::world]
+    due = missing(wanted(dataset, mode)[rank::world], folder)  # what others have written by now decides no share
     network = models.family(settings.family).inspect(settings).network.config
     if due:
         encode = encoder(found, network, device)
@@ -152,7 +172,6 @@ def prepared(
         del encode  # and with it the encoder
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-    agree.wait_for_all()
     return Texts(folder, found.family.text_tokens(network), captions)
 
 

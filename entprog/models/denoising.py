@@ -278,7 +278,7 @@ class VideoDenoiser:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_encoders(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
-            texts.save(self.text, scratch, {name: getattr(self, field) for field, name in self.FIXED.items()})
+            self.save_text(scratch)
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(
                 scratch,
@@ -292,6 +292,10 @@ class VideoDenoiser:
                 text_shape=tuple(self.text.shape),
                 compression=(self._geometry.temporal, self._geometry.spatial),
             )
+
+    def save_text(self, folder: Path) -> None:
+        """Keep what text cross-attention sees in a folder, as `model.prompt_embeds` takes it; zeros need no file."""
+        texts.save(self.text, folder, {name: getattr(self, field) for field, name in self.FIXED.items()})
 
     def latents(self, video: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, contiguous."""

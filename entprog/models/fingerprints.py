@@ -36,6 +36,12 @@ def _json(path: Path) -> dict[str, Any]:
     return {name: value for name, value in folders.read_json(path).items() if name not in ORIGIN}
 
 
+def _text_encoder(settings: Model) -> str:
+    from entprog.models import captions  # which needs this module
+
+    return captions.source(settings).key
+
+
 def held_out(experiment: Experiment, dataset: Dataset) -> str:
     """Hash of what the held-out loss is measured on: two runs' losses may be compared only where it is equal."""
     data, law = experiment.data, experiment.timesteps
@@ -46,7 +52,7 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         data.held_out_draws,
         data.held_out_seed,
         str(data.shape),
-        *([data.text] if data.text != "fixed" else []),
+        *([data.text, _text_encoder(experiment.model)] if data.text != "fixed" else []),
         *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
     )

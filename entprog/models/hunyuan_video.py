@@ -64,7 +64,7 @@ class HunyuanVideoDenoiser(VideoDenoiser):
             timestep=timestep,
             encoder_hidden_states=text,
             encoder_attention_mask=text.new_ones(text.shape[:2]),
-            pooled_projections=self.pooled.expand(len(inputs), -1),
+            pooled_projections=self.pooled * text.flatten(1).any(dim=1, keepdim=True),  # dropped with the tokens
             guidance=inputs.new_full((len(inputs),), GUIDANCE * GUIDANCE_STEPS)
             if self.network.config.guidance_embeds
             else None,

@@ -56,7 +56,7 @@ def save(
 ) -> None:
     """Write the adapters, and what was trained `outside`, as `adapters.write` does.
 
-    part: the network's folder in a pipeline. about: `family`, `conditions` and `base`, kept beside.
+    part: the network's folder in a pipeline. about: `family`, `conditions`, `base` and `shape`, kept beside.
     """
     names = {parameter: name for name, parameter in network.named_parameters()}
     halves = {name.replace(".default", ""): tensor for tensor, name in names.items() if ADAPTER in name}
@@ -65,7 +65,7 @@ def save(
         layer: adapters.Pair(*(halves[f"{layer}{ADAPTER}{half}.weight"] for half in "AB"), settings.alpha)
         for layer in layers
     }
-    rest = {names[parameter]: parameter for parameter in outside}
+    rest = {adapters.plain_name(names[parameter]): parameter for parameter in outside}
     adapters.write(folder, adapters.Adapter(pairs, rest, about or {}), part)
 
 

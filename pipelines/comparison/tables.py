@@ -8,6 +8,8 @@ from typing import Any
 
 from pipelines.comparison.verdict import Estimate, Verdict, mean_of
 
+LOPSIDED = ("speed-up", "seconds to target")
+"""Columns whose intervals are of logarithms."""
 SPECIAL = re.compile(r"[\\&%$#_{}~^]")
 WRITTEN = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
@@ -63,24 +65,28 @@ def _inert(label: str) -> str:
 
 
 def as_latex(verdict: Verdict, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """A booktabs table of the columns that any group has a value in, with half widths of intervals after ±."""
+    """A booktabs table of the columns that any group has a value in, with half widths of intervals after ±; of ratios
+    and times to the target, whose intervals are lopsided, both ends."""
     columns = {name: v for name, v in estimates(verdict, evaluations).items() if any(each is not None for each in v)}
     rows = [["Group", *columns]]
     rows += [
-        [judged.group.label, *(_with_half_width(values[place]) for values in columns.values())]
+        [judged.group.label, *(_with_interval(values[place], name in LOPSIDED) for name, values in columns.items())]
         for place, judged in enumerate(verdict.judged)
     ]
     head, *body = [" & ".join(cell if i and n else _escaped(cell) for i, cell in enumerate(row)) + r" \\"
                    for n, row in enumerate(rows)]  # fmt: skip
-    level = f"{verdict.confidence * 100:g} \\%"
-    note = f"% ± half the width of {level} intervals over seeds; needs \\usepackage{{booktabs}}"
+    level, of_ratios = (f"{100 * share:.3g} \\%" for share in (verdict.confidence, verdict.level))
+    other = f", of the speed-up's {of_ratios}" if of_ratios != level else ""
+    note = f"% ± half the width of {level} intervals over seeds{other}; needs \\usepackage{{booktabs}}"
     lines = [note, rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", head, r"\midrule", *body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _with_half_width(found: Estimate | None) -> str:
+def _with_interval(found: Estimate | None, lopsided: bool) -> str:
     if found is None:
         return "--"
+    if lopsided and found.low is not None:
+        return f"${_plain(found.value, 4)}$ [${_plain(found.low, 3)}$, ${_plain(found.high, 3)}$]"
     half = "" if found.low is None else rf" \pm {_plain((found.high - found.low) / 2, 2)}"
     return f"${_plain(found.value, 4)}{half}$"
 

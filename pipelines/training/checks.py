@@ -64,7 +64,8 @@ def parts(experiment: Experiment, output: Path) -> Parts:
     out = {}
     for name, phase in found.items():
         # Its base is not there yet: it will be this network, widened. Of shards every byte is read once.
-        network = first.model.model_copy(update={"conditions": phase.model.conditions})
+        own = {"conditions": phase.model.conditions, "text_encoder": phase.model.text_encoder}
+        network = first.model.model_copy(update=own)
         data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
         try:
             out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))

@@ -37,7 +37,8 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
 def withheld(experiment: Experiment) -> str | None:
     """Which conditions some clips are shown without, in words; None where clips are always whole."""
     model, drop = experiment.model, experiment.train.drop
-    shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in ("text", *model.conditions)]
+    there = (*(["text"] if experiment.data.text != "empty" else []), *model.conditions)
+    shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in there]
     return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
 
 

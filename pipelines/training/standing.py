@@ -59,7 +59,7 @@ def read(output: Path, now_s: float | None = None) -> Standing:
     last = steps[-1] if steps else None
     age_s = max(now_s - last["time"], 0.0) if last else None
     trouble = _last_line(output / "error.log")
-    finished = (output / "finished.json").exists() or bool(last and last["last"])
+    finished = (output / "finished.json").exists()  # after its last step a run still saves its network
     share, left_s = (1.0, 0.0) if finished else _ahead(steps, _budgets(output))
     pace_s = _pace_s(steps)
     state: Literal["running", "silent", "finished", "failed"]

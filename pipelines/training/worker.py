@@ -115,6 +115,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     import ray.train.torch
 
     experiment = config.build(settings["experiment"])
+    if experiment.data.text == "empty":  # every clip has it already: there is none to drop
+        experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         here = ray.train.get_context().get_local_world_size()
@@ -264,9 +266,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     denoiser = setup.denoiser
     if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
-            trained = outside(denoiser, experiment)
-            about = {"family": denoiser.FAMILY, "conditions": denoiser.conditions, "base": experiment.model.base}
-            lora.save(denoiser.network, experiment.train.lora, trained, output / "adapter", denoiser.PART, about)
+            _leave_adapter(setup, output / "adapter")
             lora.merge(denoiser.network)
         shift = _sampling_shift(setup)
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, parts=experiment.train.save)
@@ -321,6 +321,24 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
     plain = models.family(experiment.model.family).load(experiment.model, setup.device, experiment.train.seed)
     plain.network.load_state_dict(weights)
     return replace(setup, denoiser=replace(denoiser, network=plain.network))  # the text is not the base's
+
+
+def _leave_adapter(setup: Setup, folder: Path) -> None:
+    """All that tells the network from its base, also what an adapter that it started from brought."""
+    denoiser, experiment = setup.denoiser, setup.experiment
+    whole = {*outside(denoiser, experiment)}
+    if given := experiment.model.adapter:
+        brought = adapters.read(given, "model.adapter").outside
+        named = denoiser.network.named_parameters()
+        whole |= {parameter for name, parameter in named if adapters.plain_name(name) in brought}
+    about = {
+        "family": denoiser.FAMILY,
+        "conditions": denoiser.conditions,
+        "base": experiment.model.base,
+        "shape": experiment.data.shape.model_dump(),
+    }
+    lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about)
+    denoiser.save_text(folder)
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
