@@ -1,7 +1,7 @@
-"""What a block is: found, skipped, frozen, trained (`block`), and run in 8 bits while frozen (`fp8`)."""
+"""What a block is: found, skipped, frozen, trained (`block`), stored in bfloat16 (`stored`) and run in 8 bits (`fp8`)
+while frozen."""
 
 from entprog.blocks.block import (
-    ADAPTER,
     Block,
     CheckpointedForward,
     Kind,
@@ -12,6 +12,7 @@ from entprog.blocks.block import (
     compile_blocks,
     drop_twin,
     execution_order,
+    in_full,
     is_checkpointed,
     kind,
     make_twin,
@@ -19,12 +20,14 @@ from entprog.blocks.block import (
     own_forward,
     replaced,
     skipped,
+    store_frozen,
     train_block,
     trainable,
     twin_bytes,
     unfreeze,
     variants,
 )
+from entprog.blocks.stored import ADAPTER
 
 __all__ = [
     "ADAPTER",
@@ -38,6 +41,7 @@ __all__ = [
     "compile_blocks",
     "drop_twin",
     "execution_order",
+    "in_full",
     "is_checkpointed",
     "kind",
     "make_twin",
@@ -45,6 +49,7 @@ __all__ = [
     "own_forward",
     "replaced",
     "skipped",
+    "store_frozen",
     "train_block",
     "trainable",
     "twin_bytes",

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from entprog.blocks import fp8
+from entprog.blocks.stored import ADAPTER, Stored
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
@@ -231,6 +232,8 @@ class Variants:
     """The block in fp8 (`entprog.blocks.fp8`), while it is frozen."""
     twin_forward: Callable | None = None
     """The twin's forward, by `compiler` where there is one."""
+    stored: Stored | None = None
+    """Which of the block's weights are stored in bfloat16 (`entprog.blocks.stored`); None: none ever are."""
 
 
 def variants(module: nn.Module) -> Variants:
@@ -254,7 +257,7 @@ def drop_twin(module: nn.Module) -> None:
     """Forget it; before the block's weights change."""
     kept = replace(variants(module), twin=None, twin_forward=None)
     module.__dict__.pop("entprog", None)
-    if kept != Variants():
+    if kept.compiled or kept.stored:
         module.entprog = kept
 
 
@@ -276,10 +279,6 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
         block.module.entprog = replace(variants(block.module), compiler=compiler, compiled=compiled)
 
 
-ADAPTER = ".lora_"
-"""Part of the name of every low-rank adapter's parameter (`entprog.models.lora`)."""
-
-
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """What of a block is trained when it is: its adapters, if it has any, or all its parameters."""
     adapters = [parameter for name, parameter in module.named_parameters() if ADAPTER in name]
@@ -291,6 +290,32 @@ def train_block(module: nn.Module, trained: bool) -> None:
     module.requires_grad_(False)
     for parameter in trainable(module):
         parameter.requires_grad_(trained)
+    if stored := variants(module).stored:
+        stored.settle(module)
+
+
+def store_frozen(found: Iterable[Block]) -> None:
+    """Freeze every block, and from now on store in bfloat16 what of them is frozen: equal bits under bfloat16 autocast
+    (`entprog.blocks.stored`). A block of which that is true already stays as it is."""
+    for block in found:
+        if variants(block.module).stored is None:
+            stored = Stored()
+            block.module.entprog = replace(variants(block.module), stored=stored)
+            stored.watch(block.module)
+            train_block(block.module, False)
+
+
+@contextmanager
+def in_full(module: nn.Module):
+    """The block's weights in float32 for as long as it lasts, whatever is stored before and after it."""
+    stored = variants(module).stored
+    if stored:
+        stored.restore(module)
+    try:
+        yield
+    finally:
+        if stored:
+            stored.settle(module)
 
 
 def unfreeze(
@@ -313,7 +338,7 @@ def unfreeze(
 
     Raises KeyError for a name that is not a block.
     """
-    found = list(found)
+    found = sorted(found, key=lambda block: block.name in trainable)  # room is made before it is taken
     unknown = set(trainable) - {block.name for block in found}
     if unknown:
         raise KeyError(f"not blocks of this network: {sorted(unknown)}")

@@ -76,7 +76,7 @@ def nbytes(module: nn.Module) -> int:
 def check_installed() -> None:
     """Raises UserError without torchao."""
     if importlib.util.find_spec("torchao") is None:
-        raise UserError("schedule.frozen_precision=fp8 needs torchao: pip install 'entprog[fp8]', or set it to full")
+        raise UserError("schedule.frozen_precision=fp8 needs torchao: pip install 'entprog[fp8]', or set it to auto")
 
 
 def check_device(device: torch.device) -> None:
@@ -89,5 +89,5 @@ def check_device(device: torch.device) -> None:
         return
     needed = ".".join(map(str, CAPABILITY))
     raise UserError(
-        f"schedule.frozen_precision=fp8 needs a GPU of compute capability {needed} or later, {has}: set it to full"
+        f"schedule.frozen_precision=fp8 needs a GPU of compute capability {needed} or later, {has}: set it to auto"
     )

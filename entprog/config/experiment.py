@@ -346,6 +346,13 @@ class Experiment(Part):
         return self
 
     @property
+    def stores_frozen(self) -> bool:
+        """Whether frozen weights are stored in bfloat16: where that changes no bit, and something is ever frozen."""
+        schedule = self.schedule
+        half = self.model.dtype == "bfloat16" and self.train.parallel == "ddp" and schedule.frozen_precision != "full"
+        return half and (schedule.kind != "full" or self.train.lora is not None or schedule.blocks != "all")
+
+    @property
     def in_fp8(self) -> bool:
         """Whether frozen blocks run in fp8."""
         return self.schedule.frozen_precision == "fp8" and self.schedule.kind != "full"
@@ -357,7 +364,7 @@ class Experiment(Part):
             if "residual" not in schedule.backwards:
                 raise ValueError(
                     "schedule.frozen_precision=fp8 is for frozen blocks under residual backward: set "
-                    "schedule.backward=residual, or frozen_precision=full"
+                    "schedule.backward=residual, or frozen_precision=auto"
                 )
             if self.model.dtype != "bfloat16":
                 raise ValueError(
@@ -367,6 +374,6 @@ class Experiment(Part):
             if self.train.parallel == "fsdp":
                 raise ValueError(
                     "schedule.frozen_precision=fp8 keeps twins of whole blocks, train.parallel=fsdp splits them: "
-                    "set train.parallel=ddp, or frozen_precision=full"
+                    "set train.parallel=ddp, or frozen_precision=auto"
                 )
         return self

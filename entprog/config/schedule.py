@@ -10,7 +10,7 @@ from entprog.config.shapes import Smaller
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
-FrozenPrecision = Literal["full", "fp8"]
+FrozenPrecision = Literal["auto", "full", "fp8"]
 Choose = Literal["top", "random", "weighted"]
 
 
@@ -89,10 +89,12 @@ class Schedule(Part):
     backward: Backward | tuple[Backward, ...] = "exact"
     """How gradient crosses a frozen block: `exact` through it, `residual` along its skip connection alone; both in a
     list: candidates of each."""
-    frozen_precision: FrozenPrecision = "full"
-    """Arithmetic of frozen blocks under residual backward: `full`, as `model.dtype` says; `fp8`: their linear layers in
-    8 bits through torchao (GPUs of compute capability 8.9 and later). Evaluation, and blocks that gradient crosses
-    exactly, stay full."""
+    frozen_precision: FrozenPrecision = "auto"
+    """What frozen blocks are held and computed in. `auto`: with model.dtype=bfloat16 their layers' weights are stored
+    in bfloat16, to which they are rounded at every use anyway (equal bits), and the float32 ones of those that training
+    changed wait in host memory; `full`: in float32 on the device; `fp8`: as `auto`, and under residual backward linear
+    layers compute in 8 bits through torchao (GPUs of compute capability 8.9 and later), while evaluation, and blocks
+    that gradient crosses exactly, stay full. With train.parallel=fsdp `auto` is `full`."""
     cei_threshold: float | None = None
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False

@@ -69,12 +69,12 @@ def measure(
     """
     meter = Meter(seconds, next(network.parameters()).device)
     blocks.unfreeze(network, found, (), outside)
-    weights = counting.storages(network.parameters()).keys()
-    probe = Probe(meter, weights, checkpointing, frozen_precision)
+    probe = Probe(meter, network, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
-    outside_cost, outside_bytes = _outside(found, outside, loss, meter, weights)
+    outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights)
     passes = probe.passes()
+    frozen_bytes = sum(p.nbytes for p in network.parameters())
     model = CostModel(
         clips=clips,
         outside=max(outside_cost - sum(bypass for _, bypass in passes), 0.0),
@@ -83,7 +83,7 @@ def measure(
         common_bytes=sum(probe.common.values()),
         through_common=probe.through_common,
         below=probe.below,
-        weight_bytes=sum(p.nbytes for p in network.parameters()),
+        weight_bytes=frozen_bytes + sum(cost.spared_bytes for cost, _ in passes),
         update_per_byte=_update_per_byte(found[0], meter) if seconds else 0.0,
         blocks=tuple(cost for cost, _ in passes),
     )
@@ -94,8 +94,8 @@ def measure(
 class Probe:
     """Measures blocks where the network calls them, with the inputs that they get there."""
 
-    def __init__(self, meter: Meter, weights: Collection[int], checkpointing: bool, frozen_precision: FrozenPrecision):
-        self.meter, self.weights, self.checkpointing = meter, weights, checkpointing
+    def __init__(self, meter: Meter, network: nn.Module, checkpointing: bool, frozen_precision: FrozenPrecision):
+        self.meter, self.network, self.checkpointing = meter, network, checkpointing
         self.frozen_precision = frozen_precision
         self.kinds: dict[str, Any] = {}
         """Name → kind of block, in execution order."""
@@ -104,6 +104,11 @@ class Probe:
         self.common: dict[int, int] = {}
         self.through_common = False
         self.below = False
+
+    @property
+    def weights(self) -> Collection[int]:
+        """Addresses of all weights as they are now: a block that is stored in bfloat16 has others when it thaws."""
+        return counting.storages(self.network.parameters()).keys()
 
     def watching(self, block: Block) -> Callable:
         def forward(*args, **kwargs):
@@ -180,7 +185,10 @@ class Probe:
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
         trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, _, _ = kept(asked - stream, trained=True)
+        held_bytes = sum(p.nbytes for p in module.parameters())
+        parameter_bytes = sum(p.nbytes for p in blocks.trainable(module))
         through_bytes, through_recomputed_bytes, through_common = kept(asked | stream, trained=False)
+        spared_bytes = held_bytes - sum(p.nbytes for p in module.parameters())
         self.through_common = self.through_common or through_common
         measured = BlockCost(
             name=block.name,
@@ -194,11 +202,12 @@ class Probe:
             through_bytes=through_bytes,
             recomputed_bytes=recomputed_bytes,
             through_recomputed_bytes=through_recomputed_bytes,
-            parameter_bytes=sum(p.nbytes for p in blocks.trainable(module)),
+            parameter_bytes=parameter_bytes,
+            spared_bytes=spared_bytes,
             twin_bytes=twin_bytes,
         )
-        module.requires_grad_(False)
         module.zero_grad(set_to_none=True)
+        blocks.train_block(module, False)
         return measured, around
 
     def in_twin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, int]:
@@ -267,7 +276,7 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
 
 def _update_per_byte(block: Block, meter: Meter) -> float:
     """Seconds of clipping and AdamW for each byte of weights, on a copy of a block's."""
-    copies = [nn.Parameter(p.detach().clone()) for p in blocks.trainable(block.module)]
+    copies = [nn.Parameter(p.detach().float().clone()) for p in blocks.trainable(block.module)]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     optimizer = torch.optim.AdamW(copies, fused=True)

@@ -43,6 +43,9 @@ class BlockCost:
     through_recomputed_bytes: int
     """Bytes recomputed at once for a frozen block that the exact backward crosses."""
     parameter_bytes: int
+    """What of it is trained when it is, in float32."""
+    spared_bytes: int = 0
+    """What less of its weights lies on the device while it is frozen (`entprog.blocks.stored`)."""
     twin_bytes: int = 0
     """What the block's fp8 twin adds while it is frozen along its bypass; 0 where there are none."""
 
@@ -65,6 +68,7 @@ class CostModel(Record):
     below: bool
     """Whether the first block's input needs a gradient: something before the blocks is trained."""
     weight_bytes: int
+    """All weights, as they are while every block is trained."""
     update_per_byte: Cost
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     blocks: tuple[BlockCost, ...]
@@ -106,6 +110,7 @@ class CostModel(Record):
     def memory(self, trainable: Collection[str], backward: Backward) -> int:
         """Peak bytes of an update (`costs.peak_bytes`)."""
         kept, recomputed, common, weights = self.outside_bytes, 0, False, self.weight_bytes
+        weights -= sum(block.spared_bytes for block in self.blocks if block.name not in trainable)
         for block, kind in self.passes(trainable, backward):
             if kind in ("trained", "edge"):
                 kept += block.trained_bytes if kind == "trained" else block.edge_bytes
@@ -133,7 +138,9 @@ def scaled(model: CostModel, clips: int) -> CostModel:
     return CostModel.from_json(part(values) | {"clips": clips, "blocks": tuple(part(b) for b in values["blocks"])})
 
 
-FIXED = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "twin_bytes", "update_per_byte")
+FIXED = (
+    "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "twin_bytes", "update_per_byte",
+)  # fmt: skip
 """What does not depend on the number of clips."""
 
 
@@ -147,5 +154,5 @@ def split(model: CostModel, parts: int) -> CostModel:
     return CostModel.from_json(part(values) | {"blocks": tuple(part(b) for b in values["blocks"])})
 
 
-HELD = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes")
+HELD = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes")
 """What a rank holds, and updates, its part of."""

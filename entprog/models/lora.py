@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprog.blocks import ADAPTER, Block
+from entprog.blocks import ADAPTER, Block, blocks, in_full
 from entprog.config import Lora
 from entprog.errors import UserError
 from entprog.models import adapters
@@ -73,10 +73,12 @@ def merge(network: nn.Module) -> None:
     """Add every adapter to the weight it adapts and take it away: the network is of its own class again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            network.set_submodule(name, module.get_base_layer())
+    for block in blocks(network):
+        with in_full(block.module):
+            for name, module in list(block.module.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+                    block.module.set_submodule(name, module.get_base_layer())
 
 
 def _ending(target: str) -> str:

@@ -35,6 +35,8 @@ class Freeze:
         self.plan: Plan | None = None
         """The plan in force; None before the first."""
         self.trained: list[nn.Parameter] = []
+        if experiment.stores_frozen:
+            blocks.store_frozen(self.found)
         if experiment.model.compile_blocks:
             blocks.compile_blocks(self.found)
 

@@ -344,7 +344,8 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     kept = reader.read_metadata().state_dict_metadata
     parameters = dict(network.named_parameters())
-    wanted = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+    weights = network.state_dict()
+    wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     ema: dict[str, torch.Tensor] = {}
     for full_name, about in kept.items():
@@ -357,6 +358,7 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
     if missing := wanted.keys() - kept.keys():
         raise KeyError(min(missing))
     dcp.load(wanted, storage_reader=reader, no_dist=True)
+    network.load_state_dict(weights)  # the network's own tensors, but for what blocks store in bfloat16
     state.optimizer.state.clear()
     state.optimizer.state.update({parameters[name]: values for name, values in moments.items()})
     state.ema = ema

@@ -87,6 +87,8 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
         if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
         and not (name in config.ADDED and value == defaults[name])
     }
+    if values["schedule.frozen_precision"] == "auto":  # the same to the bit
+        values["schedule.frozen_precision"] = "full"
     if experiment.data.text != "fixed":
         values["text encoder"] = captions.source(model).key
     return values | {

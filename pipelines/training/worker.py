@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from entprog import config, files, models
-from entprog.blocks import Block, blocks, fp8, overlooked
+from entprog.blocks import Block, blocks, fp8, overlooked, store_frozen
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
@@ -143,6 +143,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         if given := experiment.model.adapter:
             started = adapters.read(given, "model.adapter")
             adapters.go_on(started, denoiser.network, settings_of_adapters, "model.adapter")
+    if experiment.stores_frozen:  # before the first forward pass, which scores or looks at held-out clips
+        store_frozen(blocks(denoiser.network))
     clock.over("weights")
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
@@ -306,10 +308,7 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
     Raises DivergedError on every rank if it is not finite.
     """
     denoiser, experiment = setup.denoiser, setup.experiment
-    with torch.no_grad():
-        for name, parameter in denoiser.network.named_parameters():
-            if name in state.ema:
-                parameter.copy_(state.ema[name])
+    denoiser.network.load_state_dict(state.ema, strict=False)
     odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
     if odd:
         raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
