@@ -26,7 +26,7 @@ from pipelines.outputs import claim
 from pipelines.tracking import registry, stages
 from pipelines.tracking.store import tracking_uri
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, model_card, outline, phases, report, startup, steplog
+from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
@@ -127,13 +127,16 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
         f"(clock {schedule.clock})."
     )
-    network = models.family(experiment.model.family).inspect(model, experiment.data.shape).network
-    eligible = plans.eligible(blocks(network), schedule.blocks)
+    source = models.family(experiment.model.family).inspect(model, experiment.data.shape)
+    eligible = plans.eligible(blocks(source.network), schedule.blocks)
     said = outline.texts(experiment, dataset, model), outline.withheld(experiment), outline.timesteps(experiment)
     for line in said:
         if line:
             cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
+    cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
+    if line := footprint.advice(experiment, source):
+        cli.console.print(line)
     expectation.tell(experiment, model)
 
 

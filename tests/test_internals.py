@@ -1,4 +1,4 @@
-"""Private names of libraries lie in one file each, and still do what they did; what needs a cluster: test_faults."""
+"""Private names of libraries have their files, and still do what they did; what needs a cluster: test_faults."""
 
 import ast
 import math
@@ -12,10 +12,11 @@ from pipelines.tracking.mlflow_internals import Machine
 
 ROOT = Path(__file__).parents[1]
 HOMES = {
-    "ray": "pipelines/cluster/ray_internals.py",
-    "mlflow": "pipelines/tracking/mlflow_internals.py",
-    "torchao": "entprog/blocks/fp8.py",
+    "ray": ("pipelines/cluster/ray_internals.py",),
+    "mlflow": ("pipelines/tracking/mlflow_internals.py",),
+    "torchao": ("entprog/blocks/fp8.py", "entprog/optimizers/eight_bit.py"),
 }
+"""Where private names may stand, and all of torchao's: its own are no public API yet."""
 PRIVATE = ("_", "system_metrics_monitor", "SCRIPT_MODE")
 
 
@@ -30,7 +31,7 @@ def dotted(path: Path):
             yield node.lineno, ast.unparse(node)
 
 
-def test_private_names_lie_in_one_file_a_library():
+def test_private_names_lie_in_their_files():
     found = set()
     for folder in ("entprog", "pipelines", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -40,7 +41,7 @@ def test_private_names_lie_in_one_file_a_library():
                     library in HOMES and any(part.startswith(PRIVATE) and part[:2] != "__" for part in rest)
                 ):
                     place = path.relative_to(ROOT).as_posix()
-                    assert place == HOMES[library], f"{place}:{line}: {name}"
+                    assert place in HOMES[library], f"{place}:{line}: {name}"
                     found.add(library)
     assert found == set(HOMES)
 

@@ -31,7 +31,7 @@ FLOORS = (
     ("media",),
     ("data", "blocks"),
     ("preparing", "distributed", "quality"),
-    ("diffusion",),
+    ("diffusion", "optimizers"),
     ("models",),
     ("cost",),
     ("scoring",),

@@ -201,6 +201,7 @@ def test_a_dry_run_tells_every_phase(place):
     assert (
         result.output.count("Would train") == 3 and "Phase pose, conditions reference, pose, 1 frames" in result.output
     )
+    assert result.output.count("A device's memory, beside what clips take") == 3
     assert not (place / "dry").exists()
 
 

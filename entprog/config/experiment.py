@@ -124,6 +124,9 @@ class Drop(Part):
     """Share of clips without the pose. Of no effect where the network does not see one."""
 
 
+OptimizerKind = Literal["adamw", "adamw_bf16", "adamw_8bit"]
+
+
 class Train(Part):
     """How long, how fast, on how much hardware."""
 
@@ -134,6 +137,9 @@ class Train(Part):
     flops: float | None = Field(default=None, gt=0)
     """Stop after this many charged FLOPs, of all workers: the same budget where seconds cannot be trusted. Needs
     schedule.clock=flops."""
+    optimizer: OptimizerKind = "adamw"
+    """AdamW with its two moments in float32 (8 bytes a trained parameter); `adamw_bf16`: in bfloat16, rounded at random
+    (4 bytes); `adamw_8bit`: in 8 bits, through torchao (2 bytes; extra `fp8`). Weights stay in float32."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -351,6 +357,15 @@ class Experiment(Part):
         schedule = self.schedule
         half = self.model.dtype == "bfloat16" and self.train.parallel == "ddp" and schedule.frozen_precision != "full"
         return half and (schedule.kind != "full" or self.train.lora is not None or schedule.blocks != "all")
+
+    @model_validator(mode="after")
+    def _moments_are_whole(self):
+        if self.train.parallel == "fsdp" and self.train.optimizer == "adamw_8bit":
+            raise ValueError(
+                "train.optimizer=adamw_8bit needs every worker to hold whole moments: train.parallel=fsdp does not go "
+                "with it: set train.optimizer=adamw_bf16, or train.parallel=ddp"
+            )
+        return self
 
     @property
     def in_fp8(self) -> bool:

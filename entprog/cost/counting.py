@@ -11,7 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from entprog import optimizers
 from entprog.blocks import is_checkpointed, own_forward, twin_bytes
+from entprog.config import OptimizerKind
 from entprog.distributed.fsdp import gathered, held
 
 aten = torch.ops.aten
@@ -31,19 +33,22 @@ class Cost:
     """All weights that one device holds, frozen ones and their fp8 twins too."""
     gradient_bytes: int
     """Gradients of trained weights."""
+    moment_bytes: int
+    """The optimizer's moments of trained weights."""
 
     def step_flops(self, clips: int) -> int:
         return self.flops * clips
 
     def memory_bytes(self, clips: int) -> int:
         """Counted peak of a training step, as `peak_bytes` says."""
-        return peak_bytes(self.weight_bytes, self.gradient_bytes, (self.saved_bytes + self.recomputed_bytes) * clips)
+        activations = (self.saved_bytes + self.recomputed_bytes) * clips
+        return peak_bytes(self.weight_bytes, self.gradient_bytes, self.moment_bytes, activations)
 
 
-def peak_bytes(weights: int, gradients: int, activations: int) -> int:
-    """Peak of a training step with AdamW: weights, two moments per trained weight, and what is largest of activations
-    (at the start of the backward pass) and gradients (at its end): one shrinks as the other grows."""
-    return weights + 2 * gradients + max(activations, gradients)
+def peak_bytes(weights: int, gradients: int, moments: int, activations: int) -> int:
+    """Peak of a training step: weights, moments of trained weights, and what is largest of activations (at the start of
+    the backward pass) and gradients (at its end): one shrinks as the other grows."""
+    return weights + moments + max(activations, gradients)
 
 
 # torch counts the GPU attention kernels; the CPU one is the same arithmetic.
@@ -126,7 +131,9 @@ class _Checkpointed:
             hook.remove()
 
 
-def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip) -> Cost:
+def count(
+    network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip, optimizer: OptimizerKind = "adamw"
+) -> Cost:
     """Cost of a plan that is in force (`blocks.unfreeze` was called): runs forward and backward once, changes nothing.
 
     loss_of_one_clip() → scalar loss of a single clip.
@@ -144,10 +151,12 @@ def count(network: nn.Module, trained: Sequence[nn.Parameter], loss_of_one_clip)
             loss.backward()
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
+    gradient_bytes = sum(held(p).nbytes for p in trained)
     return Cost(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()),
         recomputed_bytes=checkpointed.recomputed_bytes,
         weight_bytes=sum(held(p).nbytes for p in network.parameters()) + sum(map(twin_bytes, network.modules())),
-        gradient_bytes=sum(held(p).nbytes for p in trained),
+        gradient_bytes=gradient_bytes,
+        moment_bytes=int(gradient_bytes * optimizers.MOMENTS[optimizer]),
     )

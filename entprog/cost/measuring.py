@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from entprog import blocks
+from entprog import blocks, optimizers
 from entprog.blocks import Block
-from entprog.config import FrozenPrecision
+from entprog.config import FrozenPrecision, OptimizerKind
 from entprog.cost import counting
 from entprog.cost.model import BlockCost, CostModel
 from entprog.distributed import agree
@@ -61,6 +61,7 @@ def measure(
     seconds: bool,
     checkpointing: bool = False,
     frozen_precision: FrozenPrecision = "full",
+    optimizer: OptimizerKind = "adamw",
 ) -> CostModel:
     """Measure every kind of block inside one forward pass of the network; weights and gradients stay as they are.
 
@@ -84,7 +85,8 @@ def measure(
         through_common=probe.through_common,
         below=probe.below,
         weight_bytes=frozen_bytes + sum(cost.spared_bytes for cost, _ in passes),
-        update_per_byte=_update_per_byte(found[0], meter) if seconds else 0.0,
+        moments=optimizers.MOMENTS[optimizer],
+        update_per_byte=_update_per_byte(found[0], meter, optimizer) if seconds else 0.0,
         blocks=tuple(cost for cost, _ in passes),
     )
     network.zero_grad(set_to_none=True)
@@ -274,12 +276,12 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
         return meter(run), sum(saved.values())
 
 
-def _update_per_byte(block: Block, meter: Meter) -> float:
-    """Seconds of clipping and AdamW for each byte of weights, on a copy of a block's."""
+def _update_per_byte(block: Block, meter: Meter, kind: OptimizerKind) -> float:
+    """Seconds of clipping and of the optimizer for each byte of weights, on a copy of a block's."""
     copies = [nn.Parameter(p.detach().float().clone()) for p in blocks.trainable(block.module)]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
-    optimizer = torch.optim.AdamW(copies, fused=True)
+    optimizer = optimizers.make(kind, copies, learning_rate=1e-3)
 
     def run() -> None:
         nn.utils.clip_grad_norm_(copies, 1.0)

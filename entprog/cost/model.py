@@ -69,6 +69,8 @@ class CostModel(Record):
     """Whether the first block's input needs a gradient: something before the blocks is trained."""
     weight_bytes: int
     """All weights, as they are while every block is trained."""
+    moments: float = 2.0
+    """Bytes of the optimizer's moments for each byte of trained weights."""
     update_per_byte: Cost
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     blocks: tuple[BlockCost, ...]
@@ -121,7 +123,8 @@ class CostModel(Record):
             elif kind == "along":
                 weights += block.twin_bytes
         kept += self.common_bytes if common else 0
-        return counting.peak_bytes(weights, self.trained_bytes(trainable), kept + recomputed)
+        trained = self.trained_bytes(trainable)
+        return counting.peak_bytes(weights, trained, int(trained * self.moments), kept + recomputed)
 
 
 def scaled(model: CostModel, clips: int) -> CostModel:
@@ -140,6 +143,7 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 
 FIXED = (
     "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "twin_bytes", "update_per_byte",
+    "moments",
 )  # fmt: skip
 """What does not depend on the number of clips."""
 

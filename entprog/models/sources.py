@@ -3,6 +3,7 @@
 import contextlib
 import inspect as python_inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Source:
     more: dict[str, Path]
     """Further folders of the base's pipeline that the network needs, by name."""
     process: Process
+    outside: Callable[[], dict[str, list[nn.Parameter]]]
+    """As a denoiser's, of the network here."""
 
 
 def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape | None = None) -> Source:
@@ -101,8 +104,10 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     if root is not None:
         more = _more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
+    parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
+    outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process, outside
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Prices:
                     self.denoiser.network,
                     self.freeze.trained,
                     lambda: losses.training_loss(self.denoiser, clip, self.experiment.train),
+                    self.experiment.train.optimizer,
                 )
         return self.counts[plan]
 
@@ -85,6 +86,7 @@ class Prices:
                     seconds=self.by_seconds,
                     checkpointing=self.experiment.model.gradient_checkpointing,
                     frozen_precision=self.experiment.schedule.frozen_precision,
+                    optimizer=train.optimizer,
                 )
             parts = agree.world()[1] if train.parallel == "fsdp" else 1
             self.models[shape] = split(scaled(measured, clips), parts)

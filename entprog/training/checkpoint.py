@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from entprog import optimizers
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
@@ -314,7 +315,8 @@ def contents(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
     tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         for kind, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"moments/{kind}/{name}"] = value
+            for part, tensor in optimizers.parts(value).items():
+                tensors[f"moments/{kind}{part}/{name}"] = tensor
     return tensors | {f"ema/{name}": tensor for name, tensor in state.ema.items()}
 
 
@@ -360,7 +362,7 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
     dcp.load(wanted, storage_reader=reader, no_dist=True)
     network.load_state_dict(weights)  # the network's own tensors, but for what blocks store in bfloat16
     state.optimizer.state.clear()
-    state.optimizer.state.update({parameters[name]: values for name, values in moments.items()})
+    state.optimizer.state.update({parameters[name]: optimizers.joined(values) for name, values in moments.items()})
     state.ema = ema
 
 

@@ -12,6 +12,7 @@ from entprog.data import shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.models import adapters, captions, fingerprints, lora
+from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.training.storage import Place
 
@@ -24,6 +25,8 @@ def check(experiment: Experiment) -> shards.Dataset:
     data = experiment.data
     if experiment.in_fp8:
         fp8.check_installed()
+    if experiment.train.optimizer == "adamw_8bit":
+        eight_bit.check_installed()
     if not data.shards:
         raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
     dataset = shards.read_dataset(Path(data.shards))

@@ -1,0 +1,81 @@
+"""What a run needs of a device's memory whatever its clips are, told before it starts: counted on shapes, not measured.
+
+What the clips take comes on top: a run with `schedule.memory_budget_bytes` measures that, and leaves out what does not
+fit.
+"""
+
+from entprog import config
+from entprog.blocks import ADAPTER, blocks
+from entprog.config import Experiment, Row
+from entprog.cost.holding import Held, held
+from entprog.errors import UserError
+from entprog.models import lora
+from entprog.models.sources import Source
+from entprog.schedule import plans
+from entprog.schedule.freezing import outside
+
+COLUMNS = ("stage", "weights", "gradients", "moments", "together", "on the host, at most")
+SMALLER = (
+    ("schedule", "frozen_precision", "auto"),
+    ("train", "optimizer", "adamw_bf16"),
+    ("train", "optimizer", "adamw_8bit"),
+    ("train", "lora", {}),
+)
+"""Settings that take less; the first that is enough is proposed."""
+
+
+def rows(experiment: Experiment, source: Source) -> list[tuple[str, ...]]:
+    """A line of COLUMNS for each stage, of one device. On the host lie float32 weights of frozen layers."""
+    sizes = ("weights", "gradients", "moments", "device", "host")
+    return [
+        (str(number), *(written(getattr(stage, size)) for size in sizes))
+        for number, stage in enumerate(stages(experiment, source), 1)
+    ]
+
+
+def advice(experiment: Experiment, source: Source) -> str | None:
+    """What to set where the budget does not even hold weights, gradients and moments; None where it does."""
+    budget = experiment.schedule.memory_budget_bytes
+    if budget is None or (needed := largest(experiment, source)) <= budget:
+        return None
+    said = f"schedule.memory_budget_bytes is {written(budget)}, weights, gradients and moments alone are up to "
+    said += written(needed)
+    for part, name, value in SMALLER:
+        try:
+            other = config.build(config.merge(experiment.model_dump(), {part: {name: value}}))
+        except UserError:  # it does not go with the other settings
+            continue
+        if (less := largest(other, source)) <= budget:
+            return f"{said}: with {part}.{name}={value or '{}'} they would be {written(less)}."
+    return f"{said}: smaller shares of the blocks take less."
+
+
+def largest(experiment: Experiment, source: Source) -> int:
+    """Bytes of the largest stage on a device."""
+    return max(stage.device for stage in stages(experiment, source))
+
+
+def stages(experiment: Experiment, source: Source) -> list[Held]:
+    """What every stage holds at most: with the largest blocks that it may train, and the most of them."""
+    network, found = source.network, blocks(source.network)
+    if experiment.train.lora and not any(ADAPTER in name for name, _ in network.named_parameters()):
+        lora.add(network, found, experiment.train.lora, experiment.train.seed)
+    sizes = {block.name: sum(p.numel() for p in block.module.parameters()) for block in found}
+    names = sorted(plans.eligible(found, experiment.schedule.blocks), key=lambda name: -sizes[name])
+    free = outside(source, experiment)
+    return [
+        held(network, found, names[: most(experiment, row, len(names))], free, experiment)
+        for row in plans.rows(experiment.schedule)
+    ]
+
+
+def most(experiment: Experiment, row: Row, blocks: int) -> int:
+    """Blocks that a stage trains at most."""
+    schedule = experiment.schedule
+    share = {"entprog": max(schedule.candidates), "badam": 1 / blocks}.get(schedule.kind, row.share)
+    return plans.count(share, blocks)
+
+
+def written(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,78 @@
+"""What a run holds of a device's memory whatever its clips are: foreseen from shapes, held in fact."""
+
+import pytest
+
+from entprog import config, models
+from entprog.blocks import blocks
+from entprog.diffusion.losses import training_loss
+from entprog.models import lora
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import of_set
+from entprog.training import optimizer
+from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
+from pipelines.training import footprint
+
+TABLE = [{"until": 0.5, "share": 0.34, "choose": "random"}, {"until": 1}]
+
+
+def settings(**parts):
+    values = {"model": {"dtype": "bfloat16", "conditions": []}, "schedule": {"kind": "progressive", "table": TABLE}}
+    return tiny_experiment(**config.merge(values, parts))
+
+
+def source(experiment):
+    return models.family("wan").inspect(experiment.model)
+
+
+@pytest.mark.parametrize("adapters", [None, {"rank": 4}])
+@pytest.mark.parametrize("precision", ["auto", "full"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw_bf16"])
+def test_what_is_foreseen_is_held(kind, precision, adapters):
+    schedule = {"frozen_precision": precision, "outside": "always" if adapters is None else "conditions"}
+    experiment = settings(train={"optimizer": kind, "lora": adapters}, schedule=schedule)
+    denoiser = tiny_denoiser(experiment)
+    if adapters:
+        lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, 0)
+    found = blocks(denoiser.network)
+    freeze = Freeze(denoiser, found, experiment)
+    names = [block.name for block in found]
+    for number, m in enumerate((2, 6)):
+        adamw = optimizer.adamw(denoiser.network, experiment.train)
+        freeze.put(of_set(names[:m], names, "exact", SHAPE))
+        training_loss(denoiser, latents([0], ()), experiment.train).backward()
+        adamw.step()
+        foreseen = footprint.stages(experiment, source(experiment))[number]
+        parameters = list(denoiser.network.parameters())
+        assert foreseen.weights == sum(p.nbytes for p in parameters)
+        assert foreseen.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        counters = 4 * len(adamw.state)
+        assert foreseen.moments == optimizer.state_bytes(adamw, denoiser.device) - counters
+        adamw.zero_grad(set_to_none=True)
+
+
+def test_a_budget_that_cannot_hold_it_says_what_would():
+    wide = {"model": {"init": {**TINY, "attention_head_dim": 128, "ffn_dim": 1024}}, "schedule": {"outside": "never"}}
+    plain = settings(**wide)
+    needed, least = (
+        footprint.largest(plain, source(plain)),
+        footprint.largest(settings(**wide, train={"lora": {}}), source(plain)),
+    )
+    assert footprint.advice(plain, source(plain)) is None
+    for budget, said in (
+        (needed, None),
+        (needed - 1, "train.optimizer=adamw_bf16"),
+        (int(needed * 0.7), "train.optimizer=adamw_8bit"),
+        (least, "train.lora={}"),
+        (least // 4, "smaller shares"),
+    ):
+        tight = settings(**config.merge(wide, {"schedule": {"memory_budget_bytes": budget}}))
+        line = footprint.advice(tight, source(tight))
+        assert (line is None) if said is None else said in line
+
+
+def test_the_table_of_a_dry_run():
+    rows = footprint.rows(settings(), source(settings()))
+    assert [len(row) for row in rows] == [len(footprint.COLUMNS)] * 2 and rows[1][-1] == "0 MB"
+    sharded = footprint.stages(settings(train={"parallel": "fsdp", "workers": 2}), source(settings()))
+    whole = footprint.stages(settings(schedule={"frozen_precision": "full"}), source(settings()))
+    assert [2 * each.device for each in sharded] == pytest.approx([each.device for each in whole], abs=6)
