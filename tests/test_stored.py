@@ -1,6 +1,7 @@
 """Frozen weights stored in bfloat16: the very bits of a training without that, and a block's memory to the byte."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from entprog.training import checkpoint, optimizer
 from helpers.families import NAMES, load, ordered, predict
 from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
+from pipelines.training import checks
 
 HALF = {"model": {"dtype": "bfloat16"}}
 FAMILIES = [name for name in NAMES if name != "svd"]
@@ -237,3 +239,11 @@ def test_it_is_on_where_it_changes_no_bit():
         {**half, "train": {"parallel": "fsdp"}},
     ):
         assert not tiny_experiment(**off).stores_frozen
+
+
+def test_it_makes_no_other_training_of_one_that_began_without():
+    decides = {
+        p: checks.deciding(settings("residual", p), SimpleNamespace(fingerprint="")) for p in ("auto", "full", "fp8")
+    }
+    assert decides["auto"] == decides["full"] != decides["fp8"]
+    assert "train.optimizer" not in decides["auto"]

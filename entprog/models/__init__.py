@@ -4,9 +4,10 @@
     inspect(settings: config.Model, shape: ClipShape | None = None)
                                                   UserError for whatever can be known to be wrong without weights
     files(settings: config.Model)                 what `load` reads, by part and name
-    load(settings: config.Model, device="cpu", seed=0) -> Denoiser
+    load(settings: config.Model, device="cpu", seed=0, prepare=...) -> Denoiser
                                                   the base (or a new network from `init`), its input layer widened
-                                                  with zeros for conditions it lacks; UserError for a wrong folder
+                                                  with zeros for conditions it lacks, `prepare(network)` called before
+                                                  it goes to the device; UserError for a wrong folder
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
 Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
 `inspect`, `files` and `load` for it.

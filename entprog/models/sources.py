@@ -194,12 +194,17 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
 
 
 def load(
-    cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu", seed: int = 0
+    cls: type[VideoDenoiser],
+    settings: config.Model,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    prepare: Callable[[nn.Module], None] = lambda network: None,
 ) -> VideoDenoiser:
     """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks, with its
     adapter merged into it.
 
-    seed: of a new network's weights; torch's own random state is left as it was.
+    seed: of a new network's weights; torch's own random state is left as it was. prepare: what to do with the network
+    on the host, before the device has to hold it.
     Raises UserError as `inspect` does, and for weights that are missing or do not fit.
     """
     source = inspect(cls, settings)
@@ -220,6 +225,7 @@ def load(
         _widen(cls, network, source.splits)
     if settings.adapter:
         adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
+    prepare(network)
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from entprog import config, files, models
 from entprog.blocks import Block, blocks, fp8, overlooked, store_frozen
@@ -135,16 +136,18 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     model, settings_of_adapters = experiment.model, experiment.train.lora
     if settings_of_adapters:  # then an adapter to start from is not merged: it goes on
         model = model.model_copy(update={"adapter": None})
-    denoiser = models.family(model.family).load(model, device, experiment.train.seed)
+
+    def prepare(network: nn.Module) -> None:
+        if settings_of_adapters:
+            lora.add(network, blocks(network), settings_of_adapters, experiment.train.seed)
+            if given := experiment.model.adapter:
+                adapters.go_on(adapters.read(given, "model.adapter"), network, settings_of_adapters, "model.adapter")
+        if experiment.stores_frozen:  # the device never holds all of it in float32
+            store_frozen(blocks(network))
+
+    denoiser = models.family(model.family).load(model, device, experiment.train.seed, prepare)
     if texts is not None:
         denoiser = replace(denoiser, text=texts.of("").to(device))
-    if settings_of_adapters:
-        lora.add(denoiser.network, blocks(denoiser.network), settings_of_adapters, experiment.train.seed)
-        if given := experiment.model.adapter:
-            started = adapters.read(given, "model.adapter")
-            adapters.go_on(started, denoiser.network, settings_of_adapters, "model.adapter")
-    if experiment.stores_frozen:  # before the first forward pass, which scores or looks at held-out clips
-        store_frozen(blocks(denoiser.network))
     clock.over("weights")
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         denoiser.check(shape)
