@@ -65,7 +65,8 @@ def save(
         layer: adapters.Pair(*(halves[f"{layer}{ADAPTER}{half}.weight"] for half in "AB"), settings.alpha)
         for layer in layers
     }
-    rest = {adapters.plain_name(names[parameter]): parameter for parameter in outside}
+    weights = network.state_dict()  # in float32, whatever blocks store
+    rest = {adapters.plain_name(names[parameter]): weights[names[parameter]] for parameter in outside}
     adapters.write(folder, adapters.Adapter(pairs, rest, about or {}), part)
 
 
