@@ -4,9 +4,11 @@ python -m pipelines.publish --checkpoint out/run --to hf://me/dancer
 python -m pipelines.publish --checkpoint out/run --to s3://bucket/dancer
 """
 
+import glob
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +44,8 @@ def run(
     checkpoint: str, to: str, *, step: int | None = None, public: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:
     """Publish; returns `{"files": {name: bytes}, "to": where}`. step: of the checkpoint in the training's own folder,
-    beside `model/`, whose weights are taken.
+    beside `model/`, whose weights are taken. An earlier publication there is replaced; files of others stay on a hub or
+    in a bucket, and a folder that holds any is refused.
 
     Raises UserError for a folder that is not whole and cannot be made so, a place that is no place, or one that does
     not take it.
@@ -56,9 +59,9 @@ def run(
     lost = [name for name in whole.missing(root) if name not in MADE]
     if lost:
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
-    _check(to, about)
+    _check(to, root, about)
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-        folder = _complete(root, about, Path(scratch) / "model", step)
+        folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step)
         sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         total = sum(sizes.values())
         done = "Would publish" if dry_run else "Published"
@@ -70,8 +73,9 @@ def run(
     return {"to": bare(to), "files": sizes}
 
 
-def _check(to: str, about: dict[str, Any]) -> None:
+def _check(to: str, root: Path, about: dict[str, Any]) -> None:
     """Raises UserError for a place that nothing can be published to, before anything is read."""
+    from entprog.models import folders, whole
     from entprog.training.storage import Place
 
     if has_credentials(to):
@@ -85,8 +89,14 @@ def _check(to: str, about: dict[str, Any]) -> None:
         folder = Path(to)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--to: {to} is a file, wanted is a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "entprog.json").is_file():
-            raise UserError(f"--to: {to} holds files that are no published pipeline: choose a new or an empty folder")
+        there = _files(folder)
+        strange = [name for name in there if not whole.is_own(name) and not (root / name).is_file()]
+        if strange or (there and folders.ABOUT not in there):
+            named = ", ".join((strange or there)[:5]) + (", …" if len(strange or there) > 5 else "")
+            raise UserError(
+                f"--to: {to} would be replaced, and holds files that are no published pipeline's ({named}): choose a "
+                "new or an empty folder, or move them away"
+            )
     here = [f"{name} ({place['name']})" for name, place in about.get("elsewhere", {}).items() if not place["revision"]]
     if here and "://" in to:
         raise UserError(
@@ -94,7 +104,19 @@ def _check(to: str, about: dict[str, Any]) -> None:
         )
 
 
-def _complete(root: Path, about: dict[str, Any], folder: Path, step: int | None) -> Path:
+def _files(folder: Path) -> list[str]:
+    """The names of the files and links in a folder and those below it; [] if there is none."""
+    there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in there)
+
+
+def _title(checkpoint: str) -> str:
+    """What a person calls the folder of a training, or a repository of the hub."""
+    folder = Path(checkpoint).expanduser().resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step: int | None) -> Path:
     """A copy with all that can be made of the rest, and perhaps the weights of an earlier step."""
     from entprog import config, models
     from entprog.models import folders, whole
@@ -106,37 +128,59 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, step: int | None)
         denoiser = models.family(about["family"]).load(chosen)
         if step is not None:
             checkpoint.load_weights(root.resolve().parent / "checkpoints", f"step-{step:08d}", denoiser.network)
-        denoiser.save(folder, **({} if step is None else {"step": step}))
+        origin = about["provenance"]  # the training's: this folder is not its base
+        for part in filter(None, (denoiser.network, denoiser.vae)):
+            part.register_to_config(_name_or_path=origin.get("base") or "")
+        replace(denoiser, provenance=origin).save(folder, **({} if step is None else {"step": step}))
+        for name in _files(root):  # what a person put there, and the card of these weights
+            theirs = not whole.is_own(name) or (name == folders.CARD and step is None)
+            if theirs and (root / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, folder / name)
     else:
         shutil.copytree(root, folder)
     if not (folder / folders.CARD).is_file():
-        model_card.write(folder)
+        model_card.write(folder, title)
     return folder
 
 
 def _put(folder: Path, to: str, public: bool) -> None:
     """Raises UserError if the place does not take it."""
     from entprog.models import folders
-    from entprog.training.storage import Place
 
     try:
         if to.startswith(HUB):
             _to_hub(folder, to.removeprefix(HUB), public)
         elif "://" in to:
-            Place.at(to).upload(folder)
+            _to_bucket(folder, to)
         else:
             with folders.replacing(Path(to).absolute()) as scratch:
                 shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    except (OSError, ValueError) as error:  # of disk, bucket and hub, whose own errors are OSErrors
+    except folders.hub_errors() as error:  # disk and bucket raise OSErrors and ValueErrors
         raise UserError(f"--to: {bare(to)} does not take it: {reason(error)}") from None
+
+
+def _to_bucket(folder: Path, to: str) -> None:
+    from entprog.models import whole
+    from entprog.training.storage import Place
+
+    place = Place.at(to)
+    there = [*place.files(), *(f"{part}/{name}" for part in whole.FOLDERS for name in (place / part).files())]
+    place.upload(folder)
+    for name in whole.stale(there, _files(folder)):
+        place.delete(name)
 
 
 def _to_hub(folder: Path, name: str, public: bool) -> None:
     from huggingface_hub import HfApi
 
+    from entprog.models import whole
+
     hub = HfApi()
     hub.create_repo(name, private=not public, exist_ok=True)
-    hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained pipeline")
+    stale = whole.stale(hub.list_repo_files(name), _files(folder))
+    patterns = [glob.escape(name) for name in stale] or None
+    hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained pipeline", delete_patterns=patterns)
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def run(
         encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
         message = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": message, **store.figures()}
-        model_card.write(output / "model", experiment, result)
+        model_card.write(output / "model", experiment.name, experiment, result)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(report.final(result) | result["stalls"] | store.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})

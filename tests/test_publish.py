@@ -1,10 +1,12 @@
 """A trained pipeline in a folder, a bucket and on a hub; its card; what cannot be published."""
 
 import base64
+import contextlib
 import http.server
 import json
 import re
 import shutil
+import socket
 import threading
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from entprog import config
-from entprog.models import folders, whole
+from entprog.models import adapters, folders, whole
 from entprog.training import checkpoint
 from helpers import servers
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
@@ -51,6 +53,58 @@ def test_a_folder(output, tmp_path):
     assert published("--checkpoint", output / "model", "--to", there).exit_code == 0, "again, over what it left"
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", ".git/config", "samples/dance.mp4", "vae/notes.md", "transformer/old/config.json", "link", "adapter"],
+)
+def test_a_folder_that_holds_files_of_others_is_refused_and_left_as_it_was(name, output, tmp_path):
+    there = tmp_path / "there"
+    if name == "adapter":
+        pair = adapters.Pair(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+        adapters.write(there, adapters.Adapter({"blocks.0.attn1.to_q": pair}, about={"family": "wan"}), "transformer")
+    else:
+        assert published("--checkpoint", output, "--to", there).exit_code == 0
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).symlink_to(output) if name == "link" else (there / name).write_text("mine")
+    before = contents(there)
+    done = published("--checkpoint", output, "--to", there)
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+    assert ("adapter_config.json" if name == "adapter" else name) in done.output and contents(there) == before
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_a_person_put_beside_the_weights_goes_with_them(made, output, tmp_path):
+    root, there = tmp_path / "run" / "model", tmp_path / "there"
+    shutil.copytree(output / "model", root)
+    own = {"LICENSE": "mine", "samples/a.txt": "dances", "README.md": "# My words"}
+    (root / "samples").mkdir()
+    for name, text in own.items():
+        (root / name).write_text(text)
+    if made:
+        (root / "pipeline.py").unlink()
+    for _ in range(2):  # the second time over the first
+        done = published("--checkpoint", root, "--to", there)
+        assert done.exit_code == 0, done.output
+    assert {name: (there / name).read_text() for name in own} == own and whole.missing(there) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "stale"),
+    [
+        (["entprog.json", "prompt_embeds.safetensors", "vae/old.safetensors", "README.md"], 2),
+        (["entprog.json", "samples/a.mp4", "vae/notes.md", "vae/deep/config.json", "LICENSE", ".gitattributes"], 0),
+        (["prompt_embeds.safetensors", "vae/old.safetensors"], 0),
+    ],
+)
+def test_only_what_an_earlier_publication_left_is_stale(there, stale):
+    found = whole.stale(there, ["entprog.json", "README.md", "vae/config.json"])
+    assert found == sorted(there[1 : 1 + stale])
+
+
 def test_what_a_folder_of_an_older_version_lacks_is_made(output, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(output / "model", old)
@@ -58,6 +112,9 @@ def test_what_a_folder_of_an_older_version_lacks_is_made(output, tmp_path):
         (old / name).unlink()
     assert published("--checkpoint", old, "--to", tmp_path / "there").exit_code == 0
     assert whole.missing(tmp_path / "there") == [] and whole.missing(old) == ["model_index.json"]
+    card = (tmp_path / "there" / "README.md").read_text()
+    assert "# old\n" in card and "Base: new weights" in card, card
+    assert folders.saved(tmp_path / "there") == folders.saved(old)
 
 
 def test_the_weights_of_an_earlier_step_are_a_whole_pipeline_too(tmp_path):
@@ -73,7 +130,11 @@ def test_the_weights_of_an_earlier_step_are_a_whole_pipeline_too(tmp_path):
     expected = before | averages
     assert averages and weights.keys() == before.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    assert folders.saved(tmp_path / "there")["provenance"]["step"] == 2
+    about, card = folders.saved(tmp_path / "there"), (tmp_path / "there" / "README.md").read_text()
+    assert about["provenance"] == folders.saved(tmp_path / "model")["provenance"] | {"step": 2}
+    assert f"# {tmp_path.name}\n" in card and "Base: new weights" in card, card
+    for name, content in contents(tmp_path / "there").items():
+        assert str(tmp_path).encode() not in content, f"{name} names this machine"
     gone = published("--checkpoint", tmp_path, "--to", tmp_path / "other", "--step", 7)
     assert gone.exit_code == 2 and "no whole checkpoint step-00000007" in gone.output and "step-00000002" in gone.output
 
@@ -88,13 +149,19 @@ def test_a_bucket(output):
         query = f"?scheme=http&endpoint_override={address}&region=us-east-1"
         done = published("--checkpoint", output, "--to", f"s3://shop/dancer{query}")
         assert done.exit_code == 0, done.output
+        for name in ("prompt_embeds.safetensors", "vae/config.json", "samples/a.mp4"):
+            with system.open_output_stream(f"shop/dancer/{name}") as stream:
+                stream.write(b"of an earlier one, or a person's")
+        done = published("--checkpoint", output, "--to", f"s3://shop/dancer{query}")
+        assert done.exit_code == 0, done.output
         listed = system.get_file_info(fs.FileSelector("shop/dancer", recursive=True))
         names = {info.path.removeprefix("shop/dancer/") for info in listed if info.is_file}
-    assert names >= {"model_index.json", "pipeline.py", "README.md", "transformer/config.json"}
+    assert names >= {"model_index.json", "pipeline.py", "README.md", "transformer/config.json", "samples/a.mp4"}
+    assert not names & {"prompt_embeds.safetensors", "vae/config.json"}, "they would act in the new one"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What of the hub's interface an upload of small files uses."""
+    """What of the hub's interface an upload of small files uses, and a download."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -110,6 +177,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del self.server.files[line["value"]["path"]]
             return self._answer(
                 {
                     "commitUrl": f"http://127.0.0.1:{self.server.server_port}/me/dancer/commit/{'0' * 40}",
@@ -122,7 +191,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return self._answer({"error": f"unknown: {self.path}"}, 404)
 
     def do_GET(self):
-        self._answer({"id": "me/dancer", "sha": "0" * 40, "siblings": []})
+        if "/tree/" in self.path:
+            found = {name: len(content) for name, content in self.server.files.items()}
+            return self._answer([{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in found.items()])
+        if "/resolve/" in self.path:
+            return self._file(self.path.partition(f"/resolve/{'0' * 40}/")[2])
+        return self._answer({"id": "me/dancer", "sha": "0" * 40, "siblings": []})
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def _file(self, name):
+        if self.command == "GET":
+            self.server.fetched.append(name)
+        content = self.server.files[name]
+        self.send_response(200)
+        for header, value in (("X-Repo-Commit", "0" * 40), ("ETag", f'"{name}"'), ("Content-Length", len(content))):
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(content if self.command == "GET" else b"")
 
     def _answer(self, value, status=200):
         self.send_response(status)
@@ -134,21 +221,53 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub(output, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on loopback, empty; this machine's cache of it is too."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.created, server.files = [], {}
+        server.created, server.files, server.fetched = [], {}, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
-        done = published("--checkpoint", output, "--to", "hf://me/dancer")
+        yield server
         server.shutdown()
+
+
+def test_a_hub(output, hub):
+    server, of_earlier = hub, {"prompt_embeds.safetensors": b"old", "vae/a[1].json": b"{}"}
+    server.files |= {"entprog.json": b"{}", **of_earlier, "LICENSE": b"me"}
+    done = published("--checkpoint", output, "--to", "hf://me/dancer")
     assert done.exit_code == 0, done.output
+    assert not server.files.keys() & of_earlier.keys(), "they would act in the new one"
+    assert server.files["LICENSE"] == b"me"
     created = server.created[0]  # older and newer versions of the library say it differently
     assert created.get("visibility") == "private" or created.get("private") is True
     assert created["name"] == "dancer"
     index = json.loads(server.files["model_index.json"])
     assert index["family"] == "wan" and "secret" not in done.output
     assert server.files["transformer/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(output, monkeypatch):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    done = published("--checkpoint", output, "--to", "hf://me/dancer")
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+    assert "--to: hf://me/dancer does not take it: " in done.output
+
+
+def test_the_licence_of_a_base_is_read_without_its_weights(hub):
+    hub.files |= {"model_index.json": b"{}", "transformer/config.json": b"{}"}
+    hub.files |= {f"{name}/diffusion_pytorch_model.safetensors": b"tens of GB" for name in ("transformer", "vae")}
+    hub.files["README.md"] = b"---\nlicense: apache-2.0\n---\n"
+    assert model_card.licence_of("someone/base") == {"license": "apache-2.0"}
+    assert "README.md" in hub.fetched and not [name for name in hub.fetched if name.endswith("safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +330,7 @@ def test_the_card_has_figures_data_base_and_its_licence(front, licence, output, 
     shutil.copytree(output / "model", folder)
     (base / "README.md").write_text(front)
     experiment = config.build(config.merge(tiny_experiment().model_dump(), {"model": {"base": str(base), "init": {}}}))
-    model_card.write(folder, experiment, RESULT)
+    model_card.write(folder, experiment.name, experiment, RESULT)
     text = (folder / "README.md").read_text()
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
     assert {k: v for k, v in head.items() if k.startswith("license")} == licence

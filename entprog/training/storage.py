@@ -117,6 +117,10 @@ class Place:
         elif self.system.get_file_info(self.root).type != fs.FileType.NotFound:
             self.system.delete_dir(self.root)
 
+    def delete(self, name: str) -> None:
+        """A file of it."""
+        self.system.delete_file(f"{self.root}/{name}")
+
     def upload(self, folder: Path) -> None:
         """Every file of a local folder."""
         fs.copy_files(

@@ -62,17 +62,20 @@ frames = draw(points, {height}, {width})
 """
 
 
-def write(folder: Path, experiment: Experiment | None = None, result: Mapping[str, Any] | None = None) -> None:
+def write(
+    folder: Path, title: str, experiment: Experiment | None = None, result: Mapping[str, Any] | None = None
+) -> None:
     """Leave the card in a saved folder. experiment, result: of the training, where they are known."""
     about = folders.saved(folder)
     licence = licence_of(experiment.model.base if experiment else about["provenance"].get("base"))
-    files.write_text(folder / folders.CARD, masked(card(about, licence, folder, experiment, result or {})))
+    files.write_text(folder / folders.CARD, masked(card(about, licence, folder, title, experiment, result or {})))
 
 
 def card(
     about: Mapping[str, Any],
     licence: Mapping[str, str],
     folder: Path,
+    title: str,
     experiment: Experiment | None,
     result: Mapping[str, Any],
 ) -> str:
@@ -89,7 +92,7 @@ def card(
         code = code.replace(", custom_pipeline=folder, trust_remote_code=True", "")
     return TEMPLATE.format(
         front=yaml.safe_dump(front | dict(licence), sort_keys=False),
-        title=plain(experiment.name if experiment else folder.parent.name),
+        title=plain(title),
         family=about["family"],
         conditions=f" to follow {' and '.join(conditions)}" if conditions else "",
         clip=size,
@@ -126,9 +129,10 @@ def _figures(experiment: Experiment | None, result: Mapping[str, Any]) -> str:
 
 
 def licence_of(base: str | None) -> dict[str, str]:
-    """The licence that a base's own card states (`license`, `license_name`, `license_link`); {} if it states none."""
+    """The licence that a base's own card states (`license`, `license_name`, `license_link`); {} if it states none. No
+    weights are fetched for it."""
     try:
-        path = folders.locate(base, "model.base") / folders.CARD if base else None
+        path = folders.locate(base, "model.base", parts=()) / folders.CARD if base else None
         text = path.read_text(errors="replace") if path and path.is_file() else ""
         found = re.match(r"---\n(.*?)\n---\s", text, re.S)
         values = yaml.safe_load(found[1]) if found else {}
