@@ -240,6 +240,22 @@ def test_whole_weights_of_adapted_layers_go_on_too(tmp_path):
     adapters.check(again, tiny_denoiser(wanted).network, "it")
 
 
+def test_comfyuis_file_has_no_keys_that_its_network_lacks(tmp_path):
+    layers = ["blocks.0.attn2.add_k_proj", "face_adapter.0.to_q", "face_adapter.0.to_v", "face_adapter.1.to_out"]
+    pairs = {name: Pair(torch.ones(2, 32), torch.ones(32, 2), 2.0) for name in layers}
+    for name, kept in (("both", pairs), ("faces", dict(list(pairs.items())[1:]))):
+        adapters.write(tmp_path / name, Adapter(kept, about={"family": "wan_animate"}), "transformer")
+        assert equal(adapters.read(str(tmp_path / name), "it"), Adapter(kept)), "the others' files have all"
+    keys = load_file(tmp_path / "both" / adapters.COMFYUI)
+    assert {key.split(".", 1)[1].rsplit(".", 1)[0].removesuffix(".lora_A").removesuffix(".lora_B") for key in keys} == {
+        "blocks.0.cross_attn.k_img"
+    }
+    said = (tmp_path / "both" / "README.md").read_text()
+    assert "comfyui.safetensors, without 3 layers" in said and "face_adapter.1.to_out" in said
+    assert not (tmp_path / "faces" / adapters.COMFYUI).exists()
+    assert "ComfyUI:" not in (tmp_path / "faces" / "README.md").read_text()
+
+
 def test_commands(saved, tmp_path):
     base, folder, denoiser = saved
     options = ["merge", "--adapter", str(folder), "--base", str(base), "--output", str(tmp_path / "merged")]

@@ -2,7 +2,7 @@
 
 An adapter's folder:
   pytorch_lora_weights.safetensors   what `pipe.load_lora_weights(FOLDER)` of diffusers takes
-  comfyui.safetensors                the same for ComfyUI (Wan alone)
+  comfyui.safetensors                the same for ComfyUI (Wan alone), without face_adapter
   adapter_model.safetensors          the same for peft, with adapter_config.json
   outside.safetensors                whole weights that lie in no adapted layer: none of those three load them
   prompt_embeds.safetensors          the text that training showed, where it was not zeros
@@ -45,6 +45,8 @@ TO_COMFYUI = (
 )  # fmt: skip
 """Wan's layers in diffusers, and in its original code, which ComfyUI's names follow; longer ones first."""
 COMFYUI_FAMILIES = ("wan", "wan_animate")
+NOT_IN_COMFYUI = "face_adapter."
+"""Before the names of layers that ComfyUI's file leaves out: the original has their keys and values in one layer."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def write(folder: Path, adapter: Adapter, part: str) -> None:
         save_file(_tensors(adapter, "base_model.model."), scratch / PEFT)
         peft = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True, **config}
         (scratch / PEFT_CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
-        if adapter.about.get("family") in COMFYUI_FAMILIES:
-            named = {to_comfyui(name): pair for name, pair in adapter.pairs.items()}
+        if kept := _in_comfyui(adapter):
+            named = {to_comfyui(name): pair for name, pair in kept.items()}
             tensors = _tensors(Adapter(named), "diffusion_model.")
             tensors |= {f"diffusion_model.{name}.alpha": torch.tensor(pair.alpha) for name, pair in named.items()}
             save_file(tensors, scratch / COMFYUI)
@@ -132,17 +134,30 @@ def _readme(adapter: Adapter, config: Mapping[str, Any]) -> str:
         f'- diffusers: `pipe.load_lora_weights("THIS FOLDER")` takes {DIFFUSERS}',
         f"- peft: `PeftModel.from_pretrained(network, FOLDER)` takes {PEFT}",
     ]
-    if adapter.about.get("family") in COMFYUI_FAMILIES:
-        lines.append(f"- ComfyUI: {COMFYUI}")
+    if kept := _in_comfyui(adapter):
+        left_out = [name for name in adapter.pairs if name not in kept]
+        without = f", without {len(left_out)} layers that its network has in another form: {_some(left_out)}"
+        lines.append(f"- ComfyUI: {COMFYUI}{without if left_out else ''}")
     lines.append("- merged into its base: `entprog adapter merge --adapter FOLDER --base BASE --output MODEL`\n")
     if adapter.outside:
-        shown = ", ".join(sorted(adapter.outside)[:8]) + (", …" if len(adapter.outside) > 8 else "")
         lines.append(
             f"**It is half of what was trained.** {OUTSIDE} holds {len(adapter.outside)} weights that lie in no "
-            f"adapted layer ({shown}). diffusers, peft and ComfyUI do not load them: put them into the network with "
-            "`network.load_state_dict(load_file(FILE), strict=False)`, or merge the adapter.\n"
+            f"adapted layer ({_some(adapter.outside)}). diffusers, peft and ComfyUI do not load them: put them into "
+            "the network with `network.load_state_dict(load_file(FILE), strict=False)`, or merge the adapter.\n"
         )
     return "\n".join(lines)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _in_comfyui(adapter: Adapter) -> dict[str, Pair]:
+    """The pairs that have a place in ComfyUI's network; {} for a family that it has not."""
+    if adapter.about.get("family") not in COMFYUI_FAMILIES:
+        return {}
+    return {name: pair for name, pair in adapter.pairs.items() if not name.startswith(NOT_IN_COMFYUI)}
 
 
 def to_comfyui(name: str) -> str:
