@@ -28,6 +28,8 @@ DECIDING = ("generate", "prepare.margin", "prepare.point_visibility")
 """Settings, and parts of them, that an output belongs to."""
 FREE = ("generate.batch_size", "generate.gpus", "generate.max_bytes")
 """Of them those that a resumed command may change."""
+ADDED = ("generate.text", "generate.text_encoder")
+"""Of them those that outputs of earlier versions do not name."""
 
 app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
 
@@ -63,6 +65,7 @@ def main(
         float | None, typer.Option(help="Strength of the reference image (generate.reference_guidance).")
     ] = None,
     pose_guidance: Annotated[float | None, typer.Option(help="Strength of the pose (generate.pose_guidance).")] = None,
+    text: Annotated[str | None, typer.Option(help="Text that the network is shown (generate.text).")] = None,
     without: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="Show each clip without pose (or reference) beside.")
     ] = None,
@@ -76,7 +79,7 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
-        own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance}
+        own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
         given["without"] = without
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
@@ -121,6 +124,9 @@ def run(
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
         del identity[name]
+    for name in ADDED:
+        if identity[name] is None:
+            del identity[name]
     claim.check(output, "generate", identity)
     left_out = {}
     if shards is not None:

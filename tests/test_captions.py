@@ -50,11 +50,8 @@ def wan(base, **changes):
     return Model(base=str(base), vae="none", **changes)
 
 
-KINDS = {"wan": "UMT5EncoderModel", "cogvideox": "T5EncoderModel", "motion_unet": "CLIPTextModel"}
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", encoders.KINDS)
 def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
     """Its own encode_prompt, with its own defaults of what a text may hold."""
     import diffusers
@@ -62,7 +59,7 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
 
     family, settings = models.family(name), Model(family=name, init=TINY[name]["init"], vae="none")
     family.load(settings).save(tmp_path / "base")
-    model = encoders.encoder(tmp_path / "base", KINDS[name])
+    model = encoders.encoder(tmp_path / "base", encoders.KINDS[name])
     found = captions.prepared(Model(family=name, base=str(tmp_path / "base"), vae="none"), dataset, "caption")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
     parts = {"tokenizer": tokenizer, "text_encoder": model, "vae": None, "scheduler": None}

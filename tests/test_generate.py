@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,8 +19,9 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.models.wan import load
+from helpers import encoders
 from pipelines import generate
-from pipelines.generating import motions, rendering
+from pipelines.generating import checkpoints, motions, rendering
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -115,6 +118,37 @@ def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_pat
     assert one != bytes_of("seed", seed=1)
     assert one != bytes_of("later", start_s=0.25)
     assert one != bytes_of("guided", pose_guidance=3.0)
+
+
+def test_a_text_is_shown_as_the_base_s_pipeline_encodes_it(made, tmp_path):
+    import diffusers
+    import transformers
+
+    root = tmp_path / "run" / "model"
+    denoiser = load(Model(init=NETWORK, vae="none"))
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    denoiser.save(root, shape=SHAPE)
+    given = ["--reference", made / "me.png", "--pose", made / "poses.npz", "--steps", 2]
+    asked = ["--text", "a person dances", "--output", tmp_path / "out"]
+    refused = command("--checkpoint", root, *given, *asked, expected=2)
+    assert f"--text: {root} has no text_encoder/ and tokenizer/: set generate.text_encoder" in refused
+    assert not (tmp_path / "out").exists()
+    model = encoders.encoder(tmp_path / "encoders", width=NETWORK["text_dim"])
+    command("--checkpoint", root, *given, *asked, "--set", f"generate.text_encoder={tmp_path / 'encoders'}")
+    plain = command("--checkpoint", root, *given, "--output", tmp_path / "plain")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("out", "plain")]
+    ours, theirs = (Path(result["clips"][0]["result"]).read_bytes() for result in results)
+    assert ours != theirs and plain
+    shutil.copytree(tmp_path / "encoders", root, dirs_exist_ok=True)  # as train.save=whole leaves them
+    wanted = Generation.model_validate({"generate": {"text": "a person dances"}}).generate
+    shown = checkpoints.load(checkpoints.find(str(root), wanted), wanted).text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer")
+    pipe = diffusers.WanPipeline(tokenizer, model, vae=None, scheduler=None, transformer=None)
+    with torch.no_grad():
+        expected = pipe.encode_prompt("a person dances", do_classifier_free_guidance=False, max_sequence_length=512)[0]
+    torch.testing.assert_close(shown, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path):

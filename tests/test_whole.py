@@ -9,15 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from entprog.config import ClipShape, Generate
+from entprog.config import ClipShape, Generate, Model
 from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.media.skeleton import draw
-from entprog.models import folders, whole
-from helpers import bases
+from entprog.models import captions, folders, whole
+from helpers import bases, encoders
 from helpers.families import NAMES, TINY, again, clips, load
 from helpers.recording import calls
 
@@ -116,6 +117,24 @@ def made(tmp_path_factory):
 
 def family_of(name):
     return "wan" if name in IMAGE_TO_VIDEO else name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), encoders.KINDS.items())
+def test_a_prompt_is_encoded_as_generate_does(name, kind, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    denoiser = load(name, conditions=("reference",))
+    denoiser.save(tmp_path, shape=NINE)
+    bare = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    with pytest.raises(ValueError, match="tokenizer and text_encoder are not both there"):
+        bare.encoded("a person dances")
+    model = encoders.encoder(tmp_path, kind)
+    found = captions.source(Model(family=name, base=str(tmp_path), vae="none"))
+    expected = captions.one(found, denoiser.network.config, "a person dances", "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    bare.register_modules(tokenizer=tokenizer, text_encoder=model)
+    torch.testing.assert_close(bare.encoded("a person dances"), expected)
 
 
 @torch.no_grad()

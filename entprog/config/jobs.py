@@ -125,6 +125,11 @@ class Generate(Part):
     """Strength of the pose over a zeroed one; 1: none. Equal to `reference_guidance`: ordinary guidance by both."""
     shift: float | None = Field(default=None, gt=0)
     """Timestep shift: >1 spends more steps on noise. None: the checkpoint's own."""
+    text: str | None = None
+    """Text that the network is shown, as training shows captions (`data.text=caption`; extra `text`). None: the one
+    that lies with the checkpoint."""
+    text_encoder: str | None = None
+    """Folder (or hub name) with `text_encoder/` and `tokenizer/`, which encode `text`. None: the checkpoint's own."""
     count: int = Field(default=4, ge=1)
     """Clips of a split, spread evenly over it."""
     start_s: float = Field(default=0.0, ge=0)

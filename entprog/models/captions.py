@@ -175,6 +175,12 @@ def _share(
     return Texts(folder, found.family.text_tokens(network), captions)
 
 
+def one(found: Source, network, text: str, device: torch.device | str) -> torch.Tensor:
+    """Embedding of a text, float32 [1, tokens, width], as `Texts.of` has it. network: the base's configuration."""
+    (embedding,) = encoder(found, network, device)([text])
+    return texts.padded(embedding.float()[None], found.family.text_tokens(network))
+
+
 def folder_of(dataset: shards.Dataset, found: Source) -> Path:
     """Where the embeddings of a dataset's texts lie."""
     return dataset.folder / FOLDER / found.key
@@ -214,7 +220,7 @@ def _kind(encoder: Path) -> str:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError("data.text: captions need transformers: pip install 'entprog[text]'") from None
+        raise UserError("texts are encoded by transformers, which is not there: pip install 'entprog[text]'") from None
     names = folders.read_json(encoder / "config.json").get("architectures") or ["of unknown class"]
     if names[0] not in ENCODERS:
         raise UserError(f"text encoder {encoder} is a {names[0]}: known are {', '.join(ENCODERS)}")

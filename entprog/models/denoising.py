@@ -290,6 +290,7 @@ class VideoDenoiser:
                 base=self.base_index,
                 form=self.form,
                 text_shape=tuple(self.text.shape),
+                encodes=self.TEXT_PIPELINE and (self.TEXT_PIPELINE, self.text_tokens(self.network.config)),
                 compression=(self._geometry.temporal, self._geometry.spatial),
             )
 

@@ -124,13 +124,14 @@ def leave(
     base: Mapping[str, Any],
     form: str,
     text_shape: tuple[int, ...],
+    encodes: tuple[str, int] | None,
     compression: tuple[int, int],
 ) -> None:
     """Write model_index.json, and pipeline.py with its drawing of poses where the network needs them.
 
     network: its folder and class; scheduler, vae: their classes; about: the content of entprog.json; base: the base's
-    own index; form: of the conditions (`VideoDenoiser.form`). A network without conditions keeps its base's pipeline,
-    if all of that is there.
+    own index; form: of the conditions (`VideoDenoiser.form`); encodes: the diffusers pipeline that encodes texts for
+    it, and their tokens. A network without conditions keeps its base's pipeline, if all of that is there.
     """
     left_out = about["elsewhere"]
     here = {"scheduler": ["diffusers", scheduler], network[0]: ["diffusers", network[1]]}
@@ -152,6 +153,7 @@ def leave(
             "latent_channels": about["latent_channels"],
             "compression": compression,
             "text_shape": text_shape,
+            "encodes": encodes,
             "prompt": (folder / folders.PROMPT).is_file(),
             "clip": clip,
             "elsewhere": left_out or None,

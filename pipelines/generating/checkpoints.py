@@ -1,6 +1,6 @@
 """A checkpoint that makes clips: found, checked, loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,25 @@ class Checkpoint:
         return config.Model(family=self.about["family"], base=str(self.root), conditions=self.conditions, dtype=dtype)
 
 
+def text_source(checkpoint: Checkpoint, settings: Generate):
+    """What encodes `generate.text` (`entprog.models.captions.Source`); nothing is loaded. Raises UserError, in one
+    line, for what is missing."""
+    from entprog import models
+    from entprog.models import captions, folders
+
+    family, elsewhere = checkpoint.about["family"], checkpoint.about.get("elsewhere", {}).get("text_encoder")
+    if models.family(family).load.args[0].TEXT_PIPELINE is None:
+        raise UserError(f"--text: networks of family {family} are shown no text here")
+    name = settings.text_encoder or (elsewhere["name"] if elsewhere else str(checkpoint.root))
+    root = folders.located_text(name, "generate.text_encoder")
+    if not (root / "text_encoder" / "config.json").is_file() or not (root / "tokenizer").is_dir():
+        raise UserError(
+            f"--text: {name} has no text_encoder/ and tokenizer/: set generate.text_encoder to a folder or hub name "
+            "that has, such as the base"
+        )
+    return captions.source(checkpoint.model().model_copy(update={"text_encoder": name}))
+
+
 def find(given: str, settings: Generate) -> Checkpoint:
     """The checkpoint of `--checkpoint`, and whether it can be sampled as the settings say.
 
@@ -54,7 +73,10 @@ def find(given: str, settings: Generate) -> Checkpoint:
     for network in filter(None, (folders.part(root, name) for name in folders.NETWORKS)):
         if name := finite.not_finite_in(network):
             raise UserError(f"--checkpoint: {network} is no trained network: {name} is not finite; train it again")
-    return Checkpoint(root, about, shape, process)
+    found = Checkpoint(root, about, shape, process)
+    if settings.text is not None:
+        text_source(found, settings)
+    return found
 
 
 def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
@@ -71,8 +93,14 @@ def load(checkpoint: Checkpoint, settings: Generate):
     import torch
 
     from entprog import models
+    from entprog.models import captions
 
     if settings.gpus == "yes" and not torch.cuda.is_available():
         raise UserError("generate.gpus=yes, but torch sees no GPU here")
     device = "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
-    return models.family(checkpoint.about["family"]).load(checkpoint.model(settings.dtype), device)
+    family, text = models.family(checkpoint.about["family"]), None
+    if settings.text is not None:  # before the network is loaded: the text encoder may be as large
+        network = family.inspect(checkpoint.model()).network.config
+        text = captions.one(text_source(checkpoint, settings), network, settings.text, device)
+    denoiser = family.load(checkpoint.model(settings.dtype), device)
+    return denoiser if text is None else replace(denoiser, text=text.to(device))

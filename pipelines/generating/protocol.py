@@ -22,7 +22,10 @@ FILE = "protocol.json"
 
 def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
     """All that decides what a checkpoint makes of a motion."""
-    return {
+    text = {}
+    if chosen.text is not None:
+        text = {"text": chosen.text, "text encoder": checkpoints.text_source(maker, chosen).key}
+    return text | {
         "checkpoint": fingerprints.base(maker.model()),
         "sampler": checkpoints.sampler_name(maker, chosen),
         "steps": chosen.steps,

@@ -4,6 +4,8 @@ import json
 
 import torch
 
+KINDS = {"wan": "UMT5EncoderModel", "cogvideox": "T5EncoderModel", "motion_unet": "CLIPTextModel"}
+"""Of families that take captions."""
 WORDS = ["<pad>", "</s>", "<unk>", "a", "person", "dances", "in", "the", "rain", "walks", "home"]
 
 

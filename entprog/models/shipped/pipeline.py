@@ -33,6 +33,7 @@ OWN_INPUTS = ("wan_animate", "wan_vace")
 """Families whose networks have inputs of their own for reference and pose."""
 VACE_MASK = 64
 """Channels of VACE's mask: pixels that a latent stands for."""
+TEXT_PARTS = ("tokenizer", "text_encoder")
 IMAGE_VAES = (diffusers.AutoencoderKL, diffusers.AutoencoderKLTemporalDecoder)
 
 
@@ -69,14 +70,16 @@ class ReferencePosePipeline(DiffusionPipeline):
         latent_channels=3,
         compression=(1, 1),
         text_shape=(1, 1, 1),
+        encodes=None,
         prompt=False,
         clip=None,
         elsewhere=None,
     ):
         """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
-        latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. prompt: whether its values
-        lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width and fps of the clips it
-        was trained on. elsewhere: where parts lie that are not in this folder."""
+        latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. encodes: the pipeline of
+        diffusers that encodes texts for this network, and their tokens. prompt: whether the values of what
+        cross-attention sees lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width
+        and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder."""
         super().__init__()
         vae = vae or fetched("vae", elsewhere)
         if takes_tokens(form, transformer):
@@ -89,7 +92,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         )  # fmt: skip
         self.register_to_config(
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
-            compression=list(compression), text_shape=list(text_shape), prompt=prompt, clip=clip, elsewhere=elsewhere,
+            compression=list(compression), text_shape=list(text_shape), encodes=encodes, prompt=prompt, clip=clip,
+            elsewhere=elsewhere,
         )  # fmt: skip
 
     @property
@@ -107,6 +111,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         num_inference_steps=20,
         reference_guidance=1.0,
         pose_guidance=1.0,
+        prompt=None,
         prompt_embeds=None,
         generator=None,
         latents=None,
@@ -117,7 +122,8 @@ class ReferencePosePipeline(DiffusionPipeline):
 
         reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size. pose: as many
         drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
-        strengthens a condition over a zeroed one. prompt_embeds [1, tokens, width]: instead of the folder's own.
+        strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
+        [1, tokens, width] of one.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
         device, shown = self._execution_device, {}
@@ -144,6 +150,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
             if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
+        if prompt is not None:
+            prompt_embeds = self.encoded(prompt)
         text = {name: tensor.to(device) for name, tensor in self.text(prompt_embeds).items()}
         passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
         if latents is None:
@@ -252,6 +260,25 @@ class ReferencePosePipeline(DiffusionPipeline):
         temporal, spatial = self.config.compression
         frames, rows, columns = 1 + (like.shape[2] - 1) * temporal, like.shape[3] * spatial, like.shape[4] * spatial
         return self.encode(torch.zeros(1, 3, frames, rows, columns, device=like.device)).to(like)
+
+    def encoded(self, prompt):
+        """A text as the base's own pipeline encodes it: [1, tokens, width]."""
+        if self.config.encodes is None:
+            raise ValueError(f"networks of family {self.config.family} are shown no prompt here: give prompt_embeds")
+        parts = {name: getattr(self, name) or fetched(name, self.config.elsewhere) for name in TEXT_PARTS}
+        if None in parts.values():
+            raise ValueError(
+                f"{' and '.join(TEXT_PARTS)} are not both there: give DiffusionPipeline.from_pretrained those of the "
+                "base, or give prompt_embeds"
+            )
+        name, tokens = self.config.encodes
+        kind, device = getattr(diffusers, name), self._execution_device
+        parameters = inspect.signature(kind).parameters.values()
+        pipe = kind(**{one.name: None for one in parameters if one.default is one.empty} | parts)
+        if name == "AnimateDiffPipeline":
+            return pipe.encode_prompt(prompt, device, 1, False)[0]
+        without = {"do_classifier_free_guidance": False, "max_sequence_length": tokens, "device": device}
+        return pipe.encode_prompt(prompt, **without)[0]
 
     def text(self, given):
         """What the network sees of a text, by name: [1, tokens, width] for cross-attention, perhaps more."""
