@@ -128,7 +128,7 @@ def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, 
     assert (small.experiment.data.shape.height, whole.experiment.data.shape.height) == (32, 64)
     figures = demo_base.run(parts, material, place, place / "left", 1.0)
     of_vae = sum(p.numel() for p in AutoencoderKLWan(**demo_vae.CONFIGURATION).parameters())
-    assert figures["bytes"] < 2 * (figures["parameters"] + of_vae) + 40_000
+    assert figures["bytes"] < 2 * (figures["parameters"] + of_vae) + 80_000
     loaded = models.family("wan").load(config.Model(base=str(place / "left"), conditions=["reference", "pose"]))
     assert demo_base.judged(loaded, material.held_out) == figures["held_out_loss"], "what was measured is what is kept"
     record = json.loads((place / "demo_base.json").read_text())
