@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from entprog.blocks import compile_blocks
 from entprog.config import Generate
+from entprog.errors import UserError
 from entprog.media import h264
+from entprog.quality import pictures
 from helpers.networks import SHAPE, tiny_experiment
 from helpers.runs import Run, comparable
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
-from pipelines.training import previews, steplog
+from pipelines.training import previews, standing, steplog
 
 
 def motions(count=2):
@@ -81,6 +84,45 @@ def test_what_is_drawn_is_what_the_averages_draw(tmp_path):
     assert np.array_equal(shown, h264.decode_rgb(h264.write(tmp_path / "made.mp4", made, SHAPE.fps).read_bytes()))
     folder = "previews/step-00000004"
     assert {where for _, where in kept} == {folder} and {"sheet.png"} < {name for name, _ in kept}
+
+
+def test_metrics_are_those_of_the_clips_beside_them(tmp_path):
+    run, logged = Run(tiny_experiment(train={"steps": 2})), {}
+    random = np.random.default_rng(1)
+    seen = [replace(m, video=random.integers(0, 255, (2, 16, 16, 3), np.uint8)) for m in motions()]
+    meter = previews.meter(("psnr", "ssim"), SHAPE, 2)
+    look = replace(looking(run, tmp_path), motions=seen, meter=meter, log=lambda step, values: logged.update(values))
+    look.show(2, 1.0, {})
+    (entry,) = steplog.lines_of(tmp_path / steplog.PREVIEWS)
+    drawn = [h264.decode_rgb((tmp_path / v.replace(".mp4", "_result.mp4")).read_bytes()) for v in entry["videos"]]
+    each = [
+        pictures.psnr(*(torch.from_numpy(c).movedim(-1, 1) for c in (a, m.video)))
+        for a, m in zip(drawn, seen, strict=True)
+    ]
+    assert entry["figures"]["psnr"] == pytest.approx(np.mean(each)) and set(entry["figures"]) == {"psnr", "ssim"}
+    assert logged == {f"preview/{name}": value for name, value in entry["figures"].items()}
+    assert '"psnr"' in (tmp_path / "previews" / "index.html").read_text()
+    assert f"psnr {entry['figures']['psnr']:.4g}" in dict(standing.rows(shown(tmp_path)))["last preview"]
+
+
+def shown(folder):
+    (folder / "steps.jsonl").touch()
+    return standing.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("psnrr",), r"train.preview_metrics: no metric 'psnrr' .did you mean psnr"),
+        (("fvd",), r"train.preview_metrics: metric fvd needs clips of|is of a set of clips"),
+        (("frechet_efficientnet_lite0",), "is of a set of clips, not of a few: evaluate measures it"),
+        (("ms_ssim",), "metric ms_ssim needs frames of 161 pixels a side"),
+    ],
+)
+def test_metrics_that_a_preview_cannot_have_are_one_line(names, said):
+    with pytest.raises(UserError, match=said) as caught:
+        previews.meter(names, SHAPE, 2)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_page_plays_them_in_order_and_a_motions_name_is_a_text(tmp_path):

@@ -66,7 +66,8 @@ def whole(shards, **train):
 def undisturbed(place, shards):
     """The run that all others are compared with, and its folder."""
     output = place / "whole"
-    seen = whole(shards, preview_every=8, preview_clips=1)  # those that it is compared with draw none
+    looks = {"preview_every": 8, "preview_clips": 1, "preview_metrics": ["psnr"]}
+    seen = whole(shards, **looks)  # those that it is compared with draw none
     return train.run(seen, output, tables=place / "tables"), output
 
 
@@ -103,6 +104,8 @@ def test_mlflow_has_the_run(undisturbed, place):
     names = ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s")
     for name in (*names, "peak_memory_bytes", "optimizer_bytes"):
         assert name in run.data.metrics, name
+    measured = client.get_metric_history(run.info.run_id, "preview/psnr")
+    assert [p.step for p in measured] == [8, 16] and all(0 < p.value < 100 for p in measured)
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [p.step for p in points] == list(range(1, 17)) and [p.value for p in points] == result["losses"]
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {

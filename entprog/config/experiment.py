@@ -217,6 +217,9 @@ class Train(Part):
     `ema_decay`), in OUTPUT/previews/index.html and MLflow. Uncharged; training computes the same. 0: none."""
     preview_clips: int = Field(default=2, ge=1)
     """Held-out motions of a preview."""
+    preview_metrics: tuple[str, ...] = ()
+    """Metrics of a preview's clips against their own frames (`psnr`, `ssim`, `stlpips`, `pck`, …: those of `evaluate`
+    that a clip alone has): on the page, and in MLflow as `preview/NAME`."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
     further than before."""

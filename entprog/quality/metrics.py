@@ -73,7 +73,7 @@ def choose(wanted: Sequence[str], shape: ClipShape, clips: int) -> tuple[list[st
     unfit = {name: why for name in names if (why := _unfit(METRICS[name], shape, clips))}
     if wanted and unfit:
         name, why = next(iter(unfit.items()))
-        raise UserError(f"metric {name} {why}: leave it out of --metrics")
+        raise UserError(f"metric {name} {why}: leave it out")
     return [name for name in names if name not in unfit], unfit
 
 

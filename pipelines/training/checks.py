@@ -50,6 +50,10 @@ def check(experiment: Experiment) -> shards.Dataset:
         source.process.min_snr(torch.tensor([0.5]), experiment.train.min_snr)
     if experiment.train.timestep_shift == "auto" and not isinstance(source.process, Flow):
         raise UserError("train.timestep_shift=auto is of flow-matching networks: leave it out for this one")
+    if wanted := experiment.train.preview_metrics:
+        from pipelines.training import previews  # here: it takes what draws with it
+
+        previews.meter(wanted, data.shape, experiment.train.preview_clips)
     if experiment.train.lora:
         lora.check(source.network, blocks(source.network), experiment.train.lora)
         if given := experiment.model.adapter:

@@ -14,19 +14,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from entprog import files
-from entprog.config import ClipShape, Generate
+from entprog.config import ClipShape, Evaluate, Generate
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
+from entprog.errors import UserError
 from entprog.masking import reason
+from entprog.media import h264
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.training import steplog
+
+if TYPE_CHECKING:
+    from entprog.quality.metrics import Meter
 
 PAGE = Path(__file__).with_name("previews.html")
 
@@ -45,6 +51,10 @@ class Previews:
     warn: Callable[[str], None]
     compiled: bool = False
     """Whether blocks are compiled."""
+    meter: "Meter | None" = None
+    """Measures what was drawn; None: nothing does."""
+    log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    """Keep figures of a step with the run in MLflow."""
 
     def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> None:
         """Draw every motion with the weights as they are after this step, or with their averages where there are any;
@@ -68,10 +78,39 @@ class Previews:
             "time": time.time(),
             "motions": [record["clip"] for record in records],
             "videos": [str(video.relative_to(self.output)) for video in videos],
+            "figures": self._measured(records),
         }
+        self.log(step, {f"preview/{name}": value for name, value in entry["figures"].items()})
         for path in (*videos, *(Path(record["result"]) for record in records), sheet):
             self.keep(path, f"previews/{folder.name}")
         leave(self.output, entry)
+
+    def _measured(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Means over the motions, of those that have a value."""
+        if self.meter is None:
+            return {}
+        measured = []
+        for motion, record in zip(self.motions, records, strict=True):
+            made = h264.decode_rgb(Path(record["result"]).read_bytes())
+            frames = len(made)  # some VAEs take frames in groups: the last ones may be left out
+            truth, pose = motion.video[:frames], motion.pose[:frames]
+            measured.append(self.meter.measure(made, truth, motion.reference, pose).values)
+        means = {name: float(np.nanmean([one[name] for one in measured] or [np.nan])) for name in measured[0]}
+        return {name: value for name, value in means.items() if np.isfinite(value)}
+
+
+def meter(names: Sequence[str], shape: ClipShape, clips: int) -> "Meter":
+    """What measures previews. Raises UserError for a metric that there is not, that needs many clips or other ones, or
+    whose network is not there."""
+    from entprog.quality.metrics import METRICS, Meter, choose  # here: they take seconds to import
+
+    try:
+        chosen, _ = choose(names, shape, clips)
+        if of_sets := [name for name in chosen if METRICS[name].of == "set"]:
+            raise UserError(f"metric {of_sets[0]} is of a set of clips, not of a few: evaluate measures it")
+        return Meter(chosen, Evaluate())
+    except UserError as error:
+        raise UserError(f"train.preview_metrics: {error}") from None
 
 
 def leave(output: Path, entry: Mapping[str, Any]) -> None:
@@ -89,6 +128,7 @@ def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:
             "step": each["step"],
             "charged_s": each["charged_s"],
             "motions": each["motions"],
+            "figures": each.get("figures", {}),
             "videos": [str(Path(video).relative_to("previews")) for video in each["videos"]],
         }
         for each in entries

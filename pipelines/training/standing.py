@@ -162,7 +162,8 @@ def _told(standing: Standing) -> list[tuple[str, str]]:
     if standing.previews:
         last = standing.previews[-1]
         others = f", {len(standing.previews)} in all" if len(standing.previews) > 1 else ""
-        out.append(("last preview", f"step {last['step']}: {', '.join(last['videos'])}{others}"))
+        figures = "".join(f", {name} {value:.4g}" for name, value in last.get("figures", {}).items())
+        out.append(("last preview", f"step {last['step']}: {', '.join(last['videos'])}{figures}{others}"))
     if standing.warnings:
         last = standing.warnings[-1]
         ago = cli.duration(max(standing.now_s - last["time"], 0.0))

@@ -370,8 +370,14 @@ def _previews(
     settings = config.Generate(batch_size=data.batch_size, shift=_sampling_shift(setup))
     motions = _held_out_motions(setup, experiment.train.preview_clips) if tracker else []
     keep = tracker.artifact if tracker else lambda path, folder: None
+    measures, log = {}, {}
+    if tracker and (names := experiment.train.preview_metrics):
+        measures = {"meter": previewing.meter(names, data.shape, experiment.train.preview_clips)}
+        log = {"log": tracker.metrics}
     compiled = experiment.model.compile_blocks
-    return previewing.Previews(setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled)
+    return previewing.Previews(
+        setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled, **measures, **log
+    )
 
 
 def _sampling_shift(setup: Setup) -> float | None:
