@@ -187,7 +187,7 @@ def test_what_is_missing_is_one_line(base, dataset, tmp_path):
 
 def _ranks(rank, world, folder, base, sound):
     """Two ranks, and one text: to the other there is nothing to do."""
-    join(rank, world, folder, timeout_s=60)
+    join(rank, world, folder, timeout_s=240)
     if not sound:
         settings = wan(base, text_encoder=str(folder / "odd"))
         with pytest.raises(UserError, match="cannot load the text encoder"):
