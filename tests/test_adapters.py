@@ -12,7 +12,7 @@ from entprog import models
 from entprog.blocks import ADAPTER, blocks
 from entprog.config import Lora
 from entprog.errors import UserError
-from entprog.models import adapters, lora
+from entprog.models import adapters, folders, lora
 from entprog.models.adapters import Adapter, Pair
 from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
 from pipelines import adapter as job
@@ -266,6 +266,16 @@ def test_commands(saved, tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "merged" / "result.json").read_text())
     assert (result["layers"], result["whole_weights"]) == (60, 2)
+    said = shutil.copytree(folder, tmp_path / "said")  # as training leaves it: with clip shape, and text where one is
+    about = json.loads((said / adapters.ABOUT).read_text())
+    (said / adapters.ABOUT).write_text(json.dumps(about | {"shape": SHAPE.model_dump()}))
+    text = torch.rand(3, denoiser.text.shape[-1])
+    save_file({"prompt_embeds": text}, said / folders.PROMPT)
+    again = ["merge", "--adapter", str(said), "--base", str(base), "--output", str(tmp_path / "with text")]
+    assert CliRunner().invoke(job.app, again).exit_code == 0
+    merged = folders.saved(tmp_path / "with text" / "model")
+    assert merged["shape"] == SHAPE.model_dump()
+    assert torch.equal(load_file(tmp_path / "with text" / "model" / folders.PROMPT)["prompt_embeds"], text)
     options = ["extract", "--before", str(base), "--after", result["model"], "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(job.app, [*options, "--rank", "4"])
     assert done.exit_code == 0 and "without 0.0% of their change" in done.output, done.output

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import checkpointing, common, scaling, step_cost, stream
+from benchmarks import checkpointing, common, memory, scaling, step_cost, stream
 from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -75,6 +75,21 @@ def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch)
         assert row["note"] == ("out of memory" if full else "")
         assert row["speedup"] is None and (row["step_s"] is None) == full
         assert full or row["trained"][-1] == "blocks.3"
+
+
+def test_counted_memory_is_what_the_documents_say():
+    """The file is what the command counts today, and the tables are the file."""
+    kept = json.loads((common.RESULTS / "memory.json").read_text())["figures"]
+    name, sizes = next(iter(memory.NETWORKS.items()))
+    counted = [memory.row(name, sizes, way, plan) for way in memory.WAYS for plan in memory.PLANS]
+    assert kept[: len(counted)] == counted and {figure["network"] for figure in kept} == memory.NETWORKS.keys()
+    root = common.RESULTS.parents[1]
+    for file, ways in (("docs/memory.md", ("float32", "auto", "adamw_bf16")), ("README.md", ("auto", "adamw_bf16"))):
+        lines = [line for line in (root / file).read_text().splitlines() if line.startswith("| ")]
+        said = {float(number) for line in lines for number in re.findall(r"[\d.]*\d", line)}
+        for figure in kept:
+            size = figure["device_bytes"] / 1e9
+            assert figure["stored"] not in ways or round(size, 1 if size < 100 else 0) in said, (file, figure)
 
 
 def test_scaling(results):

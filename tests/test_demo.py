@@ -135,6 +135,9 @@ def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, 
     assert record["figures"][0]["clips_seen"] > 16 and record["curves"].keys() == {"vae", "small", "whole"}
 
     assert figures["vae_psnr_db"].keys() == {"held_out", "real"}
+    vae = (place / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert demo_base.encoder(material, place / "vae", 1e6)["curve"] == record["curves"]["vae"], "a longer run keeps it"
+    assert (place / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
     done = demo_base.trained(small, material)
     assert demo_base.trained(small, material) == done, "a finished part is not done again"
     more = {"train": {"seconds": done["seconds"] + 0.01}}

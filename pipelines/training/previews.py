@@ -95,7 +95,7 @@ class Previews:
             frames = len(made)  # some VAEs take frames in groups: the last ones may be left out
             truth, pose = motion.video[:frames], motion.pose[:frames]
             measured.append(self.meter.measure(made, truth, motion.reference, pose).values)
-        means = {name: float(np.nanmean([one[name] for one in measured] or [np.nan])) for name in measured[0]}
+        means = {name: float(np.nanmean([one[name] for one in measured])) for name in measured[0]}
         return {name: value for name, value in means.items() if np.isfinite(value)}
 
 
