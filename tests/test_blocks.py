@@ -13,6 +13,7 @@ from entprog.blocks import (
     bypass,
     compile_blocks,
     execution_order,
+    overlooked,
     skipped,
     unfreeze,
     variants,
@@ -207,3 +208,25 @@ def test_what_is_put_on_a_block_is_one_visible_object(denoiser, found):
     assert set(module.__dict__) - before == {"forward", "entprog"} and variants(module).compiled
     assert denoiser.network.state_dict().keys() == keys
     assert variants(found[0].module.ffn) == Variants(), "blocks alone have one"
+
+
+class Unit(nn.Module):
+    """Its input is float32, its output what autocast makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def test_units_of_another_type_than_their_input_are_looked_at_too():
+    network = nn.Module()
+    network.units = nn.ModuleList([Unit()])
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            network.units[0](torch.ones(1, 4))
+
+    assert overlooked(network, run, run) == {}

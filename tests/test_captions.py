@@ -229,6 +229,22 @@ def test_runs_of_different_text_encoders_are_judged_apart(base, dataset, tmp_pat
     assert len(hashes) == 2
 
 
+def test_a_phase_may_bring_the_text_encoder(dataset, tmp_path):
+    """Its base is the network of the phase before, which has none."""
+    models.family("wan").load(Model(init=WAN, vae="none")).save(tmp_path / "bare")
+    encoders.encoder(tmp_path)
+    later = {"data": {"text": "caption"}, "model": {"text_encoder": str(tmp_path)}}
+    experiment = tiny_experiment(
+        model={"base": str(tmp_path / "bare"), "init": {}, "vae": "none"},
+        data={"shards": str(dataset.folder), "shape": SHAPE.model_dump()},
+        phases={"first": {}, "second": later},
+    )
+    assert [*checks.parts(experiment, tmp_path / "out")] == ["first", "second"]
+    wrong = experiment.model_copy(update={"phases": {"first": {}, "second": {"data": {"text": "caption"}}}})
+    with pytest.raises(UserError, match=r"phase second: model.text_encoder: .* has no text_encoder/ and tokenizer/"):
+        checks.parts(wrong, tmp_path / "out")
+
+
 def test_a_damaged_text_is_named(base, dataset, tmp_path):
     whole = captions.prepared(wan(base), dataset, "caption")
     path = captions._file(tmp_path, "a person dances")

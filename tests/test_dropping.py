@@ -1,5 +1,6 @@
 """Conditions that training shows some clips without."""
 
+import dataclasses
 import math
 
 import pytest
@@ -85,6 +86,21 @@ def test_a_condition_that_is_always_dropped_does_not_matter(family_name, name):
     assert torch.equal(loss(1.0), loss(7.0))
     if name in denoiser.conditions:
         assert not torch.equal(loss(1.0, tiny_experiment().train), loss(7.0, tiny_experiment().train))
+
+
+def test_what_belongs_to_a_text_is_dropped_with_it():
+    """HunyuanVideo's pooled text: of clips without text none is seen, of the others it is."""
+    denoiser, batch = family("hunyuan_video"), latents(range(2))
+    text = torch.linspace(-1, 1, denoiser.text.numel()).view_as(denoiser.text)
+    pooled = torch.linspace(-1, 1, denoiser.pooled.numel()).view_as(denoiser.pooled)
+
+    def loss(pooled, **drop):
+        with torch.no_grad():
+            shown = dataclasses.replace(denoiser, text=text, pooled=pooled)
+            return losses.training_loss(shown, batch, tiny_experiment(train={"drop": drop}).train)
+
+    assert torch.equal(loss(pooled, text=1.0), loss(0 * pooled, text=1.0))
+    assert not torch.equal(loss(pooled), loss(0 * pooled))
 
 
 def test_a_run_with_drops_resumes_to_the_bit(tmp_path):
