@@ -31,7 +31,7 @@ from entprog.models import folders
 DIFFUSERS, COMFYUI, PEFT = "pytorch_lora_weights.safetensors", "comfyui.safetensors", "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 OUTSIDE = "outside.safetensors"
-ABOUT = "entprog.json"
+ABOUT = folders.ABOUT
 FORMAT = "entprog-adapter-1"
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in the metadata of its file."""
