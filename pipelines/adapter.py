@@ -39,7 +39,7 @@ def merge(
         about = {**saved, **found.about} if found.about else saved
         text, shape = Path(adapter).expanduser() / folders.PROMPT, about.get("shape")
         chosen = config.Model(
-            family=family or about.get("family", "wan"), base=base, adapter=adapter,
+            family=family or about.get("family", "wan"), base=base, adapter=adapter, expert=about.get("expert"),
             conditions=tuple(about.get("conditions", ())), prompt_embeds=str(text) if text.is_file() else None,
         )  # fmt: skip
         kind = models.family(chosen.family)
@@ -80,7 +80,8 @@ def extract(
             raise UserError(f"--after: {after} was not written by pipelines.train (it has no entprog.json)")
         family, conditions = saved["family"], tuple(saved["conditions"])
         kind = models.family(family)
-        sides = [config.Model(family=family, base=name, conditions=conditions) for name in (before, str(root))]
+        kept = {"family": family, "conditions": conditions, "expert": saved.get("expert")}
+        sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for side in sides:
             kind.inspect(side)
         if dry_run:
@@ -88,7 +89,7 @@ def extract(
             return {}
         claim.take(output, "adapter", identity)
         base, tuned = (kind.load(side) for side in sides)
-        about = {"family": family, "conditions": conditions, "base": before}
+        about = {name: value for name, value in kept.items() if value is not None} | {"base": before}
         found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
         if not found.pairs:
             raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")

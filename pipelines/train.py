@@ -101,7 +101,8 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     for name, (part, dataset) in parts.items():
         if name:
             cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
-        _explain(part, dataset, first.model.model_copy(update={"text_encoder": part.model.text_encoder}))
+        own = {"text_encoder": part.model.text_encoder, "expert": part.model.expert}
+        _explain(part, dataset, first.model.model_copy(update=own))
     beside = {
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",
@@ -130,6 +131,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     source = models.family(experiment.model.family).inspect(model, experiment.data.shape)
     eligible = plans.eligible(blocks(source.network), schedule.blocks)
     said = outline.texts(experiment, dataset, model), outline.withheld(experiment), outline.timesteps(experiment)
+    said += (outline.expert(source),)
     for line in said:
         if line:
             cli.console.print(line)
@@ -159,7 +161,7 @@ def run(
     """
     started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
-    if experiment.phases:
+    if experiment.parts:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()
     key = checks.identity(experiment, dataset)

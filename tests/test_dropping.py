@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entprog import config
-from entprog.diffusion import dropping, losses, sampling
+from entprog.diffusion import dropping, losses, objectives, sampling
 from entprog.errors import UserError
 from helpers.families import NAMES
 from helpers.families import load as family
@@ -23,7 +23,7 @@ class Shown:
 
     def __init__(self, denoiser):
         self.denoiser, self.process, self.text = denoiser, denoiser.process, torch.ones(1, 3, 8)
-        self.hidden = {}
+        self.hidden, self.time_range = {}, objectives.ALL
 
     def predict(self, noisy, t, conditions):
         self.hidden = {name: ~value.flatten(1).any(1) for name, value in conditions.items()}

@@ -76,6 +76,26 @@ def test_quantiles_are_those_of_the_draws_and_rise(law):
     torch.testing.assert_close(ends.double(), torch.tensor([0.0, 1.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("between", [(0.9, 1.0), (0.0, 0.875), (0.3, 0.6)])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_that_is_cut_leaves_out_what_lies_outside(law, between):
+    whole = objectives.timesteps(torch.arange(40_000), 1, law).double().sort().values
+    inside = whole[(whole >= between[0]) & (whole <= between[1])]
+    cut = objectives.timesteps(torch.arange(len(inside)), 2, law, between=between).double().sort().values
+    even = objectives.quantiles((torch.arange(len(inside)) + 0.5) / len(inside), law, between)
+    assert between[0] - 1e-6 <= cut[0] and cut[-1] <= between[1] + 1e-6 and (even.diff() >= 0).all()
+    for drawn in (inside, cut):
+        assert (drawn - even).abs().max() < 0.06 * (between[1] - between[0])
+    share = objectives.share_below(between[1], law) - objectives.share_below(between[0], law)
+    assert share == pytest.approx(len(inside) / 40_000, abs=0.01)
+
+
+def test_a_law_that_is_not_cut_keeps_its_bits():
+    for law in LAWS:
+        shares = torch.rand(50, dtype=torch.float64)
+        assert torch.equal(objectives.quantiles(shares, law), objectives.quantiles(shares, law, (0.0, 1.0)))
+
+
 def test_laws_are_those_of_diffusers_trainers():
     """Same quantiles of 40,000 draws."""
     from diffusers.training_utils import compute_density_for_timestep_sampling

@@ -1,6 +1,7 @@
 """From noise to a clip: every sampler on a network that knows the answer, and on real tiny ones."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,6 +43,9 @@ class Knowing:
         self.network = nn.Linear(1, 1)
         self.process = process
         self.times = []
+
+    def sampling(self):
+        return nullcontext(lambda timestep: self)
 
     def predict(self, noisy, t, conditions):
         self.times.append(float(t[0]))

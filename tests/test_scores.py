@@ -275,7 +275,7 @@ def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained
     median["held out"] = drawn(lambda: losses.held_out_loss(denoiser, [clips], 4, 0, law))
     settings = Priority(conditions=16, draws=8)
     median["scored"] = drawn(lambda: list(map(list, (
-        cei.draws(denoiser.process, clips.part(slice(i, i + 1)), i, 8, settings, 0, law, 8) for i in range(16)
+        cei.draws(denoiser, clips.part(slice(i, i + 1)), i, 8, settings, 0, law, 8) for i in range(16)
     ))))  # fmt: skip
     for name, value in median.items():
         assert value == pytest.approx(middle, abs=0.06), (name, value)

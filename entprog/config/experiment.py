@@ -43,6 +43,10 @@ class Model(Part):
     trust_pickle: bool = False
     """Read weights of base and VAE that are no safetensors (`.bin`). They are pickles, which may run what their maker
     wanted; torch reads them with `weights_only`, which allows tensors alone. Only where you trust who made them."""
+    expert: Literal["high", "low", "both"] | None = None
+    """Of a base with two networks (Wan 2.2 A14B) the one that is trained: `high`, for timesteps from its boundary up;
+    `low`, for those below; `both`: two trainings one after the other, each with the whole budget. None: bases with one
+    network, or the one that a saved folder was trained for."""
     conditions: tuple[Literal["reference", "pose"], ...] = ("reference", "pose")
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     vae: str = "auto"
@@ -304,6 +308,13 @@ class Experiment(Part):
     """Trainings one after another, each from the last one's weights: name → its settings over the common ones, e.g.
     `phases.pose.train.steps=200`. Empty: one training."""
 
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Trainings one after another, by name, each as its settings over the common ones: `phases`, or a base's two
+        experts. Empty: one training."""
+        both = {expert: {"model": {"expert": expert}} for expert in ("high", "low")}
+        return both if self.model.expert == "both" else self.phases
+
     def batch_size_at(self, shape: ClipShape) -> int:
         """Clips of a worker's batch at a clip shape (`schedule.tokens`)."""
         times = self.data.shape.pixels // shape.pixels if self.schedule.tokens == "constant" else 1
@@ -328,6 +339,14 @@ class Experiment(Part):
     def timesteps(self) -> Timesteps:
         """The law of timesteps on whole clips, by which blocks are scored and held-out loss is measured."""
         return self.timesteps_at(self.data.shape)
+
+    @model_validator(mode="after")
+    def _experts_are_phases(self):
+        if self.phases and self.model.expert == "both":
+            raise ValueError(
+                "model.expert=both is two phases, and phases are given: set phases.NAME.model.expert to high or low"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_one_text(self):

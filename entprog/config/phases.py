@@ -1,4 +1,5 @@
-"""A training in phases: one experiment a phase, each the common settings with its own over them."""
+"""A training in phases: one experiment a phase, each the common settings with its own over them. A training of both
+experts of a base is two phases, `high` and `low`."""
 
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:
     """
     common = experiment.model_dump(exclude={"phases"})
     out: dict[str, Experiment] = {}
-    for name, own in experiment.phases.items():
+    for name, own in experiment.parts.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "model":
             raise UserError(f"phase {name!r}: a name is letters, digits, _ and -, and not model; it becomes a folder")
         wrong = ["phases"] * ("phases" in own) or [f"model.{key}" for key in START if key in own.get("model", {})]

@@ -1,5 +1,7 @@
 """The protocol that every model family fulfils: what training, scoring and sampling ask of a network."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -29,6 +31,9 @@ class Denoiser(Protocol):
     process: Process
     """How noise and clip mix, and what the network predicts (`entprog.diffusion.processes`)."""
 
+    time_range: tuple[float, float]
+    """Times that the network is trained for: (0, 1), or the part of one of a base's two experts."""
+
     shift: float
     """Timestep shift for sampling; 1 where the process has none."""
 
@@ -56,6 +61,10 @@ class Denoiser(Protocol):
         noisy [B, C, F', H', W'] as `process.pair` mixes it, t float [B]. conditions: those of `conditions`, and `text`
         [B, tokens, width] where clips have their own.
         """
+
+    def sampling(self) -> AbstractContextManager[Callable[[torch.Tensor], "Denoiser"]]:
+        """While it lasts: entry of the scheduler's `timesteps` → the denoiser that predicts there, itself or the other
+        one of a base's two experts."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, F', H', W'] → video float [B, F, 3, H, W] in -1..1."""

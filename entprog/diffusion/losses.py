@@ -15,7 +15,7 @@ def training_loss(denoiser: Denoiser, batch: Latents, train: Train, law: Timeste
     """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for, some of the clips
     without a condition (`train.drop`). law: of the timesteps (`Experiment.timesteps_at`).
     """
-    t = objectives.timesteps(batch.position, train.seed, law)
+    t = objectives.timesteps(batch.position, train.seed, law, between=denoiser.time_range)
     shown = dropping.dropped(denoiser, batch, train.drop, train.seed)
     return clip_losses(denoiser, shown, batch.position, t, train.seed, law).mean()
 
@@ -28,13 +28,13 @@ def held_out_loss(
     Timesteps are quantiles of training's law, spread evenly over it: `draws` strata per clip, moved on from clip to
     clip by the golden ratio. What counts is the loss that training minimises.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    total, between = torch.zeros(2, dtype=torch.float64), denoiser.time_range
     with torch.no_grad():
         for batch in held_out:
             for draw in range(draws):
                 numbers = batch.position * 1009 + draw
                 even = (draw + (batch.position * 0.6180339887) % 1) / draws
-                t = objectives.quantiles(even, law).clamp(0.02, 0.98)
+                t = objectives.quantiles(even, law, between).clamp(0.02, 0.98).clamp(*between)
                 losses = clip_losses(denoiser, batch, numbers, t, seed, law)
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
     parts = agree.gathered(total.tolist())

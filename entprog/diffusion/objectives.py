@@ -4,6 +4,7 @@ A clip's noise and timestep are functions of (seed, its position in the run) alo
 workers there are, how batches are split, or what was drawn before.
 """
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,8 @@ from entprog.config import Timesteps
 from entprog.diffusion.processes import Process
 
 _UINT64 = 2**64
+ALL = (0.0, 1.0)
+"""The range of all times."""
 
 
 def timesteps(
@@ -19,20 +22,26 @@ def timesteps(
     seed: int,
     law: Timesteps = Timesteps(),
     device: str | torch.device | None = None,
+    between: tuple[float, float] = ALL,
 ) -> torch.Tensor:
     """Times t in 0..1 for clips at positions int64 [B]: float32 [B], on the positions' device by default.
 
-    The same bits on every device.
+    The same bits on every device. between: as of `quantiles`.
     """
-    return quantiles(uniform(positions, seed, 0), law).to(device=device or positions.device, dtype=torch.float32)
+    t = quantiles(uniform(positions, seed, 0), law, between)
+    return t.to(device=device or positions.device, dtype=torch.float32)
 
 
-def quantiles(shares: torch.Tensor, law: Timesteps) -> torch.Tensor:
-    """Times t in 0..1 that shares in 0..1 of a law's draws lie below, its shift included.
+def quantiles(shares: torch.Tensor, law: Timesteps, between: tuple[float, float] = ALL) -> torch.Tensor:
+    """Times t in 0..1 that shares in 0..1 of a law's draws lie below, its shift included. between: the times that a
+    network is trained for; the law is cut to them, its draws outside left out.
 
     logit_normal: t = sigmoid(n), n normal; mode: t = 1 - u - s·(cos²(πu/2) - 1 + u) with u = 1 - share (Stable
     Diffusion 3, arXiv 2403.03206, eq. 19 and 20).
     """
+    if between != ALL:
+        low, high = (share_below(t, law) for t in between)
+        return quantiles(low + (high - low) * shares.double(), law).clamp(*between)
     t = shares
     if law.law == "logit_normal":
         t = (law.mean + law.spread * torch.special.ndtri(shares.double())).sigmoid()
@@ -40,6 +49,17 @@ def quantiles(shares: torch.Tensor, law: Timesteps) -> torch.Tensor:
         u = 1 - shares.double()
         t = (1 - u - law.spread * ((math.pi / 2 * u).cos() ** 2 - 1 + u)).clamp(0, 1)
     return shifted(t, law.shift)
+
+
+@functools.cache
+def share_below(t: float, law: Timesteps) -> float:
+    """The share of a law's draws that lie below a time t in 0..1: found by bisection, for `quantiles` rises."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = quantiles(torch.tensor(middle, dtype=torch.float64), law).item() < t
+        low, high = (middle, high) if below else (low, middle)
+    return low
 
 
 def uniform(positions: torch.Tensor, seed: int, draw: int) -> torch.Tensor:

@@ -40,16 +40,18 @@ def sample(
     extra = {}
     if "generator" in inspect.signature(scheduler.step).parameters:  # samplers that add noise on the way
         extra["generator"] = [torch.Generator().manual_seed(settings.seed + (place << 20)) for place in places]
-    for timestep in scheduler.timesteps:
-        t = denoiser.process.t(timestep).expand(shape[0])
-        seen = latents
-        if hasattr(scheduler, "scale_model_input"):  # flow matching has none
-            seen = scheduler.scale_model_input(latents, timestep)
-        predict = blended(lambda noisy, c, t=t: denoiser.predict(noisy, t, c), window, overlap)
-        prediction = torch.zeros_like(latents)
-        for kept, share in passes.items():
-            prediction += share * predict(seen, without(conditions, kept))
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+    with denoiser.sampling() as expert_at:
+        for timestep in scheduler.timesteps:
+            t = denoiser.process.t(timestep).expand(shape[0])
+            seen = latents
+            if hasattr(scheduler, "scale_model_input"):  # flow matching has none
+                seen = scheduler.scale_model_input(latents, timestep)
+            expert = expert_at(timestep)
+            predict = blended(lambda noisy, c, t=t, expert=expert: expert.predict(noisy, t, c), window, overlap)
+            prediction = torch.zeros_like(latents)
+            for kept, share in passes.items():
+                prediction += share * predict(seen, without(conditions, kept))
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
     return latents
 
 

@@ -4,7 +4,8 @@ A family derives its class from `VideoDenoiser`, says what its network is called
 """
 
 import json
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +17,11 @@ from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
+from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
-from entprog.models import folders, inputs, texts, vaes, whole
+from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -45,6 +47,8 @@ class VideoDenoiser:
     SCHEDULER: ClassVar[dict[str, Any]]
     """Scheduler configuration of a base that comes without one, and of new networks."""
 
+    EXPERTS: ClassVar[bool] = False
+    """Whether bases with two networks are known (`entprog.models.experts`)."""
     TEXT_PIPELINE: ClassVar[str | None] = None
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
@@ -66,6 +70,8 @@ class VideoDenoiser:
     """Type of the forward pass; None: float32."""
     shape: ClipShape | None
     """Clip shape that a saved checkpoint was trained on, if it says so."""
+    expert: experts.Expert | None = None
+    """Which of a base's two networks this is; None: it has one."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it came from: kept in `entprog.json`."""
     origins: dict[str, whole.Origin] = field(default_factory=dict)
@@ -155,6 +161,25 @@ class VideoDenoiser:
     def form(self) -> str:
         """Name of the form that conditions have where a family knows several; part of what cached latents belong to."""
         return ""
+
+    @property
+    def part(self) -> str:
+        """The network's folder in its pipeline."""
+        return self.PART if self.expert is None else experts.FOLDERS[self.expert.name]
+
+    @property
+    def input_channels(self) -> tuple[int, ...]:
+        """Channels of the input layer, in the groups that are summed apart."""
+        return inputs.splits(self.network.get_submodule(self.INPUT), self.network.config.in_channels)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Times that the network is trained for."""
+        return ALL if self.expert is None else self.expert.time_range
+
+    def sampling(self) -> AbstractContextManager[Callable[[torch.Tensor], "VideoDenoiser"]]:
+        """While it lasts: scheduler's timestep → the denoiser that predicts there (`entprog.models.experts`)."""
+        return experts.in_turns(self)
 
     @property
     def latent_channels(self) -> int:
@@ -265,24 +290,26 @@ class VideoDenoiser:
             "family": self.FAMILY,
             "conditions": self.conditions,
             "latent_channels": self.latent_channels,
-            "input_channels": inputs.splits(self.network.get_submodule(self.INPUT), self.network.config.in_channels),
+            "input_channels": self.input_channels,
             "vae": self.vae is not None,
             "shape": shape and shape.model_dump(),
             "shift": self.shift if shift is None else shift,
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }
+        if self.expert is not None:
+            about |= {"expert": self.expert.name, "experts": self.expert.inputs(self)}
         with folders.replacing(Path(folder)) as scratch:
-            self.network.save_pretrained(scratch / self.PART)
+            self.network.save_pretrained(scratch / self.part)
             if self.vae is not None and "vae" not in left_out:
                 self.vae.save_pretrained(scratch / "vae")
-            whole.copy_encoders(self.origins, left_out, scratch)
+            whole.copy_others(self.origins, left_out, scratch)
             scheduler.save_pretrained(scratch / "scheduler")
             self.save_text(scratch)
             (scratch / "entprog.json").write_text(json.dumps(about, indent=2) + "\n")
             whole.leave(
                 scratch,
-                network=(self.PART, self.NETWORK.__name__),
+                network=(self.part, self.NETWORK.__name__),
                 scheduler=type(scheduler).__name__,
                 vae=self.vae and type(self.vae).__name__,
                 origins=self.origins,
@@ -292,6 +319,7 @@ class VideoDenoiser:
                 text_shape=tuple(self.text.shape),
                 encodes=self.TEXT_PIPELINE and (self.TEXT_PIPELINE, self.text_tokens(self.network.config)),
                 compression=(self._geometry.temporal, self._geometry.spatial),
+                more={} if self.expert is None else self.expert.entries(self),
             )
 
     def save_text(self, folder: Path) -> None:

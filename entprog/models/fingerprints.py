@@ -12,6 +12,7 @@ import torch
 from entprog import files, models
 from entprog.config import Experiment, Model, Timesteps, digest
 from entprog.data.shards import Dataset
+from entprog.diffusion.objectives import ALL
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.models import folders
@@ -28,6 +29,8 @@ def base(model: Model) -> str:
     """
     found = models.family(model.family).files(model)
     parts = {name: _json(path) if path.suffix == ".json" else file(path) for name, path in found.items()}
+    if any(name.startswith("other network/") for name in found):
+        parts["boundary"] = models.family(model.family).inspect(model).expert.boundary
     return digest(parts) if model.base else f"new-{digest(model.init, parts)}"
 
 
@@ -45,6 +48,10 @@ def _text_encoder(settings: Model) -> str:
 def held_out(experiment: Experiment, dataset: Dataset) -> str:
     """Hash of what the held-out loss is measured on: two runs' losses may be compared only where it is equal."""
     data, law = experiment.data, experiment.timesteps
+    expert = (
+        models.family(experiment.model.family).inspect(experiment.model).expert if experiment.model.expert else None
+    )
+    between = ALL if expert is None else expert.time_range
     clips = min(data.held_out_clips, dataset.clips("held_out"))
     return digest(
         [shard.sha256 for shard in dataset.splits["held_out"]],
@@ -55,6 +62,7 @@ def held_out(experiment: Experiment, dataset: Dataset) -> str:
         *([data.text, _text_encoder(experiment.model)] if data.text != "fixed" else []),
         *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
+        *([between] if between != ALL else []),
     )
 
 

@@ -32,11 +32,13 @@ CARD = "README.md"
 PROMPT = "prompt_embeds.safetensors"
 NETWORKS = ("transformer", "unet")
 """A pipeline's folders that may hold its network."""
+SECOND = "transformer_2"
+"""Folder of a pipeline's second network (`entprog.models.experts`)."""
 BESIDE = ("vae/", "scheduler/")
 """A pipeline's other folders that every family reads."""
 STEM = "diffusion_pytorch_model"
 """How diffusers begins the names of files of weights."""
-PARTS = (STEM, *(f"{name}/" for name in NETWORKS), *BESIDE)
+PARTS = (STEM, *(f"{name}/" for name in (*NETWORKS, SECOND)), *BESIDE)
 """How the names of files begin that are fetched of a base on the hub."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
 """Variants of the same weights, the most exact first; others come after them."""
@@ -53,6 +55,13 @@ class Elsewhere(config.Part):
     library: str
     kind: str
     """Its class in that library."""
+
+
+class Inputs(config.Part):
+    """What one of two networks sees."""
+
+    conditions: tuple[Literal["reference", "pose"], ...]
+    input_channels: tuple[int, ...]
 
 
 class Record(config.Part):
@@ -73,6 +82,10 @@ class Record(config.Part):
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""
+    expert: Literal["high", "low"] | None = None
+    """Which of two networks was trained last; what stands above is of that one."""
+    experts: dict[Literal["high", "low"], Inputs] = Field(default_factory=dict)
+    """Inputs of both."""
 
 
 def locate(
@@ -105,7 +118,7 @@ def locate(
         )
     endings = (".safetensors", ".json", *[".bin"] * trust_pickle)
     patterns = [f"{p}*{ending}" for p in parts for ending in endings]
-    patterns += [*(f"{name}/config.json" for name in NETWORKS), "config.json", ABOUT, INDEX, PROMPT, CARD]
+    patterns += [*(f"{name}/config.json" for name in (*NETWORKS, SECOND)), "config.json", ABOUT, INDEX, PROMPT, CARD]
     return _fetched(name, setting, patterns, revision)
 
 

@@ -90,6 +90,15 @@ def widened(layer: nn.Module, splits: Sequence[int], channels: int) -> nn.Module
     return new
 
 
+def widen(network: nn.Module, name: str, splits: Sequence[int]) -> None:
+    """The network's input layer takes `splits` channels, those it lacks with zero weights, and its configuration says
+    so."""
+    layer = network.get_submodule(name)
+    network.set_submodule(name, widened(layer, splits, network.config.in_channels))
+    outputs = network.config.out_channels or network.config.in_channels  # a class's default may be as many as inputs
+    network.register_to_config(in_channels=sum(splits), out_channels=outputs)
+
+
 def splits(layer: nn.Module, channels: int) -> tuple[int, ...]:
     """The layer's input channels, in the groups that are summed apart."""
     groups = layer.splits if isinstance(layer, _Split) else (layer.weight.shape[1],)

@@ -20,6 +20,7 @@ from entprog.models.wan import WanDenoiser
 class ReferenceFrameDenoiser(WanDenoiser):
     """A network that sees the reference as a frame before the clip's."""
 
+    EXPERTS: ClassVar[bool] = False
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
 
     grey: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)

@@ -18,7 +18,7 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models import HOW_TO_ADD, adapters, families, family, folders, inputs, texts, vaes, whole
+from entprog.models import HOW_TO_ADD, adapters, experts, families, family, folders, inputs, texts, vaes, whole
 from entprog.models.denoising import SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -50,6 +50,8 @@ class Source:
     more: dict[str, Path]
     """Further folders of the base's pipeline that the network needs, by name."""
     process: Process
+    expert: experts.Expert | None
+    """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
     """As a denoiser's, of the network here."""
 
@@ -72,7 +74,8 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
     root = _root(cls, settings)
     about = folders.saved(root) if root else {}
-    part = _network_folder(cls, root, settings.base) if root else None
+    name = experts.chosen(settings, root, about, cls.EXPERTS)
+    part = _network_folder(cls, settings, root, about, name) if root else None
     vae_folder, setting = _vae_folder(settings, root, about)
     vae = None
     if vae_folder is not None:
@@ -90,11 +93,12 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
     cls.check_network(network.config)
     blocks(network)
+    experts_of = about.get("experts", {})
     if channels not in cls.predicted(network.config):
         outputs = network.config.out_channels or network.config.in_channels
         has = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
         raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
-    conditions, splits = cls.planned_inputs(network.config, about, channels, settings)
+    conditions, splits = cls.planned_inputs(network.config, about | experts_of.get(name, {}), channels, settings)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape)
     if settings.adapter:
@@ -104,18 +108,54 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     if root is not None:
         more = _more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
+    expert = _expert(cls, settings, root, about, name, conditions, channels) if name else None
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process, outside
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process, expert,
+        outside,
     )  # fmt: skip
+
+
+def _expert(
+    cls: type[VideoDenoiser],
+    settings: config.Model,
+    root: Path,
+    about: dict[str, Any],
+    name: str,
+    conditions: tuple[str, ...],
+    channels: int,
+) -> experts.Expert:
+    """The expert that is trained, with what is known of the other one. conditions: that it sees; channels: of latents.
+
+    Raises UserError if the other one cannot be loaded, by plain diffusers too, or sees what this one does not."""
+    other = experts.OTHER[name]
+    folder = _network_folder(cls, settings, root, about, other)
+    found = folders.weights(folder, "model.base", settings.trust_pickle)
+    if found.variant or not found.safetensors:
+        raise UserError(
+            f"model.base: {folder} has no plain safetensors, which the {other} expert is saved and sampled from: "
+            "save it anew with save_pretrained"
+        )
+    network = _on_meta(cls.NETWORK, folders.read_json(folder / "config.json"), "model.base").config
+    kept = about.get("experts", {}).get(other, {})
+    seen = tuple(kept.get("conditions", cls.own_conditions(network, channels)))
+    if lost := [one for one in seen if one not in conditions]:
+        raise UserError(
+            f"model.conditions: the {other} expert of {settings.base} sees {', '.join(seen)}; add {', '.join(lost)} to "
+            "model.conditions"
+        )
+    splits = tuple(kept.get("input_channels", (network.in_channels,)))
+    return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)
 
 
 def _root(cls: type[VideoDenoiser], settings: config.Model) -> Path | None:
     """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces."""
     if not settings.base:
         return None
-    parts = (*(folders.BESIDE if settings.weights else folders.PARTS), *(f"{name}/" for name in cls.MORE))
+    other = experts.FOLDERS.get(experts.OTHER.get(settings.expert))
+    parts = (*folders.BESIDE, *([f"{other}/"] if other else [])) if settings.weights else folders.PARTS
+    parts = (*parts, *(f"{name}/" for name in cls.MORE))
     return folders.locate(settings.base, "model.base", settings.trust_pickle, parts=parts)
 
 
@@ -169,7 +209,10 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
     root = _root(cls, settings)
     about = folders.saved(root) if root else {}
     if root is not None:
-        part = _network_folder(cls, root, settings.base)
+        name = experts.chosen(settings, root, about, cls.EXPERTS)
+        part = _network_folder(cls, settings, root, about, name)
+        if name:
+            network("other network", _network_folder(cls, settings, root, about, experts.OTHER[name]), "model.base")
         if settings.weights:
             file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
             out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
@@ -222,7 +265,7 @@ def load(
             cls.initialise(network)
             network.eval()  # as from_pretrained gives it
     if len(source.splits) > 1:
-        _widen(cls, network, source.splits)
+        inputs.widen(network, cls.INPUT, source.splits)
     if settings.adapter:
         adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
     prepare(network)
@@ -241,6 +284,7 @@ def load(
         vae=vae,
         conditions=source.conditions,
         process=source.process,
+        expert=source.expert,
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
@@ -251,22 +295,17 @@ def load(
     return cls.completed(denoiser, source.more)
 
 
-def _widen(cls: type[VideoDenoiser], network: nn.Module, splits: tuple[int, ...]) -> None:
-    """The input layer takes `splits` channels, those it lacks with zero weights, and the configuration says so."""
-    layer = network.get_submodule(cls.INPUT)
-    network.set_submodule(cls.INPUT, inputs.widened(layer, splits, network.config.in_channels))
-    outputs = network.config.out_channels or network.config.in_channels  # a class's default may be as many as inputs
-    network.register_to_config(in_channels=sum(splits), out_channels=outputs)
-
-
-def _network_folder(cls: type[VideoDenoiser], root: Path, given: str) -> Path:
-    """The folder with the network's config.json, its class checked."""
-    folder = folders.part(root, cls.PART)
+def _network_folder(
+    cls: type[VideoDenoiser], settings: config.Model, root: Path, about: dict[str, Any], expert: str | None
+) -> Path:
+    """The folder with the network's config.json, its class checked. expert: which one of two networks."""
+    given, name = str(settings.base), experts.FOLDERS[expert] if expert else cls.PART
+    if expert and not (root / name / "config.json").is_file() and (place := about.get("elsewhere", {}).get(name)):
+        return _elsewhere(settings, f"{expert} expert", place)
+    folder = folders.part(root, name)
     other = None if folder else next((part for part in folders.NETWORKS if folders.part(root, part)), None)
     if folder is None and other is None:
-        raise UserError(
-            f"model.base: no diffusers checkpoint in {given}: neither config.json nor {cls.PART}/config.json"
-        )
+        raise UserError(f"model.base: no diffusers checkpoint in {given}: neither config.json nor {name}/config.json")
     folder = folder or folders.part(root, other)
     found = folders.read_json(folder / "config.json").get("_class_name")
     if found != cls.NETWORK.__name__:
@@ -315,6 +354,9 @@ def _origins(
     """Where the parts come from that no one trains."""
     root, about, vae_folder = source.root, source.about, source.vae_folder
     out = whole.encoders(settings.base, root, about)
+    if source.expert is not None:
+        name = experts.FOLDERS[experts.OTHER[source.expert.name]]
+        out[name] = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)
     for name in source.more.keys() - out.keys():  # of a base without an index
         out[name] = whole.origin(str(settings.base), root, name, *cls.MORE[name], about)
     if vae is not None:

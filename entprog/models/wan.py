@@ -1,8 +1,9 @@
 """Wan: diffusers' `WanTransformer3DModel`, with reference image and pose as extra input channels.
 
 Where the network comes from (`model.base`): a transformer's own folder, a diffusers pipeline's folder, a hub name, or
-a folder that `save` wrote. Of a pipeline only `transformer/`, `vae/` and the scheduler's shift are read; of Wan 2.2's
-two networks that is the one for high noise, `transformer_2` is left alone (give its folder to train it).
+a folder that `save` wrote. Of a pipeline only `transformer/`, `vae/` and the scheduler's shift are read; of Wan 2.2
+A14B's two networks the one that `model.expert` names is trained, and the other one samples with it
+(`entprog.models.experts`).
 
 Wan 2.1 and 2.2 differ for us in configurations alone: 2.2's TI2V-5B has 48 latent channels of 16×16 pixels.
 
@@ -60,6 +61,7 @@ class WanDenoiser(VideoDenoiser):
     INPUT = "patch_embedding"
     PROCESS = Flow
     SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 1.0}
+    EXPERTS = True
     TEXT_PIPELINE = "WanPipeline"
     MORE = IMAGE_PARTS
 

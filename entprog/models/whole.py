@@ -23,7 +23,7 @@ from entprog.models.folders import Elsewhere
 Save = Literal["whole", "light"]
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "feature_extractor")
 """Parts of a base's pipeline that make what cross-attention sees."""
-FOLDERS = (*folders.NETWORKS, "vae", "scheduler", *ENCODERS)
+FOLDERS = (*folders.NETWORKS, folders.SECOND, "vae", "scheduler", *ENCODERS)
 """Parts of a saved pipeline that have a folder."""
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor", "feature_extractor")
 """Those of them that are settings alone."""
@@ -103,10 +103,10 @@ def elsewhere(origins: Mapping[str, Origin], save: Save) -> dict[str, Elsewhere]
     return {name: o.place for name, o in origins.items() if save == "light" or (name != "vae" and o.folder is None)}
 
 
-def copy_encoders(origins: Mapping[str, Origin], left_out: Mapping[str, Elsewhere], folder: Path) -> None:
-    """Copy those of the encoders that are not left out."""
+def copy_others(origins: Mapping[str, Origin], left_out: Mapping[str, Elsewhere], folder: Path) -> None:
+    """Copy encoders and the other one of two networks, where they are not left out."""
     for name, where in origins.items():
-        if name in ENCODERS and name not in left_out and where.folder is not None:
+        if name != "vae" and name not in left_out and where.folder is not None:
             (folder / name).mkdir()
             for path in where.folder.iterdir():
                 if path.suffix in COPIED and path.is_file():
@@ -126,20 +126,23 @@ def leave(
     text_shape: tuple[int, ...],
     encodes: tuple[str, int] | None,
     compression: tuple[int, int],
+    more: Mapping[str, Any],
 ) -> None:
     """Write model_index.json, and pipeline.py with its drawing of poses where the network needs them.
 
     network: its folder and class; scheduler, vae: their classes; about: the content of entprog.json; base: the base's
     own index; form: of the conditions (`VideoDenoiser.form`); encodes: the diffusers pipeline that encodes texts for
-    it, and their tokens. A network without conditions keeps its base's pipeline, if all of that is there.
+    it, and their tokens; more: further entries of the index, `experts` among them: what each of two networks sees. A
+    network without conditions keeps its base's pipeline, if all of that is there.
     """
     left_out = about["elsewhere"]
     here = {"scheduler": ["diffusers", scheduler], network[0]: ["diffusers", network[1]]}
     if vae is not None and "vae" not in left_out:
         here["vae"] = ["diffusers", vae]
-    copied = {name: o.place for name, o in origins.items() if name in ENCODERS and name not in left_out}
+    copied = {name: o.place for name, o in origins.items() if name != "vae" and name not in left_out}
     here |= {name: [place.library, place.kind] for name, place in copied.items()}
-    if not about["conditions"] and _parts(base).keys() == here.keys() and isinstance(base.get("_class_name"), str):
+    seen = (about["conditions"], *more.get("experts", {}).values())
+    if not any(seen) and _parts(base).keys() == here.keys() and isinstance(base.get("_class_name"), str):
         values = {**base, **here}
     else:
         clip = about["shape"] and {name: about["shape"][name] for name in ("frames", "height", "width", "fps")}
@@ -157,6 +160,7 @@ def leave(
             "prompt": (folder / folders.PROMPT).is_file(),
             "clip": clip,
             "elsewhere": left_out or None,
+            **more,
         }
         shutil.copyfile(CODE, folder / CODE.name)
         if "pose" in about["conditions"]:

@@ -21,7 +21,6 @@ from entprog.config import Priority, Timesteps
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
-from entprog.diffusion.processes import Process
 from entprog.scoring import tables
 from entprog.scoring.tables import Predict, Row, ScoreTable
 
@@ -91,7 +90,7 @@ class Draws:
 
 
 def draws(
-    process: Process,
+    denoiser: Denoiser,
     clip: Latents,
     number: int,
     count: int,
@@ -104,11 +103,14 @@ def draws(
 
     Draws are numbered over all conditions, so that adding conditions changes none of the earlier ones.
     """
-    low, high = settings.timestep_range
+    begin, end = denoiser.time_range
+    low, high = max(settings.timestep_range[0], begin), min(settings.timestep_range[1], end)
+    process = denoiser.process
     draw_seed = seed * 1_000_003 + settings.seed
     for numbers in (torch.arange(count) + number * settings.draws).split(at_once):
         clean = clip.clean.expand(len(numbers), *clip.clean.shape[1:])
-        t = low + (high - low) * objectives.timesteps(numbers, draw_seed, law).to(clean.device)
+        drawn = objectives.timesteps(numbers, draw_seed, law, between=(begin, end)).to(clean.device)
+        t = low + (high - low) * ((drawn - begin) / (end - begin))
         noisy, target = process.pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
         conditions = {name: value.expand(len(numbers), *value.shape[1:]) for name, value in clip.conditions.items()}
         yield Draws(noisy, t, conditions, target, objectives.weights(process, t, law))
@@ -153,7 +155,7 @@ def _score_condition(
     """Log-ratios of both estimators and loss increases of one condition, each [mark, block]."""
     moments = [_Moments() for _ in range(len(blocks) + 1)]  # the whole network's first
     noted: dict[int, list[torch.Tensor]] = {mark: [] for mark in marks}
-    for batch in draws(denoiser.process, clip, number, marks[-1], settings, seed, law, at_once):
+    for batch in draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once):
         passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
         for kept, predictions in zip(moments, passes, strict=True):
             losses = objectives.loss(predictions, batch.target, batch.weights)

@@ -117,7 +117,7 @@ def _gradients_of_condition(
     summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
     squares = torch.zeros(len(blocks), dtype=torch.float64)
     noted = {}
-    for done, draw in enumerate(draws(denoiser.process, clip, number, marks[-1], settings, seed, law, at_once=1), 1):
+    for done, draw in enumerate(draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once=1), 1):
         loss = objectives.loss(denoiser.predict(draw.noisy, draw.t, draw.conditions), draw.target, draw.weights).sum()
         gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
         gradients = [None if g is None else g.float() for g in gradients]  # of weights stored in bfloat16

@@ -50,6 +50,13 @@ def check(experiment: Experiment) -> shards.Dataset:
         source.process.min_snr(torch.tensor([0.5]), experiment.train.min_snr)
     if experiment.train.timestep_shift == "auto" and not isinstance(source.process, Flow):
         raise UserError("train.timestep_shift=auto is of flow-matching networks: leave it out for this one")
+    if source.expert is not None:
+        (low, high), (begin, end) = experiment.priority.timestep_range, source.expert.time_range
+        if low >= end or high <= begin:
+            raise UserError(
+                f"priority.timestep_range is {low:g} to {high:g}, the {source.expert.name} expert of "
+                f"{experiment.model.base} has timesteps {begin:g} to {end:g} alone: give a range that meets them"
+            )
     if wanted := experiment.train.preview_metrics:
         from pipelines.training import previews  # here: it takes what draws with it
 
@@ -64,14 +71,14 @@ def check(experiment: Experiment) -> shards.Dataset:
 
 def parts(experiment: Experiment, output: Path) -> Parts:
     """What is to be trained, each part checked as far as can be before the one before it has run. Raises UserError."""
-    if not experiment.phases:
+    if not experiment.parts:
         return {"": (experiment, check(experiment))}
     found = config.phases(experiment, output)
     first = next(iter(found.values()))
     out = {}
     for name, phase in found.items():
         # Its base is not there yet: it will be this network, widened. Of shards every byte is read once.
-        own = {"conditions": phase.model.conditions, "text_encoder": phase.model.text_encoder}
+        own = {name: getattr(phase.model, name) for name in ("conditions", "text_encoder", "expert")}
         network = first.model.model_copy(update=own)
         data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
         try:

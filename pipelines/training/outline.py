@@ -3,6 +3,7 @@
 from entprog.config import Experiment, Model, Row, Timesteps
 from entprog.data.shards import SPLITS, Dataset
 from entprog.models import captions
+from entprog.models.sources import Source
 from entprog.schedule import plans
 
 COLUMNS = ("stage", "budget", "clips", "clips a step", "trained blocks", "gradient through the others")
@@ -66,6 +67,20 @@ def timesteps(experiment: Experiment) -> str | None:
     of = {"uniform": "", "logit_normal": f" of mean {law.mean:g}, spread {law.spread:g}", "mode": f" of {law.spread:g}"}
     weights = f", losses weighted by min-SNR {law.min_snr:g}" if law.min_snr else ""
     return f"Timesteps: {law.law}{of[law.law]}, shift {law.shift:.3g} on whole clips{weights}."
+
+
+def expert(source: Source) -> str | None:
+    """Which of a base's two networks is trained, in words; None for a base with one."""
+    found = source.expert
+    if found is None:
+        return None
+    low, high = found.time_range
+    sees = f"which sees {' and '.join(found.conditions) or 'no condition'}"
+    where = "below" if found.name == "high" else "above"
+    return (
+        f"Expert {found.name} ({source.part.name}/): timesteps {low:g} to {high:g} alone. The other one, {sees}, "
+        f"samples {where} them."
+    )
 
 
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:

@@ -338,6 +338,7 @@ def _leave_adapter(setup: Setup, folder: Path) -> None:
         "conditions": denoiser.conditions,
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
+        **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about)
     denoiser.save_text(folder)

@@ -35,6 +35,24 @@ def image_to_video(folder, clip: bool):
     return pipe
 
 
+def two_experts(folder, first_frame: bool, boundary=0.9):
+    """A pipeline of Wan 2.2 with two networks, image-to-video or text-to-video, saved to a folder."""
+    torch.manual_seed(0)
+    kind, sizes = TINY["wan"]["vae"]
+    channels = {"in_channels": 2 * 4 + 4 if first_frame else 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+    networks = [diffusers.WanTransformer3DModel(**{**TINY["wan"]["init"], **channels}).eval() for _ in range(2)]
+    for network in networks:
+        WanDenoiser.initialise(network)
+    cls = diffusers.WanImageToVideoPipeline if first_frame else diffusers.WanPipeline
+    pipe = cls(
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=networks[0],
+        transformer_2=networks[1], scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        boundary_ratio=boundary,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
 def vace(folder):
     """A VACE pipeline of Wan, saved to a folder."""
     torch.manual_seed(0)

@@ -47,9 +47,9 @@ class ClipOutput(BaseOutput):
 class ReferencePosePipeline(DiffusionPipeline):
     """Noise to a clip, with reference and pose as further input channels of the network."""
 
-    model_cpu_offload_seq = "image_encoder->transformer->unet->vae"
+    model_cpu_offload_seq = "image_encoder->transformer->transformer_2->unet->vae"
     _optional_components = [  # noqa: RUF012 - diffusers reads a list
-        "transformer", "unet", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor",
+        "transformer", "transformer_2", "unet", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor",
         "feature_extractor",
     ]  # fmt: skip
 
@@ -64,6 +64,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         image_encoder=None,
         image_processor=None,
         feature_extractor=None,
+        transformer_2=None,
         family="",
         conditions=(),
         form="",
@@ -74,31 +75,44 @@ class ReferencePosePipeline(DiffusionPipeline):
         prompt=False,
         clip=None,
         elsewhere=None,
+        experts=None,
+        boundary_ratio=None,
     ):
         """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
         latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. encodes: the pipeline of
         diffusers that encodes texts for this network, and their tokens. prompt: whether the values of what
         cross-attention sees lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width
-        and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder."""
+        and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder. experts: of two
+        networks the conditions that each sees, by part; transformer is in charge from boundary_ratio · 1000 up."""
         super().__init__()
         vae = vae or fetched("vae", elsewhere)
+        if experts:
+            transformer = transformer or fetched("transformer", elsewhere)
+            transformer_2 = transformer_2 or fetched("transformer_2", elsewhere)
         if takes_tokens(form, transformer):
             image_encoder = image_encoder or fetched("image_encoder", elsewhere)
             image_processor = image_processor or fetched("image_processor", elsewhere)
         self.register_modules(
             scheduler=scheduler, transformer=transformer, unet=unet, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer, image_encoder=image_encoder, image_processor=image_processor,
-            feature_extractor=feature_extractor,
+            feature_extractor=feature_extractor, transformer_2=transformer_2,
         )  # fmt: skip
         self.register_to_config(
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
             compression=list(compression), text_shape=list(text_shape), encodes=encodes, prompt=prompt, clip=clip,
-            elsewhere=elsewhere,
+            elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio,
         )  # fmt: skip
 
     @property
     def network(self):
         return self.transformer if self.unet is None else self.unet
+
+    def expert(self, timestep):
+        """The network that predicts at a timestep, and the conditions that it sees in the order of its channels."""
+        if not self.config.experts:
+            return self.network, self.config.conditions
+        part = "transformer" if timestep >= self.config.boundary_ratio * 1000 else "transformer_2"
+        return getattr(self, part), self.config.experts[part]
 
     @torch.no_grad()
     def __call__(
@@ -180,12 +194,13 @@ class ReferencePosePipeline(DiffusionPipeline):
 
     def predict(self, latents, timestep, shown, text):
         """The network's prediction, float32 like the latents."""
-        inputs = [latents, *(shown[name] for name in self.config.conditions)]
+        network, conditions = self.expert(timestep)
+        inputs = [latents, *(shown[name] for name in conditions)]
         if self.config.family not in OWN_INPUTS:
-            unused = self.network.config.in_channels - sum(each.shape[1] for each in inputs)
+            unused = network.config.in_channels - sum(each.shape[1] for each in inputs)
             if unused:  # an image-to-video base's own image, as if none was given
                 inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
-        dtype, family = self.network.dtype, self.config.family
+        dtype, family = network.dtype, self.config.family
         text = text | {name: shown[name] for name in BELONGS if name in shown}
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
         if family == "wan_animate":
@@ -197,7 +212,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             "wan": wan, "cogvideox": cogvideox, "latte": latte, "svd": svd, "motion_unet": motion_unet,
             "hunyuan_video": hunyuan_video,
         }  # fmt: skip
-        out = call[family](self.network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
+        out = call[family](network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
         return out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
 
     def wan_animate(self, noisy, reference, pose, timestep, text):
@@ -236,7 +251,8 @@ class ReferencePosePipeline(DiffusionPipeline):
 
     def masked(self, latents):
         """Latents of a clip whose first frame is given, with the mask that says so before them."""
-        channels = self.network.config.in_channels - (1 + len(self.config.conditions)) * latents.shape[1]
+        network, conditions = self.expert(1000)
+        channels = network.config.in_channels - (1 + len(conditions)) * latents.shape[1]
         mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1, 1)
         mask[:, :, 0] = 1
         return torch.cat([mask, latents], dim=1)
@@ -352,7 +368,7 @@ def fetched(name, elsewhere):
     if not place:
         return None
     library = diffusers
-    if name != "vae":
+    if name not in ("vae", "transformer", "transformer_2"):
         import transformers as library
     return getattr(library, place["kind"]).from_pretrained(
         place["name"], revision=place["revision"], subfolder=place["subfolder"]
