@@ -25,6 +25,9 @@ class Shown:
         self.denoiser, self.process, self.text = denoiser, denoiser.process, torch.ones(1, 3, 8)
         self.hidden, self.time_range = {}, objectives.ALL
 
+    def given(self, conditions):
+        return None
+
     def predict(self, noisy, t, conditions):
         self.hidden = {name: ~value.flatten(1).any(1) for name, value in conditions.items()}
         return noisy

@@ -84,7 +84,8 @@ def test_a_preset_fits_the_published_network(name):
     assert type(vae) in cls.VAES
     cls.check_network(network.config)
     assert models.vaes.channels(vae) in cls.predicted(network.config)
-    conditions, splits = cls.planned_inputs(network.config, {}, models.vaes.channels(vae), experiment.model)
+    index = {"expand_timesteps": name == "wan22_ti2v_5b"}
+    conditions, splits = cls.planned_inputs(network.config, {}, models.vaes.channels(vae), experiment.model, index)
     assert set(conditions) == {"reference", "pose"} and sum(splits) >= network.config.in_channels
     for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
         cls.geometry(network.config, vae).check(shape)

@@ -44,6 +44,9 @@ class Knowing:
         self.process = process
         self.times = []
 
+    def given(self, conditions):
+        return None
+
     def sampling(self):
         return nullcontext(lambda timestep: self)
 

@@ -250,25 +250,6 @@ def test_only_conditions_of_the_network_are_computed():
 
 
 @torch.no_grad()
-def test_a_first_and_last_frame_checkpoint_gets_zeros_for_its_images(tmp_path):
-    torch.manual_seed(0)
-    sizes = {**NETWORK, "image_dim": 6, "added_kv_proj_dim": 24, "pos_embed_seq_len": 14}
-    network = WanTransformer3DModel(**sizes, in_channels=3 + 1 + 3, out_channels=3)
-    network.save_pretrained(tmp_path / "i2v")
-    denoiser = load(Model(base=str(tmp_path / "i2v"), vae="none"))
-    assert denoiser.network.config.in_channels == 7 + 6
-    noisy, t, conditions = draws(denoiser)
-    inputs = torch.cat([noisy, torch.zeros(2, 4, *noisy.shape[2:])], dim=1)
-    image = torch.zeros(4, 7, 6)
-    expected = network(inputs, t * 1000, torch.zeros(2, 512, 8), image, return_dict=False)[0]
-    torch.testing.assert_close(denoiser.predict(noisy, t, conditions), expected, rtol=1e-4, atol=1e-5)
-    denoiser.save(tmp_path / "tuned")
-    again = load(Model(base=str(tmp_path / "tuned")))
-    given = (noisy, t, conditions)
-    assert torch.equal(again.predict(*given), denoiser.predict(*given))
-
-
-@torch.no_grad()
 def test_prompt_embeds_are_seen_and_kept(tmp_path):
     save_file({"prompt_embeds": torch.randn(6, 8)}, tmp_path / "prompt.safetensors")
     without, denoiser = new(), new(prompt_embeds=str(tmp_path / "prompt.safetensors"))

@@ -25,8 +25,14 @@ from helpers.recording import calls
 STEPS = 3
 NO_FACE = "face_pixel_values"
 """Wan-Animate's face video, which is not there: the method itself gives its motion encoder one face for all frames."""
-IMAGE_TO_VIDEO = {"wan_i2v": (True, "whole"), "wan_i2v_light": (True, "light"), "wan22_i2v": (False, "whole")}
-"""Forms of Wan that have the reference as their first frame: (whether they see image tokens, how they are saved)."""
+IMAGE_TO_VIDEO = {
+    "wan_i2v": (lambda folder: bases.image_to_video(folder, True), "whole"),
+    "wan_i2v_light": (lambda folder: bases.image_to_video(folder, True), "light"),
+    "wan22_i2v": (lambda folder: bases.image_to_video(folder, False), "whole"),
+    "wan_flf": (lambda folder: bases.image_to_video(folder, True, last=True), "whole"),
+    "wan22_ti2v": (bases.given_frame, "whole"),
+}
+"""Forms of Wan that have the reference as their first frame: (what makes a base, how they are saved)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
 ELSEWHERE = """
 import json, sys
@@ -85,9 +91,9 @@ def perturbed(folder, name, generator, **save):
     return folder / "model"
 
 
-def image_to_video(folder, tokens, parts):
+def image_to_video(folder, base, parts):
     """An image-to-video base, as `tuned`."""
-    bases.image_to_video(folder / "base", tokens)
+    base(folder / "base")
     generator = torch.Generator().manual_seed(2)
     save_file({"prompt_embeds": torch.randn(3, 8, generator=generator)}, folder / "prompt")
     return perturbed(folder, "wan", generator, parts=parts)
@@ -99,8 +105,8 @@ def made(tmp_path_factory):
     root, out = tmp_path_factory.mktemp("whole"), {}
     for name in NAMES:
         out[name] = tuned(name, root / name, parts="light" if name == "latte" else "whole")
-    for name, (tokens, parts) in IMAGE_TO_VIDEO.items():
-        out[name] = image_to_video(root / name, tokens, parts)
+    for name, (base, parts) in IMAGE_TO_VIDEO.items():
+        out[name] = image_to_video(root / name, base, parts)
     for name in out:
         denoiser, batch = again(out[name], family_of(name)), clips(1, NINE)
         shape = (1, *denoiser.latent_shape(NINE))

@@ -62,6 +62,10 @@ class Denoiser(Protocol):
         [B, tokens, width] where clips have their own.
         """
 
+    def given(self, conditions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What conditions say of the clip itself: (mask [B, 1, F', H', W'], 1 where latents are given; those latents).
+        `predict` shows the network these whatever is noisy there, and gives 0. None: nothing."""
+
     def sampling(self) -> AbstractContextManager[Callable[[torch.Tensor], "Denoiser"]]:
         """While it lasts: entry of the scheduler's `timesteps` → the denoiser that predicts there, itself or the other
         one of a base's two experts."""

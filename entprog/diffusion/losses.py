@@ -54,4 +54,5 @@ def clip_losses(
     noise = objectives.noise_like(batch.clean, numbers, seed)
     noisy, target = denoiser.process.pair(batch.clean, noise, t)
     prediction = denoiser.predict(noisy, t, batch.conditions)
-    return objectives.loss(prediction, target, objectives.weights(denoiser.process, t, law))
+    given = denoiser.given(batch.conditions)
+    return objectives.loss(prediction, target, objectives.weights(denoiser.process, t, law), given)

@@ -87,9 +87,20 @@ def noise_like(clean: torch.Tensor, positions: torch.Tensor, seed: int) -> torch
     return noise
 
 
-def loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error of each clip: [B, ...] twice → float32 [B]. weights [B]: what each counts; None: all alike."""
-    losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+def loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    given: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Mean squared error of each clip: [B, ...] twice → float32 [B]. weights [B]: what each counts; None: all alike.
+    given: as `Denoiser.given` says; the mean is over the rest."""
+    errors = (prediction.float() - target.float()).square()
+    if given is None:
+        losses = errors.flatten(1).mean(1)
+    else:
+        free = (1 - given[0]).expand_as(errors).flatten(1)
+        losses = (errors.flatten(1) * free).sum(1) / free.sum(1)
     return losses if weights is None else losses * weights
 
 

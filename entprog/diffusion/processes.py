@@ -72,6 +72,10 @@ class Flow:
         t = _beside(clean, t)
         return (1 - t) * clean + t * noise, noise - clean
 
+    def towards(self, noisy: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The velocity at times t > 0 [B] that leads to a clean clip."""
+        return (noisy - clean) / _beside(clean, t)
+
     def timestep(self, t):
         return t.float() * self.STEPS
 

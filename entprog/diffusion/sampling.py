@@ -40,6 +40,7 @@ def sample(
     extra = {}
     if "generator" in inspect.signature(scheduler.step).parameters:  # samplers that add noise on the way
         extra["generator"] = [torch.Generator().manual_seed(settings.seed + (place << 20)) for place in places]
+    given = denoiser.given(conditions)
     with denoiser.sampling() as expert_at:
         for timestep in scheduler.timesteps:
             t = denoiser.process.t(timestep).expand(shape[0])
@@ -51,8 +52,15 @@ def sample(
             prediction = torch.zeros_like(latents)
             for kept, share in passes.items():
                 prediction += share * predict(seen, without(conditions, kept))
+            if given is not None:  # from its noise straight to what is given
+                prediction = _instead(prediction, given[0], denoiser.process.towards(seen, given[1], t))
             latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
-    return latents
+    return latents if given is None else _instead(latents, *given)
+
+
+def _instead(values: torch.Tensor, mask: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Others where a mask is 1, values where it is 0."""
+    return (1 - mask) * values + mask * others
 
 
 def guidance(conditions: tuple[str, ...], reference: float, pose: float) -> dict[tuple[str, ...], float]:

@@ -4,10 +4,11 @@ A family derives its class from `VideoDenoiser`, says what its network is called
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -130,9 +131,15 @@ class VideoDenoiser:
 
     @classmethod
     def planned_inputs(
-        cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model
+        cls,
+        network: Any,
+        about: dict[str, Any],
+        channels: int,
+        settings: config.Model,
+        index: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """(conditions, input channels in groups) of a network after widening (`inputs.planned`)."""
+        """(conditions, input channels in groups) of a network after widening (`inputs.planned`). index: of its
+        pipeline."""
         return inputs.planned(network.in_channels, about, cls.own_conditions(network, channels), channels, settings)
 
     @classmethod
@@ -238,6 +245,11 @@ class VideoDenoiser:
         """The condition `reference` of clips of so many frames, [B, C', F', H', W']. image: [B, 3, 1, H, W], -1..1."""
         return self.latents(image).expand(-1, -1, self._geometry.latent_frames(frames), -1, -1)
 
+    def given(self, conditions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What conditions say of the clip itself: (mask [B, 1, F', H', W'], 1 where latents are given; those latents);
+        None: nothing."""
+        return None
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """The process's target, float32 [B, C, F', H', W'], of noisy latents [B, C, F', H', W'] at times t [B]."""
         given = [noisy, *(conditions[name] for name in self.conditions)]
@@ -319,8 +331,14 @@ class VideoDenoiser:
                 text_shape=tuple(self.text.shape),
                 encodes=self.TEXT_PIPELINE and (self.TEXT_PIPELINE, self.text_tokens(self.network.config)),
                 compression=(self._geometry.temporal, self._geometry.spatial),
-                more={} if self.expert is None else self.expert.entries(self),
+                more=self.index_entries,
             )
+
+    @property
+    def index_entries(self) -> dict[str, Any]:
+        """Entries of a base's index that the saved one keeps, for what they say of its networks."""
+        own = {whole.EXPAND: True} if self.base_index.get(whole.EXPAND) is True else {}
+        return own if self.expert is None else own | self.expert.entries(self)
 
     def save_text(self, folder: Path) -> None:
         """Keep what text cross-attention sees in a folder, as `model.prompt_embeds` takes it; zeros need no file."""

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 FOLDERS = {"high": "transformer", "low": folders.SECOND}
 """Folder of each expert in a pipeline."""
 OTHER = {"high": "low", "low": "high"}
-BOUNDARY = "boundary_ratio"
-"""Entry of a pipeline's index: the least time t of the expert for much noise."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Expert:
     def entries(self, denoiser: "VideoDenoiser") -> dict[str, Any]:
         """What the saved pipeline's index says of both experts."""
         seen = {FOLDERS[name]: inputs["conditions"] for name, inputs in self.inputs(denoiser).items()}
-        return {BOUNDARY: self.boundary, "experts": seen}
+        return {whole.BOUNDARY: self.boundary, "experts": seen}
 
     def inputs(self, denoiser: "VideoDenoiser") -> dict[str, dict[str, Any]]:
         """What `entprog.json` says of each expert's inputs."""
@@ -122,10 +120,10 @@ def chosen(settings: config.Model, root: Path | None, about: dict[str, Any], two
 
 def boundary(root: Path, given: str) -> float:
     """Where a base's experts change over. Raises UserError if it does not say."""
-    found = whole.index_of(root).get(BOUNDARY)
+    found = whole.index_of(root).get(whole.BOUNDARY)
     if not isinstance(found, int | float) or not 0 < found < 1:
         raise UserError(
-            f"model.base: {given} has two networks, and its {folders.INDEX} no {BOUNDARY} between 0 and 1 "
+            f"model.base: {given} has two networks, and its {folders.INDEX} no {whole.BOUNDARY} between 0 and 1 "
             f"(given {found}): copy or fetch it again"
         )
     return float(found)

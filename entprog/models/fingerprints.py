@@ -15,7 +15,7 @@ from entprog.data.shards import Dataset
 from entprog.diffusion.objectives import ALL
 from entprog.errors import UserError
 from entprog.media import assets
-from entprog.models import folders
+from entprog.models import folders, whole
 
 ORIGIN = ("provenance", "_name_or_path")
 """What a configuration says of where it came from."""
@@ -29,8 +29,8 @@ def base(model: Model) -> str:
     """
     found = models.family(model.family).files(model)
     parts = {name: _json(path) if path.suffix == ".json" else file(path) for name, path in found.items()}
-    if any(name.startswith("other network/") for name in found):
-        parts["boundary"] = models.family(model.family).inspect(model).expert.boundary
+    if folders.INDEX in found:
+        parts[folders.INDEX] = whole.deciding(found[folders.INDEX].parent)
     return digest(parts) if model.base else f"new-{digest(model.init, parts)}"
 
 

@@ -34,6 +34,10 @@ class ReferenceFrameDenoiser(WanDenoiser):
     def mask_channels(self) -> int:
         return 0
 
+    @property
+    def form(self) -> str:
+        return ""
+
     @classmethod
     def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
         return ()

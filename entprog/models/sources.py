@@ -98,7 +98,8 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         outputs = network.config.out_channels or network.config.in_channels
         has = f"this VAE has {channels} latent channels" if vae is not None else "pixels have 3 channels"
         raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
-    conditions, splits = cls.planned_inputs(network.config, about | experts_of.get(name, {}), channels, settings)
+    own, index = about | experts_of.get(name, {}), whole.index_of(root)
+    conditions, splits = cls.planned_inputs(network.config, own, channels, settings, index)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape)
     if settings.adapter:
@@ -218,6 +219,8 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
             out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
         else:
             network("network", part, "model.base")
+        if whole.deciding(root):
+            out[folders.INDEX] = root / folders.INDEX
         for name in ("entprog.json", SCHEDULER_FILE):
             if (root / name).is_file():
                 out[name] = root / name

@@ -8,29 +8,36 @@ A14B's two networks the one that `model.expert` names is trained, and the other 
 Wan 2.1 and 2.2 differ for us in configurations alone: 2.2's TI2V-5B has 48 latent channels of 16×16 pixels.
 
 An image-to-video checkpoint (2.1 with CLIP's image tokens, 2.2 without) gets the reference where its pipeline has the
-first frame: as latents of a clip that is grey after it, with a mask, and as tokens by the base's `image_encoder/`. Pose
-alone needs new channels. First-and-last-frame checkpoints, and those trained by a version that did not know this, are
-fed zeros there, as if no image was given, and have the reference in new channels.
+first frame: as latents of a clip that is grey after it, with a mask, and as tokens by the base's `image_encoder/`. To a
+first-and-last-frame checkpoint the last frame is unknown: grey in the latents as in that pipeline without one, and
+since its network wants tokens of two images, those of a grey picture. Pose alone needs new channels. Checkpoints
+trained by a version that did not know this are fed zeros there, and have the reference in new channels.
+
+Where the base's pipeline has `expand_timesteps` (2.2's TI2V-5B), the reference is the clip's first latent frame itself,
+at timestep 0 in all its tokens; loss is on the other frames. Without a reference that network has a frame there as any.
 
 Text cross-attention sees `model.prompt_embeds`, or zeros.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
+from torch.nn import functional
 
 from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models import sources, texts
+from entprog.models import inputs, sources, texts, whole
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
@@ -42,6 +49,10 @@ IMAGE_PARTS = {
 """Folders of a pipeline with CLIP's image encoder, and with what makes its inputs."""
 MASK_CHANNELS = 4
 """Channels of an image-to-video network's mask: clip frames in a latent frame. Networks on pixels have one."""
+FIRST_FRAME, GIVEN_FRAME = "first frame", "given frame"
+"""Forms of the reference: further channels beside the clip that say what its first frame is; that frame itself."""
+GREY = 128
+"""Level of a picture that is not there, in 0..255: what a pipeline has for frames that are not given."""
 TEXT_TOKENS = 512
 """Tokens of a text; diffusers' Wan attention counts on that number where image tokens come before them."""
 
@@ -66,7 +77,8 @@ class WanDenoiser(VideoDenoiser):
     MORE = IMAGE_PARTS
 
     image: torch.Tensor | None
-    """Zero image tokens [rows, tokens, image_dim] of one clip for I2V networks."""
+    """Image tokens [rows, tokens, image_dim] of a clip without a reference, for image-to-video networks: zeros; in the
+    second row, of first-and-last-frame networks, the unknown last image's."""
     images: torch.Tensor | None = None
     """Image tokens of a batch's clips [B, tokens, image_dim], where they have their own."""
     image_encoder: nn.Module | None = None
@@ -76,14 +88,20 @@ class WanDenoiser(VideoDenoiser):
 
     @property
     def mask_channels(self) -> int:
-        """Channels of the mask beside the first frame's latents; 0 where the reference is no first frame."""
+        """Channels of the mask beside the first frame's latents; 0 where the reference is not shown like that."""
         return _mask_channels(self.network.config.in_channels, self.latent_channels, self.conditions)
 
     @property
     def form(self) -> str:
-        return "first frame" if self.mask_channels else ""
+        if self.mask_channels:
+            return FIRST_FRAME
+        own = _is_given_frame(self.network.config.in_channels, self.latent_channels, self.conditions)
+        return GIVEN_FRAME if own else ""
 
     def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
+        if self.form == GIVEN_FRAME:
+            marked = functional.pad(self.latents(image), (0, 0, 0, 0, 0, 0, 1, 0), value=1.0)
+            return functional.pad(marked, (0, 0, 0, 0, 0, self._geometry.latent_frames(frames) - 1))
         if not self.mask_channels:
             return super().reference(image, frames)
         after = image.new_zeros(1).expand(*image.shape[:2], frames - 1, *image.shape[3:])
@@ -96,15 +114,37 @@ class WanDenoiser(VideoDenoiser):
     def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
         out = super().condition(reference, pose)
         if self.image_encoder is not None and self.mask_channels:
-            pictures = self.image_processor(images=list(reference.cpu().numpy()), return_tensors="pt")
-            seen = self.image_encoder(pictures["pixel_values"].to(self.device), output_hidden_states=True)
-            out["image"] = seen.hidden_states[-2]
+            out["image"] = self._tokens_of(reference)
         return out
 
+    @torch.no_grad()
+    def _tokens_of(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What the image encoder says of pictures uint8 [B, H, W, 3]: [B, tokens, image_dim]."""
+        inputs = self.image_processor(images=list(pictures.cpu().numpy()), return_tensors="pt")["pixel_values"]
+        return self.image_encoder(inputs.to(self.device), output_hidden_states=True).hidden_states[-2]
+
+    def given(self, conditions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.form != GIVEN_FRAME:
+            return None
+        return conditions["reference"][:, :1], conditions["reference"][:, 1:]
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
-        images = conditions.get("image")
+        images, given = conditions.get("image"), self.given(conditions)
         shown = self if images is None else replace(self, images=images)
-        return VideoDenoiser.predict(shown, noisy, t, conditions)
+        if given is None:
+            return VideoDenoiser.predict(shown, noisy, t, conditions)
+        mask, frames = given
+        others = [conditions[name] for name in self.conditions if name != "reference"]
+        with self.in_its_type():
+            inputs = torch.cat([(1 - mask) * noisy + mask * frames, *others], dim=1)
+            prediction = self.run(inputs, self._timesteps(t, mask), conditions.get("text", self.text))
+        return prediction.float() * (1 - mask)
+
+    def _timesteps(self, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Timestep of each token [B, tokens]: 0 where a mask [B, 1, F', H', W'] says that it is given."""
+        frames, rows, columns = self.network.config.patch_size
+        free = 1 - mask[:, 0, ::frames, ::rows, ::columns].flatten(1)
+        return self.process.timestep(t)[:, None] * free
 
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         (velocity,) = self.network(
@@ -117,14 +157,35 @@ class WanDenoiser(VideoDenoiser):
         return velocity
 
     def _image_tokens(self, clips: int) -> torch.Tensor | None:
-        if self.images is not None or self.image is None:
-            return self.images
-        return self.image.repeat(clips, 1, 1)
+        if self.image is None or self.images is None:
+            return None if self.image is None else self.image.repeat(clips, 1, 1)
+        last = [row.expand_as(self.images) for row in self.image[1:]]
+        return torch.stack([self.images, *last], dim=1).flatten(0, 1)
 
     @classmethod
     def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
-        first_frame = _mask_channels(network.in_channels, channels, ("reference",))
-        return ("reference",) if first_frame and network.pos_embed_seq_len is None else ()
+        return ("reference",) if _mask_channels(network.in_channels, channels, ("reference",)) else ()
+
+    @classmethod
+    def planned_inputs(
+        cls,
+        network: Any,
+        about: dict[str, Any],
+        channels: int,
+        settings: config.Model,
+        index: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        has = tuple(about.get("conditions", ()))
+        kept = bool(about) and _is_given_frame(sum(about["input_channels"]), channels, has)
+        offered = index.get(whole.EXPAND) is True and "reference" not in has
+        if not kept and not (offered and "reference" in settings.conditions):
+            return super().planned_inputs(network, about, channels, settings, index)
+        if "reference" not in settings.conditions:
+            raise UserError(f"model.conditions: {settings.base} was trained with {', '.join(has)}; add reference to it")
+        rest = about and about | {"conditions": [name for name in has if name != "reference"]}
+        others = settings.model_copy(update={"conditions": [n for n in settings.conditions if n != "reference"]})
+        conditions, splits = inputs.planned(network.in_channels, rest, (), channels, others)
+        return ("reference", *conditions), splits
 
     @classmethod
     def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
@@ -136,7 +197,12 @@ class WanDenoiser(VideoDenoiser):
         if not parts:
             return denoiser
         processor, encoder = _image_parts(parts)
-        return replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
+        seeing = replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
+        if denoiser.network.config.pos_embed_seq_len is None:
+            return seeing
+        size = encoder.config.image_size
+        unknown = seeing._tokens_of(torch.full((1, size, size, 3), GREY, dtype=torch.uint8))
+        return replace(seeing, image=torch.cat([torch.zeros_like(unknown), unknown]))
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
@@ -183,6 +249,12 @@ def _mask_channels(inputs: int, channels: int, conditions: tuple[str, ...]) -> i
     reference as a first frame. channels: of the latents."""
     extra, mask = inputs - channels * (1 + len(conditions)), 1 if channels == 3 else MASK_CHANNELS
     return mask if extra == mask and "reference" in conditions else 0
+
+
+def _is_given_frame(inputs: int, channels: int, conditions: tuple[str, ...]) -> bool:
+    """Whether a network sees the reference as the clip's first frame itself: its input layer has channels for the clip
+    and the other conditions alone."""
+    return "reference" in conditions and inputs == channels * len(conditions)
 
 
 def _image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:

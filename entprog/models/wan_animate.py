@@ -94,7 +94,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         return {"in_channels": 2 * channels + MASK_CHANNELS, "latent_channels": channels}
 
     @classmethod
-    def planned_inputs(cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model):
+    def planned_inputs(cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model, index=None):
         if set(settings.conditions) != set(CONDITIONS):
             raise UserError(f"model.conditions: Wan-Animate takes {' and '.join(CONDITIONS)}, both natively; give both")
         return CONDITIONS, (network.in_channels,)

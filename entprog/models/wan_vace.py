@@ -77,7 +77,7 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
         return {"in_channels": channels, "vace_in_channels": 2 * channels + MASK_CHANNELS}
 
     @classmethod
-    def planned_inputs(cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model):
+    def planned_inputs(cls, network: Any, about: dict[str, Any], channels: int, settings: config.Model, index=None):
         if "pose" not in settings.conditions:
             raise UserError("model.conditions: a VACE network's control video is the drawn pose; add pose")
         if left_out := [name for name in about.get("conditions", ()) if name not in settings.conditions]:

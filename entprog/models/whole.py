@@ -29,6 +29,9 @@ WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor", "feature_extract
 """Those of them that are settings alone."""
 STEMS = ("model", folders.STEM)
 """How transformers and diffusers begin the names of files of weights."""
+BOUNDARY, EXPAND = "boundary_ratio", "expand_timesteps"
+"""Entries of a pipeline's index: the least time t of the first of two networks; whether the first latent frame can be
+given, with a timestep of its own."""
 CODE = Path(__file__).parent / "shipped" / "pipeline.py"
 CLASS = "ReferencePosePipeline"
 COPIED = (".json", ".safetensors", ".model", ".txt")
@@ -89,6 +92,12 @@ def index_of(root: Path | None) -> dict[str, Any]:
     """A folder's model_index.json; {} if it has none. Raises UserError if it is damaged."""
     path = root and root / folders.INDEX
     return folders.read_json(path) if path and path.is_file() else {}
+
+
+def deciding(root: Path) -> dict[str, Any]:
+    """What a folder's index says of how its networks are used."""
+    index = index_of(root)
+    return {name: index[name] for name in (BOUNDARY, EXPAND) if index.get(name)}
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

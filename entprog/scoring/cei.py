@@ -158,7 +158,7 @@ def _score_condition(
     for batch in draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once):
         passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
         for kept, predictions in zip(moments, passes, strict=True):
-            losses = objectives.loss(predictions, batch.target, batch.weights)
+            losses = objectives.loss(predictions, batch.target, batch.weights, denoiser.given(batch.conditions))
             for prediction, loss in zip(predictions, losses, strict=True):
                 kept.add(prediction, loss)
                 if kept.n in noted:

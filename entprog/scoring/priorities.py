@@ -118,7 +118,8 @@ def _gradients_of_condition(
     squares = torch.zeros(len(blocks), dtype=torch.float64)
     noted = {}
     for done, draw in enumerate(draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once=1), 1):
-        loss = objectives.loss(denoiser.predict(draw.noisy, draw.t, draw.conditions), draw.target, draw.weights).sum()
+        prediction, given = denoiser.predict(draw.noisy, draw.t, draw.conditions), denoiser.given(draw.conditions)
+        loss = objectives.loss(prediction, draw.target, draw.weights, given).sum()
         gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
         gradients = [None if g is None else g.float() for g in gradients]  # of weights stored in bfloat16
         if measure == "fisher":

@@ -10,14 +10,18 @@ from helpers.families import TINY
 IMAGE_TOKENS = {"image_dim": 8, "added_kv_proj_dim": 24}
 
 
-def image_to_video(folder, clip: bool):
-    """An image-to-video pipeline of Wan, of 2.1 (with CLIP's image tokens) or 2.2, saved to a folder."""
+def image_to_video(folder, clip: bool, last=False):
+    """An image-to-video pipeline of Wan, of 2.1 (with CLIP's image tokens) or 2.2, saved to a folder. last: of first
+    and last frame."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
     tiny = {**TINY["wan"]["init"], "in_channels": 2 * 4 + 4, "out_channels": 4, "patch_size": [1, 2, 2]}
-    network = diffusers.WanTransformer3DModel(**tiny, **(IMAGE_TOKENS if clip else {})).eval()
+    more = (IMAGE_TOKENS if clip else {}) | ({"pos_embed_seq_len": 2 * 10} if last else {})
+    network = diffusers.WanTransformer3DModel(**tiny, **more).eval()
     WanDenoiser.initialise(network)
+    if last:
+        torch.nn.init.normal_(network.condition_embedder.image_embedder.pos_embed)
     kind, sizes = TINY["wan"]["vae"]
     vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
@@ -30,6 +34,21 @@ def image_to_video(folder, clip: bool):
     pipe = diffusers.WanImageToVideoPipeline(
         tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **sees,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def given_frame(folder):
+    """A pipeline of Wan 2.2 TI2V, whose first latent frame can be given, saved to a folder."""
+    torch.manual_seed(0)
+    kind, sizes = TINY["wan"]["vae"]
+    channels = {"in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+    network = diffusers.WanTransformer3DModel(**{**TINY["wan"]["init"], **channels}).eval()
+    WanDenoiser.initialise(network)
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), expand_timesteps=True,
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

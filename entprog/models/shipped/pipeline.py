@@ -27,6 +27,11 @@ REFERENCE_SEED = 4764156602392020899
 """Of the noise that the reference of Wan-Animate and VACE is trained with."""
 FIRST_FRAME = "first frame"
 """Form of the conditions of a network that sees the reference as the clip's first frame (Wan's image-to-video)."""
+GIVEN_FRAME = "given frame"
+"""Of one where the first latent frame itself is the reference, at timestep 0 (Wan's TI2V)."""
+GREY = 128
+"""Level of a picture that is not there."""
+LAST = "last image"
 BELONGS = {"image": "reference"}
 """What is there exactly where a condition is: image tokens of the reference."""
 OWN_INPUTS = ("wan_animate", "wan_vace")
@@ -77,13 +82,15 @@ class ReferencePosePipeline(DiffusionPipeline):
         elsewhere=None,
         experts=None,
         boundary_ratio=None,
+        expand_timesteps=False,
     ):
         """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
         latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. encodes: the pipeline of
         diffusers that encodes texts for this network, and their tokens. prompt: whether the values of what
         cross-attention sees lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width
         and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder. experts: of two
-        networks the conditions that each sees, by part; transformer is in charge from boundary_ratio · 1000 up."""
+        networks the conditions that each sees, by part; transformer is in charge from boundary_ratio · 1000 up.
+        expand_timesteps: whether tokens of the network can have timesteps of their own, as the base's pipeline says."""
         super().__init__()
         vae = vae or fetched("vae", elsewhere)
         if experts:
@@ -100,7 +107,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         self.register_to_config(
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
             compression=list(compression), text_shape=list(text_shape), encodes=encodes, prompt=prompt, clip=clip,
-            elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio,
+            elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps,
         )  # fmt: skip
 
     @property
@@ -160,6 +167,11 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["reference"] = self.masked(shown["reference"])
             if takes_tokens(self.config.form, self.transformer):
                 shown["image"] = self.tokens(picture)
+        elif self.config.form == GIVEN_FRAME:
+            mask = torch.ones_like(shown["reference"][:, :1])
+            first = torch.cat([mask, shown["reference"]], dim=1)
+            after = first.new_zeros(1).expand(*first.shape[:2], size[2] - 1, *size[3:])
+            shown["reference"] = torch.cat([first, after], dim=2)
         elif "reference" in shown:
             shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
             if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
@@ -167,6 +179,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         if prompt is not None:
             prompt_embeds = self.encoded(prompt)
         text = {name: tensor.to(device) for name, tensor in self.text(prompt_embeds).items()}
+        if "image" in shown and self.transformer.config.pos_embed_seq_len is not None:  # the last frame is unknown
+            text[LAST] = self.tokens(torch.full_like(picture, GREY / 127.5 - 1))
         passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
         if latents is None:
             latents = randn_tensor(size, generator=generator, device=device)
@@ -188,13 +202,25 @@ class ReferencePosePipeline(DiffusionPipeline):
                     name: v if BELONGS.get(name, name) in kept else torch.zeros_like(v) for name, v in shown.items()
                 }
                 prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
+            if self.config.form == GIVEN_FRAME:  # from its noise straight to what is given
+                straight = (seen - shown["reference"][:, 1:]) / (timestep / 1000)
+                prediction = instead(prediction, shown["reference"][:, :1], straight)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+        if self.config.form == GIVEN_FRAME:
+            latents = instead(latents, shown["reference"][:, :1], shown["reference"][:, 1:])
         made = latents if output_type == "latent" else shaped(self.decode(latents), output_type)
         return ClipOutput(frames=made) if return_dict else (made,)
 
     def predict(self, latents, timestep, shown, text):
         """The network's prediction, float32 like the latents."""
         network, conditions = self.expert(timestep)
+        free = 1
+        if self.config.form == GIVEN_FRAME:
+            mask, first = shown["reference"][:, :1], shown["reference"][:, 1:]
+            free, conditions = 1 - mask, [name for name in conditions if name != "reference"]
+            latents = instead(latents, mask, first)
+            frames, rows, columns = network.config.patch_size
+            timestep = timestep[:, None] * free[:, 0, ::frames, ::rows, ::columns].flatten(1)
         inputs = [latents, *(shown[name] for name in conditions)]
         if self.config.family not in OWN_INPUTS:
             unused = network.config.in_channels - sum(each.shape[1] for each in inputs)
@@ -213,7 +239,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             "hunyuan_video": hunyuan_video,
         }  # fmt: skip
         out = call[family](network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
-        return out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
+        return free * out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
 
     def wan_animate(self, noisy, reference, pose, timestep, text):
         """The reference is a frame of its own before the clip's, noised along with it; the face is one not there."""
@@ -351,6 +377,8 @@ class ReferencePosePipeline(DiffusionPipeline):
 
 def wan(network, inputs, timestep, text, more):
     image = more.get("image", no_image(network.config))
+    if LAST in more:
+        image = torch.cat([image, more[LAST]])
     return network(
         hidden_states=inputs, timestep=timestep, encoder_hidden_states=text,
         encoder_hidden_states_image=None if image is None else image.to(inputs), return_dict=False,
@@ -486,6 +514,11 @@ def guidance(conditions, reference, pose):
         kept, left = (*kept, name), strengths[name]
     shares[kept] = left
     return {names: share for names, share in shares.items() if share}
+
+
+def instead(values, mask, others):
+    """Others where a mask is 1, values where it is 0."""
+    return (1 - mask) * values + mask * others
 
 
 def led(reference, timestep):
