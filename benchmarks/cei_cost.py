@@ -56,10 +56,12 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     layers = layers or ([12, 30] if device == "cuda" else [12, 18])
-    figures = [figures_of(number, draws, repeats, device) for number in layers]
+    figures, path = [], None
+    for number in layers:  # each is kept as it comes
+        figures.append(figures_of(number, draws, repeats, device))
+        name = "cei_cost_gpu" if device == "cuda" else "cei_cost"
+        path = common.write(name, figures, device=device, repeats=repeats)
     common.show("CEI scoring, replay over naive", [{SHOWN[name]: row[name] for name in SHOWN} for row in figures])
-    name = "cei_cost_gpu" if device == "cuda" else "cei_cost"
-    path = common.write(name, figures, device=device, repeats=repeats)
     cli.console.print(f"Wrote {path}")
 
 
@@ -71,7 +73,8 @@ def figures_of(layers: int, draws: int, repeats: int, device: str) -> dict[str, 
         vae="none",
         dtype="bfloat16" if on_gpu else "float32",
     )
-    denoiser = models.family("wan").load(settings, device, seed=0)
+    with torch.device(device):  # new weights are drawn where they are used
+        denoiser = models.family("wan").load(settings, device, seed=0)
     found = blocks(denoiser.network)
     size = (6, 40, 40) if on_gpu else (2, 16, 16)
     clean = torch.randn(2, CHANNELS, *size, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,5 +1,6 @@
 """What benchmarks have in common: interleaved timing, one result file each, one table on the terminal."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from entprog import files
+from entprog import config, files
 from pipelines import cli
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,22 +120,34 @@ def write(
 ) -> Path:
     """Leave benchmarks/results/NAME.json: the figures, and what they were measured on and with; `more` beside them."""
     path = RESULTS / f"{name}.json"
-    files.write_json(
-        path,
-        {
-            "device": describe(device),
-            "versions": {"python": platform.python_version()}
-            | {package: importlib.metadata.version(package) for package in VERSIONS}
-            | ({"cuda": torch.version.cuda} if torch.device(device).type == "cuda" else {}),
-            "commit": cli.commit(),
-            "command": shlex.join(_command()),
-            "repeats": repeats,
-            "load_average": os.getloadavg()[0],
-            "figures": list(figures),
-            **(more or {}),
-        },
-    )
+    record = {"repeats": repeats, "load_average": os.getloadavg()[0], "figures": list(figures)}
+    files.write_json(path, about(device) | record | dict(more or {}))
     return path
+
+
+def about(device: torch.device | str) -> dict[str, Any]:
+    """What figures are measured on and with."""
+    return {
+        "device": describe(device),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in VERSIONS}
+        | ({"cuda": torch.version.cuda} if torch.device(device).type == "cuda" else {}),
+        "commit": _commit(),
+        "command": shlex.join(_command()),
+    }
+
+
+@functools.cache
+def _commit() -> str:
+    """As it is before the first results are written, which are a change too."""
+    return cli.commit()
+
+
+def source() -> str:
+    """Hash of the method's code and the benchmarks', whatever commit they are of."""
+    root = Path(__file__).resolve().parents[1]
+    paths = sorted(path for part in ("entprog", "benchmarks") for path in (root / part).rglob("*.py"))
+    return config.digest([(str(path.relative_to(root)), files.sha256(path)) for path in paths])
 
 
 def _command() -> list[str]:

@@ -13,7 +13,7 @@ whose frozen blocks alone run in it; their counted limit is that of full precisi
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -141,20 +141,18 @@ def main(
     ]
     if profile is None:
         profile = on_gpu
-    figures, profiles = [], []
-    for setting in settings:
+    figures, profiles, path = [], [], None
+    for setting in settings:  # each is kept as it comes: a later one may end badly
         figures += bench.figures(setting, repeats)
-        profiles += bench.profiles(setting) if profile else []
+        path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
+        if profile:
+            profiles += bench.profiles(setting)
+            path.with_name(f"{path.stem}_profile.txt").write_text("\n\n".join(profiles) + "\n")
     common.show(
         "A step of each plan over full training's (ckpt: checkpointing; *: predicted over measured)",
         [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
-    path = common.write("step_cost_gpu" if on_gpu else "step_cost_cpu", figures, device=device, repeats=repeats)
-    cli.console.print(f"Wrote {path}")
-    if profiles:
-        beside = path.with_name(f"{path.stem}_profile.txt")
-        beside.write_text("\n\n".join(profiles) + "\n")
-        cli.console.print(f"Wrote {beside}")
+    cli.console.print(f"Wrote {path}{', and the profile beside it' if profile else ''}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +205,21 @@ def label(plan: dict[str, Any]) -> str:
 class Bench:
     """One network and its optimizer, trained under one plan after another."""
 
-    def __init__(self, experiment: config.Experiment, position: Position, device: str):
+    def __init__(
+        self,
+        experiment: config.Experiment,
+        position: Position,
+        device: str,
+        fractions: Sequence[float] = FRACTIONS,
+        prepare: Callable[[nn.Module], None] = lambda network: None,
+    ):
+        """fractions: m/L of the plans beside full training; prepare: as `load` takes it."""
         self.experiment = experiment
         self.position = position
+        self.fractions = fractions
         self.device = torch.device(device)
-        self.denoiser = models.family(experiment.model.family).load(experiment.model, device, seed=0)
+        with self.device:  # new weights are drawn where they are used: a CPU takes half a minute for a billion
+            self.denoiser = models.family(experiment.model.family).load(experiment.model, device, 0, prepare)
         self.found = blocks(self.denoiser.network)
         self.names = [block.name for block in self.found]
         self.optimizer = optimizer.adamw(self.denoiser.network, experiment.train)
@@ -223,7 +231,7 @@ class Bench:
         """Full training and the others, each by a name; those first, smallest first."""
         shape = self.experiment.data.shape
         out = {FULL: plans.full(self.names, shape)}
-        for fraction in FRACTIONS:
+        for fraction in self.fractions:
             chosen = trained(self.names, plans.count(fraction, len(self.names)), self.position)
             for backward in backwards:
                 plan = plans.of_set(chosen, self.names, backward, shape)
@@ -231,8 +239,11 @@ class Bench:
                     out[f"{len(chosen)} {backward}"] = plan
         return out
 
-    def figures(self, setting: Setting, repeats: int) -> list[dict[str, Any]]:
-        """Every plan's row under one setting; one that runs out of memory says so, the others go on."""
+    def figures(self, setting: Setting, repeats: int, only: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Every plan's row under one setting; one that runs out of memory says so, the others go on.
+
+        only: names of the plans that are run; none: all of them.
+        """
         experiment = setting.of(self.experiment)
         by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
         cli.console.print(f"Steps with {setting} …")
@@ -240,6 +251,7 @@ class Bench:
         prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
         flops.counts = prices.counts
         known = self.plans(("residual",) if setting.fp8 else ("exact", "residual"))
+        known = {name: plan for name, plan in known.items() if not only or name in only}
         failed: dict[str, str] = {}
         uncounted: dict[str, str] = {}
         foreseen = {}
@@ -264,16 +276,19 @@ class Bench:
         for name, plan in known.items():
             row = self.blank(plan, setting) | foreseen.get(name, {})
             if name not in failed:
-                row |= compared(row, measured[name], None if FULL in failed else measured[FULL])
+                row |= compared(row, measured[name], None if FULL in failed else measured.get(FULL))
                 if MODEL not in failed:
                     row |= foretold([each[name] for each in forecasts], measured[name].seconds)
             rows.append(row)
-        whole = next(row for row, name in zip(rows, known, strict=True) if name == FULL)
-        for row, name in zip(rows, known, strict=True):
-            row["memory_ratio"] = over(row["memory_bytes"], whole["memory_bytes"])
-            row["flops_ratio"] = over(row["flops"], whole["flops"])
+        named = dict(zip(known, rows, strict=True))
+        whole = named.get(FULL, {})
+        for name, row in named.items():
+            row["memory_ratio"] = over(row["memory_bytes"], whole.get("memory_bytes"))
+            row["flops_ratio"] = over(row["flops"], whole.get("flops"))
             row["note"] = failed.get(name) or ("counting ran out of memory" if name in uncounted else "")
-        return rows[1:] + ([] if setting.fp8 else rows[:1])
+        if setting.fp8:  # full training has no frozen blocks: it is a row of the setting without fp8
+            named.pop(FULL, None)
+        return sorted(named.values(), key=lambda row: row is whole)
 
     def profiles(self, setting: Setting) -> list[str]:
         """Where the time of one step goes: of full training, and of the smallest residual plan."""
@@ -283,6 +298,9 @@ class Bench:
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
         for name in [FULL, next(name for name in known if name != FULL)][setting.fp8 :]:
             self.prepare(name, known[name], freeze, failed)
+            if name in failed:
+                out.append(f"{name}, {setting}, {failed[name]}")
+                continue
             with torch.profiler.profile(activities=activities) as profiler:
                 self.turn(name, failed)
             order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -322,6 +340,7 @@ class Bench:
             cli.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
         if name in failed:
             self.optimizer.zero_grad(set_to_none=True)
+            optimizer.follow(self.optimizer, (), "drop")  # moments may be there in part: the next step would miss them
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -353,6 +372,7 @@ class Bench:
             "step_s_slowest": None,
             "flops": None,
             "flops_ratio": None,
+            "tflops_per_s": None,
             "memory_bytes": None,
             "memory_ratio": None,
             "predicted_s": None,
@@ -401,6 +421,7 @@ def compared(row: dict[str, Any], measured: common.Measured, whole: common.Measu
         "step_s": measured.median_s,
         "step_s_fastest": fastest,
         "step_s_slowest": slowest,
+        "tflops_per_s": over(row["flops"], 1e12 * measured.median_s),
         "memory_bytes": memory,
         "predicted_over_measured_memory": over(row["predicted_memory_bytes"], memory),
     }

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -128,22 +128,33 @@ def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dat
         start_s = 0.02 * i
         times = video.clip_times(start_s, shape.frames, shape.fps)
         frames, _ = video.read_frames(assets.clip(SOURCE), times, size=(shape.height, shape.width))
-        png = io.BytesIO()
-        Image.fromarray(frames[0]).save(png, "PNG")
-        size = {"height": shape.height, "width": shape.width}
-        rows.append({
-            "clip_id": f"{SOURCE}#{i}", "source": SOURCE, "source_sha256": "0" * 64, "split": "train", "caption": "",
-            "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **size,
-            **{f"source_{k}": v for k, v in size.items()}, **{f"crop_{k}": v for k, v in size.items()},
-            "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
-            "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": h264.encode(frames, shape.fps),
-        })  # fmt: skip
+        rows.append(row_of(f"{SOURCE}#{i}", frames, shape, start_s))
         file = folder / "files" / f"{i}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_plain(file, frames, shape.fps)
         file.with_suffix(".clip").write_bytes(rows[-1]["video"])
+    return write_rows(folder, rows, shape, held_out)
+
+
+def row_of(clip_id: str, frames: np.ndarray, shape: ClipShape, start_s: float = 0.0) -> dict[str, Any]:
+    """A shard's row of frames uint8 RGB [F, H, W, 3], whose first one is the reference; the pose is all zeros."""
+    png = io.BytesIO()
+    Image.fromarray(frames[0]).save(png, "PNG")
+    size = {"height": shape.height, "width": shape.width}
+    return {
+        "clip_id": clip_id, "source": clip_id.partition("#")[0], "source_sha256": "0" * 64, "split": "train",
+        "caption": "", "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **size,
+        **{f"source_{k}": v for k, v in size.items()}, **{f"crop_{k}": v for k, v in size.items()},
+        "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
+        "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": h264.encode(frames, shape.fps),
+    }  # fmt: skip
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]], shape: ClipShape, held_out: int) -> shards.Dataset:
+    """Rows as a dataset, the last `held_out` of them held out."""
     infos: dict[str, list[shards.ShardInfo]] = {"train": [], "held_out": []}
-    for split, part in (("train", rows[: CLIPS - held_out]), ("held_out", rows[CLIPS - held_out :])):
+    cut = len(rows) - held_out
+    for split, part in (("train", rows[:cut]), ("held_out", rows[cut:])):
         if part:
             infos[split] = [shards.write_shard(folder, f"{split}/00000.parquet", part, shape)]
     return shards.write_dataset(folder, shape, infos, {})

@@ -1,13 +1,16 @@
 """Benchmarks at their smallest: that they run, and leave what others read."""
 
 import json
+import multiprocessing
 import re
+import time
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from benchmarks import checkpointing, common, memory, scaling, step_cost, stream
+from benchmarks import checkpointing, common, gpu_check, gpu_parts, memory, scaling, step_cost, stream
 from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -75,6 +78,111 @@ def test_a_plan_out_of_memory_says_so_and_the_others_go_on(results, monkeypatch)
         assert row["note"] == ("out of memory" if full else "")
         assert row["speedup"] is None and (row["step_s"] is None) == full
         assert full or row["trained"][-1] == "blocks.3"
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5])
+def test_no_moments_are_left_in_part_where_memory_ends_within_the_optimizer(results, monkeypatch, moment):
+    """A later step of the same plan, a profile's among them, would miss the other half."""
+    experiment = gpu_parts.step_experiment(step_cost.network_of(4, 1, False), 3_200, "cpu")
+    bench, failed, made = step_cost.Bench(experiment, "scattered", "cpu", fractions=(0.25,)), {}, 0
+    before = torch.zeros_like
+
+    def zeros_like(*arguments, **options):
+        nonlocal made
+        made += 1
+        if made == moment:
+            raise MemoryError
+        return before(*arguments, **options)
+
+    setting = step_cost.Setting(checkpointing=False, compile=False, fp8=False)
+    freeze = step_cost.Freeze(bench.denoiser, bench.found, setting.of(experiment))
+    plan = bench.plans(("residual",))[step_cost.FULL]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", zeros_like)
+        bench.prepare("full", plan, freeze, failed)
+    assert failed == {"full": "out of memory"} and made == moment
+    bench.turn("again", {})
+    for state in bench.optimizer.state.values():
+        assert {"exp_avg", "exp_avg_sq"} <= state.keys()
+
+
+def test_step_cost_keeps_what_it_measured_before_it_died(results, monkeypatch):
+    first, calls = step_cost.Bench.figures, []
+
+    def figures(self, setting, repeats):
+        calls.append(setting)
+        if len(calls) == 2:
+            raise KeyError("exp_avg_sq")
+        return first(self, setting, repeats)
+
+    monkeypatch.setattr(step_cost.Bench, "figures", figures)
+    with pytest.raises(KeyError):
+        CliRunner().invoke(step_cost.app, TINY.split(), catch_exceptions=False)
+    rows = json.loads((results / "step_cost_cpu.json").read_text())["figures"]
+    assert len(rows) == 7 and all(row["step_s"] > 0 and row["tflops_per_s"] > 0 for row in rows)
+
+
+def test_gpu_check_a_part_that_crashes_is_a_result_and_the_next_goes_on():
+    """In processes of their own: one that is killed within a part, and the one after it."""
+    rows, ends = [], {}
+    for name, row, end in gpu_check.events(["numbers", "card"], True, time.monotonic() + 400):
+        if row is not None:
+            rows.append(name)
+            if name == "numbers":
+                for process in multiprocessing.active_children():
+                    process.kill()
+        if end is not None:
+            ends[name] = end
+    assert rows[0] == "numbers" and rows[-1] == "card"
+    assert ends["numbers"]["status"] == "crashed" and "-9" in ends["numbers"]["note"]
+    assert ends["card"]["status"] == "done"
+    assert not multiprocessing.active_children()
+
+
+def test_gpu_check_goes_on_where_it_stopped(results, monkeypatch):
+    kept = gpu_check.Kept(tiny=True, again=())
+    kept.add("card", {"matmul_tflops_per_s": 2.0})
+    kept.end("card", {"status": "done", "note": "", "seconds": 1.0})
+    kept.add("train", {"command": "prepare"})
+    kept.end("train", {"status": "skipped", "note": "ray is not installed", "seconds": 0.1})
+    kept.add("a step", {"tflops_per_s": 0.5})  # and no end: killed there
+    record = json.loads((results / "gpu_check_tiny.json").read_text())
+    assert {"device", "versions", "commit", "command", "source"} <= record.keys()
+    assert [row["part"] for row in record["figures"]] == ["card", "train", "a step"]
+    assert record["figures"][-1]["share_of_matmul"] == 0.25
+
+    again = gpu_check.Kept(tiny=True, again=())
+    assert again.done == {"card"} and [row["part"] for row in again.rows] == ["card", "train"]
+    assert gpu_check.Kept(tiny=True, again=["card"]).done == set(), "asked for by name: measured anew"
+    monkeypatch.setattr(common, "source", lambda: "another")
+    assert gpu_check.Kept(tiny=True, again=()).rows == [], "figures of other code stay out of this file"
+
+
+def test_gpu_check_says_what_is_wrong_before_it_begins(results):
+    for options, said in ((["--tiny", "--part", "nothing"], "there are: card"), ([], "torch sees no GPU here")):
+        if not options and torch.cuda.is_available():
+            continue
+        outcome = CliRunner().invoke(gpu_check.app, options)
+        assert outcome.exit_code == 2 and said in " ".join(outcome.output.replace("│", " ").split())
+    assert not list(results.iterdir())
+
+
+def test_parts_of_gpu_check_that_need_no_process(results):
+    """The tiny parts give the rows that a card's do."""
+    known = {part.name: part for part in gpu_parts.parts(tiny=True)}
+    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 30
+    with torch.compiler.set_stance("force_eager"):
+        steps = list(known["step of 20000 tokens, compiled"].rows())
+        (large,) = known["14B, LoRA, 24 GB"].rows()
+    plans = [(row["plan"]["m"], row["plan"]["backward"], row["plan"]["compile"]) for row in steps]
+    assert plans == [(1, "exact", True), (1, "residual", True), (4, "exact", True)]
+    for row in (*steps, large):
+        assert row["step_s"] > 0 and row["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
+    assert (
+        large["blocks"] == 4
+        and large["held_foreseen_bytes"] < large["memory_bytes"] < 40 * large["held_foreseen_bytes"]
+    )
+    assert large["held_foreseen_whole_bytes"] > 8 * large["held_foreseen_bytes"] / 4
 
 
 def test_counted_memory_is_what_the_documents_say():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_method_imports_neither_ray_nor_mlflow():
+def test_the_method_imports_neither_ray_nor_mlflow_and_networks_need_no_more_than_torch_and_diffusers():
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in (ROOT / "entprog").rglob("*.py")
@@ -19,6 +19,12 @@ def test_the_method_imports_neither_ray_nor_mlflow():
     program = f"""
 import importlib, sys
 sys.modules["ray"] = sys.modules["mlflow"] = None
+beyond = ["pyarrow", "av", "psutil", "peft", "torchao", "transformers", "accelerate", "matplotlib", "torchmetrics"]
+sys.modules |= dict.fromkeys(beyond)
+import benchmarks.gpu_check, entprog.models
+assert {{"wan", "cogvideox", "svd"}} < set(entprog.models.families())
+for name in beyond:
+    del sys.modules[name]
 for name in {modules!r}:
     importlib.import_module(name)
 """

@@ -12,6 +12,7 @@ import inspect as python_inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from safetensors.torch import save_file
 
 from entprog import config, files, models
 from entprog.config import digest
-from entprog.data import shards
 from entprog.data.clips import Latents
 from entprog.distributed import agree
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models import fingerprints, folders, texts
 from entprog.models.denoising import VideoDenoiser
+
+if TYPE_CHECKING:
+    from entprog.data import shards  # pyarrow with it, which networks alone do not need
 
 FORMAT = "entprog-texts-1"
 FOLDER = "texts"
@@ -72,8 +75,10 @@ def source(settings: config.Model) -> Source:
     return Source(family, encoder, tokenizer, digest(FORMAT, family.TEXT_PIPELINE, hashes))
 
 
-def of_clips(dataset: shards.Dataset, split: str) -> list[str]:
+def of_clips(dataset: "shards.Dataset", split: str) -> list[str]:
     """The caption of every clip of a split, in the order of their numbers; '' for a clip without one."""
+    from entprog.data import shards
+
     found = []
     for shard in dataset.splits.get(split, ()):
         rows = shards.read_rows(dataset.folder / shard.file, range(shard.clips), ("caption",))
@@ -81,7 +86,7 @@ def of_clips(dataset: shards.Dataset, split: str) -> list[str]:
     return found
 
 
-def wanted(dataset: shards.Dataset, mode: str) -> list[str]:
+def wanted(dataset: "shards.Dataset", mode: str) -> list[str]:
     """Every text that a run of `data.text=mode` shows, once, the empty one first.
 
     Raises UserError where captions are wanted and no clip has one.
@@ -128,7 +133,7 @@ class Texts:
 
 def prepared(
     settings: config.Model,
-    dataset: shards.Dataset,
+    dataset: "shards.Dataset",
     mode: str,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -151,12 +156,14 @@ def prepared(
 
 def _share(
     settings: config.Model,
-    dataset: shards.Dataset,
+    dataset: "shards.Dataset",
     mode: str,
     device: torch.device | str,
     progress: Callable[[int, int], None],
 ) -> Texts:
     """Encode this rank's share of what is not encoded yet."""
+    from entprog.data import shards
+
     found, rank, world = source(settings), *agree.world()
     captions = {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
     folder = folder_of(dataset, found)
@@ -181,7 +188,7 @@ def one(found: Source, network, text: str, device: torch.device | str) -> torch.
     return texts.padded(embedding.float()[None], found.family.text_tokens(network))
 
 
-def folder_of(dataset: shards.Dataset, found: Source) -> Path:
+def folder_of(dataset: "shards.Dataset", found: Source) -> Path:
     """Where the embeddings of a dataset's texts lie."""
     return dataset.folder / FOLDER / found.key
 

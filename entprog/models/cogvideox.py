@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import nn
 
 from entprog import config
@@ -100,10 +99,18 @@ def _rotary(sizes: Any, frames: int, rows: int, columns: int, device: torch.devi
     grid, base = (rows // patch, columns // patch), (sizes.sample_height // patch, sizes.sample_width // patch)
     common = {"embed_dim": sizes.attention_head_dim, "grid_size": grid, "device": device}
     if sizes.patch_size_t is None:  # 1.0
-        crops = get_resize_crop_region_for_grid(grid, base[1], base[0])
-        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
+        return get_3d_rotary_pos_embed(crops_coords=_fitted(grid, base), temporal_size=frames, **common)
     frames = -(-frames // sizes.patch_size_t)  # 1.5
     return get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=base, **common)
+
+
+def _fitted(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last (row, column) of a grid that is scaled to fit into the one the network was trained on, and lies in
+    its middle. The pipeline's own function lies in a module that needs transformers, an extra of ours."""
+    scale = min(there / here for here, there in zip(grid, base, strict=True))
+    sizes = [round(scale * here) for here in grid]
+    first = tuple(round((there - size) / 2) for there, size in zip(base, sizes, strict=True))
+    return first, tuple(start + size for start, size in zip(first, sizes, strict=True))
 
 
 inspect = partial(sources.inspect, CogVideoXDenoiser)

@@ -5,17 +5,19 @@ import json
 import platform
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entprog import files, models
 from entprog.config import Experiment, Model, Timesteps, digest
-from entprog.data.shards import Dataset
 from entprog.diffusion.objectives import ALL
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.models import folders, whole
+
+if TYPE_CHECKING:
+    from entprog.data.shards import Dataset  # pyarrow with it, which networks alone do not need
 
 ORIGIN = ("provenance", "_name_or_path")
 """What a configuration says of where it came from."""
@@ -45,7 +47,7 @@ def _text_encoder(settings: Model) -> str:
     return captions.source(settings).key
 
 
-def held_out(experiment: Experiment, dataset: Dataset) -> str:
+def held_out(experiment: Experiment, dataset: "Dataset") -> str:
     """Hash of what the held-out loss is measured on: two runs' losses may be compared only where it is equal."""
     data, law = experiment.data, experiment.timesteps
     expert = (

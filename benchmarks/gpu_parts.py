@@ -1,0 +1,418 @@
+"""What `benchmarks.gpu_check` measures, part by part, the most important first. A part gives its rows as they come.
+
+Tiny parts do the same on the CPU with tiny networks, and run what is compiled as it is written.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks import cei_cost, common, step_cost
+from benchmarks.step_cost import FULL, Bench, Setting
+from benchmarks.tiny_families import TINY, WAN
+from entprog import config, models
+from entprog.blocks import blocks, fp8, store_frozen
+from entprog.config import ClipShape, Experiment
+from entprog.cost.holding import held
+from entprog.data.clips import Latents
+from entprog.diffusion import objectives
+from entprog.models import lora
+from entprog.schedule import plans
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
+from entprog.scoring import cei
+
+Row = dict[str, Any]
+REPEATS = 3
+"""Timed steps of each plan, interleaved."""
+QUARTER = 0.25
+"""m/L of the plans beside full training."""
+CLIPS = {3_200: (2, ClipShape(frames=5, height=64, width=40)), 20_000: (1, ClipShape(frames=25, height=64, width=50))}
+"""Tokens of a clip → clips of a step and their shape in pixels, four of which are a token."""
+TINY_CLIPS = {
+    3_200: (2, ClipShape(frames=1, height=16, width=16)),
+    20_000: (1, ClipShape(frames=2, height=16, width=16)),
+}
+LIMITS_GB = (24, 48, 80)
+SHARE_HELD = 0.8
+"""Part of a limit that weights, gradients and moments may take where the network is made to fit it."""
+
+
+class SkippedError(Exception):
+    """A part that cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to measure."""
+
+    name: str
+    rows: Callable[[], Iterator[Row]]
+
+
+def parts(tiny: bool) -> list[Part]:
+    """All of them, in the order in which they are worth their time. tiny: on the CPU, with tiny networks."""
+    device = "cpu" if tiny else "cuda"
+    settings = [
+        (tokens, Setting(checkpointing=checkpointing, compile=compiled, fp8=low))
+        for tokens, compiled in ((20_000, True), (20_000, False), (3_200, True), (3_200, False))
+        for low in (False, True)
+        for checkpointing in (True, False)
+    ]
+    steps = [Part(named(*each), partial(step_rows, *each, device)) for each in settings]
+    large = [Part(f"14B, {way}, {gb} GB", partial(large_rows, gb, way, device)) for gb in LIMITS_GB for way in WAYS]
+    return [
+        Part("card", partial(card_rows, device)),
+        Part("numbers", partial(number_rows, device, compiled=False)),
+        *steps[:4],
+        Part("train", partial(train_rows, device)),
+        *large,
+        Part("scoring", partial(scoring_rows, device)),
+        Part("numbers, compiled", partial(number_rows, device, compiled=True)),
+        *steps[4:],
+    ]
+
+
+def named(tokens: int, setting: Setting) -> str:
+    """A part of the step table in words."""
+    on = [("compiled", setting.compile), ("checkpointing", setting.checkpointing), ("fp8", setting.fp8)]
+    return ", ".join([f"step of {tokens} tokens", *(word for word, is_on in on if is_on)])
+
+
+# ---- what the card can do ----
+
+
+def card_rows(device: str) -> Iterator[Row]:
+    """The card's own rate of products of bfloat16 matrices, and of attention: the ceilings of all others."""
+    size, tokens = (256, 64) if device == "cpu" else (8192, 8192)
+    one = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    heads = [torch.randn(1, 12, tokens, 128, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    arms = {
+        "matmul": (lambda: one @ one, 2 * size**3),
+        "attention": (lambda: functional.scaled_dot_product_attention(*heads), 4 * 12 * 128 * tokens**2),
+    }
+    times = 10
+    measured = common.interleaved(
+        {name: partial(repeated, run, times) for name, (run, _) in arms.items()}, REPEATS, device
+    )
+    rates = {name: flops * times / min(measured[name].seconds) / 1e12 for name, (_, flops) in arms.items()}
+    yield {f"{name}_tflops_per_s": rate for name, rate in rates.items()} | {"matmul": f"{size} x {size}, bfloat16"}
+
+
+def repeated(run: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+# ---- numbers ----
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "fp8": 1e-1}
+"""Largest relative difference between two devices, of loss and gradient."""
+COMPILED = ("wan", "cogvideox", "hunyuan_video", "svd")
+FP8_WAN = {**WAN, "attention_head_dim": 16}
+"""Sizes that fp8 kernels take."""
+
+
+def number_rows(device: str, compiled: bool) -> Iterator[Row]:
+    """Loss and gradient of a plan of every other block on the device against the CPU's, at equal weights and noise."""
+    for name in COMPILED if compiled else TINY:
+        for dtype in ("float32", "bfloat16"):
+            if name == "svd" and dtype == "bfloat16":
+                continue  # its temporal convolutions do not take it
+            for backward in ("exact", "residual"):
+                yield compared(name, dtype, backward, device, compiled)
+    if importlib.util.find_spec("torchao") is None or not has_fp8(device):
+        yield {"family": "wan", "dtype": "fp8", "note": "skipped: no torchao, or a card without fp8"}
+    else:
+        yield compared("wan", "fp8", "residual", device, compiled)
+
+
+def has_fp8(device: str) -> bool:
+    return device == "cpu" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
+
+
+def compared(name: str, dtype: str, backward: config.Backward, device: str, compiled: bool) -> Row:
+    """One family's row. An error is in its note: the other families go on."""
+    row = {"family": name, "dtype": dtype, "backward": backward, "compiled": compiled, "tolerance": TOLERANCES[dtype]}
+    try:
+        loss, gradient = loss_and_gradient(name, dtype, backward, device, compiled)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return row | {"equal": False, "note": f"{type(error).__name__}: {first_line(error)}"}
+    loss_there, gradient_there = loss_and_gradient(name, dtype, backward, "cpu", compiled=False)
+    differences = {
+        "loss_difference": abs(loss / loss_there - 1),
+        "gradient_difference": float((gradient - gradient_there).norm() / gradient_there.norm()),
+    }
+    return row | differences | {"equal": all(value <= TOLERANCES[dtype] for value in differences.values()), "note": ""}
+
+
+def loss_and_gradient(
+    name: str, dtype: str, backward: config.Backward, device: str, compiled: bool
+) -> tuple[float, torch.Tensor]:
+    """Loss, and the gradient of all that is trained [parameters], in float32 on the host."""
+    init = FP8_WAN if dtype == "fp8" else TINY[name]["init"]
+    model = {"family": TINY[name]["family"], "init": init, "vae": "none", "compile_blocks": compiled}
+    schedule = {"backward": backward, "frozen_precision": "fp8" if dtype == "fp8" else "auto"}
+    experiment = config.build(
+        {
+            "model": {**model, "dtype": "float32" if dtype == "float32" else "bfloat16"},
+            "data": {"shape": {"frames": 2, "height": 16, "width": 16}},
+            "train": {"steps": 1},
+            "schedule": schedule,
+        }
+    )
+    denoiser = models.family(experiment.model.family).load(experiment.model, device, seed=0)  # drawn on the host
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 3, 2, 16, 16, generator=generator).to(device) for _ in range(2))
+    batch = Latents(clean, {c: clean.roll(i + 1, -1) for i, c in enumerate(denoiser.conditions)}, torch.arange(2))
+    t = torch.tensor([0.3, 0.7], device=device)
+    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, batch)
+    freeze = Freeze(denoiser, found, experiment)
+    freeze.put(Plan(trainable=tuple(b.name for b in found[::2]), backward=backward, shape=experiment.data.shape))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        noisy, target = denoiser.process.pair(batch.clean, noise, t)
+        loss = objectives.loss(denoiser.predict(noisy, t, batch.conditions), target).mean()
+        loss.backward()
+    parts = [p.grad.flatten() for p in freeze.trained if p.grad is not None]
+    return loss.item(), torch.cat(parts).float().cpu()
+
+
+# ---- steps ----
+
+
+def step_rows(tokens: int, setting: Setting, device: str) -> Iterator[Row]:
+    """Full training and a quarter of the blocks with both backwards, of a Wan of 1.3B's shape: `benchmarks.step_cost`'s
+    rows."""
+    if setting.fp8:
+        needs_fp8(device)
+    on_gpu = device != "cpu"
+    network = step_cost.network_of(30, 12, True) if on_gpu else step_cost.network_of(4, 1, False)
+    bench = Bench(step_experiment(network, tokens, device), "scattered", device, (QUARTER,), prepare=rounded)
+    yield from bench.figures(setting, REPEATS if on_gpu else 1)
+
+
+def rounded(network: nn.Module) -> None:
+    """Weights become numbers that bfloat16 has, as a published checkpoint's are: none wait on the host while they are
+    frozen, and plans change quickly."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
+def needs_fp8(device: str) -> None:
+    """Raises SkippedError where there is none."""
+    if importlib.util.find_spec("torchao") is None:
+        raise SkippedError("torchao is not installed")
+    if not has_fp8(device):
+        raise SkippedError(f"a {common.describe(device)} has no fp8")
+
+
+def step_experiment(network: Row, tokens: int, device: str, **parts: Row) -> Experiment:
+    """Settings of a step on random clips of so many tokens; `parts` are nested settings over that."""
+    clips, shape = (TINY_CLIPS if device == "cpu" else CLIPS)[tokens]
+    values = {
+        "model": {"init": network, "vae": "none", "dtype": "bfloat16"},
+        "data": {"shape": shape.model_dump(), "batch_size": clips},
+        "train": {"steps": 1, "learning_rate": 1e-30},  # too small to move a weight: see `rounded`
+    }
+    return config.build(config.merge(values, parts))
+
+
+# ---- 14B ----
+
+WIDE = {
+    "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "text_dim": 4096, "freq_dim": 256,
+    "cross_attn_norm": True, "out_channels": step_cost.CHANNELS, "patch_size": [1, 2, 2],
+}  # fmt: skip
+"""Wan 14B's width."""
+DEPTH = 40
+NARROW = {**WIDE, "num_attention_heads": 1, "attention_head_dim": 64, "ffn_dim": 128, "text_dim": 16, "freq_dim": 64}
+WAYS: dict[str, tuple[str, Row]] = {
+    "LoRA": (FULL, {"train": {"lora": {"rank": 16}}, "schedule": {"outside": "conditions"}}),
+    "a quarter, 8-bit moments": ("residual", {"train": {"optimizer": "adamw_8bit"}}),
+    "a quarter": ("residual", {"train": {"optimizer": "adamw_bf16"}}),
+}
+"""What trains a large network → the end of its plan's name, and its settings."""
+NEEDS = {"lora": "peft", "adamw_8bit": "torchao"}
+"""Settings → the package that they need."""
+
+
+def large_rows(limit_gb: int, way: str, device: str) -> Iterator[Row]:
+    """A step of a Wan of 14B's width with checkpointing, in a part of the card's memory. Where weights, gradients and
+    moments do not leave room, as many blocks as do; the row says how many of the 40 those are."""
+    _, changes = WAYS[way]
+    for setting, package in NEEDS.items():
+        if setting in str(changes) and importlib.util.find_spec(package) is None:
+            raise SkippedError(f"{package} is not installed")
+    on_gpu = device != "cpu"
+    if on_gpu:
+        total = torch.cuda.get_device_properties(device).total_memory
+        if limit_gb * 1e9 > total:
+            raise SkippedError(f"the card has {total / 1e9:.0f} GB")
+        torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / total)
+    try:
+        depth = fitting(way, limit_gb * 1e9, device)
+        whole, here = (held_by(blocks, way, device) for blocks in (DEPTH, depth))
+        row = {"way": way, "limit_gb": limit_gb, "blocks": depth, "of_blocks": DEPTH}
+        row |= {"held_foreseen_bytes": here, "held_foreseen_whole_bytes": whole}
+        yield row | large_step(depth, way, device)
+    finally:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def large_experiment(depth: int, way: str, device: str) -> Experiment:
+    network = {**(NARROW if device == "cpu" else WIDE), "num_layers": depth}
+    one = {"data": {"batch_size": 1}}
+    return step_experiment(network, 3_200, device, **config.merge(WAYS[way][1], one))
+
+
+def held_by(depth: int, way: str, device: str) -> int:
+    """Bytes of weights, gradients and moments of a network so deep, counted without weights."""
+    experiment = large_experiment(depth, way, device)
+    source = models.family("wan").inspect(experiment.model)
+    found, groups = blocks(source.network), source.outside()
+    outside, trained = [p for group in groups.values() for p in group], plans.count(QUARTER, depth)
+    if experiment.train.lora:
+        lora.add(source.network, found, experiment.train.lora, seed=0)
+        outside, trained = groups["conditions"], depth
+    return held(source.network, found, [block.name for block in found[:trained]], outside, experiment).device
+
+
+def fitting(way: str, limit: float, device: str) -> int:
+    """Blocks of the deepest network that leaves room in a limit of bytes: a multiple of 4, at least 4."""
+    if device == "cpu":
+        return 4
+    four, eight = (held_by(depth, way, device) for depth in (4, 8))
+    more = int((SHARE_HELD * limit - four) // (eight - four))
+    return min(4 * (1 + max(more, 0)), DEPTH)
+
+
+def large_step(depth: int, way: str, device: str) -> Row:
+    """`benchmarks.step_cost`'s row of one plan."""
+    experiment, (plan, _) = large_experiment(depth, way, device), WAYS[way]
+    with default_dtype(torch.bfloat16):  # float32 weights of all blocks at once would not fit
+        prepare = partial(stored_one_by_one, experiment)
+        bench = Bench(experiment, "scattered", device, fractions=(QUARTER,), prepare=prepare)
+    setting = Setting(checkpointing=True, compile=False, fp8=False)
+    name = next(name for name in bench.plans(("residual",)) if name.endswith(plan))
+    (row,) = bench.figures(setting, REPEATS if device != "cpu" else 1, only=[name])
+    return row
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def stored_one_by_one(experiment: Experiment, network: nn.Module) -> None:
+    """A bfloat16 network as training would store it, of which never more than one block is in float32 at a time."""
+    found = blocks(network)
+    if experiment.train.lora:
+        lora.add(network, found, experiment.train.lora, seed=0)
+    for block in found:
+        block.module.float()
+        store_frozen([block])
+    inside = {parameter for block in found for parameter in block.module.parameters()}
+    for parameter in network.parameters():
+        if parameter not in inside:
+            parameter.data = parameter.data.float()
+
+
+# ---- a training by the command ----
+
+TRAINED_CLIPS = 8
+SHAPE = ClipShape(frames=5, height=64, width=32)
+
+
+def train_rows(device: str) -> Iterator[Row]:
+    """`prepare --latents` and `train` as a person types them, on encoded clips of moving patterns, with a tiny Wan and
+    its VAE: how long the start-up takes, part by part."""
+    for package in ("ray", "mlflow"):
+        if importlib.util.find_spec(package) is None:
+            raise SkippedError(f"{package} is not installed")
+    from benchmarks import stream  # here: what reads and writes shards is needed for this part alone
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        frames = [pattern(number) for number in range(TRAINED_CLIPS + 2)]
+        rows = [stream.row_of(f"pattern#{number}", each, SHAPE) for number, each in enumerate(frames)]
+        stream.write_rows(place / "shards", rows, SHAPE, held_out=2)
+        tiny_base(place / "base")
+        commands = {
+            "prepare": ["prepare", "--latents", "--output", "shards", "--base", "base"],
+            "train": [
+                *("train", "--shards", "shards", "--base", "base", "--output", "run"),
+                *(word for pair in TRAINING for word in ("--set", pair)),
+            ],
+        }
+        for name, (job, *words) in commands.items():
+            run_job(place, [sys.executable, "-m", f"pipelines.{job}", *words])
+            result = json.loads((place / ("shards" if name == "prepare" else "run") / "result.json").read_text())
+            kept = ("status", "seconds", "startup_s", "stalls")
+            yield {"command": name} | {key: result[key] for key in kept if key in result}
+
+
+TRAINING = (
+    "train.steps=8", "train.samples=0", "data.batch_size=2", "data.held_out_clips=2", "data.latents=require",
+    "data.shape.frames=5", "data.shape.height=64", "data.shape.width=32", "schedule.kind=full",
+)  # fmt: skip
+
+
+def run_job(place: Path, words: list[str]) -> None:
+    """Raises RuntimeError with the last lines of a command that fails."""
+    root = str(Path(__file__).resolve().parents[1])
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own |= {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", "PYTHONPATH": root}
+    done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words[2:4])} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+
+
+def pattern(number: int):
+    """A moving pattern, uint8 RGB [F, H, W, 3]."""
+    generator = torch.Generator().manual_seed(number)
+    coarse = torch.rand(1, 3, SHAPE.frames, 4, 2, generator=generator)
+    size = (SHAPE.frames, SHAPE.height, SHAPE.width)
+    fine = functional.interpolate(coarse, size=size, mode="trilinear")[0]
+    return (fine.permute(1, 2, 3, 0) * 255).to(torch.uint8).contiguous().numpy()
+
+
+def tiny_base(folder: Path) -> None:
+    """A tiny Wan with a VAE, as training leaves it."""
+    kind, sizes = TINY["wan"]["vae"]
+    vae = folder.with_name("vae")
+    torch.manual_seed(0)
+    kind(**sizes).save_pretrained(vae)
+    init = {**FP8_WAN, "out_channels": sizes["z_dim"], "patch_size": [1, 2, 2]}
+    settings = config.build({"init": init, "vae": str(vae)}, config.Model)
+    models.family("wan").load(settings, "cpu", 0).save(folder, shape=SHAPE)
+
+
+# ---- scoring ----
+
+
+def scoring_rows(device: str) -> Iterator[Row]:
+    """CEI scoring with replay and without: `benchmarks.cei_cost`'s row."""
+    yield cei_cost.figures_of(30 if device != "cpu" else 3, draws=4, repeats=1, device=device)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
