@@ -158,7 +158,7 @@ def clips(shape: ClipShape, output: Path, rendered: int, held_out: int, *, verbo
     with cli.ray_cluster(2, verbose=verbose):
         mocap.run(output / "rendered", "varied", rendered, held_out, shape, 0)
         demo.prepared(output, shape, verbose=verbose)
-    dataset, real = shards.read_dataset(output / "rendered"), shards.read_dataset(output / "shards")
+    dataset, real = shards.read_dataset(output / "rendered"), shards.read_dataset(output / "real" / "shards")
     fingerprint = config.digest(dataset.fingerprint, real.fingerprint)
     return Material(decoded(dataset, "train"), decoded(dataset, "held_out"), decoded(real, "train"), fingerprint)
 

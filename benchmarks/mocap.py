@@ -13,7 +13,7 @@ import importlib.util
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,17 +160,34 @@ def render(name: str, split: str, number: int, shape: ClipShape, seed: int) -> d
         size = shape.height * OVERSAMPLING, shape.width * OVERSAMPLING
         pictures.append(video.scale(stage.picture(camera, *size, light), (shape.height, shape.width)))
     points = camera.project(world[1:], shape.width / shape.height)
+    origin = f"{name}/{split}/{what}/body{who:02d}"
+    return row(f"{name}-{split}-{number:06d}", origin, split, what, times_s[0], shape, seed, pictures, points, CRF)
+
+
+def row(
+    clip_id: str,
+    origin: str,
+    split: str,
+    caption: str,
+    start_s: float,
+    shape: ClipShape,
+    seed: int,
+    pictures: Sequence[np.ndarray],
+    points: np.ndarray,
+    crf: int,
+) -> dict[str, Any]:
+    """A rendered clip as a row of a shard. pictures: uint8 RGB [height, width, 3], the reference first, then the
+    frames. points: x, y of BlazePose's points in every frame [frames, 33, 2], in 0..1."""
     pose = np.concatenate([points, np.ones((*points.shape[:2], 1))], -1).astype(np.float32)
     reference = io.BytesIO()
     Image.fromarray(pictures[0]).save(reference, "PNG")
-    origin = f"{name}/{split}/{what}/body{who:02d}"
     return {
-        "clip_id": f"{name}-{split}-{number:06d}",
+        "clip_id": clip_id,
         "source": origin,
         "source_sha256": digest(origin, seed),
         "split": split,
-        "caption": what,
-        "start_s": float(times_s[0]),
+        "caption": caption,
+        "start_s": float(start_s),
         "fps": shape.fps,
         "frames": shape.frames,
         "height": shape.height,
@@ -185,7 +202,7 @@ def render(name: str, split: str, number: int, shape: ClipShape, seed: int) -> d
         "reference_s": 0.0,
         "reference": reference.getvalue(),
         "pose": pose,
-        "video": h264.encode(np.stack(pictures[1:]), shape.fps, crf=CRF),
+        "video": h264.encode(np.stack(pictures[1:]), shape.fps, crf=crf),
     }
 
 

@@ -1,17 +1,21 @@
-"""Demo: all of it, small, on real clips, in minutes on two CPU cores.
+"""Demo: all of it, small, on real clips and on a rendered person, in minutes on two CPU cores.
 
     make demo
 
 prepare → score → fine-tune a small pre-trained network, which draws people in any pose, to follow one: by plain
 training, by the schedule that the presets recommend and, with --search, by Ent-Prog's search, for equal charged seconds
-→ generate a held-out motion by each → one page that compares them. Whatever wins is printed.
+→ generate held-out motions by each → pages that compare them. Whatever wins is printed.
+
+Two subjects, because minutes on a CPU teach so small a network the scene of real clips, but no pose; of one rendered
+person, seen by one camera, they teach it the pose too.
 """
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +42,12 @@ app = cli.app("The whole pipeline on real clips: prepare, score, train in two wa
 
 BASE = Path(__file__).parent / "demo_base"
 """The pre-trained network that the demo fine-tunes (made by `python -m benchmarks.demo_base`)."""
+PERSON = Path(__file__).parent / "demo_person"
+"""Clips of a rendered person whose every joint is known (made by `python -m benchmarks.demo_person`)."""
+SUBJECTS = {"person": "a rendered person", "real": "real people"}
+"""Whose clips the base is fine-tuned on: folder in OUTPUT → what it is called."""
 HELD_OUT = "cam04.mp4"
-"""The view of the demo's videos that nothing is trained on."""
+"""The view of the real videos that nothing is trained on."""
 ARMS = {"full": "plain training", "progressive": "small clips first", "entprog": "Ent-Prog's search"}
 """Kind of schedule → what it is called."""
 SEARCH = "entprog"
@@ -48,7 +56,7 @@ BEFORE = "before"
 STEPS, SHIFT = 12, 3.0
 """Of the sampler: a network that has learned for minutes is cleaner in few steps, most of them on noise."""
 COLUMNS = 8
-"""Frames of the motion in the picture."""
+"""Frames of a motion in the picture."""
 GIF_FRAME_MS, GIF_HEIGHT = 125, 192
 NEARER = 1.1
 """How many times as near to the wanted pose as the base's a drawing has to be before it is said to be nearer."""
@@ -56,12 +64,25 @@ WORTH = 0.75
 """A target loss, as a share of the base's, where plain training got no lower than the base."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A motion that nothing was trained on."""
+
+    motion: motions.Motion
+    own: np.ndarray
+    """Pose of its reference image, its middle frame: [33, 3]."""
+    reference: Path
+    pose: Path
+    """The files that it is generated from."""
+
+
 @app.command()
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
         "out/demo"
     ),
-    seconds: Annotated[float, typer.Option(help="Charged seconds of each run of an arm (train.seconds).")] = 140.0,
+    seconds: Annotated[float, typer.Option(help="Charged seconds of each run on the rendered person.")] = 110.0,
+    real_seconds: Annotated[float, typer.Option(help="Charged seconds of each run on real clips.")] = 50.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,
     search: Annotated[bool, typer.Option(help="Train by Ent-Prog's search too.")] = False,
     config_file: cli.ConfigFile = None,
@@ -70,38 +91,52 @@ def main(
     verbose: cli.Verbose = False,
     help_settings: cli.help_settings() = False,
 ) -> None:
-    """Run everything once and print what came out. Settings given here apply to all arms.
+    """Run everything once and print what came out. Settings given here apply to all runs.
 
-    Leaves in OUTPUT: demo.png and demo.gif, compare/comparison.html, shards/, a folder for each arm (model/, charts,
-    generated/; further seeds beside them) and result.json; the runs are in MLflow.
+    Leaves in OUTPUT: demo.png and demo.gif, a folder for each subject (person/, real/) with shards/, a folder for each
+    arm (model/, charts; further seeds beside them), generated/ and compare/comparison.html, and result.json, whose
+    figures are the rendered person's, with the real clips' under `real`. The runs are in MLflow.
     """
 
     def work() -> dict[str, Any]:
         names = [name for name in ARMS if search or name != SEARCH]
-        arms = [arm(name, seed, seconds, output, config_file, set_) for seed in range(seeds) for name in names]
-        (claim.check if dry_run else claim.take)(output, "demo", deciding(arms[0]))
+        charged_s = {"person": seconds, "real": real_seconds}
+        runs = {
+            subject: [
+                arm(name, seed, charged_s[subject], output / subject, config_file, set_)
+                for seed in range(seeds)
+                for name in names
+            ]
+            for subject in SUBJECTS
+        }
+        (claim.check if dry_run else claim.take)(
+            output, "demo", deciding(runs["person"][0]) | {"--real-seconds": real_seconds}
+        )
         if dry_run:
-            cli.show(ARMS[names[-1]], list(config.settings(arms[-1]).items()), ("setting", "value"))
+            last = runs["person"][-1]
+            cli.show(ARMS[names[-1]], list(config.settings(last).items()), ("setting", "value"))
             cli.console.print(
-                f"Would prepare real clips, score, train {', '.join(names)} with {seeds} seed(s) of {seconds:g} s each "
-                f"from {BASE}, generate and compare, in {output}."
+                f"Would prepare real clips, score, train {', '.join(names)} with {seeds} seed(s) from {BASE}, "
+                f"{seconds:g} s each on a rendered person, {real_seconds:g} s each on real clips, generate and "
+                f"compare, in {output}."
             )
             return {}
-        return run(arms, output, verbose=verbose)
+        return run(runs, output, verbose=verbose)
 
     cli.run("demo", None if dry_run else output, work, verbose=verbose)
 
 
-def arm(name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
-    """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone."""
+def arm(name: str, seed: int, seconds: float, place: Path, files, pairs) -> config.Experiment:
+    """Settings of one run: the preset `demo` with a budget in seconds; the arms differ in the schedule alone.
+    place: folder of the subject."""
     return cli.settings(
         config.Experiment,
         "demo",
         files,
         ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
-        data={"shards": str(output / "shards")},
+        data={"shards": str(place / "shards")},
         model={"base": str(BASE)},
-        tracking={"run_name": f"demo-{name}-seed-{seed}"},
+        tracking={"run_name": f"demo-{place.name}-{name}-seed-{seed}"},
     )
 
 
@@ -113,66 +148,57 @@ def deciding(experiment: config.Experiment) -> dict[str, Any]:
     }
 
 
-def place(output: Path, experiment: config.Experiment) -> Path:
-    """Folder of a run: `full`, `entprog`, and for further seeds `full-seed-1`, …."""
+def place(folder: Path, experiment: config.Experiment) -> Path:
+    """Folder of a run in its subject's: `full`, `entprog`, and for further seeds `full-seed-1`, …."""
     seed = experiment.train.seed
-    return output / (experiment.schedule.kind + (f"-seed-{seed}" if seed else ""))
+    return folder / (experiment.schedule.kind + (f"-seed-{seed}" if seed else ""))
 
 
-def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> dict[str, Any]:
-    """All the steps; each is skipped when it was finished before. A finished demo tells again what came out."""
+def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbose: bool) -> dict[str, Any]:
+    """All the steps; each is skipped when it was finished before. A finished demo tells again what came out.
+    runs: subject → its runs."""
     started = time.time()
-    identity = config.digest([config.settings(experiment) for experiment in arms], fingerprints.base(arms[0].model))
+    one = runs["person"][0]
+    every = [experiment for subject in runs.values() for experiment in subject]
+    identity = config.digest([config.settings(experiment) for experiment in every], fingerprints.base(one.model))
     finished = output / "finished.json"
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == identity:
         return _tell(known["result"])
-    tables, first = output / "cei", {e.schedule.kind: e for e in arms if e.train.seed == 0}
+    tables = output / "cei"
     with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
-        cut = prepared(output, arms[0].data.shape, verbose=verbose)
-        encode(arms, output, verbose=verbose)
+        cut = prepared(output, one.data.shape, verbose=verbose)
+        for subject, experiments in runs.items():
+            encode(experiments, output / subject, verbose=verbose)
 
         _say(2, "score: how much does the prediction's entropy grow without each block?")
-        scored = score.run(arms[0], output / "score", tables=tables)
+        scored = score.run(one, output / "score", tables=tables)
 
-        _say(3, f"train {len(arms)} times from a base that knows no pose, {arms[0].train.seconds:g} s each")
-        trained: dict[str, list[dict[str, Any]]] = {name: [] for name in first}
-        for experiment in arms:
-            name = experiment.schedule.kind
-            cli.console.print(f"{ARMS[name]}, seed {experiment.train.seed}", style="bold")
-            trained[name].append(train.run(experiment, place(output, experiment), tables=tables))
+        _say(3, f"train {len(every)} times from a base that knows no pose")
+        trained: dict[str, dict[str, list[dict[str, Any]]]] = {subject: {} for subject in runs}
+        for subject, experiments in runs.items():
+            for experiment in experiments:
+                name, seed = experiment.schedule.kind, experiment.train.seed
+                cli.console.print(
+                    f"{SUBJECTS[subject]}: {ARMS[name]}, seed {seed}, {experiment.train.seconds:g} s", style="bold"
+                )
+                result = train.run(experiment, place(output / subject, experiment), tables=tables)
+                trained[subject].setdefault(name, []).append(result)
 
-    _say(4, "generate the held-out motion by the base and by each arm")
-    before = loss_before(arms[0])
-    checkpoints = {BEFORE: BASE} | {name: place(output, experiment) for name, experiment in first.items()}
-    motion, own = held_out_motion(output, arms[0].data.shape)
-    made = {name: drawn(folder, output, name) for name, folder in checkpoints.items()}
-    clips = {name: _frames(clip["result"]) for name, clip in made.items()}
-    length = len(clips[BEFORE])  # the VAE takes frames in groups
-    motion = replace(motion, pose=motion.pose[:length], video=motion.video[:length])
-    poses = {name: posing.drawn_distance(motion.reference, own, clip, motion.pose) for name, clip in clips.items()}
-    poses["truth"] = posing.drawn_distance(motion.reference, own, motion.video, motion.pose)
-    picture, moving = pictures(motion, clips, output)
-
-    _say(5, "compare")
-    ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
-    compared = compare.run(
-        arms[0].tracking.experiment, output / "compare", worthwhile(trained["full"], before), wanted=ids
-    )
-    curves = {
-        f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
-        for name, results in trained.items()
-        for seed, result in enumerate(results)
+    _say(4, "generate the held-out motions by the base and by each arm, and compare")
+    held_out = {"person": rendered_motion(output / "person"), "real": real_motion(output, one.data.shape)}
+    came = {
+        subject: outcome(subject, runs[subject], results, held_out[subject], output)
+        for subject, results in trained.items()
     }
+    rows = {subject: of.pop("rows") for subject, of in came.items()}
+    picture, moving = pictures(rows, output)
     result = {
-        "before": before,
-        "arms": {name: _arm(results, made[name], poses[name]) for name, results in trained.items()},
-        "pose": poses,
+        **came["person"],
+        "subject": SUBJECTS["person"],
+        "real": came["real"],
         "prepared": {k: cut[k] for k in ("inputs", "clips", "splits")},
         "score": scored,
-        "comparison": str(charts.loss_chart(curves, output / "comparison.png")),
-        "compared": {k: compared[k] for k in ("headline", "target_loss", "time_to_target_ratio")},
-        "page": compared["page"],
         "picture": str(picture),
         "moving_picture": str(moving),
         "wall_s": round(time.time() - started, 1),
@@ -181,24 +207,68 @@ def run(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> di
     return _tell(result)
 
 
+def outcome(
+    subject: str,
+    experiments: Sequence[config.Experiment],
+    trained: Mapping[str, Sequence[dict[str, Any]]],
+    held_out: HeldOut,
+    output: Path,
+) -> dict[str, Any]:
+    """What came of a subject's runs: losses, how near what they draw is to the wanted pose, the page that compares
+    them, and under `rows` the frames to show."""
+    folder, motion, before = output / subject, held_out.motion, loss_before(experiments[0])
+    first = {experiment.schedule.kind: experiment for experiment in experiments if experiment.train.seed == 0}
+    checkpoints = {BEFORE: BASE} | {name: place(folder, experiment) for name, experiment in first.items()}
+    made = {name: drawn(checkpoint, held_out, folder, name) for name, checkpoint in checkpoints.items()}
+    clips = {name: h264.decode_rgb(Path(clip["result"]).read_bytes()) for name, clip in made.items()}
+    length = len(clips[BEFORE])  # the VAE takes frames in groups
+    motion = replace(motion, pose=motion.pose[:length], video=motion.video[:length])
+
+    def away(clip: np.ndarray) -> float:
+        return posing.drawn_distance(motion.reference, held_out.own, clip, motion.pose)
+
+    ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
+    target, experiment_name = worthwhile(trained["full"], before), experiments[0].tracking.experiment
+    compared = compare.run(experiment_name, folder / "compare", target, wanted=ids)
+    curves = {
+        f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
+        for name, results in trained.items()
+        for seed, result in enumerate(results)
+    }
+    return {
+        "before": before,
+        "arms": {name: _arm(results, made[name], away(clips[name])) for name, results in trained.items()},
+        "pose": {name: away(clip) for name, clip in clips.items()} | {"truth": away(motion.video)},
+        "comparison": str(charts.loss_chart(curves, folder / "comparison.png")),
+        "compared": {k: compared[k] for k in ("headline", "target_loss", "time_to_target_ratio")},
+        "page": compared["page"],
+        "rows": frames_to_show(motion, clips),
+    }
+
+
 # ---- steps ----
 
 
 def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[str, Any]:
-    """Cut the real videos into OUTPUT/shards, HELD_OUT apart, unless it is done; the figures of prepare."""
+    """Cut the real videos into OUTPUT/real/shards, HELD_OUT apart, unless it is done, and put the rendered person's
+    clips into OUTPUT/person/shards; the figures of prepare."""
+    person = output / "person" / "shards"
+    if not (person / "dataset.json").exists():  # copied last
+        shutil.copytree(PERSON, person, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json"))
+        shutil.copy(PERSON / "dataset.json", person)
     videos = assets.demo_videos(output / "videos")
     settings = config.build(
         {"data": {"shape": shape.model_dump()}, "prepare": {"held_out": [HELD_OUT], "stride": 1}}, config.Preparation
     )
-    return prepare.run(videos, output / "shards", settings, verbose=verbose)
+    return prepare.run(videos, output / "real" / "shards", settings, verbose=verbose)
 
 
-def encode(arms: Sequence[config.Experiment], output: Path, *, verbose: bool) -> None:
-    """Encode the training clips once, at every clip shape of an arm, instead of at every step."""
+def encode(arms: Sequence[config.Experiment], folder: Path, *, verbose: bool) -> None:
+    """Encode a subject's training clips once, at every clip shape of an arm, instead of at every step."""
     widest = max(arms, key=lambda arm: len(plans.ladder(arm.schedule, arm.data.shape, last=False)))
     kind, shapes, table = widest.schedule.kind, widest.schedule.shapes, widest.schedule.table
     schedule = config.Ladder(kind=kind, shapes=shapes, table=table)
-    caching.run(output / "shards", config.Encoding(model=widest.model, schedule=schedule), verbose=verbose)
+    caching.run(folder / "shards", config.Encoding(model=widest.model, schedule=schedule), verbose=verbose)
 
 
 def loss_before(experiment: config.Experiment) -> float:
@@ -210,19 +280,39 @@ def loss_before(experiment: config.Experiment) -> float:
     return losses.held_out_loss(denoiser, batches, data.held_out_draws, data.held_out_seed)
 
 
-def held_out_motion(output: Path, shape: config.ClipShape) -> tuple[motions.Motion, np.ndarray]:
-    """All of HELD_OUT as one motion, and the pose of its reference image, its middle frame (also left in OUTPUT)."""
+def real_motion(output: Path, shape: config.ClipShape) -> HeldOut:
+    """All of HELD_OUT."""
     pose, video = motions.driving_clip(output / "videos" / HELD_OUT, shape, config.Prepare(), most=math.inf)
+    return held_out_motion(Path(HELD_OUT).stem, pose, video, output / "real")
+
+
+def rendered_motion(folder: Path) -> HeldOut:
+    """The rendered person's held-out clips, which follow each other."""
+    dataset = shards.read_dataset(folder / "shards")
+    clips = [
+        row
+        for info in dataset.splits["held_out"]
+        for row in shards.read_rows(dataset.folder / info.file, range(info.clips), ["pose", "video"])
+    ]
+    pose = np.concatenate([clip["pose"] for clip in clips])
+    video = np.concatenate([h264.decode_rgb(clip["video"]) for clip in clips])
+    return held_out_motion("person", pose, video, folder)
+
+
+def held_out_motion(name: str, pose: np.ndarray, video: np.ndarray, folder: Path) -> HeldOut:
+    """A motion whose middle frame is its reference image, with both as files in `folder`."""
     middle = len(video) // 2
-    Image.fromarray(video[middle]).save(output / "reference.png")
-    return motions.Motion(Path(HELD_OUT).stem, video[middle], pose, video), pose[middle]
+    reference, poses = folder / "reference.png", folder / "pose.npz"
+    Image.fromarray(video[middle]).save(reference)
+    np.savez(poses, pose=pose)
+    return HeldOut(motions.Motion(name, video[middle], pose, video), pose[middle], reference, poses)
 
 
-def drawn(checkpoint: Path, output: Path, name: str) -> dict[str, Any]:
+def drawn(checkpoint: Path, held_out: HeldOut, folder: Path, name: str) -> dict[str, Any]:
     """The record of the held-out motion as a checkpoint draws it (pipelines.generate)."""
     settings = config.Generation(generate=config.Generate(seconds=math.inf, steps=STEPS, shift=SHIFT))
-    options = {"reference": output / "reference.png", "video": output / "videos" / HELD_OUT}
-    return generate.run(checkpoint, output / "generated" / name, settings, **options)["clips"][0]
+    options = {"reference": held_out.reference, "pose": held_out.pose}
+    return generate.run(checkpoint, folder / "generated" / name, settings, **options)["clips"][0]
 
 
 def worthwhile(plain: Sequence[Mapping[str, Any]], before: float) -> config.Comparison:
@@ -231,22 +321,26 @@ def worthwhile(plain: Sequence[Mapping[str, Any]], before: float) -> config.Comp
     return config.build({"compare": {"target_loss": final if final < before else WORTH * before}}, config.Comparison)
 
 
-def _frames(path: str) -> np.ndarray:
-    return h264.decode_rgb(Path(path).read_bytes())
-
-
-def pictures(motion: motions.Motion, made: Mapping[str, np.ndarray], output: Path) -> tuple[Path, Path]:
-    """demo.png, a row for each of reference, pose, base, arms and truth, and demo.gif, the same side by side."""
-    frames, (height, width) = len(motion.video), motion.reference.shape[:2]
+def frames_to_show(motion: motions.Motion, made: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Row's title → frames, uint8 RGB [F, H, W, 3]; the reference has one."""
+    height, width = motion.reference.shape[:2]
     pose = rendering.pixels(skeleton.draw(torch.from_numpy(motion.pose), height, width))
     titles = {BEFORE: "before: the base, which knows no pose"} | ARMS
     rows = {"reference": motion.reference[None], "pose": pose}
-    rows |= {titles[name]: clip for name, clip in made.items()} | {"truth": motion.video}
-    picture = sheet.contact_sheet(list(rows.items()), output / "demo.png", columns=COLUMNS)
-    short = {titles[BEFORE]: BEFORE, ARMS["full"]: "plain"}
-    still = {"reference": np.repeat(motion.reference[None], frames, 0)}
-    side = sheet.side_by_side([(short.get(name, name), clip) for name, clip in (rows | still).items()], GIF_HEIGHT)
-    first, *others = [Image.fromarray(frame).quantize(128) for frame in side]
+    return rows | {titles[name]: clip for name, clip in made.items()} | {"truth": motion.video}
+
+
+def pictures(rows: Mapping[str, Mapping[str, np.ndarray]], output: Path) -> tuple[Path, Path]:
+    """demo.png, for each subject a row for each of reference, pose, base, arms and truth, and demo.gif, the same side
+    by side, the subjects one after the other. rows: subject → `frames_to_show`."""
+    titled = [(f"{SUBJECTS[s]}: {name}", clip) for s, of in rows.items() for name, clip in of.items()]
+    picture = sheet.contact_sheet(titled, output / "demo.png", columns=COLUMNS)
+    frames = []
+    for of in rows.values():
+        short = dict(zip(of, ("reference", "pose", BEFORE, "plain", *list(of)[4:]), strict=True))
+        still = {"reference": np.repeat(of["reference"], len(of["truth"]), 0)}
+        frames.extend(sheet.side_by_side([(short[name], clip) for name, clip in (of | still).items()], GIF_HEIGHT))
+    first, *others = [Image.fromarray(frame).quantize(128) for frame in frames]
     with files.whole(output / "demo.gif") as scratch:
         first.save(scratch, "GIF", save_all=True, append_images=others, duration=GIF_FRAME_MS, loop=0)
     return picture, output / "demo.gif"
@@ -264,26 +358,16 @@ def _arm(results: Sequence[dict[str, Any]], clip: Mapping[str, Any], pose: float
 
 
 def _tell(result: dict[str, Any]) -> dict[str, Any]:
-    """Ten lines on the terminal: what happened, and what to open."""
+    """Some lines on the terminal: what happened, and what to open."""
     clips = {split: figures["clips"] for split, figures in result["prepared"]["splits"].items()}
-    before, pose = result["before"], result["pose"]
     said = [
-        f"{clips['train']} clips of real people to train on, {clips['held_out']} of a view that was held out",
-        f"before: held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the picture's height off the wanted pose",
-    ]
-    for name, one in result["arms"].items():
-        title = ARMS[name]
-        off = 1 - one["held_out_loss"] / before
-        nearer = pose[BEFORE] / max(one["pose"], 1e-9)
-        than_base = f"{nearer:.1f} times as near as the base" if nearer >= NEARER else "no nearer than the base"
-        said.append(
-            f"{title}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), "
-            f"{one['pose']:.3f} off the pose, {than_base}"
-        )
-    said += [
-        result["compared"]["headline"],
-        f"Open {result['picture']} and {result['moving_picture']}: the held-out motion by each",
-        f"     {result['page']}: the comparison",
+        *_said("A rendered person in a motion that was held out", result),
+        *_said(
+            f"Real people, {clips['train']} clips to train on, {clips['held_out']} of a view that was held out",
+            result["real"],
+        ),
+        f"Open {result['picture']} and {result['moving_picture']}: the held-out motions by each",
+        f"     {result['page']} and {result['real']['page']}: the comparisons",
         f"     {how_to_open(tracking_uri())}",
     ]
     cli.console.print("\nWhat happened", style="bold")
@@ -292,8 +376,23 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _said(title: str, came: Mapping[str, Any]) -> list[str]:
+    """What came of one subject's runs."""
+    before, pose = came["before"], came["pose"]
+    lines = [f"{title}: before, held-out loss {before:.3f}, {pose[BEFORE]:.3f} of the height off the wanted pose"]
+    for name, one in came["arms"].items():
+        off = 1 - one["held_out_loss"] / before
+        nearer = pose[BEFORE] / max(one["pose"], 1e-9)
+        than_base = f"{nearer:.1f} times as near as the base" if nearer >= NEARER else "no nearer than the base"
+        lines.append(
+            f"  {ARMS[name]}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), "
+            f"{one['pose']:.3f} off the pose, {than_base}"
+        )
+    return [*lines, f"  {came['compared']['headline']}"]
+
+
 def _say(number: int, what: str) -> None:
-    cli.console.print(f"\n{number}/5 {what}", style="bold")
+    cli.console.print(f"\n{number}/4 {what}", style="bold")
 
 
 if __name__ == "__main__":

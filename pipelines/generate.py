@@ -1,7 +1,7 @@
 """Generate: checkpoint + reference image + motion → videos side by side, and a contact sheet.
 
 python -m pipelines.generate --checkpoint out/run/model --reference me.jpg --video dance.mp4 --output out/clips
-python -m pipelines.generate --checkpoint out/run/model --shards out/demo/shards --count 4 --output out/clips
+python -m pipelines.generate --checkpoint out/run/model --shards out/demo/real/shards --count 4 --output out/clips
 python -m pipelines.generate --checkpoint out/run/model --reference people/ --video dances/ --seconds inf --output out/x
 
 The motion is a driving video (its pose is estimated), a pose sequence (.npz with `pose` float [F, 33, 3]: x, y in

@@ -1,6 +1,6 @@
 """Score: checkpoint + shards → table of every block's score, by CEI or a control of it (JSON, chart).
 
-    python -m pipelines.score --preset demo --shards out/demo/shards --base out/demo/base --output out/score
+    python -m pipelines.score --preset demo --shards out/demo/real/shards --base pipelines/demo_base --output out/score
 
 Training does this by itself when its table is missing; the job is for looking at the blocks first.
 """

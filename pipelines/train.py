@@ -1,6 +1,6 @@
 """Train: preset + shards → checkpoint in diffusers format, MLflow run.
 
-python -m pipelines.train --preset demo --shards out/demo/shards --base out/demo/base --output out/run
+python -m pipelines.train --preset demo --shards out/demo/real/shards --base pipelines/demo_base --output out/run
 """
 
 import json

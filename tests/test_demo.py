@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from benchmarks import demo_base, demo_vae
+from benchmarks import demo_base, demo_person, demo_vae
 from entprog import config, models
 from entprog.config import ClipShape
+from entprog.data import shards
 from entprog.data.clips import Clips
 from entprog.errors import UserError
 from entprog.media import skeleton
@@ -77,27 +78,62 @@ def test_pictures_have_a_row_for_everybody(tmp_path):
     poses = person(0.2, 12)
     video = shown(poses)
     motion = motions.Motion("cam", video[6], poses, video)
-    made = dict.fromkeys((demo.BEFORE, *demo.ARMS), 255 - video)
-    picture, moving = demo.pictures(motion, made, tmp_path)
-    rows = 4 + len(demo.ARMS)  # reference, pose, before and truth beside the arms
-    assert Image.open(picture).height // rows in range(192, 240)
-    assert Image.open(moving).n_frames == 12
+    rows = demo.frames_to_show(motion, dict.fromkeys((demo.BEFORE, *demo.ARMS), 255 - video))
+    picture, moving = demo.pictures(dict.fromkeys(demo.SUBJECTS, rows), tmp_path)
+    count = 2 * (4 + len(demo.ARMS))  # reference, pose, before and truth beside the arms
+    assert Image.open(picture).height // count in range(192, 240)
+    assert Image.open(moving).n_frames == 2 * 12
 
 
 def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch):
-    arms = [demo.arm(name, 0, 1.0, tmp_path, None, None) for name in demo.ARMS]
+    runs = {
+        subject: [demo.arm(name, 0, 1.0, tmp_path / subject, None, None) for name in demo.ARMS]
+        for subject in demo.SUBJECTS
+    }
     monkeypatch.setattr(demo.fingerprints, "base", lambda model: "base")
     seed = {"held_out_loss": 0.2, "seconds": 75.0, "pose": 0.01}
-    result = {
+    came = {
         "before": 0.3, "arms": dict.fromkeys(demo.ARMS, seed), "pose": {"before": 0.05},
-        "prepared": {"splits": {"train": {"clips": 150}, "held_out": {"clips": 17}}},
-        "compared": {"headline": "sooner"}, "picture": "demo.png", "moving_picture": "demo.gif", "page": "page.html",
+        "compared": {"headline": "sooner"}, "page": "page.html",
     }  # fmt: skip
-    identity = config.digest([config.settings(experiment) for experiment in arms], "base")
+    result = came | {
+        "real": came | {"arms": dict.fromkeys(demo.ARMS, seed | {"held_out_loss": 0.24, "pose": 0.05})},
+        "prepared": {"splits": {"train": {"clips": 150}, "held_out": {"clips": 17}}},
+        "picture": "demo.png", "moving_picture": "demo.gif",
+    }  # fmt: skip
+    every = [config.settings(experiment) for subject in runs.values() for experiment in subject]
+    identity = config.digest(every, "base")
     (tmp_path / "finished.json").write_text(json.dumps({"identity": identity, "result": result}))
-    assert demo.run(arms, tmp_path, verbose=False) == result
+    assert demo.run(runs, tmp_path, verbose=False) == result
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 10 and "(-33%)" in lines[3] and "5.0 times as near" in lines[3]
+    assert "(-33%)" in lines[2] and "5.0 times as near" in lines[2], lines
+    assert "150 clips" in lines[6] and "(-20%)" in lines[7] and "no nearer than" in lines[7], lines
+
+
+# ---- the rendered person ----
+
+
+def test_the_person_that_comes_with_the_project_moves_on_where_a_clip_ends(tmp_path):
+    demo.shutil.copytree(demo.PERSON, tmp_path / "shards")
+    dataset = shards.read_dataset(tmp_path / "shards")
+    shards.verify(dataset)
+    assert dataset.shape == cli.settings(config.Experiment, "demo", None, None).data.shape
+    held_out = demo.rendered_motion(tmp_path)
+    moves = np.abs(np.diff(held_out.motion.pose[..., :2], axis=0)).mean((1, 2))
+    between = moves[dataset.shape.frames - 1 :: dataset.shape.frames]
+    assert len(moves) == 39 and between.max() <= 1.5 * moves.max(initial=0, where=np.arange(39) % 5 != 4)
+    assert posing.drawn_distance(
+        held_out.motion.reference, held_out.own, held_out.motion.video, held_out.motion.pose
+    ) < 0.01, "pose and picture belong together"  # fmt: skip
+    assert (np.load(held_out.pose)["pose"] == held_out.motion.pose).all()
+
+
+def test_a_mirror_swaps_sides_and_twice_is_nothing():
+    frame = np.random.default_rng(0).normal(size=44)
+    once = demo_person.mirrored(frame)
+    assert (demo_person.mirrored(once) == frame).all()
+    right_knee, left_knee = 20, 34
+    assert once[right_knee] == frame[left_knee] and once[left_knee] == frame[right_knee]
 
 
 # ---- the base ----
