@@ -358,7 +358,7 @@ def _arm(results: Sequence[dict[str, Any]], clip: Mapping[str, Any], pose: float
 
 
 def _tell(result: dict[str, Any]) -> dict[str, Any]:
-    """Some lines on the terminal: what happened, and what to open."""
+    """Ten lines on the terminal: what happened, and what to open."""
     clips = {split: figures["clips"] for split, figures in result["prepared"]["splits"].items()}
     said = [
         *_said("A rendered person in a motion that was held out", result),
@@ -366,8 +366,7 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
             f"Real people, {clips['train']} clips to train on, {clips['held_out']} of a view that was held out",
             result["real"],
         ),
-        f"Open {result['picture']} and {result['moving_picture']}: the held-out motions by each",
-        f"     {result['page']} and {result['real']['page']}: the comparisons",
+        f"Open {result['picture']}, {result['moving_picture']}, {result['page']} and {result['real']['page']}",
         f"     {how_to_open(tracking_uri())}",
     ]
     cli.console.print("\nWhat happened", style="bold")
