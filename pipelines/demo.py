@@ -59,7 +59,7 @@ COLUMNS = 8
 """Frames of a motion in the picture."""
 GIF_FRAME_MS, GIF_HEIGHT = 125, 192
 NEARER = 1.1
-"""How many times as near to the wanted pose as the base's a drawing has to be before it is said to be nearer."""
+"""How many times as near to the wanted pose as the base's a drawing has to be to be called nearer."""
 WORTH = 0.75
 """A target loss, as a share of the base's, where plain training got no lower than the base."""
 
@@ -378,14 +378,13 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
 def _said(title: str, came: Mapping[str, Any]) -> list[str]:
     """What came of one subject's runs."""
     before, pose = came["before"], came["pose"]
-    lines = [f"{title}: before, held-out loss {before:.3f}, {pose[BEFORE]:.3f} of the height off the wanted pose"]
+    lines = [f"{title}: before, held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the height off the wanted pose"]
     for name, one in came["arms"].items():
-        off = 1 - one["held_out_loss"] / before
-        nearer = pose[BEFORE] / max(one["pose"], 1e-9)
-        than_base = f"{nearer:.1f} times as near as the base" if nearer >= NEARER else "no nearer than the base"
+        change = one["held_out_loss"] / before - 1
+        nearer = "nearer" if one["pose"] < pose[BEFORE] / NEARER else "no nearer"
         lines.append(
-            f"  {ARMS[name]}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({-off:+.0%}), "
-            f"{one['pose']:.3f} off the pose, {than_base}"
+            f"  {ARMS[name]}, {one['seconds']:.0f} s: {one['held_out_loss']:.3f} ({change:+.0%}), "
+            f"{one['pose']:.3f} off the pose, {nearer} than before"
         )
     return [*lines, f"  {came['compared']['headline']}"]
 
