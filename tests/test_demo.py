@@ -87,7 +87,7 @@ def test_pictures_have_a_row_for_everybody(tmp_path):
 
 def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch):
     runs = {
-        subject: [demo.arm(name, 0, 1.0, tmp_path / subject, None, None) for name in demo.ARMS]
+        subject: [demo.arm(subject, name, 0, 1.0, tmp_path, None, None) for name in demo.ARMS]
         for subject in demo.SUBJECTS
     }
     monkeypatch.setattr(demo.fingerprints, "base", lambda model: "base")
@@ -185,7 +185,7 @@ def test_a_base_is_trained_small_first_kept_in_half_precision_and_goes_on(made, 
 def test_the_base_that_comes_with_the_project_fits_the_preset():
     size = sum(path.stat().st_size for path in demo.BASE.rglob("*") if path.is_file())
     assert size <= 10e6
-    experiment = demo.arm("full", 0, 1.0, demo.BASE, None, None)
+    experiment = demo.arm("real", "full", 0, 1.0, demo.BASE, None, None)
     network = models.family("wan").inspect(experiment.model, experiment.data.shape)
     assert network.conditions == ("reference", "pose")
 
