@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import checkpointing, common, gpu_check, gpu_parts, memory, scaling, step_cost, stream
+from benchmarks import bases, checkpointing, common, gpu_check, gpu_parts, memory, scaling, step_cost, stream
 from entprog import config
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -198,6 +198,22 @@ def test_counted_memory_is_what_the_documents_say():
         for figure in kept:
             size = figure["device_bytes"] / 1e9
             assert figure["stored"] not in ways or round(size, 1 if size < 100 else 0) in said, (file, figure)
+
+
+def test_counted_bases_are_what_the_documents_say():
+    kept = {figure["preset"]: figure for figure in json.loads((common.RESULTS / "bases.json").read_text())["figures"]}
+    assert kept.keys() == bases.PUBLISHED.keys()
+    for preset in ("wan21_t2v_1_3b", "animatediff"):
+        assert bases.row(preset) == kept[preset]
+    lines = (common.RESULTS.parents[1] / "docs" / "bases.md").read_text().splitlines()
+    for preset, figure in kept.items():
+        (line,) = [line for line in lines if line.startswith(f"| `{preset}`")]
+        parameters, _, *numbers = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert parameters == f"{figure['parameters'] / 1e9:.2f} B"
+        sizes = [figure[f"{way} bytes"] / 1e9 for way in bases.WAYS]
+        seconds = figure["forecast_step_s"]
+        expected = [*(round(size, 1 if size < 100 else 0) for size in sizes), round(seconds, 1 if seconds < 10 else 0)]
+        assert list(map(float, numbers)) == expected, preset
 
 
 def test_scaling(results):

@@ -93,6 +93,27 @@ def test_samples_change_over_where_the_pipeline_does(made, name):
 
 
 @pytest.mark.parametrize("name", ["high", "low"])
+def test_one_of_the_two_is_on_the_device_at_a_time(made, monkeypatch, name):
+    _, folder, _ = made
+    denoiser = load(Model(base=str(folder), expert=name))
+    networks = {name: denoiser.network, experts.OTHER[name]: denoiser.expert.other(denoiser).network}
+    places, before = {name: "gpu", experts.OTHER[name]: "cpu"}, {name: "gpu", experts.OTHER[name]: "cpu"}
+
+    def moved(which, device):
+        places[which] = device
+        assert list(places.values()).count("gpu") <= 1
+
+    monkeypatch.setattr(type(denoiser), "device", property(lambda self: "gpu"))
+    for which, network in networks.items():
+        monkeypatch.setattr(network, "to", partial(moved, which))
+    with denoiser.sampling() as expert_at:
+        for timestep, charge in ((1000, "high"), (900, "high"), (899, "low"), (10, "low"), (950, "high"), (10, "low")):
+            assert expert_at(torch.tensor(float(timestep))).network is networks[charge]
+            assert places == {charge: "gpu", experts.OTHER[charge]: "cpu"}
+    assert places == before
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
 def test_timesteps_are_the_expert_s_alone(made, name):
     _, folder, _ = made
     denoiser, batch = load(Model(base=str(folder), expert=name)), clips(2, SHAPE)
