@@ -21,6 +21,7 @@ from entprog.models import captions, folders, whole
 from helpers import bases, encoders
 from helpers.families import NAMES, TINY, again, clips, load
 from helpers.recording import calls
+from pipelines.generating import checkpoints
 
 STEPS = 3
 NO_FACE = "face_pixel_values"
@@ -248,6 +249,23 @@ def test_parts_of_a_base_on_the_hub_are_named_with_their_commit(hub, parts, tmp_
     assert again(tmp_path / "model", "wan").vae is not None
     again(tmp_path / "model", "wan").save(tmp_path / "later", parts=parts)  # a phase after it
     assert folders.saved(tmp_path / "later")["elsewhere"] == about["elsewhere"]
+
+
+def test_a_text_is_encoded_by_the_commit_that_the_base_was_of(hub, tmp_path):
+    name, commit = hub
+    of_then = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+    again(name, "wan", conditions=("reference", "pose")).save(tmp_path / "model", shape=NINE, parts="light")
+    newest = of_then.with_name("f" * 40)
+    (newest.parents[1] / "refs" / "main").write_text(newest.name)
+    for snapshot, width in ((of_then, 8), (newest, 16)):
+        (snapshot / "text_encoder").mkdir(parents=True)
+        (snapshot / "tokenizer").mkdir()
+        about = {"architectures": ["UMT5EncoderModel"], "d_model": width}
+        (snapshot / "text_encoder" / "config.json").write_text(json.dumps(about))
+    found = checkpoints.Checkpoint(tmp_path / "model", folders.saved(tmp_path / "model"), NINE, None)
+    assert checkpoints.text_source(found, Generate(text="a dance")).encoder.parent == of_then
+    asked = Generate(text="a dance", text_encoder=name)
+    assert checkpoints.text_source(found, asked).encoder.parent == newest, "a name that is given is the newest"
 
 
 @pytest.mark.parametrize("parts", ["whole", "light"])

@@ -145,12 +145,12 @@ def _fetched(name: str, setting: str, patterns: list[str], revision: str | None 
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
 
 
-def located_text(name: str, setting: str) -> Path:
+def located_text(name: str, setting: str, revision: str | None = None) -> Path:
     """The folder that holds `text_encoder/` and `tokenizer/`, given or fetched from the hub (safetensors, JSON and the
-    tokenizer's own files). Raises UserError, naming `setting`, if there is none."""
+    tokenizer's own files), of a commit if one is named. Raises UserError, naming `setting`, if there is none."""
     if Path(name).expanduser().exists():
         return locate(name, setting)
-    return _fetched(name, setting, ["text_encoder/*.safetensors", "text_encoder/*.json", "tokenizer/*"])
+    return _fetched(name, setting, ["text_encoder/*.safetensors", "text_encoder/*.json", "tokenizer/*"], revision)
 
 
 def part(root: Path, name: str) -> Path | None:

@@ -41,14 +41,16 @@ def text_source(checkpoint: Checkpoint, settings: Generate):
     family, elsewhere = checkpoint.about["family"], checkpoint.about.get("elsewhere", {}).get("text_encoder")
     if models.family(family).load.args[0].TEXT_PIPELINE is None:
         raise UserError(f"--text: networks of family {family} are shown no text here")
-    name = settings.text_encoder or (elsewhere["name"] if elsewhere else str(checkpoint.root))
-    root = folders.located_text(name, "generate.text_encoder")
+    name, revision = settings.text_encoder or str(checkpoint.root), None
+    if elsewhere and not settings.text_encoder:
+        name, revision = elsewhere["name"], elsewhere["revision"]
+    root = folders.located_text(name, "generate.text_encoder", revision)
     if not (root / "text_encoder" / "config.json").is_file() or not (root / "tokenizer").is_dir():
         raise UserError(
             f"--text: {name} has no text_encoder/ and tokenizer/: set generate.text_encoder to a folder or hub name "
             "that has, such as the base"
         )
-    return captions.source(checkpoint.model().model_copy(update={"text_encoder": name}))
+    return captions.source(checkpoint.model().model_copy(update={"text_encoder": str(root)}))
 
 
 def find(given: str, settings: Generate) -> Checkpoint:
