@@ -285,8 +285,7 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
         yield ray
         return
     quiet = {} if verbose else {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS", "local") or "local"
-    if address != "local":
+    if address := joining.address():
         joining.check(address)
         ray.init(address=address, **quiet)
     else:

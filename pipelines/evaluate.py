@@ -302,15 +302,12 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
 
 
 def _workers(settings: Evaluation) -> tuple[int, bool]:
-    """(actors, whether each has a GPU). Raises UserError for GPUs that are asked for and not there."""
+    """(actors, whether each has a GPU). Raises UserError as `launch.gpus_there` does."""
     import ray
 
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if settings.evaluate.gpus == "yes" and not there:
-        raise UserError("evaluate.gpus=yes, but the Ray cluster has no GPU")
-    gpus = bool(there) and settings.evaluate.gpus != "no"
+    gpus = launch.gpus_there(settings.evaluate.gpus, "evaluate.gpus", cli.console.print)
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    return settings.evaluate.workers or (there if gpus else max(cpus // CPUS_PER_WORKER, 1)), gpus
+    return settings.evaluate.workers or gpus or max(cpus // CPUS_PER_WORKER, 1), gpus > 0
 
 
 def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str | None:

@@ -26,6 +26,7 @@ from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source
 from pipelines import cli
+from pipelines.cluster import room
 from pipelines.outputs import claim
 from pipelines.preparing import additions, packing, progress
 
@@ -259,9 +260,7 @@ def _cut_all(
         return
     parts = parts.resolve()  # workers have their own working folder
     attempts.forget(parts)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    if cpus < 2:
-        raise UserError(f"the Ray cluster has {cpus} CPU, preparing needs 2: give it another")
+    cpus = room.cpus(2, cli.console.print)
     with progress.bar(len(left)) as advance:
         wave = ROWS_PER_BLOCK * BLOCKS_PER_CPU * cpus
         for some in (left[i : i + wave] for i in range(0, len(left), wave)):

@@ -108,6 +108,8 @@ def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> d
         def on_item(item: dict[str, Any]) -> None:
             if "scored" in item:
                 status.update(f"scoring blocks: condition {item['scored']} of {item['of']}")
+            elif "waiting" in item:
+                cli.console.print(item["waiting"])
 
         known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", on_item)
     table = ScoreTable.from_json(known)

@@ -202,7 +202,6 @@ def run(
         "identity": key,
         "weights": weights,
         "tracking": tracker.handle(),
-        "decode_cpus": launch.decode_cpus(experiment),
     }
     startup_s: dict[str, float] = {}
     try:
@@ -233,7 +232,7 @@ def run(
         }
         has_vae = models.family(experiment.model.family).inspect(experiment.model).vae is not None
         encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
-        message = stalls.advice(stalls.of(steps), settings["decode_cpus"], experiment.train.workers, encodes)
+        message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": message, **store.figures()}
         model_card.write(output / "model", experiment.name, experiment, result)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)

@@ -23,7 +23,7 @@ from entprog.models import fingerprints
 from entprog.names import cell
 from entprog.schedule import plans
 from pipelines import cli
-from pipelines.cluster import launch
+from pipelines.cluster import joining, launch, room
 from pipelines.outputs import claim
 from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
@@ -187,6 +187,9 @@ def run(
 
     claimed(wanted, space, output)
     experiment, settings = wanted.experiment(), wanted.tune
+    if joining.address():  # nodes that are still to come are not counted below
+        workers = (settings.concurrent or 1) * experiment.train.workers
+        room.workers(workers, workers, launch.use_gpus(experiment), cli.console.print)
     if settings.early_stop and not sweep.stops_early(settings):
         cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())

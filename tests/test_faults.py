@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -18,13 +19,14 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table
 
 from entprog import config
+from entprog.errors import UserError
 from entprog.training import checkpoint
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import metadata
 from pipelines import cli, train
-from pipelines.cluster import elastic, ray_internals, spot
+from pipelines.cluster import launch, ray_internals, room, spot
 from pipelines.cluster.message_board import Listener
 
 MIB = 2**20
@@ -44,8 +46,8 @@ class Nodes:
         )
         self.nodes = []
 
-    def add(self, cpus):
-        self.nodes.append((cpus, self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MIB)))
+    def add(self, cpus, **more):
+        self.nodes.append((cpus, self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MIB, **more)))
 
     def are(self, *cpus):
         """Add and remove until there are these."""
@@ -116,12 +118,17 @@ def run(place, tmp_path_factory):
     nodes.are(4, 4)
     shards = two_people(tmp_path_factory)
 
-    def start(name, **over):
+    def start(name, listen=lambda item: None, **over):
         values = config.merge(SETTINGS, {"data": {"shards": str(shards)}, "name": name})
         values = config.merge(values, {"train": {"workers": 2, "steps": 20, "checkpoint_every": 2, "max_failures": 1}})
         message = []
         experiment = config.build(config.merge(values, over))
-        return train.run(experiment, folder / name, tables=folder / "tables", listen=message.append), message
+
+        def on_item(item):
+            message.append(item)
+            listen(item)
+
+        return train.run(experiment, folder / name, tables=folder / "tables", listen=on_item), message
 
     return start
 
@@ -247,19 +254,97 @@ def test_a_machine_that_aws_takes_back_is_left_with_a_checkpoint(run, nodes, pla
     nodes.drop(node)
 
 
-@pytest.mark.slow
-def test_too_little_room_is_told_and_waited_for(nodes):
-    nodes.are(1)
+def waited_for(nodes, *arguments, joins, **options):
+    """(what a wait for room came to, the lines that it said), while nodes join after one line each."""
     message = []
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(elastic.room, 2, 3, False, message.append)
-        while not message:
-            assert not found.done()
-            time.sleep(0.1)
-        nodes.add(4)
-        assert found.result() == 3
-    assert message == ["there is room for 1 of 3 workers, train.min_workers=2: waiting for more"]
-    assert elastic.room(1, 3, False, message.append) == 3 and len(message) == 1, "what was asked for is given back"
+        came = pool.submit(room.workers, *arguments, message.append, **options)
+        for node in joins:
+            before = len(message)
+            while len(message) == before:
+                assert not came.done()
+                time.sleep(0.1)
+            nodes.add(**node)
+        return came.result(), message
+
+
+def test_a_cluster_that_starts_is_waited_for_until_it_has_settled(nodes, monkeypatch):
+    """Not until its first node is there, which would do; and what was asked for is given back."""
+    monkeypatch.setattr(room, "SETTLE_S", 1.0)
+    monkeypatch.setattr(room, "REMIND_S", 1.0)
+    nodes.are(1)
+    came, message = waited_for(nodes, 1, 3, False, settle_s=60.0, joins=[{"cpus": 2}])
+    assert came == 3
+    here = r"there is room for {} of 3 workers \(1 CPU each, 1 for decoding\), train.min_workers=1: "
+    assert re.fullmatch(here.format(1) + r"waiting for nodes since \d\d:\d\d:\d\d", message[0])
+    assert all(re.fullmatch(here.format("[12]") + r"waiting .*, for \d+ min", line) for line in message[1:-1])
+    assert re.fullmatch(here.format(3) + "going on", message[-1])
+    message.clear()
+    assert room.workers(3, 3, False, message.append) == 3 and not message
+    assert room.workers(1, 9, False, message.append, settle_s=0.5) == 3, "settled: there is no more"
+    came, message = waited_for(nodes, 2, 2, True, joins=[{"cpus": 3, "num_gpus": 2}])
+    assert came == 2 and message[0].startswith("there is room for 0 of 2 workers (1 GPU each): waiting for nodes since")
+    assert launch.gpus_there("auto", "latents.gpus", message.append) == 2
+    with pytest.raises(KeyboardInterrupt):
+        stop = threading.Event()
+        stop.set()
+        room.workers(99, 99, False, message.append, stop=stop)
+
+
+def wanting(**train):
+    return config.build(config.merge(SETTINGS, {"train": train}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(room, "SETTLE_S", 0.5)
+    nodes.are(1)
+    message = []
+
+    def on_item(item):
+        message.append(item["waiting"])
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.run_workers(launch.training, {}, wanting(workers=8, gpus="no"), tmp_path, on_item)
+    assert len(message) == 1 and not running("TrainController")
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):
+    nodes.are(1)
+    assert launch.use_gpus(wanting(workers=16, gpus="yes")) is True
+    assert launch.use_gpus(wanting(workers=16, gpus="no")) is False
+    assert launch.use_gpus(wanting(workers=1)) is False, "there are CPUs enough"
+    neither = r"gpus=auto, and the cluster has neither .*: set {0}=yes or {0}=no$"
+    with pytest.raises(UserError, match=neither.format("train.gpus")):
+        launch.use_gpus(wanting(workers=16))
+    with pytest.raises(UserError, match=neither.format("latents.gpus")):
+        launch.gpus_there("auto", "latents.gpus", pytest.fail, cpus=4)
+
+
+@pytest.mark.slow
+def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, monkeypatch):
+    """It waits for longer than Ray Train would, starts once with all its workers, and counts CPUs where they are."""
+    nodes.are()
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    monkeypatch.setattr(room, "REMIND_S", 1.0)
+    really, quicker = room.workers, iter([2])
+    # At first there seems to be room, which another job then takes.
+    monkeypatch.setattr(room, "workers", lambda *a, **k: next(quicker, None) or really(*a, **k))
+    joins = iter([1, 8])  # one worker could begin with the first, and another CPU decode
+
+    def listen(item):
+        if "waiting" in item and (cpus := next(joins, None)):
+            nodes.add(cpus)
+
+    settings = {"schedule": {"kind": "full"}, "train": {"steps": 4, "gpus": "no", "min_workers": 1, "max_failures": 0}}
+    result, message = run("cold", listen, **settings)
+    assert [item["workers"] for item in message if "workers" in item] == [2]
+    waiting = [item["waiting"] for item in message if "waiting" in item]
+    assert "room for 0 of 2" in waiting[0] and "room for 1 of 2" in waiting[1] and "going on" in waiting[-1]
+    assert result["steps"] == 4 and result["decode_cpus"] == 3.0, "the larger node's share"
+    assert not [item for item in message if "warning" in item]
 
 
 def test_a_board_whose_process_ends_is_made_anew_and_read_on(nodes):

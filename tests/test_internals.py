@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import torch
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from entprog.blocks import fp8
 from pipelines.cluster import ray_internals
@@ -53,6 +55,13 @@ def test_ray_train_calls_a_backends_start_on_its_workers():
     backend = config.backend_cls
     (parent,) = backend.__bases__
     assert "on_start" in vars(parent) and "on_start" in vars(backend)
+
+
+def test_ray_train_says_that_its_workers_found_no_room():
+    late = WorkerGroupStartupTimeoutError(2)
+    assert ray_internals.found_no_room(ControllerError(late))
+    for other in (late, ControllerError(ValueError("x")), WorkerGroupError("x", {0: late}), RuntimeError("x")):
+        assert not ray_internals.found_no_room(other)
 
 
 def test_mlflow_measures_this_machine(tmp_path):

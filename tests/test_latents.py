@@ -259,3 +259,5 @@ def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
     pixels = ["--set", "model.init={patch_size: [1, 4, 4], out_channels: 3}", "--set", "model.vae=none"]
     assert "works on pixels" in refused("--output", dataset.folder, *pixels)
     assert "not a finished dataset" in refused("--output", tmp_path, "--base", base)
+    gpu = ["--set", "latents.gpus=yes"]
+    assert "Ray has no GPU here" in refused("--output", dataset.folder, "--base", base, *gpu)

@@ -142,3 +142,8 @@ def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):
     saver.close()
     assert checkpoint.found(tmp_path) == ["step-00000002"] and len(message) == 3
     assert next(Run(run.experiment, tmp_path).steps()).step == 3
+
+
+@pytest.mark.parametrize(("cpus", "workers", "each"), [(48, 4, 11.0), (4, 1, 3.0), (3, 2, 1.0), (0, 4, 1.0)])
+def test_cpus_of_a_machine_are_shared_by_its_workers_but_for_one_each(cpus, workers, each):
+    assert launch.decode_share(cpus, workers) == each

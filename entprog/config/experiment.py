@@ -92,8 +92,8 @@ class Data(Part):
     """Where clips are decoded: in threads of the worker that trains on them, or by Ray Data's tasks on any node, whose
     frames then travel through the object store. The same batches either way, bit for bit."""
     decode_cpus: float | None = Field(default=None, gt=0)
-    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks. None: what the cluster has left, shared
-    evenly."""
+    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks. None: those of its own machine (tasks: of
+    the cluster) when it begins, shared evenly, but for one a worker."""
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""
@@ -184,7 +184,8 @@ class Train(Part):
     """Elastic: go on with as few workers as this when machines are gone, from the newest checkpoint, and grow to
     train.workers again when they are back; an update sees the same clips throughout. None: always train.workers."""
     resize_every_s: float = Field(default=60.0, gt=0)
-    """Elastic: seconds that fewer workers train at least before they save a checkpoint and start again as more."""
+    """Elastic: seconds that fewer workers train at least before they save a checkpoint and start again as more. So long
+    without a new machine, and the run begins with the workers that there is room for."""
     accumulate: int = Field(default=1, ge=1)
     """Batches per worker and update: gradients are summed over them, clipped and applied once. An update sees
     data.batch_size · train.workers · train.accumulate clips."""
@@ -192,7 +193,7 @@ class Train(Part):
     """`ddp`: every worker holds the whole network, trained gradients are averaged; `fsdp`: weights, gradients and
     moments are split over the workers (FSDP2), and weights are whole only for scoring, evaluation and saving."""
     gpus: Literal["auto", "yes", "no"] = "auto"
-    """`auto`: GPUs if the cluster has any."""
+    """`auto`: GPUs if the cluster has any now; `yes`: a cluster without is waited for."""
     threads: int | None = Field(default=None, ge=1)
     """torch CPU threads per worker. None: the cores of its machine, shared evenly by the workers there, one of each
     share left for decoding."""

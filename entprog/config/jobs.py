@@ -102,9 +102,17 @@ class Ladder(Part):
     """Kind `progressive`: rows with their clip shapes."""
 
 
+class Encoders(Part):
+    """What encodes clips."""
+
+    gpus: Literal["auto", "yes", "no"] = "auto"
+    """`auto`: the GPUs that the cluster has now, a CPU if it has none; `yes`: a cluster without one is waited for."""
+
+
 class Encoding(Part):
     """What latents are made with (`pipelines.prepare --latents`), beside the shards and the code."""
 
+    latents: Encoders = Encoders()
     model: Model = Model()
     schedule: Ladder = Ladder()
 

@@ -1,5 +1,6 @@
 """Joining a Ray cluster that is there, and finding out within a minute that it is not."""
 
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,12 @@ REACH_S = 10.0
 """Longest wait for the head's port to open."""
 ANSWER_S = 45.0
 """Longest wait for Ray to answer there, the start of the process that asks included."""
+
+
+def address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None: a Ray of this machine alone is started, which nothing joins later."""
+    given = os.environ.get("RAY_ADDRESS")
+    return None if given in (None, "", "local") else given
 
 
 def check(address: str) -> None:

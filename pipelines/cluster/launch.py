@@ -9,14 +9,14 @@ import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.training.storage import Place
-from pipelines.cluster import elastic, failures, ray_internals
-from pipelines.cluster.elastic import CPUS_FOR_DATA
+from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
+from pipelines.cluster.room import CPUS_FOR_DATA
 
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
@@ -24,26 +24,31 @@ STOP_S = 60.0
 """How long workers that are told to end may take for it."""
 
 
+Asked = Literal["auto", "yes", "no"]
+"""A setting that says whether GPUs are used."""
+
+
 def use_gpus(experiment: Experiment) -> bool:
-    """Whether the workers get a GPU each. Raises UserError if the connected cluster cannot hold the workers."""
+    """Whether the workers get a GPU each. Raises UserError if the connected Ray can never hold the workers; a cluster
+    that may still grow can, and is waited for by `run_workers`."""
     import ray
 
     cluster, train = ray.cluster_resources(), experiment.train
     growing = ray_internals.resources_that_may_come()
+    grows = joining.address() is not None and not growing
 
     def most(resource: str) -> int:
         return int(max(cluster.get(resource, 0), growing.get(resource, 0)))
 
     workers = train.min_workers or train.workers
     name = "train.min_workers" if train.min_workers else "train.workers"
-    gpus = most("GPU")
-    wanted = train.gpus == "yes" or (train.gpus == "auto" and gpus > 0)
-    if wanted and gpus < workers:
+    gpus, cpus = most("GPU"), most("CPU")
+    wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
+    if wanted and gpus < workers and not grows:
         raise UserError(
             f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
         )
-    cpus = most("CPU")
-    if cpus < workers + CPUS_FOR_DATA:
+    if cpus < workers + CPUS_FOR_DATA and not grows:
         raise UserError(
             f"{name}={workers} needs {workers + CPUS_FOR_DATA} CPUs (one a worker, "
             f"{CPUS_FOR_DATA} for decoding), the cluster has {cpus}: lower {name} or join a larger cluster"
@@ -51,14 +56,57 @@ def use_gpus(experiment: Experiment) -> bool:
     return wanted
 
 
-def decode_cpus(experiment: Experiment) -> float:
-    """Logical CPUs that each worker's decoding may use."""
+def gpus_there(asked: Asked, setting: str, say: Callable[[str], None], cpus: int = 1) -> int:
+    """GPUs for a job that takes those that are there; 0: it runs on CPUs, `cpus` of which it needs at least.
+
+    A cluster that has none of what is needed yet is waited for until it has. Raises UserError for GPUs that a Ray of
+    this machine does not have, and where nothing says which of the two a cluster would get.
+    """
     import ray
 
+    def there(resource: str) -> int:
+        return int(ray.cluster_resources().get(resource, 0))
+
+    if not _chosen(asked, setting, there("GPU"), there("CPU") >= cpus):
+        room.cpus(cpus, say)
+        return 0
+    if joining.address():
+        room.wait([{"GPU": 1, "CPU": 1}], 1, lambda placed: f"{placed} of 1 GPU is free", say)
+    elif not there("GPU"):
+        raise UserError(f"{setting}=yes, but Ray has no GPU here: set {setting}=auto, or join a cluster with GPUs")
+    return there("GPU")
+
+
+def _chosen(asked: Asked, setting: str, gpus: int, enough_cpus: bool) -> bool:
+    """Whether GPUs are used, of which there are `gpus` now. Raises UserError where a cluster that has nothing yet
+    cannot show it."""
+    if asked == "auto" and not gpus and not enough_cpus and joining.address():
+        raise UserError(
+            f"{setting}=auto, and the cluster has neither a GPU nor enough CPUs now that would say what to wait for: "
+            f"set {setting}=yes or {setting}=no"
+        )
+    return asked == "yes" or (asked == "auto" and gpus > 0)
+
+
+def decode_cpus(experiment: Experiment) -> float:
+    """Logical CPUs that the decoding of this Ray Train worker may use: its share of its own machine's, or of the whole
+    cluster's where Ray Data's tasks decode."""
+    import ray
+    import ray.train
+
+    context = ray.train.get_context()
     if experiment.data.decode_cpus:
         return experiment.data.decode_cpus
-    free = ray.cluster_resources().get("CPU", 0) - experiment.train.workers
-    return max(1.0, free / experiment.train.workers)
+    if experiment.data.decode == "cluster":
+        return decode_share(ray.cluster_resources().get("CPU", 0), context.get_world_size())
+    mine = ray.get_runtime_context().get_node_id()
+    (here,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == mine)
+    return decode_share(here.get("CPU", 0), context.get_local_world_size())
+
+
+def decode_share(cpus: float, workers: int) -> float:
+    """CPUs for the decoding of each of the workers that share so many: one of them is each worker's own."""
+    return max(1.0, (cpus - workers) / workers)
 
 
 def threads(cores: int, workers: int) -> int:
@@ -121,22 +169,26 @@ def run_workers(
     A worker posts `{"result": {…}}` when all is done, `{"user_error": line}` for a person's mistake that only it could
     see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end, and
     `{"grows": step}` when there is room for more workers. Whatever else ends the workers, or their trainer, starts them
-    again, up to `train.max_failures` times in a row without a step gained. SIGTERM to this process lets the workers
-    save a checkpoint, and then raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own reason
-    in one line.
+    again, up to `train.max_failures` times in a row without a step gained. While the cluster has no room for them it is
+    waited for, and `on_item` gets `{"waiting": line}` now and then. SIGTERM to this process ends that wait, or lets the
+    workers save a checkpoint, and raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own
+    reason in one line.
     """
     gpus = use_gpus(experiment)
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)
     train, tries, furthest = experiment.train, experiment.train.max_failures, 0
-    workers = train.workers
+    least = train.min_workers or train.workers
+    # Nodes of a cluster that starts come one after another: fewer workers begin once they would be left alone for as
+    # long as they are to train at least. Later they go on at once, and grow when a node has come.
+    settle_s = max(room.SETTLE_S, train.resize_every_s)
+    say = lambda line: on_item({"waiting": line})  # noqa: E731
     try:
-        with _stopping(listener):
+        with _stopping(listener) as stop:
             while True:
-                if train.min_workers:
-                    wait = lambda line: on_item({"warning": line})  # noqa: E731
-                    workers = elastic.room(train.min_workers, train.workers, gpus, wait)
+                workers = room.workers(least, train.workers, gpus, say, settle_s=settle_s, stop=stop)
+                settle_s = room.SETTLE_S
                 with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus):
                     boarded = {**settings, "board": listener.board}
                     failure = _attempt(worker, boarded, experiment, workers, gpus, storage)
@@ -150,6 +202,8 @@ def run_workers(
                     raise KeyboardInterrupt
                 if "result" in last:
                     return last["result"]
+                if "failure" not in last and failure and ray_internals.found_no_room(failure):
+                    continue  # another job was quicker: no try of ours
                 reason = last.get("failure") or (
                     failures.reason(failure) if failure else "the workers ended without a result"
                 )
@@ -174,7 +228,7 @@ def _growing(listener: Listener, train: Train, workers: int, gpus: bool):
     def grow() -> None:
         listener.board.tell.remote(GROWS)
 
-    with elastic.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow):
+    with room.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow):
         yield
 
 
@@ -234,13 +288,16 @@ def _leaving_nothing_reserved():
 
 @contextmanager
 def _stopping(listener: Listener):
-    """SIGTERM tells the workers to save and end; if they cannot within STOP_S, they are ended."""
+    """Gives an event that SIGTERM sets. It also tells the workers to save and end; if they cannot within STOP_S, they
+    are ended."""
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # a trial of a sweep: the sweep hears it
-        yield
+        yield stop
         return
     timers: list[threading.Timer] = []
 
     def tell(*_) -> None:
+        stop.set()
         listener.board.tell.remote(JOB_ENDS)
         timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].daemon = True
@@ -248,7 +305,7 @@ def _stopping(listener: Listener):
 
     before = signal.signal(signal.SIGTERM, tell)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
         for timer in timers:

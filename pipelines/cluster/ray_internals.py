@@ -31,7 +31,10 @@ def object_store() -> Store:
 
 
 def resources_that_may_come() -> dict[str, float]:
-    """What the cluster would have with all the machines that its autoscaler may add; {} without an autoscaler."""
+    """What the cluster would have with all the machines that its autoscaler may add; {} where that is not known.
+
+    Ray's own autoscalers (`ray up`, KubeRay) do not say it; a cluster that is provided as a service may.
+    """
     import ray
 
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
@@ -42,6 +45,13 @@ def draining_nodes() -> set[str]:
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def found_no_room(error: BaseException) -> bool:
+    """Whether it is Ray Train's word that its workers could not be placed in time."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def is_driver() -> bool:

@@ -20,12 +20,14 @@ from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
 from pipelines import cli
-from pipelines.cluster import failures, launch
+from pipelines.cluster import failures, joining, launch
 from pipelines.outputs import claim
 from pipelines.preparing import packing, progress
 
-OF_MODEL = ("model.", "schedule.kind", "schedule.shapes", "schedule.table")
+OF_MODEL = ("model.", "latents.", "schedule.kind", "schedule.shapes", "schedule.table")
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
+CPUS = 2
+"""That encoding without a GPU needs: one encodes, one decodes."""
 WARM_UP_CLIPS = 1
 TIMED_CLIPS = 2
 
@@ -81,7 +83,9 @@ def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: boo
     shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
     with cli.stderr_into(folder / "latents.log", verbose=verbose), cli.ray_cluster(cpus=3, verbose=verbose) as ray:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        gpus = launch.gpus_there(encoding.latents.gpus, "latents.gpus", cli.console.print, CPUS)
+        if not gpus and encoding.latents.gpus == "auto" and joining.address():
+            cli.console.print("the cluster has no GPU now: one CPU encodes; latents.gpus=yes waits for a GPU")
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
         with cli.console.status("loading the VAE, measuring"), failures.plainly():

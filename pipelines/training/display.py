@@ -42,6 +42,8 @@ class Display:
             self.bar.console.print(f"Workers: {item['workers']} of {self.most}.")
         elif "resumed" in item:
             self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
+        elif "waiting" in item:
+            self.bar.console.print(item["waiting"])
         elif "warning" in item:
             self.bar.console.print(f"warning: {item['warning']}")
         elif "step" in item:

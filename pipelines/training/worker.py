@@ -222,7 +222,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     previews = _previews(setup, output, tracker, warn)
     final_loss, starting = 0.0, True
     setup.clock.over("checkpoint")
-    data = setup.dataset, denoiser, setup.device, settings["decode_cpus"], setup.caches, setup.texts
+    decode_cpus = launch.decode_cpus(experiment)
+    data = setup.dataset, denoiser, setup.device, decode_cpus, setup.caches, setup.texts
     with closing(Batches(experiment, *data)) as batches:
         rescored = table is not None and experiment.priority.rescore
         conditions = cache.clips(denoiser, setup.dataset, experiment, setup.texts) if rescored else ()
@@ -278,7 +279,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()
-    return {"result": figures.final(experiment, state) | {"blocks": [block.name for block in setup.blocks]}}
+    named = {"blocks": [block.name for block in setup.blocks], "decode_cpus": decode_cpus}
+    return {"result": figures.final(experiment, state) | named}
 
 
 def _saved_though_it_diverges(steps: Iterator[Step], saver: checkpoint.Saver) -> Iterator[Step]:

@@ -1,0 +1,161 @@
+"""Room on the cluster: waited for while there is too little, and word when a smaller group of workers can grow.
+
+Ray's own scheduler is asked, by placement groups that are given back at once: it alone knows what other jobs hold, and
+that a node which is still listed does not answer any more. An autoscaler sees what could not be placed and starts
+machines for it. (Ray Train waits for one minute and then fails; its elastic groups take the last CPU too, and Ray Data
+then waits for ever.)
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from entprog.errors import UserError
+from pipelines.cluster import joining
+
+SETTLE_S = 5.0
+"""Without anything more placed for so long, what is placed is all that there is room for now."""
+REMIND_S = 60.0
+"""Between two lines on what is waited for."""
+LOOK_S = 0.2
+CPUS_FOR_DATA = 1
+"""Logical CPUs that must be left beside the workers: with none, Ray Data waits for ever."""
+Bundle = dict[str, float]
+"""Resources on one node, by name."""
+
+
+def resources(gpus: bool) -> Bundle:
+    """Resources that each worker reserves."""
+    return {"GPU": 1} if gpus else {"CPU": 1}
+
+
+def workers(
+    least: int,
+    most: int,
+    gpus: bool,
+    say: Callable[[str], None],
+    *,
+    settle_s: float = SETTLE_S,
+    stop: threading.Event | None = None,
+) -> int:
+    """Workers, `least` to `most`, that can be placed now beside Ray Data.
+
+    Waits for the `least` as long as it takes, and for others until none has been added for `settle_s`; `say` gets a
+    line now and then. Raises KeyboardInterrupt once `stop` is set.
+    """
+    # A worker with a GPU reserves no CPU: the one asked for with it, on the same machine, is left to Ray Data.
+    wanted = [{"GPU": 1, "CPU": CPUS_FOR_DATA}] * most if gpus else [{"CPU": CPUS_FOR_DATA}, *[{"CPU": 1}] * most]
+    beside = len(wanted) - most
+    elastic = f", train.min_workers={least}" if least < most else ""
+
+    def line(placed: int) -> str:
+        each = "1 GPU each" if gpus else "1 CPU each, 1 for decoding"
+        return f"there is room for {max(placed - beside, 0)} of {most} workers ({each}){elastic}"
+
+    return wait(wanted, least + beside, line, say, settle_s=settle_s, stop=stop) - beside
+
+
+def wait(
+    wanted: Sequence[Bundle],
+    least: int,
+    line: Callable[[int], str],
+    say: Callable[[str], None],
+    *,
+    settle_s: float = SETTLE_S,
+    stop: threading.Event | None = None,
+) -> int:
+    """How many of the wanted bundles can be placed now; waits, and says so, as `workers` does.
+
+    line: what is said of the number that is placed.
+    """
+    stop = stop or threading.Event()
+    begun = added = time.monotonic()
+    since, said = time.strftime("%H:%M:%S"), 0
+    with _wanted([[bundle] for bundle in wanted]) as groups:
+        placed = 0
+        while True:
+            before, placed, now = placed, _placed(groups), time.monotonic()
+            if placed > before:
+                added = now
+            settled = placed == len(wanted) or now - added > settle_s
+            if settled and placed >= least:
+                break
+            if stop.wait(LOOK_S):
+                raise KeyboardInterrupt
+            if now - begun > (SETTLE_S if not said else said * REMIND_S):
+                minutes = f", for {(now - begun) / 60:.0f} min" if said else ""
+                say(f"{line(placed)}: waiting for nodes since {since}{minutes}")
+                said += 1
+        if said:
+            say(f"{line(placed)}: going on")
+        return placed
+
+
+def cpus(least: int, say: Callable[[str], None]) -> int:
+    """CPUs of the connected Ray, once `least` of them are free: a cluster that has fewer is waited for.
+
+    Raises UserError for a Ray of this machine alone, to which none will come.
+    """
+    import ray
+
+    if joining.address():
+        wait([{"CPU": 1}] * least, least, lambda placed: f"{placed} of {least} CPUs are free", say)
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if there < least:
+        raise UserError(f"Ray has {there} CPU here, {least} are needed: join a cluster that has them")
+    return there
+
+
+@contextmanager
+def growing(
+    missing: int, gpus: bool, begun: threading.Event, after_s: float, grow: Callable[[], None]
+) -> Iterator[None]:
+    """While the block lasts: once, `after_s` or more after `begun`, call `grow` when there is room for one more.
+
+    begun: the other workers are at work, and in their places.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not begun.wait(LOOK_S):
+            if over.is_set():
+                return
+        if over.wait(after_s):
+            return
+        # A CPU that Ray Data has left for a moment is no room for a worker: a second one must be free.
+        with _wanted([[resources(gpus), {"CPU": CPUS_FOR_DATA}]] * missing) as groups:
+            while not _placed(groups):
+                if over.wait(LOOK_S):
+                    return
+        grow()
+
+    thread = threading.Thread(target=watch, name="room", daemon=True)
+    if missing:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if missing:
+            thread.join()
+
+
+@contextmanager
+def _wanted(wishes: Sequence[list[Bundle]]) -> Iterator[list]:
+    """Placement groups of these bundles, for as long as the block lasts."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    groups = [placement_group(bundles) for bundles in wishes]
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def _placed(groups: list) -> int:
+    from ray.util import placement_group_table
+
+    table = placement_group_table()
+    return sum(table.get(group.id.hex(), {}).get("state") == "CREATED" for group in groups)
