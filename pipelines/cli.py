@@ -30,7 +30,7 @@ from pipelines.outputs import claim
 W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
 TABLES = Path("out/cei")
-"""Where score tables are kept by their key, for every run of a working directory to share."""
+"""Where score tables of a Ray of this machine are kept, for every run of a working directory to share."""
 
 
 class Terminal(Console):
@@ -54,7 +54,12 @@ Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
-Tables = Annotated[Path, typer.Option(help="Where score tables are kept by their key, for every run to share.")]
+Tables = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Where score tables are kept by their key, for every run to share ({TABLES}; on a cluster OUTPUT/cei)."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
 
 
@@ -75,6 +80,14 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
 
     help_text = "Explain every setting, with its default."
     return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
+
+
+def tables_of(output: Path, given: Path | None) -> Path:
+    """Where a job's score tables are kept. On a cluster what is not named lies in its output: a folder of the machine
+    that drives is none of the one that scores."""
+    from pipelines.cluster import joining
+
+    return given or (output / "cei" if joining.address() else TABLES)
 
 
 def app(help: str) -> typer.Typer:

@@ -30,7 +30,7 @@ def main(
     shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
-    tables: cli.Tables = cli.TABLES,
+    tables: cli.Tables = None,
     draws_until_stable: Annotated[
         float | None,
         typer.Option(
@@ -99,10 +99,11 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     return {"settings": settings}
 
 
-def run(experiment: Experiment, output: Path, *, tables: Path = cli.TABLES) -> dict[str, Any]:
+def run(experiment: Experiment, output: Path, *, tables: Path | None = None) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures."""
     claimed(experiment, output)
-    settings = {"tables": str(tables.resolve()), "weights": fingerprints.base(experiment.model)}
+    folder = cli.tables_of(output, tables)
+    settings = {"tables": str(folder.resolve()), "weights": fingerprints.base(experiment.model)}
     with cli.console.status("scoring blocks") as status:
 
         def on_item(item: dict[str, Any]) -> None:

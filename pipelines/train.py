@@ -50,6 +50,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.")] = Path(
         "out/train"
     ),
+    tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
@@ -80,7 +81,7 @@ def main(
         clock.over("checks")
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
-            return run(experiment, output, parts=parts, clock=clock)
+            return run(experiment, output, parts=parts, tables=tables, clock=clock)
 
     cli.run("train", None if dry_run else output, work, verbose=verbose)
 
@@ -147,7 +148,7 @@ def run(
     output: Path,
     *,
     parts: Parts | None = None,
-    tables: Path = cli.TABLES,
+    tables: Path | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     listen: Callable[[dict[str, Any]], None] = lambda item: None,
@@ -155,12 +156,14 @@ def run(
 ) -> dict:
     """Train on the connected Ray cluster; returns the figures of result.json.
 
-    parts: what `claimed` returned, if it was called already. tables: where score tables are kept and looked for.
+    parts: what `claimed` returned, if it was called already. tables: where score tables are kept and looked for, None:
+    as `cli.tables_of` says.
     parent: MLflow run under which this one is nested; tags: of the run, beside its own. listen: gets all that rank 0
     posts, in the order in which it happened. clock: of the command, where it began before this call.
     """
     started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
+    tables = cli.tables_of(output, tables)
     if experiment.parts:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()
@@ -172,6 +175,7 @@ def run(
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
+    launch.check_tracking(experiment)
     if experiment.train.checkpoints:
         place = storage.quickly(experiment.train.checkpoints)
         Place.at(place).check()

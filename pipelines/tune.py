@@ -61,7 +61,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the sweep; the same command again resumes it.")] = Path(
         "out/sweep"
     ),
-    tables: cli.Tables = cli.TABLES,
+    tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
@@ -180,13 +180,14 @@ def _minutes(seconds: float) -> str:
 
 
 def run(
-    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path = cli.TABLES, verbose: bool = False
+    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path | None = None, verbose: bool = False
 ) -> dict[str, Any]:
     """All trials on the connected Ray cluster, and what they say; the figures of result.json."""
     import ray
 
     claimed(wanted, space, output)
     experiment, settings = wanted.experiment(), wanted.tune
+    launch.check_tracking(experiment)
     if joining.address():  # nodes that are still to come are not counted below
         workers = (settings.concurrent or 1) * experiment.train.workers
         room.workers(workers, workers, launch.use_gpus(experiment), cli.console.print)
@@ -213,7 +214,7 @@ def run(
         experiment=shared,
         tune=settings.model_dump(mode="json"),
         output=str(output.resolve()),
-        tables=str(tables.resolve()),
+        tables=str(cli.tables_of(output, tables).resolve()),
         tracking_uri=tracking_uri(),
         sweep_run_id=tracker.run_id,
     )

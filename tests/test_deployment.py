@@ -13,10 +13,13 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
+import urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
+import mlflow.cli
 import psutil
 import pytest
 import ray
@@ -31,6 +34,7 @@ from helpers.commands import SETTINGS
 from helpers.people import two_people
 from pipelines import cli, train
 from pipelines.cluster import spot
+from pipelines.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
@@ -40,6 +44,12 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 def read(name):
     """The first document of a file."""
     return next(yaml.safe_load_all((ROOT / name).read_text()))
+
+
+def beside(kind):
+    """The document of kuberay.yaml of a kind."""
+    (found,) = [each for each in yaml.safe_load_all((ROOT / "kuberay.yaml").read_text()) if each["kind"] == kind]
+    return found
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -211,7 +221,8 @@ def pods():
     spec = read("kuberay.yaml")["spec"]
     cluster = spec["rayClusterSpec"]
     groups = {"head": cluster["headGroupSpec"], **{each["groupName"]: each for each in cluster["workerGroupSpecs"]}}
-    return {"submitter": spec["submitterPodTemplate"]} | {name: group["template"] for name, group in groups.items()}
+    alone = {"submitter": spec["submitterPodTemplate"], "mlflow": beside("Deployment")["spec"]["template"]}
+    return alone | {name: group["template"] for name, group in groups.items()}
 
 
 @pytest.mark.parametrize("name", pods())
@@ -223,20 +234,22 @@ def test_a_pod_can_do_little(name):
     assert pod["automountServiceAccountToken"] == (name == "head"), "the autoscaler alone speaks to Kubernetes"
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     writable = {volume["name"] for volume in pod["volumes"] if not volume.keys() & {"hostPath"}}
-    for container in pod["containers"]:
+    for container in [*pod.get("initContainers", ()), *pod["containers"]]:
         closed = container["securityContext"]
         assert closed["allowPrivilegeEscalation"] is False and closed["readOnlyRootFilesystem"] is True
         assert closed["capabilities"] == {"drop": ["ALL"]} and not closed.get("privileged")
+    for container in pod["containers"]:
         places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         assert places["/tmp"] in writable
         env = {each["name"]: each["value"] for each in container["env"]}
+        env.pop("MLFLOW_TRACKING_URI", None)
         assert env["HOME"] == "/tmp" and all(value.startswith(("/tmp", "/shared")) for value in env.values())
         assert not [name for name in env if "TOKEN" in name], "the operator gives it"
 
 
 def test_pods_hear_each_other_and_the_operator_alone():
-    _, policy = yaml.safe_load_all((ROOT / "kuberay.yaml").read_text())
-    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    policy = beside("NetworkPolicy")
+    assert policy["apiVersion"] == "networking.k8s.io/v1"
     spec = policy["spec"]
     mine = spec["podSelector"]["matchLabels"]
     assert all(mine.items() <= pod["metadata"]["labels"].items() for pod in pods().values())
@@ -246,6 +259,85 @@ def test_pods_hear_each_other_and_the_operator_alone():
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     (who,) = operator["from"]
     assert who["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+
+
+HERE = "$(hostname -I | cut -d' ' -f1)"
+"""In a shell on the head: its address inside the network."""
+
+
+def mlflow_server(name):
+    """(the line of a shell that starts MLflow's server, the address of it that jobs are given)."""
+    if name in CLUSTERS:
+        _, server, start = read(name)["head_start_ray_commands"]
+        return server, re.search(r" MLFLOW_TRACKING_URI=(http:.*) RAY_AUTH_MODE=token ray start ", start)[1]
+    (container,) = pods()["mlflow"]["spec"]["containers"]
+    of_rays = [pod["spec"]["containers"][0]["env"] for name, pod in pods().items() if name != "mlflow"]
+    (address,) = {each["value"] for env in of_rays for each in env if each["name"] == "MLFLOW_TRACKING_URI"}
+    return container["command"][-1], address
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "kuberay.yaml"])
+def test_every_cluster_starts_mlflows_server_inside_its_network_and_gives_it_to_jobs(name):
+    line, address = mlflow_server(name)
+    words = shlex.split(line.replace(HERE, "HEAD").split("mlflow server")[1].split(">")[0])
+    options = mlflow.cli.server.make_context("server", words).params
+    assert options["backend_store_uri"].startswith("sqlite:////shared/mlflow/")
+    assert options["artifacts_destination"].startswith("/shared/mlflow/") and options["serve_artifacts"]
+    assert options["workers"] == 1, "one process writes to the file"
+    host = address.removeprefix("http://").removesuffix(f":{options['port']}")
+    if name in CLUSTERS:
+        assert (options["host"], host) == ("HEAD", HERE) and line.rstrip().endswith("&")
+        return
+    service, pod = beside("Service"), pods()["mlflow"]
+    assert host == service["metadata"]["name"] and service["spec"]["type"] == "ClusterIP"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["selector"].items() > beside("NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items()
+    assert beside("Deployment")["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    assert f"{host}:{options['port']}" in options["allowed_hosts"].split(",")
+    (before,) = pods()["submitter"]["spec"]["initContainers"]
+    assert f"{address}/health" in before["command"][-1], "no job begins before it answers"
+
+
+def test_mlflows_server_of_the_rayjob_answers_its_own_names_and_keeps_all_on_the_shared_disk(tmp_path, monkeypatch):
+    line, address = mlflow_server("kuberay.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    name = address.removeprefix("http://").replace("5000", port)
+    changed = {"/shared": str(tmp_path), "0.0.0.0": "127.0.0.1", "5000": port}
+    for before, after in changed.items():
+        line = line.replace(before, after)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://localhost:{port}")
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(["bash", "-c", line], env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            assert time.monotonic() < deadline and server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        (tmp_path / "chart.txt").write_text("a chart")
+        run = Tracker.start(tmp_path, "entprog", "x", params={"seed": 1}, tags={})
+        run.artifact(tmp_path / "chart.txt")
+        run.end("FINISHED")
+        (kept,) = (tmp_path / "mlflow" / "artifacts").rglob("chart.txt")
+        assert kept.read_text() == "a chart" and (tmp_path / "mlflow" / "mlflow.db").exists()
+
+        def status(host):
+            ask = urllib.request.Request(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0")
+            ask.add_header("Host", host)
+            try:
+                return urllib.request.urlopen(ask).status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        assert (status(name), status("elsewhere.example.org")) == (200, 403)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_the_image_holds_what_was_tested_and_nothing_else():
@@ -355,9 +447,10 @@ class Head:
     ray = str(Path(sys.executable).parent / "ray")
 
     def job(self, *arguments, **options):
+        """MLflow's store is in the environment of the head alone."""
         return subprocess.run(
             [self.ray, "job", *arguments],
-            env=self.env,
+            env={name: value for name, value in self.env.items() if name != "MLFLOW_TRACKING_URI"},
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -444,6 +537,8 @@ def test_a_submitted_job_is_followed_stopped_with_a_checkpoint_and_resumed(head,
         time.sleep(0.2)
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["status"] == "interrupted"
+    run = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())
+    assert run["uri"] == head.env["MLFLOW_TRACKING_URI"], "a job has it from the head's Ray"
     (saved,) = checkpoint.found(tmp_path / "run" / "checkpoints")
     step = int(saved.removeprefix("step-"))
     assert 5 <= step < 200

@@ -323,6 +323,20 @@ def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):
         launch.gpus_there("auto", "latents.gpus", pytest.fail, cpus=4)
 
 
+def test_a_file_is_no_store_for_runs_on_several_machines(nodes, tmp_path, monkeypatch):
+    nodes.are(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    launch.check_tracking(wanting())
+    nodes.add(2, node_ip_address="127.0.0.2")
+    with pytest.raises(
+        UserError, match=r"is a file of this machine.* mlflow server .* MLFLOW_TRACKING_URI=http://"
+    ) as e:
+        launch.check_tracking(wanting())
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    launch.check_tracking(wanting())
+
+
 @pytest.mark.slow
 def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, monkeypatch):
     """It waits for longer than Ray Train would, starts once with all its workers, and counts CPUs where they are."""

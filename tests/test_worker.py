@@ -16,7 +16,7 @@ from entprog.training import checkpoint
 from entprog.training.fit import DivergedError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
-from pipelines import generate
+from pipelines import cli, generate
 from pipelines.cluster import launch
 from pipelines.training import figures, steplog, worker
 
@@ -142,6 +142,36 @@ def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):
     saver.close()
     assert checkpoint.found(tmp_path) == ["step-00000002"] and len(message) == 3
     assert next(Run(run.experiment, tmp_path).steps()).step == 3
+
+
+def node(address, **more):
+    return {"NodeID": address, "Alive": True, "NodeManagerAddress": address, "Resources": {"CPU": 4.0}} | more
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resource", "elsewhere"),
+    [
+        ([node("1")], "CPU", False),
+        ([node("1"), node("1", NodeID="another")], "CPU", False),
+        ([node("1"), node("2")], "CPU", True),
+        ([node("1"), node("2", Alive=False)], "CPU", False),
+        ([node("1", Resources={})], "CPU", True),  # the head of cluster.yaml before its nodes have come
+        ([node("1", Resources={"CPU": 0.0})], "CPU", True),
+        ([node("1")], "GPU", True),
+        ([node("1", Resources={"CPU": 4.0, "GPU": 1.0})], "GPU", False),
+    ],
+)
+def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsewhere):
+    assert launch.elsewhere(nodes, "1", resource) is elsewhere
+
+
+def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):
+    for none in (None, "", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", none) if none is not None else monkeypatch.delenv("RAY_ADDRESS", False)
+        assert cli.tables_of(tmp_path, None) == cli.TABLES
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cli.tables_of(tmp_path, None) == tmp_path / "cei"
+    assert cli.tables_of(tmp_path, tmp_path / "own") == tmp_path / "own"
 
 
 @pytest.mark.parametrize(("cpus", "workers", "each"), [(48, 4, 11.0), (4, 1, 3.0), (3, 2, 1.0), (0, 4, 1.0)])

@@ -6,22 +6,48 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
+from entprog.masking import masked
 from entprog.training.storage import Place
 from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 from pipelines.cluster.room import CPUS_FOR_DATA
+from pipelines.tracking.store import is_file, tracking_uri
 
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
 STOP_S = 60.0
 """How long workers that are told to end may take for it."""
+
+
+def check_tracking(experiment: Experiment) -> None:
+    """Raises UserError if MLflow's store is a file and workers may run where it is not."""
+    import ray
+
+    uri, gpus = tracking_uri(), use_gpus(experiment)
+    mine = ray.get_runtime_context().get_node_id()
+    if is_file(uri) and elsewhere(ray.nodes(), mine, "GPU" if gpus else "CPU"):
+        here = ray.util.get_node_ip_address()
+        raise UserError(
+            f"MLflow's store {masked(uri)} is a file of this machine, and workers run on others: start a server "
+            "(mlflow server --backend-store-uri sqlite:////SHARED/mlflow.db --artifacts-destination /SHARED/artifacts "
+            f"--host {here}), and set MLFLOW_TRACKING_URI=http://{here}:5000"
+        )
+
+
+def elsewhere(nodes: Sequence[Mapping[str, Any]], mine: str, resource: str) -> bool:
+    """Whether workers run, or may run, on other machines than that of the node `mine`: there are others, or it has none
+    of what a worker takes. nodes: as `ray.nodes` gives them."""
+    there = [node for node in nodes if node["Alive"]]
+    address = next(node["NodeManagerAddress"] for node in there if node["NodeID"] == mine)
+    here = [node for node in there if node["NodeManagerAddress"] == address]
+    return len(here) < len(there) or not any(node["Resources"].get(resource, 0) >= 1 for node in here)
 
 
 Asked = Literal["auto", "yes", "no"]

@@ -47,6 +47,11 @@ def database_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def is_file(uri: str) -> bool:
+    """Whether the store is a file, which other machines do not have, or must not write to at once."""
+    return uri.startswith("sqlite")
+
+
 def connect(uri: str):
     """A client of a quiet MLflow that gives up soon: retrying is done here. The import takes seconds."""
     for name, value in {

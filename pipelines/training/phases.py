@@ -11,6 +11,7 @@ from typing import Any
 from entprog import config
 from entprog.config import Experiment
 from pipelines import cli
+from pipelines.cluster import launch
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import steplog
 
@@ -33,6 +34,8 @@ def run(
     train: `train.run`. The last phase's model is OUTPUT/model too.
     """
     parts = config.phases(experiment, output)
+    for phase in parts.values():
+        launch.check_tracking(phase)
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
