@@ -346,17 +346,17 @@ def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, monkeypatch
     really, quicker = room.workers, iter([2])
     # At first there seems to be room, which another job then takes.
     monkeypatch.setattr(room, "workers", lambda *a, **k: next(quicker, None) or really(*a, **k))
-    joins = iter([1, 8])  # one worker could begin with the first, and another CPU decode
+    joins = [1, 8]  # one worker could begin with the first, and another CPU decode
 
     def listen(item):
-        if "waiting" in item and (cpus := next(joins, None)):
-            nodes.add(cpus)
+        if joins and f"room for {2 - len(joins)} of 2" in item.get("waiting", ""):
+            nodes.add(joins.pop(0))
 
     settings = {"schedule": {"kind": "full"}, "train": {"steps": 4, "gpus": "no", "min_workers": 1, "max_failures": 0}}
     result, message = run("cold", listen, **settings)
     assert [item["workers"] for item in message if "workers" in item] == [2]
     waiting = [item["waiting"] for item in message if "waiting" in item]
-    assert "room for 0 of 2" in waiting[0] and "room for 1 of 2" in waiting[1] and "going on" in waiting[-1]
+    assert "room for 0 of 2" in waiting[0] and "going on" in waiting[-1] and not joins
     assert result["steps"] == 4 and result["decode_cpus"] == 3.0, "the larger node's share"
     assert not [item for item in message if "warning" in item]
 
