@@ -289,7 +289,6 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # ours (message_board) saves before it restarts
     import ray
     from ray.data import DataContext

@@ -63,7 +63,7 @@ def main(
             return explain(experiment, output)
         claimed(experiment, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(experiment, output, tables=tables)
+            return run(experiment, output, tables=tables, is_claimed=True)
 
     cli.run("score", None if dry_run else output, work, verbose=verbose)
 
@@ -99,9 +99,12 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     return {"settings": settings}
 
 
-def run(experiment: Experiment, output: Path, *, tables: Path | None = None) -> dict[str, Any]:
-    """Score on the connected Ray cluster; the job's figures."""
-    claimed(experiment, output)
+def run(
+    experiment: Experiment, output: Path, *, tables: Path | None = None, is_claimed: bool = False
+) -> dict[str, Any]:
+    """Score on the connected Ray cluster; the job's figures. is_claimed: `claimed` was called already."""
+    if not is_claimed:
+        claimed(experiment, output)
     folder = cli.tables_of(output, tables)
     settings = {"tables": str(folder.resolve()), "weights": fingerprints.base(experiment.model)}
     with cli.console.status("scoring blocks") as status:

@@ -96,7 +96,7 @@ def main(
             return explain(wanted, found, output)
         claimed(wanted, found, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
-            return run(wanted, found, output, tables=tables, verbose=verbose)
+            return run(wanted, found, output, tables=tables, verbose=verbose, is_claimed=True)
 
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
 
@@ -180,12 +180,22 @@ def _minutes(seconds: float) -> str:
 
 
 def run(
-    wanted: Sweep, space: spaces.Space, output: Path, *, tables: Path | None = None, verbose: bool = False
+    wanted: Sweep,
+    space: spaces.Space,
+    output: Path,
+    *,
+    tables: Path | None = None,
+    verbose: bool = False,
+    is_claimed: bool = False,
 ) -> dict[str, Any]:
-    """All trials on the connected Ray cluster, and what they say; the figures of result.json."""
+    """All trials on the connected Ray cluster, and what they say; the figures of result.json.
+
+    is_claimed: `claimed` was called already.
+    """
     import ray
 
-    claimed(wanted, space, output)
+    if not is_claimed:
+        claimed(wanted, space, output)
     experiment, settings = wanted.experiment(), wanted.tune
     launch.check_tracking(experiment)
     if joining.address():  # nodes that are still to come are not counted below

@@ -334,6 +334,56 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one(tmp_path):
             assert torch.equal(second, third) and not torch.equal(third, fourth) and fourth.isfinite().all()
 
 
+class OverTheWire(TorchDispatchMode):
+    """Counts the calls of collectives, and the bytes that this rank gives to them and gets from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = {tensor.data_ptr(): tensor.nbytes for tensor in tree_leaves(args) if torch.is_tensor(tensor)}
+            self.calls, self.bytes = self.calls + 1, self.bytes + sum(tensors.values())
+        return function(*args, **(kwargs or {}))
+
+
+def _message_rank(rank, world, folder):
+    join(rank, world, folder)
+    experiment = tiny_experiment(
+        data={"batch_size": 1}, train={"steps": 5, "workers": world, "held_out_every": 1}, schedule={"kind": "full"}
+    )
+    denoiser = tiny_denoiser(experiment)
+    found, state, source = (
+        blocks(denoiser.network),
+        start(denoiser.network, experiment),
+        batches(experiment, rank, world),
+    )
+    steps, out = fit(denoiser, found, source, [latents(range(2))], latents([0]), None, experiment, state), []
+    while True:
+        with OverTheWire() as wire:
+            step = next(steps, None)
+        if step is None:
+            break
+        out.append((wire.calls, wire.bytes, step.pace is not None))
+    (folder / f"{rank}.json").write_text(json.dumps(out))
+    leave()
+
+
+def test_what_a_step_says_to_other_ranks_does_not_grow_with_the_square_of_them(tmp_path):
+    """A held-out loss included. Rank 0 alone hears each of the others: eight bytes, how long it took."""
+    ranks = {}
+    for world in (2, 4):
+        (folder := tmp_path / str(world)).mkdir()
+        run_ranks(_message_rank, world, folder)
+        ranks[world] = [json.loads((folder / f"{rank}.json").read_text())[1:4] for rank in range(world)]
+    two, four = ranks[2], ranks[4]
+    assert all(rank == two[1] for rank in (*two[1:], *four[1:])), "the same for every rank, whatever their number"
+    assert not any(told for _, _, told in two[1])
+    for (calls, size, told), (more_calls, more_size, _) in zip(two[0], four[0], strict=True):
+        assert told and more_calls == calls and more_size == size + 2 * 8
+
+
 def _hold(lock, held):
     with FileLock(lock):
         held.set()

@@ -329,7 +329,7 @@ def test_a_file_is_no_store_for_runs_on_several_machines(nodes, tmp_path, monkey
     launch.check_tracking(wanting())
     nodes.add(2, node_ip_address="127.0.0.2")
     with pytest.raises(
-        UserError, match=r"is a file of this machine.* mlflow server .* MLFLOW_TRACKING_URI=http://"
+        UserError, match=r"is a file of this machine.*mlflow server .* MLFLOW_TRACKING_URI=http://"
     ) as e:
         launch.check_tracking(wanting())
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())

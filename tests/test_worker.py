@@ -144,6 +144,13 @@ def test_a_checkpoint_of_before_is_there_after_the_weights_are_lost(tmp_path):
     assert next(Run(run.experiment, tmp_path).steps()).step == 3
 
 
+@pytest.mark.parametrize("workers", [1, 2, 8, 16, 64, 256, 1024])
+def test_many_workers_are_asked_less_often(workers):
+    assert launch.poll_s(workers) == 0.2 or workers / launch.poll_s(workers) == pytest.approx(80)
+    assert workers / launch.poll_s(workers) <= 80 + 1e-9
+    assert workers > 16 or launch.poll_s(workers) == 0.2
+
+
 def node(address, **more):
     return {"NodeID": address, "Alive": True, "NodeManagerAddress": address, "Resources": {"CPU": 4.0}} | more
 

@@ -37,8 +37,8 @@ def held_out_loss(
                 t = objectives.quantiles(even, law, between).clamp(0.02, 0.98).clamp(*between)
                 losses = clip_losses(denoiser, batch, numbers, t, seed, law)
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
-    parts = agree.gathered(total.tolist())
-    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+    losses, clips = agree.total(total.tolist())
+    return losses / clips
 
 
 def clip_losses(

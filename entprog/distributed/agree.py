@@ -81,16 +81,18 @@ class Pace:
     slowest_rank: int
 
 
-def pace(seconds: float, device: torch.device | str = "cpu") -> Pace:
-    """Median and slowest of all ranks' seconds; equal on every rank."""
-    _, ranks = world()
-    each = torch.zeros(ranks, dtype=torch.float64, device=device)
-    mine = torch.tensor([seconds], dtype=torch.float64, device=device)
+def pace(seconds: float, device: torch.device | str = "cpu") -> Pace | None:
+    """Median and slowest of all ranks' seconds, on rank 0; None on the others: were every rank told all of them, each
+    step, what goes over the wire would grow with the square of ranks."""
+    rank, ranks = world()
+    values = [seconds]
     if ranks > 1:
-        dist.all_gather_into_tensor(each, mine)
-    else:
-        each[0] = seconds
-    values = each.tolist()
+        mine = torch.tensor([seconds], dtype=torch.float64, device=device)
+        each = [torch.zeros_like(mine) for _ in range(ranks)] if rank == 0 else None
+        dist.gather(mine, each)
+        if each is None:
+            return None
+        values = torch.cat(each).tolist()
     slowest = max(range(ranks), key=values.__getitem__)
     return Pace(statistics.median(values), values[slowest], slowest)
 
@@ -121,6 +123,15 @@ def gathered(value: Any) -> list[Any]:
     out: list[Any] = [None] * ranks
     dist.all_gather_object(out, value, group=_patient_group(dist.group.WORLD))
     return out
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Sums over ranks, the same bits on every rank. They may come to this at any time, as to `gathered`."""
+    if world()[1] == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=_patient_group(dist.group.WORLD))
+    return tensor.tolist()
 
 
 def wait_for_all() -> None:

@@ -57,7 +57,7 @@ class Step:
     """The stage's decision, on the step after which it was taken."""
     pace: agree.Pace | None = None
     """How long ranks took for forward and backward of their own clips, before they wait for each other; sharded ranks
-    wait in there already."""
+    wait in there already. Rank 0 alone knows it."""
     drift: float | None = None
     """Kendall's τ of a stage's new scores to the first table's, on the stage's first step (`priority.rescore`)."""
     last: bool = False

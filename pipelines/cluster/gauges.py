@@ -48,11 +48,10 @@ class Gauges:
         self.clips_per_s.set(step.clips / max(step.seconds + step.wait_s, 1e-9))
         if torch.cuda.is_available():
             self.memory_bytes.set(torch.cuda.memory_allocated())
-        self.look_for_stragglers(step.pace)
+        if step.pace is not None and self.world > 1:
+            self.look_for_stragglers(step.pace)
 
     def look_for_stragglers(self, pace: agree.Pace) -> None:
-        if self.world == 1:
-            return
         self.slowest[pace.slowest_rank] += 1
         self.excess.append(pace.slowest_s / max(pace.median_s, 1e-9))
         if len(self.excess) < LOOK_AT:

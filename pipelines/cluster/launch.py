@@ -22,6 +22,8 @@ from pipelines.tracking.store import is_file, tracking_uri
 
 LOCAL_CPUS = 4
 """Least logical CPUs of a local Ray."""
+POLL_S, POLLS_PER_S = 0.2, 80
+"""Ray Train asks each of its workers how it is so often, but all of them together at most so many times a second."""
 STOP_S = 60.0
 """How long workers that are told to end may take for it."""
 
@@ -281,13 +283,33 @@ def _attempt(
     )
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        with _polling(workers):
+            trainer.fit()
     except Exception as error:
         return error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind, which fails once it is done
     return None
+
+
+def poll_s(workers: int) -> float:
+    """Seconds between two questions of Ray Train's controller to a worker."""
+    return max(POLL_S, workers / POLLS_PER_S)
+
+
+@contextmanager
+def _polling(workers: int):
+    """A trainer that starts inside asks its workers every `poll_s`, unless a person has set the interval."""
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(poll_s(workers))
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager
