@@ -178,22 +178,51 @@ def resumed_at(message):
     return [item["resumed"] for item in message if "resumed" in item]
 
 
+def unreadable(folder: Path):
+    """A checkpoint that is there, and reading it fails: EIO, as of a disk that does not answer. Returns what mends
+    it."""
+    state = folder / checkpoint.newest(folder) / "state.json"
+    content = state.read_bytes()
+    state.unlink()
+    state.symlink_to("/proc/self/mem")
+
+    def mend():
+        state.unlink()
+        state.write_bytes(content)
+
+    return mend
+
+
 @pytest.mark.slow
-def test_full_disk_controller_notice_and_node_one_after_another(run, undisturbed, nodes, place):
+def test_a_run_survives_one_loss_after_another(run, undisturbed, nodes, place):
+    """A full disk, the trainer's controller, SIGTERM, a checkpoint that cannot be read, all nodes: it waits for one."""
     folder, _ = place
     nodes.are(4, 4)
-    watcher = at_steps(
-        folder / "disturbed",
-        (3, no_space),
-        (7, kill_controller),
-        (11, spot_notice),
-        (15, nodes.kill_one_with_a_worker),
-    )
-    result, message = run("disturbed")
+
+    def all_gone():
+        nodes.kill_one_with_a_worker()
+        nodes.are()
+
+    acts = (3, no_space), (7, kill_controller), (11, spot_notice), (15, all_gone)
+    watcher, mends = at_steps(folder / "disturbed", *acts), []
+
+    def listen(item):
+        if "SIGTERM" in item.get("warning", ""):
+            mends.append(unreadable(folder / "disturbed" / "checkpoints"))
+        elif "Input/output error" in item.get("warning", ""):
+            mends[0]()
+        elif "waiting for nodes" in item.get("waiting", ""):
+            watcher.join(PATIENCE_S)
+            nodes.are(4)
+
+    result, message = run("disturbed", listen, train={"max_failures": 2})
     assert len(watcher.done) == 4
     warnings = [item["warning"] for item in message if "warning" in item]
     assert any("was not saved" in line and "training goes on" in line for line in warnings)
     assert any("SIGTERM" in line and "from the newest checkpoint" in line for line in warnings)
+    assert any("Input/output error" in line and "from the newest checkpoint" in line for line in warnings)
+    assert not any("cut short" in line for line in warnings), "it is not taken for damaged"
+    assert any("room for 0 of 2" in item["waiting"] for item in message if "waiting" in item)
     after_controller, after_notice, after_node = resumed_at(message)
     assert after_controller <= 4, "no checkpoint could be written before"
     assert after_notice >= 11, "a notice is time for a checkpoint of its own"
@@ -230,22 +259,30 @@ def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
 
 
 @pytest.mark.slow
-def test_a_machine_that_aws_takes_back_is_left_with_a_checkpoint(run, nodes, place):
-    """AWS's notice on a node's metadata service: its watcher has Ray drain the node, and no worker stays there."""
+@pytest.mark.parametrize("how", ["aws", "pod"])
+def test_a_machine_that_is_taken_back_is_left_with_a_checkpoint(run, nodes, place, how):
+    """AWS's notice on a node's metadata service, or the hook before a pod ends, has Ray drain the node: no worker
+    stays there."""
     folder, _ = place
     nodes.are(4, 4)
-    steps = folder / "drained" / "steps.jsonl"
+    name = f"drained-{how}"
+    steps = folder / name / "steps.jsonl"
 
     def taken_back():
         node = nodes.with_a_worker()
         nodes.add(4)
+        options = "--address", nodes.cluster.address, "--node-id", node.node_id
+        before = len(steps.read_bytes().splitlines())
+        if how == "pod":
+            spot.leave(90, *options)  # returns once the workers have gone
+            return node, before
         with metadata("terminate") as address:
-            spot.watch(address, "--address", nodes.cluster.address, "--node-id", node.node_id, every_s=0.1)
+            spot.watch(address, *options, every_s=0.1)
         return node, len(steps.read_bytes().splitlines())
 
-    watcher = at_steps(folder / "drained", (5, taken_back))
+    watcher = at_steps(folder / name, (5, taken_back))
     long = {"schedule": {"kind": "full"}, "train": {"steps": 800, "checkpoint_every": 10_000, "held_out_every": 800}}
-    result, message = run("drained", **long)
+    result, message = run(name, **long)
     ((node, told_at),) = watcher.done
     (resumed,) = resumed_at(message)
     assert told_at <= resumed < 800, "the checkpoint is of after the notice: no step is lost"
