@@ -178,7 +178,7 @@ class Encode:
 
 def load(encoding: Encoding):
     """(denoiser, device): on the GPU that Ray gave this process, or on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and encoding.latents.gpus != "no" else "cpu"
     return models.family(encoding.model.family).load(encoding.model, device), device
 
 
