@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.config import ClipShape, Generate, Model, Priority, Timesteps, Train
+from entprog.data import latents as cache
 from entprog.diffusion import losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
@@ -204,6 +205,14 @@ def test_held_out_losses_of_experts_are_kept_apart(made):
     shards = type("Shards", (), {"splits": {"held_out": []}, "clips": lambda self, split: 4})()
     experiment = lambda name: tiny_experiment(model={"init": {}, "base": str(folder), "vae": "auto", "expert": name})  # noqa: E731
     assert len({fingerprints.held_out(experiment(name), shards) for name in ("high", "low")}) == 2
+
+
+def test_cached_latents_are_of_both(made):
+    _, folder, _ = made
+    keys = {cache.key(load(Model(base=str(folder), expert=name)), "wan", SHAPE) for name in ("high", "low")}
+    assert len(keys) == 1
+    encoding = config.build({"model": {"base": str(folder), "expert": "both"}}, config.Encoding)
+    assert inspect(encoding.model).conditions == ("reference", "pose")
 
 
 def test_both_are_two_phases(tmp_path):

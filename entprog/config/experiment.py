@@ -263,7 +263,7 @@ class Priority(Part):
     """(timestep, noise) draws per condition; the paper's 1,000 draws are conditions × draws."""
     timestep_range: tuple[float, float] = (0.02, 0.98)
     """Timesteps drawn, 0 clean, 1 noise: two rising numbers within them. In between they follow training's law
-    (`train.timesteps`, `train.timestep_shift`)."""
+    (`train.timesteps`, `train.timestep_shift`); of an expert's own (`model.expert`) those that lie within."""
     until_stable: float | None = Field(default=None, gt=0, le=1)
     """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
     4, 8, 16, … conditions; at most `conditions`. None: all conditions."""

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, field_validator
 
 from entprog.config.experiment import Model
 from entprog.config.part import Part
@@ -115,6 +115,12 @@ class Encoding(Part):
     latents: Encoders = Encoders()
     model: Model = Model()
     schedule: Ladder = Ladder()
+
+    @field_validator("model")
+    @classmethod
+    def _is_one_network(cls, given: Model) -> Model:
+        """Both experts of a base see the same latents."""
+        return given.model_copy(update={"expert": "high"}) if given.expert == "both" else given
 
 
 class Generate(Part):
