@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import safe_open
 from typer.testing import CliRunner
 
+from benchmarks.tiny_families import TINY as TINY_FAMILIES
 from entprog import config, models
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
-from helpers import real_clips
+from entprog.models import fingerprints
+from helpers import families, real_clips
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY
 from pipelines import prepare, train
 from pipelines.preparing import latents as caching
 from pipelines.stream import batches, feed
+from pipelines.training import expectation
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
 BATCH = 2
@@ -70,14 +75,14 @@ def fresh(rows, folder) -> shards.Dataset:
     return real_clips.write(folder, {"train": [rows[:4], rows[4:6], rows[6:]], "held_out": [held_out]}, SHAPE)
 
 
-def cached(dataset, denoiser, shape=SHAPE, clip_bytes=1) -> latents.Cache:
+def cached(dataset, denoiser, shape=SHAPE, clip_bytes=1, halves=False) -> latents.Cache:
     """A cache made in this process. clip_bytes: decides how many clips share a file."""
     folder = latents.folder_of(dataset, latents.key(denoiser, "wan", shape))
     files, before, tensors = [], 0, {}
     for piece in latents.pieces(dataset, clip_bytes):
         batch = clip_stream.decode(dataset, "train", np.arange(before, before := before + piece.clips))
         encoded = caching.encoded(denoiser, batch, shape, "cpu")
-        files.append(latents.write(folder, piece, encoded))
+        files.append(latents.write(folder, piece, encoded, halves=halves))
         one = denoiser.encode(clip_stream.to_clips({**batch, "position": np.arange(piece.clips)}).resized(shape))
         tensors = {"clean": one.clean} | {f"conditions.{name}": value for name, value in one.conditions.items()}
     shapes = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
@@ -166,6 +171,108 @@ def test_damage_is_found(dataset, denoiser):
     (cache.folder / "latents.json").write_text("{")
     with pytest.raises(latents.DamagedLatentsError, match=r"latents\.json"):
         latents.find(dataset, latents.key(denoiser, "wan", SHAPE))
+
+
+# ---- what encodes ----
+
+
+def with_vae(name, folder):
+    """A tiny base of a family with its VAE, whose network's weights are gone; the denoiser that it was."""
+    kind, sizes = TINY_FAMILIES[name]["vae"]
+    torch.manual_seed(3)
+    kind(**sizes).save_pretrained(folder / "vae")
+    before = families.load(name, vae=str(folder / "vae"), init=TINY_FAMILIES[name]["init"] | {"out_channels": 4})
+    before.save(folder / "base")
+    for file in (folder / "base" / before.PART).glob("*.safetensors"):
+        file.unlink()
+    return before
+
+
+@pytest.mark.parametrize("name", [name for name in families.NAMES if name != "cogvideox15"])
+def test_what_encodes_needs_no_weights_of_the_network(name, tmp_path):
+    before = with_vae(name, tmp_path)
+    family = models.family(TINY_FAMILIES[name]["family"])
+    settings = config.Model(family=TINY_FAMILIES[name]["family"], base=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="no weights"):
+        family.load(settings)
+    encoder = family.encoder(settings)
+    assert next(encoder.network.parameters()).is_meta and encoder.device == torch.device("cpu")
+    assert latents.key(encoder, name, families.FIVE) == latents.key(before, name, families.FIVE)
+    due, found = before.encode(families.clips()), encoder.encode(families.clips())
+    assert torch.equal(due.clean, found.clean) and due.conditions.keys() == found.conditions.keys()
+    assert all(torch.equal(value, found.conditions[c]) for c, value in due.conditions.items())
+
+
+def test_the_command_encodes_by_a_base_without_its_network(dataset, base, tmp_path):
+    """What its tasks run, up to a finished cache."""
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
+    shutil.copytree(base / "vae", bare / "vae", dirs_exist_ok=True)
+    encoding = config.build({"model": {"base": str(bare)}}, config.Encoding)
+    assert caching.check_model(encoding, SHAPE) == [SHAPE]
+    (estimate,) = caching.estimates(dataset, encoding, [SHAPE])
+    whole = models.family("wan").load(config.build({"base": str(base)}, config.Model))
+    assert estimate.key == latents.key(whole, "wan", SHAPE) and estimate.clip_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "svd", "latte"])
+def test_latents_in_bfloat16_take_half_the_space_and_are_the_streams_to_the_bit(name, tmp_path, dataset):
+    plain = with_vae(name, tmp_path)
+    given = {"family": TINY_FAMILIES[name]["family"], "base": str(tmp_path / "base")}
+    half = models.family(given["family"]).encoder(config.Model(**given, vae_dtype="bfloat16"))
+    assert latents.key(half, name, SHAPE) != latents.key(plain, name, SHAPE)
+    numbers = list(range(11))
+    batch = {**clip_stream.decode(dataset, "train", np.array(numbers)), "position": np.array(numbers)}
+    due = latents.encode(half, clip_stream.to_clips(batch))
+    exact = latents.encode(plain, clip_stream.to_clips(batch))
+    assert due.clean.dtype == torch.float32 and not torch.equal(due.clean, exact.clean)
+    assert (due.clean - exact.clean).norm() < 0.05 * exact.clean.norm()
+
+    caches = {}
+    for denoiser, halves in ((half, True), (plain, False)):
+        cache = cached(dataset, denoiser, halves=halves)
+        caches[halves] = cache
+        latents.verify(cache, "sha256")
+        pieces = latents.pieces(dataset, 1)
+        assert all(latents.written(cache.folder, piece) for piece in pieces)
+    found = read(caches[True], numbers)
+    assert torch.equal(found.clean, due.clean)
+    assert all(torch.equal(value, found.conditions[c]) for c, value in due.conditions.items())
+    with safe_open(caches[True].folder / caches[True].files[0].piece.file, "numpy") as file:
+        assert file.get_tensor("clean").dtype == np.uint16
+    assert caches[True].clip_bytes < (0.8 if name == "svd" else 0.62) * caches[False].clip_bytes
+
+
+def test_a_vae_that_encodes_in_bfloat16_makes_other_scores_and_held_out_losses(dataset):
+    settings = {"data": {"shape": SHAPE.model_dump(), "held_out_clips": 1}, "train": {"steps": 1}}
+    keys = {
+        fingerprints.held_out(config.build(config.merge(settings, {"model": {"vae_dtype": kind}})), dataset)
+        for kind in ("float32", "bfloat16")
+    }
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train": {"steps": 1000}}, "364 times each, which takes 201 TFLOP a clip in float32, 0.67 times what full"),
+        ({"train": {"steps": 1000}, "model": {"gradient_checkpointing": True}}, "0.502 times what"),
+        (
+            {"train": {"seconds": 3600}, "model": {"vae_dtype": "bfloat16"}},
+            "encodes its clips, which takes 201 TFLOP a",
+        ),
+        ({"train": {"steps": 999}}, None),
+        ({"train": {"seconds": 60}}, None),
+        ({"train": {"steps": 1000}, "data": {"latents": "never"}}, None),
+        ({"train": {"steps": 1000}, "data": {"batch_size": 1}, "clips": 900}, None),
+    ],
+)
+def test_a_long_run_without_a_cache_is_told_what_encoding_costs(settings, said):
+    clips = settings.get("clips", 11)
+    parts = {name: value for name, value in settings.items() if name != "clips"}
+    experiment = config.build(config.merge({"data": {"batch_size": 4}}, parts))
+    line = expectation.encoding(experiment, clips, 201e12, 100e12)
+    assert line is None if said is None else said in line and "prepare --latents" in line and "\n" not in line
 
 
 # ---- the real commands ----

@@ -51,6 +51,9 @@ class Model(Part):
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the VAE encodes clips and conditions. `bfloat16` is quicker; latents are rounded to it and cached
+    in half the space. Decoding stays in float32."""
     prompt_embeds: str | None = None
     """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for SVD an image's embedding.
     None: zeros."""

@@ -5,9 +5,12 @@ SHARDS/latents/KEY/
   train/00000-000000-000035.safetensors  rows 0 to 34 of shard train/00000.parquet
 
 A file holds `clean` and `conditions.NAME`, float32 [N, C, F', H', W'], dimensions along which a value only repeats
-stored once, and `crc32` int64 [N] over a clip's bytes. KEY is a hash of all that encoding depends on: the VAE's weights
-and configuration, the family, the conditions, the clip shape. A file belongs to one shard by that shard's sha256: a
-dataset that has grown needs only its new shards encoded.
+stored once, and `crc32` int64 [N] over a clip's bytes. Of a VAE that encodes in bfloat16 (`model.vae_dtype`) the upper
+halves of the float32 numbers are stored, uint16, wherever the lower ones are zero: as read, they are the same.
+
+KEY is a hash of all that encoding depends on: the VAE's weights and configuration, the type it encodes in, the family,
+the conditions, the clip shape. A file belongs to one shard by that shard's sha256: a dataset that has grown needs only
+its new shards encoded.
 """
 
 import contextlib
@@ -123,6 +126,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
         if isinstance(module, nn.Module)
     }
     form = [denoiser.form] if denoiser.form else []
+    form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
 
 
@@ -164,14 +168,26 @@ def _once(value):
     return value
 
 
-def write(folder: Path, piece: Piece, clips: Sequence[dict[str, np.ndarray]]) -> Written:
-    """Write a file, whole or not at all. clips: of `compact`, in order of row."""
-    tensors = {name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}
+def write(folder: Path, piece: Piece, clips: Sequence[dict[str, np.ndarray]], *, halves: bool = False) -> Written:
+    """Write a file, whole or not at all. clips: of `compact`, in order of row; halves: stored as `stored` says."""
+    tensors = stored({name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}, halves)
     tensors["crc32"] = np.array([_crc32(clip) for clip in clips], np.int64)
     path = folder / piece.file
     with files.whole(path) as scratch:
         save_file(tensors, scratch, metadata={"format": FORMAT, "shard_sha256": piece.shard_sha256})
     return Written(piece, path.stat().st_size, files.sha256(path))
+
+
+def stored(tensors: dict[str, np.ndarray], halves: bool) -> dict[str, np.ndarray]:
+    """Tensors as a file holds them: with `halves`, those that bfloat16 holds to the bit as its bits, uint16."""
+    bits = {name: value.view(np.uint32) for name, value in tensors.items() if halves}
+    small = {name: (value >> 16).astype(np.uint16) for name, value in bits.items() if not (value & 0xFFFF).any()}
+    return tensors | small
+
+
+def _in_full(value: np.ndarray) -> np.ndarray:
+    """float32, of what `stored` made of it."""
+    return value if value.dtype == np.float32 else (value.astype(np.uint32) << 16).view(np.float32)
 
 
 def _crc32(clip: dict[str, np.ndarray]) -> int:
@@ -190,7 +206,7 @@ def written(folder: Path, piece: Piece) -> Written | None:
                 return None
             names = [name for name in file.keys() if name != "crc32"]  # noqa: SIM118
             sums = file.get_tensor("crc32")
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: _in_full(file.get_tensor(name)) for name in names}
         whole = len(sums) == piece.clips and all(
             _crc32({name: value[i : i + 1] for name, value in tensors.items()}) == sums[i] for i in range(len(sums))
         )
@@ -276,7 +292,7 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
         with safe_open(path, "numpy") as file:
             sums = file.get_tensor("crc32")
             for row in rows:
-                clip = {name: file.get_slice(name)[row : row + 1] for name in names}
+                clip = {name: _in_full(file.get_slice(name)[row : row + 1]) for name in names}
                 yield clip if _crc32(clip) == sums[row] else None
     except (OSError, SafetensorError, IndexError):
         yield from [None] * len(rows)

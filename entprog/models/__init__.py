@@ -1,16 +1,19 @@
 """Model families. One file a family, named as `model.family` names it; a file is a family when it has
 
     CLASS: str                                    the diffusers class of its network (config.json `_class_name`)
-    inspect(settings: config.Model, shape: ClipShape | None = None)
-                                                  UserError for whatever can be known to be wrong without weights
+    inspect(settings: config.Model, shape: ClipShape | None = None, *, weights=True)
+                                                  UserError for whatever can be known to be wrong without weights;
+                                                  weights: whether there are to be any of the network
     files(settings: config.Model)                 what `load` reads, by part and name
     load(settings: config.Model, device="cpu", seed=0, prepare=...) -> Denoiser
                                                   the base (or a new network from `init`), its input layer widened
                                                   with zeros for conditions it lacks, `prepare(network)` called before
                                                   it goes to the device; UserError for a wrong folder
+    encoder(settings: config.Model, device="cpu") -> Denoiser
+                                                  what encodes clips as it does, without the network's weights
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
 Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
-`inspect`, `files` and `load` for it.
+`inspect`, `files`, `load` and `encoder` for it.
 """
 
 import importlib

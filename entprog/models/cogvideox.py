@@ -116,3 +116,4 @@ def _fitted(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, in
 inspect = partial(sources.inspect, CogVideoXDenoiser)
 files = partial(sources.files, CogVideoXDenoiser)
 load = partial(sources.load, CogVideoXDenoiser)
+encoder = partial(sources.encoder, CogVideoXDenoiser)

@@ -69,6 +69,8 @@ class VideoDenoiser:
     """How noise and clip mix, and what the network predicts."""
     autocast: torch.dtype | None
     """Type of the forward pass; None: float32."""
+    vae_autocast: torch.dtype | None = None
+    """Type in which the VAE encodes, and to which latents are rounded; None: float32."""
     shape: ClipShape | None
     """Clip shape that a saved checkpoint was trained on, if it says so."""
     expert: experts.Expert | None = None
@@ -162,7 +164,9 @@ class VideoDenoiser:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        """The network's, or its VAE's where only that has weights (`sources.encoder`)."""
+        module = self.vae if self.vae is not None and next(self.network.parameters()).is_meta else self.network
+        return next(module.parameters()).device
 
     @property
     def form(self) -> str:
@@ -345,8 +349,14 @@ class VideoDenoiser:
         texts.save(self.text, folder, {name: getattr(self, field) for field, name in self.FIXED.items()})
 
     def latents(self, video: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, contiguous."""
-        return video.contiguous() if self.vae is None else vaes.encode(self.vae, video)
+        """Pixels [B, 3, F, H, W] in -1..1 → what the network works on, float32 and contiguous."""
+        if self.vae is None:
+            return video.contiguous()
+        if self.vae_autocast is None:
+            return vaes.encode(self.vae, video)
+        with torch.autocast(self.device.type, self.vae_autocast):
+            encoded = vaes.encode(self.vae, video)
+        return encoded.to(self.vae_autocast).float()
 
 
 def process_of(cls: type[VideoDenoiser], root: Path | None, about: dict[str, Any]) -> Process:

@@ -65,6 +65,7 @@ def held_out(experiment: Experiment, dataset: "Dataset") -> str:
         *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
         *([between] if between != ALL else []),
+        *([experiment.model.vae_dtype] if experiment.model.vae_dtype != "float32" else []),
     )
 
 

@@ -93,3 +93,4 @@ class HunyuanVideoDenoiser(VideoDenoiser):
 inspect = partial(sources.inspect, HunyuanVideoDenoiser)
 files = partial(sources.files, HunyuanVideoDenoiser)
 load = partial(sources.load, HunyuanVideoDenoiser)
+encoder = partial(sources.encoder, HunyuanVideoDenoiser)

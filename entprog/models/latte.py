@@ -91,3 +91,4 @@ class LatteDenoiser(VideoDenoiser):
 inspect = partial(sources.inspect, LatteDenoiser)
 files = partial(sources.files, LatteDenoiser)
 load = partial(sources.load, LatteDenoiser)
+encoder = partial(sources.encoder, LatteDenoiser)

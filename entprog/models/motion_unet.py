@@ -91,3 +91,4 @@ class MotionUnetDenoiser(VideoDenoiser):
 inspect = partial(sources.inspect, MotionUnetDenoiser)
 files = partial(sources.files, MotionUnetDenoiser)
 load = partial(sources.load, MotionUnetDenoiser)
+encoder = partial(sources.encoder, MotionUnetDenoiser)

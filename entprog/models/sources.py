@@ -56,8 +56,12 @@ class Source:
     """As a denoiser's, of the network here."""
 
 
-def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape | None = None) -> Source:
+def inspect(
+    cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape | None = None, *, weights: bool = True
+) -> Source:
     """Everything that can be known before weights are read.
+
+    weights: whether the network's are wanted; where they are not, none are fetched, looked for or asked of an expert.
 
     Raises UserError for a folder that is missing, damaged or of another family, a VAE that is missing or does not
     fit, a scheduler of another process, conditions or prompt that do not fit, wrong names or values in `model.init`,
@@ -72,7 +76,7 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         )
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = _root(cls, settings)
+    root = _root(cls, settings, weights)
     about = folders.saved(root) if root else {}
     name = experts.chosen(settings, root, about, cls.EXPERTS)
     part = _network_folder(cls, settings, root, about, name) if root else None
@@ -83,9 +87,9 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
         folders.weights(vae_folder, setting, settings.trust_pickle)
     channels = 3 if vae is None else vaes.channels(vae)
     if part:
-        if settings.weights:
+        if weights and settings.weights:
             _check_single_file(cls, settings.weights)
-        else:
+        elif weights:
             folders.weights(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
     else:
@@ -109,7 +113,7 @@ def inspect(cls: type[VideoDenoiser], settings: config.Model, shape: ClipShape |
     if root is not None:
         more = _more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
-    expert = _expert(cls, settings, root, about, name, conditions, channels) if name else None
+    expert = _expert(cls, settings, root, about, name, conditions, channels) if name and weights else None
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
@@ -150,12 +154,14 @@ def _expert(
     return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)
 
 
-def _root(cls: type[VideoDenoiser], settings: config.Model) -> Path | None:
-    """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces."""
+def _root(cls: type[VideoDenoiser], settings: config.Model, weights: bool = True) -> Path | None:
+    """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces, and
+    none at all where they are not wanted."""
     if not settings.base:
         return None
-    other = experts.FOLDERS.get(experts.OTHER.get(settings.expert))
-    parts = (*folders.BESIDE, *([f"{other}/"] if other else [])) if settings.weights else folders.PARTS
+    other = experts.FOLDERS.get(experts.OTHER.get(settings.expert)) if weights else None
+    parts = folders.PARTS if weights and not settings.weights else folders.BESIDE
+    parts = (*parts, *([f"{other}/"] if other and settings.weights else []))
     parts = (*parts, *(f"{name}/" for name in cls.MORE))
     return folders.locate(settings.base, "model.base", settings.trust_pickle, parts=parts)
 
@@ -272,6 +278,23 @@ def load(
     if settings.adapter:
         adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
     prepare(network)
+    return _with_parts(cls, settings, source, network.to(device), device)
+
+
+def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu") -> VideoDenoiser:
+    """What encodes clips and conditions as `load`'s denoiser does: its network, on the meta device, has a configuration
+    and no weights, which are neither fetched nor read. Raises UserError as `load` does, but for the network's weights.
+    """
+    source = inspect(cls, settings, weights=False)
+    if len(source.splits) > 1:
+        inputs.widen(source.network, cls.INPUT, source.splits)
+    return _with_parts(cls, settings, source, source.network, device)
+
+
+def _with_parts(
+    cls: type[VideoDenoiser], settings: config.Model, source: Source, network: nn.Module, device: str | torch.device
+) -> VideoDenoiser:
+    """A network's denoiser, with its VAE and all else that it needs on a device."""
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
@@ -283,7 +306,7 @@ def load(
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
     denoiser = cls(
-        network=network.to(device),
+        network=network,
         vae=vae,
         conditions=source.conditions,
         process=source.process,
@@ -291,6 +314,7 @@ def load(
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
+        vae_autocast=None if settings.vae_dtype == "float32" else getattr(torch, settings.vae_dtype),
         shape=ClipShape(**shape) if shape else None,
         provenance=provenance,
         **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},

@@ -109,3 +109,4 @@ class SvdDenoiser(VideoDenoiser):
 inspect = partial(sources.inspect, SvdDenoiser)
 files = partial(sources.files, SvdDenoiser)
 load = partial(sources.load, SvdDenoiser)
+encoder = partial(sources.encoder, SvdDenoiser)

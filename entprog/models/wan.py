@@ -274,3 +274,4 @@ def _image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
 inspect = partial(sources.inspect, WanDenoiser)
 files = partial(sources.files, WanDenoiser)
 load = partial(sources.load, WanDenoiser)
+encoder = partial(sources.encoder, WanDenoiser)

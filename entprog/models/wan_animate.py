@@ -109,3 +109,4 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
 inspect = partial(sources.inspect, WanAnimateDenoiser)
 files = partial(sources.files, WanAnimateDenoiser)
 load = partial(sources.load, WanAnimateDenoiser)
+encoder = partial(sources.encoder, WanAnimateDenoiser)

@@ -99,3 +99,4 @@ def _mask(latents: torch.Tensor) -> tuple[int, ...]:
 inspect = partial(sources.inspect, WanVaceDenoiser)
 files = partial(sources.files, WanVaceDenoiser)
 load = partial(sources.load, WanVaceDenoiser)
+encoder = partial(sources.encoder, WanVaceDenoiser)

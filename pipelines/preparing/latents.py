@@ -60,7 +60,7 @@ def check_model(encoding: Encoding, shape: ClipShape) -> list[ClipShape]:
     """The shapes at which clips of a shape are encoded. Raises UserError for what is wrong before weights are read."""
     shapes = plans.ladder(encoding.schedule, shape, last=False)
     for one in shapes:
-        if models.family(encoding.model.family).inspect(encoding.model, one).vae is None:
+        if models.family(encoding.model.family).inspect(encoding.model, one, weights=False).vae is None:
             raise UserError(
                 f"{encoding.model.base or 'a network from model.init'} has no VAE and works on pixels: there are no "
                 "latents to make; give a base with a VAE (--base), or name one (--set model.vae=FOLDER)"
@@ -172,14 +172,19 @@ class Encode:
     def __call__(self, batch: clip_stream.Arrays) -> clip_stream.Arrays:
         number = int(batch["number"][0])
         rows = encoded(self.denoiser, batch, self.shape, self.device)
-        file = latents.write(self.folder, self.pieces[number], rows)
+        file = latents.write(self.folder, self.pieces[number], rows, halves=in_halves(self.denoiser))
         return {"number": np.array([number]), "bytes": np.array([file.bytes]), "sha256": np.array([file.sha256])}
 
 
 def load(encoding: Encoding):
-    """(denoiser, device): on the GPU that Ray gave this process, or on the CPU."""
+    """(denoiser without its network's weights, device): on the GPU that Ray gave this process, or on the CPU."""
     device = "cuda" if torch.cuda.is_available() and encoding.latents.gpus != "no" else "cpu"
-    return models.family(encoding.model.family).load(encoding.model, device), device
+    return models.family(encoding.model.family).encoder(encoding.model, device), device
+
+
+def in_halves(denoiser) -> bool:
+    """Whether a denoiser's latents are numbers of bfloat16."""
+    return denoiser.vae_autocast is not None
 
 
 def encoded(denoiser, batch: clip_stream.Arrays, shape: ClipShape, device) -> list[dict[str, np.ndarray]]:
@@ -209,7 +214,7 @@ def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[Clip
                 shape=shape,
                 key=latents.key(denoiser, encoding.model.family, shape),
                 shapes={name: tuple(value.shape[1:]) for name, value in full.items()},
-                clip_bytes=sum(value.nbytes for value in row.values()),
+                clip_bytes=sum(value.nbytes for value in latents.stored(row, in_halves(denoiser)).values()),
                 clip_s=(time.perf_counter() - started) / (count + 1),
                 device=device if device == "cpu" else torch.cuda.get_device_name(),
             )

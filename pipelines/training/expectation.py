@@ -1,4 +1,5 @@
-"""What a long run can gain over plain training at most, told before it starts: counted, not measured.
+"""What a long run can gain over plain training at most, and what encoding its clips costs, told before it starts:
+counted, not measured.
 
 What was measured, and for which data, stands in `docs/study.md`.
 """
@@ -41,9 +42,8 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
 
 def lines(experiment: Experiment, blocks: int) -> list[str]:
     """What to tell a person; nothing for plain training or a short run. blocks: number in the network."""
-    train, schedule = experiment.train, experiment.schedule
-    long = (train.steps or 0) >= LONG_STEPS or (train.seconds or 0) >= LONG_S or train.flops is not None
-    if not long or schedule.kind == "full":
+    schedule = experiment.schedule
+    if not is_long(experiment) or schedule.kind == "full":
         return []
     found = limit(experiment, blocks)
     parts = [f"a step costs {found.step:.2f} of full training's at least"]
@@ -54,6 +54,29 @@ def lines(experiment: Experiment, blocks: int) -> list[str]:
     if found.sooner is not None:
         parts.append(f"so at most {found.sooner:.2f}x as soon as plain training at as many steps")
     return [f"Expected gain, counted: {', '.join(parts)}. What it came to in measurements: {STUDY}."]
+
+
+def is_long(experiment: Experiment) -> bool:
+    train = experiment.train
+    return (train.steps or 0) >= LONG_STEPS or (train.seconds or 0) >= LONG_S or train.flops is not None
+
+
+def encoding(experiment: Experiment, clips: int, encoding_flops: float, forward_flops: float) -> str | None:
+    """What to tell a person of a run that encodes its clips itself; None for a short run, or one that sees hardly any
+    clip twice. clips: to train on; FLOPs: of encoding a clip with its conditions, and of the network's forward pass."""
+    train = experiment.train
+    if not is_long(experiment) or experiment.data.latents == "never":
+        return None
+    seen = (train.steps or 0) * experiment.data.batch_size * train.workers * train.accumulate
+    if train.steps and seen < 2 * clips:
+        return None
+    step_flops = (4 if experiment.model.gradient_checkpointing else 3) * forward_flops
+    times = f", {seen / clips:.0f} times each" if train.steps else ""
+    return (
+        f"no latents are cached: every step encodes its clips{times}, which takes {encoding_flops / 1e12:.3g} TFLOP a "
+        f"clip in {experiment.model.vae_dtype}, {encoding_flops / step_flops:.3g} times what full training computes; "
+        "python -m pipelines.prepare --latents encodes each once"
+    )
 
 
 def limit(experiment: Experiment, blocks: int) -> Limit:

@@ -14,6 +14,7 @@ from torch import nn
 from entprog import config, files, models
 from entprog.blocks import Block, blocks, fp8, overlooked, store_frozen
 from entprog.config import ClipShape, Experiment
+from entprog.cost import counting
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
@@ -38,7 +39,7 @@ from pipelines.generating.motions import Motion
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
-from pipelines.training import figures, steplog
+from pipelines.training import expectation, figures, steplog
 from pipelines.training import previews as previewing
 from pipelines.training.startup import Startup
 
@@ -158,16 +159,22 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
     (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
-    sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
-    found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, sample.part(slice(0, 1)))
+    with counting.flop_counter() as encoding:
+        sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
+    one = sample.part(slice(0, 1))
+    with counting.flop_counter() as forward:
+        found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, one)
     if rank == 0:
-        one = sample.part(slice(0, 1))
         clips = (one, replace(one, clean=one.clean.roll(1, -1)))
         runs = [functools.partial(cei.blocks_in_order, [], denoiser.predict, clip) for clip in clips]
         missed = overlooked(denoiser.network, *runs)
         for kind, name in missed.items():
             post({"warning": f"{kind} ({name}) seems to be a block without a bypass: it is never scored or frozen"})
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
+    if denoiser.vae is not None and data.shape not in cached:
+        costs = encoding.get_total_flops() / len(sample.position), forward.get_total_flops()
+        if line := expectation.encoding(experiment, dataset.clips("train"), *costs):
+            post({"warning": line})
     clock.over("held_out_clips")
     return Setup(experiment, device, denoiser, dataset, held_out, sample, found, texts, cached, post, clock)
 
