@@ -27,6 +27,7 @@ from PIL import Image
 from entprog import config, files, models
 from entprog.data import clip_stream, latents, shards
 from entprog.diffusion import losses
+from entprog.errors import UserError
 from entprog.media import assets, h264, sheet, skeleton
 from entprog.models import fingerprints
 from entprog.quality import posing
@@ -46,8 +47,10 @@ PERSON = Path(__file__).parent / "demo_person"
 """Clips of a rendered person whose every joint is known (made by `python -m benchmarks.demo_person`)."""
 SUBJECTS = {"person": "a rendered person", "real": "real people"}
 """Whose clips the base is fine-tuned on: folder in OUTPUT → what it is called."""
-LEARNING_RATES = {"person": 2e-3, "real": 5e-4}
-"""What suits each: at the higher one real clips are learnt by heart."""
+OWN = {"person": [PERSON / "train.yaml"], "real": []}
+"""Files of settings over the preset's."""
+DIFFER = ("schedule.kind", "train.seed")
+"""Settings in which the runs of a subject differ."""
 HELD_OUT = "cam04.mp4"
 """The view of the real videos that nothing is trained on."""
 ARMS = {"full": "plain training", "progressive": "small clips first", "entprog": "Ent-Prog's search"}
@@ -59,9 +62,9 @@ STEPS, SHIFT = 12, 3.0
 """Of the sampler: a network that has learned for minutes is cleaner in few steps, most of them on noise."""
 COLUMNS = 8
 """Frames of a motion in the picture."""
-GIF_FRAME_MS, GIF_HEIGHT = 125, 192
+GIF_FRAME_MS, GIF_HEIGHT = 125, 144
 NEARER = 1.1
-"""How many times as near to the wanted pose as the base's a drawing has to be to be called nearer."""
+"""How many times as near to the wanted pose as the base's a drawing is that is called nearer."""
 WORTH = 0.75
 """A target loss, as a share of the base's, where plain training got no lower than the base."""
 
@@ -103,6 +106,9 @@ def main(
     def work() -> dict[str, Any]:
         names = [name for name in ARMS if search or name != SEARCH]
         charged_s = {"person": seconds, "real": real_seconds}
+        for pair in set_ or ():
+            if (given := pair.partition("=")[0].strip()) in DIFFER:
+                raise UserError(f"--set {given}: the demo's runs differ in it; leave it out (--seeds, --search)")
         runs = {
             subject: [
                 arm(subject, name, seed, charged_s[subject], output, config_file, set_)
@@ -111,9 +117,11 @@ def main(
             ]
             for subject in SUBJECTS
         }
-        (claim.check if dry_run else claim.take)(
-            output, "demo", deciding(runs["person"][0]) | {"--real-seconds": real_seconds}
-        )
+        shape, there = runs["person"][0].data.shape, shards.read_dataset(PERSON).shape
+        if shape != there:
+            raise UserError(f"data.shape: the demo's person was rendered in {there}, given {shape}: leave it out")
+        decides = config.deciding(runs["person"][0]) | {"--real-seconds": real_seconds}
+        (claim.check if dry_run else claim.take)(output, "demo", decides)
         if dry_run:
             last = runs["person"][-1]
             cli.show(ARMS[names[-1]], list(config.settings(last).items()), ("setting", "value"))
@@ -130,24 +138,16 @@ def main(
 
 def arm(subject: str, name: str, seed: int, seconds: float, output: Path, files, pairs) -> config.Experiment:
     """Settings of one run: the preset `demo` with a budget in seconds; a subject's arms differ in the schedule."""
-    own = ["train.steps=null", f"train.seconds={seconds}", f"train.learning_rate={LEARNING_RATES[subject]}"]
+    own = ["train.steps=null", f"train.seconds={seconds}", f"schedule.kind={name}", f"train.seed={seed}"]
     return cli.settings(
         config.Experiment,
         "demo",
-        files,
-        [*own, f"schedule.kind={name}", *(pairs or []), f"train.seed={seed}"],
+        [*OWN[subject], *(files or [])],
+        [*own, *(pairs or [])],
         data={"shards": str(output / subject / "shards")},
         model={"base": str(BASE)},
         tracking={"run_name": f"demo-{subject}-{name}-seed-{seed}"},
     )
-
-
-def deciding(experiment: config.Experiment) -> dict[str, Any]:
-    """The settings that a folder of the demo belongs to: more seeds may be added, and it may lie elsewhere."""
-    elsewhere = (*config.FREE, *config.PATHS, "data.shards")
-    return {
-        name: value for name, value in config.settings(experiment).items() if not config.is_part_of(name, elsewhere)
-    }
 
 
 def place(folder: Path, experiment: config.Experiment) -> Path:
@@ -170,6 +170,7 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
     with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, one.data.shape, verbose=verbose)
+        copy_person(output / "person" / "shards")
         for subject, experiments in runs.items():
             encode(experiments, output / subject, verbose=verbose)
 
@@ -231,7 +232,8 @@ def outcome(
 
     ids = [result["mlflow_run_id"] for results in trained.values() for result in results]
     target, experiment_name = worthwhile(trained["full"], before), experiments[0].tracking.experiment
-    compared = compare.run(experiment_name, folder / "compare", target, wanted=ids)
+    page = "compare" if len(ids) == 2 else f"compare-{len(trained)}x{len(trained['full'])}"  # a page is of its runs
+    compared = compare.run(experiment_name, folder / page, target, wanted=ids)
     curves = {
         f"{ARMS[name]}, seed {seed}": [(h["charged_s"], h["step"], h["loss"]) for h in result["held_out"]]
         for name, results in trained.items()
@@ -252,17 +254,21 @@ def outcome(
 
 
 def prepared(output: Path, shape: config.ClipShape, *, verbose: bool) -> dict[str, Any]:
-    """Cut the real videos into OUTPUT/real/shards, HELD_OUT apart, unless it is done, and put the rendered person's
-    clips into OUTPUT/person/shards; the figures of prepare."""
-    person = output / "person" / "shards"
-    if not (person / "dataset.json").exists():  # copied last
-        shutil.copytree(PERSON, person, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json"))
-        shutil.copy(PERSON / "dataset.json", person)
+    """Cut the real videos into OUTPUT/real/shards, HELD_OUT apart, unless it is done; the figures of prepare."""
     videos = assets.demo_videos(output / "videos")
     settings = config.build(
         {"data": {"shape": shape.model_dump()}, "prepare": {"held_out": [HELD_OUT], "stride": 1}}, config.Preparation
     )
     return prepare.run(videos, output / "real" / "shards", settings, verbose=verbose)
+
+
+def copy_person(folder: Path) -> None:
+    """The rendered person's clips, where latents may lie beside them."""
+    if not (folder / "dataset.json").exists():  # copied last
+        others = shutil.ignore_patterns("dataset.json", "*.yaml")
+        shutil.copytree(PERSON, folder, dirs_exist_ok=True, ignore=others, copy_function=shutil.copyfile)
+        with files.whole(folder / "dataset.json") as scratch:
+            shutil.copyfile(PERSON / "dataset.json", scratch)
 
 
 def encode(arms: Sequence[config.Experiment], folder: Path, *, verbose: bool) -> None:

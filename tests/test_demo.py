@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
+from typer.testing import CliRunner
 
 from benchmarks import demo_base, demo_person, demo_vae
 from entprog import config, models
@@ -111,11 +112,31 @@ def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch
     assert "150 clips" in lines[6] and "(-20%)" in lines[7] and "no nearer" in lines[7], lines
 
 
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [("schedule.kind=entprog", "leave it out"), ("train.seed=3", "leave it out"),
+     ("data.shape.height=32", "rendered in"), ("data.shape.frames=9", "rendered in")],
+)  # fmt: skip
+def test_settings_that_the_demo_cannot_have_are_refused_before_anything_is_done(pair, wrong, tmp_path):
+    done = CliRunner().invoke(demo.app, ["--output", str(tmp_path / "out"), "--set", pair])
+    assert done.exit_code == 2 and wrong in " ".join(done.output.split()), done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_settings_is_over_the_subject_s_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {learning_rate: 1.0e-3}")
+    for given, rates in ((None, (2e-3, 5e-4)), ([tmp_path / "mine.yaml"], (1e-3, 1e-3))):
+        arms = [demo.arm(subject, "full", 0, 1.0, tmp_path, given, None) for subject in ("person", "real")]
+        assert tuple(arm.train.learning_rate for arm in arms) == rates
+
+
 # ---- the rendered person ----
 
 
 def test_the_person_that_comes_with_the_project_moves_on_where_a_clip_ends(tmp_path):
-    demo.shutil.copytree(demo.PERSON, tmp_path / "shards")
+    demo.copy_person(tmp_path / "shards")
+    (tmp_path / "shards" / "dataset.json").unlink()  # as after a kill
+    demo.copy_person(tmp_path / "shards")
     dataset = shards.read_dataset(tmp_path / "shards")
     shards.verify(dataset)
     assert dataset.shape == cli.settings(config.Experiment, "demo", None, None).data.shape

@@ -145,6 +145,10 @@ def test_settings_younger_than_a_run_leave_it_its_identity(monkeypatch):
     newer = checks.deciding(tiny_experiment(train={"drop": {"pose": 0.1}}), dataset)
     assert newer == older | {"train.drop.pose": 0.1}
     assert set(config.ADDED) <= {name for name, *_ in config.settings_help()}
+    names = config.digest(sorted(older))
+    assert names == "9e949a64991d3dd0", (
+        "a new setting decides what runs compute: add it to config.ADDED, or runs that were begun before are refused"
+    )
 
 
 def test_a_dry_run_says_what_is_dropped():

@@ -100,6 +100,7 @@ accumulate only the product counts: the batches of an update."""
 ADDED = (
     "train.drop.text", "train.drop.reference", "train.drop.pose", "train.timesteps", "train.timesteps_mean",
     "train.timesteps_spread", "train.min_snr", "train.optimizer", "data.text", "model.expert",
+    "model.vae_dtype",
 )  # fmt: skip
 """Settings that are younger than runs that may still be resumed: at its default, one is no part of what decides."""
 PATHS = (
@@ -108,6 +109,16 @@ PATHS = (
 """Settings that name files: what counts of them is the content (`fingerprints.base`)."""
 WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""
+
+
+def deciding(experiment: Experiment) -> dict[str, Any]:
+    """By name the settings that decide what is computed, but those that name files (PATHS, and the shards)."""
+    defaults = {name: default for name, _, default, _ in settings_help()}
+    return {
+        name: value
+        for name, value in settings(experiment).items()
+        if not is_part_of(name, (*FREE, *PATHS, "data.shards")) and not (name in ADDED and value == defaults[name])
+    }
 
 
 def is_part_of(name: str, parts: Iterable[str]) -> bool:

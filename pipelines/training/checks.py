@@ -94,13 +94,7 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
     base: whether the weights that it starts from are there already.
     """
     model, train = experiment.model, experiment.train
-    defaults = {name: default for name, _, default, _ in config.settings_help()}
-    values = {
-        name: value
-        for name, value in config.settings(experiment).items()
-        if not config.is_part_of(name, (*config.FREE, *config.PATHS, "data.shards"))
-        and not (name in config.ADDED and value == defaults[name])
-    }
+    values = config.deciding(experiment)
     if values["schedule.frozen_precision"] == "auto":  # the same to the bit
         values["schedule.frozen_precision"] = "full"
     if experiment.data.text != "fixed":
