@@ -15,6 +15,7 @@ Rows of steps are those of `benchmarks.step_cost`, with the share of the card's 
 FLOPs are counted, checkpointing's second forward among them.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -44,8 +45,9 @@ START_S = 90.0
 """Longest time in which the process beside this one imports what it needs."""
 OWN = ("device", "versions", "source")
 """What a file of results belongs to."""
-SKIPPED = "skipped"
-"""Status of a part that is tried again by the next call."""
+SKIPPED, SLOW = "skipped", "too slow"
+"""How parts end that the next call tries again, after all that it has not tried: a package may be there then, and
+torch keeps what it has compiled."""
 
 
 @app.command()
@@ -62,7 +64,7 @@ def main(
     if unknown := sorted(set(part or ()) - set(names)):
         raise typer.BadParameter(f"no part is called {unknown[0]!r}; there are: {'; '.join(names)}")
     kept = Kept(tiny, again=part or ())
-    todo = [name for name in part or names if name not in kept.done]
+    todo = sorted((name for name in part or names if name not in kept.done), key=kept.parts.__contains__)
     cli.console.print(f"{len(todo)} of {len(names)} parts to do in {seconds:.0f} s")
     for name, row, end in events(todo, tiny, deadline):
         if row is not None:
@@ -99,10 +101,13 @@ class Kept:
     @property
     def done(self) -> set[str]:
         """Parts that need not be tried again."""
-        return {name for name, end in self.parts.items() if end["status"] != SKIPPED}
+        return {name for name, end in self.parts.items() if end["status"] not in (SKIPPED, SLOW)}
 
     def add(self, part: str, row: Row) -> None:
-        """Keep a row; a step's with its share of the card's own rate."""
+        """Keep a row; a step's with its share of the card's own rate. Those of an earlier try of the part go."""
+        if part in self.parts:
+            del self.parts[part]
+            self.rows = [row for row in self.rows if row["part"] != part]
         if row.get("tflops_per_s") and (rate := self._matmul_rate()):
             row["share_of_matmul"] = row["tflops_per_s"] / rate
         self.rows.append({"part": part, **row})
@@ -187,7 +192,6 @@ def of_part(name: str, process, pipe: Connection, deadline: float) -> Generator[
     """One part's rows and its end, whose status is returned; None where the deadline comes first."""
     started = time.monotonic()
     limit = min(started + PART_S, deadline)
-    status, note = "too slow", f"more than {PART_S:.0f} s"
     try:
         pipe.recv()  # it is ready
         pipe.send(name)
@@ -199,7 +203,7 @@ def of_part(name: str, process, pipe: Connection, deadline: float) -> Generator[
         else:
             if limit == deadline:
                 return None
-            status, note = "too slow", f"more than {PART_S:.0f} s"
+            status, note = SLOW, f"more than {PART_S:.0f} s"
     except (EOFError, OSError):
         process.join(10)
         status, note = "crashed", f"the process ended with {process.exitcode}"
@@ -249,6 +253,7 @@ def measure(pipe: Connection, tiny: bool) -> None:
             end = (status, f"{type(error).__name__}: {first_line(error)}")
         pipe.send(end)
         torch.compiler.reset()
+        gc.collect()  # a network's blocks hold themselves, and its memory would count in the next part's peak
         if not tiny:
             torch.cuda.empty_cache()
 

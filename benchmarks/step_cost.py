@@ -224,7 +224,8 @@ class Bench:
         self.names = [block.name for block in self.found]
         self.optimizer = optimizer.adamw(self.denoiser.network, experiment.train)
         shape, clips = self.denoiser.latent_shape(experiment.data.shape), experiment.data.batch_size
-        clean = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.randn(clips, *shape, generator=generator, dtype=torch.float32).to(device)
         self.batch = Latents(clean, dict.fromkeys(self.denoiser.conditions, clean), torch.arange(clips))
 
     def plans(self, backwards: Sequence[Backward]) -> dict[str, Plan]:

@@ -153,6 +153,10 @@ def test_gpu_check_goes_on_where_it_stopped(results, monkeypatch):
 
     again = gpu_check.Kept(tiny=True, again=())
     assert again.done == {"card"} and [row["part"] for row in again.rows] == ["card", "train"]
+    again.add("train", {"command": "train"})  # Ray is there now
+    again.end("train", {"status": "too slow", "note": "more than 120 s", "seconds": 120.0})
+    again = gpu_check.Kept(tiny=True, again=())
+    assert again.done == {"card"} and [row.get("command") for row in again.rows] == [None, "train"]
     assert gpu_check.Kept(tiny=True, again=["card"]).done == set(), "asked for by name: measured anew"
     monkeypatch.setattr(common, "source", lambda: "another")
     assert gpu_check.Kept(tiny=True, again=()).rows == [], "figures of other code stay out of this file"
