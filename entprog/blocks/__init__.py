@@ -27,10 +27,11 @@ from entprog.blocks.block import (
     unfreeze,
     variants,
 )
-from entprog.blocks.stored import ADAPTER
+from entprog.blocks.stored import ADAPTER, HALF, keep_rounded
 
 __all__ = [
     "ADAPTER",
+    "HALF",
     "Block",
     "CheckpointedForward",
     "Kind",
@@ -43,6 +44,7 @@ __all__ = [
     "execution_order",
     "in_full",
     "is_checkpointed",
+    "keep_rounded",
     "kind",
     "make_twin",
     "overlooked",

@@ -21,6 +21,12 @@ ADAPTER = ".lora_"
 """Part of the name of every low-rank adapter's parameter (`entprog.models.lora`)."""
 
 
+def keep_rounded(module: nn.Module) -> None:
+    """Hold a block that is never trained or saved in bfloat16 where autocast rounds it anyway; its float32 bits go."""
+    for _, parameter in layer_weights(module):
+        parameter.data = parameter.data.to(HALF)
+
+
 @dataclass
 class Stored:
     """The frozen weights of one block that are stored in bfloat16."""

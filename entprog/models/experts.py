@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from entprog import config
+from entprog.blocks import HALF, blocks, keep_rounded
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.models import folders, inputs, whole
@@ -48,12 +49,17 @@ class Expert:
         return (self.boundary, 1.0) if self.name == "high" else (0.0, self.boundary)
 
     def other(self, denoiser: "VideoDenoiser") -> "VideoDenoiser":
-        """The denoiser with the other one's network."""
+        """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them.
+        It is saved from its folder."""
         if not self.loaded:
             network = folders.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
                 inputs.widen(network, denoiser.INPUT, self.splits)
-            self.loaded["network"] = network.requires_grad_(False).eval()
+            network.requires_grad_(False).eval()
+            if denoiser.autocast == HALF:
+                for block in blocks(network):
+                    keep_rounded(block.module)
+            self.loaded["network"] = network
         return replace(denoiser, network=self.loaded["network"], conditions=self.conditions, expert=None)
 
     def entries(self, denoiser: "VideoDenoiser") -> dict[str, Any]:
@@ -70,8 +76,8 @@ class Expert:
 
 @contextmanager
 def in_turns(denoiser: "VideoDenoiser") -> Iterator[Callable[[torch.Tensor], "VideoDenoiser"]]:
-    """While it lasts: scheduler's timestep → the denoiser that is in charge there. Only its network is on the device,
-    where the network that is trained is not sharded; afterwards that one is back."""
+    """While it lasts: scheduler's timestep → the denoiser that is in charge there. Only its network is on the device;
+    afterwards the one that is trained is back. A sharded one stays where it is: both are there at times."""
     expert = denoiser.expert
     if expert is None:
         yield lambda timestep: denoiser
@@ -87,7 +93,8 @@ def in_turns(denoiser: "VideoDenoiser") -> Iterator[Callable[[torch.Tensor], "Vi
         for network in others:
             if not fsdp.is_sharded(network):
                 network.to("cpu")
-        wanted.network.to(device)
+        if not fsdp.is_sharded(wanted.network):  # in parts again, it would wait for ranks that are not here
+            wanted.network.to(device)
         return wanted
 
     try:

@@ -4,7 +4,7 @@ import contextlib
 import inspect as python_inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -383,7 +383,9 @@ def _origins(
     out = whole.encoders(settings.base, root, about)
     if source.expert is not None:
         name = experts.FOLDERS[experts.OTHER[source.expert.name]]
-        out[name] = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)
+        where = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)
+        ours = bool(about) and name not in about.get("elsewhere", {}) and where.place.revision is None
+        out[name] = replace(where, trained=ours)
     for name in source.more.keys() - out.keys():  # of a base without an index
         out[name] = whole.origin(str(settings.base), root, name, *cls.MORE[name], about)
     if vae is not None:

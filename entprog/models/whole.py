@@ -47,6 +47,8 @@ class Origin:
     place: Elsewhere
     folder: Path | None
     """On this machine, with weights that are copied; None: nothing like that is here."""
+    trained: bool = False
+    """Whether it may have been trained here: it is copied then, for nothing else keeps it."""
 
 
 def origin(given: str, root: Path, subfolder: str, library: str, kind: str, about: Mapping[str, Any]) -> Origin:
@@ -108,8 +110,13 @@ def _parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def elsewhere(origins: Mapping[str, Origin], save: Save) -> dict[str, Elsewhere]:
-    """The parts that a saved folder does not hold: those that are not here, and with `light` all of them."""
-    return {name: o.place for name, o in origins.items() if save == "light" or (name != "vae" and o.folder is None)}
+    """The parts that a saved folder does not hold: those that are not here, with `light` all that no one trained."""
+    light = save == "light"
+    return {
+        name: o.place
+        for name, o in origins.items()
+        if (light and not o.trained) or (name != "vae" and o.folder is None)
+    }
 
 
 def copy_others(origins: Mapping[str, Origin], left_out: Mapping[str, Elsewhere], folder: Path) -> None:

@@ -21,6 +21,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
+from entprog.masking import reason
 from entprog.models import adapters, captions, fingerprints, lora
 from entprog.models.finite import not_finite
 from entprog.schedule import plans, prices
@@ -329,8 +330,8 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
     weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
     if agree.world()[0] != 0:
         return setup
-    plain = models.family(experiment.model.family).load(experiment.model, setup.device, experiment.train.seed)
-    plain.network.load_state_dict(weights)
+    plain = models.family(experiment.model.family).load(experiment.model, "cpu", experiment.train.seed)
+    plain.network.load_state_dict(weights)  # on the host, from where it is saved: the device has its part already
     return replace(setup, denoiser=replace(denoiser, network=plain.network))  # the text is not the base's
 
 
@@ -354,11 +355,16 @@ def _leave_adapter(setup: Setup, folder: Path) -> None:
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
-    """A look at what was learned: held-out motions by the final weights."""
+    """A look at what was learned: held-out motions by the final weights. What goes wrong is a warning."""
     data, count = setup.experiment.data, setup.experiment.train.samples
-    if count:
-        settings = config.Generate(batch_size=data.batch_size, shift=shift)
+    if not count:
+        return
+    settings = config.Generate(batch_size=data.batch_size, shift=shift)
+    try:
+        setup.denoiser.network.to(setup.device)
         rendering.render(lambda: setup.denoiser, _held_out_motions(setup, count), data.shape, folder, settings)
+    except Exception as error:  # memory, disk, codec: the model is saved already
+        setup.post({"warning": f"the samples failed: {reason(error)}; generate makes them of the saved model"})
 
 
 def _held_out_motions(setup: Setup, count: int) -> list[Motion]:
