@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import urllib.error
@@ -298,6 +300,7 @@ def test_every_cluster_starts_mlflows_server_inside_its_network_and_gives_it_to_
     assert f"{address}/health" in before["command"][-1], "no job begins before it answers"
 
 
+@pytest.mark.slow
 def test_mlflows_server_of_the_rayjob_answers_its_own_names_and_keeps_all_on_the_shared_disk(tmp_path, monkeypatch):
     line, address = mlflow_server("kuberay.yaml")
     with socket.socket() as free:
@@ -457,6 +460,7 @@ class Head:
             for each in (one, two, three):
                 each.bind(("127.0.0.1", 0))
             self.port, self.dashboard, agent = (each.getsockname()[1] for each in (one, two, three))
+        self.place = Path(tempfile.mkdtemp(prefix="head-"))  # a short name, for Ray's sockets
         token = folder / "token"
         self.token = "a-token-of-this-test-alone-" + "0" * 16
         token.write_text(self.token)
@@ -468,6 +472,8 @@ class Head:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_JOB_STOP_WAIT_TIME_S": "100",
+            # A job asks there for its head's address, and would be given that of another Ray which starts meanwhile.
+            "RAY_TMPDIR": str(self.place),
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         }
         self.log = (folder / "head.log").open("w")
@@ -517,6 +523,7 @@ class Head:
         for process in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        shutil.rmtree(self.place, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
