@@ -10,7 +10,7 @@ from entprog.config import ClipShape, Generate, Model
 from entprog.data import shards
 from entprog.diffusion import sampling
 from entprog.distributed import fsdp
-from entprog.models import experts, folders
+from entprog.models import experts, fingerprints, folders
 from entprog.models.wan import load
 from helpers import bases, real_clips
 from helpers.families import clips
@@ -125,3 +125,19 @@ def test_a_light_save_holds_what_was_trained_here(base, tmp_path):
     again = two(tmp_path / "moved", "high")
     again.save(tmp_path / "third", parts="light")
     assert set(folders.saved(tmp_path / "third")["elsewhere"]) == {"vae"}
+
+
+# ---- hashes
+
+
+def test_a_folder_that_implies_its_expert_is_judged_as_one_that_is_told(base, tmp_path):
+    given = type("Shards", (), {"splits": {"held_out": []}, "clips": lambda self, split: 4})()
+
+    def mark(folder, name):
+        model = {"init": {}, "base": str(folder), "vae": "auto", "expert": name}
+        return fingerprints.held_out(tiny_experiment(model=model), given)
+
+    for name in ("high", "low"):
+        two(base, name).save(tmp_path / name, shape=SHAPE)
+        assert mark(tmp_path / name, None) == mark(tmp_path / name, name) == mark(base, name)
+        assert mark(tmp_path / name, None) != mark(tmp_path / name, experts.OTHER[name])

@@ -1,6 +1,7 @@
 """Wan's bases whose first frame is given in another way: first-and-last-frame, and TI2V with timesteps of tokens."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -15,11 +16,13 @@ from entprog.diffusion import dropping, losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
+from entprog.media.skeleton import draw
 from entprog.models import fingerprints
 from entprog.models.wan import GREY, inspect, load
 from entprog.scoring import priorities
 from helpers import bases
 from helpers.families import TINY, clips
+from helpers.networks import tiny_experiment
 from helpers.recording import calls
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
@@ -250,3 +253,53 @@ def test_an_older_network_with_the_reference_in_new_channels_keeps_it(given, tmp
     again = load(Model(base=str(tmp_path / "model")))
     assert again.form == "" and cache.key(again, "wan", SHAPE) != cache.key(load(Model(base=str(folder))), "wan", SHAPE)
     assert load(Model(init=TINY["wan"]["init"], vae="none")).form == ""
+
+
+def test_held_out_losses_of_other_frames_are_kept_apart(given, tmp_path):
+    """A loss without the first frame is another one; all others' hashes are as they were."""
+    _, folder = given
+    shards = type("Shards", (), {"splits": {"held_out": []}, "clips": lambda self, split: 4})()
+
+    def mark(folder=folder, conditions=("reference", "pose"), **model):
+        base = {"init": {}, "base": str(folder), "vae": "auto", "conditions": conditions}
+        return fingerprints.held_out(tiny_experiment(model=base | model), shards)
+
+    other = fingerprints.held_out(tiny_experiment(), shards)
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "model_index.json").unlink()
+    assert mark(conditions=("pose",)) == mark(plain) == other
+    assert mark() == mark(conditions=("reference",)) != other
+    load(Model(base=str(folder))).save(tmp_path / "saved", shape=SHAPE)
+    assert mark(tmp_path / "saved") == mark()
+
+
+def test_clips_of_the_given_frame_alone_are_refused(given):
+    _, folder = given
+    one = SHAPE.model_copy(update={"frames": 1})
+    model, network = Model(base=str(folder)), load(Model(base=str(folder)))
+    for work in (lambda: inspect(model, one), lambda: network.check(one)):
+        with pytest.raises(UserError, match=r"^data\.shape\.frames: 1 frames are one latent frame, .* take 5 or more"):
+            work()
+    inspect(Model(base=str(folder), conditions=("pose",)), one)
+
+
+def test_a_last_timestep_of_0_is_no_division_by_0(given, tmp_path):
+    """Solvers round their timesteps: of many steps the last is 0."""
+    _, folder = given
+    denoiser, batch = load(Model(base=str(folder))), clips(1, SHAPE)
+    settings = Generate(steps=50, seed=5, sampler=UNIPC, shift=0.02)
+    conditions = denoiser.condition(batch.reference, batch.pose)
+    ours = sampling.sample(denoiser, conditions, (1, *denoiser.latent_shape(SHAPE)), settings, [0])
+    assert ours.isfinite().all() and torch.equal(ours[:, :, :1], conditions["reference"][:, 1:, :1])
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = sampler(denoiser.process, UNIPC, 0.02)
+    theirs = pipe(
+        batch.reference[0], draw(batch.pose[0], 32, 32), latents=noise(denoiser), num_inference_steps=50,
+        output_type="latent",
+    ).frames  # fmt: skip
+    assert int(pipe.scheduler.timesteps[-1]) == 0
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)

@@ -73,8 +73,8 @@ class Flow:
         return (1 - t) * clean + t * noise, noise - clean
 
     def towards(self, noisy: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The velocity at times t > 0 [B] that leads to a clean clip."""
-        return (noisy - clean) / _beside(clean, t)
+        """The velocity at times t [B] that leads to a clean clip; samplers of many steps round the last t to 0."""
+        return (noisy - clean) / _beside(clean, t.clamp(min=1e-4))
 
     def timestep(self, t):
         return t.float() * self.STEPS

@@ -60,7 +60,7 @@ def sample(
 
 def _instead(values: torch.Tensor, mask: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Others where a mask is 1, values where it is 0."""
-    return (1 - mask) * values + mask * others
+    return torch.where(mask.bool(), others, values)
 
 
 def guidance(conditions: tuple[str, ...], reference: float, pose: float) -> dict[tuple[str, ...], float]:

@@ -28,6 +28,9 @@ from entprog.models.geometry import Geometry
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 """Of a pipeline: says which noise process its network was trained with."""
 
+GIVEN_FRAME = "given frame"
+"""Form of a reference that is the clip's first latent frame itself: the loss is on the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDenoiser:
@@ -156,6 +159,12 @@ class VideoDenoiser:
         return ()
 
     @classmethod
+    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
+        """Name of the form that conditions have where a family knows several. inputs: channels of the input layer,
+        widened; channels: of the latents."""
+        return ""
+
+    @classmethod
     def completed(cls, denoiser: "VideoDenoiser", parts: dict[str, Path]) -> "VideoDenoiser":
         """A loaded denoiser with what its family makes of the folders that it needs (`needs`), by name."""
         return denoiser
@@ -170,8 +179,8 @@ class VideoDenoiser:
 
     @property
     def form(self) -> str:
-        """Name of the form that conditions have where a family knows several; part of what cached latents belong to."""
-        return ""
+        """As `form_of` says; part of what cached latents belong to."""
+        return self.form_of(self.network.config.in_channels, self.latent_channels, self.conditions)
 
     @property
     def part(self) -> str:
@@ -210,8 +219,8 @@ class VideoDenoiser:
         return self.process.scheduler(shift)
 
     def check(self, shape: ClipShape) -> None:
-        """Raises UserError if clips of this shape do not fit the VAE or the network's patches."""
-        self._geometry.check(shape)
+        """Raises UserError if clips of this shape do not fit the VAE, the network's patches or its conditions."""
+        self._geometry.check(shape, given=self.form == GIVEN_FRAME)
 
     def whole_frames(self, frames: int) -> int:
         """The most clip frames, up to so many, that the VAE takes."""

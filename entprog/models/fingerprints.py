@@ -15,6 +15,7 @@ from entprog.diffusion.objectives import ALL
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.models import folders, whole
+from entprog.models.denoising import GIVEN_FRAME
 
 if TYPE_CHECKING:
     from entprog.data.shards import Dataset  # pyarrow with it, which networks alone do not need
@@ -50,10 +51,8 @@ def _text_encoder(settings: Model) -> str:
 def held_out(experiment: Experiment, dataset: "Dataset") -> str:
     """Hash of what the held-out loss is measured on: two runs' losses may be compared only where it is equal."""
     data, law = experiment.data, experiment.timesteps
-    expert = (
-        models.family(experiment.model.family).inspect(experiment.model).expert if experiment.model.expert else None
-    )
-    between = ALL if expert is None else expert.time_range
+    source = models.family(experiment.model.family).inspect(experiment.model) if experiment.model.base else None
+    between = ALL if source is None or source.expert is None else source.expert.time_range
     clips = min(data.held_out_clips, dataset.clips("held_out"))
     return digest(
         [shard.sha256 for shard in dataset.splits["held_out"]],
@@ -65,6 +64,7 @@ def held_out(experiment: Experiment, dataset: "Dataset") -> str:
         *([law.shift] if law.shift != 1 else []),  # losses at other timesteps
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
         *([between] if between != ALL else []),
+        *([source.form] if source and source.form == GIVEN_FRAME else []),  # losses of fewer frames
         *([experiment.model.vae_dtype] if experiment.model.vae_dtype != "float32" else []),
     )
 

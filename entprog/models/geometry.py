@@ -48,8 +48,8 @@ class Geometry:
         """Clip shape → F', H', W'."""
         return self.latent_frames(shape.frames), shape.height // self.spatial, shape.width // self.spatial
 
-    def check(self, shape: ClipShape) -> None:
-        """Raises UserError if clips of this shape do not fit."""
+    def check(self, shape: ClipShape, given: bool = False) -> None:
+        """Raises UserError if clips of this shape do not fit. given: whether their first latent frame is."""
         if (shape.frames - 1) % self.step:
             fewer = self.whole_frames(shape.frames)
             raise UserError(
@@ -63,6 +63,12 @@ class Geometry:
                     f"(VAE {self.spatial} x patch {patch}), given {pixels}"
                 )
         latents = self.latents(shape)
+        if given and latents[0] == 1:
+            raise UserError(
+                f"data.shape.frames: {shape.frames} frames are one latent frame, which the reference gives this "
+                f"network: there is nothing to learn; take {1 + self.step} or more, or leave reference out of "
+                "model.conditions"
+            )
         if latents[0] % self.patch[0]:
             raise UserError(
                 f"data.shape.frames: {shape.frames} frames are {latents[0]} latent frames, not a multiple of this "

@@ -34,8 +34,8 @@ class ReferenceFrameDenoiser(WanDenoiser):
     def mask_channels(self) -> int:
         return 0
 
-    @property
-    def form(self) -> str:
+    @classmethod
+    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
         return ""
 
     @classmethod

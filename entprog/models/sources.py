@@ -19,7 +19,7 @@ from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models import HOW_TO_ADD, adapters, experts, families, family, folders, inputs, texts, vaes, whole
-from entprog.models.denoising import SCHEDULER_FILE, VideoDenoiser, process_of
+from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
 """In the names of a low-rank adapter's weights."""
@@ -46,6 +46,8 @@ class Source:
     """Conditions in the order of the input channels."""
     splits: tuple[int, ...]
     """Input channels, in the groups that are summed apart."""
+    form: str
+    """As a denoiser's."""
     tensors: dict[str, torch.Tensor | None]
     more: dict[str, Path]
     """Further folders of the base's pipeline that the network needs, by name."""
@@ -104,8 +106,9 @@ def inspect(
         raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
     own, index = about | experts_of.get(name, {}), whole.index_of(root)
     conditions, splits = cls.planned_inputs(network.config, own, channels, settings, index)
+    form = cls.form_of(sum(splits), channels, conditions)
     if shape is not None:
-        cls.geometry(network.config, vae).check(shape)
+        cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
     if settings.adapter:
         _check_adapter(adapters.read(settings.adapter, "model.adapter"), network, settings)
     tensors = cls.tensors(network.config, settings, root)
@@ -117,7 +120,7 @@ def inspect(
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, tensors, more, process, expert,
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process, expert,
         outside,
     )  # fmt: skip
 

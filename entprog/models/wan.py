@@ -38,7 +38,7 @@ from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models import inputs, sources, texts, whole
-from entprog.models.denoising import VideoDenoiser
+from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "WanTransformer3DModel"
@@ -49,8 +49,8 @@ IMAGE_PARTS = {
 """Folders of a pipeline with CLIP's image encoder, and with what makes its inputs."""
 MASK_CHANNELS = 4
 """Channels of an image-to-video network's mask: clip frames in a latent frame. Networks on pixels have one."""
-FIRST_FRAME, GIVEN_FRAME = "first frame", "given frame"
-"""Forms of the reference: further channels beside the clip that say what its first frame is; that frame itself."""
+FIRST_FRAME = "first frame"
+"""Form of a reference in further channels beside the clip, which say what its first frame is."""
 GREY = 128
 """Level of a picture that is not there, in 0..255: what a pipeline has for frames that are not given."""
 TEXT_TOKENS = 512
@@ -91,12 +91,11 @@ class WanDenoiser(VideoDenoiser):
         """Channels of the mask beside the first frame's latents; 0 where the reference is not shown like that."""
         return _mask_channels(self.network.config.in_channels, self.latent_channels, self.conditions)
 
-    @property
-    def form(self) -> str:
-        if self.mask_channels:
+    @classmethod
+    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
+        if _mask_channels(inputs, channels, conditions):
             return FIRST_FRAME
-        own = _is_given_frame(self.network.config.in_channels, self.latent_channels, self.conditions)
-        return GIVEN_FRAME if own else ""
+        return GIVEN_FRAME if _is_given_frame(inputs, channels, conditions) else ""
 
     def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
         if self.form == GIVEN_FRAME:

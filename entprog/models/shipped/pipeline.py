@@ -203,7 +203,7 @@ class ReferencePosePipeline(DiffusionPipeline):
                 }
                 prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
             if self.config.form == GIVEN_FRAME:  # from its noise straight to what is given
-                straight = (seen - shown["reference"][:, 1:]) / (timestep / 1000)
+                straight = (seen - shown["reference"][:, 1:]) / (timestep / 1000).clamp(min=1e-4)
                 prediction = instead(prediction, shown["reference"][:, :1], straight)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
         if self.config.form == GIVEN_FRAME:
@@ -518,7 +518,7 @@ def guidance(conditions, reference, pose):
 
 def instead(values, mask, others):
     """Others where a mask is 1, values where it is 0."""
-    return (1 - mask) * values + mask * others
+    return torch.where(mask.bool(), others, values)
 
 
 def led(reference, timestep):
