@@ -4,6 +4,7 @@ python -m pipelines.adapter merge --adapter out/run/adapter --base Wan-AI/Wan2.1
 python -m pipelines.adapter extract --before out/base --after out/run/model --rank 16 --output out/adapter
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,13 @@ from pipelines.outputs import claim
 app = cli.app("Low-rank adapters: merge one into its base, or extract one out of what training changed.")
 
 
+class Expert(StrEnum):
+    """Which of a base's two networks."""
+
+    high = "high"
+    low = "low"
+
+
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys.")],
@@ -24,6 +32,9 @@ def merge(
     family: Annotated[
         str | None, typer.Option(help="Model family of the base, where the adapter does not say.")
     ] = None,
+    expert: Annotated[
+        Expert | None, typer.Option(help="Which of the base's two networks it is for, where the adapter does not say.")
+    ] = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
 ) -> None:
@@ -31,24 +42,36 @@ def merge(
 
     def work() -> dict[str, Any]:
         from entprog import config, models
-        from entprog.models import adapters, folders
+        from entprog.models import adapters, experts, folders
 
-        claim.check(output, "adapter", {"merge": adapter, "base": base})
+        identity = {"merge": adapter, "base": base, **({"expert": str(expert)} if expert else {})}
+        claim.check(output, "adapter", identity)
         found = adapters.read(adapter, "--adapter")
-        saved = folders.saved(folders.locate(base, "--base"))
+        root = folders.locate(base, "--base")
+        saved, said = folders.saved(root), found.about.get("expert")
+        if expert and said and expert != said:
+            raise UserError(f"--expert: {adapter} was trained for the {said} expert, given {expert}: leave it out")
         about = {**saved, **found.about} if found.about else saved
         text, shape = Path(adapter).expanduser() / folders.PROMPT, about.get("shape")
         chosen = config.Model(
-            family=family or about.get("family", "wan"), base=base, adapter=adapter, expert=about.get("expert"),
+            family=family or about.get("family", "wan"), base=base, adapter=adapter,
+            expert=str(expert) if expert else said,
             conditions=tuple(about.get("conditions", ())), prompt_embeds=str(text) if text.is_file() else None,
         )  # fmt: skip
         kind = models.family(chosen.family)
+        if not chosen.expert and kind.load.args[0].EXPERTS and experts.are_in(root, saved):
+            raise UserError(
+                f"--expert: {base} has two networks, and {adapter} does not say which one it is for: give --expert "
+                "high or --expert low"
+            )
+        if not about:
+            chosen = chosen.model_copy(update={"conditions": _own_conditions(kind, chosen)})
         kind.inspect(chosen)
         parts = f"{len(found.pairs)} layers and {len(found.outside)} whole weights"
         if dry_run:
             cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {output}.")
             return {}
-        claim.take(output, "adapter", {"merge": adapter, "base": base})
+        claim.take(output, "adapter", identity)
         kind.load(chosen).save(output / "model", shape=config.ClipShape(**shape) if shape else None)
         cli.console.print(f"Merged {parts} of {adapter} into {base}: {output / 'model'}")
         return {"model": str(output / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
@@ -62,6 +85,9 @@ def extract(
     after: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
     output: Annotated[Path, typer.Option(help="Folder of the adapter, new or empty.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    expert: Annotated[
+        Expert | None, typer.Option(help="Which of two networks, where there are two: the one trained last.")
+    ] = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
 ) -> None:
@@ -70,9 +96,9 @@ def extract(
     def work() -> dict[str, Any]:
         from entprog import config, models
         from entprog.blocks import blocks
-        from entprog.models import adapters, folders
+        from entprog.models import adapters, experts, folders
 
-        identity = {"before": before, "after": after, "rank": rank}
+        identity = {"before": before, "after": after, "rank": rank, **({"expert": str(expert)} if expert else {})}
         claim.check(output, "adapter", identity)
         root = folders.locate(after, "--after")
         saved = folders.saved(root)
@@ -80,10 +106,13 @@ def extract(
             raise UserError(f"--after: {after} was not written by pipelines.train (it has no entprog.json)")
         family, conditions = saved["family"], tuple(saved["conditions"])
         kind = models.family(family)
-        kept = {"family": family, "conditions": conditions, "expert": saved.get("expert")}
+        kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for side in sides:
             kind.inspect(side)
+        if extracted := kept["expert"]:
+            other = experts.OTHER[extracted]
+            cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")
         if dry_run:
             cli.console.print(f"Would extract an adapter of rank {rank} out of {after} over {before} into {output}.")
             return {}
@@ -102,6 +131,16 @@ def extract(
         return {"adapter": str(output / "adapter"), "layers": len(found.pairs), "whole_weights": whole, "lost": lost}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
+
+
+def _own_conditions(kind: Any, chosen: Any) -> tuple[str, ...]:
+    """Conditions that a base of others has already. chosen: settings that name it and its expert."""
+    from entprog.models import inputs, vaes
+
+    both = chosen.model_copy(update={"conditions": inputs.CONDITIONS, "adapter": None})
+    source = kind.inspect(both, weights=False)
+    channels = 3 if source.vae is None else vaes.channels(source.vae)
+    return kind.load.args[0].own_conditions(source.network.config, channels)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """Wan 2.2's two experts beside the rest of a run: sharded training, memory, light saves, hashes, adapters."""
 
+import re
 import shutil
 
+import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from entprog.blocks import blocks
-from entprog.config import ClipShape, Generate, Model
+from entprog.config import ClipShape, Generate, Lora, Model
 from entprog.data import shards
 from entprog.diffusion import sampling
 from entprog.distributed import fsdp
-from entprog.models import experts, fingerprints, folders
-from entprog.models.wan import load
+from entprog.errors import UserError
+from entprog.models import adapters, experts, fingerprints, folders, lora
+from entprog.models.wan import inspect, load
 from helpers import bases, real_clips
 from helpers.families import clips
 from helpers.networks import tiny_experiment
 from helpers.processes import join, leave
+from pipelines import adapter as adapter_job
 from pipelines.training import worker
 from pipelines.training.startup import Startup
 
@@ -141,3 +147,144 @@ def test_a_folder_that_implies_its_expert_is_judged_as_one_that_is_told(base, tm
         two(base, name).save(tmp_path / name, shape=SHAPE)
         assert mark(tmp_path / name, None) == mark(tmp_path / name, name) == mark(base, name)
         assert mark(tmp_path / name, None) != mark(tmp_path / name, experts.OTHER[name])
+
+
+# ---- adapters
+
+
+LORA = Lora(rank=2, alpha=2, targets=("to_q",))
+
+
+def adapter_of(base, folder, name=None, conditions=("reference", "pose")):
+    """An adapter with the input layer beside it, as a training of it leaves one; returns the network."""
+    denoiser = load(Model(base=str(base), expert=name, conditions=conditions))
+    lora.add(denoiser.network, blocks(denoiser.network), LORA, 0)
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter += 0.01
+    about = {"family": "wan", "conditions": denoiser.conditions, "base": str(base)}
+    about |= {"expert": name} if name else {}
+    lora.save(denoiser.network, LORA, denoiser.outside()["conditions"], folder, about=about)
+    return denoiser.network
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_an_adapter_is_one_expert_s_alone(base, name, tmp_path):
+    adapter_of(base, tmp_path / "adapter", name)
+    model = Model(base=str(base), expert=name, adapter=str(tmp_path / "adapter"))
+    assert inspect(model).expert.name == name
+    other = experts.OTHER[name]
+    with pytest.raises(UserError, match=rf"was trained for the {name} expert, .*set model\.expert={name}, or") as error:
+        inspect(model.model_copy(update={"expert": other}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_the_card_s_call_loads_it_into_its_expert(base, name, tmp_path):
+    trained = adapter_of(base, tmp_path / "adapter", name)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    (call,) = re.findall(r"`pipe\.(load_lora_weights\(.*?\))`", card)
+    pipe = diffusers.WanPipeline.from_pretrained(base, tokenizer=None, text_encoder=None)
+    eval(f"pipe.{call}".replace("THIS FOLDER", str(tmp_path / "adapter")), {"pipe": pipe})
+    ours = {key: tensor for key, tensor in trained.state_dict().items() if ".lora_" in key}
+    for part in PARTS.values():
+        theirs = {key: tensor for key, tensor in getattr(pipe, part).state_dict().items() if ".lora_" in key}
+        assert bool(theirs) == (part == PARTS[name])
+        assert all(torch.equal(a, b) for a, b in zip(theirs.values(), ours.values(), strict=False))
+
+
+def command(*given):
+    done = CliRunner().invoke(adapter_job.app, [str(each) for each in given])
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("first_frame", [True, False], ids=["i2v", "t2v"])
+def test_an_adapter_of_others_is_merged_into_the_expert_that_is_named(first_frame, tmp_path):
+    bases.two_experts(tmp_path / "base", first_frame)
+    adapter_of(tmp_path / "base", tmp_path / "adapter", "low")
+    foreign = tmp_path / "adapter" / adapters.DIFFUSERS  # a file alone says nothing but its pairs
+    given = ["merge", "--adapter", foreign, "--base", tmp_path / "base", "--output", tmp_path / "out"]
+    status, said = command(*given)
+    assert status == 2 and said.startswith("error: --expert: ") and "give --expert high or --expert low" in said
+    assert not (tmp_path / "out").exists()
+    status, said = command(*given, "--expert", "low")
+    assert status == 0, said
+    merged = tmp_path / "out" / "model"
+    assert folders.saved(merged)["conditions"] == (["reference"] if first_frame else [])
+    for name, part in PARTS.items():
+        before, after = (next((root / part).glob("*.safetensors")) for root in (tmp_path / "base", merged))
+        before, after = load_file(before), load_file(after)
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert bool(changed) == (name == "low") and all("to_q.weight" in key for key in changed)
+    status, said = command("merge", *given[1:-1], tmp_path / "again", "--expert", "high", "--dry-run")
+    assert status == 0 and "Would merge" in said
+    given[2] = tmp_path / "adapter"
+    status, said = command(*given[:-1], tmp_path / "third", "--expert", "high")
+    assert status == 2 and "was trained for the low expert, given high: leave it out" in said
+    given[4] = merged
+    given[2] = foreign
+    status, said = command(*given[:-1], tmp_path / "fourth")
+    assert status == 2 and "give --expert high or --expert low" in said, "not the one that was trained last"
+
+
+def test_each_expert_s_change_is_extracted(base, tmp_path):
+    start = base
+    for amount, name in enumerate(("high", "low"), 1):
+        denoiser = two(start, name)
+        with torch.no_grad():
+            denoiser.network.blocks[0].attn1.to_q.weight += 0.1 * amount
+        start = tmp_path / name
+        denoiser.save(start, shape=SHAPE)
+    given = ["extract", "--before", base, "--after", start, "--rank", 1]
+    for more, name, amount in (
+        ([], "low", 0.2),
+        (["--expert", "high"], "high", 0.1),
+        (["--expert", "low"], "low", 0.2),
+    ):
+        output = tmp_path / f"out {' '.join(more)}"
+        status, said = command(*given, *more, "--output", output)
+        assert status == 0, said
+        assert f"Of the {name} expert. What changed in the other one: --expert {experts.OTHER[name]}." in said
+        found = adapters.read(str(output / "adapter"), "it")
+        (pair,) = found.pairs.values()
+        assert found.about["expert"] == name
+        torch.testing.assert_close(pair.delta(), torch.full_like(pair.delta(), amount), rtol=1e-3, atol=1e-4)
+
+
+def earlier(folder, make):
+    """(a base, the folder that a version without first frames trains an adapter of)"""
+    make(folder / "base")
+    old = shutil.copytree(folder / "base", folder / "old")
+    (old / "model_index.json").unlink()
+    return folder / "base", old
+
+
+@pytest.mark.parametrize("conditions", [("reference", "pose"), ("reference",)])
+def test_an_adapter_of_an_earlier_form_is_refused_before_weights_are_read(conditions, tmp_path):
+    """Its input layer has the reference in new channels, where the base now has it as its first frame."""
+    now, old = earlier(tmp_path, bases.given_frame)
+    adapter_of(old, tmp_path / "adapter", conditions=conditions)
+    model = Model(base=str(now), adapter=str(tmp_path / "adapter"))
+    with pytest.raises(UserError) as error:
+        inspect(model.model_copy(update={"conditions": conditions}))
+    said = str(error.value)
+    assert "it is of an earlier form" in said and "train it anew, or merge it by the version" in said
+    assert "\n" not in said
+    inspect(model.model_copy(update={"base": str(old), "conditions": conditions}))
+    if conditions == ("reference",):  # as many channels as pose has now: they would be taken for pose's
+        with pytest.raises(UserError, match=r"was trained with reference alone: set model\.conditions=\[reference\]$"):
+            inspect(model)
+
+
+def test_earlier_adapters_of_first_and_last_frame_are_refused(tmp_path):
+    bases.image_to_video(tmp_path / "base", clip=True, last=True)
+    adapter_of(tmp_path / "base", tmp_path / "adapter")
+    model = Model(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    inspect(model)
+    path = tmp_path / "adapter" / adapters.OUTSIDE
+    whole = load_file(path)
+    for channels, said in ((12 + 8, "earlier form"), (12 + 2, "it is another base's")):
+        weight = whole["patch_embedding.weight"]
+        save_file(whole | {"patch_embedding.weight": weight.new_zeros(weight.shape[0], channels, 1, 2, 2)}, path)
+        with pytest.raises(UserError, match=said):
+            inspect(model)

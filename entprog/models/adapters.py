@@ -77,7 +77,7 @@ class Adapter:
     outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole weights, by the name of the parameter."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """`family`, `conditions`, `base`, `shape`; {} for an adapter that others made."""
+    """`family`, `conditions`, `base`, `shape`, `expert` of two; {} for an adapter that others made."""
 
 
 def write(folder: Path, adapter: Adapter, part: str) -> None:
@@ -126,12 +126,14 @@ def _tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _readme(adapter: Adapter, config: Mapping[str, Any]) -> str:
-    base = adapter.about.get("base")
+    base, expert = adapter.about.get("base"), adapter.about.get("expert")
+    second = ", load_into_transformer_2=True" if expert == "low" else ""
+    of = f" It is the {expert} expert's, one of the base's two networks." if expert else ""
     lines = [
         "# A low-rank adapter\n",
         f"Rank {config['r']}, alpha {config['lora_alpha']:g}, {len(adapter.pairs)} layers of a "
-        f"{adapter.about.get('family', '')} network{f', over {Path(str(base)).name}' if base else ''}.\n",
-        f'- diffusers: `pipe.load_lora_weights("THIS FOLDER")` takes {DIFFUSERS}',
+        f"{adapter.about.get('family', '')} network{f', over {Path(str(base)).name}' if base else ''}.{of}\n",
+        f'- diffusers: `pipe.load_lora_weights("THIS FOLDER"{second})` takes {DIFFUSERS}',
         f"- peft: `PeftModel.from_pretrained(network, FOLDER)` takes {PEFT}",
     ]
     if kept := _in_comfyui(adapter):

@@ -109,7 +109,7 @@ def chosen(settings: config.Model, root: Path | None, about: dict[str, Any], two
     wanted = settings.expert
     if wanted == "both":
         raise UserError("model.expert=both is for train, two trainings one after the other: here set high or low")
-    there = two and root is not None and ("expert" in about or (root / folders.SECOND / "config.json").is_file())
+    there = two and root is not None and are_in(root, about)
     if not there:
         if wanted:
             has = f"{settings.base} has one network" if settings.base else "a new network is one"
@@ -123,6 +123,11 @@ def chosen(settings: config.Model, root: Path | None, about: dict[str, Any], two
             "high, low, or both (one after the other)"
         )
     return wanted or about["expert"]
+
+
+def are_in(root: Path, about: dict[str, Any]) -> bool:
+    """Whether a base has two networks. about: its `entprog.json`."""
+    return "expert" in about or (root / folders.SECOND / "config.json").is_file()
 
 
 def boundary(root: Path, given: str) -> float:

@@ -99,6 +99,12 @@ def widen(network: nn.Module, name: str, splits: Sequence[int]) -> None:
     network.register_to_config(in_channels=sum(splits), out_channels=outputs)
 
 
+def weight_shape(network: nn.Module, name: str, splits: Sequence[int]) -> list[int]:
+    """Shape of the input layer's weight once it takes `splits` channels."""
+    outputs, has, *kernel = network.get_submodule(name).weight.shape
+    return [outputs, sum(splits) * (has // network.config.in_channels), *kernel]
+
+
 def splits(layer: nn.Module, channels: int) -> tuple[int, ...]:
     """The layer's input channels, in the groups that are summed apart."""
     groups = layer.splits if isinstance(layer, _Split) else (layer.weight.shape[1],)

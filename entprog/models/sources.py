@@ -110,7 +110,7 @@ def inspect(
     if shape is not None:
         cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
     if settings.adapter:
-        _check_adapter(adapters.read(settings.adapter, "model.adapter"), network, settings)
+        _check_adapter(cls, adapters.read(settings.adapter, "model.adapter"), network, settings, name, splits)
     tensors = cls.tensors(network.config, settings, root)
     more = {}
     if root is not None:
@@ -197,12 +197,46 @@ def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
     folders.check_single_file(cls.NETWORK, given, "model.weights")
 
 
-def _check_adapter(adapter: adapters.Adapter, network: nn.Module, settings: config.Model) -> None:
-    """Raises UserError for an adapter of another network, or one of conditions that this one is not to have."""
+def _check_adapter(
+    cls: type[VideoDenoiser],
+    adapter: adapters.Adapter,
+    network: nn.Module,
+    settings: config.Model,
+    expert: str | None,
+    splits: tuple[int, ...],
+) -> None:
+    """Raises UserError for an adapter of another network or expert, one of conditions that this one is not to have, or
+    one whose whole weights are of other sizes. network: not yet widened; expert: which of two it is."""
     adapters.check(adapter, network, "model.adapter")
-    if lost := [name for name in adapter.about.get("conditions", ()) if name not in settings.conditions]:
+    given, about = settings.adapter, adapter.about
+    if expert and about.get("expert", expert) != expert:
+        raise UserError(
+            f"model.adapter: {given} was trained for the {about['expert']} expert, this is the {expert} one: set "
+            f"model.expert={about['expert']}, or give the adapter of the {expert} one"
+        )
+    if lost := [name for name in about.get("conditions", ()) if name not in settings.conditions]:
         names = ", ".join(lost)
-        raise UserError(f"model.adapter: {settings.adapter} was trained with {names}: add that to model.conditions")
+        raise UserError(f"model.adapter: {given} was trained with {names}: add that to model.conditions")
+    layer, said, own = f"{cls.INPUT}.weight", about.get("conditions", ()), network.config.in_channels
+    sizes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    sizes[layer] = inputs.weight_shape(network, cls.INPUT, splits)
+    if layer in adapter.outside and len(splits) > 1 and set(said) != set(settings.conditions):
+        raise UserError(
+            f"model.adapter: the input layer of {given} was trained with {' and '.join(said) or 'no condition'} alone: "
+            f"set model.conditions=[{','.join(said)}]"
+        )
+    for name, tensor in adapter.outside.items():
+        if list(tensor.shape) == sizes[name]:
+            continue
+        which = f"model.adapter: the {name} of {given} has shape {list(tensor.shape)}, this network's {sizes[name]}"
+        latents = (network.config.out_channels or own) * len(said)
+        if name == layer and list(tensor.shape) == inputs.weight_shape(network, cls.INPUT, (own, latents)):
+            raise UserError(
+                f"{which}: it is of an earlier form, every condition in new channels, and this base now sees the "
+                "reference as its own pipeline does: train it anew, or merge it by the version that made it and give "
+                "that model as model.base"
+            )
+        raise UserError(f"{which}: it is another base's")
 
 
 def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
