@@ -210,7 +210,7 @@ def run_workers(
     least = train.min_workers or train.workers
     # Nodes of a cluster that starts come one after another: fewer workers begin once they would be left alone for as
     # long as they are to train at least. Later they go on at once, and grow when a node has come.
-    settle_s = max(room.SETTLE_S, train.resize_every_s)
+    settle_s = max(room.SETTLE_S, train.resize_every_s) if joining.address() else room.SETTLE_S
     say = lambda line: on_item({"waiting": line})  # noqa: E731
     try:
         with _stopping(listener) as stop:
@@ -231,7 +231,8 @@ def run_workers(
                 if "result" in last:
                     return last["result"]
                 if "failure" not in last and failure and ray_internals.found_no_room(failure):
-                    continue  # another job was quicker: no try of ours
+                    say("another job took the room first: waiting again")  # no try of ours
+                    continue
                 reason = last.get("failure") or (
                     failures.reason(failure) if failure else "the workers ended without a result"
                 )

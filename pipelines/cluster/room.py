@@ -65,31 +65,55 @@ def wait(
     settle_s: float = SETTLE_S,
     stop: threading.Event | None = None,
 ) -> int:
-    """How many of the wanted bundles can be placed now; waits, and says so, as `workers` does.
+    """How many of the wanted bundles can be placed now, the first `least` of them or more; waits, and says so, as
+    `workers` does.
+
+    The first are asked for together: while they do not fit, none of them holds anything, so that two jobs cannot wait
+    for what the other one holds. What is placed is held until this returns.
 
     line: what is said of the number that is placed.
     """
     stop = stop or threading.Event()
-    begun = added = time.monotonic()
-    since, said = time.strftime("%H:%M:%S"), 0
-    with _wanted([[bundle] for bundle in wanted]) as groups:
-        placed = 0
-        while True:
-            before, placed, now = placed, _placed(groups), time.monotonic()
-            if placed > before:
-                added = now
-            settled = placed == len(wanted) or now - added > settle_s
-            if settled and placed >= least:
-                break
-            if stop.wait(LOOK_S):
-                raise KeyboardInterrupt
-            if now - begun > (SETTLE_S if not said else said * REMIND_S):
-                minutes = f", for {(now - begun) / 60:.0f} min" if said else ""
-                say(f"{line(placed)}: waiting for nodes since {since}{minutes}")
-                said += 1
-        if said:
-            say(f"{line(placed)}: going on")
-        return placed
+    begun, said = time.monotonic(), 0
+    since = time.strftime("%H:%M:%S")
+
+    def look(placed: int) -> None:
+        nonlocal said
+        if stop.wait(LOOK_S):
+            raise KeyboardInterrupt
+        if (after := time.monotonic() - begun) > (SETTLE_S if not said else said * REMIND_S):
+            minutes = f", for {after / 60:.0f} min" if said else ""
+            say(f"{line(placed)}: waiting for nodes since {since}{minutes}")
+            said += 1
+
+    with _wanted([list(wanted[:least])]) as first:
+        while not _placed(first):
+            look(min(_fitting(wanted), least - 1))
+        added, more = time.monotonic(), 0
+        with _wanted([[bundle] for bundle in wanted[least:]]) as others:
+            while more < len(others):
+                before, more, now = more, _placed(others), time.monotonic()
+                if more > before:
+                    added = now
+                elif now - added > settle_s:
+                    break
+                if more < len(others):
+                    look(least + more)
+    if said:
+        say(f"{line(least + more)}: going on")
+    return least + more
+
+
+def _fitting(wanted: Sequence[Bundle]) -> int:
+    """How many of the bundles fit into what is free now, on whatever nodes."""
+    import ray
+
+    free = ray.available_resources()
+    for number, bundle in enumerate(wanted):
+        if any(free.get(name, 0.0) < amount for name, amount in bundle.items()):
+            return number
+        free |= {name: free[name] - amount for name, amount in bundle.items()}
+    return len(wanted)
 
 
 def cpus(least: int, say: Callable[[str], None]) -> int:
