@@ -6,6 +6,7 @@ Tiny parts do the same on the CPU with tiny networks, and run what is compiled a
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -77,11 +78,13 @@ def parts(tiny: bool) -> list[Part]:
     return [
         Part("card", partial(card_rows, device)),
         Part("numbers", partial(number_rows, device, compiled=False)),
+        Part("numbers in fp8", partial(fp8_number_rows, device, compiled=False)),
         *steps[:4],
         Part("train", partial(train_rows, device)),
         *large,
         Part("scoring", partial(scoring_rows, device)),
         Part("numbers, compiled", partial(number_rows, device, compiled=True)),
+        Part("numbers in fp8, compiled", partial(fp8_number_rows, device, compiled=True)),
         *steps[4:],
     ]
 
@@ -134,10 +137,12 @@ def number_rows(device: str, compiled: bool) -> Iterator[Row]:
                 continue  # its temporal convolutions do not take it
             for backward in ("exact", "residual"):
                 yield compared(name, dtype, backward, device, compiled)
-    if importlib.util.find_spec("torchao") is None or not has_fp8(device):
-        yield {"family": "wan", "dtype": "fp8", "note": "skipped: no torchao, or a card without fp8"}
-    else:
-        yield compared("wan", "fp8", "residual", device, compiled)
+
+
+def fp8_number_rows(device: str, compiled: bool) -> Iterator[Row]:
+    """The same of a network whose frozen blocks are in fp8."""
+    needs_fp8(device)
+    yield compared("wan", "fp8", "residual", device, compiled)
 
 
 def has_fp8(device: str) -> bool:
@@ -145,12 +150,21 @@ def has_fp8(device: str) -> bool:
 
 
 def compared(name: str, dtype: str, backward: config.Backward, device: str, compiled: bool) -> Row:
-    """One family's row. An error is in its note: the other families go on."""
+    """One family's row. An error is in its note: the other families go on.
+
+    Raises RuntimeError after an error that leaves the GPU unusable in this process: no other family could go on in it.
+    """
     row = {"family": name, "dtype": dtype, "backward": backward, "compiled": compiled, "tolerance": TOLERANCES[dtype]}
     try:
         loss, gradient = loss_and_gradient(name, dtype, backward, device, compiled)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return row | {"equal": False, "note": f"{type(error).__name__}: {first_line(error)}"}
+        note = f"{type(error).__name__}: {first_line(error)}"
+        try:
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError as after:
+            raise RuntimeError(f"{name}, {dtype}, {backward} left the GPU unusable: {note}") from after
+        return row | {"equal": False, "note": note}
     loss_there, gradient_there = loss_and_gradient(name, dtype, backward, "cpu", compiled=False)
     differences = {
         "loss_difference": abs(loss / loss_there - 1),
@@ -345,7 +359,7 @@ SHAPE = ClipShape(frames=5, height=64, width=32)
 def train_rows(device: str) -> Iterator[Row]:
     """`prepare --latents` and `train` as a person types them, on encoded clips of moving patterns, with a tiny Wan and
     its VAE: how long the start-up takes, part by part."""
-    for package in ("ray", "mlflow"):
+    for package in ("ray", "mlflow", "pyarrow", "av"):
         if importlib.util.find_spec(package) is None:
             raise SkippedError(f"{package} is not installed")
     from benchmarks import stream  # here: what reads and writes shards is needed for this part alone
@@ -412,6 +426,13 @@ def tiny_base(folder: Path) -> None:
 def scoring_rows(device: str) -> Iterator[Row]:
     """CEI scoring with replay and without: `benchmarks.cei_cost`'s row."""
     yield cei_cost.figures_of(30 if device != "cpu" else 3, draws=4, repeats=1, device=device)
+
+
+def not_installed(message: str) -> str | None:
+    """The package that an error's message says is not there, in this process or in a command's; None where it says
+    nothing of the kind, or names a module of this project: that is a fault and no lack."""
+    found = re.search(r"No module named '(\w+)", message)
+    return found[1] if found and found[1] not in ("benchmarks", "entprog", "pipelines") else None
 
 
 def first_line(error: BaseException) -> str:

@@ -170,7 +170,8 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Commit of this project's own checkout (with '+' when it has changes), or the installed version."""
+    """Commit of this project's own checkout (with '+' when it has changes), or the installed version; `unknown` for
+    files that were copied without either, or where git refuses to read them."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -183,7 +184,10 @@ def commit() -> str:
             return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         pass
-    return f"v{importlib.metadata.version('entprog')}"
+    try:
+        return f"v{importlib.metadata.version('entprog')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def duration(seconds: float) -> str:

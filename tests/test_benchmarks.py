@@ -1,9 +1,14 @@
 """Benchmarks at their smallest: that they run, and leave what others read."""
 
+import importlib.util
 import json
 import multiprocessing
 import re
+import threading
 import time
+from contextlib import contextmanager
+from multiprocessing import resource_tracker, spawn
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,14 +157,190 @@ def test_gpu_check_goes_on_where_it_stopped(results, monkeypatch):
     assert record["figures"][-1]["share_of_matmul"] == 0.25
 
     again = gpu_check.Kept(tiny=True, again=())
-    assert again.done == {"card"} and [row["part"] for row in again.rows] == ["card", "train"]
+    assert again.settled == {"card"} and list(again.parts) == ["card", "train"]
     again.add("train", {"command": "train"})  # Ray is there now
     again.end("train", {"status": "too slow", "note": "more than 120 s", "seconds": 120.0})
     again = gpu_check.Kept(tiny=True, again=())
-    assert again.done == {"card"} and [row.get("command") for row in again.rows] == [None, "train"]
-    assert gpu_check.Kept(tiny=True, again=["card"]).done == set(), "asked for by name: measured anew"
-    monkeypatch.setattr(common, "source", lambda: "another")
-    assert gpu_check.Kept(tiny=True, again=()).rows == [], "figures of other code stay out of this file"
+    assert again.settled == {"card"} and rows_of(again, "train") == [{"command": "train"}]
+    assert gpu_check.Kept(tiny=True, again=["card"]).settled == set(), "asked for by name: measured anew"
+
+
+def rows_of(kept, part):
+    return [{name: value for name, value in row.items() if name != "part"} for row in kept.rows.get(part, ())]
+
+
+def tried(results, part, rows, status, again=()):
+    """A call that gets so many rows of a part, each with the status as its figure; the file after it."""
+    kept = gpu_check.Kept(tiny=True, again=again)
+    for _ in range(rows):
+        kept.add(part, {"figure": status})
+    if status != "killed":
+        kept.end(part, {"status": status, "note": "", "seconds": 1.0})
+    record = json.loads((results / "gpu_check_tiny.json").read_text())
+    return [row["figure"] for row in record["figures"] if row["part"] == part], record["parts"].get(part)
+
+
+@pytest.mark.parametrize("worse", ["failed", "crashed", "too slow", "skipped", "out of memory", "killed"])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_gpu_check_what_was_measured_stays_until_a_later_try_is_done(results, worse, rows):
+    tried(results, "other", 1, "done")
+    tried(results, "step", 2, "done")
+    figures, end = tried(results, "step", rows, worse, again=["step"])
+    assert figures == ["done"] * 2 and end["status"] == "done", "a try that is not done takes nothing away"
+    assert ("again" in end) == (worse != "killed") and ("again" not in end or end["again"]["status"] == worse)
+    assert gpu_check.Kept(tiny=True, again=()).settled == {"other", "step"}
+    figures, end = tried(results, "step", 1, "done", again=["step"])
+    assert figures == ["done"] and "again" not in end
+    assert tried(results, "other", 0, "failed")[0] == ["done"]
+
+
+@pytest.mark.parametrize("before", ["too slow", "failed", "killed"])
+@pytest.mark.parametrize("after", ["skipped", "crashed", "killed"])
+def test_gpu_check_of_two_tries_that_are_not_done_the_longer_one_stays(results, before, after):
+    tried(results, "step", 2, before)
+    figures, end = tried(results, "step", 1, after)
+    assert figures == [before] * 2
+    assert (end or {}).get("status") == (after if after != "killed" else before if before != "killed" else None)
+    assert tried(results, "step", 2, after)[0] == [after] * 2
+    assert tried(results, "step", 1, "done")[0] == ["done"]
+
+
+@pytest.mark.parametrize("other", ["source", "device", "versions", "unreadable", "no object"])
+def test_gpu_check_results_of_something_else_are_kept_beside_its_own(results, monkeypatch, other, capsys):
+    tried(results, "card", 1, "done")
+    file = results / "gpu_check_tiny.json"
+    if other == "source":
+        monkeypatch.setattr(common, "source", lambda: "another")
+    elif other in ("unreadable", "no object"):
+        file.write_text("<<<<<<< HEAD" if other == "unreadable" else "[]")
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {other: "another"}))
+    (results / "gpu_check_tiny.1.json").write_text("an earlier one")
+    first = file.read_text()
+    assert gpu_check.Kept(tiny=True, again=()).rows == {}, "figures of other code stay out of this file"
+    assert file.read_text() == first, "a call that measures nothing changes nothing"
+    assert tried(results, "card", 1, "failed")[0] == ["failed"]
+    assert tried(results, "card", 1, "done", again=["card"])[0] == ["done"]
+    assert (results / "gpu_check_tiny.2.json").read_text() == first and len(list(results.iterdir())) == 3
+    assert (results / "gpu_check_tiny.1.json").read_text() == "an earlier one"
+    assert "kept as gpu_check_tiny.2.json" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("way", ["ends", "hangs", "is not there", "hangs until the time is over"])
+def test_gpu_check_without_a_process_to_measure_in_marks_nothing(results, monkeypatch, tmp_path_factory, way):
+    resource_tracker.ensure_running()  # by the real Python
+    program = tmp_path_factory.mktemp("bin") / "python"
+    if way != "is not there":
+        program.write_text("#!/bin/sh\n" + ("exit 3" if way == "ends" else "exec sleep 60"))
+        program.chmod(0o755)
+    monkeypatch.setattr(spawn, "_python_exe", str(program).encode())
+    monkeypatch.setattr(gpu_check, "LEAST_S", 0.5)
+    monkeypatch.setattr(gpu_check, "START_S", 60.0 if "time" in way else 0.5)
+    seconds = "1" if "time" in way else "100"
+    outcome = CliRunner().invoke(gpu_check.app, ["--tiny", "--seconds", seconds, "--part", "card", "--part", "train"])
+    assert not isinstance(outcome.exception, Exception) and not list(results.iterdir())
+    if "time" in way:
+        assert outcome.exit_code == 0 and "parts are left (card" in outcome.output
+    else:
+        assert outcome.exit_code == 1 and len(outcome.output.splitlines()) == 2, outcome.output
+        said = {"ends": "it ended with 3", "hangs": "not ready after", "is not there": "it ended with 255"}[way]
+        assert f"does not start: {said}" in outcome.output
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("fault", ["cannot clean up", "fails", "ends within"])
+def test_gpu_check_a_process_that_is_lost_between_parts_costs_no_part(monkeypatch, fault):
+    """The process is played by a thread: what it says is what `measure` says."""
+    begun = []
+
+    def play(pipe):
+        pipe.send("ready")
+        while True:
+            name = pipe.recv()
+            begun.append(name)
+            if name == "second" and fault == "ends within":
+                return pipe.close()
+            pipe.send(("row", {"part_of": name}))
+            pipe.send(("failed" if name == "second" and fault == "fails" else "done", ""))
+            if name in ("second", "last"):
+                return pipe.close()
+            pipe.send("ready")
+
+    @contextmanager
+    def beside(tiny):
+        ours, theirs = multiprocessing.Pipe()
+        thread = threading.Thread(target=play, args=(theirs,), daemon=True)
+        thread.start()
+        yield SimpleNamespace(exitcode=7, join=lambda seconds: None), ours
+        ours.close()
+        thread.join(10)
+
+    monkeypatch.setattr(gpu_check, "beside", beside)
+    todo = ["first", "second", "third", "last"]
+    ends = {name: end for name, _, end in gpu_check.events(todo, True, time.monotonic() + 100) if end is not None}
+    second = {"cannot clean up": "done", "fails": "failed", "ends within": "crashed"}[fault]
+    assert {name: end["status"] for name, end in ends.items()} == dict.fromkeys(todo, "done") | {"second": second}
+    assert begun == todo
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ModuleNotFoundError("No module named 'av'", name="av"), "skipped"),
+        (ModuleNotFoundError("No module named 'torchao.float8'", name="torchao.float8"), "skipped"),
+        (RuntimeError("pipelines.train failed: failed: ModuleNotFoundError: No module named 'optuna' (…)"), "skipped"),
+        (gpu_parts.SkippedError("the card has 80 GB"), "skipped"),
+        (ModuleNotFoundError("No module named 'entprog.blocs'", name="entprog.blocs"), "failed"),
+        (ImportError("cannot import name 'PerRow' from 'torchao.quantization'"), "failed"),
+        (MemoryError("none"), "out of memory"),
+        (KeyError("exp_avg"), "failed"),
+    ],
+)
+def test_gpu_check_what_is_not_installed_is_tried_again(results, error, status):
+    end, note = gpu_check.end_of(error)
+    assert end == status and note and "\n" not in note
+    kept = gpu_check.Kept(tiny=True, again=())
+    kept.end("train", {"status": end, "note": note, "seconds": 1.0})
+    assert ("train" in kept.settled) == (status != "skipped")
+
+
+@pytest.mark.parametrize("lacking", ["ray", "mlflow", "pyarrow", "av", "torchao"])
+def test_gpu_check_parts_name_the_package_that_they_lack(monkeypatch, lacking):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == lacking else found(name))
+    known = {part.name: part for part in gpu_parts.parts(tiny=True)}
+    fp8 = [name for name in known if "fp8" in name]
+    assert {"numbers in fp8", "numbers in fp8, compiled"} < set(fp8)
+    for name in fp8 if lacking == "torchao" else ["train"]:
+        with pytest.raises(gpu_parts.SkippedError, match=f"{lacking} is not installed"):
+            next(iter(known[name].rows()))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: illegal access"), NotImplementedError("no kernel")])
+@pytest.mark.parametrize("usable", [True, False])
+def test_gpu_check_numbers_end_with_an_error_that_the_gpu_does_not_survive(monkeypatch, error, usable):
+    """An error of one family is its row, and the others go on, as long as they can."""
+    families = list(gpu_parts.TINY)
+
+    def loss_and_gradient(name, dtype, backward, device, compiled):
+        if name == families[1] and device == "cuda":
+            raise error
+        return 1.0, torch.ones(2)
+
+    def synchronize():
+        if not usable:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(gpu_parts, "loss_and_gradient", loss_and_gradient)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    rows, raised = [], None
+    try:
+        rows.extend(gpu_parts.number_rows("cuda", compiled=False))
+    except RuntimeError as reason:
+        raised = str(reason)
+    assert all(row["equal"] != (row["family"] == families[1]) for row in rows)
+    assert {row["family"] for row in rows} == set(families if usable else families[:1])
+    assert raised is None if usable else families[1] in raised and str(error) in raised
 
 
 def test_gpu_check_says_what_is_wrong_before_it_begins(results):
@@ -174,7 +355,7 @@ def test_gpu_check_says_what_is_wrong_before_it_begins(results):
 def test_parts_of_gpu_check_that_need_no_process(results):
     """The tiny parts give the rows that a card's do."""
     known = {part.name: part for part in gpu_parts.parts(tiny=True)}
-    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 30
+    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 32
     with torch.compiler.set_stance("force_eager"):
         steps = list(known["step of 20000 tokens, compiled"].rows())
         (large,) = known["14B, LoRA, 24 GB"].rows()

@@ -36,3 +36,27 @@ def test_the_commit_is_that_of_the_projects_own_checkout(way, tmp_path, monkeypa
     monkeypatch.setattr(cli, "__file__", str(place))
     mine = _git(root, "rev-parse", "HEAD") if way.startswith("own") else f"v{importlib.metadata.version('entprog')}"
     assert cli.commit() == mine + ("+" if way == "own, changed" else "")
+
+
+@pytest.mark.parametrize("way", ["no git", "no repository", "git refuses"])
+def test_a_commit_that_nothing_tells_is_unknown(way, tmp_path, monkeypatch):
+    """On a bare image the code is a copy of the files: not installed, and without git or a repository of one's own."""
+    place = tmp_path / "pipelines" / "cli.py"
+    place.parent.mkdir()
+    place.write_text("")
+    if way == "git refuses":  # as a folder of somebody else's, to which it answers "dubious ownership"
+        _git(tmp_path, "init", "-q")
+        _git(tmp_path, "add", ".")
+        _git(tmp_path, "commit", "-qm", "one")
+        for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+            monkeypatch.setenv(name, "/dev/null")
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    if way == "no git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(cli, "__file__", str(place))
+    assert cli.commit() == "unknown"
