@@ -37,7 +37,7 @@ OTHERS = {
     "generate": (["--seed", "5"], "generate.seed was 0, now 5"),
     "evaluate": (["--set", "generate.steps=7"], "steps was 20, now 7"),
     "compare": (["--runs", "abcdef"], '--runs was [], now ["abcdef"]'),
-    "demo": (["--seconds", "7"], "train.seconds was 110.0, now 7.0"),
+    "demo": (["--seconds", "7"], "train.seconds was 80.0, now 7.0"),
 }
 """Another setting of each job, and what is said of it."""
 FOREIGN = (
