@@ -136,11 +136,14 @@ def extract(
 def _own_conditions(kind: Any, chosen: Any) -> tuple[str, ...]:
     """Conditions that a base of others has already. chosen: settings that name it and its expert."""
     from entprog.models import inputs, vaes
+    from entprog.models.reference_frame import ReferenceFrameDenoiser
 
     both = chosen.model_copy(update={"conditions": inputs.CONDITIONS, "adapter": None})
     source = kind.inspect(both, weights=False)
-    channels = 3 if source.vae is None else vaes.channels(source.vae)
-    return kind.load.args[0].own_conditions(source.network.config, channels)
+    family, channels = kind.load.args[0], 3 if source.vae is None else vaes.channels(source.vae)
+    if issubclass(family, ReferenceFrameDenoiser):  # beside the clip, in places of their own
+        return source.conditions
+    return family.own_conditions(source.network.config, channels)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,8 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
         "picture": str(picture),
         "moving_picture": str(moving),
         "wall_s": round(time.time() - started, 1),
+        "commit": cli.commit(),  # what is told again later is of this one
+        "command": cli.command(),
     }
     files.write_json(finished, {"identity": identity, "result": result})
     return _tell(result)

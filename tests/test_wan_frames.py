@@ -240,12 +240,14 @@ def test_step_0_is_the_base_and_a_saved_network_the_same(given, tmp_path):
 
 def test_an_older_network_with_the_reference_in_new_channels_keeps_it(given, tmp_path):
     _, folder = given
-    before = fingerprints.base(Model(base=str(folder)))
+    before, of_pose = fingerprints.base(Model(base=str(folder))), Model(base=str(folder), conditions=("pose",))
+    before_of_pose = fingerprints.base(of_pose)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": False}))
     try:
         old = load(Model(base=str(folder)))  # as a version that did not look there
         assert fingerprints.base(Model(base=str(folder))) != before
+        assert fingerprints.base(of_pose) == before_of_pose, "without the reference it decides nothing: old runs go on"
     finally:
         (folder / "model_index.json").write_text(json.dumps(index))
     assert old.form == "" and old.network.config.in_channels == 12

@@ -4,6 +4,8 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from entprog.config import ClipShape, Drop, Model
 from entprog.diffusion import dropping
@@ -14,6 +16,7 @@ from entprog.models.wan_vace import inspect, load
 from helpers import bases
 from helpers.families import clips
 from helpers.recording import calls
+from pipelines import adapter
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 
@@ -105,3 +108,15 @@ def test_what_was_trained_with_a_reference_keeps_it(made, tmp_path):
     load(Model(family="wan_vace", base=str(made[1]))).save(tmp_path / "model", shape=SHAPE)
     with pytest.raises(UserError, match=r"was trained with reference too; add that"):
         inspect(Model(family="wan_vace", base=str(tmp_path / "model"), conditions=("pose",)))
+
+
+def test_an_adapter_of_others_is_merged_with_the_conditions_that_the_base_has(made, tmp_path):
+    pipe, folder = made
+    name = next(name for name, module in pipe.transformer.named_modules() if name.endswith("attn1.to_q"))
+    rows, columns = pipe.transformer.get_submodule(name).weight.shape
+    pair = {"lora_A.weight": torch.ones(2, columns), "lora_B.weight": torch.ones(rows, 2)}
+    save_file({f"transformer.{name}.{half}": tensor for half, tensor in pair.items()}, tmp_path / "lora.safetensors")
+    given = ["--adapter", tmp_path / "lora.safetensors", "--base", folder, "--family", "wan_vace", "--output"]
+    done = CliRunner().invoke(adapter.app, ["merge", *map(str, given), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert inspect(Model(family="wan_vace", base=str(tmp_path / "out" / "model"))).conditions == ("reference", "pose")

@@ -55,10 +55,10 @@ def gathered(network: nn.Module):
     if not is_sharded(network):
         yield
         return
-    network.set_reshard_after_forward(False)
-    for part in _parts(network):
-        part.unshard()
     try:
+        network.set_reshard_after_forward(False)
+        for part in _parts(network):
+            part.unshard()
         yield
     finally:
         network.set_reshard_after_forward(True)

@@ -124,6 +124,9 @@ class VideoDenoiser:
         """Numbers of latent channels that a configuration's output may stand for."""
         return (network.out_channels or network.in_channels,)
 
+    def check_type(self) -> None:
+        """Raises UserError where the network does not work in its type on its device."""
+
     @classmethod
     def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
         """Conditions among the input channels of a base that we did not save. channels: of the latents."""

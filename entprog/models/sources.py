@@ -262,7 +262,7 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
             out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
         else:
             network("network", part, "model.base")
-        if whole.deciding(root):
+        if whole.deciding(root) and (name or inspect(cls, settings).form == GIVEN_FRAME):
             out[folders.INDEX] = root / folders.INDEX
         for name in ("entprog.json", SCHEDULER_FILE):
             if (root / name).is_file():
@@ -315,7 +315,9 @@ def load(
     if settings.adapter:
         adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
     prepare(network)
-    return _with_parts(cls, settings, source, network.to(device), device)
+    denoiser = _with_parts(cls, settings, source, network.to(device), device)
+    denoiser.check_type()
+    return denoiser
 
 
 def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu") -> VideoDenoiser:
@@ -396,7 +398,8 @@ def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]
                 f"{whole.remedy(root)}"
             )
         return folder, setting
-    folder = folders.part(folders.locate(settings.vae, "model.vae", settings.trust_pickle), "vae")
+    of_vae = ("vae/", folders.STEM)  # of a pipeline on the hub its VAE alone
+    folder = folders.part(folders.locate(settings.vae, "model.vae", settings.trust_pickle, parts=of_vae), "vae")
     if folder is None:
         raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
     return folder, setting

@@ -59,7 +59,7 @@ class SvdDenoiser(VideoDenoiser):
         "steps_offset": 1,
     }
 
-    def __post_init__(self):
+    def check_type(self) -> None:
         if self.autocast is not None and self.device.type == "cpu":
             # torch 2.13's CPU kernel leaves parts of such a Conv3d's weight gradient unwritten.
             raise UserError("model.dtype: SVD's temporal convolutions have no sound bfloat16 on a CPU; take float32")

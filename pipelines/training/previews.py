@@ -60,12 +60,21 @@ class Previews:
         """Draw every motion with the weights as they are after this step, or with their averages where there are any;
         every rank calls it. What goes wrong is a warning."""
         network = self.denoiser.network
-        with averaged(network, ema), fsdp.gathered(network), undisturbed(network, self.compiled):
-            if agree.world()[0] == 0:
+        with averaged(network, ema), contextlib.ExitStack() as together:
+            failed = None
+            try:
+                together.enter_context(fsdp.gathered(network))  # may need more memory than a rank has
+            except Exception as error:
+                failed = reason(error)
+            failed = next((line for line in agree.gathered(failed) if line), None)
+            together.enter_context(undisturbed(network, self.compiled))
+            if failed is None and agree.world()[0] == 0:
                 try:
                     self._draw(step, charged_s)
                 except Exception as error:  # memory, disk, codec: a look must not cost the run
-                    self.warn(f"the preview after step {step} failed: {reason(error)}; training goes on")
+                    failed = reason(error)
+            if failed:
+                self.warn(f"the preview after step {step} failed: {failed}; training goes on")
         agree.wait_for_all()  # no rank's next step pays for it
 
     def _draw(self, step: int, charged_s: float) -> None:

@@ -330,8 +330,9 @@ def _final_network(setup: Setup, state: RunState) -> Setup:
     weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
     if agree.world()[0] != 0:
         return setup
-    plain = models.family(experiment.model.family).load(experiment.model, "cpu", experiment.train.seed)
-    plain.network.load_state_dict(weights)  # on the host, from where it is saved: the device has its part already
+    in_full = experiment.model.model_copy(update={"dtype": "float32"})  # only to be saved from there
+    plain = models.family(experiment.model.family).load(in_full, "cpu", experiment.train.seed)
+    plain.network.load_state_dict(weights)  # on the host: the device has its part already
     return replace(setup, denoiser=replace(denoiser, network=plain.network))  # the text is not the base's
 
 

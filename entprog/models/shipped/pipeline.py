@@ -315,6 +315,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             )
         name, tokens = self.config.encodes
         kind, device = getattr(diffusers, name), self._execution_device
+        if self.text_encoder is None:  # fetched for this call
+            parts["text_encoder"].to(device)
         parameters = inspect.signature(kind).parameters.values()
         pipe = kind(**{one.name: None for one in parameters if one.default is one.empty} | parts)
         if name == "AnimateDiffPipeline":
