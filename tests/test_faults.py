@@ -361,8 +361,12 @@ def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number
         message.append(item["waiting"])
         os.kill(os.getpid(), number)
 
-    with pytest.raises(KeyboardInterrupt):
-        launch.run_workers(launch.training, {}, wanting(workers=8, gpus="no"), tmp_path, on_item)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_workers(launch.training, {}, wanting(workers=8, gpus="no"), tmp_path, on_item)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(message) == 1 and not running("TrainController")
     for _ in range(100):  # Ray takes a moment
         if {group["state"] for group in placement_group_table().values()} == {"REMOVED"}:
