@@ -149,13 +149,13 @@ def no_memory(network):
 
 @pytest.mark.parametrize("fault", ["disk", "sampler", "tracking", "whole weights"])
 def test_a_failure_is_a_warning_and_weights_come_back(fault, tmp_path, monkeypatch):
-    if fault == "whole weights":
-        monkeypatch.setattr(previews.fsdp, "gathered", no_memory)
     run, warnings = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 3})), []
     list(run.steps())
     before = run.weights()
     settings = Generate(steps=2, sampler="DDIMScheduler") if fault == "sampler" else Generate(steps=2)
     look = looking(run, tmp_path, settings, warnings=warnings)
+    if fault == "whole weights":
+        monkeypatch.setattr(previews.fsdp, "gathered", no_memory)
     if fault == "disk":
         (tmp_path / "previews").write_text("in the way")
     if fault == "tracking":
