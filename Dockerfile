@@ -10,8 +10,9 @@ USER root
 RUN apt-get update && apt-get install --yes --no-install-recommends nfs-common rsync && rm -rf /var/lib/apt/lists/*
 # For AWS instances with EFA: --build-arg EFA=VERSION, a version of Amazon's installer. Not tried.
 ARG EFA=
-RUN if [ -n "$EFA" ]; then cd /tmp && curl -fsSLO https://efa-installer.amazonaws.com/aws-efa-installer-$EFA.tar.gz \
-    && tar xzf aws-efa-installer-$EFA.tar.gz && cd aws-efa-installer \
+RUN if [ -n "$EFA" ]; then cd /tmp && python -c "import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])" \
+    https://efa-installer.amazonaws.com/aws-efa-installer-$EFA.tar.gz aws-efa-installer.tar.gz \
+    && tar xzf aws-efa-installer.tar.gz && cd aws-efa-installer \
     && ./efa_installer.sh -y -g --skip-kmod --skip-limit-conf --no-verify && rm -rf /tmp/aws-efa-installer*; fi
 USER ray
 WORKDIR /home/ray/entprog

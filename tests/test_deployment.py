@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import http.server
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import urllib.error
@@ -287,6 +289,8 @@ def test_every_cluster_starts_mlflows_server_inside_its_network_and_gives_it_to_
     assert options["artifacts_destination"].startswith("/shared/mlflow/") and options["serve_artifacts"]
     assert options["workers"] == "1", "one process writes to the file"
     host = address.removeprefix("http://").removesuffix(f":{options['port']}")
+    allowed = options["allowed_hosts"].split(",")  # whatever the address, not private ones alone as by default
+    assert allowed == [f"{host.replace(HERE, 'HEAD')}:{options['port']}", f"localhost:{options['port']}"]
     if name in CLUSTERS:
         assert (options["host"], host) == ("HEAD", HERE) and line.rstrip().endswith("&")
         return
@@ -295,9 +299,93 @@ def test_every_cluster_starts_mlflows_server_inside_its_network_and_gives_it_to_
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert service["spec"]["selector"].items() > beside("NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items()
     assert beside("Deployment")["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
-    assert f"{host}:{options['port']}" in options["allowed_hosts"].split(",")
     (before,) = pods()["submitter"]["spec"]["initContainers"]
     assert f"{address}/health" in before["command"][-1], "no job begins before it answers"
+
+
+def test_the_rayjob_begins_once_mlflow_answers_and_not_before(tmp_path):
+    """The command that waits for it, where there is no program but those of the image that it calls."""
+    for program in ("bash", "sleep"):
+        (tmp_path / program).symlink_to(shutil.which(program))
+    (tmp_path / "python").symlink_to(sys.executable)
+    (before,) = pods()["submitter"]["spec"]["initContainers"]
+    asked = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(503 if len(asked) == 1 else 200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        _, address = mlflow_server("kuberay.yaml")
+        command = before["command"][-1].replace(address, f"http://127.0.0.1:{server.server_port}")
+        done = subprocess.run([*before["command"][:-1], command], env={"PATH": str(tmp_path)}, timeout=60)
+        server.shutdown()
+    assert done.returncode == 0 and asked == ["/health", "/health"]
+
+
+def commands(name):
+    """What a file has a shell of the image do."""
+    text = (ROOT / name).read_text()
+    if name == "Dockerfile":
+        return re.findall(r"^RUN ((?:.*\\\n)*.*)", text, re.M)
+    if name == "kuberay.yaml":
+        inside = [
+            container
+            for pod in pods().values()
+            for container in [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
+        ]
+        hooks = [each["lifecycle"]["preStop"]["exec"]["command"] for each in inside if "lifecycle" in each]
+        shells = [each["command"] for each in inside if "command" in each]
+        return [read(name)["spec"]["entrypoint"], *(command[-1] for command in [*shells, *hooks])]
+    return [*read(name)["head_start_ray_commands"], *read(name)["worker_start_ray_commands"]]
+
+
+def programs(command):
+    """What a line of a shell calls, without the shell's own words."""
+    command = re.sub(r"(\w+=)?\$\((.*?)\)", r"; \2 ;", re.sub(r'"[^"]*"', "TEXT", command).replace("\\\n", " "))
+    for call in re.split(r";|&&|\|\|?|(?<!>)&(?!\d)", command):
+        words = re.sub(r"^(\s*(if|then|else|until|while|do|exec|nohup|\w+=\S*)(\s|$))*", "", call.strip()).split()
+        if words and not words[0].startswith(("-", "/", ":", "<", ">")):
+            yield words[0]
+
+
+SHELL = {"[", "cd", "done", "fi", "ulimit"}
+DEBIAN = {"apt-get", "cut", "hostname", "mkdir", "rm", "sleep", "tar", "./efa_installer.sh"}
+"""What every image has that is built on Debian's or Ubuntu's, and what an archive brings."""
+PYTHON = {"python", "pip", "ray", "mlflow"}
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "kuberay.yaml", "Dockerfile"])
+def test_no_file_calls_a_program_that_the_image_lacks(name):
+    """Ray's image has no curl, no wget and no jq."""
+    (line,) = [each for each in commands("Dockerfile") if "apt-get install" in each]
+    installed = re.search(r"apt-get install ((?:[\w-]+ ?)+)", line)[1].split()
+    called = {program for command in commands(name) for program in programs(command)}
+    assert "ray" in called or name in ("Dockerfile", "kuberay.yaml")
+    assert called <= {*SHELL, *DEBIAN, *PYTHON, *installed}, called
+    assert set(programs('a=1 until curl --fail x; do sleep 2; done && X=$(wget "y") ls')) >= {"curl", "wget", "ls"}
+
+
+def test_who_may_reach_mlflow_on_google_is_said_with_the_rules_that_close_it():
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    emails = {
+        account["email"].replace("REPLACE", "PROJECT")
+        for kind in read("cluster-gcp.yaml")["available_node_types"].values()
+        for account in kind["node_config"]["serviceAccounts"]
+    }
+    assert set(re.search(r"^NODES=(.*)", text, re.M)[1].split(",")) == emails
+    rules = dict(re.findall(r"firewall-rules create (\S+) ((?:.*\\\n)*.*)", text))
+    nodes, others = (shlex.split(rule.replace("\\\n", " ")) for rule in rules.values())
+    nodes, others = (dict(word.removeprefix("--").split("=") for word in rule) for rule in (nodes, others))
+    assert (nodes["action"], others["action"]) == ("ALLOW", "DENY") and int(nodes["priority"]) < int(others["priority"])
+    assert nodes["source-service-accounts"] == nodes["target-service-accounts"] == others["target-service-accounts"]
+    assert "Google's default network" in (ROOT / "SECURITY.md").read_text()
 
 
 @pytest.mark.slow
