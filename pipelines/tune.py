@@ -143,11 +143,14 @@ def claimed(wanted: Sweep, space: spaces.Space, output: Path) -> None:
     claim.take(output, "tune", identity)
 
 
-def resources() -> dict[str, float]:
-    """Resources of the cluster that a run would use, or of a local Ray as it would be started."""
-    if os.environ.get("RAY_ADDRESS"):
+def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str, float]:
+    """Resources of the cluster that a run would use, once what it waits for is there, or of a local Ray as it would be
+    started."""
+    if joining.address():
         with cli.ray_cluster(launch.LOCAL_CPUS) as ray:
-            return ray.cluster_resources()
+            now = ray.cluster_resources()
+        gpus = experiment.train.gpus == "yes" or (experiment.train.gpus == "auto" and now.get("GPU", 0) > 0)
+        return now | {k: max(now.get(k, 0), least) for k, least in sweep.needs(experiment, settings, gpus).items()}
     import torch
 
     return {"CPU": max(os.cpu_count() or 1, launch.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
@@ -162,7 +165,7 @@ def explain(wanted: Sweep, space: spaces.Space, output: Path) -> dict[str, Any]:
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
     cli.show("Space", rows, ("setting", "values", "without the sweep"))
     cli.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
-    share = sweep.share(experiment, settings, resources(), os.cpu_count() or 1)
+    share = sweep.share(experiment, settings, resources(experiment, settings), os.cpu_count() or 1)
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
@@ -197,10 +200,10 @@ def run(
     if not is_claimed:
         claimed(wanted, space, output)
     experiment, settings = wanted.experiment(), wanted.tune
-    launch.check_tracking(experiment)
+    launch.check_tracking(experiment, *sweep.NEXT_TO_NOTHING)
+    gpus = launch.use_gpus(experiment)
     if joining.address():  # nodes that are still to come are not counted below
-        workers = (settings.concurrent or 1) * experiment.train.workers
-        room.workers(workers, workers, launch.use_gpus(experiment), cli.console.print)
+        wait(sweep.needs(experiment, settings, gpus))
     if settings.early_stop and not sweep.stops_early(settings):
         cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
@@ -211,7 +214,10 @@ def run(
     shared = config.merge(
         launch.absolute(experiment).model_dump(mode="json"),
         # Every byte of the clips was read once, for the sweep.
-        {"data": {"decode_cpus": given["decode_cpus"], "verify": "size"}, "train": {"threads": given["threads"]}},
+        {
+            "data": {"decode_cpus": given["decode_cpus"], "verify": "size"},
+            "train": {"threads": given["threads"], "gpus": "yes" if gpus else "no"},  # all trials the same
+        },
     )
     tracker = Tracker.start(
         output,
@@ -226,6 +232,7 @@ def run(
         output=str(output.resolve()),
         tables=str(cli.tables_of(output, tables).resolve()),
         tracking_uri=tracking_uri(),
+        cluster=cluster(),
         sweep_run_id=tracker.run_id,
     )
     first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
@@ -245,6 +252,20 @@ def run(
     tracker.end("FINISHED")
     _show(result, output)
     return result
+
+
+def wait(needed: Mapping[str, int]) -> None:
+    """Wait until resources are free on the connected cluster, on whatever nodes."""
+    wanted = [{name: 1} for name, count in needed.items() for _ in range(count)]
+    both = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in needed.items())
+    room.wait(wanted, len(wanted), lambda placed: f"trials need {both}, {placed} of them are free", cli.console.print)
+
+
+def cluster() -> str:
+    """The connected cluster as RAY_ADDRESS names it on whatever node."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address if joining.address() else "local"
 
 
 def _cores() -> int:

@@ -25,9 +25,10 @@ from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import metadata
-from pipelines import cli, train
-from pipelines.cluster import launch, ray_internals, room, spot
+from pipelines import cli, train, tune
+from pipelines.cluster import joining, launch, ray_internals, room, spot
 from pipelines.cluster.message_board import Listener
+from pipelines.sweeping import sweep, trial
 
 MIB = 2**20
 
@@ -312,7 +313,7 @@ def test_a_cluster_that_starts_is_waited_for_until_it_has_settled(nodes, monkeyp
     nodes.are(1)
     came, message = waited_for(nodes, 1, 3, False, settle_s=60.0, joins=[{"cpus": 2}])
     assert came == 3
-    here = r"there is room for {} of 3 workers \(1 CPU each, 1 for decoding\), train.min_workers=1: "
+    here = r"there is room for {} of 3 workers \(1 CPU each, 1 CPU for decoding\), train.min_workers=1: "
     assert re.fullmatch(here.format(1) + r"waiting for nodes since \d\d:\d\d:\d\d", message[0])
     assert all(re.fullmatch(here.format("[12]") + r"waiting .*, for \d+ min", line) for line in message[1:-1])
     assert re.fullmatch(here.format(3) + "going on", message[-1])
@@ -320,7 +321,8 @@ def test_a_cluster_that_starts_is_waited_for_until_it_has_settled(nodes, monkeyp
     assert room.workers(3, 3, False, message.append) == 3
     assert room.workers(1, 9, False, message.append, settle_s=0.5) == 3, "settled: there is no more"
     came, message = waited_for(nodes, 2, 2, True, joins=[{"cpus": 3, "num_gpus": 2}])
-    assert came == 2 and message[0].startswith("there is room for 0 of 2 workers (1 GPU each): waiting for nodes since")
+    here = "there is room for 0 of 2 workers (1 GPU each, 1 CPU for decoding): waiting for nodes since"
+    assert came == 2 and message[0].startswith(here)
     assert launch.gpus_there("auto", "latents.gpus", message.append) == 2
     with pytest.raises(KeyboardInterrupt):
         stop = threading.Event()
@@ -345,6 +347,73 @@ def test_who_waits_holds_nothing_that_others_could_use(nodes, monkeypatch):
             stop.set()
         with pytest.raises(KeyboardInterrupt):
             larger.result(30)
+
+
+def test_gpus_whose_machine_has_no_cpu_free_are_used_and_grown_into(nodes, monkeypatch):
+    """Ray Train reserves GPUs alone, and Ray Data takes a CPU of any machine: neither waits for ever, and who is told
+    to grow finds the room that was there."""
+    monkeypatch.setattr(room, "SETTLE_S", 1.0)
+    nodes.are(1)
+    nodes.add(0, num_gpus=2)
+    say = [].append
+    assert room.workers(2, 2, True, say) == 2 and room.workers(1, 3, True, say, settle_s=0.5) == 2
+
+    def told_to_grow(within_s):
+        begun, grow = threading.Event(), threading.Event()
+        begun.set()
+        with room.growing(1, True, begun, 0.0, grow.set):
+            return grow.wait(within_s)
+
+    assert told_to_grow(30)
+    # The head's CPU and that of the other node are taken: no CPU is left for Ray Data.
+    held = placement_group([{"CPU": 1}, {"CPU": 1}])
+    try:
+        assert held.wait(30) and not told_to_grow(2)
+        stop = threading.Event()
+        with pytest.raises(KeyboardInterrupt):
+            room.workers(1, 1, True, lambda line: stop.set(), stop=stop)
+    finally:
+        ray_internals.remove_placement_group(held.id.hex())
+
+
+def test_a_sweep_waits_for_all_that_its_trials_take(nodes, monkeypatch):
+    """What it waits for is what it then shares out; and a dry run says what it will be on a cluster without nodes."""
+    monkeypatch.setattr(room, "SETTLE_S", 0.5)
+    nodes.are()
+    experiment = wanting(workers=1, gpus="no")
+    settings = config.Tune(concurrent=2, trials=9)
+    share = sweep.share(experiment, settings, tune.resources(experiment, settings), 4)
+    assert (share.concurrent, share.decode_cpus) == (2, 1.0)
+    message = []
+    monkeypatch.setattr(cli.console, "print", message.append)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tune.wait, sweep.needs(experiment, settings, False))
+        for cpus in (2, 1):  # two workers could begin with the first
+            before = len(message)
+            while len(message) == before and not waiting.done():
+                time.sleep(0.1)
+            assert not waiting.done()
+            monkeypatch.setattr(room, "REMIND_S", 0.5)
+            nodes.add(cpus)
+        waiting.result(60)
+    assert message[0].startswith("trials need 4 CPUs, 1 of them are free: waiting for nodes since ")
+    assert sweep.share(experiment, settings, ray.cluster_resources(), 4).concurrent == 2
+
+
+def test_a_trial_knows_its_drivers_cluster(nodes):
+    """A trial is a worker of Ray's, without the driver's environment: it would take the cluster for one that never
+    grows, and refuse what it should wait for."""
+    nodes.are(1)
+    spec = trial.Spec(experiment={}, tune={}, output="", tables="", tracking_uri="http://127.0.0.1:1",
+                      cluster=tune.cluster(), sweep_run_id="")  # fmt: skip
+
+    def there(spec, experiment):
+        os.environ.pop("RAY_ADDRESS", None)  # as under `ray job submit`
+        trial.here(spec)
+        return joining.address(), launch.use_gpus(experiment)
+
+    knows = ray.remote(num_cpus=0)(there).remote(spec, wanting(workers=16, gpus="yes"))
+    assert ray.get(knows) == (nodes.cluster.address, True)
 
 
 def wanting(**train):

@@ -294,3 +294,20 @@ def test_trials_cannot_starve_each_other():
             taken = share.concurrent * workers * (1 + share.decode_cpus)
             assert share.concurrent >= 1 and taken <= cpus + 1e-9
             assert workers * share.decode_cpus >= launch.CPUS_FOR_DATA - 1e-9
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+@pytest.mark.parametrize("decode", [None, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize(("concurrent", "trials"), [(None, 4), (1, 4), (3, 4), (8, 2)])
+def test_what_a_sweep_waits_for_is_what_it_needs_and_no_more(decode, gpus, concurrent, trials):
+    """Whatever it is, it can be shared out; and with any one of it less it cannot."""
+    settings = config.Tune(concurrent=concurrent, trials=trials)
+    for workers in (1, 2, 3, 7, 49):
+        train = {"seconds": 9, "workers": workers, "gpus": "yes" if gpus else "no"}
+        experiment = config.build({"train": train, "data": {"decode_cpus": decode}})
+        needs = sweep.needs(experiment, settings, gpus)
+        assert sweep.share(experiment, settings, needs, 8).concurrent >= min(concurrent or 1, trials)
+        for name, count in needs.items():
+            if (name, count) != ("GPU", 1):  # a cluster without any GPU is waited for before
+                with pytest.raises(UserError, match=r"train\.workers|tune\.concurrent"):
+                    sweep.share(experiment, settings, needs | {name: count - 1}, 8)

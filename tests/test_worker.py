@@ -166,6 +166,11 @@ def node(address, **more):
         ([node("1", Resources={"CPU": 0.0})], "CPU", True),
         ([node("1")], "GPU", True),
         ([node("1", Resources={"CPU": 4.0, "GPU": 1.0})], "GPU", False),
+        # Nodes that only decode: no worker with a GPU runs there, a trial's own process may.
+        ([node("1", Resources={"CPU": 0.0, "GPU": 4.0}), node("2")], "GPU", False),
+        ([node("1", Resources={"memory": 9.0, "GPU": 4.0}), node("2", Resources={"memory": 9.0})], "memory", True),
+        ([node("1", Resources={"GPU": 4.0}), node("2", Resources={"GPU": 1.0})], "GPU", True),
+        ([node("1"), node("2", Resources={"CPU": 0.0})], "CPU", False),
     ],
 )
 def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsewhere):

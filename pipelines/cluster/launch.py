@@ -28,28 +28,31 @@ STOP_S = 60.0
 """How long workers that are told to end may take for it."""
 
 
-def check_tracking(experiment: Experiment) -> None:
-    """Raises UserError if MLflow's store is a file and workers may run where it is not."""
+def check_tracking(experiment: Experiment, *others: str) -> None:
+    """Raises UserError if MLflow's store is a file and workers may run where it is not.
+
+    others: resources that processes beside the workers take which write there too.
+    """
     import ray
 
     uri, gpus = tracking_uri(), use_gpus(experiment)
     mine = ray.get_runtime_context().get_node_id()
-    if is_file(uri) and elsewhere(ray.nodes(), mine, "GPU" if gpus else "CPU"):
+    if is_file(uri) and any(elsewhere(ray.nodes(), mine, each) for each in ("GPU" if gpus else "CPU", *others)):
         here = ray.util.get_node_ip_address()
         raise UserError(
             f"MLflow's store {masked(uri)} is a file of this machine, and workers run on others: start a server "
             "(mlflow server --backend-store-uri sqlite:////SHARED/mlflow.db --artifacts-destination /SHARED/artifacts "
-            f"--host {here}), and set MLFLOW_TRACKING_URI=http://{here}:5000"
+            f"--host {here} --allowed-hosts {here}:5000,localhost:5000), and set MLFLOW_TRACKING_URI=http://{here}:5000"
         )
 
 
 def elsewhere(nodes: Sequence[Mapping[str, Any]], mine: str, resource: str) -> bool:
-    """Whether workers run, or may run, on other machines than that of the node `mine`: there are others, or it has none
-    of what a worker takes. nodes: as `ray.nodes` gives them."""
+    """Whether workers run, or may run, on other machines than that of the node `mine`: others have what a worker takes,
+    or it has none of that. nodes: as `ray.nodes` gives them."""
     there = [node for node in nodes if node["Alive"]]
     address = next(node["NodeManagerAddress"] for node in there if node["NodeID"] == mine)
-    here = [node for node in there if node["NodeManagerAddress"] == address]
-    return len(here) < len(there) or not any(node["Resources"].get(resource, 0) >= 1 for node in here)
+    with_it = {node["NodeManagerAddress"] for node in there if node["Resources"].get(resource, 0) >= 1}
+    return with_it != {address}
 
 
 Asked = Literal["auto", "yes", "no"]
@@ -72,14 +75,15 @@ def use_gpus(experiment: Experiment) -> bool:
     name = "train.min_workers" if train.min_workers else "train.workers"
     gpus, cpus = most("GPU"), most("CPU")
     wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
+    needed = sum(int(bundle.get("CPU", 0)) for bundle in room.bundles(workers, wanted))
     if wanted and gpus < workers and not grows:
         raise UserError(
             f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
         )
-    if cpus < workers + CPUS_FOR_DATA and not grows:
+    if cpus < needed and not grows:
         raise UserError(
-            f"{name}={workers} needs {workers + CPUS_FOR_DATA} CPUs (one a worker, "
-            f"{CPUS_FOR_DATA} for decoding), the cluster has {cpus}: lower {name} or join a larger cluster"
+            f"{name}={workers} needs {needed} CPUs ({needed - CPUS_FOR_DATA} for the workers, {CPUS_FOR_DATA} for "
+            f"decoding), the cluster has {cpus}: lower {name} or join a larger cluster"
         )
     return wanted
 

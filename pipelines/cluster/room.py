@@ -25,9 +25,10 @@ Bundle = dict[str, float]
 """Resources on one node, by name."""
 
 
-def resources(gpus: bool) -> Bundle:
-    """Resources that each worker reserves."""
-    return {"GPU": 1} if gpus else {"CPU": 1}
+def bundles(workers: int, gpus: bool) -> list[Bundle]:
+    """What must be free for some workers, each bundle on whatever node: CPUs for Ray Data, then what Ray Train reserves
+    for each worker."""
+    return [{"CPU": CPUS_FOR_DATA}, *[{"GPU": 1} if gpus else {"CPU": 1}] * workers]
 
 
 def workers(
@@ -44,13 +45,12 @@ def workers(
     Waits for the `least` as long as it takes, and for others until none has been added for `settle_s`; `say` gets a
     line now and then. Raises KeyboardInterrupt once `stop` is set.
     """
-    # A worker with a GPU reserves no CPU: the one asked for with it, on the same machine, is left to Ray Data.
-    wanted = [{"GPU": 1, "CPU": CPUS_FOR_DATA}] * most if gpus else [{"CPU": CPUS_FOR_DATA}, *[{"CPU": 1}] * most]
+    wanted = bundles(most, gpus)
     beside = len(wanted) - most
     elastic = f", train.min_workers={least}" if least < most else ""
 
     def line(placed: int) -> str:
-        each = "1 GPU each" if gpus else "1 CPU each, 1 for decoding"
+        each = f"1 {'GPU' if gpus else 'CPU'} each, {CPUS_FOR_DATA} CPU for decoding"
         return f"there is room for {max(placed - beside, 0)} of {most} workers ({each}){elastic}"
 
     return wait(wanted, least + beside, line, say, settle_s=settle_s, stop=stop) - beside
@@ -147,8 +147,9 @@ def growing(
                 return
         if over.wait(after_s):
             return
-        # A CPU that Ray Data has left for a moment is no room for a worker: a second one must be free.
-        with _wanted([[resources(gpus), {"CPU": CPUS_FOR_DATA}]] * missing) as groups:
+        # What `workers` asks for anew: less would end the workers for nothing, again and again. A CPU that Ray Data has
+        # left for a moment is no room for a worker: a second one must be free.
+        with _wanted([bundles(1, gpus)] * missing) as groups:
             while not _placed(groups):
                 if over.wait(LOOK_S):
                     return

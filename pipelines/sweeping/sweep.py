@@ -43,6 +43,19 @@ class Share:
     """torch threads per worker."""
 
 
+def trial_cpus(experiment: Experiment) -> float:
+    """Logical CPUs of one trial: one a worker, and those for decoding."""
+    workers = experiment.train.workers
+    return workers + (workers * experiment.data.decode_cpus if experiment.data.decode_cpus else launch.CPUS_FOR_DATA)
+
+
+def needs(experiment: Experiment, settings: Tune, gpus: bool) -> dict[str, int]:
+    """The least resources, on whatever nodes, that `share` takes: all trials that are to run at once, or one."""
+    trials = min(settings.concurrent or 1, settings.trials)
+    cpus = math.ceil(trials * trial_cpus(experiment))
+    return {"CPU": cpus} | ({"GPU": trials * experiment.train.workers} if gpus else {})
+
+
 def share(experiment: Experiment, settings: Tune, resources: Mapping[str, float], cores: int) -> Share:
     """How many trials run at once so that each holds all its workers and its decoding: none waits for another's.
 
@@ -51,21 +64,21 @@ def share(experiment: Experiment, settings: Tune, resources: Mapping[str, float]
     """
     workers = experiment.train.workers
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    decode = experiment.data.decode_cpus or launch.CPUS_FOR_DATA / workers
-    fits = int(cpus // (workers * (1 + decode)))
+    each = trial_cpus(experiment)
+    fits = int(cpus // each)
     if experiment.train.gpus != "no" and gpus:
         fits = min(fits, gpus // workers)
     if fits < 1:
         raise UserError(
-            f"a trial needs {workers} workers and {workers * decode:g} CPUs for decoding, the cluster has {cpus} CPUs "
+            f"a trial needs {workers} workers and {each - workers:g} CPUs for decoding, the cluster has {cpus} CPUs "
             f"and {gpus} GPUs: lower train.workers or join a larger cluster"
         )
-    if settings.concurrent and settings.concurrent > fits:
+    if settings.concurrent and min(settings.concurrent, settings.trials) > fits:
         raise UserError(f"tune.concurrent={settings.concurrent}, but the cluster holds {fits} trials at once")
     concurrent = min(settings.concurrent or fits, settings.trials)
     left = (cpus - concurrent * workers) / (concurrent * workers)
     threads = experiment.train.threads or max(1, cores // (concurrent * workers) - 1)
-    return Share(concurrent, experiment.data.decode_cpus or max(decode, left), threads)
+    return Share(concurrent, experiment.data.decode_cpus or max((each - workers) / workers, left), threads)
 
 
 def estimate_s(settings: Tune, budget_s: float, concurrent: int) -> tuple[float, float]:

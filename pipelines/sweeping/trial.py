@@ -38,6 +38,8 @@ class Spec:
     tables: str
     """Where score tables are kept: one for all trials."""
     tracking_uri: str
+    cluster: str
+    """The cluster as RAY_ADDRESS names it, from whatever node of it; "local": a Ray of this machine alone."""
     sweep_run_id: str
 
 
@@ -52,10 +54,15 @@ def trainable(spec: Spec) -> Callable[[dict[str, Any]], None]:
     def trial(values: dict[str, Any]) -> None:
         from ray import tune
 
-        os.environ["MLFLOW_TRACKING_URI"] = spec.tracking_uri  # this process may be on another machine
+        here(spec)
         tune.report(run(values, spec, tune.get_context().get_trial_id(), tune.report))
 
     return trial
+
+
+def here(spec: Spec) -> None:
+    """Give this process, which may be on another machine, what the driver has in its environment."""
+    os.environ |= {"MLFLOW_TRACKING_URI": spec.tracking_uri, "RAY_ADDRESS": spec.cluster}
 
 
 def run(
