@@ -81,7 +81,7 @@ def inspect(
     root = _root(cls, settings, weights)
     about = folders.saved(root) if root else {}
     name = experts.chosen(settings, root, about, cls.EXPERTS)
-    part = _network_folder(cls, settings, root, about, name) if root else None
+    part = _network_folder(cls, settings, root, about, name, weights) if root else None
     vae_folder, setting = _vae_folder(settings, root, about)
     vae = None
     if vae_folder is not None:
@@ -362,12 +362,18 @@ def _with_parts(
 
 
 def _network_folder(
-    cls: type[VideoDenoiser], settings: config.Model, root: Path, about: dict[str, Any], expert: str | None
+    cls: type[VideoDenoiser],
+    settings: config.Model,
+    root: Path,
+    about: dict[str, Any],
+    expert: str | None,
+    weights: bool = True,
 ) -> Path:
-    """The folder with the network's config.json, its class checked. expert: which one of two networks."""
+    """The folder with the network's config.json, its class checked. expert: which one of two networks; weights: whether
+    they are wanted, where the folder is on the hub."""
     given, name = str(settings.base), experts.FOLDERS[expert] if expert else cls.PART
     if expert and not (root / name / "config.json").is_file() and (place := about.get("elsewhere", {}).get(name)):
-        return _elsewhere(settings, f"{expert} expert", place)
+        return _elsewhere(settings, f"{expert} expert", place, weights)
     folder = folders.part(root, name)
     other = None if folder else next((part for part in folders.NETWORKS if folders.part(root, part)), None)
     if folder is None and other is None:
@@ -405,11 +411,12 @@ def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]
     return folder, setting
 
 
-def _elsewhere(settings: config.Model, part: str, place: dict[str, Any]) -> Path:
+def _elsewhere(settings: config.Model, part: str, place: dict[str, Any], weights: bool = True) -> Path:
     """The folder of a part of a checkpoint that does not hold it. Raises UserError if it is not there any more."""
     name, revision, inside = place["name"], place["revision"], place["subfolder"]
     setting = f"model.base: the {part} of {settings.base}, saved light"
-    folder = folders.locate(name, setting, revision=revision, parts=[f"{inside}/" if inside else folders.STEM]) / inside
+    parts = [f"{inside}/" if inside else folders.STEM] if weights else []  # configurations come anyway
+    folder = folders.locate(name, setting, revision=revision, parts=parts) / inside
     if not any(folder.glob("*config.json")):
         raise UserError(f"{setting}: no config.json in {folder}: put it back there")
     return folder
