@@ -18,7 +18,7 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models import HOW_TO_ADD, adapters, experts, families, family, folders, inputs, texts, vaes, whole
+from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -78,11 +78,11 @@ def inspect(
         )
     if not settings.base and not settings.init:
         raise UserError("no network: set model.base (a checkpoint's folder or hub name) or model.init (a new one)")
-    root = _root(cls, settings, weights)
+    root = places.base(cls, settings, weights)
     about = folders.saved(root) if root else {}
     name = experts.chosen(settings, root, about, cls.EXPERTS)
-    part = _network_folder(cls, settings, root, about, name, weights) if root else None
-    vae_folder, setting = _vae_folder(settings, root, about)
+    part = places.network(cls, settings, root, about, name, weights) if root else None
+    vae_folder, setting = places.vae(settings, root, about)
     vae = None
     if vae_folder is not None:
         vae = _vae(cls, vae_folder, setting)
@@ -114,7 +114,7 @@ def inspect(
     tensors = cls.tensors(network.config, settings, root)
     more = {}
     if root is not None:
-        more = _more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
+        more = places.more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
     expert = _expert(cls, settings, root, about, name, conditions, channels) if name and weights else None
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
@@ -138,7 +138,7 @@ def _expert(
 
     Raises UserError if the other one cannot be loaded, by plain diffusers too, or sees what this one does not."""
     other = experts.OTHER[name]
-    folder = _network_folder(cls, settings, root, about, other)
+    folder = places.network(cls, settings, root, about, other)
     found = folders.weights(folder, "model.base", settings.trust_pickle)
     if found.variant or not found.safetensors:
         raise UserError(
@@ -155,31 +155,6 @@ def _expert(
         )
     splits = tuple(kept.get("input_channels", (network.in_channels,)))
     return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)
-
-
-def _root(cls: type[VideoDenoiser], settings: config.Model, weights: bool = True) -> Path | None:
-    """The base's folder; of one on the hub, no weights of the network are fetched that `model.weights` replaces, and
-    none at all where they are not wanted."""
-    if not settings.base:
-        return None
-    other = experts.FOLDERS.get(experts.OTHER.get(settings.expert)) if weights else None
-    parts = folders.PARTS if weights and not settings.weights else folders.BESIDE
-    parts = (*parts, *([f"{other}/"] if other and settings.weights else []))
-    parts = (*parts, *(f"{name}/" for name in cls.MORE))
-    return folders.locate(settings.base, "model.base", settings.trust_pickle, parts=parts)
-
-
-def _more(needed: tuple[str, ...], settings: config.Model, root: Path, about: dict[str, Any]) -> dict[str, Path]:
-    """Further folders that a network needs: in the base, or where it says they lie. Raises UserError if one is not
-    there."""
-    out = {name: root / name for name in needed if (root / name).is_dir()}
-    places = {name: place for name, place in about.get("elsewhere", {}).items() if name in needed and name not in out}
-    if missing := [f"{name}/" for name in needed if name not in {**out, **places}]:
-        remedy = whole.remedy(root) if about else "give its pipeline's whole folder, or its name on the hub"
-        raise UserError(
-            f"model.base: {settings.base} has no {' and '.join(missing)}, which this network was trained with: {remedy}"
-        )
-    return out | {name: _elsewhere(settings, name, place) for name, place in places.items()}
 
 
 def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
@@ -250,13 +225,13 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         for path in (folder / "config.json", *folders.weights(folder, setting, settings.trust_pickle).files):
             out[f"{name}/{path.name}"] = path
 
-    root = _root(cls, settings)
+    root = places.base(cls, settings)
     about = folders.saved(root) if root else {}
     if root is not None:
         name = experts.chosen(settings, root, about, cls.EXPERTS)
-        part = _network_folder(cls, settings, root, about, name)
+        part = places.network(cls, settings, root, about, name)
         if name:
-            network("other network", _network_folder(cls, settings, root, about, experts.OTHER[name]), "model.base")
+            network("other network", places.network(cls, settings, root, about, experts.OTHER[name]), "model.base")
         if settings.weights:
             file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
             out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
@@ -267,7 +242,7 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         for name in ("entprog.json", SCHEDULER_FILE):
             if (root / name).is_file():
                 out[name] = root / name
-    vae, setting = _vae_folder(settings, root, about)
+    vae, setting = places.vae(settings, root, about)
     if vae is not None:
         network("vae", vae, setting)
     there = root is not None and any((root / name).is_dir() or name in about.get("elsewhere", {}) for name in cls.MORE)
@@ -359,67 +334,6 @@ def _with_parts(
         **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
     )
     return cls.completed(denoiser, source.more)
-
-
-def _network_folder(
-    cls: type[VideoDenoiser],
-    settings: config.Model,
-    root: Path,
-    about: dict[str, Any],
-    expert: str | None,
-    weights: bool = True,
-) -> Path:
-    """The folder with the network's config.json, its class checked. expert: which one of two networks; weights: whether
-    they are wanted, where the folder is on the hub."""
-    given, name = str(settings.base), experts.FOLDERS[expert] if expert else cls.PART
-    if expert and not (root / name / "config.json").is_file() and (place := about.get("elsewhere", {}).get(name)):
-        return _elsewhere(settings, f"{expert} expert", place, weights)
-    folder = folders.part(root, name)
-    other = None if folder else next((part for part in folders.NETWORKS if folders.part(root, part)), None)
-    if folder is None and other is None:
-        raise UserError(f"model.base: no diffusers checkpoint in {given}: neither config.json nor {name}/config.json")
-    folder = folder or folders.part(root, other)
-    found = folders.read_json(folder / "config.json").get("_class_name")
-    if found != cls.NETWORK.__name__:
-        known = families()
-        other = next((name for name in known if found == family(name).CLASS), None)
-        hint = f"set model.family={other}" if other else f"families there are: {', '.join(known)}; {HOW_TO_ADD}"
-        wanted = cls.NETWORK.__name__
-        raise UserError(f"model.base: {given} holds a {found or 'network of unknown class'}, not a {wanted}; {hint}")
-    return folder
-
-
-def _vae_folder(settings: config.Model, root: Path | None, about: dict[str, Any]) -> tuple[Path | None, str]:
-    """The VAE's folder that `model.vae` asks for (None: pixels), and the setting that named it."""
-    setting = "model.base" if settings.vae == "auto" else "model.vae"
-    if settings.vae == "none":
-        return None, setting
-    if settings.vae == "auto":
-        folder = root / "vae" if root and (root / "vae" / "config.json").is_file() else None
-        if folder is None and about.get("vae"):
-            if place := about.get("elsewhere", {}).get("vae"):
-                return _elsewhere(settings, "VAE", place), setting
-            raise UserError(
-                f"model.base: {settings.base} was saved with a VAE, its vae/config.json is missing: "
-                f"{whole.remedy(root)}"
-            )
-        return folder, setting
-    of_vae = ("vae/", folders.STEM)  # of a pipeline on the hub its VAE alone
-    folder = folders.part(folders.locate(settings.vae, "model.vae", settings.trust_pickle, parts=of_vae), "vae")
-    if folder is None:
-        raise UserError(f"model.vae: no VAE in {settings.vae}: neither config.json nor vae/config.json")
-    return folder, setting
-
-
-def _elsewhere(settings: config.Model, part: str, place: dict[str, Any], weights: bool = True) -> Path:
-    """The folder of a part of a checkpoint that does not hold it. Raises UserError if it is not there any more."""
-    name, revision, inside = place["name"], place["revision"], place["subfolder"]
-    setting = f"model.base: the {part} of {settings.base}, saved light"
-    parts = [f"{inside}/" if inside else folders.STEM] if weights else []  # configurations come anyway
-    folder = folders.locate(name, setting, revision=revision, parts=parts) / inside
-    if not any(folder.glob("*config.json")):
-        raise UserError(f"{setting}: no config.json in {folder}: put it back there")
-    return folder
 
 
 def _origins(

@@ -21,8 +21,8 @@ def register(
     """
     import mlflow
 
-    packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
     try:
+        packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
         mlflow.set_tracking_uri(tracker.uri)
         with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False), warnings.catch_warnings():
             # Counsel on type hints and examples, for lack of which it has a signature; MLflow undoes a filter of ours.
