@@ -420,6 +420,55 @@ def wanting(**train):
     return config.build(config.merge(SETTINGS, {"train": train}))
 
 
+def reserved():
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def nothing_reserved():
+    """Ray takes a moment."""
+    deadline = time.monotonic() + 30
+    while found := reserved():
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("by", ["its sweep", "its next try"])
+def test_what_a_trial_asked_for_does_not_outlive_its_process(nodes, tmp_path, monkeypatch, by):
+    """Ray keeps it for as long as the job lasts."""
+    monkeypatch.setattr(room, "SETTLE_S", 0.5)
+    nodes.are(1)
+    nothing_reserved()
+
+    class Trial:
+        def wait(self, run):
+            room.workers(8, 9, False, print, run=run)
+
+    lost, other = (ray.remote(num_cpus=0)(Trial).remote() for _ in range(2))
+    runs = [tmp_path / "trials" / name / "seed-0" / "ray" for name in ("1", "11")]
+    for trial_, run in zip((lost, other), runs, strict=True):
+        trial_.wait.remote(run)
+    deadline = time.monotonic() + 60
+    while len(reserved()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ray.kill(lost)
+    time.sleep(1)
+    assert len(reserved()) == 2, "it holds what nobody uses"
+    if by == "its sweep":
+        room.forget(trial.folder_of(tmp_path, "1"))
+    else:
+        stop = lambda item: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_workers(launch.training, {}, wanting(workers=8, gpus="no"), runs[0], stop)
+    while len(reserved()) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert reserved()[0]["name"].startswith(f"{runs[1]}/"), "the other trial still waits"
+    ray.kill(other)
+    room.forget(tmp_path)
+    nothing_reserved()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number):
     monkeypatch.setattr(room, "SETTLE_S", 0.5)
@@ -437,11 +486,7 @@ def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(message) == 1 and not running("TrainController")
-    for _ in range(100):  # Ray takes a moment
-        if {group["state"] for group in placement_group_table().values()} == {"REMOVED"}:
-            return
-        time.sleep(0.1)
-    pytest.fail("what was asked for is still reserved")
+    nothing_reserved()
 
 
 def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):

@@ -211,6 +211,8 @@ def run_workers(
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)
     train, tries, furthest = experiment.train, experiment.train.max_failures, 0
+    run = storage.resolve()
+    room.forget(run)  # of a trial whose process was lost
     least = train.min_workers or train.workers
     # Nodes of a cluster that starts come one after another: fewer workers begin once they would be left alone for as
     # long as they are to train at least. Later they go on at once, and grow when a node has come.
@@ -219,9 +221,9 @@ def run_workers(
     try:
         with _stopping(listener) as stop:
             while True:
-                workers = room.workers(least, train.workers, gpus, say, settle_s=settle_s, stop=stop)
+                workers = room.workers(least, train.workers, gpus, say, settle_s=settle_s, stop=stop, run=run)
                 settle_s = room.SETTLE_S
-                with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus):
+                with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus, run):
                     boarded = {**settings, "board": listener.board}
                     failure = _attempt(worker, boarded, experiment, workers, gpus, storage)
                 listener.read()
@@ -251,7 +253,7 @@ def run_workers(
 
 
 @contextmanager
-def _growing(listener: Listener, train: Train, workers: int, gpus: bool):
+def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Path):
     """A group that is smaller than it should be is told when it can grow."""
     import ray
 
@@ -261,7 +263,7 @@ def _growing(listener: Listener, train: Train, workers: int, gpus: bool):
     def grow() -> None:
         listener.board.tell.remote(GROWS)
 
-    with room.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow):
+    with room.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow, run):
         yield
 
 

@@ -8,11 +8,13 @@ then waits for ever.)
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from entprog.errors import UserError
-from pipelines.cluster import joining
+from pipelines.cluster import joining, ray_internals
 
 SETTLE_S = 5.0
 """Without anything more placed for so long, what is placed is all that there is room for now."""
@@ -39,11 +41,12 @@ def workers(
     *,
     settle_s: float = SETTLE_S,
     stop: threading.Event | None = None,
+    run: Path | None = None,
 ) -> int:
     """Workers, `least` to `most`, that can be placed now beside Ray Data.
 
     Waits for the `least` as long as it takes, and for others until none has been added for `settle_s`; `say` gets a
-    line now and then. Raises KeyboardInterrupt once `stop` is set.
+    line now and then. Raises KeyboardInterrupt once `stop` is set. run: the folder of the run that asks (`forget`).
     """
     wanted = bundles(most, gpus)
     beside = len(wanted) - most
@@ -53,7 +56,7 @@ def workers(
         each = f"1 {'GPU' if gpus else 'CPU'} each, {CPUS_FOR_DATA} CPU for decoding"
         return f"there is room for {max(placed - beside, 0)} of {most} workers ({each}){elastic}"
 
-    return wait(wanted, least + beside, line, say, settle_s=settle_s, stop=stop) - beside
+    return wait(wanted, least + beside, line, say, settle_s=settle_s, stop=stop, run=run) - beside
 
 
 def wait(
@@ -64,6 +67,7 @@ def wait(
     *,
     settle_s: float = SETTLE_S,
     stop: threading.Event | None = None,
+    run: Path | None = None,
 ) -> int:
     """How many of the wanted bundles can be placed now, the first `least` of them or more; waits, and says so, as
     `workers` does.
@@ -86,11 +90,11 @@ def wait(
             say(f"{line(placed)}: waiting for nodes since {since}{minutes}")
             said += 1
 
-    with _wanted([list(wanted[:least])]) as first:
+    with _wanted([list(wanted[:least])], run) as first:
         while not _placed(first):
             look(min(_fitting(wanted), least - 1))
         added, more = time.monotonic(), 0
-        with _wanted([[bundle] for bundle in wanted[least:]]) as others:
+        with _wanted([[bundle] for bundle in wanted[least:]], run) as others:
             while more < len(others):
                 before, more, now = more, _placed(others), time.monotonic()
                 if more > before:
@@ -133,11 +137,16 @@ def cpus(least: int, say: Callable[[str], None]) -> int:
 
 @contextmanager
 def growing(
-    missing: int, gpus: bool, begun: threading.Event, after_s: float, grow: Callable[[], None]
+    missing: int,
+    gpus: bool,
+    begun: threading.Event,
+    after_s: float,
+    grow: Callable[[], None],
+    run: Path | None = None,
 ) -> Iterator[None]:
     """While the block lasts: once, `after_s` or more after `begun`, call `grow` when there is room for one more.
 
-    begun: the other workers are at work, and in their places.
+    begun: the other workers are at work, and in their places. run: as `workers` has it.
     """
     over = threading.Event()
 
@@ -149,7 +158,7 @@ def growing(
             return
         # What `workers` asks for anew: less would end the workers for nothing, again and again. A CPU that Ray Data has
         # left for a moment is no room for a worker: a second one must be free.
-        with _wanted([bundles(1, gpus)] * missing) as groups:
+        with _wanted([bundles(1, gpus)] * missing, run) as groups:
             while not _placed(groups):
                 if over.wait(LOOK_S):
                     return
@@ -166,12 +175,28 @@ def growing(
             thread.join()
 
 
+def forget(folder: Path) -> None:
+    """Give back what runs of this job in a folder, or below it, asked for and left behind.
+
+    What a process asks for ends with its job, not with itself: a trial that was killed while it waited would hold CPUs
+    and GPUs for the rest of its sweep.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()
+    for key, group in placement_group_table().items():
+        mine = group["name"].startswith(f"{folder}/") and key.endswith(job)
+        if mine and group["state"] != "REMOVED":
+            ray_internals.remove_placement_group(key)
+
+
 @contextmanager
-def _wanted(wishes: Sequence[list[Bundle]]) -> Iterator[list]:
-    """Placement groups of these bundles, for as long as the block lasts."""
+def _wanted(wishes: Sequence[list[Bundle]], run: Path | None) -> Iterator[list]:
+    """Placement groups of these bundles, for as long as the block lasts; of a run, with its folder in their names."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    groups = [placement_group(bundles) for bundles in wishes]
+    groups = [placement_group(bundles, name=f"{run}/{uuid.uuid4()}" if run else "") for bundles in wishes]
     try:
         yield groups
     finally:

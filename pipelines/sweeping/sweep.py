@@ -18,9 +18,9 @@ from ray.tune.search.optuna import OptunaSearch
 from entprog.config import Experiment, Tune
 from entprog.errors import UserError
 from pipelines import cli
-from pipelines.cluster import launch
+from pipelines.cluster import launch, room
 from pipelines.sweeping import spaces
-from pipelines.sweeping.trial import Spec, trainable
+from pipelines.sweeping.trial import Spec, folder_of, trainable
 
 NAME = "tune"
 """Ray Tune's own folder in that of the sweep's state."""
@@ -158,7 +158,7 @@ def run(
         logging.getLogger("optuna").setLevel(logging.ERROR)
     resume = any((state / NAME).glob("experiment_state-*.json"))
     samples = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
-    with Watch(samples, settings.objectives[0]) as watch:
+    with Watch(samples, settings.objectives[0], Path(spec.output)) as watch:
         analysis = tune.run(
             tune.with_resources(trainable(spec), NEXT_TO_NOTHING),
             name=NAME,
@@ -185,10 +185,10 @@ def run(
 
 
 class Watch(Callback):
-    """The terminal: a bar, and a line whenever a trial ends."""
+    """The terminal: a bar, and a line whenever a trial ends. What the trial's process may have left is given back."""
 
-    def __init__(self, trials: int, objective: str):
-        self.trials, self.objective = trials, objective
+    def __init__(self, trials: int, objective: str, output: Path):
+        self.trials, self.objective, self.output = trials, objective, output
         self.best = math.inf
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}
         self.running: set[str] = set()
@@ -231,6 +231,7 @@ class Watch(Callback):
         self._ended(trials, trial, "failed")
 
     def _ended(self, trials: Sequence[Any], trial: Any, how: str, figure: str = "") -> None:
+        room.forget(folder_of(self.output, trial.trial_id))
         self.running.discard(trial.trial_id)
         self.ended[how] += 1
         values = ", ".join(f"{k.rsplit('.', 1)[-1]}={_short(v)}" for k, v in trial.config.items())
