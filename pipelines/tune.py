@@ -159,8 +159,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
 def explain(wanted: Sweep, space: spaces.Space, output: Path) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
     claim.check(output, "tune", check(wanted, space))
-    state.read(output)
-    settings, experiment = wanted.tune, wanted.experiment()
+    settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
     cli.show("Space", rows, ("setting", "values", "without the sweep"))
@@ -199,16 +198,18 @@ def run(
 
     if not is_claimed:
         claimed(wanted, space, output)
-    experiment, settings = wanted.experiment(), wanted.tune
+    begun = state.read(output)
+    experiment, settings = as_begun(wanted.experiment(), begun), wanted.tune
     launch.check_tracking(experiment, *sweep.NEXT_TO_NOTHING)
-    gpus = launch.use_gpus(experiment)
+    with_gpus = launch.use_gpus(experiment)
+    gpus = "yes" if with_gpus else "no"  # for all trials, also those of a later start
     if joining.address():  # nodes that are still to come are not counted below
-        wait(sweep.needs(experiment, settings, gpus))
+        wait(sweep.needs(experiment, settings, with_gpus))
     if settings.early_stop and not sweep.stops_early(settings):
         cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
-    begun = state.read(output) or state.begin(output, vars(now))
+    begun = begun or state.begin(output, {**vars(now), "gpus": gpus})
     given = begun.share
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     shared = config.merge(
@@ -216,7 +217,7 @@ def run(
         # Every byte of the clips was read once, for the sweep.
         {
             "data": {"decode_cpus": given["decode_cpus"], "verify": "size"},
-            "train": {"threads": given["threads"], "gpus": "yes" if gpus else "no"},  # all trials the same
+            "train": {"threads": given["threads"], "gpus": gpus},
         },
     )
     tracker = Tracker.start(
@@ -252,6 +253,14 @@ def run(
     tracker.end("FINISHED")
     _show(result, output)
     return result
+
+
+def as_begun(experiment: config.Experiment, begun: state.State | None) -> config.Experiment:
+    """The experiment with or without GPUs as the sweep's first start had it, where the settings leave that open."""
+    if begun is None or experiment.train.gpus != "auto":
+        return experiment
+    train = experiment.train.model_copy(update={"gpus": begun.share.get("gpus", "auto")})
+    return experiment.model_copy(update={"train": train})
 
 
 def wait(needed: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from pipelines import train, tune
 from pipelines.cluster import launch
-from pipelines.sweeping import spaces, sweep
+from pipelines.sweeping import spaces, state, sweep
 
 TRIALS = {
     "train": {"steps": None, "seconds": 6, "held_out_every": 4},
@@ -294,6 +294,24 @@ def test_trials_cannot_starve_each_other():
             taken = share.concurrent * workers * (1 + share.decode_cpus)
             assert share.concurrent >= 1 and taken <= cpus + 1e-9
             assert workers * share.decode_cpus >= launch.CPUS_FOR_DATA - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "gpus"),
+    [
+        ("auto", None, "auto"),
+        ("auto", {"gpus": "yes"}, "yes"),
+        ("auto", {"gpus": "no"}, "no"),
+        ("auto", {}, "auto"),  # begun by a version that kept no word of it
+        ("no", {"gpus": "yes"}, "no"),
+        ("yes", {"gpus": "no"}, "yes"),
+    ],
+)
+def test_a_sweep_goes_on_with_gpus_if_it_began_with_them(asked, share, gpus):
+    """Though none is there at the moment: trials are compared at equal seconds."""
+    experiment = config.build({"train": {"seconds": 9, "gpus": asked}})
+    begun = None if share is None else state.State(share, Path("x"))
+    assert tune.as_begun(experiment, begun).train.gpus == gpus
 
 
 @pytest.mark.parametrize("gpus", [False, True])
