@@ -401,6 +401,7 @@ def test_counted_bases_are_what_the_documents_say():
         assert list(map(float, numbers)) == expected, preset
 
 
+@pytest.mark.slow
 def test_scaling(results):
     outcome = CliRunner().invoke(scaling.app, ["--repeats", "1", "--turns", "1"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
