@@ -87,7 +87,7 @@ def main(
         "out/demo"
     ),
     seconds: Annotated[float, typer.Option(help="Charged seconds of each run on the rendered person.")] = 80.0,
-    real_seconds: Annotated[float, typer.Option(help="Charged seconds of each run on real clips.")] = 40.0,
+    real_seconds: Annotated[float, typer.Option(help="Charged seconds of each run on real clips.")] = 35.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,
     search: Annotated[bool, typer.Option(help="Train by Ent-Prog's search too.")] = False,
     config_file: cli.ConfigFile = None,

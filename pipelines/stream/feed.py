@@ -34,6 +34,9 @@ price."""
 TASKS = 16
 """Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends, and sleeps: one
 that has to wait for room asks for it without pause, which keeps a core busy."""
+BEGUN_AT = 0.8
+"""Part of an execution's batches after which the next one starts, which takes a second or two. While two are there,
+Ray's executors keep a core busy."""
 TASKS_HELD_BACK = 256
 """Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
 TASKS_AHEAD = 8
@@ -187,7 +190,7 @@ def _batches(
             first, current = ahead.result()
             ahead = None
             for done, batch in enumerate(itertools.chain([first], current)):
-                if done == tasks * batches // 2:
+                if done == int(tasks * batches * BEGUN_AT):
                     ahead = starter.submit(_begun, execution(number))
                 yield batch
     finally:
