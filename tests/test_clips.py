@@ -256,6 +256,23 @@ def test_ray_data_gives_the_same_bits_over_epochs_and_executions(local_ray, data
     assert epoch.tolist() == list(range(45))
 
 
+def test_executions_overlap_at_the_end_alone(local_ray, dataset, monkeypatch):
+    """While two are there, Ray's executors take a core from training."""
+    monkeypatch.setattr(feed, "TASKS_HELD_BACK", 2)
+    monkeypatch.setattr(feed, "TASK_BATCHES", 5)
+    begun, original = [], feed._execute
+    monkeypatch.setattr(feed, "_execute", lambda *given: begun.append(len(begun)) or original(*given))
+    stream, after = ray_stream(dataset, where="cluster"), []
+    try:
+        for _ in range(12):
+            next(stream)
+            after.append(len(begun))
+    finally:
+        stream.close()
+    assert after[:8] == [1] * 8, "of ten batches of an execution"
+    assert after[10:] == [2, 2], "then the next one is there"
+
+
 def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(local_ray, dataset):
     ranks = [ray_stream(dataset, rank=rank, world=2, start_position=2 * BATCH) for rank in range(2)]
     pairs = [(next(ranks[0]), next(ranks[1])) for _ in range(4)]
