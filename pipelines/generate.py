@@ -4,8 +4,8 @@ python -m pipelines.generate --checkpoint out/run/model --reference me.jpg --vid
 python -m pipelines.generate --checkpoint out/run/model --shards out/demo/real/shards --count 4 --output out/clips
 python -m pipelines.generate --checkpoint out/run/model --reference people/ --video dances/ --seconds inf --output out/x
 
-The motion is a driving video (its pose is estimated), a pose sequence (.npz with `pose` float [F, 33, 3]: x, y in
-0..1 of the picture, visibility 0..1), or clips out of shards, for which the true video is known.
+The motion is a driving video (its pose is estimated), a pose sequence (.npz with `pose` float [F, 33 or 133,
+3]: x, y in 0..1 of the picture, visibility 0..1), or clips out of shards, for which the true video is known.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ import numpy as np
 import typer
 
 from entprog import config
-from entprog.config import ClipShape, Generation
+from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.generating import checkpoints, motions, protocol
 from pipelines.generating.checkpoints import Checkpoint
 from pipelines.outputs import claim
 
-DECIDING = ("generate", "prepare.margin", "prepare.point_visibility")
+DECIDING = ("generate", "prepare.margin", "prepare.point_visibility", "prepare.pose")
 """Settings, and parts of them, that an output belongs to."""
 FREE = ("generate.batch_size", "generate.gpus", "generate.max_bytes")
 """Of them those that a resumed command may change."""
-ADDED = ("generate.text", "generate.text_encoder")
-"""Of them those that outputs of earlier versions do not name."""
+ADDED = {"generate.text": None, "generate.text_encoder": None, "prepare.pose": Prepare().pose}
+"""Of them those that outputs of earlier versions do not name, and what these were made with."""
 
 app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
 
@@ -124,8 +124,8 @@ def run(
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
         del identity[name]
-    for name in ADDED:
-        if identity[name] is None:
+    for name, before in ADDED.items():
+        if identity[name] == before:
             del identity[name]
     claim.check(output, "generate", identity)
     left_out = {}

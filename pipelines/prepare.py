@@ -236,16 +236,17 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
             for file, record in records.items():
                 if record is not None:
                     tally.count(file, record["ledger"][0]["reason"])
-            pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
+            if not all(row["poses"] for row in left):
+                pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
             with cli.ray_cluster(cpus=2, verbose=verbose) as ray:
                 parts.mkdir(exist_ok=True)
                 _cut_all(ray, left, parts, keys, settings, tally)
-                written, lines = _pack(ray, work, output, parts, keys, settings)
+                written, lines, points = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:
             path = output / "ledger.partial.parquet"
             ledger.write(path, [line for part in _records(parts, keys) for line in part["ledger"]])
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
-    dataset = additions.finish(output, settings, lines, written)
+    dataset = additions.finish(output, settings, lines, written, points)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
     contact_sheet.of_dataset(output, dataset)
     packing.remove_parts(parts)
@@ -302,7 +303,10 @@ def _records(parts: Path, keys: dict[str, str]) -> Iterator[Row]:
 
 
 def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], settings: Preparation):
-    """(shards by split, the ledger's lines) of the whole dataset. Raises UserError if nothing was kept at all."""
+    """(shards by split, the ledger's lines, points of a pose) of the whole dataset.
+
+    Raises UserError if nothing was kept at all.
+    """
     new = [line for record in _records(parts, keys) for line in record["ledger"]]
     ledger.check(new, keys)
     before = work.before
@@ -324,12 +328,16 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
         cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
-    plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first)
+    most = packing.points_of(packing.read_part(parts, keys[file]) for file in kept)
+    points = before.dataset.points if before else most
+    if points < most:
+        cli.console.print(f"faces and hands of the new videos are left out: the dataset has poses of {points} points")
+    plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points)
     written = packing.pack_all(ray, plans, output, settings.data.shape, listed)
     lines = sorted([*old, *new], key=lambda line: line["file"])
     files = {line["file"] for line in old if line["kind"] == "input"} | keys.keys()
     ledger.check(lines, files, sum(info.clips for infos in written.values() for info in infos))
-    return written, lines
+    return written, lines, points
 
 
 # ---- what a person sees ----

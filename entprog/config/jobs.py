@@ -38,7 +38,8 @@ class Prepare(Part):
     """Mean change between two clip frames, in levels of 0..255, from which there may be a cut (it must also stand out
     from the changes around it). No clip crosses a cut. None: only where time stamps start again."""
     pose: Literal["blazepose", "rtmlib"] = "blazepose"
-    """Pose estimator. rtmlib (extra `rtmlib`): RTMW whole-body networks, which it fetches at its first use."""
+    """Pose estimator. rtmlib (extra `rtmlib`): RTMW whole-body networks, which it fetches at its first use: 133 points,
+    face and hands among them, where blazepose gives 33. Not used for videos with a file of poses beside."""
     track_gpus: float = Field(default=0.0, ge=0)
     """GPUs, or a share of one, for each tracking process; only rtmlib uses them."""
     people: Literal["one", "foremost"] = "one"
@@ -170,7 +171,8 @@ class Generation(Part):
 
     generate: Generate = Generate()
     prepare: Prepare = Prepare()
-    """`margin` and `point_visibility` are used: the crop around the person in a driving video or reference image."""
+    """`margin` and `point_visibility` are used, for the crop around the person in a driving video or reference image,
+    and `pose`, for the motion of a driving video."""
 
 
 class Compare(Part):

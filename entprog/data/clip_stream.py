@@ -81,11 +81,11 @@ def check_shape(dataset: shards.Dataset, shape: ClipShape) -> None:
 
 def read(dataset: shards.Dataset, split: str, clips: np.ndarray) -> Arrays:
     """Clips of a split by their number, as they are stored: `video` and `reference` object [B] of bytes, `pose` float32
-    [B, frames, 33, 3], `clip` int64 [B] the numbers.
+    [B, frames, 33 or 133, 3], `clip` int64 [B] the numbers.
 
     Raises DamagedShardError naming the shard and the row of a clip that cannot be read.
     """
-    pose = np.empty((len(clips), dataset.shape.frames, shards.POINTS, 3), np.float32)
+    pose = np.empty((len(clips), dataset.shape.frames, dataset.points, 3), np.float32)
     out = {"video": np.empty(len(clips), object), "reference": np.empty(len(clips), object), "pose": pose}
     ends = _ends(dataset, split)
     files = np.searchsorted(ends, clips, side="right")
@@ -104,7 +104,7 @@ def decoded(
     stored: Arrays, dataset: shards.Dataset, split: str, frames: int | None = None, apply: Callable[..., Iterable] = map
 ) -> Arrays:
     """What `read` gave, decoded: `video` uint8 [B, F, H*3/2, W] planes, `reference` uint8 [B, H, W, 3] RGB, `pose`
-    float32 [B, F, 33, 3].
+    float32 [B, F, 33 or 133, 3].
 
     frames: F, those in the middle of each clip; the others are not decoded. None: all. apply: a pool's `map`, to
     decode several clips at once.

@@ -20,7 +20,7 @@ class Clips:
     reference: torch.Tensor
     """uint8 [B, H, W, 3] RGB: the reference image."""
     pose: torch.Tensor
-    """float32 [B, F, 33, 3]: x, y in 0..1 of the frame, visibility 0..1."""
+    """float32 [B, F, 33 or 133, 3] (`media.wholebody`): x, y in 0..1 of the frame, visibility 0..1."""
     position: torch.Tensor
     """int64 [B], on the CPU: each clip's place in the run's endless sequence of clips; seeds its noise and timestep."""
 

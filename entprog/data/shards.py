@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from entprog import files, masking
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
-from entprog.media import limits
+from entprog.media import limits, wholebody
 
 FORMAT = "entprog-shards-1"
 POINTS = 33
-POSE = {"kind": "blazepose33", "points": POINTS, "values": ["x", "y", "visibility"]}
+"""Points of a pose, unless a dataset says otherwise."""
 CLIPS_PER_ROW_GROUP = 8
 ROW_GROUP_BYTES = 1 << 20
 """A row group holds at most so many clips, or so many bytes: training reads single clips in random order, and Parquet
@@ -56,7 +56,7 @@ SCHEMA = pa.schema(
         pa.field("video", pa.binary(), nullable=False),
     ]
 )
-"""Columns of one clip. In a file `pose` is a fixed-size list of frames*33*3 float32 (see `schema`)."""
+"""Columns of one clip. In a file `pose` is a fixed-size list of frames*points*3 float32 (see `schema`)."""
 
 _MEDIA = ("reference", "video")  # already compressed: zstd would only cost time
 _UNIQUE = ("clip_id", "pose", *_MEDIA)  # a dictionary of values that never repeat would hold everything twice
@@ -90,25 +90,30 @@ class Dataset:
     """What it was prepared with."""
     fingerprint: str
     """Hash over split names and shard hashes: equal for equal clips, wherever the folder lies."""
+    points: int = POINTS
+    """Points of each pose: one of `wholebody.LAYOUTS`."""
 
     def clips(self, split: str) -> int:
         """Number of clips of a split (0 if there is no such split)."""
         return sum(shard.clips for shard in self.splits.get(split, ()))
 
 
-def schema(frames: int) -> pa.Schema:
+def schema(frames: int, points: int = POINTS) -> pa.Schema:
     """SCHEMA with `pose` as a fixed-size list for clips of that many frames."""
     place = SCHEMA.get_field_index("pose")
-    return SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * POINTS * 3), nullable=False))
+    return SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * points * 3), nullable=False))
 
 
-def write_shard(folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape) -> ShardInfo:
+def write_shard(
+    folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape, points: int = POINTS
+) -> ShardInfo:
     """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes. Holds one row group at a time.
 
-    Each row has every column of SCHEMA; `pose` is a float32 array [frames, 33, 3].
+    Each row has every column of SCHEMA; `pose` is a float32 array [frames, 33 or 133, 3], which is written as `points`
+    points (`wholebody.laid_out`).
     Raises ValueError for a row of another shape.
     """
-    of = schema(shape.frames)
+    of = schema(shape.frames, points)
     path = folder / file
     clips, left = 0, iter(rows)
     with files.whole(path) as scratch:
@@ -120,19 +125,22 @@ def write_shard(folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shap
             write_statistics=_OTHERS,
             write_page_checksum=True,
         ) as writer:
-            while some := [_flat(row, shape) for row in islice(left, CLIPS_PER_ROW_GROUP)]:
+            while some := [_flat(row, shape, points) for row in islice(left, CLIPS_PER_ROW_GROUP)]:
                 writer.write_table(pa.Table.from_pylist(some, schema=of), clips_per_row_group(some))
                 clips += len(some)
         return ShardInfo(file, clips, scratch.stat().st_size, files.sha256(scratch))
 
 
-def _flat(row: Mapping[str, Any], shape: ClipShape) -> dict[str, Any]:
+def _flat(row: Mapping[str, Any], shape: ClipShape, points: int) -> dict[str, Any]:
     """A row as the file holds it. Raises ValueError if it is of another shape."""
-    given = (row["frames"], row["height"], row["width"], np.shape(row["pose"]))
-    due = (shape.frames, shape.height, shape.width, (shape.frames, POINTS, 3))
+    pose = np.asarray(row["pose"], np.float32)
+    if pose.ndim == 3 and pose.shape[1] in wholebody.LAYOUTS.values():
+        pose = wholebody.laid_out(pose, points)
+    given = (row["frames"], row["height"], row["width"], pose.shape)
+    due = (shape.frames, shape.height, shape.width, (shape.frames, points, 3))
     if given != due:
         raise ValueError(f"clip {row['clip_id']} has (frames, height, width, pose) {given}, the shard {due}")
-    return {**row, "pose": np.asarray(row["pose"], np.float32).ravel()}
+    return {**row, "pose": pose.ravel()}
 
 
 def clips_per_row_group(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -147,13 +155,18 @@ def _leaves(of: pa.Schema) -> list[str]:
 
 
 def write_dataset(
-    folder: Path, shape: ClipShape, splits: Mapping[str, Iterable[ShardInfo]], settings: Mapping[str, Any]
+    folder: Path,
+    shape: ClipShape,
+    splits: Mapping[str, Iterable[ShardInfo]],
+    settings: Mapping[str, Any],
+    points: int = POINTS,
 ) -> Dataset:
     """Write `dataset.json`, the last file of a dataset: a folder without it is not one."""
+    kinds = {count: kind for kind, count in wholebody.LAYOUTS.items()}
     record = {
         "format": FORMAT,
         "shape": shape.model_dump(),
-        "pose": POSE,
+        "pose": {"kind": kinds[points], "points": points, "values": ["x", "y", "visibility"]},
         "color": {"matrix": "bt709", "range": "limited", "pixels": "yuv420p"},
         "splits": {name: [asdict(shard) for shard in splits[name]] for name in SPLITS},
         "settings": dict(settings),
@@ -178,8 +191,10 @@ def read_dataset(folder: Path) -> Dataset:
     if found != FORMAT:
         raise UserError(f"{folder}/dataset.json has format {found!r}, this version reads {FORMAT!r}: {again} again")
     try:
-        if record["pose"]["points"] != POINTS:
-            raise UserError(f"{folder} holds poses of {record['pose']['points']} points, this version reads {POINTS}")
+        points = record["pose"]["points"]
+        if points not in wholebody.LAYOUTS.values():
+            known = " or ".join(map(str, wholebody.LAYOUTS.values()))
+            raise UserError(f"{folder} holds poses of {points} points, this version reads {known}: {again} again")
         splits = {name: tuple(ShardInfo(**shard) for shard in shards) for name, shards in record["splits"].items()}
         shape = ClipShape(**record["shape"])
         settings = record["settings"]
@@ -191,7 +206,7 @@ def read_dataset(folder: Path) -> Dataset:
         if not (root / shard.file).resolve().is_relative_to(root):
             raise UserError(f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}; {again} again")
     fingerprint = digest({name: [shard.sha256 for shard in shards] for name, shards in splits.items()})
-    return Dataset(folder, shape, splits, settings, fingerprint)
+    return Dataset(folder, shape, splits, settings, fingerprint, points)
 
 
 def verify(dataset: Dataset, how: Literal["sha256", "size"] = "sha256") -> None:
@@ -220,12 +235,13 @@ def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
 def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Clips of one shard in the order asked for, reading only the row groups and columns needed.
 
-    `pose` comes as a float32 array [frames, 33, 3], media as bytes. Page checksums are verified.
+    `pose` comes as a float32 array [frames, 33 or 133, 3], media as bytes. Page checksums are verified.
     A row group that is larger in memory than `media.limits` allows is not read.
     Raises DamagedShardError naming the file and the row.
     """
     wanted = list(rows)
     names = list(columns or SCHEMA.names)
+    needed = list(dict.fromkeys([*names, *(["frames"] if "pose" in names else [])]))
     at = wanted[0] if wanted else 0
     try:
         with limits.parquet(path) as file:
@@ -237,7 +253,7 @@ def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = N
                     raise IndexError(f"it has {starts[-1]} rows")
                 group = int(np.searchsorted(starts, at, side="right")) - 1
                 if group not in groups:
-                    groups[group] = limits.rows(path, file, [group], names, limits.LIMITS)
+                    groups[group] = limits.rows(path, file, [group], needed, limits.LIMITS)
                 out += _rows(groups[group].slice(at - starts[group], 1), names)
             return out
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:
@@ -253,5 +269,9 @@ def _rows(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
     values = {name: table.column(name).to_pylist() for name in names if name != "pose"}
     if "pose" in names:
         pose = table.column("pose").combine_chunks()
-        values["pose"] = pose.flatten().to_numpy().reshape(len(table), -1, POINTS, 3)
+        frames = table.column("frames").to_pylist()[:1] or [1]
+        pose = pose.flatten().to_numpy().reshape(len(table), frames[0], -1, 3)
+        if pose.shape[2] not in wholebody.LAYOUTS.values():
+            raise ValueError(f"its pose has {pose.shape[2]} points")
+        values["pose"] = pose
     return [{name: values[name][i] for name in names} for i in range(len(table))]

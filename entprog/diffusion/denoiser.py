@@ -53,7 +53,7 @@ class Denoiser(Protocol):
         """Clips → latents and conditions on the network's device, no gradient."""
 
     def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33, 3]."""
+        """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].

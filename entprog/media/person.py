@@ -7,8 +7,11 @@ import numpy as np
 
 POINTS = 33
 """Body points of a pose: BlazePose's, in its order."""
-NOBODY = np.full((POINTS, 3), (np.nan, np.nan, 0), np.float32)
-"""The pose of a frame without a person: float32 [33, 3] of x, y, visibility."""
+
+
+def nobody(points: int = POINTS) -> np.ndarray:
+    """The pose of a frame without a person: float32 [points, 3] of x, y, visibility."""
+    return np.full((points, 3), (np.nan, np.nan, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,23 @@ def prominent_first(people: Iterable[Person], height: int, width: int) -> list[P
         return person.radius / (1 + np.linalg.norm(person.center - middle) / np.linalg.norm(middle))
 
     return sorted(people, key=prominence, reverse=True)
+
+
+def followed(people: list[Person], before: Person | None, height: int, width: int) -> tuple[Person, int] | None:
+    """The person who is followed, and which of the people it is; the most prominent where nobody is followed yet.
+
+    Who is followed moves less than half of their own size between two frames.
+    """
+    if not people:
+        return None
+    best = prominent_first(people, height, width)[0]
+    if before is not None:
+        nearest = min(people, key=lambda person: np.hypot(*np.subtract(person.center, before.center)))
+        if np.hypot(*np.subtract(nearest.center, before.center)) < before.radius:
+            best = nearest
+    return best, people.index(best)
+
+
+def of_box(left: float, top: float, right: float, bottom: float) -> Person:
+    """Who a box surrounds, in pixels: its middle, and the circle that holds it."""
+    return Person(1.0, ((left + right) / 2, (top + bottom) / 2), float(np.hypot(right - left, bottom - top)) / 2, 0.0)

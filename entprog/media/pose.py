@@ -14,8 +14,8 @@ from PIL import Image
 
 from entprog.config import Prepare
 from entprog.errors import UserError
-from entprog.media import assets
-from entprog.media.person import NOBODY, POINTS, Person, prominent_first
+from entprog.media import assets, wholebody
+from entprog.media.person import POINTS, Person, nobody, prominent_first
 
 DETECTOR_SIZE = 224
 LANDMARK_SIZE = 256
@@ -42,6 +42,9 @@ class PoseEstimator:
 
     Raises UserError when ai-edge-litert is not installed (extra `pose`) or the networks are not in the cache.
     """
+
+    points = POINTS
+    """Points of a pose that it gives."""
 
     def __init__(self, threads: int = 1):
         try:
@@ -106,13 +109,13 @@ class PoseEstimator:
             if where is not None:
                 points = self._look(frame, where, check=age < PROBATION or age % CHECK_EVERY == 0)
                 if points is None and age < PROBATION:
-                    rows[-age:] = [NOBODY] * age
+                    rows[-age:] = [nobody()] * age
             if points is None:
                 looks = (self._look(frame, person, check=True) for person in self.detect(frame))
                 points, age = next((look for look in looks if look is not None), None), 0
             if points is None:
                 where = None
-                rows.append(NOBODY)
+                rows.append(nobody())
             else:
                 # Points 33 and 34 are the next square's: middle of the hips, and the circle around the body.
                 where, age = Person(1.0, *_circle(points[33, :2], points[34, :2])), age + 1
@@ -145,7 +148,7 @@ class PoseEstimator:
 
 
 def estimator(settings: Prepare):
-    """The estimator that `prepare.pose` names, with `detect` and `track` as `PoseEstimator` has them.
+    """The estimator that `prepare.pose` names, with `points`, `detect` and `track` as `PoseEstimator` has them.
 
     Raises UserError when something that it needs is missing.
     """
@@ -157,16 +160,17 @@ def estimator(settings: Prepare):
 
 
 def found(points: np.ndarray) -> np.ndarray:
-    """[F, 33, 3] → bool [F]: frames in which a person was found."""
-    return np.isfinite(points[..., :2]).all(axis=(-1, -2))
+    """[F, 33 or 133, 3] → bool [F]: frames in which a person was found."""
+    return np.isfinite(wholebody.body(points)[..., :2]).all(axis=(-1, -2))
 
 
 def body_box(points: np.ndarray, min_visibility: float = 0.5) -> tuple[float, float, float, float] | None:
-    """Smallest box around the visible points of all frames: left, top, right, bottom in 0..1 of the frame, inside it.
+    """Smallest box around the body's visible points in all frames [..., 33 or 133, 3]: left, top, right, bottom in 0..1
+    of the frame, inside it.
 
     None when no point is visible. The head's top and the toes lie a little outside: leave a margin.
     """
-    points = points.reshape(-1, 3)
+    points = wholebody.body(points).reshape(-1, 3)
     x_y = points[points[:, 2] >= min_visibility, :2]
     if not len(x_y):
         return None

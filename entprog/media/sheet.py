@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from entprog import files
-from entprog.media import skeleton
+from entprog.media import drawing
 
 GAP = 6
 """Pixels between frames."""
@@ -88,10 +88,10 @@ def side_by_side(parts: Sequence[tuple[str, np.ndarray]], min_height: int = 384)
 
 
 def overlay(frames: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Skeletons (float [F, 33, 3]) drawn over uint8 RGB [F, H, W, 3] → uint8 RGB, same shape."""
+    """Skeletons (float [F, 33 or 133, 3]) drawn over uint8 RGB [F, H, W, 3] → uint8 RGB, same shape."""
     out = np.empty_like(frames)
     for i, (frame, pose) in enumerate(zip(frames, points, strict=True)):
-        drawn = skeleton.draw(torch.from_numpy(np.ascontiguousarray(pose)), *frame.shape[:2])
+        drawn = drawing.draw(torch.from_numpy(np.ascontiguousarray(pose)), *frame.shape[:2])
         limbs = ((drawn + 1) * 127.5).permute(1, 2, 0).numpy()
         cover = limbs.max(-1, keepdims=True) / 255
         out[i] = np.rint(frame * (1 - cover) + limbs * cover)

@@ -21,7 +21,7 @@ from entprog.data.clips import Clips, Latents
 from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
 from entprog.media.color import yuv420_to_rgb
-from entprog.media.skeleton import draw
+from entprog.media.drawing import draw
 from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
@@ -244,8 +244,8 @@ class VideoDenoiser:
     def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the network sees beside the noisy clip: {name: float32 [B, C, F', H', W']}, on the network's device.
 
-        reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33, 3] is drawn
-        and encoded as a video.
+        reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33 or 133, 3] is
+        drawn and encoded as a video.
         """
         frames, (height, width) = pose.shape[1], reference.shape[1:3]
         out = {}

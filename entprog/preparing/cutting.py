@@ -6,10 +6,11 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 
 import hashlib
 import io
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, chain, count, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from entprog import files
 from entprog.config import Preparation
 from entprog.data import shards
-from entprog.media import footage, h264, pose, video
+from entprog.media import footage, h264, limits, pose, posefile, video, wholebody
 from entprog.media.video import VideoError
 from entprog.preparing import ledger, shots, windows
 from entprog.preparing.attempts import MachineError
@@ -31,25 +32,47 @@ from entprog.preparing.rows import Cut, Done, Shots, Tracked
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
 
-PEOPLE_SIZE = 0.5
+PEOPLE_SIZE = posefile.HALF
 """Another person counts from this share of the foremost one's size on: smaller ones are passers-by, or no people."""
 PEOPLE_SHARE = 0.5
 """Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
 
 
 class Track:
-    """Third stage: the pose of the foremost person at the clip's frame rate. Loads its networks once."""
+    """Third stage: the pose of the foremost person at the clip's frame rate, read where it lies beside the video,
+    otherwise estimated. Loads its networks once, when they are first needed."""
 
     def __init__(self, settings: Preparation, parts: Path | None = None):
         self.settings = settings
         self.parts = parts
-        self.estimator = pose.estimator(settings.prepare)
+
+    @cached_property
+    def estimator(self):
+        return pose.estimator(self.settings.prepare)
 
     def __call__(self, row: Shots) -> Tracked:
-        """Adds `track`, the bytes of float32 [T, 33, 3], and `others`, of bool [T]: whether more people were seen."""
-        return tried({**row, "track": b"", "others": b""}, "track", self.settings, self.parts, self._track)
+        """Adds `track`, the bytes of float32 [T, points, 3], `points`, and `others`, the bytes of bool [T]: whether
+        more people were seen."""
+        blank = {"track": b"", "points": pose.POINTS, "others": b""}
+        work = self._read if row["poses"] else partial(self._track, estimator=self.estimator)
+        return tried({**row, **blank}, "track", self.settings, self.parts, work)
 
-    def _track(self, row: Tracked, settings: Preparation, heartbeats) -> Tracked:
+    def _read(self, row: Tracked, settings: Preparation, heartbeats) -> Tracked:
+        """The poses beside the video."""
+        fps = settings.data.shape.fps
+        bounds, path = limits.of(settings.prepare), Path(os.fsdecode(row["poses"]))
+        poses = posefile.read(path, row["source_height"], row["source_width"], bounds)
+        source_fps = row["frames_fps"]
+        if poses.fps is None and not source_fps:
+            with opened(row, settings, heartbeats) as source:
+                source_fps = footage.probe(source).fps
+        track, others = posefile.at_frames(poses, row["length"], fps, source_fps)
+        if row["crop"]:
+            box = tuple(map(int, row["crop"].split(",")))
+            track = windows.to_crop(track, box, row["source_height"], row["source_width"])
+        return self._tracked(row, track, others)
+
+    def _track(self, row: Tracked, settings: Preparation, heartbeats, estimator) -> Tracked:
         height, width = row["view_height"], row["view_width"]
         shrink = min(1.0, LONGEST_SIDE / max(height, width))
         size = None if shrink == 1 else (max(1, round(height * shrink)), max(1, round(width * shrink)))
@@ -60,18 +83,22 @@ class Track:
             frames = self._watched(heartbeats(footage.pictures(source, shape.fps, size, quick=True)), people)
             shot = accumulate(i in starts for i in count())
             by_shot = groupby(zip(shot, frames, strict=False), key=itemgetter(0))
-            tracks = [self.estimator.track(frame for _, frame in frames) for _, frames in by_shot]
-        track = np.concatenate([np.zeros((0, pose.POINTS, 3), np.float32), *tracks])
-        longest = max(map(len, shots.spans(len(track), sorted(starts))))
+            tracks = [estimator.track(frame for _, frame in frames) for _, frames in by_shot]
+        track = np.concatenate([np.zeros((0, estimator.points, 3), np.float32), *tracks])
+        seen = np.array(people)
+        return self._tracked(row, windows.without_phantoms(track, seen > 0, settings.prepare.min_detected), seen > 1)
+
+    def _tracked(self, row: Tracked, track: np.ndarray, others: np.ndarray) -> Tracked:
+        shape, starts = self.settings.data.shape, np.frombuffer(row["cuts"], np.int32).tolist()
+        spans = shots.spans(len(track), starts)
+        longest = max(map(len, spans))
         if longest < shape.frames:
             message = f"{longest} frames at {shape.fps:g} fps, a clip has {shape.frames}"
             raise VideoError(
-                "too_short", message if len(tracks) < 2 else f"its longest shot of {len(tracks)} has {message}"
+                "too_short", message if len(spans) < 2 else f"its longest shot of {len(spans)} has {message}"
             )
-        seen = np.array(people)
-        track = windows.without_phantoms(track, seen > 0, settings.prepare.min_detected)
-        track = np.ascontiguousarray(track, np.float32).tobytes()
-        return {**row, "track": track, "others": (seen > 1).tobytes()}
+        track = np.ascontiguousarray(track, np.float32)
+        return {**row, "track": track.tobytes(), "points": track.shape[1], "others": others.tobytes()}
 
     def _watched(self, frames: Iterable[np.ndarray], people: list[int]) -> Iterator[np.ndarray]:
         """The frames; how many people the detector, asked anew, sees in each goes into `people`."""
@@ -109,6 +136,7 @@ def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
     row = tried(row, "cut", settings, parts, partial(_cut, parts=parts))
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
+    record |= {"points": row.get("points", pose.POINTS)}
     files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
@@ -118,7 +146,7 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Path) -> Cut:
 
     The row is rejected if no clip is kept.
     """
-    track = np.frombuffer(row["track"], np.float32).reshape(-1, pose.POINTS, 3)
+    track = np.frombuffer(row["track"], np.float32).reshape(-1, row["points"], 3)
     kept, verdicts = _choose(row, track, settings)
     part, encoded = None, {}
 
@@ -139,7 +167,9 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Path) -> Cut:
             if first is not None:
                 file = f"{row['key']}.parquet"
                 try:
-                    part = shards.write_shard(parts, file, chain([first], of_source), settings.data.shape)
+                    part = shards.write_shard(
+                        parts, file, chain([first], of_source), settings.data.shape, row["points"]
+                    )
                 except OSError as error:  # what the source may raise is a VideoError
                     raise MachineError(f"cannot write {parts / file}: {error}") from None
     lines = []
@@ -156,14 +186,15 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Path) -> Cut:
 
 
 def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], dict[int, tuple[str, str]]]:
-    """Decide on every window by its pose: (those kept, {first frame: (stage, reason or '')} of all)."""
+    """Decide on every window by its body's pose: (those kept, {first frame: (stage, reason or '')} of all)."""
     shape, prepare = settings.data.shape, settings.prepare
     height, width = row["view_height"], row["view_width"]
     seen, target = prepare.point_visibility, shape.width / shape.height
     others = np.frombuffer(row["others"], bool)
     kept, verdicts = [], {}
     for shot in shots.spans(len(track), np.frombuffer(row["cuts"], np.int32).tolist()):
-        of_shot = track[shot.start : shot.stop]
+        in_full = track[shot.start : shot.stop]
+        of_shot = wholebody.body(in_full)
         for at in windows.window_starts(len(shot), shape.frames, stride(settings)):
             start, window = shot.start + at, range(at, at + shape.frames)
             points = of_shot[at : window.stop]
@@ -187,7 +218,8 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
                 if windows.share_inside(there, seen) < prepare.min_inside:
                     alone = of_shot[best : best + 1]
                     around = windows.person_box(alone, height, width, target, prepare.margin, seen) or box
-                kept.append(_Window(start, in_crop, box, shot.start + best, around))
+                stored = windows.to_crop(in_full[at : window.stop], box, height, width)
+                kept.append(_Window(start, stored, box, shot.start + best, around))
     return kept, verdicts
 
 
@@ -262,7 +294,7 @@ def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any
         "crop_top": view_top + top,
         "crop_width": width,
         "crop_height": height,
-        "visibility": float(window.points[..., 2].mean()),
+        "visibility": float(wholebody.body(window.points)[..., 2].mean()),
         "reference_s": window.reference_at / shape.fps,
         "reference": window.reference,
         "pose": window.points,

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
 from entprog.masking import bare, masked, query, reason
-from entprog.media import frames, limits
+from entprog.media import frames, limits, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
 from entprog.preparing import addresses, fetching, manifest
@@ -57,7 +57,7 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Path | None
     text = str(given)
     if text.startswith("file://"):
         text = _local_path(text)
-    found = (_remote if addresses.is_remote(text) else _local)(text, prepare, leave_out)
+    found = _remote(text, prepare, leave_out) if addresses.is_remote(text) else _posed(_local(text, prepare, leave_out))
     if not found.rows:
         raise UserError(f"input {found.kind} {masked(text)} has no files: give --input videos")
     return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
@@ -96,6 +96,7 @@ def _local_path(address: str) -> str:
 
 def _row(file: str, path: str, **known: Any) -> Source:
     blank = {"bytes": 0, "stamp": "", "frames_fps": 0.0, "caption": "", "split": "", "crop": ""}
+    blank |= {"poses": b"", "poses_stamp": ""}
     return {"file": plain(file), "path": os.fsencode(path), **blank, **known}
 
 
@@ -125,7 +126,8 @@ def _local(text: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
 
 def _tables_among(rows: Iterable[Source]) -> tuple[str, ...]:
     """A note on files in a folder that could be its manifest."""
-    found = [row["file"] for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
+    named = [row for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
+    found = [row["file"] for row in named if not row["file"].endswith(posefile.ENDINGS)]
     return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
 
 
@@ -153,6 +155,24 @@ def _captioned(found: Inputs) -> Inputs:
     if unread:
         notes.append(f"{len(unread)} .txt files beside videos cannot be read as captions ({unread[0]})")
     return Inputs(found.kind, rows, tuple(notes))
+
+
+def _posed(found: Inputs) -> Inputs:
+    """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then."""
+    poses: dict[str, dict[str, Any]] = {}
+    for row in found.rows:
+        path = os.fsdecode(row["path"])
+        if addresses.is_remote(path) or not is_video(row):
+            continue
+        name = path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
+        for beside in (Path(name + ending) for ending in posefile.ENDINGS):
+            if row["file"] not in poses and beside.is_file():
+                stamp = fetching.stamp(beside.stat())
+                poses[row["file"]] = {"poses": os.fsencode(beside), "poses_stamp": stamp}
+    taken = {known["poses"] for known in poses.values()}
+    rows = [{**row, **poses.get(row["file"], {})} for row in found.rows if row["path"] not in taken]
+    note = f"poses of {len(poses)} videos are those of the .pose.npz and .pose.json files beside them"
+    return Inputs(found.kind, rows, (*found.notes, *([note] if poses else [])))
 
 
 def _name(path: Path, root: Path) -> str:

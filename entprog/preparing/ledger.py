@@ -61,8 +61,9 @@ def line(row: Mapping[str, Any]) -> Line:
 
 
 def stamp(row: Source) -> str:
-    """What an input is, as far as its listing tells: its own stamp and what a manifest says of it."""
-    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'])}"
+    """What an input is, as far as its listing tells: its own stamp and what lies beside it or a manifest says."""
+    poses = [row["poses_stamp"]] if row["poses"] else []
+    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'], *poses)}"
 
 
 def rejected(row: R, stage: str, reason: str, message: str) -> R:

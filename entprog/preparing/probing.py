@@ -38,8 +38,9 @@ def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Prob
 
 
 def cut_shots(row: Probed, settings: Preparation, parts: Path | None = None) -> Shots:
-    """Second stage: adds `cuts`, bytes of int32: the clip frames (`shots.cuts`) at which new shots begin."""
-    return tried({**row, "cuts": b""}, "shots", settings, parts, _cut_shots)
+    """Second stage: adds `cuts`, bytes of int32: the clip frames (`shots.cuts`) at which new shots begin; `length`, the
+    number of clip frames."""
+    return tried({**row, "cuts": b"", "length": 0}, "shots", settings, parts, _cut_shots)
 
 
 def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -> R:
@@ -121,4 +122,5 @@ def _sha256(source: Footage, heartbeats) -> str:
 def _cut_shots(row: Shots, settings: Preparation, heartbeats) -> Shots:
     with opened(row, settings, heartbeats) as source:
         change = shots.changes(heartbeats(footage.thumbnails(source, settings.data.shape.fps, shots.SIZE)))
-    return {**row, "cuts": np.array(shots.cuts(change, settings.prepare.shot_change), np.int32).tobytes()}
+    starts = np.array(shots.cuts(change, settings.prepare.shot_change), np.int32)
+    return {**row, "cuts": starts.tobytes(), "length": len(change) + 1}

@@ -25,6 +25,10 @@ class Source(TypedDict):
     """`train` or `held_out` where a manifest asks for one, else empty."""
     crop: str
     """left,top,width,height in pixels of the upright picture; empty: all of it."""
+    poses: bytes
+    """Path of the file beside it that holds its poses (`media.posefile`); empty: they are estimated."""
+    poses_stamp: str
+    """Of that file, as `stamp`."""
     key: NotRequired[str]
     """Name of its part: of the files that its stages write."""
 
@@ -55,13 +59,17 @@ class Shots(Probed):
 
     cuts: bytes
     """int32 [N]: clip frames at which new shots begin."""
+    length: int
+    """Clip frames in the whole source."""
 
 
 class Tracked(Shots):
     """After the third stage."""
 
     track: bytes
-    """float32 [T, 33, 3]: x and y in 0..1 of the view, visibility 0..1, at the clip's frame rate."""
+    """float32 [T, points, 3]: x and y in 0..1 of the view, visibility 0..1, at the clip's frame rate."""
+    points: int
+    """Points of a pose, 33 or 133."""
     others: bytes
     """bool [T]: whether more people than one were seen."""
 

@@ -28,6 +28,7 @@ REASONS = {
     "too_long": "longer than is read",
     "changed": "it changed while it was being prepared",
     "bad_crop": "the manifest's crop is not inside the picture",
+    "bad_pose": "the file of poses beside it holds none, or none of this video",
     "too_short": "shorter than one clip",
     "nobody": "no person was found",
     "pose_lost": "the person was found in some frames only",

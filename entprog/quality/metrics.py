@@ -118,7 +118,8 @@ class Meter:
         return PoseEstimator()
 
     def measure(self, result: np.ndarray, truth: np.ndarray, reference: np.ndarray, pose: np.ndarray) -> Measured:
-        """result, truth uint8 RGB [F, H, W, 3]; reference uint8 RGB [H, W, 3]; pose float [F, 33, 3], the wanted one.
+        """result, truth uint8 RGB [F, H, W, 3]; reference uint8 RGB [H, W, 3]; pose float [F, 33 or 133, 3], the wanted
+        one.
 
         Raises ValueError if result and truth have unlike shapes.
         """

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from entprog.media import skeleton
+from entprog.media import skeleton, wholebody
 
 MIN_VISIBILITY = 0.5
 """A joint of the wanted pose counts from this visibility on."""
@@ -15,10 +15,11 @@ LOST = 1.0
 def joint_distances(wanted: np.ndarray, seen: np.ndarray, height: int, width: int) -> np.ndarray:
     """Distances of the visible joints, over the body's size: float [joints of all frames], 0..LOST.
 
-    wanted, seen: float [F, 33, 3] (x, y in 0..1 of a frame of height × width pixels, visibility), NaN in `seen` where
-    nobody was found. A body's size is the larger side of the box around its visible joints in that frame, as PCK of
-    Yang and Ramanan (2013) has it.
+    wanted, seen: float [F, 33 or 133, 3] (x, y in 0..1 of a frame of height × width pixels, visibility), NaN in `seen`
+    where nobody was found; the body's points count. A body's size is the larger side of the box around its visible
+    joints in that frame, as PCK of Yang and Ramanan (2013) has it.
     """
+    wanted, seen = wholebody.body(wanted), wholebody.body(seen)
     visible = wanted[..., 2] >= MIN_VISIBILITY
     pixels = np.array([width, height])
     offset = np.linalg.norm((seen[..., :2] - wanted[..., :2]) * pixels, axis=-1)
@@ -41,7 +42,7 @@ def pose_values(
     return {
         "pose_distance": float(distances.mean()) if len(distances) else float("nan"),
         "pck": float((distances <= pck_threshold).mean()) if len(distances) else float("nan"),
-        "pose_found": float(np.isfinite(seen[..., :2]).all((1, 2)).mean()),
+        "pose_found": float(np.isfinite(wholebody.body(seen)[..., :2]).all((1, 2)).mean()),
     }
 
 
@@ -55,14 +56,17 @@ def drawn_distance(reference: np.ndarray, own: np.ndarray, results: np.ndarray, 
     """How far from the wanted skeleton a clip draws what its reference image does not show, over the picture's height.
 
     For pictures that are too small for a pose network, in front of a background that stands still. reference uint8
-    [H, W, 3] shows the person in the pose `own` [33, 3]; results uint8 [F, H, W, 3]; wanted [F, 33, 3]. Counted are the
-    pixels that differ from the reference image, outside the body there (what it uncovers is no drawing), each by how
-    much it differs; 1 where there are none. Smaller is better; what random drawing gives depends on the motion.
+    [H, W, 3] shows the person in the pose `own` [33 or 133, 3]; results uint8 [F, H, W, 3]; wanted [F, 33 or 133, 3].
+    Counted are the pixels that differ from the reference image, outside the body there (what it uncovers is no
+    drawing), each by how much it differs; 1 where there are none. Smaller is better; what random drawing gives depends
+    on the motion.
     """
     height, width = reference.shape[:2]
     change = torch.from_numpy(np.abs(results.astype(np.float32) - reference).mean(-1))
     change = functional.avg_pool2d(change[:, None], 3, 1, 1)[:, 0]  # without speckles
-    away, there = (skeleton.distance(torch.from_numpy(p).float(), height, width) for p in (wanted, own[None]))
+    away, there = (
+        skeleton.distance(torch.from_numpy(wholebody.body(p)).float(), height, width) for p in (wanted, own[None])
+    )
     weight = (change - CHANGED).clamp_min(0) * (there > BODY * height)
     outside = (away.clamp(max=height) - BODY * height).clamp_min(0) / height
     return float((weight * outside).sum() / weight.sum()) if weight.sum() > 0 else 1.0

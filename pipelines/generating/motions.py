@@ -15,7 +15,7 @@ from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import h264, limits
+from entprog.media import h264, limits, wholebody
 from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
@@ -36,7 +36,7 @@ class Motion:
     reference: np.ndarray
     """uint8 RGB [H, W, 3]: who."""
     pose: np.ndarray
-    """float32 [F, 33, 3]: how they move."""
+    """float32 [F, 33 or 133, 3]: how they move."""
     video: np.ndarray | None
     """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
     video_title: str = "ground truth"
@@ -210,8 +210,8 @@ def from_row(path: Path, row: int, shape: ClipShape, place: int = 0) -> Motion:
 def read_pose(
     path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
 ) -> np.ndarray:
-    """A pose sequence from an .npz or .npy (never unpickled): float32 [F, 33, 3], F of the clip's length, or up to
-    `most`.
+    """A pose sequence from an .npz or .npy (never unpickled): float32 [F, 33 or 133, 3], F of the clip's length, or
+    up to `most`.
 
     Raises UserError if it is not one, too short, or larger than `crop`'s limits.
     """
@@ -219,9 +219,10 @@ def read_pose(
         points = limits.array(path, None if path.suffix.lower() == ".npy" else "pose", limits.of(crop))
     except UserError as error:
         raise UserError(f"--pose: {error}") from None
-    if points.ndim != 3 or points.shape[1:] != (poses.POINTS, 3) or points.dtype.kind not in "fiu":
+    layouts = [(count, 3) for count in wholebody.LAYOUTS.values()]
+    if points.ndim != 3 or points.shape[1:] not in layouts or points.dtype.kind not in "fiu":
         raise UserError(
-            f"--pose: {path} holds {points.dtype} {list(points.shape)}, needed is float [frames, {poses.POINTS}, 3]"
+            f"--pose: {path} holds {points.dtype} {list(points.shape)}, needed is float [frames, 33 or 133, 3]"
         )
     first = round(start_s * shape.fps)
     if len(points) < first + shape.frames:
@@ -235,7 +236,7 @@ def read_pose(
 def driving_clip(
     path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The person in a video: (pose float32 [F, 33, 3] in the crop, its frames uint8 RGB [F, H, W, 3]).
+    """The person in a video: (pose float32 [F, 33 or 133, 3] in the crop, its frames uint8 RGB [F, H, W, 3]).
 
     F: of the clip's length, or up to `most`. One crop for the whole clip, as `pipelines.prepare` makes it, around the
     foremost of several people. Raises UserError if there is no such clip in it, or if it is over `crop`'s limits.
@@ -246,7 +247,7 @@ def driving_clip(
     try:
         info = videos.probe(path, bounds)
         read = partial(videos.iter_frames, path, **span, limits=bounds, order=videos.field_order(path, bounds))
-        estimator, several = poses.PoseEstimator(), []
+        estimator, several = poses.estimator(crop), []
         # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
         track = estimator.track(_watched(estimator, (frame for _, frame in read(quick=True)), several))
         if len(track) < shape.frames:

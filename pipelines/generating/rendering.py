@@ -16,7 +16,7 @@ from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
 from entprog.diffusion import dropping, sampling
 from entprog.diffusion.denoiser import Denoiser
-from entprog.media import color, h264, sheet, skeleton
+from entprog.media import color, drawing, h264, sheet
 from entprog.media import video as videos
 from pipelines import cli
 from pipelines.generating.motions import Motion
@@ -134,7 +134,7 @@ class Files:
 
     def write(self, result: np.ndarray, fps: float, without: str = "", bare: np.ndarray | None = None) -> None:
         motion = self.motion
-        drawn = pixels(skeleton.draw(torch.from_numpy(motion.pose), *result.shape[1:3]))
+        drawn = pixels(drawing.draw(torch.from_numpy(motion.pose), *result.shape[1:3]))
         alone = {"pose": drawn, "result": result}
         alone |= {} if bare is None else {"without": bare}
         alone |= {} if motion.video is None else {"truth": motion.video}

@@ -7,7 +7,7 @@ the CPU) → write. A finished file is never done again: after a kill the same c
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[Clip
 
 def _located(dataset: shards.Dataset) -> shards.Dataset:
     """The dataset with an absolute path: tasks run in another directory."""
-    return shards.Dataset(dataset.folder.resolve(), dataset.shape, dataset.splits, {}, dataset.fingerprint)
+    return replace(dataset, folder=dataset.folder.resolve(), settings={})
 
 
 # ---- words ----

@@ -155,8 +155,9 @@ def shard_plans(
     keys: Mapping[str, str],
     clips_per_shard: int,
     first: Mapping[str, int] | None = None,
+    points: int = shards.POINTS,
 ) -> list[Row]:
-    """Which clips go into which shard: {file, split, clips: [(clip, source, part key, row in the part)]}.
+    """Which clips go into which shard: {file, split, points, clips: [(clip, source, part key, row in the part)]}.
 
     Clips in order of source and time; a split's shards are as even as they can be, numbered from `first[split]` on.
     """
@@ -171,8 +172,15 @@ def shard_plans(
         pieces = math.ceil(len(clips) / clips_per_shard)
         edges = [round(i * len(clips) / pieces) for i in range(pieces + 1)] if pieces else []
         for i, (start, stop) in enumerate(itertools.pairwise(edges), (first or {}).get(name, 0)):
-            plans.append({"file": f"{name}/{i:05d}.parquet", "split": name, "clips": clips[start:stop]})
+            plans.append(
+                {"file": f"{name}/{i:05d}.parquet", "split": name, "points": points, "clips": clips[start:stop]}
+            )
     return plans
+
+
+def points_of(records: Iterable[Row | None]) -> int:
+    """The most points that poses of some finished parts have."""
+    return max((record.get("points", shards.POINTS) for record in records if record), default=shards.POINTS)
 
 
 def pack_all(
@@ -212,7 +220,7 @@ def pack(row: Row, folder: str, shape: ClipShape) -> Row:
         clips += shards.read_rows(parts / f"{key}.parquet", wanted)
     files.write_json(receipt, {"plan": "begun"}, indent=None)  # what lies there from now on is this job's
     clips = [{**clip, "split": plan["split"]} for clip in clips]
-    info = shards.write_shard(Path(folder), plan["file"], clips, shape)
+    info = shards.write_shard(Path(folder), plan["file"], clips, shape, plan["points"])
     entry = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
     files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": entry}, indent=None)
     return entry
