@@ -25,5 +25,8 @@ RUN pip install --no-cache-dir --no-deps --require-hashes --requirement requirem
 COPY --chown=ray . .
 RUN pip install --no-cache-dir --no-deps --editable . && python -m pipelines.train --help > /dev/null
 
+# Runs say which code they are of: --build-arg COMMIT=$(git rev-parse HEAD); without, the version.
+ARG COMMIT=
+ENV ENTPROG_COMMIT=${COMMIT}
 # A job that is told to stop has time for a checkpoint.
 ENV RAY_AUTH_MODE=token RAY_JOB_STOP_WAIT_TIME_S=100

@@ -358,7 +358,7 @@ SHAPE = ClipShape(frames=5, height=64, width=32)
 
 def train_rows(device: str) -> Iterator[Row]:
     """`prepare --latents` and `train` as a person types them, on encoded clips of moving patterns, with a tiny Wan and
-    its VAE: how long the start-up takes, part by part."""
+    its VAE, then with one of 1.3B's shape: how long the start-up takes, part by part."""
     for package in ("ray", "mlflow", "pyarrow", "av"):
         if importlib.util.find_spec(package) is None:
             raise SkippedError(f"{package} is not installed")
@@ -369,32 +369,36 @@ def train_rows(device: str) -> Iterator[Row]:
         frames = [pattern(number) for number in range(TRAINED_CLIPS + 2)]
         rows = [stream.row_of(f"pattern#{number}", each, SHAPE) for number, each in enumerate(frames)]
         stream.write_rows(place / "shards", rows, SHAPE, held_out=2)
-        tiny_base(place / "base")
-        commands = {
-            "prepare": ["prepare", "--latents", "--output", "shards", "--base", "base"],
-            "train": [
-                *("train", "--shards", "shards", "--base", "base", "--output", "run"),
-                *(word for pair in TRAINING for word in ("--set", pair)),
-            ],
-        }
-        for name, (job, *words) in commands.items():
-            run_job(place, [sys.executable, "-m", f"pipelines.{job}", *words])
-            result = json.loads((place / ("shards" if name == "prepare" else "run") / "result.json").read_text())
-            kept = ("status", "seconds", "startup_s", "stalls")
-            yield {"command": name} | {key: result[key] for key in kept if key in result}
+        base_of(FP8_WAN, place / "tiny")
+        yield ran(place, "shards", ["prepare", "--latents", "--base", "tiny"])
+        large = {} if device == "cpu" else {"1.3B's shape": step_cost.network_of(30, 12, True)}
+        for name, sizes in {"tiny": None, **large}.items():
+            if sizes:
+                base_of(sizes, place / name)
+            words = [word for pair in TRAINING for word in ("--set", pair)]
+            row = ran(place, f"run {name}", ["train", "--shards", "shards", "--base", name, *words])
+            yield {**row, "base": name}
+
+
+def ran(place: Path, output: str, words: list[str]) -> Row:
+    """A command's row. Raises RuntimeError with the last lines of a command that fails."""
+    run_job(place, [sys.executable, "-m", f"pipelines.{words[0]}", *words[1:], "--output", output])
+    result = json.loads((place / output / "result.json").read_text())
+    kept = ("status", "seconds", "startup_s", "stalls", "peak_memory_bytes")
+    return {"command": words[0]} | {key: result[key] for key in kept if key in result}
 
 
 TRAINING = (
     "train.steps=8", "train.samples=0", "data.batch_size=2", "data.held_out_clips=2", "data.latents=require",
-    "data.shape.frames=5", "data.shape.height=64", "data.shape.width=32", "schedule.kind=full",
+    "data.shape.frames=5", "data.shape.height=64", "data.shape.width=32", "schedule.kind=full", "model.dtype=bfloat16",
 )  # fmt: skip
 
 
 def run_job(place: Path, words: list[str]) -> None:
     """Raises RuntimeError with the last lines of a command that fails."""
-    root = str(Path(__file__).resolve().parents[1])
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    own |= {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", "PYTHONPATH": root}
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [own.get("PYTHONPATH")])]
+    own |= {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[2:4])} failed: {(done.stderr or done.stdout).strip()[-500:]}")
@@ -409,15 +413,17 @@ def pattern(number: int):
     return (fine.permute(1, 2, 3, 0) * 255).to(torch.uint8).contiguous().numpy()
 
 
-def tiny_base(folder: Path) -> None:
-    """A tiny Wan with a VAE, as training leaves it."""
-    kind, sizes = TINY["wan"]["vae"]
+def base_of(sizes: Row, folder: Path) -> None:
+    """A Wan of random bfloat16 weights with a tiny VAE, as training leaves it."""
+    kind, vae_sizes = TINY["wan"]["vae"]
     vae = folder.with_name("vae")
     torch.manual_seed(0)
-    kind(**sizes).save_pretrained(vae)
-    init = {**FP8_WAN, "out_channels": sizes["z_dim"], "patch_size": [1, 2, 2]}
+    kind(**vae_sizes).save_pretrained(vae)
+    init = {**sizes, "out_channels": vae_sizes["z_dim"], "patch_size": [1, 2, 2]}
     settings = config.build({"init": init, "vae": str(vae)}, config.Model)
-    models.family("wan").load(settings, "cpu", 0).save(folder, shape=SHAPE)
+    denoiser = models.family("wan").load(settings, "cpu", 0)
+    denoiser.network.bfloat16()
+    denoiser.save(folder, shape=SHAPE)
 
 
 # ---- scoring ----

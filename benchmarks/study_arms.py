@@ -303,48 +303,35 @@ SMOKE = Scale(
     ),
 )
 GPU = Scale(
-    rendered=ClipShape(frames=16, height=128, width=96, fps=12),
-    shape=ClipShape(frames=16, height=128, width=96, fps=12),
-    source_clips=20000,
-    target_clips=4000,
+    rendered=ClipShape(frames=8, height=128, width=96, fps=12),
+    shape=ClipShape(frames=8, height=128, width=96, fps=12),
+    source_clips=1024,
+    target_clips=512,
     networks={
         "wan": {
-            **WAN, "patch_size": [1, 8, 8], "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 16,
+            **WAN, "patch_size": [1, 8, 8], "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 12,
             "ffn_dim": 3072, "text_dim": 64, "freq_dim": 256, "rope_max_seq_len": 1024,
         },
-        "latte": {
-            **LATTE, "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 9, "cross_attention_dim": 768,
-            "patch_size": 8, "sample_size": 128, "video_length": 16,
-        },
     },
-    batch_size=8,
-    full_steps=3000,
-    base_steps=10000,
-    base_rate=2e-4,
-    rates=(3e-5, 1e-4, 3e-4),
-    batches=(2, 8),
-    tune_share=0.2,
+    batch_size=16,
+    full_steps=200,
+    base_steps=700,
+    base_rate=5e-4,
+    rates=(2e-4, 6e-4),
+    batches=(8, 16),
+    tune_share=0.5,
     clock="seconds",
-    points=20,
-    held_out_clips=160,
-    search_clips=8,
-    tune_clips=24,
-    test_clips=128,
-    quality_clips=32,
-    quality_steps=30,
-    metrics=("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0", "identity", "temporal"),
-    hindsight_stages=(0, 1, 2),
-    common=config.merge(
-        COMMON,
-        {
-            "model": {"dtype": "bfloat16"},
-            "train": {"warmup_steps": 100},
-            "priority": {"conditions": 16, "draws": 16},
-            "schedule": {"stages": 3, "search_steps": 4, "search_share": 0.1},
-        },
-    ),
+    seeds=(0, 1, 2, 3, 4),
+    points=12,
+    tune_clips=12,
+    test_clips=40,
+    metrics=("psnr", "ssim"),
+    hindsight_stages=(),
+    tasks=("wan_rendered",),
+    arms=("full", "progressive", "rotating", "progressive_tokens", "paper"),
+    common=config.merge(COMMON, {"model": {"dtype": "bfloat16"}}),
 )  # fmt: skip
-"""Over 100 M parameters; its clock is seconds, of a machine that nobody shares."""
+"""Over 100 M parameters, in minutes of one card. Its clock is seconds, of a machine that nobody shares."""
 SCALES = {"small": SMALL, "cpu": CPU, "gpu": GPU, "smoke": SMOKE}
 
 

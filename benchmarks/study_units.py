@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class Material:
     """A task's clips as its networks see them, on the CPU."""
 
     train: Cut
+    """On the study's device: batches are cut out of them in every step."""
     search: list[Latents]
     """Batches of held-out clips that a run itself may look at."""
     tune: list[Latents]
@@ -137,8 +138,13 @@ def material(bench: Bench, task: str) -> Material:
         scale.shape
     )
     motions = rendering.motions_of(made, [f"held-out {number}" for number in shown])
-    train = partial(encoded, network, dataset, "train", np.arange(dataset.clips("train")))
-    return Material(cache(train), *parts, motions, dataset)
+    numbers = np.arange(dataset.clips("train"))
+
+    @cache
+    def train(shape: ClipShape) -> Latents:
+        return at(encoded(network, dataset, "train", numbers, shape), bench.device)
+
+    return Material(train, *parts, motions, dataset)
 
 
 def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np.ndarray, shape: ClipShape) -> Latents:
@@ -155,9 +161,15 @@ def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np
     return Latents(torch.cat([part.clean for part in parts]), conditions, torch.arange(len(numbers)))
 
 
+def at(of: Latents, device: torch.device) -> Latents:
+    """Clips on a device."""
+    conditions = {name: value.to(device) for name, value in of.conditions.items()}
+    return Latents(of.clean.to(device), conditions, of.position)
+
+
 def rows(of: Latents, numbers: np.ndarray, position: np.ndarray, device: torch.device) -> Latents:
     """Some clips, at some positions of a run."""
-    picked = torch.from_numpy(numbers)
+    picked = torch.from_numpy(numbers).to(of.clean.device)
     conditions = {name: value[picked].to(device) for name, value in of.conditions.items()}
     return Latents(of.clean[picked].to(device), conditions, torch.from_numpy(position))
 
@@ -228,7 +240,7 @@ def _base(bench: Bench, unit: Unit) -> dict[str, Any]:
     dataset = shards.read_dataset(bench.shards("source"))
     network = models.family(family).load(wanted.model, "cpu", 0)
     shape, few = bench.scale.shape, min(16, dataset.clips("held_out"))
-    train = encoded(network, dataset, "train", np.arange(dataset.clips("train")), shape)
+    train = at(encoded(network, dataset, "train", np.arange(dataset.clips("train")), shape), bench.device)
     held_out = encoded(network, dataset, "held_out", np.arange(few), shape)
     run = opened(bench, wanted, lambda _: train, _batches(held_out, wanted.data.batch_size), 0)
     curve = [(step.step, step.loss) for step in run.steps]

@@ -170,8 +170,8 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Commit of this project's own checkout (with '+' when it has changes), or the installed version; `unknown` for
-    files that were copied without either, or where git refuses to read them."""
+    """Commit of this project's own checkout (with '+' when it has changes); else what ENTPROG_COMMIT says, where files
+    were copied without git; else the installed version, or `unknown`."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -184,6 +184,8 @@ def commit() -> str:
             return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         pass
+    if said := os.environ.get("ENTPROG_COMMIT"):
+        return said
     try:
         return f"v{importlib.metadata.version('entprog')}"
     except importlib.metadata.PackageNotFoundError:

@@ -34,6 +34,8 @@ def test_the_commit_is_that_of_the_projects_own_checkout(way, tmp_path, monkeypa
     if way == "own, changed":
         (root / "more.txt").write_text("")
     monkeypatch.setattr(cli, "__file__", str(place))
+    if way.startswith("own"):
+        monkeypatch.setenv("ENTPROG_COMMIT", "of an image")  # a checkout knows better
     mine = _git(root, "rev-parse", "HEAD") if way.startswith("own") else f"v{importlib.metadata.version('entprog')}"
     assert cli.commit() == mine + ("+" if way == "own, changed" else "")
 
@@ -60,3 +62,7 @@ def test_a_commit_that_nothing_tells_is_unknown(way, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(cli, "__file__", str(place))
     assert cli.commit() == "unknown"
+    monkeypatch.setenv("ENTPROG_COMMIT", "")  # an image that was built without saying it
+    assert cli.commit() == "unknown"
+    monkeypatch.setenv("ENTPROG_COMMIT", "abc123")
+    assert cli.commit() == "abc123"
