@@ -14,8 +14,8 @@ from entprog.media import h264, posefile, wholebody
 from entprog.media.limits import LIMITS, Limits
 from entprog.media.video import VideoError
 from entprog.preparing import cutting, inputs, ledger, probing
+from helpers import wholebodies
 from pipelines.preparing import packing
-from tests.helpers import wholebodies
 
 HEIGHT, WIDTH, FPS = 192, 128, 10
 SHAPE = {"frames": 6, "height": 48, "width": 32, "fps": FPS}

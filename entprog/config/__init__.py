@@ -6,7 +6,18 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 """
 
 from entprog.config.evaluation import Evaluate, Evaluation
-from entprog.config.experiment import Data, Drop, Experiment, Lora, Model, OptimizerKind, Priority, Tracking, Train
+from entprog.config.experiment import (
+    Data,
+    Drop,
+    Experiment,
+    Lora,
+    Model,
+    OptimizerKind,
+    Priority,
+    Skeleton,
+    Tracking,
+    Train,
+)
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
 from entprog.config.part import Part
 from entprog.config.phases import phases
@@ -68,6 +79,7 @@ __all__ = [
     "Row",
     "Schedule",
     "Shape",
+    "Skeleton",
     "Smaller",
     "Sweep",
     "Timesteps",

@@ -24,6 +24,9 @@ Place = Annotated[str, AfterValidator(_without_credentials)]
 """A path, or an address without credentials in it."""
 
 
+Skeleton = Literal["limbs", "dwpose"]
+
+
 class Model(Part):
     """Which network is trained, from what, with which conditions."""
 
@@ -49,6 +52,9 @@ class Model(Part):
     network, or the one that a saved folder was trained for."""
     conditions: tuple[Literal["reference", "pose"], ...] = ("reference", "pose")
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
+    skeleton: Skeleton | None = None
+    """How the network is shown poses: `limbs`, the body's in this project's colours; `dwpose`, body, hands and face as
+    DWPose draws them. None: what base or adapter were trained with here, otherwise `limbs`."""
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"

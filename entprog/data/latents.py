@@ -127,6 +127,8 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     }
     form = [denoiser.form] if denoiser.form else []
     form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
+    if "pose" in denoiser.conditions and denoiser.skeleton != "limbs":
+        form += [denoiser.skeleton]
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
 
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from entprog.config import ClipShape
+from entprog.config import ClipShape, Skeleton
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.processes import Process
 
@@ -24,6 +24,9 @@ class Denoiser(Protocol):
 
     conditions: tuple[str, ...]
     """What the network sees beside the noisy clip, in the order of its input channels."""
+
+    skeleton: Skeleton
+    """How poses are drawn for it (`media.drawing`)."""
 
     text: torch.Tensor
     """What text cross-attention sees of a clip without text of its own, float [1, tokens, width]."""

@@ -20,8 +20,8 @@ from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
+from entprog.media import drawing
 from entprog.media.color import yuv420_to_rgb
-from entprog.media.drawing import draw
 from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
@@ -76,6 +76,8 @@ class VideoDenoiser:
     """Type in which the VAE encodes, and to which latents are rounded; None: float32."""
     shape: ClipShape | None
     """Clip shape that a saved checkpoint was trained on, if it says so."""
+    skeleton: config.Skeleton = drawing.LIMBS
+    """How poses are drawn for it."""
     expert: experts.Expert | None = None
     """Which of a base's two networks this is; None: it has one."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -253,7 +255,7 @@ class VideoDenoiser:
             pixels = reference.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
             out["reference"] = self.reference(pixels.float() / 127.5 - 1, frames)
         if "pose" in self.conditions:
-            drawn = draw(pose.to(self.device, non_blocking=True), height, width)
+            drawn = drawing.draw(pose.to(self.device, non_blocking=True), height, width, self.skeleton)
             out["pose"] = self.latents(drawn.transpose(1, 2))
         return out
 
@@ -322,6 +324,7 @@ class VideoDenoiser:
             "vae": self.vae is not None,
             "shape": shape and shape.model_dump(),
             "shift": self.shift if shift is None else shift,
+            "skeleton": self.skeleton,
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }

@@ -79,6 +79,8 @@ class Record(config.Part):
     """Clips it was trained on."""
     shift: float = Field(gt=0)
     """Timestep shift for sampling."""
+    skeleton: config.Skeleton = "limbs"
+    """How poses are drawn for it."""
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""

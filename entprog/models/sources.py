@@ -18,6 +18,7 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
+from entprog.media import drawing
 from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
@@ -52,6 +53,8 @@ class Source:
     more: dict[str, Path]
     """Further folders of the base's pipeline that the network needs, by name."""
     process: Process
+    skeleton: config.Skeleton
+    """How poses are drawn for the network."""
     expert: experts.Expert | None
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
@@ -109,8 +112,13 @@ def inspect(
     form = cls.form_of(sum(splits), channels, conditions)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
+    skeleton = settings.skeleton or about.get("skeleton", drawing.LIMBS)
     if settings.adapter:
-        _check_adapter(cls, adapters.read(settings.adapter, "model.adapter"), network, settings, name, splits)
+        adapter = adapters.read(settings.adapter, "model.adapter")
+        _check_adapter(cls, adapter, network, settings, name, splits)
+        skeleton = settings.skeleton or adapter.about.get("skeleton", skeleton)
+        if skeleton not in drawing.STYLES:
+            raise UserError(f"model.adapter: {settings.adapter} was trained with skeleton {skeleton!r}, unknown here")
     tensors = cls.tensors(network.config, settings, root)
     more = {}
     if root is not None:
@@ -120,8 +128,8 @@ def inspect(
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process, expert,
-        outside,
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
+        skeleton, expert, outside,
     )  # fmt: skip
 
 
@@ -324,6 +332,7 @@ def _with_parts(
         vae=vae,
         conditions=source.conditions,
         process=source.process,
+        skeleton=source.skeleton,
         expert=source.expert,
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),

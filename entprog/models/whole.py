@@ -16,7 +16,7 @@ import diffusers
 
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import skeleton
+from entprog.media import drawing
 from entprog.models import folders
 from entprog.models.folders import Elsewhere
 
@@ -180,7 +180,7 @@ def leave(
         }
         shutil.copyfile(CODE, folder / CODE.name)
         if "pose" in about["conditions"]:
-            shutil.copyfile(skeleton.__file__, folder / "skeleton.py")
+            shutil.copyfile(drawing.program(about["skeleton"]), folder / "skeleton.py")
     (folder / folders.INDEX).write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -81,6 +81,7 @@ def _key(
     model, shape, train, law = experiment.model, experiment.data.shape, experiment.train, experiment.timesteps
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
     rest += [train.seed, law.shift, *([model.vae_dtype] if model.vae_dtype != "float32" else [])]
+    rest += [denoiser.skeleton] if "pose" in model.conditions and denoiser.skeleton != "limbs" else []
     rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     rest += [experiment.data.text, texts.folder.name] if texts else []

@@ -100,7 +100,9 @@ def _make_all(
             made = make(denoiser, motions, shape, settings)
             bare = None if without is None else make(denoiser, motions, shape, settings, without)
             for number, clip in enumerate(batch):
-                clip.write(made[number], shape.fps, *(() if bare is None else (without, bare[number])))
+                clip.write(
+                    made[number], shape.fps, denoiser.skeleton, *(() if bare is None else (without, bare[number]))
+                )
             advance(len(batch))
 
 
@@ -132,9 +134,16 @@ class Files:
         there = all(self.path(end).is_file() for end in (".json", ".mp4", "_result.mp4"))
         return self.identity is not None and there and self._note()["identity"] == self.identity
 
-    def write(self, result: np.ndarray, fps: float, without: str = "", bare: np.ndarray | None = None) -> None:
+    def write(
+        self,
+        result: np.ndarray,
+        fps: float,
+        style: config.Skeleton = drawing.LIMBS,
+        without: str = "",
+        bare: np.ndarray | None = None,
+    ) -> None:
         motion = self.motion
-        drawn = pixels(drawing.draw(torch.from_numpy(motion.pose), *result.shape[1:3]))
+        drawn = pixels(drawing.draw(torch.from_numpy(motion.pose), *result.shape[1:3], style))
         alone = {"pose": drawn, "result": result}
         alone |= {} if bare is None else {"without": bare}
         alone |= {} if motion.video is None else {"truth": motion.video}

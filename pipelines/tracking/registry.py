@@ -21,6 +21,9 @@ def register(
     """
     import mlflow
 
+    from entprog.media import drawing
+    from entprog.models import folders
+
     try:
         packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
         mlflow.set_tracking_uri(tracker.uri)
@@ -31,7 +34,7 @@ def register(
                 name="model",
                 python_model=str(SERVED),
                 artifacts={"checkpoint": str(folder)},
-                signature=signature(shape),
+                signature=signature(shape, drawing.points(folders.saved(folder)["skeleton"])),
                 pip_requirements=packages,
                 registered_model_name=name,
             )
@@ -41,15 +44,15 @@ def register(
         return None
 
 
-def signature(shape: ClipShape):
-    """Reference images and poses in, clips out, of the shape that the network was trained on."""
+def signature(shape: ClipShape, points: int = 33):
+    """Reference images and poses of so many points in, clips out, of the shape that the network was trained on."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     frames, height, width = shape.frames, shape.height, shape.width
     reference = TensorSpec(np.dtype("uint8"), (-1, height, width, 3), "reference")
-    pose = TensorSpec(np.dtype("float32"), (-1, frames, 33, 3), "pose")
+    pose = TensorSpec(np.dtype("float32"), (-1, frames, points, 3), "pose")
     clip = TensorSpec(np.dtype("uint8"), (-1, frames, height, width, 3))
     params = ParamSchema([ParamSpec("seed", "long", 0), ParamSpec("steps", "long", 20)])
     return ModelSignature(Schema([reference, pose]), Schema([clip]), params)

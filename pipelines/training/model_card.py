@@ -52,7 +52,7 @@ export_to_video(clip, "clip.mp4", fps={fps:g})
 
 POSES = """
 `pose` is a list of drawn frames: pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. `draw` of skeleton.py
-makes them of body points, float [F, 33, 3] (BlazePose's 33: x and y in 0..1 of the picture, visibility):
+makes them of {points}: x and y in 0..1 of the picture, visibility):
 
 ```python
 from skeleton import draw
@@ -60,6 +60,12 @@ from skeleton import draw
 frames = draw(points, {height}, {width})
 ```
 """
+
+POINTS = {
+    "limbs": "body points, float [F, 33, 3] (BlazePose's 33",
+    "dwpose": "whole-body points, float [F, 133, 3] (COCO-WholeBody's 133",
+}
+"""What a skeleton is drawn of."""
 
 
 def write(
@@ -88,6 +94,7 @@ def card(
     given = {"reference": 'reference=Image.open("person.png"), ', "pose": "pose=frames, "}
     standard = isinstance(whole.index_of(folder).get("_class_name"), str)
     code = CODE.format(given="".join(given[name] for name in conditions), fps=shape.get("fps", 8))
+    points = POINTS[about.get("skeleton", "limbs")]
     if standard:
         code = code.replace(", custom_pipeline=folder, trust_remote_code=True", "")
     return TEMPLATE.format(
@@ -99,7 +106,7 @@ def card(
         data=result.get("data", "unknown"),
         figures=_figures(experiment, result),
         code=code,
-        poses=POSES.format(**shape) if "pose" in conditions and shape else "",
+        poses=POSES.format(**shape, points=points) if "pose" in conditions and shape else "",
         base=f"[{base}](https://huggingface.co/{base})" if hub else _base(base),
         licence=licence.get("license_name", licence.get("license", UNKNOWN)),
     )

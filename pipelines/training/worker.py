@@ -347,6 +347,7 @@ def _leave_adapter(setup: Setup, folder: Path) -> None:
     about = {
         "family": denoiser.FAMILY,
         "conditions": denoiser.conditions,
+        "skeleton": denoiser.skeleton,
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),

@@ -1,0 +1,194 @@
+"""DWPose's drawing of poses, and the setting that chooses between it and ours."""
+
+import runpy
+
+import numpy as np
+import pytest
+import torch
+
+from entprog import config
+from entprog.config import ClipShape
+from entprog.data import latents
+from entprog.data.clips import Clips
+from entprog.errors import UserError
+from entprog.media import drawing, dwpose, skeleton, wholebody
+from entprog.models import adapters, folders
+from helpers import wholebodies
+from helpers.networks import TINY, tiny_denoiser, tiny_experiment
+from pipelines.training import model_card
+
+SIDE = 512
+
+
+def pixel(drawn: torch.Tensor, x: float, y: float) -> list[int]:
+    """RGB, 0..255, at a place in 0..1 of [3, H, W]."""
+    _, height, width = drawn.shape
+    color = drawn[:, min(int(y * height), height - 1), min(int(x * width), width - 1)]
+    return ((color + 1) * 127.5).round().int().tolist()
+
+
+def between(points: np.ndarray, a: int, b: int, share: float = 0.5) -> tuple[float, float]:
+    x, y = points[a, :2] * (1 - share) + points[b, :2] * share
+    return float(x), float(y)
+
+
+@pytest.fixture(scope="module")
+def person() -> np.ndarray:
+    points = wholebodies.standing()
+    points[wholebody.FACE, :2] += (0.0, -0.07)  # off the nose, so that no dot of the face lies on a joint
+    return points
+
+
+@pytest.fixture(scope="module")
+def drawn(person) -> torch.Tensor:
+    return dwpose.draw(torch.from_numpy(person), SIDE, SIDE)
+
+
+def test_limbs_have_openposes_colors_dimmed_and_joints_are_bright(person, drawn):
+    dimmed = {(6, 8): (255, 170, 0), (8, 10): (255, 255, 0), (5, 7): (170, 255, 0), (7, 9): (85, 255, 0)}
+    dimmed |= {(12, 14): (0, 255, 85), (14, 16): (0, 255, 170), (11, 13): (0, 170, 255), (13, 15): (0, 85, 255)}
+    for (a, b), color in dimmed.items():
+        assert pixel(drawn, *between(person, a, b)) == pytest.approx([0.6 * level for level in color], abs=1)
+    neck = person[5, :2] / 2 + person[6, :2] / 2
+    joints = {0: (255, 0, 0), 6: (255, 170, 0), 8: (255, 255, 0), 5: (85, 255, 0), 7: (0, 255, 0)}
+    joints |= {12: (0, 255, 170), 16: (0, 170, 255), 11: (0, 85, 255), 15: (85, 0, 255)}
+    for joint, color in joints.items():
+        assert pixel(drawn, *person[joint, :2]) == pytest.approx(color, abs=1), joint
+    assert pixel(drawn, *neck) == pytest.approx((255, 85, 0), abs=1)
+    for side, color in ((6, (255, 0, 0)), (5, (255, 85, 0))):  # to the shoulders
+        at = neck * 0.5 + person[side, :2] * 0.5
+        assert pixel(drawn, *at) == pytest.approx([0.6 * level for level in color], abs=1)
+    assert pixel(drawn, 0.05, 0.95) == [0, 0, 0]
+
+
+def test_hands_have_bones_of_the_rainbow_and_blue_points_and_the_face_white_ones():
+    person = wholebodies.standing()
+    person[wholebody.LEFT_HAND, :2] = (0.7, 0.5) + 6 * (person[wholebody.LEFT_HAND, :2] - person[9, :2])
+    person[9, :2] = 0.9, 0.9
+    drawn = dwpose.draw(torch.from_numpy(person), SIDE, SIDE)
+    first = wholebody.LEFT_HAND.start
+    for (a, b), color in {(1, 2): (255, 77, 0), (5, 6): (128, 255, 0), (17, 18): (255, 0, 230)}.items():
+        assert pixel(drawn, *between(person, first + a, first + b)) == pytest.approx(color, abs=2)
+    for point in (0, 4, 8, 20):
+        assert pixel(drawn, *person[first + point, :2]) == [0, 0, 255]
+    for dot in (23, 40, 90):
+        assert pixel(drawn, *person[dot, :2]) == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (96, 64), (256, 512), (1024, 768)])
+def test_sizes_follow_the_shorter_side_and_nothing_vanishes(height, width):
+    bone = torch.full((1, 133, 3), 0.0)
+    bone[0, [6, 8], 2] = 1
+    bone[0, 6, :2], bone[0, 8, :2] = torch.tensor([0.2, 0.5]), torch.tensor([0.8, 0.5])
+    column = (dwpose.draw(bone, height, width)[0, 0, :, width // 2] + 1).sum() / 2
+    assert float(column) == pytest.approx(0.6 * max(8 * min(height, width) / 512, 1.5), rel=0.05)
+
+
+@pytest.mark.parametrize("hide", ["score", "nan"])
+@pytest.mark.parametrize(("part", "joints"), [(8, 2), (0, 5), (91, 5), (60, 0)])
+def test_what_is_not_seen_is_not_drawn(person, hide, part, joints):
+    hidden = person.copy()
+    hidden[part] = (*person[part, :2], 0.29) if hide == "score" else (np.nan, np.nan, 1)
+    both = [dwpose.draw(torch.from_numpy(points), SIDE, SIDE) for points in (person, hidden)]
+    assert not torch.equal(*both) and both[1].isfinite().all()
+    if part in (8, 91):
+        assert pixel(both[1], *person[part, :2]) != pixel(both[0], *person[part, :2])
+
+
+def test_frames_are_drawn_each_as_alone_in_pieces_and_none_at_all(person, monkeypatch):
+    poses = torch.from_numpy(wholebodies.moving(6)).reshape(2, 3, 133, 3).clone()
+    poses[0, 0, 8, 2] = 0
+    poses[1, 1, :, 0] += 4  # out of the picture
+    poses[1, 2, 90, :2] = torch.tensor([-3.0, 0.999])
+    whole = dwpose.draw(poses, 40, 28)
+    assert whole.shape == (2, 3, 3, 40, 28) and whole.min() == -1 and whole.max() <= 1
+    alone = torch.stack([dwpose.draw(pose, 40, 28) for pose in poses.flatten(0, 1)]).reshape(whole.shape)
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=0)
+    assert (whole[1, 1] == -1).all()
+    monkeypatch.setattr(dwpose, "CHUNK_PIXELS", 2 * 40 * 28)
+    torch.testing.assert_close(dwpose.draw(poses, 40, 28), whole, atol=1e-5, rtol=0)
+    assert dwpose.draw(poses[:0], 40, 28).shape == (0, 3, 3, 40, 28)
+
+
+def test_both_styles_draw_both_layouts():
+    whole = torch.from_numpy(wholebodies.moving(3))
+    body = wholebody.body(whole)
+    assert torch.equal(drawing.draw(whole, 64, 48), skeleton.draw(body, 64, 48))
+    assert torch.equal(drawing.draw(body, 64, 48, "dwpose"), dwpose.draw(wholebody.whole(body), 64, 48))
+    bare = whole.clone()
+    known = wholebody.BLAZEPOSE.tolist()
+    bare[:, [i for i in range(133) if i not in known], 2] = 0
+    torch.testing.assert_close(dwpose.draw(bare, 64, 48), drawing.draw(body, 64, 48, "dwpose"))
+    assert not torch.equal(dwpose.draw(whole, 64, 48), dwpose.draw(bare, 64, 48)), (
+        "face and hands are drawn where known"
+    )
+
+
+# ---- the setting ----
+
+
+def denoiser(skeleton=None, **model):
+    return tiny_denoiser(tiny_experiment(model={"skeleton": skeleton, **model}))
+
+
+def clips() -> Clips:
+    pose = torch.from_numpy(wholebodies.moving(2))[None]
+    return Clips(
+        torch.zeros(1, 2, 24, 16, dtype=torch.uint8),
+        torch.zeros(1, 16, 16, 3, dtype=torch.uint8),
+        pose,
+        torch.tensor([0]),
+    )
+
+
+def again(folder, **model):
+    return tiny_denoiser(tiny_experiment(model={"init": {}, "base": str(folder), "vae": "auto", **model}))
+
+
+def test_the_network_is_shown_what_the_setting_says_and_its_folder_remembers(tmp_path):
+    shape, pose = ClipShape(frames=2, height=16, width=16, fps=8), clips().pose
+    for style in drawing.STYLES:
+        one = denoiser(style)
+        due = drawing.draw(pose, 16, 16, style).transpose(1, 2)
+        assert torch.equal(one.encode(clips()).conditions["pose"], due)
+        one.save(tmp_path / style, shape)
+        assert folders.saved(tmp_path / style)["skeleton"] == style
+        assert torch.equal(again(tmp_path / style).encode(clips()).conditions["pose"], due)
+        other = again(tmp_path / style, skeleton="limbs")
+        assert torch.equal(other.encode(clips()).conditions["pose"], drawing.draw(pose, 16, 16).transpose(1, 2))
+        alone = runpy.run_path(str(tmp_path / style / "skeleton.py"))["draw"]
+        points = pose if drawing.points(style) == 133 else wholebody.body(pose)
+        assert torch.equal(alone(points, 16, 16).transpose(1, 2), due)
+        card = model_card.card(folders.saved(tmp_path / style), {}, tmp_path / style, "x", None, {})
+        assert f"float [F, {drawing.points(style)}, 3]" in card
+    about = tmp_path / "limbs" / "entprog.json"
+    about.write_text(about.read_text().replace('"skeleton": "limbs",', ""))
+    assert again(tmp_path / "limbs").skeleton == "limbs", "of a folder that an earlier version saved"
+    about.write_text(about.read_text().replace('"provenance"', '"skeleton": "stick",\n  "provenance"'))
+    with pytest.raises(UserError, match="skeleton"):
+        again(tmp_path / "limbs")
+
+
+def test_caches_tell_the_styles_apart_where_a_pose_is_seen():
+    shape = ClipShape(frames=2, height=16, width=16, fps=8)
+    keys = [latents.key(denoiser(style), "wan", shape) for style in (None, "limbs", "dwpose")]
+    assert keys[0] == keys[1] != keys[2]
+    without = [latents.key(denoiser(s, conditions=["reference"]), "wan", shape) for s in ("limbs", "dwpose")]
+    assert without[0] == without[1]
+    named = [config.deciding(tiny_experiment(model={"skeleton": s})).get("model.skeleton") for s in (None, "dwpose")]
+    assert named == [None, "dwpose"], "runs of before the setting are resumed"
+
+
+def test_an_adapter_brings_its_skeleton(tmp_path):
+    base = denoiser()
+    base.save(tmp_path / "base", ClipShape(frames=2, height=16, width=16, fps=8))
+    layer = "blocks.0.attn1.to_q"
+    for said in ("dwpose", "stick"):
+        width = TINY["num_attention_heads"] * TINY["attention_head_dim"]
+        pair = adapters.Pair(torch.zeros(1, width), torch.zeros(width, 1), 1.0)
+        about = {"family": "wan", "conditions": ["reference", "pose"], "skeleton": said}
+        adapters.write(tmp_path / said, adapters.Adapter({layer: pair}, {}, about), "transformer")
+    assert again(tmp_path / "base", adapter=str(tmp_path / "dwpose")).skeleton == "dwpose"
+    assert again(tmp_path / "base", adapter=str(tmp_path / "dwpose"), skeleton="limbs").skeleton == "limbs"
+    with pytest.raises(UserError, match="with skeleton 'stick', unknown here"):
+        again(tmp_path / "base", adapter=str(tmp_path / "stick"))
