@@ -371,7 +371,7 @@ PICTURE = {"reference": "{}/me.png"}
         ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
         ({"pose": "{}/pickled.npz", **PICTURE}, "--pose: .*Python objects, which are never unpickled"),
         ({"pose": "{}/short.npz", **PICTURE}, "has 2 frames, a clip from 0 s on needs 5"),
-        ({"pose": "{}/body25.npz", **PICTURE}, r"\[9, 25, 3\], needed is float \[frames, 33, 3\]"),
+        ({"pose": "{}/body25.npz", **PICTURE}, r"\[9, 25, 3\], needed is float \[frames, 33 or 133, 3\]"),
         ({"pose": "{}/other.npz", **PICTURE}, "no array named pose, only keypoints"),
         ({"pose": "{}/poses.npz", "reference": "{}/nowhere.png"}, "--reference: no such file"),
         ({"pose": "{}/poses.npz", "reference": "{}/text.png"}, "--reference: cannot read .* as a picture"),
