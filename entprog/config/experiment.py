@@ -183,6 +183,11 @@ class Train(Part):
     min_snr: float | None = Field(default=None, gt=0)
     """γ of min-SNR weights (arXiv 2303.09556), 5 as a rule: timesteps with little noise count less. For networks that
     predict ε or v. None: every timestep counts alike."""
+    face_weight: float = Field(default=1.0, gt=0, le=100)
+    """What the loss counts inside the box around the face, over what it counts elsewhere; a clip's loss is its mean by
+    these weights. Needs shards of whole-body points; where a face is not seen nothing counts more. 1: no weights."""
+    hand_weight: float = Field(default=1.0, gt=0, le=100)
+    """The same inside the boxes around the hands."""
     drop: Drop = Drop()
     """Conditions that some clips are shown without."""
     seed: int = Field(default=0, ge=0)
@@ -237,6 +242,11 @@ class Train(Part):
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
     further than before."""
+
+    @property
+    def weighs_parts(self) -> bool:
+        """Whether the loss counts more, or less, at faces or hands."""
+        return (self.face_weight, self.hand_weight) != (1.0, 1.0)
 
     @model_validator(mode="after")
     def _has_an_end(self):

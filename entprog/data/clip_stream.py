@@ -79,25 +79,31 @@ def check_shape(dataset: shards.Dataset, shape: ClipShape) -> None:
         )
 
 
-def read(dataset: shards.Dataset, split: str, clips: np.ndarray) -> Arrays:
+def read(dataset: shards.Dataset, split: str, clips: np.ndarray, columns: tuple[str, ...] = COLUMNS) -> Arrays:
     """Clips of a split by their number, as they are stored: `video` and `reference` object [B] of bytes, `pose` float32
-    [B, frames, 33 or 133, 3], `clip` int64 [B] the numbers.
+    [B, frames, 33 or 133, 3], `clip` int64 [B] the numbers. columns: of these, those that are read, `pose` among them.
 
     Raises DamagedShardError naming the shard and the row of a clip that cannot be read.
     """
     pose = np.empty((len(clips), dataset.shape.frames, dataset.points, 3), np.float32)
-    out = {"video": np.empty(len(clips), object), "reference": np.empty(len(clips), object), "pose": pose}
+    out = {name: pose if name == "pose" else np.empty(len(clips), object) for name in columns}
     ends = _ends(dataset, split)
     files = np.searchsorted(ends, clips, side="right")
     for file in np.unique(files):  # each shard is opened once
         info = dataset.splits[split][file]
         places = np.flatnonzero(files == file)
         rows = (clips[places] - (ends[file] - info.clips)).tolist()
-        for place, row in zip(places, shards.read_rows(dataset.folder / info.file, rows, COLUMNS), strict=True):
+        for place, row in zip(places, shards.read_rows(dataset.folder / info.file, rows, columns), strict=True):
             with _named(dataset, split, clips[place]):
-                out["video"][place], out["reference"][place] = row["video"], row["reference"]
-                pose[place] = _same_shape(row["pose"], pose[place])
+                for name in columns:
+                    out[name][place] = _same_shape(row["pose"], pose[place]) if name == "pose" else row[name]
     return {**out, "clip": clips}
+
+
+def poses(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int) -> np.ndarray:
+    """Poses of clips of a split, float32 [B, frames, points, 3], of the frames in their middle; nothing is decoded."""
+    wanted = middle(dataset.shape.frames, frames)
+    return read(dataset, split, clips, ("pose",))["pose"][:, wanted.start : wanted.stop]
 
 
 def decoded(

@@ -71,11 +71,14 @@ class Latents:
     [B, tokens, width]: `text` where clips have their own, `image` (tokens of the reference)."""
     position: torch.Tensor
     """int64 [B], on the CPU, as in Clips."""
+    pose: torch.Tensor | None = None
+    """As in Clips: where face and hands are. None: not known."""
 
     def part(self, rows: slice | torch.Tensor) -> "Latents":
         """Some of the batch's clips, by place or by number."""
         conditions = {name: value[rows] for name, value in self.conditions.items()}
-        return Latents(self.clean[rows], conditions, self.position[rows])
+        pose = None if self.pose is None else self.pose[rows]
+        return Latents(self.clean[rows], conditions, self.position[rows], pose)
 
 
 @dataclass(frozen=True)

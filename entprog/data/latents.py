@@ -110,7 +110,7 @@ def encode(denoiser, clips: "Clips") -> "Latents":
         return denoiser.encode(clips)
     parts = [denoiser.encode(clips.part(slice(i, i + 1))) for i in range(len(clips.position))]
     conditions = {name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions}
-    return Latents(torch.cat([part.clean for part in parts]), conditions, clips.position)
+    return Latents(torch.cat([part.clean for part in parts]), conditions, clips.position, clips.pose)
 
 
 def key(denoiser, family: str, shape: ClipShape) -> str:
@@ -301,14 +301,16 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
 
 
 def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], to_device) -> "Latents":
-    """What `read` gave, with `position`, as the stream's latents, value for value. to_device: array → tensor."""
+    """What `read` gave, with `position` and maybe `pose`, as the stream's latents, value for value. to_device: array →
+    tensor."""
     import torch
 
     from entprog.data.clips import Latents
 
     whole = {name: to_device(arrays[name]).expand(-1, *shape) for name, shape in shapes.items()}
     conditions = {name.removeprefix("conditions."): value for name, value in whole.items() if name != "clean"}
-    return Latents(whole["clean"], conditions, torch.tensor(arrays["position"]))
+    pose = to_device(arrays["pose"]) if "pose" in arrays else None
+    return Latents(whole["clean"], conditions, torch.tensor(arrays["position"]), pose)
 
 
 def located(cache: Cache) -> Cache:

@@ -6,18 +6,20 @@ import torch
 
 from entprog.config import Timesteps, Train
 from entprog.data.clips import Latents
-from entprog.diffusion import dropping, objectives
+from entprog.diffusion import dropping, objectives, regions
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 
 
 def training_loss(denoiser: Denoiser, batch: Latents, train: Train, law: Timesteps = Timesteps()) -> torch.Tensor:
     """Mean loss of a batch, scalar, at the timesteps and noise that its clips' positions stand for, some of the clips
-    without a condition (`train.drop`). law: of the timesteps (`Experiment.timesteps_at`).
+    without a condition (`train.drop`), faces and hands counting as `train` says. law: of the timesteps
+    (`Experiment.timesteps_at`).
     """
     t = objectives.timesteps(batch.position, train.seed, law, between=denoiser.time_range)
     shown = dropping.dropped(denoiser, batch, train.drop, train.seed)
-    return clip_losses(denoiser, shown, batch.position, t, train.seed, law).mean()
+    within = regions.weights(batch, train)
+    return clip_losses(denoiser, shown, batch.position, t, train.seed, law, within).mean()
 
 
 def held_out_loss(
@@ -26,7 +28,7 @@ def held_out_loss(
     """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
 
     Timesteps are quantiles of training's law, spread evenly over it: `draws` strata per clip, moved on from clip to
-    clip by the golden ratio. What counts is the loss that training minimises.
+    clip by the golden ratio. What counts is the loss that training minimises, without weights of faces and hands.
     """
     total, between = torch.zeros(2, dtype=torch.float64), denoiser.time_range
     begin, end = between
@@ -50,11 +52,14 @@ def clip_losses(
     t: torch.Tensor,
     seed: int,
     law: Timesteps = Timesteps(),
+    within: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for, weighted by the law."""
+    """Loss of each clip, [B], at timesteps t with the noise that (numbers, seed) stand for, weighted by the law.
+
+    within: what each latent counts (`regions.weights`)."""
     t = t.to(batch.clean.device, torch.float32)
     noise = objectives.noise_like(batch.clean, numbers, seed)
     noisy, target = denoiser.process.pair(batch.clean, noise, t)
     prediction = denoiser.predict(noisy, t, batch.conditions)
     given = denoiser.given(batch.conditions)
-    return objectives.loss(prediction, target, objectives.weights(denoiser.process, t, law), given)
+    return objectives.loss(prediction, target, objectives.weights(denoiser.process, t, law), given, within)

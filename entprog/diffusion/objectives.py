@@ -92,15 +92,18 @@ def loss(
     target: torch.Tensor,
     weights: torch.Tensor | None = None,
     given: tuple[torch.Tensor, torch.Tensor] | None = None,
+    within: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of each clip: [B, ...] twice → float32 [B]. weights [B]: what each counts; None: all alike.
-    given: as `Denoiser.given` says; the mean is over the rest."""
+    given: as `Denoiser.given` says; the mean is over the rest. within [B, 1, ...]: what each place in a clip counts,
+    Σ w·error / Σ w, so that a clip's share in the batch stays; None: all alike."""
     errors = (prediction.float() - target.float()).square()
-    if given is None:
+    if given is None and within is None:
         losses = errors.flatten(1).mean(1)
     else:
-        free = (1 - given[0]).expand_as(errors).flatten(1)
-        losses = (errors.flatten(1) * free).sum(1) / free.sum(1)
+        free = 1 if given is None else 1 - given[0]
+        counted = (free if within is None else free * within).expand_as(errors).flatten(1)
+        losses = (errors.flatten(1) * counted).sum(1) / counted.sum(1)
     return losses if weights is None else losses * weights
 
 

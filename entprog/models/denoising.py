@@ -240,7 +240,7 @@ class VideoDenoiser:
         """Clips → latents and conditions on the network's device, no gradient."""
         planes = clips.video.to(self.device, non_blocking=True)
         clean = self.latents(yuv420_to_rgb(planes).transpose(1, 2))
-        return Latents(clean, self.condition(clips.reference, clips.pose), clips.position)
+        return Latents(clean, self.condition(clips.reference, clips.pose), clips.position, clips.pose)
 
     @torch.no_grad()
     def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:

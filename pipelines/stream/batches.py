@@ -1,5 +1,6 @@
 """A worker's batches of latents, from the best source there is: cached latents, or clips decoded and encoded here."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -104,7 +105,11 @@ class Batches:
         order = (source.clips, self.rank, self.world, position, self.experiment.train.seed)
         how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
         if source.cached:
-            return feed.latent_stream(self.caches[source.shape], *order, **how)
+            poses = None
+            if self.experiment.train.weighs_parts:
+                located = replace(self.dataset, folder=self.dataset.folder.resolve(), settings={})
+                poses = functools.partial(clip_stream.poses, located, latents.SPLIT, frames=source.shape.frames)
+            return feed.latent_stream(self.caches[source.shape], *order, **how, poses=poses)
         how |= {"frames": source.shape.frames, "where": self.experiment.data.decode}
         return feed.stream(self.dataset, latents.SPLIT, self.whole, *order, **how)
 

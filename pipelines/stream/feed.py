@@ -146,14 +146,21 @@ def latent_stream(
     cpus: float = 1.0,
     device="cpu",
     batches: int | None = None,
+    poses: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Stream:
-    """The clips of `stream`, as Latents read from a cache. Iterating raises DamagedLatentsError."""
+    """The clips of `stream`, as Latents read from a cache. poses: of clips by their numbers, read with them where it is
+    given. Iterating raises DamagedLatentsError."""
     here = latents.located(cache)
     count = sum(file.piece.clips for file in here.files)
     order = Order(count, batch_size, rank, world, start_position, seed, batches or world)
     to_device = functools.partial(clip_stream.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
-    return Stream(_batches(functools.partial(latents.read, here), collate, order, here.clip_bytes, cpus, TASKS, TASKS))
+    read = functools.partial(_read_latents, here, poses)
+    return Stream(_batches(read, collate, order, here.clip_bytes, cpus, TASKS, TASKS))
+
+
+def _read_latents(cache: latents.Cache, poses: Callable[[np.ndarray], np.ndarray] | None, clips: np.ndarray) -> Arrays:
+    return latents.read(cache, clips) | ({} if poses is None else {"pose": poses(clips)})
 
 
 def _batches(

@@ -11,6 +11,7 @@ from entprog.config import Experiment
 from entprog.data import shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
+from entprog.media import wholebody
 from entprog.models import adapters, captions, fingerprints, lora
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
@@ -38,6 +39,11 @@ def check(experiment: Experiment) -> shards.Dataset:
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
             raise UserError(f"shards {data.shards} have no clips in split {split}: prepare two videos or more")
+    if experiment.train.weighs_parts and dataset.points != wholebody.POINTS:
+        raise UserError(
+            f"train.face_weight and hand_weight: shards {data.shards} hold poses of {dataset.points} points, without "
+            "face and hands: prepare them anew with prepare.pose=rtmlib, or with files of poses beside the videos"
+        )
     if experiment.train.checkpoints:
         Place.at(experiment.train.checkpoints)
     shards.verify(dataset, data.verify)
