@@ -138,8 +138,9 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
             cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
-    if line := footprint.advice(experiment, source):
-        cli.console.print(line)
+    for line in (footprint.copying(experiment, source), footprint.advice(experiment, source)):
+        if line:
+            cli.console.print(line)
     expectation.tell(experiment, model)
 
 

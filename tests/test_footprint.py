@@ -63,11 +63,13 @@ def test_a_budget_that_cannot_hold_it_says_what_would():
         (needed - 1, "train.optimizer=adamw_bf16"),
         (int(needed * 0.7), "train.optimizer=adamw_8bit"),
         (least, "train.lora={}"),
-        (least // 4, "smaller shares"),
+        (int(least * 0.8), "train.lora={} and schedule.frozen_precision=fp8_alone"),
+        (int(least * 0.6), "train.lora={} and schedule.frozen_precision=nf4"),
+        (least // 10, "smaller shares"),
     ):
         tight = settings(**config.merge(wide, {"schedule": {"memory_budget_bytes": budget}}))
         line = footprint.advice(tight, source(tight))
-        assert (line is None) if said is None else said in line
+        assert (line is None) if said is None else said in line, line
 
 
 def test_the_table_of_a_dry_run():

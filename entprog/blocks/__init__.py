@@ -1,5 +1,5 @@
-"""What a block is: found, skipped, frozen, trained (`block`), stored in bfloat16 (`stored`) and run in 8 bits (`fp8`)
-while frozen."""
+"""What a block is: found, skipped, frozen, trained (`block`); and while it is frozen: stored in bfloat16 (`stored`) or
+less (`packed`), waiting on the host (`swap`), run in 8 bits (`fp8`)."""
 
 from entprog.blocks.block import (
     Block,
@@ -12,21 +12,27 @@ from entprog.blocks.block import (
     compile_blocks,
     drop_twin,
     execution_order,
+    full_weights,
     in_full,
     is_checkpointed,
     kind,
+    let_wait,
     make_twin,
-    overlooked,
+    movable_bytes,
     own_forward,
     replaced,
     skipped,
     store_frozen,
+    swap_of,
     train_block,
     trainable,
     twin_bytes,
     unfreeze,
     variants,
+    who_waits,
 )
+from entprog.blocks.held import packed_bytes, room_bytes, waiting_bytes
+from entprog.blocks.overlooking import overlooked
 from entprog.blocks.stored import ADAPTER, HALF, keep_rounded
 
 __all__ = [
@@ -42,19 +48,27 @@ __all__ = [
     "compile_blocks",
     "drop_twin",
     "execution_order",
+    "full_weights",
     "in_full",
     "is_checkpointed",
     "keep_rounded",
     "kind",
+    "let_wait",
     "make_twin",
+    "movable_bytes",
     "overlooked",
     "own_forward",
+    "packed_bytes",
     "replaced",
+    "room_bytes",
     "skipped",
     "store_frozen",
+    "swap_of",
     "train_block",
     "trainable",
     "twin_bytes",
     "unfreeze",
     "variants",
+    "waiting_bytes",
+    "who_waits",
 ]

@@ -9,7 +9,7 @@ skip itself and the extension point: a model family registers its block classes,
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from entprog.blocks import fp8
-from entprog.blocks.stored import ADAPTER, Stored
+from entprog.blocks.packed import Form
+from entprog.blocks.stored import ADAPTER, Stored, is_adapted
+from entprog.blocks.swap import Swap, spread
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
@@ -79,56 +81,6 @@ def blocks(network: nn.Module) -> list[Block]:
             f"@entprog.blocks.bypass.register for its class, perhaps {' or '.join(candidates[:4]) or 'one of its own'} "
             "(docs/families.md)"
         )
-    return found
-
-
-@torch.no_grad()
-def overlooked(network: nn.Module, run: Callable[[], Any], otherwise: Callable[[], Any]) -> dict[str, str]:
-    """Residual units on the noisy clip's way, in lists of modules, that are no blocks: {class: name of the first}.
-
-    run, otherwise: call the network with two noisy clips, all else being equal. A unit counts as residual if it gives
-    its first input back once all its weights are zero. It is neither scored nor skipped nor frozen: a class whose
-    bypass was forgotten, most likely.
-    """
-    known = {id(m) for module in network.modules() if is_block(module) for m in module.modules()}
-    holding = {id(m) for m in network.modules() if any(is_block(part) for part in m.modules())}
-    units = {
-        module: f"{name}.{i}"
-        for name, part in network.named_modules()
-        if isinstance(part, nn.ModuleList)
-        for i, module in enumerate(part)
-        if id(module) not in known | holding and any(True for _ in module.parameters())
-    }
-    looked_at: set[str] = set()
-    saw: dict[nn.Module, torch.Tensor] = {}
-    """Residual units of the first call, the first of each class, with their inputs."""
-    found: dict[str, str] = {}
-
-    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        kind = type(module).__name__
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if module in saw:
-            if not torch.equal(first, saw.pop(module)):
-                found[kind] = units[module]
-            return
-        out = output[0] if isinstance(output, tuple) else output
-        alike = isinstance(out, torch.Tensor) and first is not None and out.shape == first.shape
-        if kind not in looked_at and alike and first.any():
-            looked_at.add(kind)  # before its hook runs again
-            nothing = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
-            bare = torch.func.functional_call(module, nothing, args, kwargs)
-            bare = bare[0] if isinstance(bare, tuple) else bare
-            if torch.allclose(bare.float(), first.float(), rtol=1e-3, atol=1e-5):
-                saw[module] = first.clone()
-
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in units]
-    try:
-        run()
-        if saw:
-            otherwise()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -233,7 +185,7 @@ class Variants:
     twin_forward: Callable | None = None
     """The twin's forward, by `compiler` where there is one."""
     stored: Stored | None = None
-    """Which of the block's weights are stored in bfloat16 (`entprog.blocks.stored`); None: none ever are."""
+    """Which of the block's weights are stored in bfloat16 or less (`entprog.blocks.stored`); None: none ever are."""
 
 
 def variants(module: nn.Module) -> Variants:
@@ -294,21 +246,55 @@ def train_block(module: nn.Module, trained: bool) -> None:
         stored.settle(module)
 
 
-def store_frozen(found: Iterable[Block]) -> None:
+def store_frozen(found: Iterable[Block], form: Form = "bfloat16", device: torch.device | None = None) -> None:
     """Freeze every block, and from now on store in bfloat16 what of them is frozen: equal bits under bfloat16 autocast
-    (`entprog.blocks.stored`). A block of which that is true already stays as it is."""
+    (`entprog.blocks.stored`). A block of which that is true already stays as it is.
+
+    form: of linear layers' weights, which may be less (`entprog.blocks.packed`); device: where those go, one after the
+    other. None: they stay where they are.
+    """
     for block in found:
         if variants(block.module).stored is None:
-            stored = Stored()
+            stored = Stored(form)
             block.module.entprog = replace(variants(block.module), stored=stored)
             stored.watch(block.module)
-            train_block(block.module, False)
+            block.module.requires_grad_(False)
+            stored.settle(block.module, device)
+
+
+def let_wait(found: Sequence[Block], number: int, device: torch.device) -> None:
+    """Let the frozen weights of so many blocks wait on the host (`entprog.blocks.swap`); all are stored already, and
+    frozen. device: where they are used."""
+    swap, chosen = swap_of(found) or Swap(device), who_waits(found, (), number)
+    for block in found:
+        if block.name in chosen:
+            variants(block.module).stored.wait(block.module, swap)
+
+
+def who_waits(found: Sequence[Block], trainable: Collection[str], number: int) -> set[str]:
+    """Names of the blocks that wait while some are trained: of a block whose adapters alone are trained, all else may
+    wait."""
+    may = [block.name for block in found if block.name not in trainable or is_adapted(block.module)]
+    return spread(may, number)
+
+
+def swap_of(found: Iterable[Block]) -> Swap | None:
+    """What lets blocks wait; None while none does."""
+    stored = (variants(block.module).stored for block in found)
+    return next((each.waiting.swap for each in stored if each and each.waiting), None)
+
+
+def movable_bytes(module: nn.Module) -> int:
+    """What of a block's weights waits or may wait on the host, as it is trained or frozen now."""
+    stored = variants(module).stored
+    return stored.movable_bytes(module) if stored else 0
 
 
 @contextmanager
 def in_full(module: nn.Module):
     """The block's weights in float32 for as long as it lasts, whatever is stored before and after it."""
     stored = variants(module).stored
+    waiting = stored and stored.waiting
     if stored:
         stored.restore(module)
     try:
@@ -316,6 +302,18 @@ def in_full(module: nn.Module):
     finally:
         if stored:
             stored.settle(module)
+        if waiting:
+            stored.wait(module, waiting.swap)
+
+
+def full_weights(network: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Those of the named weights that are stored in bfloat16 or less, and may be trained: in float32, on the host."""
+    out = {}
+    for block in blocks(network) if names else ():
+        if stored := variants(block.module).stored:
+            own = {f"{block.name}.{name}": name for name in stored.masters}
+            out |= {name: stored.full(own[name], network.get_parameter(name)) for name in own.keys() & set(names)}
+    return out
 
 
 def unfreeze(
@@ -326,6 +324,7 @@ def unfreeze(
     backward: Backward = "exact",
     checkpointing: bool = False,
     frozen_precision: FrozenPrecision = "full",
+    swap_blocks: int = 0,
 ) -> list[nn.Parameter]:
     """Train the named blocks and the `outside` parameters, freeze everything else; returns what is trained.
 
@@ -335,18 +334,27 @@ def unfreeze(
     checkpointing: recompute activations in the backward pass; frozen blocks in residual mode have none to recompute.
     frozen_precision: of frozen blocks' branches that run without a graph (residual mode). "fp8": in twins
     (`entprog.blocks.fp8`), made anew whenever a block freezes.
+    swap_blocks: so many blocks' frozen weights wait on the host; they are stored already (`store_frozen`).
 
     Raises KeyError for a name that is not a block.
     """
-    found = sorted(found, key=lambda block: block.name in trainable)  # room is made before it is taken
+    found = list(found)
     unknown = set(trainable) - {block.name for block in found}
     if unknown:
         raise KeyError(f"not blocks of this network: {sorted(unknown)}")
+    waiting, swap = who_waits(found, trainable, swap_blocks), swap_of(found)
+    if waiting and swap is None:
+        swap = Swap(next(network.parameters()).device)
+    found.sort(key=lambda b: (b.name in trainable, b.name not in waiting))  # room is made before it is taken
     network.requires_grad_(False)
     for block in found:
         block.module.__dict__.pop("forward", None)
         trained = block.name in trainable
         train_block(block.module, trained)
+        if block.name in waiting:
+            variants(block.module).stored.wait(block.module, swap)
+        elif stored := variants(block.module).stored:
+            stored.stay()
         along = not trained and backward == "residual"
         if not (along and frozen_precision == "fp8"):
             drop_twin(block.module)

@@ -1,18 +1,26 @@
-"""Frozen weights in bfloat16: what bfloat16 autocast makes of them at every use, made once.
+"""Frozen weights in bfloat16, what bfloat16 autocast makes of them at every use, made once; or in less.
 
 Under bfloat16 autocast a linear or convolution layer reads its float32 weights through their rounding alone. While such
 a layer is frozen its block's device therefore holds the rounding, which gives equal bits in both directions; the
 float32 bits lie in host memory, or nowhere where rounding lost none (a bfloat16 checkpoint's weights before they are
 first trained). A layer that thaws has its float32 bits back.
 
-Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`), sees float32 throughout.
+Linear layers' weights may be packed beyond that (`entprog.blocks.packed`), or wait on the host (`entprog.blocks.swap`).
+
+Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`), sees float32 throughout. Packed weights
+that are never trained, such as those under low-rank adapters, are in no state: whoever loads the network has them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from entprog.blocks import packed
+from entprog.blocks.held import Held
+from entprog.blocks.packed import Form
+from entprog.blocks.swap import Swap, Waiting
 
 HALF = torch.bfloat16
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,49 +37,123 @@ def keep_rounded(module: nn.Module) -> None:
 
 @dataclass
 class Stored:
-    """The frozen weights of one block that are stored in bfloat16."""
+    """The frozen weights of one block that are stored in bfloat16 or less."""
 
+    form: Form = "bfloat16"
+    """Of linear layers' weights."""
     masters: dict[str, torch.Tensor | None] = field(default_factory=dict)
-    """Name in the block → float32 bits on the host; None where bfloat16 holds them all."""
+    """Name in the block → its numbers on the host, in float32 or, where that loses nothing, in bfloat16; None where
+    what is stored is in bfloat16 and loses nothing."""
+    held: dict[str, Held] = field(default_factory=dict)
+    """Name in the block → weight that does not lie in its parameter. One without a master is never trained."""
+    waiting: Waiting | None = None
+    """The block's memory on the host, while its linear layers' weights wait there."""
 
-    def settle(self, module: nn.Module) -> None:
-        """Store what is frozen, give back what is not: to be called whenever the block froze or thawed."""
-        rounded = dict(layer_weights(module))
+    def settle(self, module: nn.Module, device: torch.device | None = None) -> None:
+        """Store what is frozen, give back what is not: to be called whenever the block froze or thawed. device: where
+        weights are packed; None: where they are."""
+        rounded, adapted = dict(layer_weights(module)), is_adapted(module)
         for name, parameter in rounded.items():
-            if not parameter.requires_grad and parameter.dtype == torch.float32:
-                half = parameter.data.to(HALF)
-                self.masters[name] = _master(parameter.data, half)
+            if parameter.requires_grad or parameter.dtype != torch.float32:
+                continue
+            full = parameter.data
+            if self.form != "bfloat16" and (layer := _linear(module, name)) and packed.fits(full.shape, self.form):
+                if not adapted:
+                    self.masters[name] = _least(full)
+                self.held[name] = Held(layer, packed.pack(full.to(device or full.device), self.form), self.form)
+            else:
+                half = full.to(HALF)
+                self.masters[name] = _master(full, half)
                 parameter.data = half
-        for name in [name for name in self.masters if rounded[name].requires_grad]:
-            self._restore(rounded[name], self.masters.pop(name))
+        if thawed := [name for name in self.masters if rounded[name].requires_grad]:
+            self._give_back(thawed, rounded)
 
     def restore(self, module: nn.Module) -> None:
-        """Give back everything, frozen or not."""
-        parameters = dict(module.named_parameters())
-        for name in list(self.masters):
-            self._restore(parameters[name], self.masters.pop(name))
+        """Give back everything, frozen or not. Raises ValueError for packed weights that are never trained: they have
+        no float32 numbers."""
+        if self.held.keys() - self.masters.keys():
+            raise ValueError("packed weights without masters cannot be given back")
+        self._give_back(list(self.masters), dict(module.named_parameters()))
 
-    @staticmethod
-    def _restore(parameter: nn.Parameter, master: torch.Tensor | None) -> None:
-        parameter.data = parameter.data.float() if master is None else master.to(parameter.device)
+    def _give_back(self, names: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        for name in names:
+            parameter, master, held = parameters[name], self.masters.pop(name), self.held.pop(name, None)
+            kept = master if master is not None else held.parts()[0] if held else parameter.data
+            parameter.data = kept.to(parameter.device).float()
+            if held:
+                held.release()
+        if self.waiting and not self.held:
+            self.waiting.swap.drop(self.waiting)
+            self.waiting = None
+
+    def wait(self, module: nn.Module, swap: Swap) -> None:
+        """Let the linear layers' frozen weights wait on the host."""
+        if self.waiting:
+            return
+        for name, parameter in layer_weights(module):
+            if name in self.masters and name not in self.held and (layer := _linear(module, name)):
+                self.held[name] = Held(layer, (parameter.data,), "bfloat16")
+        if self.held:
+            self.waiting = swap.wait(list(self.held.values()))
+
+    def stay(self) -> None:
+        """Let them lie on the device again."""
+        if not self.waiting:
+            return
+        swap = self.waiting.swap
+        for name, held in list(self.held.items()):
+            parts = [part.to(swap.device, copy=True) for part in held.parts()]
+            if held.form == self.form != "bfloat16":
+                held.stay(parts)
+            else:
+                held.release()
+                held.layer.weight.data = parts[0]
+                del self.held[name]
+        swap.drop(self.waiting)
+        self.waiting = None
+
+    def movable_bytes(self, module: nn.Module) -> int:
+        """What of the block's weights, as they are now, waits or may wait on the host."""
+        here = (p for name, p in linear_weights(module) if name in self.masters and name not in self.held)
+        return sum(held.nbytes for held in self.held.values()) + sum(p.nbytes for p in here)
+
+    def full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A stored weight that may be trained, in float32 on the host: a device may have no room for all of it."""
+        master = self.masters[name]
+        if master is None:
+            master = self.held[name].parts()[0] if name in self.held else parameter
+        return master.cpu().float()
 
     def watch(self, module: nn.Module) -> None:
         """Let the block's state be in float32 for all who ask for it or set it."""
 
         def shown(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-            for name, master in self.masters.items():
-                if prefix + name in state:  # on the host: a device may have no room for all of it
-                    full = state[prefix + name].cpu().float() if master is None else master
-                    state[prefix + name] = full
+            for name in self.masters:
+                if prefix + name in state:
+                    state[prefix + name] = self.full(name, state[prefix + name])
+            for name in self.held.keys() - self.masters.keys():
+                state.pop(prefix + name, None)
 
         def given(module: nn.Module, state: dict, prefix: str, *others) -> None:
-            for name in self.masters:
-                if (full := state.get(prefix + name)) is not None:
+            for name in self.masters.keys() | self.held.keys():
+                held, full = self.held.get(name), state.get(prefix + name)
+                if full is not None:
                     full = full.detach().float()
-                    self.masters[name] = _master(full, full.to(HALF))
+                    if name in self.masters:
+                        loses = held is not None and held.form != "bfloat16"
+                        self.masters[name] = _least(full) if loses else _master(full, full.to(HALF))
+                    if held:
+                        held.put(full)
+                if held and (full is not None or name not in self.masters):
+                    state[prefix + name] = held.layer.weight.data
 
         module.register_state_dict_post_hook(shown)
         module.register_load_state_dict_pre_hook(given)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a block is trained through low-rank adapters alone."""
+    return any(ADAPTER in name for name, _ in module.named_parameters())
 
 
 def layer_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -82,6 +164,24 @@ def layer_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from layer.named_parameters(layer_name, recurse=False)
 
 
+def linear_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of them that can be packed, and can wait."""
+    return ((name, parameter) for name, parameter in layer_weights(module) if _linear(module, name))
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear | None:
+    """The layer whose weight a parameter is, if it is a linear one."""
+    layer_name, _, kind = name.rpartition(".")
+    layer = module.get_submodule(layer_name)
+    return layer if type(layer) is nn.Linear and kind == "weight" else None
+
+
 def _master(full: torch.Tensor, half: torch.Tensor) -> torch.Tensor | None:
     """The float32 bits on the host, memory of their own; None where the rounding holds them."""
     return None if torch.equal(half.float(), full) else full.to("cpu", copy=True)
+
+
+def _least(full: torch.Tensor) -> torch.Tensor:
+    """The numbers on the host, memory of their own: in bfloat16 where that holds them all."""
+    half = full.to(HALF)
+    return half.cpu() if torch.equal(half.float(), full) else full.to("cpu", copy=True)

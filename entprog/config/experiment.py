@@ -72,6 +72,16 @@ class Model(Part):
     """Recompute trained blocks' activations in the backward pass."""
     compile_blocks: bool = False
     """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
+    swap_blocks: int = Field(default=0, ge=0)
+    """Blocks whose frozen weights wait in host memory and are on the device while their block runs, two blocks' at a
+    time (so 0: none, or 3 and more): the same bits, in less memory and more time. Needs model.dtype=bfloat16."""
+
+    @field_validator("swap_blocks")
+    @classmethod
+    def _swaps_to_some_avail(cls, given: int) -> int:
+        if given in (1, 2):
+            raise ValueError("two of the blocks that wait are on the device at any time: give 0, or 3 and more")
+        return given
 
     @field_validator("init")
     @classmethod
@@ -138,6 +148,8 @@ class Drop(Part):
 
 
 OptimizerKind = Literal["adamw", "adamw_bf16", "adamw_8bit"]
+PACKED: dict[str, Literal["fp8", "nf4"]] = {"fp8_alone": "fp8", "nf4": "nf4"}
+"""`schedule.frozen_precision` → what linear layers' weights are held in, where that is less than bfloat16."""
 
 
 class Train(Part):
@@ -395,10 +407,48 @@ class Experiment(Part):
 
     @property
     def stores_frozen(self) -> bool:
-        """Whether frozen weights are stored in bfloat16: where that changes no bit, and something is ever frozen."""
+        """Whether frozen weights are stored in bfloat16 or less: where something is ever frozen."""
         schedule = self.schedule
         half = self.model.dtype == "bfloat16" and self.train.parallel == "ddp" and schedule.frozen_precision != "full"
         return half and (schedule.kind != "full" or self.train.lora is not None or schedule.blocks != "all")
+
+    @property
+    def frozen_form(self) -> Literal["bfloat16", "fp8", "nf4"]:
+        """What frozen linear layers' weights are stored in, where they are."""
+        return PACKED.get(self.schedule.frozen_precision, "bfloat16")
+
+    @model_validator(mode="after")
+    def _frozen_weights_are_elsewhere(self):
+        """What packed weights and those that wait on the host need."""
+        schedule, train, precision = self.schedule, self.train, self.schedule.frozen_precision
+        given = [f"schedule.frozen_precision={precision}"] if precision in PACKED else []
+        if self.model.swap_blocks:
+            given.append(f"model.swap_blocks={self.model.swap_blocks}")
+            if precision in ("full", "fp8"):
+                raise ValueError(
+                    f"{given[-1]} moves weights that are stored while they are frozen: set schedule.frozen_precision "
+                    f"to auto, fp8_alone or nf4, given {precision}"
+                )
+            if self.model.compile_blocks:
+                raise ValueError(f"{given[-1]} does not go with model.compile_blocks: leave one of them out")
+        for setting in given:
+            if self.model.dtype != "bfloat16":
+                raise ValueError(f"{setting} needs model.dtype=bfloat16, given {self.model.dtype}")
+            if train.parallel == "fsdp":
+                raise ValueError(f"{setting} is of whole blocks, which train.parallel=fsdp splits: set it to ddp")
+            if not self.stores_frozen:
+                raise ValueError(f"{setting}: no block is ever frozen here: set train.lora, or another schedule.kind")
+            if schedule.needs_scores and self.priority.kind in ("gradient", "fisher"):
+                raise ValueError(
+                    f"{setting}: priority.kind={self.priority.kind} needs gradients to all weights, at once on the "
+                    "device: set it to cei, or another one"
+                )
+        if precision in PACKED and schedule.kind == "entprog" and train.lora is None:
+            raise ValueError(
+                f"{given[0]}: a search (schedule.kind=entprog) would compare losses of networks that are rounded "
+                "otherwise: set train.lora, another schedule.kind, or schedule.frozen_precision=auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _moments_are_whole(self):

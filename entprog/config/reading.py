@@ -93,7 +93,8 @@ FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
     "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "train.max_nonfinite", "train.save",
     "train.preview_every", "train.preview_clips", "train.preview_metrics",
-    "data.verify", "data.decode", "data.decode_cpus", "data.latents", "model.trust_pickle", "tracking",
+    "data.verify", "data.decode", "data.decode_cpus", "data.latents", "model.trust_pickle", "model.swap_blocks",
+    "tracking",
 )  # fmt: skip
 """Settings, and parts of them, that do not touch what is computed: a resumed run may change them. Of workers and
 accumulate only the product counts: the batches of an update."""

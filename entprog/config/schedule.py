@@ -10,7 +10,7 @@ from entprog.config.shapes import Smaller
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
-FrozenPrecision = Literal["auto", "full", "fp8"]
+FrozenPrecision = Literal["auto", "full", "fp8", "fp8_alone", "nf4"]
 Choose = Literal["top", "random", "weighted"]
 
 
@@ -94,7 +94,9 @@ class Schedule(Part):
     in bfloat16, to which they are rounded at every use anyway (equal bits), and the float32 ones of those that training
     changed wait in host memory; `full`: in float32 on the device; `fp8`: as `auto`, and under residual backward linear
     layers compute in 8 bits through torchao (GPUs of compute capability 8.9 and later), while evaluation, and blocks
-    that gradient crosses exactly, stay full. With train.parallel=fsdp `auto` is `full`."""
+    that gradient crosses exactly, stay full. `fp8_alone`, `nf4`: linear layers' weights are held in 1 or in 0.53 bytes
+    a number and nothing beside that on the device, and used in bfloat16; float32 ones of blocks that may thaw wait in
+    host memory, those under adapters nowhere. With train.parallel=fsdp `auto` is `full`."""
     cei_threshold: float | None = None
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from entprog import optimizers
-from entprog.blocks import is_checkpointed, own_forward, twin_bytes
+from entprog.blocks import is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes
 from entprog.config import OptimizerKind
 from entprog.distributed.fsdp import gathered, held
 
@@ -156,7 +156,10 @@ def count(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()),
         recomputed_bytes=checkpointed.recomputed_bytes,
-        weight_bytes=sum(held(p).nbytes for p in network.parameters()) + sum(map(twin_bytes, network.modules())),
+        weight_bytes=sum(held(p).nbytes for p in network.parameters())
+        + packed_bytes(network)
+        + room_bytes(network)
+        + sum(map(twin_bytes, network.modules())),
         gradient_bytes=gradient_bytes,
         moment_bytes=int(gradient_bytes * optimizers.MOMENTS[optimizer]),
     )

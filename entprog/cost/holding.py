@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from entprog import optimizers
-from entprog.blocks import Block, trainable
-from entprog.blocks.stored import HALF, layer_weights
+from entprog.blocks import Block, packed, trainable, who_waits
+from entprog.blocks.packed import Form
+from entprog.blocks.stored import HALF, is_adapted, layer_weights, linear_weights
+from entprog.blocks.swap import rooms_bytes
 from entprog.config import Experiment
 
 
@@ -19,7 +21,9 @@ class Held:
     gradients: int
     moments: int
     host: int
-    """float32 weights of frozen layers, at most: those that rounding to bfloat16 changed."""
+    """Full weights of frozen layers, at most (where rounding changed them), and weights that wait."""
+    copied: int = 0
+    """Weights that are copied to the device in a forward and backward pass, at most."""
 
     @property
     def device(self) -> int:
@@ -35,20 +39,39 @@ def held(
 ) -> Held:
     """What a plan that trains the named blocks and `outside` holds. network: may be on the meta device; what it trains
     at present does not matter."""
-    parameters = set(outside)
-    frozen: set[nn.Parameter] = set()
+    parameters, stored = set(outside), experiment.stores_frozen
+    spared, host, movable = 0, 0, {}
     for block in found:
         own = set(trainable(block.module)) if block.name in trained else set()
         parameters |= own
-        if experiment.stores_frozen:
-            frozen |= {parameter for _, parameter in layer_weights(block.module)} - own
-    spared = sum(p.numel() * (4 - HALF.itemsize) for p in frozen)
+        sizes = frozen_sizes(block.module, own, experiment.frozen_form) if stored else {}
+        spared += sum(4 * p.numel() - size for p, (size, _) in sizes.items())
+        packed_alone = experiment.frozen_form != "bfloat16" and is_adapted(block.module)
+        host += sum(4 * p.numel() for p, (_, is_matrix) in sizes.items() if not (is_matrix and packed_alone))
+        movable[block.name] = sum(size for size, is_matrix in sizes.values() if is_matrix)
+    waiting = [movable[name] for name in who_waits(found, trained, experiment.model.swap_blocks)]
     gradients = 4 * sum(p.numel() for p in parameters)
     whole = 4 * sum(p.numel() for p in network.parameters())
     shares = experiment.train.workers if experiment.train.parallel == "fsdp" else 1
+    crossed = "exact" in experiment.schedule.backwards or any(is_adapted(block.module) for block in found)
     return Held(
-        weights=-(-(whole - spared) // shares),
+        weights=-(-(whole - spared - sum(waiting) + rooms_bytes(waiting)) // shares),
         gradients=-(-gradients // shares),
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
-        host=4 * sum(p.numel() for p in frozen),
+        host=host + sum(waiting),
+        copied=sum(waiting) * (2 if crossed else 1),
     )
+
+
+def frozen_sizes(
+    module: nn.Module, trained: Collection[nn.Parameter], form: Form
+) -> dict[nn.Parameter, tuple[int, bool]]:
+    """Weights of a block that are stored in bfloat16 or less while they are frozen → (bytes, whether it is a
+    linear layer's, which may wait)."""
+    matrices = {parameter for _, parameter in linear_weights(module)}
+    out = {}
+    for _, p in layer_weights(module):
+        if p not in trained:
+            is_packed = p in matrices and packed.fits(p.shape, form)
+            out[p] = (packed.nbytes(p.shape, form) if is_packed else HALF.itemsize * p.numel()), p in matrices
+    return out

@@ -62,6 +62,7 @@ def measure(
     checkpointing: bool = False,
     frozen_precision: FrozenPrecision = "full",
     optimizer: OptimizerKind = "adamw",
+    swap_blocks: int = 0,
 ) -> CostModel:
     """Measure every kind of block inside one forward pass of the network; weights and gradients stay as they are.
 
@@ -69,13 +70,13 @@ def measure(
     clips. Every rank must call it. Gradients are cleared, every block is left frozen: put a plan in force after it.
     """
     meter = Meter(seconds, next(network.parameters()).device)
-    blocks.unfreeze(network, found, (), outside)
+    blocks.unfreeze(network, found, (), outside, swap_blocks=swap_blocks)
     probe = Probe(meter, network, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
     outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights)
     passes = probe.passes()
-    frozen_bytes = sum(p.nbytes for p in network.parameters())
+    frozen_bytes = stored_bytes(network)
     model = CostModel(
         clips=clips,
         outside=max(outside_cost - sum(bypass for _, bypass in passes), 0.0),
@@ -87,6 +88,7 @@ def measure(
         weight_bytes=frozen_bytes + sum(cost.spared_bytes for cost, _ in passes),
         moments=optimizers.MOMENTS[optimizer],
         update_per_byte=_update_per_byte(found[0], meter, optimizer) if seconds else 0.0,
+        swap_blocks=swap_blocks,
         blocks=tuple(cost for cost, _ in passes),
     )
     network.zero_grad(set_to_none=True)
@@ -187,10 +189,11 @@ class Probe:
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
         trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, _, _ = kept(asked - stream, trained=True)
-        held_bytes = sum(p.nbytes for p in module.parameters())
+        held_bytes = stored_bytes(module)
         parameter_bytes = sum(p.nbytes for p in blocks.trainable(module))
+        movable_trained_bytes = blocks.movable_bytes(module)
         through_bytes, through_recomputed_bytes, through_common = kept(asked | stream, trained=False)
-        spared_bytes = held_bytes - sum(p.nbytes for p in module.parameters())
+        spared_bytes, movable_bytes = held_bytes - stored_bytes(module), blocks.movable_bytes(module)
         self.through_common = self.through_common or through_common
         measured = BlockCost(
             name=block.name,
@@ -206,6 +209,8 @@ class Probe:
             through_recomputed_bytes=through_recomputed_bytes,
             parameter_bytes=parameter_bytes,
             spared_bytes=spared_bytes,
+            movable_bytes=movable_bytes,
+            movable_trained_bytes=movable_trained_bytes,
             twin_bytes=twin_bytes,
         )
         module.zero_grad(set_to_none=True)
@@ -221,6 +226,11 @@ class Probe:
                 return self.meter(lambda: run(*args, **kwargs)), blocks.twin_bytes(module)
         finally:
             blocks.drop_twin(module)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """What weights take wherever they are, on the device or waiting on the host."""
+    return sum(p.nbytes for p in module.parameters()) + blocks.packed_bytes(module) + blocks.waiting_bytes(module)
 
 
 def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from entprog.blocks.swap import rooms_bytes, spread
 from entprog.config import Backward
 from entprog.cost import counting
 from entprog.records import Record
@@ -45,7 +46,11 @@ class BlockCost:
     parameter_bytes: int
     """What of it is trained when it is, in float32."""
     spared_bytes: int = 0
-    """What less of its weights lies on the device while it is frozen (`entprog.blocks.stored`)."""
+    """What less its weights take while it is frozen (`entprog.blocks.stored`)."""
+    movable_bytes: int = 0
+    """What of them may wait on the host while it is frozen (`entprog.blocks.swap`)."""
+    movable_trained_bytes: int = 0
+    """The same while it is trained: of a block whose adapters alone are."""
     twin_bytes: int = 0
     """What the block's fp8 twin adds while it is frozen along its bypass; 0 where there are none."""
 
@@ -73,6 +78,8 @@ class CostModel(Record):
     """Bytes of the optimizer's moments for each byte of trained weights."""
     update_per_byte: Cost
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
+    swap_blocks: int = 0
+    """Blocks that wait on the host while they may."""
     blocks: tuple[BlockCost, ...]
     """Cost of each block, in execution order."""
 
@@ -122,6 +129,9 @@ class CostModel(Record):
                 recomputed, common = max(recomputed, block.through_recomputed_bytes), common or self.through_common
             elif kind == "along":
                 weights += block.twin_bytes
+        may = {b.name: b.movable_bytes for b in self.blocks if b.name not in trainable or b.movable_trained_bytes}
+        waiting = [may[name] for name in spread(list(may), self.swap_blocks)]
+        weights += rooms_bytes(waiting) - sum(waiting)
         kept += self.common_bytes if common else 0
         trained = self.trained_bytes(trainable)
         return counting.peak_bytes(weights, trained, int(trained * self.moments), kept + recomputed)
@@ -142,8 +152,8 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 
 
 FIXED = (
-    "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "twin_bytes", "update_per_byte",
-    "moments",
+    "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "movable_bytes",
+    "movable_trained_bytes", "swap_blocks", "twin_bytes", "update_per_byte", "moments",
 )  # fmt: skip
 """What does not depend on the number of clips."""
 

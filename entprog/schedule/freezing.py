@@ -32,11 +32,12 @@ class Freeze:
         self.found = list(found)
         self.checkpointing = experiment.model.gradient_checkpointing
         self.frozen_precision = experiment.schedule.frozen_precision
+        self.swap_blocks = experiment.model.swap_blocks
         self.plan: Plan | None = None
         """The plan in force; None before the first."""
         self.trained: list[nn.Parameter] = []
         if experiment.stores_frozen:
-            blocks.store_frozen(self.found)
+            blocks.store_frozen(self.found, experiment.frozen_form)
         if experiment.model.compile_blocks:
             blocks.compile_blocks(self.found)
 
@@ -54,6 +55,7 @@ class Freeze:
             plan.backward,
             self.checkpointing,
             self.frozen_precision,
+            self.swap_blocks,
         )
         fsdp.spare_frozen(self.found, plan.trainable, plan.backward)
         self.plan = plan

@@ -87,6 +87,7 @@ class Prices:
                     checkpointing=self.experiment.model.gradient_checkpointing,
                     frozen_precision=self.experiment.schedule.frozen_precision,
                     optimizer=train.optimizer,
+                    swap_blocks=self.experiment.model.swap_blocks,
                 )
             parts = agree.world()[1] if train.parallel == "fsdp" else 1
             self.models[shape] = split(scaled(measured, clips), parts)

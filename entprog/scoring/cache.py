@@ -84,6 +84,7 @@ def _key(
     rest += [denoiser.skeleton] if "pose" in model.conditions and denoiser.skeleton != "limbs" else []
     rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
+    rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then
     rest += [experiment.data.text, texts.folder.name] if texts else []
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 

@@ -49,6 +49,8 @@ def check(experiment: Experiment) -> shards.Dataset:
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
+    if (wanted := experiment.model.swap_blocks) > (there := len(blocks(source.network))):
+        raise UserError(f"model.swap_blocks is {wanted}, the network has {there} blocks: give {there} or fewer")
     if data.text != "fixed":
         captions.source(experiment.model)
         captions.wanted(dataset, data.text)

@@ -4,6 +4,8 @@ What the clips take comes on top: a run with `schedule.memory_budget_bytes` meas
 fit.
 """
 
+from typing import Any
+
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
 from entprog.config import Experiment, Row
@@ -16,10 +18,13 @@ from entprog.schedule.freezing import outside
 
 COLUMNS = ("stage", "weights", "gradients", "moments", "together", "on the host, at most")
 SMALLER = (
-    ("schedule", "frozen_precision", "auto"),
-    ("train", "optimizer", "adamw_bf16"),
-    ("train", "optimizer", "adamw_8bit"),
-    ("train", "lora", {}),
+    {"schedule.frozen_precision": "auto"},
+    {"train.optimizer": "adamw_bf16"},
+    {"train.optimizer": "adamw_8bit"},
+    {"schedule.frozen_precision": "fp8_alone"},
+    {"train.lora": {}},
+    {"train.lora": {}, "schedule.frozen_precision": "fp8_alone"},
+    {"train.lora": {}, "schedule.frozen_precision": "nf4"},
 )
 """Settings that take less; the first that is enough is proposed."""
 
@@ -40,14 +45,28 @@ def advice(experiment: Experiment, source: Source) -> str | None:
         return None
     said = f"schedule.memory_budget_bytes is {written(budget)}, weights, gradients and moments alone are up to "
     said += written(needed)
-    for part, name, value in SMALLER:
+    values, given = experiment.model_dump(), config.settings(experiment)
+    for change in SMALLER:
+        kept = {"train.lora"} if experiment.train.lora else set()
+        new = {name: value for name, value in change.items() if name not in kept and given.get(name) != value}
+        over: dict[str, dict[str, Any]] = {}
+        for name, value in new.items():
+            part, _, leaf = name.partition(".")
+            over.setdefault(part, {})[leaf] = value
         try:
-            other = config.build(config.merge(experiment.model_dump(), {part: {name: value}}))
+            other = config.build(config.merge(values, over))
         except UserError:  # it does not go with the other settings
             continue
         if (less := largest(other, source)) <= budget:
-            return f"{said}: with {part}.{name}={value or '{}'} they would be {written(less)}."
+            words = " and ".join(f"{name}={value or '{}'}" for name, value in new.items())
+            return f"{said}: with {words} they would be {written(less)}."
     return f"{said}: smaller shares of the blocks take less."
+
+
+def copying(experiment: Experiment, source: Source) -> str | None:
+    """What blocks that wait on the host cost, in words; None where none do."""
+    copied = max(stage.copied for stage in stages(experiment, source))
+    return f"Blocks that wait on the host: up to {written(copied)} are copied to the device a step." if copied else None
 
 
 def largest(experiment: Experiment, source: Source) -> int:

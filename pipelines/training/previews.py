@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from entprog import files
+from entprog.blocks import full_weights
 from entprog.config import ClipShape, Evaluate, Generate
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
@@ -149,16 +150,21 @@ def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:
 @contextlib.contextmanager
 def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Averaged weights for the length of a block, then the very weights that were there."""
-    swapped = [(fsdp.held(p), fsdp.held(ema[name])) for name, p in network.named_parameters() if name in ema]
+    named = [(name, fsdp.held(parameter)) for name, parameter in network.named_parameters() if name in ema]
+    elsewhere = {name: ema[name] for name, weight in named if not weight.numel()}  # packed, or waiting on the host
+    swapped = [(weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
     with torch.no_grad():
         before = [weight.to("cpu", copy=True) for weight, _ in swapped]
+        own_elsewhere = full_weights(network, elsewhere)
         try:
             for weight, average in swapped:
                 weight.copy_(average)
+            network.load_state_dict(elsewhere, strict=False)
             yield
         finally:
             for (weight, _), own in zip(swapped, before, strict=True):
                 weight.copy_(own)
+            network.load_state_dict(own_elsewhere, strict=False)
 
 
 @contextlib.contextmanager

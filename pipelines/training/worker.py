@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from entprog import config, files, models
-from entprog.blocks import Block, blocks, fp8, overlooked, store_frozen
+from entprog import config, files
+from entprog.blocks import Block, blocks, fp8, overlooked
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting
 from entprog.data import clip_stream, latents, shards
@@ -22,10 +21,8 @@ from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import reason
-from entprog.models import adapters, captions, fingerprints, lora
-from entprog.models.finite import not_finite
+from entprog.models import captions, fingerprints
 from entprog.schedule import plans, prices
-from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
 from entprog.scoring import cache, cei
 from entprog.scoring.tables import ScoreTable
@@ -40,7 +37,7 @@ from pipelines.generating.motions import Motion
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
-from pipelines.training import expectation, figures, steplog
+from pipelines.training import expectation, figures, networks, steplog
 from pipelines.training import previews as previewing
 from pipelines.training.startup import Startup
 
@@ -135,19 +132,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
 
         texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
         clock.over("texts")
-    model, settings_of_adapters = experiment.model, experiment.train.lora
-    if settings_of_adapters:  # then an adapter to start from is not merged: it goes on
-        model = model.model_copy(update={"adapter": None})
 
-    def prepare(network: nn.Module) -> None:
-        if settings_of_adapters:
-            lora.add(network, blocks(network), settings_of_adapters, experiment.train.seed)
-            if given := experiment.model.adapter:
-                adapters.go_on(adapters.read(given, "model.adapter"), network, settings_of_adapters, "model.adapter")
-        if experiment.stores_frozen:  # the device never holds all of it in float32
-            store_frozen(blocks(network))
-
-    denoiser = models.family(model.family).load(model, device, experiment.train.seed, prepare)
+    denoiser = networks.load(experiment, device)
     if texts is not None:
         denoiser = replace(denoiser, text=texts.of("").to(device))
     clock.over("weights")
@@ -276,12 +262,12 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     saver.close()
     if not math.isfinite(final_loss):
         raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
-    setup = _final_network(setup, state)
+    setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
     denoiser = setup.denoiser
     if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
-            _leave_adapter(setup, output / "adapter")
-            lora.merge(denoiser.network)
+            networks.leave_adapter(denoiser, experiment, output / "adapter")
+            denoiser = networks.merged(denoiser, experiment)
         shift = _sampling_shift(setup)
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, parts=experiment.train.save)
         _leave_samples(setup, output / "samples", shift)
@@ -313,47 +299,6 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})
     return checkpoint.Saver(folder, settings["identity"], train.keep_checkpoints, warn)
-
-
-def _final_network(setup: Setup, state: RunState) -> Setup:
-    """The set-up with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded.
-
-    Raises DivergedError on every rank if it is not finite.
-    """
-    denoiser, experiment = setup.denoiser, setup.experiment
-    denoiser.network.load_state_dict(state.ema, strict=False)
-    odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
-    if odd:
-        raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
-    if not fsdp.is_sharded(denoiser.network):
-        return setup
-    weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
-    if agree.world()[0] != 0:
-        return setup
-    in_full = experiment.model.model_copy(update={"dtype": "float32"})  # only to be saved from there
-    plain = models.family(experiment.model.family).load(in_full, "cpu", experiment.train.seed)
-    plain.network.load_state_dict(weights)  # on the host: the device has its part already
-    return replace(setup, denoiser=replace(denoiser, network=plain.network))  # the text is not the base's
-
-
-def _leave_adapter(setup: Setup, folder: Path) -> None:
-    """All that tells the network from its base, also what an adapter that it started from brought."""
-    denoiser, experiment = setup.denoiser, setup.experiment
-    whole = {*outside(denoiser, experiment)}
-    if given := experiment.model.adapter:
-        brought = adapters.read(given, "model.adapter").outside
-        named = denoiser.network.named_parameters()
-        whole |= {parameter for name, parameter in named if adapters.plain_name(name) in brought}
-    about = {
-        "family": denoiser.FAMILY,
-        "conditions": denoiser.conditions,
-        "skeleton": denoiser.skeleton,
-        "base": experiment.model.base,
-        "shape": experiment.data.shape.model_dump(),
-        **({"expert": denoiser.expert.name} if denoiser.expert else {}),
-    }
-    lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about)
-    denoiser.save_text(folder)
 
 
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:

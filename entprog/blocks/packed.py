@@ -1,0 +1,74 @@
+"""Weights of frozen linear layers in a byte (`fp8`) or half a byte (`nf4`) a number, and back.
+
+fp8: 8-bit floating point (e4m3), a scale for each row. nf4: 4-bit NormalFloat (arXiv 2305.14314, appendix E), two
+numbers in a byte, a scale for every 64 of them. Scales are in bfloat16. A packed weight is two plain tensors, and
+unpacks within 4 bytes a number; torchao's own NF4 tensor takes 10 and more for that.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+Form = Literal["bfloat16", "fp8", "nf4"]
+"""What a frozen weight is held in."""
+PARTS: dict[Form, tuple[str, ...]] = {"bfloat16": ("half",), "fp8": ("codes", "scale"), "nf4": ("codes", "scale")}
+"""Names of the tensors that hold it."""
+GROUP = 64
+"""Numbers that share a scale in nf4."""
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What the 16 codes of nf4 stand for, over the largest magnitude of their group: quantiles of a normal distribution."""
+
+
+def fits(shape: Sequence[int], form: Form) -> bool:
+    """Whether a weight of that shape can be held in that form; what does not stays in bfloat16."""
+    return form != "nf4" or math.prod(shape) % GROUP == 0
+
+
+def nbytes(shape: Sequence[int], form: Form) -> int:
+    """Bytes of a packed weight [outputs, inputs]."""
+    numbers = math.prod(shape)
+    return {"bfloat16": 2 * numbers, "fp8": numbers + 2 * shape[0], "nf4": numbers // 2 + 2 * (numbers // GROUP)}[form]
+
+
+@torch.no_grad()
+def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
+    """A weight [outputs, inputs] → the tensors of PARTS, on its device."""
+    if form == "bfloat16":
+        return (weight.to(torch.bfloat16),)
+    rows = weight.float() if form == "fp8" else weight.float().reshape(-1, GROUP)
+    scale = rows.abs().amax(dim=1, keepdim=True)
+    scale = (scale / LARGEST if form == "fp8" else scale).to(torch.bfloat16)
+    over = torch.where(scale == 0, 1, scale).float()
+    if form == "fp8":
+        return (rows / over).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+    levels = torch.tensor(LEVELS, device=weight.device)
+    codes = torch.bucketize(rows / over, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return (codes[:, 0::2] << 4) | codes[:, 1::2], scale
+
+
+@torch.no_grad()
+def unpack(parts: Sequence[torch.Tensor], form: Form, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The weight again, in a type; of bfloat16 in bfloat16 itself, not a copy."""
+    if form == "bfloat16":
+        return parts[0].to(dtype)
+    codes, scale = parts
+    if form == "fp8":
+        return codes.to(dtype).mul_(scale)
+    numbers = functional.embedding(codes.int(), _pairs(codes.device, dtype))  # [groups, GROUP / 2, 2]
+    return numbers.view(-1, GROUP).mul_(scale).view(*shape)
+
+
+@functools.cache
+def _pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What each of 256 bytes stands for [256, 2]."""
+    levels = torch.tensor(LEVELS, dtype=dtype)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(device)

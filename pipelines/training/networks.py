@@ -1,0 +1,97 @@
+"""A worker's network: loaded, with adapters, as it is to be held; and at the end as it is to be saved."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from entprog import models
+from entprog.blocks import blocks, let_wait, store_frozen
+from entprog.config import Experiment
+from entprog.diffusion.denoiser import Denoiser
+from entprog.distributed import agree, fsdp
+from entprog.models import adapters, lora
+from entprog.models.finite import not_finite
+from entprog.schedule.freezing import outside
+from entprog.schedule.state import RunState
+from entprog.training.fit import DivergedError
+
+
+def load(experiment: Experiment, device: torch.device) -> Denoiser:
+    """The network to be trained, with adapters if it is trained through any, every block frozen: the device never holds
+    all of it in float32."""
+
+    def prepare(network: nn.Module) -> None:
+        _adapt(network, experiment)
+        if experiment.stores_frozen:
+            store_frozen(blocks(network), experiment.frozen_form, device)
+            let_wait(blocks(network), experiment.model.swap_blocks, device)
+
+    return _loaded(experiment, device, prepare)
+
+
+def _loaded(experiment: Experiment, device: str | torch.device, prepare: Callable[[nn.Module], None]) -> Denoiser:
+    model = experiment.model
+    if experiment.train.lora:  # then an adapter to start from is not merged: it goes on
+        model = model.model_copy(update={"adapter": None})
+    return models.family(model.family).load(model, device, experiment.train.seed, prepare)
+
+
+def _adapt(network: nn.Module, experiment: Experiment) -> None:
+    if settings := experiment.train.lora:
+        lora.add(network, blocks(network), settings, experiment.train.seed)
+        if given := experiment.model.adapter:
+            adapters.go_on(adapters.read(given, "model.adapter"), network, settings, "model.adapter")
+
+
+def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denoiser:
+    """The denoiser with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded.
+
+    Raises DivergedError on every rank if it is not finite.
+    """
+    denoiser.network.load_state_dict(state.ema, strict=False)
+    odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
+    if odd:
+        raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
+    if not fsdp.is_sharded(denoiser.network):
+        return denoiser
+    weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
+    if agree.world()[0] != 0:
+        return denoiser
+    in_full = experiment.model.model_copy(update={"dtype": "float32"})  # only to be saved from there
+    plain = models.family(experiment.model.family).load(in_full, "cpu", experiment.train.seed)
+    plain.network.load_state_dict(weights)  # on the host: the device has its part already
+    return replace(denoiser, network=plain.network)  # the text is not the base's
+
+
+def merged(denoiser: Denoiser, experiment: Experiment) -> Denoiser:
+    """The denoiser with its adapters merged into its weights; where the device holds those packed, into the base's own,
+    which are read again, on the host."""
+    network = denoiser.network
+    if experiment.frozen_form != "bfloat16":
+        plain = _loaded(experiment, "cpu", lambda network: _adapt(network, experiment)).network
+        plain.load_state_dict(network.state_dict(), strict=False)  # all but what is packed
+        network = plain
+    lora.merge(network)
+    return replace(denoiser, network=network)
+
+
+def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path) -> None:
+    """All that tells the network from its base, also what an adapter that it started from brought."""
+    whole = {*outside(denoiser, experiment)}
+    if given := experiment.model.adapter:
+        brought = adapters.read(given, "model.adapter").outside
+        named = denoiser.network.named_parameters()
+        whole |= {parameter for name, parameter in named if adapters.plain_name(name) in brought}
+    about = {
+        "family": denoiser.FAMILY,
+        "conditions": denoiser.conditions,
+        "skeleton": denoiser.skeleton,
+        "base": experiment.model.base,
+        "shape": experiment.data.shape.model_dump(),
+        **({"expert": denoiser.expert.name} if denoiser.expert else {}),
+    }
+    lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about)
+    denoiser.save_text(folder)
