@@ -34,7 +34,8 @@ import torch
 import typer
 
 from benchmarks import common
-from benchmarks.gpu_parts import REPEATS, Row, SkippedError, first_line, not_installed, parts
+from benchmarks.gpu_common import REPEATS, Row, SkippedError
+from benchmarks.gpu_parts import first_line, not_installed, parts
 from benchmarks.step_cost import is_out_of_memory, label, shown
 from pipelines import cli
 

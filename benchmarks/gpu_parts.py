@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,39 +20,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import cei_cost, common, step_cost
-from benchmarks.step_cost import FULL, Bench, Setting
+from benchmarks import cei_cost, common, gpu_large, step_cost
+from benchmarks.gpu_common import QUARTER, REPEATS, Row, SkippedError, step_experiment
+from benchmarks.gpu_large import large_rows
+from benchmarks.step_cost import Bench, Setting
 from benchmarks.tiny_families import TINY, WAN
 from entprog import config, models
-from entprog.blocks import blocks, fp8, store_frozen
-from entprog.config import ClipShape, Experiment
-from entprog.cost.holding import held
+from entprog.blocks import blocks, fp8
+from entprog.config import ClipShape
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.models import lora
-from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
 from entprog.scoring import cei
-
-Row = dict[str, Any]
-REPEATS = 3
-"""Timed steps of each plan, interleaved."""
-QUARTER = 0.25
-"""m/L of the plans beside full training."""
-CLIPS = {3_200: (2, ClipShape(frames=5, height=64, width=40)), 20_000: (1, ClipShape(frames=25, height=64, width=50))}
-"""Tokens of a clip → clips of a step and their shape in pixels, four of which are a token."""
-TINY_CLIPS = {
-    3_200: (2, ClipShape(frames=1, height=16, width=16)),
-    20_000: (1, ClipShape(frames=2, height=16, width=16)),
-}
-LIMITS_GB = (24, 48, 80)
-SHARE_HELD = 0.8
-"""Part of a limit that weights, gradients and moments may take where the network is made to fit it."""
-
-
-class SkippedError(Exception):
-    """A part that cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +54,12 @@ def parts(tiny: bool) -> list[Part]:
         for checkpointing in (True, False)
     ]
     steps = [Part(named(*each), partial(step_rows, *each, device)) for each in settings]
-    large = [Part(f"14B, {way}, {gb} GB", partial(large_rows, gb, way, device)) for gb in LIMITS_GB for way in WAYS]
+    large = [Part(f"14B, {way}, {gb} GB", partial(large_rows, gb, way, device)) for gb, way in gpu_large.parts()]
     return [
         Part("card", partial(card_rows, device)),
         Part("numbers", partial(number_rows, device, compiled=False)),
         Part("numbers in fp8", partial(fp8_number_rows, device, compiled=False)),
+        Part("numbers of frozen weights elsewhere", partial(elsewhere_number_rows, device)),
         *steps[:4],
         Part("train", partial(train_rows, device)),
         *large,
@@ -123,10 +104,20 @@ def repeated(run: Callable[[], Any], times: int) -> None:
 # ---- numbers ----
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "fp8": 1e-1}
+ELSEWHERE: dict[str, Row] = {
+    "fp8_alone": {"schedule": {"frozen_precision": "fp8_alone"}},
+    "nf4": {"schedule": {"frozen_precision": "nf4"}},
+    "bfloat16, blocks wait": {"model": {"swap_blocks": 3}},
+    "nf4, blocks wait": {"model": {"swap_blocks": 3}, "schedule": {"frozen_precision": "nf4"}},
+}
+"""How a base lies under adapters → settings."""
+TOLERANCES |= dict.fromkeys(ELSEWHERE, TOLERANCES["bfloat16"])
 """Largest relative difference between two devices, of loss and gradient."""
 COMPILED = ("wan", "cogvideox", "hunyuan_video", "svd")
 FP8_WAN = {**WAN, "attention_head_dim": 16}
 """Sizes that fp8 kernels take."""
+DEEP_WAN = {**FP8_WAN, "num_layers": 6}
+"""So deep that some blocks can wait."""
 
 
 def number_rows(device: str, compiled: bool) -> Iterator[Row]:
@@ -143,6 +134,14 @@ def fp8_number_rows(device: str, compiled: bool) -> Iterator[Row]:
     """The same of a network whose frozen blocks are in fp8."""
     needs_fp8(device)
     yield compared("wan", "fp8", "residual", device, compiled)
+
+
+def elsewhere_number_rows(device: str) -> Iterator[Row]:
+    """The same of adapters in every block of a network whose own weights are packed, or wait on the host."""
+    if importlib.util.find_spec("peft") is None:
+        raise SkippedError("peft is not installed")
+    for how in ELSEWHERE:
+        yield compared("wan", how, "exact", device, compiled=False)
 
 
 def has_fp8(device: str) -> bool:
@@ -177,18 +176,22 @@ def loss_and_gradient(
     name: str, dtype: str, backward: config.Backward, device: str, compiled: bool
 ) -> tuple[float, torch.Tensor]:
     """Loss, and the gradient of all that is trained [parameters], in float32 on the host."""
-    init = FP8_WAN if dtype == "fp8" else TINY[name]["init"]
+    init = FP8_WAN if dtype == "fp8" else DEEP_WAN if dtype in ELSEWHERE else TINY[name]["init"]
     model = {"family": TINY[name]["family"], "init": init, "vae": "none", "compile_blocks": compiled}
-    schedule = {"backward": backward, "frozen_precision": "fp8" if dtype == "fp8" else "auto"}
-    experiment = config.build(
-        {
-            "model": {**model, "dtype": "float32" if dtype == "float32" else "bfloat16"},
-            "data": {"shape": {"frames": 2, "height": 16, "width": 16}},
-            "train": {"steps": 1},
-            "schedule": schedule,
-        }
-    )
-    denoiser = models.family(experiment.model.family).load(experiment.model, device, seed=0)  # drawn on the host
+    values = {
+        "model": {**model, "dtype": "float32" if dtype == "float32" else "bfloat16"},
+        "data": {"shape": {"frames": 2, "height": 16, "width": 16}},
+        "train": {"steps": 1, "lora": {"rank": 4} if dtype in ELSEWHERE else None},
+        "schedule": {"backward": backward, "frozen_precision": "fp8" if dtype == "fp8" else "auto"},
+    }
+    experiment = config.build(config.merge(values, ELSEWHERE.get(dtype, {})))
+
+    def prepare(network: nn.Module) -> None:
+        if experiment.train.lora:
+            lora.add(network, blocks(network), experiment.train.lora, seed=0)
+
+    load = models.family(experiment.model.family).load
+    denoiser = load(experiment.model, device, seed=0, prepare=prepare)  # drawn on the host
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(2, 3, 2, 16, 16, generator=generator).to(device) for _ in range(2))
     batch = Latents(clean, {c: clean.roll(i + 1, -1) for i, c in enumerate(denoiser.conditions)}, torch.arange(2))
@@ -231,123 +234,6 @@ def needs_fp8(device: str) -> None:
         raise SkippedError("torchao is not installed")
     if not has_fp8(device):
         raise SkippedError(f"a {common.describe(device)} has no fp8")
-
-
-def step_experiment(network: Row, tokens: int, device: str, **parts: Row) -> Experiment:
-    """Settings of a step on random clips of so many tokens; `parts` are nested settings over that."""
-    clips, shape = (TINY_CLIPS if device == "cpu" else CLIPS)[tokens]
-    values = {
-        "model": {"init": network, "vae": "none", "dtype": "bfloat16"},
-        "data": {"shape": shape.model_dump(), "batch_size": clips},
-        "train": {"steps": 1, "learning_rate": 1e-30},  # too small to move a weight: see `rounded`
-    }
-    return config.build(config.merge(values, parts))
-
-
-# ---- 14B ----
-
-WIDE = {
-    "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "text_dim": 4096, "freq_dim": 256,
-    "cross_attn_norm": True, "out_channels": step_cost.CHANNELS, "patch_size": [1, 2, 2],
-}  # fmt: skip
-"""Wan 14B's width."""
-DEPTH = 40
-NARROW = {**WIDE, "num_attention_heads": 1, "attention_head_dim": 64, "ffn_dim": 128, "text_dim": 16, "freq_dim": 64}
-WAYS: dict[str, tuple[str, Row]] = {
-    "LoRA": (FULL, {"train": {"lora": {"rank": 16}}, "schedule": {"outside": "conditions"}}),
-    "a quarter, 8-bit moments": ("residual", {"train": {"optimizer": "adamw_8bit"}}),
-    "a quarter": ("residual", {"train": {"optimizer": "adamw_bf16"}}),
-}
-"""What trains a large network → the end of its plan's name, and its settings."""
-NEEDS = {"lora": "peft", "adamw_8bit": "torchao"}
-"""Settings → the package that they need."""
-
-
-def large_rows(limit_gb: int, way: str, device: str) -> Iterator[Row]:
-    """A step of a Wan of 14B's width with checkpointing, in a part of the card's memory. Where weights, gradients and
-    moments do not leave room, as many blocks as do; the row says how many of the 40 those are."""
-    _, changes = WAYS[way]
-    for setting, package in NEEDS.items():
-        if setting in str(changes) and importlib.util.find_spec(package) is None:
-            raise SkippedError(f"{package} is not installed")
-    on_gpu = device != "cpu"
-    if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        if limit_gb * 1e9 > total:
-            raise SkippedError(f"the card has {total / 1e9:.0f} GB")
-        torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / total)
-    try:
-        depth = fitting(way, limit_gb * 1e9, device)
-        whole, here = (held_by(blocks, way, device) for blocks in (DEPTH, depth))
-        row = {"way": way, "limit_gb": limit_gb, "blocks": depth, "of_blocks": DEPTH}
-        row |= {"held_foreseen_bytes": here, "held_foreseen_whole_bytes": whole}
-        yield row | large_step(depth, way, device)
-    finally:
-        if on_gpu:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def large_experiment(depth: int, way: str, device: str) -> Experiment:
-    network = {**(NARROW if device == "cpu" else WIDE), "num_layers": depth}
-    one = {"data": {"batch_size": 1}}
-    return step_experiment(network, 3_200, device, **config.merge(WAYS[way][1], one))
-
-
-def held_by(depth: int, way: str, device: str) -> int:
-    """Bytes of weights, gradients and moments of a network so deep, counted without weights."""
-    experiment = large_experiment(depth, way, device)
-    source = models.family("wan").inspect(experiment.model)
-    found, groups = blocks(source.network), source.outside()
-    outside, trained = [p for group in groups.values() for p in group], plans.count(QUARTER, depth)
-    if experiment.train.lora:
-        lora.add(source.network, found, experiment.train.lora, seed=0)
-        outside, trained = groups["conditions"], depth
-    return held(source.network, found, [block.name for block in found[:trained]], outside, experiment).device
-
-
-def fitting(way: str, limit: float, device: str) -> int:
-    """Blocks of the deepest network that leaves room in a limit of bytes: a multiple of 4, at least 4."""
-    if device == "cpu":
-        return 4
-    four, eight = (held_by(depth, way, device) for depth in (4, 8))
-    more = int((SHARE_HELD * limit - four) // (eight - four))
-    return min(4 * (1 + max(more, 0)), DEPTH)
-
-
-def large_step(depth: int, way: str, device: str) -> Row:
-    """`benchmarks.step_cost`'s row of one plan."""
-    experiment, (plan, _) = large_experiment(depth, way, device), WAYS[way]
-    with default_dtype(torch.bfloat16):  # float32 weights of all blocks at once would not fit
-        prepare = partial(stored_one_by_one, experiment)
-        bench = Bench(experiment, "scattered", device, fractions=(QUARTER,), prepare=prepare)
-    setting = Setting(checkpointing=True, compile=False, fp8=False)
-    name = next(name for name in bench.plans(("residual",)) if name.endswith(plan))
-    (row,) = bench.figures(setting, REPEATS if device != "cpu" else 1, only=[name])
-    return row
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def stored_one_by_one(experiment: Experiment, network: nn.Module) -> None:
-    """A bfloat16 network as training would store it, of which never more than one block is in float32 at a time."""
-    found = blocks(network)
-    if experiment.train.lora:
-        lora.add(network, found, experiment.train.lora, seed=0)
-    for block in found:
-        block.module.float()
-        store_frozen([block])
-    inside = {parameter for block in found for parameter in block.module.parameters()}
-    for parameter in network.parameters():
-        if parameter not in inside:
-            parameter.data = parameter.data.float()
 
 
 # ---- a training by the command ----

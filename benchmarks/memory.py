@@ -33,6 +33,7 @@ NETWORKS = {
 }  # fmt: skip
 WAYS = {"float32": ("full", "adamw"), "auto": ("auto", "adamw")}
 WAYS |= {name: ("auto", name) for name in ("adamw_bf16", "adamw_8bit")}
+WAYS |= {f"{precision}, adamw_8bit": (precision, "adamw_8bit") for precision in ("fp8_alone", "nf4")}
 """What frozen layers are stored in, and the optimizer."""
 PLANS = ("all blocks", "a quarter", "LoRA")
 

@@ -167,7 +167,7 @@ class Setting:
     def of(self, experiment: config.Experiment) -> config.Experiment:
         """The experiment under this setting."""
         model = {"gradient_checkpointing": self.checkpointing, "compile_blocks": self.compile}
-        schedule = {"frozen_precision": "fp8" if self.fp8 else "auto", "backward": ["exact", "residual"]}
+        schedule = {"backward": ["exact", "residual"], **({"frozen_precision": "fp8"} if self.fp8 else {})}
         return config.build(config.merge(experiment.model_dump(), {"model": model, "schedule": schedule}))
 
     def __str__(self) -> str:

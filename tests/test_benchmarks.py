@@ -309,7 +309,7 @@ def test_gpu_check_parts_name_the_package_that_they_lack(monkeypatch, lacking):
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == lacking else found(name))
     known = {part.name: part for part in gpu_parts.parts(tiny=True)}
-    fp8 = [name for name in known if "fp8" in name]
+    fp8 = [name for name in known if "fp8" in name and "base in" not in name]
     assert {"numbers in fp8", "numbers in fp8, compiled"} < set(fp8)
     for name in fp8 if lacking == "torchao" else ["train"]:
         with pytest.raises(gpu_parts.SkippedError, match=f"{lacking} is not installed"):
@@ -355,13 +355,17 @@ def test_gpu_check_says_what_is_wrong_before_it_begins(results):
 def test_parts_of_gpu_check_that_need_no_process(results):
     """The tiny parts give the rows that a card's do."""
     known = {part.name: part for part in gpu_parts.parts(tiny=True)}
-    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 32
+    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 36
     with torch.compiler.set_stance("force_eager"):
         steps = list(known["step of 20000 tokens, compiled"].rows())
         (large,) = known["14B, LoRA, 24 GB"].rows()
+        (packed,) = known["14B, LoRA, base in nf4, 24 GB"].rows()
+        (waiting,) = known["14B, LoRA, 24 blocks wait, 24 GB"].rows()
     plans = [(row["plan"]["m"], row["plan"]["backward"], row["plan"]["compile"]) for row in steps]
     assert plans == [(1, "exact", True), (1, "residual", True), (4, "exact", True)]
-    for row in (*steps, large):
+    sizes = [row["held_foreseen_whole_bytes"] for row in (packed, waiting, large)]
+    assert sizes == sorted(sizes) and len({*sizes}) == 3
+    for row in (*steps, large, packed, waiting):
         assert row["step_s"] > 0 and row["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
     assert (
         large["blocks"] == 4

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 Form = Literal["bfloat16", "fp8", "nf4"]
 """What a frozen weight is held in."""
-PARTS: dict[Form, tuple[str, ...]] = {"bfloat16": ("half",), "fp8": ("codes", "scale"), "nf4": ("codes", "scale")}
+PARTS: dict[Form, tuple[str, ...]] = {"bfloat16": ("rounded",), "fp8": ("codes", "scale"), "nf4": ("codes", "scale")}
 """Names of the tensors that hold it."""
 GROUP = 64
 """Numbers that share a scale in nf4."""
