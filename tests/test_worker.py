@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
 from pipelines import cli, generate
 from pipelines.cluster import launch
-from pipelines.training import figures, steplog, worker
+from pipelines.training import figures, networks, steplog
 
 
 def lines(path):
@@ -79,20 +78,20 @@ def spoilt(network, value):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_network_that_is_not_finite_is_no_result(value):
     experiment = tiny_experiment()
-    setup = SimpleNamespace(denoiser=tiny_denoiser(experiment), experiment=experiment)
+    denoiser = tiny_denoiser(experiment)
     state = RunState(optimizer=None, step=7)
-    assert worker._final_network(setup, state) is setup
-    spoilt(setup.denoiser.network, value)
+    assert networks.final(denoiser, experiment, state) is denoiser
+    spoilt(denoiser.network, value)
     with pytest.raises(DivergedError, match=r"not finite .blocks\.3\.ffn\.net\.2\.weight. after step 7"):
-        worker._final_network(setup, state)
+        networks.final(denoiser, experiment, state)
 
 
 def test_averages_that_are_not_finite_are_no_result():
     experiment = tiny_experiment()
-    setup = SimpleNamespace(denoiser=tiny_denoiser(experiment), experiment=experiment)
-    name, weight = next(iter(setup.denoiser.network.named_parameters()))
+    denoiser = tiny_denoiser(experiment)
+    name, weight = next(iter(denoiser.network.named_parameters()))
     with pytest.raises(DivergedError, match="not finite"):
-        worker._final_network(setup, RunState(optimizer=None, ema={name: torch.full_like(weight, math.nan)}))
+        networks.final(denoiser, experiment, RunState(optimizer=None, ema={name: torch.full_like(weight, math.nan)}))
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -104,12 +103,10 @@ def test_a_sharded_network_ends_with_the_text_that_it_was_trained_with(monkeypat
     denoiser = replace(denoiser, text=torch.full_like(denoiser.text, text))
     with torch.no_grad():
         denoiser.network.proj_out.weight.add_(1)
-    monkeypatch.setattr(worker.fsdp, "is_sharded", lambda network: True)
-    rest = dict.fromkeys(field.name for field in fields(worker.Setup))
-    setup = worker.Setup(**rest | {"experiment": experiment, "denoiser": denoiser, "device": torch.device("cpu")})
+    monkeypatch.setattr(networks.fsdp, "is_sharded", lambda network: True)
     averages = {name: p.detach() * 2 for name, p in denoiser.network.named_parameters()} if ema else {}
     wanted = {name: averages.get(name, p).clone() for name, p in denoiser.network.named_parameters()}
-    left = worker._final_network(setup, RunState(optimizer=None, ema=averages)).denoiser
+    left = networks.final(denoiser, experiment, RunState(optimizer=None, ema=averages))
     assert left.network is not denoiser.network and torch.equal(left.text, denoiser.text)
     for name, parameter in left.network.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
