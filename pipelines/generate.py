@@ -20,7 +20,7 @@ from entprog import config
 from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
 from pipelines import cli
-from pipelines.generating import checkpoints, motions, protocol
+from pipelines.generating import checkpoints, motions, protocol, retargeting
 from pipelines.generating.checkpoints import Checkpoint
 from pipelines.outputs import claim
 
@@ -69,6 +69,9 @@ def main(
     without: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="Show each clip without pose (or reference) beside.")
     ] = None,
+    retarget: Annotated[
+        bool, typer.Option("--retarget", help="Give the motion the reference person's proportions; see retarget.png.")
+    ] = False,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
     dry_run: cli.DryRun = False,
@@ -81,7 +84,7 @@ def main(
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
-        given["without"] = without
+        given |= {"without": without, "retarget": retarget}
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
         return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
@@ -100,15 +103,17 @@ def run(
     clip: Sequence[str] | None = None,
     split: str | None = None,
     without: str | None = None,
+    retarget: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Generate and write the clips; returns the figures of result.json: `videos` (side by side), `clips` (one record
-    each), `left_out` (files of a folder that could not be used, with the reason), `sheet`. Clips that an earlier call
-    has finished are kept.
+    each), `left_out` (files of a folder that could not be used, with the reason), `sheet`, with retarget its `preview`.
+    Clips that an earlier call has finished are kept.
 
     Exactly one of pose, video and shards says how the person moves; `reference` says who it is (with shards: instead
-    of each clip's own). Each may be a folder: every motion is made with every reference. Raises UserError for anything
-    wrong with them, and for an output that holds clips of another checkpoint or other settings.
+    of each clip's own). Each may be a folder: every motion is made with every reference. retarget: motions take the
+    proportions of their references (`entprog.media.retarget`). Raises UserError for anything wrong with them, and for
+    an output that holds clips of another checkpoint or other settings.
     """
     settings, output = settings or Generation(), Path(output)
     _check_options(reference, pose, video, shards, clip, split)
@@ -120,7 +125,7 @@ def run(
     asked = {"reference": reference, "pose": pose, "video": video, "shards": shards}
     identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
     identity |= {f"--{name}": path and str(Path(path).resolve()) for name, path in asked.items()}
-    identity |= {"--clip": list(clip or ()), "--split": split}
+    identity |= {"--clip": list(clip or ()), "--split": split, **({"--retarget": True} if retarget else {})}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
         del identity[name]
@@ -135,7 +140,13 @@ def run(
             who = motions.reference_image(reference, shape, settings.prepare)
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
-        made, left_out = _from_files(reference, pose, video, settings, shape)
+        made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget)
+    if retarget:
+        if shards is not None and reference is not None:
+            own = [retargeting.own_pose(reference, shape, settings.prepare)] * len(made)
+        elif shards is not None:
+            own = retargeting.own_poses(made, settings.prepare)
+        driving, made = made, retargeting.retargeted(made, own)
     if dry_run:
         names = ", ".join(motion.name for motion in made)
         longest = max(len(motion.pose) for motion in made)
@@ -147,7 +158,11 @@ def run(
         return {"settings": _flat(settings)}
     claim.take(output, "generate", identity)
     how |= {"overlap": settings.generate.overlap, "without": without}
-    return _generate(found, made, output, settings, how) | {"left_out": left_out}
+    shown = {}
+    if retarget:
+        shown["preview"] = str(retargeting.preview(driving, made, own, output / "retarget.png"))
+        cli.console.print(f"Retargeted motions beside the driving ones: {shown['preview']}")
+    return _generate(found, made, output, settings, how) | {"left_out": left_out, **shown}
 
 
 def _flat(settings: Generation) -> dict[str, Any]:
@@ -155,13 +170,21 @@ def _flat(settings: Generation) -> dict[str, Any]:
 
 
 def _from_files(
-    reference: Path, pose: Path | None, video: Path | None, settings: Generation, shape: ClipShape
-) -> tuple[list[motions.Motion], dict[str, str]]:
-    """Every pose sequence or driving video with every reference picture, and what was left out."""
+    reference: Path, pose: Path | None, video: Path | None, settings: Generation, shape: ClipShape, retarget: bool
+) -> tuple[list[motions.Motion], dict[str, str], list[np.ndarray]]:
+    """Every pose sequence or driving video with every reference picture, what was left out, and to retarget motions the
+    pose of each one's reference."""
     start_s, crop = settings.generate.start_s, settings.prepare
     wanted, room = motions.wanted_frames(settings.generate, shape), motions.Room(settings.generate, shape)
     pictures, others = motions.files(reference, motions.PICTURES, "--reference")
-    who, without = motions.read_all(pictures, lambda p: motions.reference_image(p, shape, crop), "--reference")
+    own = {}
+
+    def pictured(path: Path) -> np.ndarray:
+        if retarget:
+            own[path] = retargeting.own_pose(path, shape, crop)
+        return motions.reference_image(path, shape, crop)
+
+    who, without = motions.read_all(pictures, pictured, "--reference")
 
     def posed(path: Path) -> tuple[np.ndarray, None]:
         own = motions.Room(settings.generate, shape)
@@ -181,7 +204,8 @@ def _from_files(
     clips, bad = motions.read_all(paths, read, option)
     called = motions.names(clips)
     moving = [(called[path], *clip) for path, clip in clips.items()]
-    return motions.pairs(who, moving), others | more | without | bad
+    of_each = [own[path] for _ in moving for path in who] if retarget else []
+    return motions.pairs(who, moving), others | more | without | bad, of_each
 
 
 def _check_options(reference, pose, video, shards, clip, split) -> None:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from entprog.config import ClipShape, Generation, Model
 from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import assets, h264, video
+from entprog.media import assets, drawing, h264, retarget, video
 from entprog.models.wan import load
-from helpers import encoders
+from helpers import encoders, wholebodies
 from pipelines import generate
-from pipelines.generating import checkpoints, motions, rendering
+from pipelines.generating import checkpoints, motions, rendering, retargeting
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -302,6 +302,33 @@ def test_driving_video_and_picture_of_a_real_person(made, tmp_path):
     assert (x_y.max(0) - x_y.min(0)).max() > 0.6
     who = motions.reference_image(tmp_path / "person.jpg", SHAPE, crop)
     assert who.shape == (48, 32, 3) and who.std() > 20
+
+
+def test_a_motion_takes_the_proportions_of_who_is_to_move(made, tmp_path):
+    frames, _ = video.read_frames(assets.clip("cam04"), [0.5])
+    Image.fromarray(frames[0]).save(tmp_path / "person.png")
+    driving = wholebodies.moving(SHAPE.frames)
+    driving[:, 7:11, 1] += 0.1  # long forearms
+    np.savez(tmp_path / "long.npz", pose=driving)
+    given = ("--checkpoint", made / "run", "--pose", tmp_path / "long.npz", "--steps", 2, "--retarget")
+    out = command(*given, "--reference", tmp_path / "person.png", "--output", tmp_path / "out")
+    assert "long: retargeted by body " in out and "retarget.png" in out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    with Image.open(result["preview"]) as preview:
+        assert preview.height > 2 * 192 and np.asarray(preview).std() > 20
+    own = retargeting.own_pose(tmp_path / "person.png", SHAPE, Generation().prepare)
+    due = retarget.retarget(driving, own, SHAPE.height, SHAPE.width)
+    drawn = rendering.pixels(drawing.draw(torch.from_numpy(due), SHAPE.height, SHAPE.width))
+    shown = h264.decode_rgb((tmp_path / "out" / "videos" / "000_long_pose.mp4").read_bytes())
+    assert np.abs(shown.astype(int) - drawn).mean() < 6, "the clip is made of the retargeted motion"
+    plain = command(*given[:-1], "--reference", tmp_path / "person.png", "--output", tmp_path / "out", expected=2)
+    assert "--retarget was true, now not set" in plain
+    nobody = command(*given, "--reference", made / "me.png", "--output", tmp_path / "none", expected=2)
+    assert nobody.count("\n") == 1 and "--retarget: nobody was found in" in nobody and not (tmp_path / "none").exists()
+    hidden = driving * np.float32([1, 1, 0])
+    np.savez(tmp_path / "long.npz", pose=hidden)
+    blind = command(*given, "--reference", tmp_path / "person.png", "--output", tmp_path / "none", expected=2)
+    assert "show no limb that is visible in both" in blind
 
 
 def test_picture_without_a_person_is_cut_in_the_middle(tmp_path, capsys):

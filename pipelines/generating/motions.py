@@ -256,7 +256,7 @@ def driving_clip(
                 f"a clip has {shape.frames}"
             )
         found = poses.found(track)
-        box = _person(track, info.height, info.width, shape, crop) if found.any() else None
+        box = person_box(track, info.height, info.width, shape, crop) if found.any() else None
         if box is None:
             raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
         if not found.all():
@@ -289,24 +289,29 @@ def _several(estimator, frame: np.ndarray) -> bool:
     return sum(person.radius >= cutting.PEOPLE_SIZE * people[0].radius for person in people) > 1
 
 
+def read_picture(path: Path, crop: Prepare) -> np.ndarray:
+    """A reference picture as it is: uint8 RGB [H, W, 3]. Raises UserError if it is none, or larger than the limits."""
+    if not path.exists():
+        raise UserError(f"--reference: no such file: {path}")
+    try:
+        return images.read(path, limits.of(crop))
+    except videos.VideoError as error:
+        raise UserError(f"--reference: cannot read {path} as a picture: {one_line(error)}") from None
+
+
 def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
     """A picture at the clip's size: uint8 RGB [H, W, 3].
 
     One of that very size is taken as it is; of any other the person is cut out as in training, or the middle if
     nobody is found. Raises UserError if it is not a picture, or larger than `crop`'s limits.
     """
-    if not path.exists():
-        raise UserError(f"--reference: no such file: {path}")
-    try:
-        picture = images.read(path, limits.of(crop))
-    except videos.VideoError as error:
-        raise UserError(f"--reference: cannot read {path} as a picture: {one_line(error)}") from None
+    picture = read_picture(path, crop)
     height, width = picture.shape[:2]
     if (height, width) == (shape.height, shape.width):
         return picture
-    estimator = poses.PoseEstimator()
+    estimator = poses.estimator(crop)
     track = estimator.track([picture])
-    box = _person(track, height, width, shape, crop) if poses.found(track).any() else None
+    box = person_box(track, height, width, shape, crop) if poses.found(track).any() else None
     if box is None:
         _warn(f"nobody was found in {path}: its middle is taken")
         high = min(height, round(width * shape.height / shape.width))
@@ -322,5 +327,6 @@ def _warn(message: str) -> None:
     cli.console.print(f"warning: {message}")
 
 
-def _person(track: np.ndarray, height: int, width: int, shape: ClipShape, crop: Prepare) -> windows.Box | None:
+def person_box(track: np.ndarray, height: int, width: int, shape: ClipShape, crop: Prepare) -> windows.Box | None:
+    """What is cut out around the person of a track [F, 33 or 133, 3] for clips of a shape; None: no visible point."""
     return windows.person_box(track, height, width, shape.width / shape.height, crop.margin, crop.point_visibility)
