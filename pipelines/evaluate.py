@@ -155,7 +155,7 @@ def plan(
         identity |= {"weights of --checkpoint": made["checkpoint"]}
         identity |= {name: made[name] for name in ("sampler", "steps", "guidance", "seed", "dtype")}
     claim.check(Path(output), "evaluate", identity)
-    names, left_out = choose(chosen.metrics, dataset.shape, len(places))
+    names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points)
     run_id = _mlflow_run(maker, run_id)
     meter = Meter(names, chosen)
     return Task(settings, dataset, maker, folder, places, made, identity, names, left_out, meter, run_id)

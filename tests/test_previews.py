@@ -91,7 +91,7 @@ def test_metrics_are_those_of_the_clips_beside_them(tmp_path):
     run, logged = Run(tiny_experiment(train={"steps": 2})), {}
     random = np.random.default_rng(1)
     seen = [replace(m, video=random.integers(0, 255, (2, 16, 16, 3), np.uint8)) for m in motions()]
-    meter = previews.meter(("psnr", "ssim"), SHAPE, 2)
+    meter = previews.meter(("psnr", "ssim"), SHAPE, 2, 33)
     look = replace(looking(run, tmp_path), motions=seen, meter=meter, log=lambda step, values: logged.update(values))
     look.show(2, 1.0, {})
     (entry,) = steplog.lines_of(tmp_path / steplog.PREVIEWS)
@@ -118,11 +118,12 @@ def shown(folder):
         (("fvd",), r"train.preview_metrics: metric fvd needs clips of|is of a set of clips"),
         (("frechet_efficientnet_lite0",), "is of a set of clips, not of a few: evaluate measures it"),
         (("ms_ssim",), "metric ms_ssim needs frames of 161 pixels a side"),
+        (("hand_distance",), "metric hand_distance needs wanted poses of 133 points"),
     ],
 )
 def test_metrics_that_a_preview_cannot_have_are_one_line(names, said):
     with pytest.raises(UserError, match=said) as caught:
-        previews.meter(names, SHAPE, 2)
+        previews.meter(names, SHAPE, 2, 33)
     assert "\n" not in str(caught.value)
 
 

@@ -1,7 +1,9 @@
 """Quality: known answers, worsening clips, agreement with references."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +14,17 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from entprog import files
 from entprog.config import ClipShape, Evaluate
 from entprog.errors import UserError
-from entprog.media import assets, video
+from entprog.media import assets, rtm, video, wholebody
 from entprog.media.pose import PoseEstimator
-from entprog.quality import consistency, networks, pictures, posing
+from entprog.quality import consistency, metrics, networks, pictures, posing
 from entprog.quality.card import ProtocolCard, unlike
 from entprog.quality.figures import frechet_figure, mean_figure
 from entprog.quality.frechet import frechet_distance
 from entprog.quality.metrics import METRICS, Meter, choose
+from helpers import wholebodies
 
 NAMES = ("psnr", "ssim", "stlpips", "frechet_efficientnet_lite0", "frechet_transnetv2", "identity", "temporal")
 FRAMES = 8
@@ -297,6 +301,79 @@ def test_weights_that_cannot_be_used_are_one_line(tmp_path, capsys):
             networks.load(name, Evaluate(**values))
         assert "\n" not in str(error.value)
     assert "unpickled" not in capsys.readouterr().out
+
+
+# ---- faces and hands ----
+
+
+def test_a_face_and_hands_that_are_elsewhere_are_further_away():
+    wanted = wholebodies.moving(4)
+    same = posing.part_values(wanted, wanted.copy(), 192, 128)
+    assert same == {"face_distance": 0.0, "hand_distance": 0.0}
+    seen, pixels = wanted.copy(), np.array([128, 192])
+    seen[:, wholebody.LEFT_HAND, 0] += 3 / 128  # one hand three pixels off
+    found = posing.part_values(wanted, seen, 192, 128)
+    size = np.ptp(wanted[0, wholebody.LEFT_HAND, :2] * pixels, axis=0).max()
+    assert found["face_distance"] == 0 and found["hand_distance"] == pytest.approx(3 / size / 2, rel=1e-3)
+    for height, width in ((192, 128), (768, 512)):
+        assert posing.part_values(wanted, seen, height, width) == pytest.approx(found, rel=1e-4), "over its own size"
+    seen[:, wholebody.FACE] = np.nan
+    assert posing.part_values(wanted, seen, 192, 128)["face_distance"] == 1, "a face that is lost"
+    seen[1:] = np.nan
+    assert posing.part_values(wanted, seen, 192, 128)["hand_distance"] == pytest.approx(
+        (3 + found["hand_distance"]) / 4
+    )
+
+
+def test_parts_that_the_wanted_pose_does_not_show_are_not_measured():
+    wanted = wholebodies.moving(4)
+    seen = wanted + np.float32([0.01, 0, 0])
+    whole = posing.part_values(wanted, seen, 192, 128)
+    wanted[2:, wholebody.LEFT_HAND, 2] = 0.2
+    wanted[:2, 91:96, 2] = 0.1  # some points of it
+    part = posing.part_values(wanted, seen, 192, 128)
+    assert part["face_distance"] == whole["face_distance"] and np.isfinite(part["hand_distance"])
+    wanted[:, wholebody.RIGHT_HAND, 2] = wanted[:, wholebody.LEFT_HAND, 2] = 0
+    assert np.isnan(posing.part_values(wanted, seen, 192, 128)["hand_distance"])
+    nothing = posing.part_values(wholebody.body(wanted), seen, 192, 128)
+    assert np.isnan(list(nothing.values())).all()
+
+
+def test_faces_and_hands_are_measured_and_carded_by_what_sees_them(tmp_path, monkeypatch):
+    """Around RTMW, whose networks are fetched and not run here."""
+    seen = wholebodies.moving(4) + np.float32([0.01, 0, 0])
+
+    class Sees(rtm.RtmEstimator):
+        def __init__(self, device):
+            parts = {name: tmp_path / f"{name}.onnx" for name in ("det", "pose")}
+            for name, path in parts.items():
+                path.write_text(name)
+            tools = {f"{name}_model": SimpleNamespace(onnx_model=str(path)) for name, path in parts.items()}
+            self._model = SimpleNamespace(**tools)
+
+        def track(self, frames):
+            return seen[: len(frames)]
+
+    monkeypatch.setattr(metrics, "RtmEstimator", Sees)
+    meter = Meter(("hand_distance", "psnr", "face_distance"), Evaluate())
+    clip = np.zeros((4, 192, 128, 3), np.uint8)
+    found = meter.measure(clip, clip, clip[0], wholebodies.moving(4)).values
+    due = posing.part_values(wholebodies.moving(4), seen, 192, 128)
+    assert found.keys() == {"psnr", "hand_distance", "face_distance"} and due == {n: found[n] for n in due}
+    network, sha256, _ = meter.judge("hand_distance")
+    assert network == "RTMW by rtmlib" and sha256 == "+".join(map(files.sha256, meter._whole_bodies.weights))
+    assert METRICS["hand_distance"].better == METRICS["face_distance"].better == "lower"
+
+
+def test_faces_and_hands_need_their_points_and_the_extra(monkeypatch):
+    shape = ClipShape(frames=9, height=96, width=64, fps=12)
+    assert not {"face_distance", "hand_distance"} & set(choose((), shape, 4, 133)[0]), "on request"
+    assert choose(("hand_distance",), shape, 4, 133) == (["hand_distance"], {})
+    with pytest.raises(UserError, match=r"hand_distance needs wanted poses of 133 points, .* these shards have 33"):
+        choose(("hand_distance",), shape, 4, 33)
+    monkeypatch.setitem(sys.modules, "rtmlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"pip install 'entprog\[rtmlib\]'"):
+        Meter(("hand_distance",), Evaluate())
 
 
 def test_metrics_that_fit_are_chosen_and_those_that_do_not_are_told():

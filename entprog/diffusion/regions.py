@@ -6,11 +6,6 @@ from entprog.config import Train
 from entprog.data.clips import Latents
 from entprog.media import wholebody
 
-PARTS = {"face": (wholebody.FACE,), "hand": (wholebody.LEFT_HAND, wholebody.RIGHT_HAND)}
-MIN_SCORE = 0.3
-"""A point counts from this score on; RTMW's lie in 0..1."""
-MIN_SHARE = 0.5
-"""Share of a part's points that must count: of fewer the box would be another one."""
 MARGIN = 0.25
 """Room around the points on every side, over the larger side of the box around them: a face's points end at the brows,
 a hand's at the bones."""
@@ -25,7 +20,7 @@ def weights(batch: Latents, train: Train) -> torch.Tensor | None:
     chosen = {"face": train.face_weight, "hand": train.hand_weight}
     size = tuple(batch.clean.shape[2:])
     pose = wholebody.whole(batch.pose.to(batch.clean.device))
-    inside = {name: covered(pose, parts, size) for name, parts in PARTS.items()}
+    inside = {name: covered(pose, parts, size) for name, parts in wholebody.PARTS.items()}
     out = torch.ones_like(batch.clean[:, :1], dtype=torch.float32)
     for name in sorted(chosen, key=chosen.get):  # the larger one last
         out = torch.where(inside[name], chosen[name], out)
@@ -43,11 +38,11 @@ def covered(pose: torch.Tensor, parts: tuple[slice, ...], size: tuple[int, int, 
     rows, columns = (torch.arange(count, device=pose.device) for count in (height, width))
     for part in parts:
         points = pose[:, :, part]
-        seen = (points[..., 2] >= MIN_SCORE) & points[..., :2].isfinite().all(-1)
+        seen = (points[..., 2] >= wholebody.SURE) & points[..., :2].isfinite().all(-1)
         places = points[..., :2] * cells
         low = torch.where(seen[..., None], places, torch.inf).amin(2)
         high = torch.where(seen[..., None], places, -torch.inf).amax(2)
-        there = seen.float().mean(2) >= MIN_SHARE
+        there = seen.float().mean(2) >= wholebody.ENOUGH
         around = MARGIN * (high - low).amax(-1, keepdim=True)
         low, high = low - around, high + around
         across = (columns + 1 > low[..., :1]) & (columns < high[..., :1])

@@ -7,6 +7,7 @@ use, or takes paths to them.
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy as np
 
@@ -32,13 +33,21 @@ class RtmEstimator:
         try:
             from rtmlib import Wholebody
         except ImportError:
-            raise UserError("prepare.pose=rtmlib needs rtmlib: pip install 'entprog[rtmlib]'") from None
+            raise UserError(
+                "whole-body poses (prepare.pose=rtmlib, hand_distance, face_distance) need rtmlib: "
+                "pip install 'entprog[rtmlib]'"
+            ) from None
         try:
             with redirect_stdout(sys.stderr):  # it tells what it loads
                 self._model = Wholebody(backend="onnxruntime", device=device, **networks)
         except OSError as error:  # its download failed
             message = one_line(error)
             raise UserError(f"rtmlib cannot fetch its networks ({message}): fetch them once with a network") from None
+
+    @property
+    def weights(self) -> tuple[Path, Path]:
+        """Files of the detector's and of the pose network's weights."""
+        return Path(self._model.det_model.onnx_model), Path(self._model.pose_model.onnx_model)
 
     def detect(self, frame: np.ndarray) -> list[Person]:
         """People in uint8 RGB [H, W, 3]: the largest and most central first; of their boxes, not of their pose."""

@@ -21,6 +21,10 @@ BLAZEPOSE = np.array(
     + [19, 22, 17, 20]  # heels, big toes
 )
 """Index in COCO-WholeBody of each of BlazePose's points, left before right."""
+PARTS = {"face": (FACE,), "hand": (LEFT_HAND, RIGHT_HAND)}
+SURE, ENOUGH = 0.3, 0.5
+"""A point of face or hand counts from this score on (RTMW's lie in 0..1), and a part where this share of its points
+counts: of fewer the box around them would be another one."""
 LAYOUTS = {"blazepose33": len(BLAZEPOSE), "wholebody133": POINTS}
 """Names of the layouts → numbers of points."""
 

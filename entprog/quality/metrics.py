@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from entprog import files
 from entprog.config import ClipShape, Evaluate, close_to
 from entprog.errors import UserError
-from entprog.media import assets
+from entprog.media import assets, wholebody
 from entprog.media.pose import PoseEstimator
+from entprog.media.rtm import RtmEstimator
 from entprog.quality import consistency, networks, pictures, posing
 
 
@@ -23,12 +25,14 @@ class Metric:
     meaning: str
     better: Literal["higher", "lower"]
     network: str | None = None
-    """A name of `networks.NETWORKS`, `blazepose`, or None for a formula on pixels."""
+    """A name of `networks.NETWORKS`, `blazepose`, `rtmw`, or None for a formula on pixels."""
     of: Literal["clip", "set"] = "clip"
     """`clip`: a number a clip, averaged; `set`: a Fréchet distance between all clips and their truths."""
     least_side: int = 1
     """Smallest height and width that it is defined for, in pixels."""
     least_frames: int = 1
+    points: int = len(wholebody.BLAZEPOSE)
+    """Fewest points of the wanted poses."""
     offline: bool = True
     """Its weights are among the assets (or there are none): measured unless a person asks for others."""
 
@@ -51,6 +55,12 @@ METRICS = {
     "pose_distance": Metric("mean joint distance over the body's size", "lower", "blazepose"),
     "pck": Metric("share of joints within evaluate.pck_threshold of the body's size", "higher", "blazepose"),
     "pose_found": Metric("share of frames in which a person is found", "higher", "blazepose"),
+    "face_distance": Metric(
+        "mean distance of the face's points over its size", "lower", "rtmw", points=wholebody.POINTS, offline=False
+    ),
+    "hand_distance": Metric(
+        "mean distance of the hands' points over a hand's size", "lower", "rtmw", points=wholebody.POINTS, offline=False
+    ),
     "lpips": Metric("LPIPS", "lower", "lpips", least_side=32, offline=False),
     "fid": Metric("FID of all frames", "lower", "inception", "set", offline=False),
     "fid_vid": Metric("FID-VID", "lower", "resnet3d", "set", offline=False),
@@ -60,28 +70,32 @@ LEAST_CLIPS = 2
 """Clips that a Fréchet distance needs: with one there is no covariance."""
 
 
-def choose(wanted: Sequence[str], shape: ClipShape, clips: int) -> tuple[list[str], dict[str, str]]:
+def choose(
+    wanted: Sequence[str], shape: ClipShape, clips: int, points: int = wholebody.POINTS
+) -> tuple[list[str], dict[str, str]]:
     """(names in the table's order, {name: why it is left out}).
 
     Nothing wanted: all offline metrics that fit. Raises UserError for a wrong name, or for one that is wanted and does
-    not fit clips of this shape and number.
+    not fit clips of this shape and number, with poses of so many points.
     """
     for name in wanted:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}{close_to(name, METRICS)}; there are: {', '.join(METRICS)}")
     names = [name for name, metric in METRICS.items() if (name in wanted if wanted else metric.offline)]
-    unfit = {name: why for name in names if (why := _unfit(METRICS[name], shape, clips))}
+    unfit = {name: why for name in names if (why := _unfit(METRICS[name], shape, clips, points))}
     if wanted and unfit:
         name, why = next(iter(unfit.items()))
         raise UserError(f"metric {name} {why}: leave it out")
     return [name for name in names if name not in unfit], unfit
 
 
-def _unfit(metric: Metric, shape: ClipShape, clips: int) -> str | None:
+def _unfit(metric: Metric, shape: ClipShape, clips: int, points: int) -> str | None:
     if min(shape.height, shape.width) < metric.least_side:
         return f"needs frames of {metric.least_side} pixels a side, these are {shape.width}x{shape.height}"
     if shape.frames < metric.least_frames:
         return f"needs clips of {metric.least_frames} frames, these have {shape.frames}"
+    if points < metric.points:
+        return f"needs wanted poses of {metric.points} points, face and hands among them, these shards have {points}"
     if metric.of == "set" and clips < LEAST_CLIPS:
         return f"needs {LEAST_CLIPS} clips, there is {clips}"
     return None
@@ -112,6 +126,9 @@ class Meter:
             assets.network("pose_landmark_full")
             if importlib.util.find_spec("ai_edge_litert") is None:
                 raise UserError("pose metrics need ai-edge-litert: pip install 'entprog[pose]'")
+        self._whole_bodies = None
+        if "rtmw" in wanted:
+            self._whole_bodies = RtmEstimator(torch.device(device).type)
 
     @cached_property
     def _poses(self) -> PoseEstimator:
@@ -152,6 +169,9 @@ class Meter:
             found = self._poses.track(result)
             poses = posing.pose_values(pose, found, *result.shape[1:3], self._settings.pck_threshold)
             values |= {name: value for name, value in poses.items() if name in self._names}
+        if self._whole_bodies is not None:
+            found = posing.part_values(pose, self._whole_bodies.track(result), *result.shape[1:3])
+            values |= {name: value for name, value in found.items() if name in self._names}
         return Measured(values, sets)
 
     def judge(self, name: str) -> tuple[str | None, str | None, str]:
@@ -160,8 +180,11 @@ class Meter:
         if network is None:
             return None, None, "none"
         if network == "blazepose":
-            files = ("pose_detection", "pose_landmark_full")
-            return "blazepose full", "+".join(assets.ASSETS[file].sha256 for file in files), "as BlazePose cuts"
+            parts = ("pose_detection", "pose_landmark_full")
+            return "blazepose full", "+".join(assets.ASSETS[part].sha256 for part in parts), "as BlazePose cuts"
+        if network == "rtmw":
+            weights = "+".join(map(files.sha256, self._whole_bodies.weights))
+            return "RTMW by rtmlib", weights, "as RTMW cuts"
         found = self.networks[network]
         return found.name, found.sha256, found.resize
 

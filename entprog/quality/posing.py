@@ -46,6 +46,29 @@ def pose_values(
     }
 
 
+def part_values(wanted: np.ndarray, seen: np.ndarray, height: int, width: int) -> dict[str, float]:
+    """A clip's `face_distance` and `hand_distance`: mean distance of the points of its faces, and of its hands, from
+    the wanted ones, over the larger side of the box around these in that frame, each at most LOST; NaN if the wanted
+    pose shows none.
+
+    wanted, seen: float [F, 33 or 133, 3] as of `joint_distances`. A part counts in frames in which the wanted pose has
+    enough of its points (`wholebody.ENOUGH`), and there those points.
+    """
+    wanted, seen = wholebody.whole(wanted), wholebody.whole(seen)
+    pixels, out = np.array([width, height]), {}
+    for name, parts in wholebody.PARTS.items():
+        found = []
+        for part in parts:
+            places, count = wanted[:, part, :2] * pixels, wanted[:, part, 2] >= wholebody.SURE
+            offset = np.linalg.norm(seen[:, part, :2] * pixels - places, axis=-1)
+            for here, points, distances in zip(count, places, offset, strict=True):
+                if here.mean() >= wholebody.ENOUGH:
+                    size = max(np.ptp(points[here], axis=0).max(), 1.0)
+                    found.append(np.nan_to_num(distances[here] / size, nan=LOST).clip(max=LOST))
+        out[f"{name}_distance"] = float(np.concatenate(found).mean()) if found else float("nan")
+    return out
+
+
 CHANGED = 24.0
 """Levels of 0..255 by which a pixel differs from the reference image before it counts as drawn."""
 BODY = 0.07

@@ -84,6 +84,8 @@ def card(
 
 
 def _details(name: str, settings: Evaluation, prepared: dict[str, Any]) -> str:
+    if METRICS[name].network == "rtmw":
+        return "wanted pose by " + ("rtmlib" if prepared.get("pose") == "rtmlib" else "files beside the videos")
     if METRICS[name].network != "blazepose":
         return ""
     within = f"within {settings.evaluate.pck_threshold:g}, " if name == "pck" else ""

@@ -68,7 +68,7 @@ def check(experiment: Experiment) -> shards.Dataset:
     if wanted := experiment.train.preview_metrics:
         from pipelines.training import previews  # here: it takes what draws with it
 
-        previews.meter(wanted, data.shape, experiment.train.preview_clips)
+        previews.meter(wanted, data.shape, experiment.train.preview_clips, dataset.points)
     if experiment.train.lora:
         lora.check(source.network, blocks(source.network), experiment.train.lora)
         if given := experiment.model.adapter:

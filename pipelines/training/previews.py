@@ -109,13 +109,15 @@ class Previews:
         return {name: value for name, value in means.items() if np.isfinite(value)}
 
 
-def meter(names: Sequence[str], shape: ClipShape, clips: int) -> "Meter":
-    """What measures previews. Raises UserError for a metric that there is not, that needs many clips or other ones, or
-    whose network is not there."""
+def meter(names: Sequence[str], shape: ClipShape, clips: int, points: int) -> "Meter":
+    """What measures previews of clips with poses of so many points.
+
+    Raises UserError for a metric that there is not, that needs many clips or other ones, or whose network is not there.
+    """
     from entprog.quality.metrics import METRICS, Meter, choose  # here: they take seconds to import
 
     try:
-        chosen, _ = choose(names, shape, clips)
+        chosen, _ = choose(names, shape, clips, points)
         if of_sets := [name for name in chosen if METRICS[name].of == "set"]:
             raise UserError(f"metric {of_sets[0]} is of a set of clips, not of a few: evaluate measures it")
         return Meter(chosen, Evaluate())

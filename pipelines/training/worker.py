@@ -335,7 +335,7 @@ def _previews(
     keep = tracker.artifact if tracker else lambda path, folder: None
     measures, log = {}, {}
     if tracker and (names := experiment.train.preview_metrics):
-        measures = {"meter": previewing.meter(names, data.shape, experiment.train.preview_clips)}
+        measures = {"meter": previewing.meter(names, data.shape, experiment.train.preview_clips, setup.dataset.points)}
         log = {"log": tracker.metrics}
     compiled = experiment.model.compile_blocks
     return previewing.Previews(
