@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
 Form = Literal["bfloat16", "fp8", "nf4"]
 """What a frozen weight is held in."""
@@ -63,12 +62,13 @@ def unpack(parts: Sequence[torch.Tensor], form: Form, shape: Sequence[int], dtyp
     codes, scale = parts
     if form == "fp8":
         return codes.to(dtype).mul_(scale)
-    numbers = functional.embedding(codes.int(), _pairs(codes.device, dtype))  # [groups, GROUP / 2, 2]
-    return numbers.view(-1, GROUP).mul_(scale).view(*shape)
+    numbers = _pairs(codes.device, dtype).index_select(0, codes.flatten().int())
+    return numbers.view(dtype).view(-1, GROUP).mul_(scale).view(*shape)
 
 
 @functools.cache
 def _pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """What each of 256 bytes stands for [256, 2]."""
+    """What each of 256 bytes stands for [256]: two numbers in the bits of one, which takes half as long to look up."""
     levels = torch.tensor(LEVELS, dtype=dtype)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(device)
+    both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).squeeze(1).to(device)
