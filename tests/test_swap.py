@@ -7,7 +7,7 @@ import torch
 
 from entprog import blocks, config
 from entprog.blocks import let_wait, store_frozen, swap_of, unfreeze
-from entprog.blocks.held import all_held
+from entprog.blocks.held import HeldLinear, all_held
 from entprog.blocks.swap import Swap, spread
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
@@ -125,7 +125,7 @@ def test_two_of_the_blocks_that_wait_are_on_the_device_and_the_next_is_there_in_
         brought.append(sum(slot.holds is not None for slot in swap.slots))
 
     for layer in denoiser.network.modules():
-        if type(layer) is torch.nn.Linear and "forward" in layer.__dict__:
+        if isinstance(layer, HeldLinear):
             layer.register_forward_hook(look)
             layer.register_full_backward_hook(look)
     late = []

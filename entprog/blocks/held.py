@@ -5,7 +5,6 @@ The layer unpacks its weight when it is used and lets it go; the backward pass u
 no elements, for those who know the layer by it.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ class Held:
         self.waiting: Waiting | None = None
         self.stay(parts)
         layer.weight.data = torch.empty(0, dtype=torch.bfloat16, device=layer.weight.device)
-        layer.forward = functools.partial(forward, self)
+        layer.held, layer.__class__ = self, HeldLinear
 
     def parts(self) -> list[torch.Tensor]:
         """Its tensors where they lie."""
@@ -65,7 +64,8 @@ class Held:
         """The layer is as its class has it; its parameter is to be given a weight."""
         if self.waiting is None:
             self._drop_buffers()
-        del self.layer.forward
+        del self.layer.held
+        self.layer.__class__ = nn.Linear
 
     def _drop_buffers(self) -> None:
         for name in PARTS[self.form]:
@@ -89,13 +89,18 @@ class _Linear(torch.autograd.Function):
         return gradient @ ctx.held.weight(gradient.dtype), None, None
 
 
-def forward(held: Held, input: torch.Tensor) -> torch.Tensor:
-    """What stands in for nn.Linear's forward, also under autocast: some blocks pass `input` by name."""
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        input = input.to(torch.get_autocast_dtype(kind))
-    bias = held.layer.bias
-    return _Linear.apply(input, held, None if bias is None else bias.to(input.dtype))
+class HeldLinear(nn.Linear):
+    """The class of a layer for as long as its weight is held. It is the very layer: whoever has it in hand sees no
+    other, and compiled blocks share their code, which a forward of each layer's own would not let them."""
+
+    held: Held
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As nn.Linear's, also under autocast."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        return _Linear.apply(input, self.held, None if self.bias is None else self.bias.to(input.dtype))
 
 
 def packed_bytes(module: nn.Module) -> int:
@@ -116,5 +121,4 @@ def room_bytes(network: nn.Module) -> int:
 
 def all_held(module: nn.Module) -> list[Held]:
     """The weights of a module's layers that do not lie in their parameters."""
-    forwards = (part.__dict__.get("forward") for part in module.modules())
-    return [f.args[0] for f in forwards if isinstance(f, functools.partial) and f.func is forward]
+    return [part.held for part in module.modules() if isinstance(part, HeldLinear)]

@@ -1,11 +1,10 @@
 """Weights of frozen linear layers in a byte (`fp8`) or half a byte (`nf4`) a number, and back.
 
 fp8: 8-bit floating point (e4m3), a scale for each row. nf4: 4-bit NormalFloat (arXiv 2305.14314, appendix E), two
-numbers in a byte, a scale for every 64 of them. Scales are in bfloat16. A packed weight is two plain tensors, and
+numbers in a byte, a scale for every 64 of them. Scales are in bfloat16. A packed weight is plain tensors, and
 unpacks within 4 bytes a number; torchao's own NF4 tensor takes 10 and more for that.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -14,10 +13,17 @@ import torch
 
 Form = Literal["bfloat16", "fp8", "nf4"]
 """What a frozen weight is held in."""
-PARTS: dict[Form, tuple[str, ...]] = {"bfloat16": ("rounded",), "fp8": ("codes", "scale"), "nf4": ("codes", "scale")}
+PARTS: dict[Form, tuple[str, ...]] = {
+    "bfloat16": ("rounded",),
+    "fp8": ("codes", "scale"),
+    "nf4": ("codes", "scale", "pairs"),
+}
 """Names of the tensors that hold it."""
 GROUP = 64
 """Numbers that share a scale in nf4."""
+PAIRS_BYTES = 256 * 4
+"""Of the table in nf4 of what each byte stands for: two numbers in bfloat16, in the bits of one, which are looked up at
+once. Every layer has its own, so that it is where the layer is."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -35,7 +41,9 @@ def fits(shape: Sequence[int], form: Form) -> bool:
 def nbytes(shape: Sequence[int], form: Form) -> int:
     """Bytes of a packed weight [outputs, inputs]."""
     numbers = math.prod(shape)
-    return {"bfloat16": 2 * numbers, "fp8": numbers + 2 * shape[0], "nf4": numbers // 2 + 2 * (numbers // GROUP)}[form]
+    if form == "nf4":
+        return numbers // 2 + 2 * (numbers // GROUP) + PAIRS_BYTES
+    return 2 * numbers if form == "bfloat16" else numbers + 2 * shape[0]
 
 
 @torch.no_grad()
@@ -51,7 +59,8 @@ def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
         return (rows / over).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
     levels = torch.tensor(LEVELS, device=weight.device)
     codes = torch.bucketize(rows / over, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return (codes[:, 0::2] << 4) | codes[:, 1::2], scale
+    both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(torch.bfloat16)
+    return (codes[:, 0::2] << 4) | codes[:, 1::2], scale, both.view(torch.int32).squeeze(1)
 
 
 @torch.no_grad()
@@ -59,16 +68,8 @@ def unpack(parts: Sequence[torch.Tensor], form: Form, shape: Sequence[int], dtyp
     """The weight again, in a type; of bfloat16 in bfloat16 itself, not a copy."""
     if form == "bfloat16":
         return parts[0].to(dtype)
-    codes, scale = parts
+    codes, scale, *pairs = parts
     if form == "fp8":
         return codes.to(dtype).mul_(scale)
-    numbers = _pairs(codes.device, dtype).index_select(0, codes.flatten().int())
-    return numbers.view(dtype).view(-1, GROUP).mul_(scale).view(*shape)
-
-
-@functools.cache
-def _pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """What each of 256 bytes stands for [256]: two numbers in the bits of one, which takes half as long to look up."""
-    levels = torch.tensor(LEVELS, dtype=dtype)
-    both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
-    return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).squeeze(1).to(device)
+    numbers = pairs[0].index_select(0, codes.flatten().int()).view(torch.bfloat16)
+    return numbers.to(dtype).view(-1, GROUP).mul_(scale).view(*shape)

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from entprog.blocks import packed
-from entprog.blocks.held import Held
+from entprog.blocks.held import Held, HeldLinear
 from entprog.blocks.packed import Form
 from entprog.blocks.swap import Swap, Waiting
 
 HALF = torch.bfloat16
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, HeldLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Classes whose every parameter autocast rounds; one derived from them may do other things with its own."""
 ADAPTER = ".lora_"
 """Part of the name of every low-rank adapter's parameter (`entprog.models.lora`)."""
@@ -173,7 +173,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     """The layer whose weight a parameter is, if it is a linear one."""
     layer_name, _, kind = name.rpartition(".")
     layer = module.get_submodule(layer_name)
-    return layer if type(layer) is nn.Linear and kind == "weight" else None
+    return layer if type(layer) in (nn.Linear, HeldLinear) and kind == "weight" else None
 
 
 def _master(full: torch.Tensor, half: torch.Tensor) -> torch.Tensor | None:
