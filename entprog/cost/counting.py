@@ -91,7 +91,7 @@ def saving(weights: Collection[int]):
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.update(storages([tensor]))
-        return tensor
+        return tensor.detach()  # an operation's own output would hold the operation, which holds it: for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
