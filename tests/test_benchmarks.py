@@ -322,7 +322,7 @@ def test_gpu_check_numbers_end_with_an_error_that_the_gpu_does_not_survive(monke
     """An error of one family is its row, and the others go on, as long as they can."""
     families = list(gpu_parts.TINY)
 
-    def loss_and_gradient(name, dtype, backward, device, compiled):
+    def loss_and_gradient(name, dtype, backward, device, compiled, in_fp8=False):
         if name == families[1] and device == "cuda":
             raise error
         return 1.0, torch.ones(2)

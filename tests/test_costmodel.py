@@ -1,6 +1,8 @@
 """The cost model against counting on the network, for every plan; and where its predictions go."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -83,6 +85,29 @@ def test_measuring_changes_no_weight_and_leaves_no_gradient():
     for name, parameter in timed.denoiser.network.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None, name
     assert all("forward" not in block.module.__dict__ for block in timed.found)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("work", ["measured", "counted"])
+def test_nothing_of_a_measured_network_stays(work, checkpointing):
+    """Neither activations while it is there nor the network once it is gone."""
+
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(each.nbytes for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+
+    tiny = Tiny(checkpointing=checkpointing)  # what is made once stays
+    before = live_bytes()
+    if work == "measured":
+        measuring.measure(tiny.denoiser.network, tiny.found, tiny.outside, tiny.loss, clips=1, seconds=False)
+    else:
+        tiny.count(tiny.names[::2], "exact")
+        tiny.denoiser.network.zero_grad(set_to_none=True)
+    assert live_bytes() == before
+    parameters = [weakref.ref(parameter) for parameter in tiny.denoiser.network.parameters()]
+    del tiny
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
 
 
 def test_measured_seconds_order_plans_as_their_flops_do():

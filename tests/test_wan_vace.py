@@ -12,6 +12,7 @@ from entprog.diffusion import dropping
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.media.skeleton import draw
+from entprog.models.reference_frame import _fixed_noise
 from entprog.models.wan_vace import inspect, load
 from helpers import bases
 from helpers.families import clips
@@ -120,3 +121,10 @@ def test_an_adapter_of_others_is_merged_with_the_conditions_that_the_base_has(ma
     done = CliRunner().invoke(adapter.app, ["merge", *map(str, given), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert inspect(Model(family="wan_vace", base=str(tmp_path / "out" / "model"))).conditions == ("reference", "pose")
+
+
+def test_the_reference_s_noise_comes_of_no_device_s_own_generator():
+    """Generators of CPUs and GPUs differ: a network trained on one would see another noise on the other."""
+    here = _fixed_noise(torch.zeros(2, 3, 1, 4, 4))
+    assert torch.equal(here[0], here[1]) and here[0].std() > 0.5
+    assert _fixed_noise(torch.zeros(2, 3, 1, 4, 4, device="meta")).shape == here.shape  # which has no generator at all

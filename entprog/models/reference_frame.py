@@ -6,6 +6,7 @@ prediction is left out of the loss.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -64,5 +65,12 @@ class ReferenceFrameDenoiser(WanDenoiser):
 
 
 def _fixed_noise(frame: torch.Tensor) -> torch.Tensor:
-    """One noise for every clip, [B, C, 1, H', W']."""
-    return noise_like(frame[:1], torch.zeros(1, dtype=torch.int64), seed=0).expand_as(frame)
+    """One noise for every clip, [B, C, 1, H', W'], equal on every kind of device."""
+    return _drawn(tuple(frame.shape[1:]), frame.device).to(frame.dtype).expand_as(frame)
+
+
+@lru_cache(maxsize=8)
+def _drawn(size: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """That noise [1, C, 1, H', W'], float32. Generators of CPUs and GPUs differ: it is drawn on the CPU, once."""
+    with torch.inference_mode(False):
+        return noise_like(torch.empty(1, *size), torch.zeros(1, dtype=torch.int64), seed=0).to(device)
