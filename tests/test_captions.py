@@ -1,5 +1,6 @@
 """Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
 
+import runpy
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from entprog.config import ClipShape, Drop, Model
 from entprog.data import clip_stream, shards
 from entprog.diffusion import dropping
 from entprog.errors import UserError
-from entprog.models import captions, fingerprints, texts
+from entprog.models import captions, fingerprints, texts, whole
 from entprog.training.fit import fit, start
 from helpers import encoders, real_clips
 from helpers.families import TINY
@@ -67,12 +68,50 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
         if name == "motion_unet":
             pipe = diffusers.AnimateDiffPipeline(unet=None, motion_adapter=None, **parts)
             expected = pipe.encode_prompt(text, torch.device("cpu"), 1, False)[0]
+        elif name == "latte":
+            pipe = diffusers.LattePipeline(transformer=None, **parts)
+            expected = texts.padded(pipe.encode_prompt(text, False)[0], 120)
         else:
             pipe = (diffusers.WanPipeline if name == "wan" else diffusers.CogVideoXPipeline)(transformer=None, **parts)
             length = 512 if name == "wan" else TINY[name]["init"]["max_text_seq_length"]
             expected = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)[0]
         torch.testing.assert_close(found.of(text), expected, rtol=1e-4, atol=1e-5)
         assert found.of(text).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latte_sees_of_each_clips_text_its_own_tokens(dtype):
+    """As its pipeline, which cuts a text to its tokens: whatever longer text is beside it in the batch."""
+    denoiser = models.family("latte").load(Model(family="latte", init=TINY["latte"]["init"], vae="none", dtype=dtype))
+    generator = torch.Generator().manual_seed(0)
+    batch, text = latents([0, 1, 2]), torch.randn(3, 6, 8, generator=generator)
+    text[0, 2:], text[1, 5:] = 0, 0
+    together = denoiser.predict(batch.clean, torch.full((3,), 0.5), {**batch.conditions, "text": text})
+    for row, own in enumerate((2, 5, 6)):
+        part = batch.part(slice(row, row + 1))
+        alone = {**part.conditions, "text": text[row : row + 1, :own]}
+        bound = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(
+            denoiser.predict(part.clean, torch.tensor([0.5]), alone), together[row : row + 1], **bound
+        )
+    nothing = {**batch.conditions, "text": torch.zeros(3, 6, 8)}
+    one = {**batch.conditions, "text": torch.zeros(3, 1, 8)}
+    same = [denoiser.predict(batch.clean, torch.full((3,), 0.5), shown) for shown in (nothing, one)]
+    torch.testing.assert_close(*same, rtol=1e-2, atol=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+@torch.no_grad()
+def test_lattes_saved_pipeline_sees_a_texts_own_tokens():
+    network = models.family("latte").load(Model(family="latte", init=TINY["latte"]["init"], vae="none")).network
+    shipped = runpy.run_path(str(whole.CODE))["latte"]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, network.config.in_channels, 2, 16, 16, generator=generator)
+    text = torch.randn(1, 3, 8, generator=generator)
+    seen = [shipped(network, inputs, torch.tensor([500]), texts.padded(text, n), {}) for n in (3, 120)]
+    torch.testing.assert_close(*seen)
+    none = [shipped(network, inputs, torch.tensor([500]), torch.zeros(1, n, 8), {}) for n in (1, 3)]
+    torch.testing.assert_close(*none)
 
 
 def test_each_text_is_encoded_once_and_kept_without_its_padding(base, dataset, monkeypatch):

@@ -3,8 +3,8 @@ of the paper's network.
 
 Trained to predict ε (IDDPM, arXiv 2102.09672). Where the output has channels for a learned variance too, ε is its first
 half: the loss is on ε alone, as the paper's is, and the samplers of diffusers use no other.
-Text cross-attention sees `model.prompt_embeds`, or zeros. Clips may be shorter than the `video_length` that it was made
-for: its positions in time are those of the first frames.
+Text cross-attention sees captions as the base's pipeline does, `model.prompt_embeds`, or zeros. Clips may be shorter
+than the `video_length` that it was made for: its positions in time are those of the first frames.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
 CLASS = "LatteTransformer3DModel"
+TEXT_TOKENS = 120
+"""Most tokens that its pipeline takes of a text; of shorter ones their own alone."""
 
 
 @blocks.kind.register
@@ -40,6 +42,7 @@ class LatteDenoiser(VideoDenoiser):
     FAMILY = "latte"
     NETWORK = LatteTransformer3DModel
     VAES = (AutoencoderKL, AutoencoderKLTemporalDecoder)
+    TEXT_PIPELINE = "LattePipeline"
     INPUT = "pos_embed.proj"
     PROCESS = Diffusion
     SCHEDULER: ClassVar[dict[str, Any]] = {
@@ -55,13 +58,24 @@ class LatteDenoiser(VideoDenoiser):
 
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         self.network.temp_pos_embed = self.frames[:, : inputs.shape[2]]
+        text = texts.spread(text, len(inputs))
         (noise,) = self.network(
             hidden_states=inputs,
             timestep=timestep,
-            encoder_hidden_states=texts.spread(text, len(inputs)),
+            encoder_hidden_states=text,
+            encoder_attention_mask=_own_tokens(text, inputs.shape[2]),
             return_dict=False,
         )
         return noise[:, : self.latent_channels]
+
+    @classmethod
+    def text_tokens(cls, network: Any) -> int:
+        return TEXT_TOKENS
+
+    @classmethod
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+        each = [pipeline.encode_prompt(one, False, device=device)[0] for one in some]  # of one text, its tokens alone
+        return torch.cat([texts.padded(embeds, TEXT_TOKENS) for embeds in each])
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
@@ -86,6 +100,14 @@ class LatteDenoiser(VideoDenoiser):
                 f"a Latte network needs norm_type ada_norm_single and caption_channels, given {network.norm_type} and "
                 f"{network.caption_channels}"
             )
+
+
+def _own_tokens(text: torch.Tensor, frames: int) -> torch.Tensor | None:
+    """Which tokens of texts [B, tokens, width] are not the zeros that fill them up: bool [B · frames, 1, tokens], as
+    blocks take it. None where there are no such zeros; text that is all zeros is none, and seen as it is."""
+    used = text.any(dim=2)
+    used = used | ~used.any(dim=1, keepdim=True)
+    return None if used.all() else used[:, None].repeat_interleave(frames, dim=0)
 
 
 inspect = partial(sources.inspect, LatteDenoiser)

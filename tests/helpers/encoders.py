@@ -4,7 +4,12 @@ import json
 
 import torch
 
-KINDS = {"wan": "UMT5EncoderModel", "cogvideox": "T5EncoderModel", "motion_unet": "CLIPTextModel"}
+KINDS = {
+    "wan": "UMT5EncoderModel",
+    "cogvideox": "T5EncoderModel",
+    "motion_unet": "CLIPTextModel",
+    "latte": "T5EncoderModel",
+}
 """Of families that take captions."""
 WORDS = ["<pad>", "</s>", "<unk>", "a", "person", "dances", "in", "the", "rain", "walks", "home"]
 

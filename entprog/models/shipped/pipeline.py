@@ -321,6 +321,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         pipe = kind(**{one.name: None for one in parameters if one.default is one.empty} | parts)
         if name == "AnimateDiffPipeline":
             return pipe.encode_prompt(prompt, device, 1, False)[0]
+        if name == "LattePipeline":
+            return filled_up(pipe.encode_prompt(prompt, False, device=device)[0], tokens)
         without = {"do_classifier_free_guidance": False, "max_sequence_length": tokens, "device": device}
         return pipe.encode_prompt(prompt, **without)[0]
 
@@ -454,7 +456,14 @@ def rotary(sizes, frames, rows, columns, device):
     return get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=base, **common)
 
 
+def filled_up(text, tokens):
+    """Embeddings [1, some, width] and zeros after them, up to a number of tokens."""
+    return torch.nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
+
+
 def latte(network, inputs, timestep, text, more):
+    used = text.any(2).any(0).nonzero()
+    text = text[:, : int(used.max()) + 1] if len(used) else text  # without what it is filled up with
     every = network.temp_pos_embed
     network.temp_pos_embed = every[:, : inputs.shape[2]]  # a shorter clip has the positions of the first frames
     try:
