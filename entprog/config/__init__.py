@@ -6,19 +6,9 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 """
 
 from entprog.config.evaluation import Evaluate, Evaluation
-from entprog.config.experiment import (
-    Data,
-    Drop,
-    Experiment,
-    Lora,
-    Model,
-    OptimizerKind,
-    Priority,
-    Skeleton,
-    Tracking,
-    Train,
-)
+from entprog.config.experiment import Data, Experiment, Priority, Tracking
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
+from entprog.config.model import Model, Skeleton
 from entprog.config.part import Part
 from entprog.config.phases import phases
 from entprog.config.reading import (
@@ -45,6 +35,7 @@ from entprog.config.schedule import Backward, Choose, Fraction, FrozenPrecision,
 from entprog.config.shapes import ClipShape, Smaller
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
 from entprog.config.timesteps import Timesteps
+from entprog.config.training import Drop, Lora, OptimizerKind, Train
 from entprog.config.written import meaning, suited
 
 __all__ = [

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ByteSize, Field, field_validator
 
-from entprog.config.experiment import Model
+from entprog.config.model import Model
 from entprog.config.part import Part
 from entprog.config.schedule import Row, Schedule
 from entprog.config.shapes import ClipShape, Smaller
