@@ -17,6 +17,7 @@ from entprog.training import checkpoint
 from helpers.families import NAMES, load, ordered, predict
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
+from pipelines.training import networks
 
 CPU = torch.device("cpu")
 HALF = {"model": {"dtype": "bfloat16"}}
@@ -42,6 +43,15 @@ def as_a_worker_loads_it(experiment, seed=0):
     store_frozen(found, experiment.frozen_form)
     let_wait(found, experiment.model.swap_blocks, CPU)
     return denoiser
+
+
+def test_a_worker_loads_its_network_as_it_is_to_be_held():
+    experiment = settings(4, "nf4", train={"lora": {"rank": 4}})
+    loaded, wanted = networks.load(experiment, CPU).network, as_a_worker_loads_it(experiment).network
+    assert len(swap_of(blocks.blocks(loaded)).waiting) == 4 and all_held(loaded)
+    here, there = loaded.state_dict(), wanted.state_dict()
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert on_device(loaded) == on_device(wanted) < blocks.waiting_bytes(loaded)
 
 
 @pytest.fixture(autouse=True)
