@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from entprog.blocks import blocks
+from entprog.blocks import blocks, packed_bytes, store_frozen
 from entprog.config import ClipShape, Generate, Lora, Model
 from entprog.data import shards
 from entprog.diffusion import sampling
@@ -80,6 +80,17 @@ def test_the_other_one_is_held_as_autocast_rounds_it(base, name):
     assert torch.equal(sampled(half), sampled(full)), "equal to the bit"
     plain = two(base, name)
     assert {p.dtype for p in plain.expert.other(plain).network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["fp8", "nf4"])
+def test_the_other_one_is_packed_where_the_trained_one_is(base, form):
+    small, half = two(base, "high", dtype="bfloat16"), two(base, "high", dtype="bfloat16")
+    store_frozen(blocks(small.network), form)
+    network = small.expert.other(small).network
+    assert packed_bytes(network) == packed_bytes(small.network) > 0
+    near, exact = sampled(small), sampled(half)
+    assert near.isfinite().all() and 0 < (near - exact).norm() < 0.3 * exact.norm()
+    assert packed_bytes(network) == packed_bytes(small.network) > 0, "they took turns"
 
 
 @pytest.mark.parametrize("fault", ["memory", "disk"])

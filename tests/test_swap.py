@@ -92,9 +92,15 @@ def record(step):
     return {name: value for name, value in comparable(step).items() if name not in MEMORY}
 
 
-@pytest.mark.parametrize("precision", ["auto", "nf4"])
-@pytest.mark.parametrize("parts", [{"train": {"lora": {"rank": 4}}}, {"model": {"gradient_checkpointing": True}}, {}])
-@pytest.mark.parametrize("backward", ["exact", "residual"])
+@pytest.mark.parametrize(
+    ("backward", "parts", "precision"),
+    [
+        ("exact", {"train": {"lora": {"rank": 4}}}, "auto"),
+        ("residual", {"train": {"lora": {"rank": 4}}}, "nf4"),
+        ("exact", {"model": {"gradient_checkpointing": True}}, "auto"),
+        ("residual", {}, "fp8_alone"),
+    ],
+)
 def test_a_training_has_the_bits_of_one_without(backward, parts, precision, tmp_path):
     """Steps, checkpoints, moments and averages; taken up by either."""
     parts = config.merge({"schedule": {"backward": backward}}, parts)

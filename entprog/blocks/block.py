@@ -271,6 +271,12 @@ def let_wait(found: Sequence[Block], number: int, device: torch.device) -> None:
             variants(block.module).stored.wait(block.module, swap)
 
 
+def form_of(found: Iterable[Block]) -> Form:
+    """What frozen linear layers' weights are stored in."""
+    stored = (variants(block.module).stored for block in found)
+    return next((each.form for each in stored if each), "bfloat16")
+
+
 def who_waits(found: Sequence[Block], trainable: Collection[str], number: int) -> set[str]:
     """Names of the blocks that wait while some are trained: of a block whose adapters alone are trained, all else may
     wait."""

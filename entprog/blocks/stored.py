@@ -29,10 +29,17 @@ ADAPTER = ".lora_"
 """Part of the name of every low-rank adapter's parameter (`entprog.models.lora`)."""
 
 
-def keep_rounded(module: nn.Module) -> None:
-    """Hold a block that is never trained or saved in bfloat16 where autocast rounds it anyway; its float32 bits go."""
-    for _, parameter in layer_weights(module):
-        parameter.data = parameter.data.to(HALF)
+@torch.no_grad()
+def keep_rounded(module: nn.Module, form: Form = "bfloat16", device: torch.device | None = None) -> None:
+    """Hold a block that is never trained or saved in bfloat16 where autocast rounds it anyway, its linear layers'
+    weights in a form; their float32 bits go. device: which packs, None: where they are."""
+    for name, parameter in list(layer_weights(module)):
+        layer = _linear(module, name)
+        if form != "bfloat16" and layer and packed.fits(parameter.shape, form):
+            parts = packed.pack(parameter.data.to(device or parameter.device), form)
+            Held(layer, [part.to(parameter.device) for part in parts], form)
+        else:
+            parameter.data = parameter.data.to(HALF)
 
 
 @dataclass

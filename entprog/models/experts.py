@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from entprog import config
-from entprog.blocks import HALF, blocks, keep_rounded
+from entprog.blocks import HALF, blocks, form_of, keep_rounded
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.models import folders, inputs, whole
@@ -49,16 +49,17 @@ class Expert:
         return (self.boundary, 1.0) if self.name == "high" else (0.0, self.boundary)
 
     def other(self, denoiser: "VideoDenoiser") -> "VideoDenoiser":
-        """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them.
-        It is saved from its folder."""
+        """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them,
+        or as frozen blocks of the one that is trained are. It is saved from its folder."""
         if not self.loaded:
             network = folders.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
                 inputs.widen(network, denoiser.INPUT, self.splits)
             network.requires_grad_(False).eval()
             if denoiser.autocast == HALF:
+                form = form_of(blocks(denoiser.network))
                 for block in blocks(network):
-                    keep_rounded(block.module)
+                    keep_rounded(block.module, form, denoiser.device)
             self.loaded["network"] = network
         return replace(denoiser, network=self.loaded["network"], conditions=self.conditions, expert=None)
 

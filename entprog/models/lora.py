@@ -8,6 +8,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,10 +54,12 @@ def save(
     folder: Path,
     part: str = "transformer",
     about: Mapping[str, Any] | None = None,
+    brought: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Write the adapters, and what was trained `outside`, as `adapters.write` does.
 
-    part: the network's folder in a pipeline. about: `family`, `conditions`, `base` and `shape`, kept beside.
+    part: the network's folder in a pipeline. about: `family`, `conditions`, `base` and `shape`, kept beside. brought:
+    whole weights of the adapter that it went on from, kept where the network does not have its own.
     """
     names = {parameter: name for name, parameter in network.named_parameters()}
     halves = {name.replace(".default", ""): tensor for tensor, name in names.items() if ADAPTER in name}
@@ -67,7 +70,7 @@ def save(
     }
     weights = network.state_dict()  # in float32, whatever blocks store
     rest = {adapters.plain_name(names[parameter]): weights[names[parameter]] for parameter in outside}
-    adapters.write(folder, adapters.Adapter(pairs, rest, about or {}), part)
+    adapters.write(folder, adapters.Adapter(pairs, {**brought, **rest}, about or {}), part)
 
 
 def merge(network: nn.Module) -> None:

@@ -80,11 +80,12 @@ def merged(denoiser: Denoiser, experiment: Experiment) -> Denoiser:
 
 def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path) -> None:
     """All that tells the network from its base, also what an adapter that it started from brought."""
-    whole = {*outside(denoiser, experiment)}
+    whole, brought = {*outside(denoiser, experiment)}, {}
     if given := experiment.model.adapter:
         brought = adapters.read(given, "model.adapter").outside
+        there = denoiser.network.state_dict().keys()  # all but what is packed, which never changed
         named = denoiser.network.named_parameters()
-        whole |= {parameter for name, parameter in named if adapters.plain_name(name) in brought}
+        whole |= {p for name, p in named if adapters.plain_name(name) in brought and name in there}
     about = {
         "family": denoiser.FAMILY,
         "conditions": denoiser.conditions,
@@ -93,5 +94,5 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path) -> N
         "shape": experiment.data.shape.model_dump(),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
-    lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about)
+    lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)
     denoiser.save_text(folder)
