@@ -138,6 +138,7 @@ BAD_JSON = {
     "no people": '[{"frame": 1}]',
     "few points": '[{"instances": [{"keypoints": [[1, 2]], "keypoint_scores": [1]}]}]',
     "deep": "[" * 100_000,
+    "too large a number": f'[{{"instances": [{{"keypoints": [[1{"0" * 400}, 2]], "keypoint_scores": [1]}}]}}]',
     "metadata": '{"title": "a dance", "duration": 3}',
 }
 

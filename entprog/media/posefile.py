@@ -48,7 +48,16 @@ def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
     """
     try:
         found = _json(path, height, width, bounds) if path.suffix == ".json" else _npz(path, bounds)
-    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        UserError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise VideoError("bad_pose", f"{path.name}: {reason(error)}") from None
     points = found.points
     known = np.isfinite(points).all(-1)

@@ -34,7 +34,7 @@ def register(
                 name="model",
                 python_model=str(SERVED),
                 artifacts={"checkpoint": str(folder)},
-                signature=signature(shape, drawing.points(folders.saved(folder)["skeleton"])),
+                signature=signature(shape, drawing.points(folders.saved(folder).get("skeleton", drawing.LIMBS))),
                 pip_requirements=packages,
                 registered_model_name=name,
             )
