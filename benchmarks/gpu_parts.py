@@ -289,7 +289,7 @@ def run_job(place: Path, words: list[str]) -> None:
     done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True)
     if done.returncode:
         said = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-        raise RuntimeError(f"{' '.join(words[2:4])} ended with {done.returncode}: {' | '.join(said[-4:])[-800:]}")
+        raise RuntimeError(f"{' '.join(words[2:4])} ended with {done.returncode}: {' | '.join(said[-12:])[-1500:]}")
 
 
 def pattern(number: int):
@@ -330,4 +330,4 @@ def not_installed(message: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:900]
+    return (str(error).strip().splitlines() or [""])[0][:1600]
