@@ -3,7 +3,8 @@
 import pytest
 
 from entprog import config, models
-from entprog.blocks import blocks
+from entprog.blocks import blocks, packed_bytes, room_bytes, swap_of, variants, waiting_bytes
+from entprog.blocks.held import all_held
 from entprog.diffusion.losses import training_loss
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
@@ -65,11 +66,46 @@ def test_a_budget_that_cannot_hold_it_says_what_would():
         (least, "train.lora={}"),
         (int(least * 0.8), "train.lora={} and schedule.frozen_precision=fp8_alone"),
         (int(least * 0.6), "train.lora={} and schedule.frozen_precision=nf4"),
+        (int(least * 0.5), "frozen_precision=nf4 and model.swap_blocks=4"),
         (least // 10, "smaller shares"),
     ):
         tight = settings(**config.merge(wide, {"schedule": {"memory_budget_bytes": budget}}))
         line = footprint.advice(tight, source(tight))
         assert (line is None) if said is None else said in line, line
+
+
+def test_a_card_that_cannot_hold_it_is_as_good_as_a_budget(monkeypatch):
+    experiment = settings(schedule={"outside": "never"})
+    needed = footprint.largest(experiment, source(experiment))
+    for there, said in ((None, None), (needed, None), (needed - 1, "this machine's GPU has")):
+        monkeypatch.setattr(footprint, "card_bytes", lambda there=there: there)
+        line = footprint.advice(experiment, source(experiment))
+        assert line is None if said is None else said in line and "train.optimizer=adamw_bf16" in line
+        assert footprint.advice(settings(train={"gpus": "no"}), source(experiment)) is None
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp8_alone", "nf4"])
+@pytest.mark.parametrize("adapters", [None, {"rank": 4}])
+def test_what_is_foreseen_of_packed_and_waiting_blocks_is_held(precision, adapters):
+    schedule = {"frozen_precision": precision, "outside": "conditions", "table": [{"until": 1, "share": 0.34}]}
+    experiment = settings(model={"swap_blocks": 3}, train={"lora": adapters}, schedule=schedule)
+    denoiser = tiny_denoiser(experiment)
+    if adapters:
+        lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, 0)
+    found = blocks(denoiser.network)
+    freeze, names = Freeze(denoiser, found, experiment), [block.name for block in found]
+    freeze.put(of_set(names[:2], names, "exact", SHAPE))
+    training_loss(denoiser, latents([0], ()), experiment.train).backward()
+    (foreseen,) = footprint.stages(experiment, source(experiment))
+    network, rooms = denoiser.network, room_bytes(denoiser.network)
+    padded = 256 * sum(len(held.parts()) for held in all_held(network) if held.waiting)
+    here = sum(p.nbytes for p in network.parameters()) + packed_bytes(network) + rooms
+    assert foreseen.weights <= here <= foreseen.weights + padded and rooms > 0
+    copied = swap_of(found).fetched_bytes
+    assert foreseen.copied == 2 * waiting_bytes(network) and copied <= foreseen.copied + 2 * padded
+    assert footprint.copying(experiment, source(experiment))
+    masters = [m for b in found for m in variants(b.module).stored.masters.values() if m is not None]
+    assert sum(m.nbytes for m in masters) + waiting_bytes(network) <= foreseen.host
 
 
 def test_the_table_of_a_dry_run():

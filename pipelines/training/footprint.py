@@ -6,6 +6,8 @@ fit.
 
 from typing import Any
 
+import torch
+
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
 from entprog.config import Experiment, Row
@@ -17,16 +19,27 @@ from entprog.schedule import plans
 from entprog.schedule.freezing import outside
 
 COLUMNS = ("stage", "weights", "gradients", "moments", "together", "on the host, at most")
-SMALLER = (
-    {"schedule.frozen_precision": "auto"},
-    {"train.optimizer": "adamw_bf16"},
-    {"train.optimizer": "adamw_8bit"},
-    {"schedule.frozen_precision": "fp8_alone"},
-    {"train.lora": {}},
-    {"train.lora": {}, "schedule.frozen_precision": "fp8_alone"},
-    {"train.lora": {}, "schedule.frozen_precision": "nf4"},
-)
-"""Settings that take less; the first that is enough is proposed."""
+WAITING = 0.75
+"""Share of the blocks that are proposed to wait on the host."""
+
+
+def smaller(blocks: int) -> list[dict[str, Any]]:
+    """Settings that take less, the first that is enough to be proposed; those with adapters last, which a network keeps
+    (`stages`). blocks: that the network has."""
+    waiting = {"model.swap_blocks": int(WAITING * blocks)} if WAITING * blocks >= 3 else {}
+    adapters = {"train.lora": {}}
+    return [
+        {"schedule.frozen_precision": "auto"},
+        {"train.optimizer": "adamw_bf16"},
+        {"train.optimizer": "adamw_8bit"},
+        {"schedule.frozen_precision": "fp8_alone"},
+        {"train.optimizer": "adamw_8bit", "schedule.frozen_precision": "fp8_alone"},
+        {"train.optimizer": "adamw_8bit", "schedule.frozen_precision": "nf4"},
+        adapters,
+        {**adapters, "schedule.frozen_precision": "fp8_alone"},
+        {**adapters, "schedule.frozen_precision": "nf4"},
+        {**adapters, "schedule.frozen_precision": "nf4", **waiting},
+    ]
 
 
 def rows(experiment: Experiment, source: Source) -> list[tuple[str, ...]]:
@@ -39,14 +52,16 @@ def rows(experiment: Experiment, source: Source) -> list[tuple[str, ...]]:
 
 
 def advice(experiment: Experiment, source: Source) -> str | None:
-    """What to set where the budget does not even hold weights, gradients and moments; None where it does."""
-    budget = experiment.schedule.memory_budget_bytes
+    """What to set where the budget, or without one this machine's GPU, does not even hold weights, gradients and
+    moments; None where it does."""
+    budget, whose = experiment.schedule.memory_budget_bytes, "schedule.memory_budget_bytes is"
+    if budget is None:
+        budget, whose = card_bytes() if experiment.train.gpus != "no" else None, "this machine's GPU has"
     if budget is None or (needed := largest(experiment, source)) <= budget:
         return None
-    said = f"schedule.memory_budget_bytes is {written(budget)}, weights, gradients and moments alone are up to "
-    said += written(needed)
+    said = f"{whose} {written(budget)}, weights, gradients and moments alone are up to {written(needed)}"
     values, given = experiment.model_dump(), config.settings(experiment)
-    for change in SMALLER:
+    for change in smaller(len(blocks(source.network))):
         kept = {"train.lora"} if experiment.train.lora else set()
         new = {name: value for name, value in change.items() if name not in kept and given.get(name) != value}
         over: dict[str, dict[str, Any]] = {}
@@ -61,6 +76,11 @@ def advice(experiment: Experiment, source: Source) -> str | None:
             words = " and ".join(f"{name}={value or '{}'}" for name, value in new.items())
             return f"{said}: with {words} they would be {written(less)}."
     return f"{said}: smaller shares of the blocks take less."
+
+
+def card_bytes() -> int | None:
+    """Memory of this machine's first GPU; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def copying(experiment: Experiment, source: Source) -> str | None:
