@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+import pipelines
 from entprog import config, files, masking
 from entprog.errors import UserError
 from entprog.names import plain
@@ -122,6 +123,7 @@ def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, ve
     `work` claims the output and returns the job's own figures. With `output` None (a dry run), or one that was not
     claimed, nothing is written.
     """
+    pipelines.imported()
     started, made = time.time(), claim.missing(output) if output is not None else []
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     try:

@@ -171,8 +171,7 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, one.data.shape, verbose=verbose)
         copy_person(output / "person" / "shards")
-        for subject, experiments in runs.items():
-            encode(experiments, output / subject, verbose=verbose)
+        encode(every, [output / subject for subject in runs], verbose=verbose)
 
         _say(2, "score: how much does the prediction's entropy grow without each block?")
         scored = score.run(one, output / "score", tables=tables)
@@ -273,12 +272,13 @@ def copy_person(folder: Path) -> None:
             shutil.copyfile(PERSON / "dataset.json", scratch)
 
 
-def encode(arms: Sequence[config.Experiment], folder: Path, *, verbose: bool) -> None:
-    """Encode a subject's training clips once, at every clip shape of an arm, instead of at every step."""
+def encode(arms: Sequence[config.Experiment], folders: Sequence[Path], *, verbose: bool) -> None:
+    """Encode the subjects' training clips once, at every clip shape of an arm, instead of at every step."""
     widest = max(arms, key=lambda arm: len(plans.ladder(arm.schedule, arm.data.shape, last=False)))
     kind, shapes, table = widest.schedule.kind, widest.schedule.shapes, widest.schedule.table
     schedule = config.Ladder(kind=kind, shapes=shapes, table=table)
-    caching.run(folder / "shards", config.Encoding(model=widest.model, schedule=schedule), verbose=verbose)
+    encoding = config.Encoding(model=widest.model, schedule=schedule)
+    caching.run(*(folder / "shards" for folder in folders), encoding=encoding, verbose=verbose)
 
 
 def loss_before(experiment: config.Experiment) -> float:

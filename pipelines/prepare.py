@@ -116,7 +116,7 @@ def main(
         if latents and dry_run and input is not None and not (output / "dataset.json").exists():
             cli.console.print("then latents: their size and time can be said once there are clips to measure on")
         elif latents:
-            figures |= {"latents": caching.run(output, encoding, dry_run=dry_run, verbose=verbose)}
+            figures |= {"latents": caching.run(output, encoding=encoding, dry_run=dry_run, verbose=verbose)}
         return figures
 
     cli.run("prepare", None if dry_run else output, work, verbose=verbose)

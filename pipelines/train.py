@@ -29,7 +29,7 @@ from pipelines.tracking.tracker import Tracker, deliver_pending
 from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
-from pipelines.training.startup import Startup
+from pipelines.training.startup import Startup, import_beside
 
 app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
@@ -79,6 +79,7 @@ def main(
             return explain(experiment, output)
         parts = claimed(experiment, output)
         clock.over("checks")
+        import_beside("mlflow")  # whose seconds pass while Ray's processes start
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
             return run(experiment, output, parts=parts, tables=tables, clock=clock)

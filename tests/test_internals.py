@@ -1,15 +1,21 @@
 """Private names of libraries have their files, and still do what they did; what needs a cluster: test_faults."""
 
 import ast
+import base64
+import inspect
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from ray import cloudpickle
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.torch import config as torch_backend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from entprog.blocks import fp8
-from pipelines.cluster import ray_internals
+from pipelines.cluster import launch, ray_internals, stopping
 from pipelines.tracking.mlflow_internals import Machine
 
 ROOT = Path(__file__).parents[1]
@@ -49,12 +55,33 @@ def test_private_names_lie_in_their_files():
 
 
 def test_ray_train_calls_a_backends_start_on_its_workers():
-    """By the names that its own backend has; that workers are prepared so is seen in test_faults."""
-    config = ray_internals.torch_config("gloo", prepare=print)
-    assert config.backend == "gloo"
-    backend = config.backend_cls
+    """By the names that its own has, which the workers still use; that they are joined so is seen in test_distributed
+    and test_train, that they are prepared in test_faults."""
+    backend = ray_internals.torch_config("gloo", prepare=print).backend_cls
     (parent,) = backend.__bases__
-    assert "on_start" in vars(parent) and "on_start" in vars(backend)
+    named = {"on_start", "on_shutdown", "share_cuda_visible_devices"}
+    assert named <= vars(parent).keys() and named <= vars(backend).keys()
+    assert named <= vars(torch_backend._TorchBackend).keys() and torch_backend._TorchBackend.share_cuda_visible_devices
+    joins = inspect.signature(torch_backend._setup_torch_process_group).parameters
+    assert list(joins)[:4] == ["backend", "world_rank", "world_size", "init_method"]
+    assert list(inspect.signature(torch_backend._shutdown_torch).parameters) == ["destroy_process_group"]
+    assert not inspect.signature(torch_backend._set_torch_distributed_env_vars).parameters
+    with ray_internals._on_its_device():
+        pass
+
+
+def test_ray_trains_controller_reads_what_workers_do_without_torch():
+    """Its import takes seconds, in which no worker begins."""
+    config = ray_internals.torch_config("gloo", prepare=stopping.listen)
+    given = base64.b64encode(cloudpickle.dumps((config, launch.training))).decode()
+    program = f"""
+import base64, pickle, sys
+config, loop = pickle.loads(base64.b64decode("{given}"))
+assert config.backend_cls.has_replica_groups is False
+print(*sorted({{"torch", "diffusers", "mlflow"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
 
 
 def test_ray_train_says_that_its_workers_found_no_room():

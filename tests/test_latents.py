@@ -210,9 +210,38 @@ def test_the_command_encodes_by_a_base_without_its_network(dataset, base, tmp_pa
     shutil.copytree(base / "vae", bare / "vae", dirs_exist_ok=True)
     encoding = config.build({"model": {"base": str(bare)}}, config.Encoding)
     assert caching.check_model(encoding, SHAPE) == [SHAPE]
-    (estimate,) = caching.estimates(dataset, encoding, [SHAPE])
+    (estimate,) = caching.estimates([(dataset, SHAPE)], encoding)
     whole = models.family("wan").load(config.build({"base": str(base)}, config.Model))
     assert estimate.key == latents.key(whole, "wan", SHAPE) and estimate.clip_bytes > 0
+
+
+def test_datasets_and_shapes_that_are_encoded_together_are_what_each_is_alone(rows, base, denoiser, tmp_path):
+    """By the operators that Ray Data runs, in whatever order; what was there before is not made again."""
+    six = real_clips.write(tmp_path / "six", {"train": [rows[:4], rows[4:6]]}, SHAPE)
+    two = [fresh(rows, tmp_path / "eleven"), six]
+    shapes = [SHAPE, SHAPE.model_copy(update={"frames": 1})]
+    asked = [(dataset, shape) for dataset in two for shape in shapes]
+    encoding = config.build({"model": {"base": str(base)}}, config.Encoding)
+    made = [replace(estimate, clip_bytes=1) for estimate in caching.estimates(asked, encoding)]
+    works = [caching.Work.of(dataset, estimate) for (dataset, _), estimate in zip(asked, made, strict=True)]
+    files = [file for work in works for file in work.left()]
+    assert [work.clips_before for work in works] == [0] * 4 and sum(file.piece.clips for file in files) == 2 * 17
+    assert {file.shape for file in files} == set(shapes) and all(file.folder.is_absolute() for file in files)
+    encoder = caching.Encode(encoding, files)
+    for number in reversed(range(len(files))):
+        batch = caching._decode({"number": np.array([number])}, files)
+        (found,) = encoder(batch)["number"]
+        assert found == number
+    for (dataset, shape), estimate in zip(asked, made, strict=True):
+        again = caching.Work.of(dataset, estimate)
+        assert not again.left() and again.clips_before == dataset.clips("train")
+        again.finish("wan")
+        cache = latents.find(dataset, latents.key(denoiser, "wan", shape))
+        latents.verify(cache, "sha256")
+        numbers = list(range(dataset.clips("train")))
+        batch = {**clip_stream.decode(dataset, "train", np.array(numbers)), "position": np.array(numbers)}
+        due = latents.encode(denoiser, clip_stream.to_clips(batch).resized(shape))
+        assert_same_bits(read(cache, numbers), due)
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "svd", "latte"])
@@ -295,9 +324,11 @@ def prepare_latents(*arguments, status=0):
 @pytest.mark.slow
 def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, base, denoiser):
     dataset = fresh(rows, place / "shards")
-    arguments = ["--output", dataset.folder, "--base", base]
+    small = ["--set", "schedule.kind=progressive", "--set", "schedule.table=[{until: 0.5, frames: 1}, {until: 1}]"]
+    arguments = ["--output", dataset.folder, "--base", base, *small]
     message = " ".join(prepare_latents(*arguments, "--dry-run").output.split())
     assert "latents of 11 clips of 5 frames of 32x64" in message and "take about" in message
+    assert "latents of 11 clips of 1 frames of 32x64" in message
     assert not (dataset.folder / "latents").exists()
 
     command = [sys.executable, "-m", "pipelines.prepare", "--latents", *map(str, arguments)]
@@ -315,8 +346,9 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     assert "0 clips are done" not in result.output
     assert {path: path.stat().st_mtime_ns for path in written} == first
     record = json.loads((dataset.folder / "result.json").read_text())["latents"]
-    cache = latents.find(dataset, record[0]["key"])
-    assert record[0]["clips"] == 11 and cache is not None
+    small, cache = (latents.find(dataset, made["key"]) for made in record)
+    assert record[1]["clips"] == 11 and cache is not None
+    latents.verify(small, "sha256")
     latents.verify(cache, "sha256")
 
     stream = feed.latent_stream(cache, BATCH, rank=1, world=2, start_position=8, seed=5)

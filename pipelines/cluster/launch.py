@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import pipelines
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
@@ -179,6 +180,7 @@ def training(settings: dict[str, Any]) -> None:
     """What workers run that train."""
     from pipelines.training import worker  # here: their controller unpickles this function, and needs no network for it
 
+    pipelines.imported()
     worker.train(settings)
 
 
@@ -186,6 +188,7 @@ def scoring(settings: dict[str, Any]) -> None:
     """What workers run that score."""
     from pipelines.training import worker
 
+    pipelines.imported()
     worker.score(settings)
 
 

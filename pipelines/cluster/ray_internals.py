@@ -5,7 +5,7 @@ An upgrade may change any of them without notice: `tests/test_internals.py` and 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from entprog.errors import UserError
@@ -91,17 +91,67 @@ def on_loopback() -> Iterator[None]:
 
 
 def torch_config(backend: str, prepare: Callable[[], None]):
-    """Ray Train's TorchConfig, with workers that call `prepare` in their main thread before they begin."""
-    from ray.train.torch import TorchConfig
+    """What Ray Train's TorchConfig does, with workers that call `prepare` in their main thread before they begin.
 
-    class Prepared(TorchConfig):
+    Its controller reads this, and needs no torch for it, whose import would keep every start of workers waiting.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.train.backend import Backend, BackendConfig
+
+    class Group(Backend):
+        share_cuda_visible_devices = True
+
+        def on_start(self, worker_group, backend_config):
+            address, port = worker_group.execute_single(0, _free_address)
+            url, world = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}", len(worker_group)
+            joins = [worker_group.execute_single_async(rank, _join, backend, rank, world, url) for rank in range(world)]
+            ray.get(joins)
+            worker_group.execute(prepare)
+
+        def on_shutdown(self, worker_group, backend_config):
+            with suppress(GetTimeoutError):  # a rank that hangs is killed after that
+                ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=LEAVE_S)
+
+    class Config(BackendConfig):
+        def __init__(self):
+            self.backend = backend
+
         @property
         def backend_cls(self):
-            class Backend(super().backend_cls):
-                def on_start(self, worker_group, backend_config):
-                    super().on_start(worker_group, backend_config)
-                    worker_group.execute(prepare)
+            return Group
 
-            return Backend
+        @property
+        def train_func_context(self):
+            return _on_its_device
 
-    return Prepared(backend=backend)
+    return Config()
+
+
+LEAVE_S = 30.0
+"""How long ranks may take to leave their process group."""
+
+
+def _free_address() -> tuple[str, int]:
+    from ray.train._internal.utils import get_address_and_port
+
+    return get_address_and_port()
+
+
+def _join(backend: str, rank: int, world: int, url: str) -> None:
+    from ray.train.torch import config
+
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(backend, rank, world, url)
+
+
+def _leave(destroy: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy)
+
+
+def _on_its_device():
+    from ray.train.torch import config
+
+    return config.TorchConfigContextManager()

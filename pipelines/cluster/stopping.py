@@ -8,12 +8,14 @@ is started anew on what is there; a job that is told to stop ends, and the same 
 
 import signal
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from entprog.distributed import agree
 from pipelines.cluster.message_board import GOES_ON, MACHINE_ENDS
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where ranks agree: Ray Train's controller takes `listen` from here, and needs none.
 
 _noticed = threading.Event()
 """SIGTERM has come to this worker's process."""
@@ -32,16 +34,20 @@ def listen() -> None:
 class Notices:
     """The notices a worker got; every rank asks after every step, and all get the same answer."""
 
-    def __init__(self, board: Any, device: torch.device):
-        self.device = device
+    def __init__(self, board: Any, device: "torch.device"):
         import ray
 
+        from entprog.distributed import agree
+
+        self.device = device
         board.join.remote(ray.get_runtime_context().get_node_id())
         self.of_driver = board.notices.remote() if agree.world()[0] == 0 else None
 
     def newest(self) -> int:
         """GOES_ON, GROWS, MACHINE_ENDS or JOB_ENDS."""
         import ray
+
+        from entprog.distributed import agree
 
         mine = MACHINE_ENDS if _noticed.is_set() else GOES_ON
         if self.of_driver is not None and ray.wait([self.of_driver], timeout=0)[0]:

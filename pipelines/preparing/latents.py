@@ -1,12 +1,14 @@
 """`pipelines.prepare --latents`: a dataset's training clips encoded once, so that training reads latents.
 
-Operators of Ray Data, a row a file of the cache: decode (CPUs) → encode (an actor with the VAE for each GPU, or one on
-the CPU) → write. A finished file is never done again: after a kill the same command goes on where it was.
+Operators of Ray Data, a row a file of a cache: decode (CPUs) → encode (an actor with the VAE for each GPU, or a few on
+CPUs) → write; the files of all clip shapes in one execution. A finished file is never done again: after a kill the same
+command goes on where it was.
 """
 
 import functools
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ OF_MODEL = ("model.", "latents.", "schedule.kind", "schedule.shapes", "schedule.
 """Beginnings of the settings that say what latents are made with; all others are of preparing clips."""
 CPUS = 2
 """That encoding without a GPU needs: one encodes, one decodes."""
+ENCODERS = 2
+"""Most on the CPUs of a machine: each has its VAE, and with large frames gigabytes of what that computes."""
 WARM_UP_CLIPS = 1
 TIMED_CLIPS = 2
 
@@ -71,88 +75,177 @@ def check_model(encoding: Encoding, shape: ClipShape) -> list[ClipShape]:
 # ---- the job ----
 
 
-def run(folder: Path, encoding: Encoding, *, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
-    """Cache the latents of a finished dataset at every clip shape asked for; figures of each. Says beforehand how large
-    they are and how long it takes; with `dry_run` that is all. Raises UserError for a wrong base or damaged shards."""
-    dataset = shards.read_dataset(folder)
-    if not claim.is_of(folder, "prepare"):  # a dataset of a version without marks, or of another program
-        (claim.check if dry_run else claim.take)(folder, "prepare", packing.identity_of(dataset), earlier=True)
-    if not dataset.clips(latents.SPLIT):
-        raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
-    shapes = check_model(encoding, dataset.shape)
-    shards.verify(dataset, "size")
+@dataclass(frozen=True)
+class File:
+    """A file of a cache that is to be written."""
+
+    dataset: shards.Dataset
+    folder: Path
+    """Of the cache; absolute, as the dataset's, for tasks run in another directory."""
+    shape: ClipShape
+    piece: latents.Piece
+    seconds: float
+    """What an encoder takes for it."""
+
+
+@dataclass(eq=False)
+class Work:
+    """The cache of a dataset at one shape: what is there, and what is to be written."""
+
+    dataset: shards.Dataset
+    estimate: Estimate
+    files: dict[latents.Piece, latents.Written | None]
+    """In order; None: to be written."""
+    clips_before: int = 0
+
+    @classmethod
+    def of(cls, dataset: shards.Dataset, estimate: Estimate) -> "Work":
+        """With the finished files of earlier attempts."""
+        folder = latents.folder_of(dataset, estimate.key)
+        pieces = latents.pieces(dataset, estimate.clip_bytes)
+        files = {piece: latents.written(folder, piece) for piece in pieces}
+        return cls(dataset, estimate, files, sum(piece.clips for piece, file in files.items() if file))
+
+    @property
+    def folder(self) -> Path:
+        return latents.folder_of(self.dataset, self.estimate.key)
+
+    @property
+    def clips(self) -> int:
+        """In all."""
+        return self.dataset.clips(latents.SPLIT)
+
+    def left(self) -> list[File]:
+        """What is to be written."""
+        located, folder, of = _located(self.dataset), self.folder.resolve(), self.estimate
+        pieces = [piece for piece, file in self.files.items() if file is None]
+        return [File(located, folder, of.shape, piece, piece.clips * of.clip_s) for piece in pieces]
+
+    def finish(self, family: str) -> None:
+        """Every file is there."""
+        about = {"shape": self.estimate.shape.model_dump(), "family": family, "device": self.estimate.device}
+        latents.finish(self.folder, self.estimate.shapes, list(self.files.values()), about)
+
+
+def run(*folders: Path, encoding: Encoding, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
+    """Cache the latents of finished datasets at every clip shape asked for; figures of each dataset and shape. Says
+    beforehand how large they are and how long it takes; with `dry_run` that is all. All are encoded together, the
+    longest first. Raises UserError for a wrong base or damaged shards."""
+    asked: list[tuple[shards.Dataset, ClipShape]] = []
+    for folder in folders:
+        dataset = shards.read_dataset(folder)
+        if not claim.is_of(folder, "prepare"):  # a dataset of a version without marks, or of another program
+            (claim.check if dry_run else claim.take)(folder, "prepare", packing.identity_of(dataset), earlier=True)
+        if not dataset.clips(latents.SPLIT):
+            raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
+        asked += [(dataset, shape) for shape in check_model(encoding, dataset.shape)]
+        shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
-    with cli.stderr_into(folder / "latents.log", verbose=verbose), cli.ray_cluster(cpus=3, verbose=verbose) as ray:
+    with cli.stderr_into(folders[0] / "latents.log", verbose=verbose), cli.ray_cluster(cpus=3, verbose=verbose) as ray:
         gpus = launch.gpus_there(encoding.latents.gpus, "latents.gpus", cli.console.print, CPUS)
         if not gpus and encoding.latents.gpus == "auto" and joining.address():
             cli.console.print("the cluster has no GPU now: one CPU encodes; latents.gpus=yes waits for a GPU")
+        with cli.console.status("loading the VAE, measuring"):
+            works = _works(ray, asked, encoding, gpus)
+        encoders = gpus or (1 if joining.address() else min(ENCODERS, launch.cores()))
+        figures = {work.folder: _figures(work, encoders) for work in works}
+        for work in works:
+            _tell(work, figures[work.folder], encoders)
+        if dry_run:
+            return list(figures.values())
+        _check_room(works)
+        started = time.time()
+        for work in _encode_all(ray, works, encoding, encoders, gpus):
+            work.finish(encoding.model.family)
+            bytes_ = sum(file.bytes for file in work.files.values())
+            figures[work.folder] |= {"bytes": bytes_, "seconds": round(time.time() - started, 3)}
+        return list(figures.values())
+
+
+def _works(ray, asked: Sequence[tuple[shards.Dataset, ClipShape]], encoding: Encoding, gpus: int) -> list[Work]:
+    located = [(_located(dataset), shape) for dataset, shape in asked]
+    if gpus or joining.address():  # where encoders run
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
-        with cli.console.status("loading the VAE, measuring"), failures.plainly():
-            found = ray.get(measure.remote(_located(dataset), encoding, shapes))
-        return [_one_shape(ray, dataset, encoding, estimate, max(gpus, 1), where, dry_run) for estimate in found]
+        with failures.plainly():
+            made = ray.get(measure.remote(located, encoding))
+    else:  # this process has imported what it takes; with as many threads as an encoder
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            made = estimates(located, encoding)
+        finally:
+            torch.set_num_threads(threads)
+    return [Work.of(dataset, estimate) for (dataset, _), estimate in zip(asked, made, strict=True)]
 
 
-def _one_shape(ray, dataset, encoding, estimate: Estimate, encoders: int, where, dry_run: bool) -> dict[str, Any]:
-    folder = latents.folder_of(dataset, estimate.key)
-    pieces = latents.pieces(dataset, estimate.clip_bytes)
-    done = {piece: file for piece in pieces if (file := latents.written(folder, piece))}
-    left = [piece for piece in pieces if piece not in done]
-    to_do = sum(piece.clips for piece in left)
-    needed = to_do * estimate.clip_bytes
-    total = dataset.clips(latents.SPLIT)
-    figures = {
-        "shape": str(estimate.shape), "key": estimate.key, "clips": total, "bytes": total * estimate.clip_bytes,
-        "done_before": total - to_do, "estimated_s": to_do * estimate.clip_s / encoders, "folder": str(folder),
+def _figures(work: Work, encoders: int) -> dict[str, Any]:
+    of = work.estimate
+    return {
+        "shape": str(of.shape), "key": of.key, "clips": work.clips, "bytes": work.clips * of.clip_bytes,
+        "done_before": work.clips_before, "folder": str(work.folder),
+        "estimated_s": (work.clips - work.clips_before) * of.clip_s / encoders,
     }  # fmt: skip
+
+
+def _tell(work: Work, figures: dict[str, Any], encoders: int) -> None:
+    of = work.estimate
     cli.console.print(
-        f"latents of {total} clips of {estimate.shape}: {size(figures['bytes'])} ({size(estimate.clip_bytes)} a clip) "
-        f"in {folder}; {total - to_do} clips are done, the others take about {cli.duration(figures['estimated_s'])} on "
-        f"{encoders} encoder(s) ({estimate.device})",
+        f"latents of {work.clips} clips of {of.shape}: {size(figures['bytes'])} ({size(of.clip_bytes)} a clip) "
+        f"in {work.folder}; {work.clips_before} clips are done, the others take about "
+        f"{cli.duration(figures['estimated_s'])} on {encoders} encoder(s) ({of.device})",
     )
-    if dry_run:
-        return figures
-    if needed > latents.free_bytes(dataset.folder):
-        free = size(latents.free_bytes(dataset.folder))
-        raise UserError(f"latents need {size(needed)}, the disk of {dataset.folder} has {free} free: make room")
-    started = time.time()
-    encode = functools.partial(_encode_all, ray, _located(dataset), encoding, estimate, encoders, where, folder)
-    with failures.plainly():
-        done |= {file.piece: file for file in encode(left)} if left else {}
-    about = {"shape": estimate.shape.model_dump(), "family": encoding.model.family, "device": estimate.device}
-    latents.finish(folder, estimate.shapes, [done[piece] for piece in pieces], about)
-    return figures | {"bytes": sum(file.bytes for file in done.values()), "seconds": round(time.time() - started, 3)}
 
 
-def _encode_all(ray, dataset, encoding, estimate: Estimate, encoders: int, where, folder: Path, pieces):
-    """The written files, as they come."""
-    rows = [{"number": number} for number in range(len(pieces))]
+def _check_room(works: Sequence[Work]) -> None:
+    """Raises UserError where a disk has no room for what is left."""
+    for folder in {work.dataset.folder for work in works}:
+        here = [work for work in works if work.dataset.folder == folder]
+        needed = sum((work.clips - work.clips_before) * work.estimate.clip_bytes for work in here)
+        if needed > (free := latents.free_bytes(folder)):
+            raise UserError(f"latents need {size(needed)}, the disk of {folder} has {size(free)} free: make room")
+
+
+def _encode_all(ray, works: Sequence[Work], encoding: Encoding, encoders: int, gpus: int) -> Iterator[Work]:
+    """Write what is left; each of the works once all its files are there."""
+    left = [(file, work) for work in works for file in work.left()]
+    left.sort(key=lambda pair: -pair[0].seconds)  # the longest first: no encoder is alone at the end for long
+    open_files = Counter(work for _, work in left)
+    yield from (work for work in works if not open_files[work])
+    if not left:
+        return
+    rows = [{"number": number} for number in range(len(left))]
+    files = [file for file, _ in left]
     decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        functools.partial(_decode, dataset=dataset, pieces=pieces), batch_size=None, num_cpus=1
+        functools.partial(_decode, files=files), batch_size=None, num_cpus=1
     )
     context = decoded.context
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a file's clips stay one block
+    # On CPUs an encoder decodes too: what it is given beforehand, another one could have done.
+    where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    ahead = {} if gpus else {"max_tasks_in_flight_per_actor": 1}
     encoded = decoded.map_batches(
         Encode,
-        fn_constructor_args=(encoding, estimate.shape, pieces, folder.resolve()),
+        fn_constructor_args=(encoding, files),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=encoders),
+        compute=ray.data.ActorPoolStrategy(size=min(encoders, len(rows)), **ahead),
         **where,
     )
-    out = []
-    with progress.bar(len(rows), "files") as advance:
+    with failures.plainly(), progress.bar(len(rows), "files") as advance:
         for row in encoded.iter_rows():
-            piece = pieces[row["number"]]
-            out.append(latents.Written(piece, row["bytes"], row["sha256"]))
-            advance(piece.clips)
-    return out
+            file, work = left[row["number"]]
+            work.files[file.piece] = latents.Written(file.piece, row["bytes"], row["sha256"])
+            advance(file.piece.clips)
+            open_files[work] -= 1
+            if not open_files[work]:
+                yield work
 
 
-def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> clip_stream.Arrays:
+def _decode(rows: dict[str, np.ndarray], files: Sequence[File]) -> clip_stream.Arrays:
     """Operator: a file's clips, decoded."""
     (number,) = rows["number"]
-    piece = pieces[number]
+    dataset, piece = files[number].dataset, files[number].piece
     before = 0
     for shard in dataset.splits[latents.SPLIT]:
         if shard.file == piece.shard:
@@ -165,15 +258,16 @@ def _decode(rows: dict[str, np.ndarray], dataset: shards.Dataset, pieces) -> cli
 class Encode:
     """Operator: decoded clips → one file of latents. Holds the denoiser."""
 
-    def __init__(self, encoding: Encoding, shape: ClipShape, pieces, folder: Path):
+    def __init__(self, encoding: Encoding, files: Sequence[File]):
         self.denoiser, self.device = load(encoding)
-        self.shape, self.pieces, self.folder = shape, pieces, folder
+        self.files = files
 
     def __call__(self, batch: clip_stream.Arrays) -> clip_stream.Arrays:
         number = int(batch["number"][0])
-        rows = encoded(self.denoiser, batch, self.shape, self.device)
-        file = latents.write(self.folder, self.pieces[number], rows, halves=in_halves(self.denoiser))
-        return {"number": np.array([number]), "bytes": np.array([file.bytes]), "sha256": np.array([file.sha256])}
+        file = self.files[number]
+        rows = encoded(self.denoiser, batch, file.shape, self.device)
+        written = latents.write(file.folder, file.piece, rows, halves=in_halves(self.denoiser))
+        return {"number": np.array([number]), "bytes": np.array([written.bytes]), "sha256": np.array([written.sha256])}
 
 
 def load(encoding: Encoding):
@@ -196,13 +290,13 @@ def encoded(denoiser, batch: clip_stream.Arrays, shape: ClipShape, device) -> li
     return out
 
 
-def estimates(dataset: shards.Dataset, encoding: Encoding, shapes: Sequence[ClipShape]) -> list[Estimate]:
-    """Task: load what encodes, and measure it on the first clips, at every shape."""
+def estimates(asked: Sequence[tuple[shards.Dataset, ClipShape]], encoding: Encoding) -> list[Estimate]:
+    """Load what encodes, and measure it on the first clips of each dataset, at the shape that goes with it."""
     denoiser, device = load(encoding)
-    count = min(WARM_UP_CLIPS + TIMED_CLIPS, dataset.clips(latents.SPLIT))
-    batch = clip_stream.decode(dataset, latents.SPLIT, np.arange(count))
     out = []
-    for shape in shapes:
+    for dataset, shape in asked:
+        count = min(WARM_UP_CLIPS + TIMED_CLIPS, dataset.clips(latents.SPLIT))
+        batch = clip_stream.decode(dataset, latents.SPLIT, np.arange(count))
         first = {name: value[:1] for name, value in batch.items()}
         (row,) = encoded(denoiser, first, shape, device)
         started = time.perf_counter()

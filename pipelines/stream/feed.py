@@ -44,6 +44,8 @@ TASKS_AHEAD = 8
 store is full, and takes the cores that training needs."""
 STORE_SHARE = 0.3
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
+READING_CPUS = 1.0
+"""For tasks that read what is stored: one at a time keeps ahead of the reader, and each more is a process to start."""
 PREFETCH_BATCHES = 2
 THREADS = 16
 """Most threads that decode for one reader: beyond it they wait for Python's lock."""
@@ -109,8 +111,7 @@ def stream(
         decoded = clip_stream.decoded(stored, located, split, frames, apply)
         return clip_stream.timed(collate, {**decoded, "position": stored["position"]})
 
-    one_at_a_time = min(1.0, cpus)  # reading is quick
-    stored = _batches(read, _as_it_is, order, stored_bytes, one_at_a_time, TASKS, TASKS)
+    stored = _batches(read, _as_it_is, order, stored_bytes, min(READING_CPUS, cpus), TASKS, TASKS)
     return Stream(_decoded(stored, decode, math.ceil(cpus), batch_size))
 
 
@@ -156,7 +157,7 @@ def latent_stream(
     to_device = functools.partial(clip_stream.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
     read = functools.partial(_read_latents, here, poses)
-    return Stream(_batches(read, collate, order, here.clip_bytes, cpus, TASKS, TASKS))
+    return Stream(_batches(read, collate, order, here.clip_bytes, min(READING_CPUS, cpus), TASKS, TASKS))
 
 
 def _read_latents(cache: latents.Cache, poses: Callable[[np.ndarray], np.ndarray] | None, clips: np.ndarray) -> Arrays:

@@ -1,5 +1,7 @@
 """Seconds from a command to its first step, by part: what a person waits for before anything is learnt."""
 
+import importlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,11 @@ class Startup:
     def over(self, part: str) -> None:
         """A part ends now."""
         self.marks.append((part, time.time()))
+
+
+def import_beside(module: str) -> None:
+    """Import a module in a thread. Who needs it before that is done waits for the rest of it."""
+    threading.Thread(target=importlib.import_module, args=(module,), name=f"import {module}", daemon=True).start()
 
 
 def seconds(begun: float, marks: Sequence[Mark], first: Mapping[str, Any]) -> dict[str, float]:
