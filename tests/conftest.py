@@ -6,6 +6,7 @@ end.
 """
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -35,6 +36,7 @@ USERS = pytest.StashKey[set[Path]]()
 def pytest_collection_modifyitems(config, items):
     users = config.stash[USERS] = {item.path for item in items if "local_ray" in item.fixturenames}
     place = {name: number for number, name in enumerate(LONGEST)}
+    gc.freeze()  # modules stay: nobody looks for garbage among them again and again
     items.sort(key=lambda item: (item.path not in users, place.get(item.path.name, len(place))))
 
 

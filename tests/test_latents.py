@@ -217,7 +217,7 @@ def test_the_command_encodes_by_a_base_without_its_network(dataset, base, tmp_pa
 
 def test_datasets_and_shapes_that_are_encoded_together_are_what_each_is_alone(rows, base, denoiser, tmp_path):
     """By the operators that Ray Data runs, in whatever order; what was there before is not made again."""
-    six = real_clips.write(tmp_path / "six", {"train": [rows[:4], rows[4:6]]}, SHAPE)
+    six = real_clips.write(tmp_path / "six", {"train": [rows[:4], rows[4:6]], "held_out": []}, SHAPE)
     two = [fresh(rows, tmp_path / "eleven"), six]
     shapes = [SHAPE, SHAPE.model_copy(update={"frames": 1})]
     asked = [(dataset, shape) for dataset in two for shape in shapes]
