@@ -387,13 +387,13 @@ def test_what_a_step_says_to_other_ranks_does_not_grow_with_the_square_of_them(t
 def _hold(lock, held):
     with FileLock(lock):
         held.set()
-        time.sleep(7)
+        time.sleep(4.5)
 
 
 def _waiting_rank(rank, world, folder):
-    """A training group that gives up after five seconds, and a rank 0 that waits for longer: for another run that is
+    """A training group that gives up after three seconds, and a rank 0 that waits for longer: for another run that is
     making the same score table, and for a slow disk."""
-    join(rank, world, folder, timeout_s=5)
+    join(rank, world, folder, timeout_s=3)
     experiment = tiny_experiment(priority={"kind": "random"})
     denoiser, dataset = tiny_denoiser(experiment), SimpleNamespace(fingerprint="clips")
     scored = denoiser, blocks(denoiser.network), dataset, experiment, "new", folder / "tables"
@@ -408,7 +408,7 @@ def _waiting_rank(rank, world, folder):
     run = Trained()
     with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
         if rank == 0:
-            saver.thread.submit(time.sleep, 7)  # a disk that is slow
+            saver.thread.submit(time.sleep, 4.5)  # a disk that is slow
         saver.save(run.network, run.state)
         saver.wait()
         assert agree.slowest(float(rank)) == 1.0
