@@ -11,6 +11,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+import pipelines
 from entprog.errors import UserError
 from entprog.masking import reason
 from pipelines import cli
@@ -26,6 +27,7 @@ def main(
     every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks with --follow.")] = 2.0,
 ) -> None:
     """Show step, time left, losses, trained blocks, where time goes and what went wrong. Changes nothing."""
+    pipelines.imported()
     try:
         state, table = _look(output)
         if not follow:

@@ -1,5 +1,14 @@
 """What a person waits for before the first step."""
 
+import gc
+import importlib
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import pipelines
+from pipelines import cli, status
 from pipelines.training import startup
 from pipelines.training.startup import Startup
 
@@ -24,3 +33,45 @@ def test_a_process_began_before_it_asked():
     clock.over("imports")
     ((_, at),) = clock.marks
     assert 0 < at - clock.begun < 86400
+
+
+@pytest.fixture
+def as_by_python_m(monkeypatch):
+    """As `python -m pipelines.VERB` imports this project's package."""
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    try:
+        importlib.reload(pipelines)
+        yield
+    finally:
+        gc.enable()
+
+
+def test_garbage_is_looked_for_once_the_work_begins_and_not_before(as_by_python_m):
+    assert not gc.isenabled()
+    seen = []
+    cli.run("train", None, lambda: {"seen": seen.append(gc.isenabled())})
+    assert seen == [True] and gc.isenabled()
+
+
+def test_garbage_is_looked_for_by_what_only_looks(as_by_python_m, tmp_path):
+    assert CliRunner().invoke(status.app, [str(tmp_path / "nowhere")]).exit_code == 2
+    assert gc.isenabled()
+
+
+def test_garbage_is_looked_for_again_after_imports_that_fail():
+    with pytest.raises(ImportError), pipelines.importing():
+        assert not gc.isenabled()
+        importlib.import_module("pipelines.nothing_of_this_name")
+    assert gc.isenabled()
+
+
+def test_a_package_imported_by_others_leaves_garbage_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "-m"])
+    importlib.reload(pipelines)
+    assert gc.isenabled()
+
+
+def test_a_module_is_imported_beside(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    startup.import_beside("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0) == (0, 0, 0)

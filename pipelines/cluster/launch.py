@@ -178,17 +178,17 @@ def _located(path: str | None) -> str | None:
 
 def training(settings: dict[str, Any]) -> None:
     """What workers run that train."""
-    from pipelines.training import worker  # here: their controller unpickles this function, and needs no network for it
+    with pipelines.importing():  # here: their controller unpickles this function, and needs no network for it
+        from pipelines.training import worker
 
-    pipelines.imported()
     worker.train(settings)
 
 
 def scoring(settings: dict[str, Any]) -> None:
     """What workers run that score."""
-    from pipelines.training import worker
+    with pipelines.importing():
+        from pipelines.training import worker
 
-    pipelines.imported()
     worker.score(settings)
 
 

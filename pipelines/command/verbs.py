@@ -6,6 +6,8 @@ Only the verb asked for is imported: help must not wait for torch and Ray.
 import importlib
 import sys
 
+import pipelines
+
 VERBS = {
     "demo": "All of it on real clips, small, in minutes: to see it once.",
     "prepare": "Cut videos of people into shards of clips with pose, ready for training.",
@@ -33,7 +35,9 @@ def main() -> None:
 
         print(f"error: no verb {verb!r}{close_to(verb, VERBS)}; there are: {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
-    importlib.import_module(f"pipelines.{verb}").app(args=rest, prog_name=f"entprog {verb}")
+    with pipelines.importing():
+        job = importlib.import_module(f"pipelines.{verb}")
+    job.app(args=rest, prog_name=f"entprog {verb}")
 
 
 def usage() -> str:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+import pipelines
 from entprog import config
 from entprog.config import Evaluation
 from entprog.data import shards
@@ -78,7 +79,8 @@ class Generator:
 
     def __init__(self, checkpoint: checkpoints.Checkpoint, settings: config.Generate):
         self._checkpoint, self._settings = checkpoint, settings
-        self._denoiser = checkpoints.load(checkpoint, settings)
+        with pipelines.importing():
+            self._denoiser = checkpoints.load(checkpoint, settings)
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         from pipelines.generating.rendering import make
@@ -97,7 +99,8 @@ class Judge:
     """Measures clips against their truth."""
 
     def __init__(self, names: Sequence[str], shape: config.ClipShape, settings: config.Evaluate, device: str):
-        from entprog.quality.metrics import Meter
+        with pipelines.importing():
+            from entprog.quality.metrics import Meter
 
         self._names, self._shape = names, shape
         self._meter = Meter(names, settings, device)
