@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import pipelines
 from entprog.errors import UserError
 
 
@@ -139,7 +140,8 @@ def _free_address() -> tuple[str, int]:
 
 
 def _join(backend: str, rank: int, world: int, url: str) -> None:
-    from ray.train.torch import config
+    with pipelines.importing():
+        from ray.train.torch import config
 
     config._set_torch_distributed_env_vars()
     config._setup_torch_process_group(backend, rank, world, url)
