@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from entprog.models import lora
 from entprog.quality import figures as quality_figures
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
+from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
 from entprog.schedule.prices import Prices
@@ -70,10 +71,9 @@ Cut = Callable[[ClipShape], Latents]
 
 @dataclass(frozen=True)
 class Material:
-    """A task's clips as its networks see them, on the CPU."""
+    """A task's clips as its networks see them, on the study's device."""
 
     train: Cut
-    """On the study's device: batches are cut out of them in every step."""
     search: list[Latents]
     """Batches of held-out clips that a run itself may look at."""
     tune: list[Latents]
@@ -125,7 +125,7 @@ def material(bench: Bench, task: str) -> Material:
     scale, of = bench.scale, TASKS[task]
     dataset = shards.read_dataset(bench.shards("target" if of.target == "rendered" else of.target))
     network = models.family(of.family).load(
-        config.Model(family=of.family, base=bench.base(of.family), vae="none"), "cpu", 0
+        config.Model(family=of.family, base=bench.base(of.family), vae="none"), bench.device, 0
     )
     first, last = scale.search_clips, scale.search_clips + (scale.tune_clips if of.tuned else 0)
     held_out = min(last + scale.test_clips, dataset.clips("held_out"))
@@ -138,13 +138,8 @@ def material(bench: Bench, task: str) -> Material:
         scale.shape
     )
     motions = rendering.motions_of(made, [f"held-out {number}" for number in shown])
-    numbers = np.arange(dataset.clips("train"))
-
-    @cache
-    def train(shape: ClipShape) -> Latents:
-        return at(encoded(network, dataset, "train", numbers, shape), bench.device)
-
-    return Material(train, *parts, motions, dataset)
+    train = partial(encoded, network, dataset, "train", np.arange(dataset.clips("train")))
+    return Material(cache(train), *parts, motions, dataset)
 
 
 def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np.ndarray, shape: ClipShape) -> Latents:
@@ -159,12 +154,6 @@ def encoded(denoiser: Denoiser, dataset: shards.Dataset, split: str, numbers: np
     conditions = {name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions}
     conditions = {name: value.expand(-1, -1, frames, -1, -1) for name, value in conditions.items()}
     return Latents(torch.cat([part.clean for part in parts]), conditions, torch.arange(len(numbers)))
-
-
-def at(of: Latents, device: torch.device) -> Latents:
-    """Clips on a device."""
-    conditions = {name: value.to(device) for name, value in of.conditions.items()}
-    return Latents(of.clean.to(device), conditions, of.position)
 
 
 def rows(of: Latents, numbers: np.ndarray, position: np.ndarray, device: torch.device) -> Latents:
@@ -238,9 +227,9 @@ def _base(bench: Bench, unit: Unit) -> dict[str, Any]:
     family = TASKS[unit.task].family
     wanted = pretraining(bench.scale, family)
     dataset = shards.read_dataset(bench.shards("source"))
-    network = models.family(family).load(wanted.model, "cpu", 0)
+    network = models.family(family).load(wanted.model, bench.device, 0)
     shape, few = bench.scale.shape, min(16, dataset.clips("held_out"))
-    train = at(encoded(network, dataset, "train", np.arange(dataset.clips("train")), shape), bench.device)
+    train = encoded(network, dataset, "train", np.arange(dataset.clips("train")), shape)
     held_out = encoded(network, dataset, "held_out", np.arange(few), shape)
     run = opened(bench, wanted, lambda _: train, _batches(held_out, wanted.data.batch_size), 0)
     curve = [(step.step, step.loss) for step in run.steps]
@@ -299,6 +288,8 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
     tuning = unit.kind == "tune"
     given = {"seed": unit.seed, "rate": rate, "batch": batch, "budget": budget, "tuning": tuning}
     wanted = experiment(scale, unit.task, unit.arm, base=_base_of(bench, unit), **given)
+    for shape in plans.ladder(wanted.schedule, wanted.data.shape, last=False):
+        goods.train(shape)  # kept: the first run at a shape would pay for decoding, alone of all
     began = time.perf_counter()
     cpu = time.process_time()
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)
