@@ -321,6 +321,22 @@ def prepare_latents(*arguments, status=0):
     return result
 
 
+def test_ray_encodes_on_cpus_and_takes_the_same_on_gpus(rows, base, denoiser, tmp_path, local_ray):
+    """Ray Data asks for a number of rows in a batch where GPUs work on it."""
+    import ray
+
+    dataset = real_clips.write(tmp_path / "few", {"train": [rows[:2], rows[2:3]], "held_out": []}, SHAPE)
+    encoding = config.build({"model": {"base": str(base)}}, config.Encoding)
+    (estimate,) = caching.estimates([(dataset, SHAPE)], encoding)
+    work = caching.Work.of(dataset, estimate)
+    caching._encoding(ray, work.left(), encoding, encoders=1, gpus=1)  # as far as it goes where there is none
+    (done,) = caching._encode_all(ray, [work], encoding, encoders=1, gpus=0)
+    done.finish("wan")
+    batch = {**clip_stream.decode(dataset, "train", np.arange(3)), "position": np.arange(3)}
+    due = latents.encode(denoiser, clip_stream.to_clips(batch).resized(SHAPE))
+    assert_same_bits(read(latents.find(dataset, estimate.key), range(3)), due)
+
+
 @pytest.mark.slow
 def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, base, denoiser):
     dataset = fresh(rows, place / "shards")

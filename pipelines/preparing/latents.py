@@ -214,25 +214,8 @@ def _encode_all(ray, works: Sequence[Work], encoding: Encoding, encoders: int, g
     yield from (work for work in works if not open_files[work])
     if not left:
         return
-    rows = [{"number": number} for number in range(len(left))]
-    files = [file for file, _ in left]
-    decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        functools.partial(_decode, files=files), batch_size=None, num_cpus=1
-    )
-    context = decoded.context
-    context.enable_progress_bars = False
-    context.target_max_block_size = None  # a file's clips stay one block
-    # On CPUs an encoder decodes too: what it is given beforehand, another one could have done.
-    where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-    ahead = {} if gpus else {"max_tasks_in_flight_per_actor": 1}
-    encoded = decoded.map_batches(
-        Encode,
-        fn_constructor_args=(encoding, files),
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(encoders, len(rows)), **ahead),
-        **where,
-    )
-    with failures.plainly(), progress.bar(len(rows), "files") as advance:
+    encoded = _encoding(ray, [file for file, _ in left], encoding, encoders, gpus)
+    with failures.plainly(), progress.bar(len(left), "files") as advance:
         for row in encoded.iter_rows():
             file, work = left[row["number"]]
             work.files[file.piece] = latents.Written(file.piece, row["bytes"], row["sha256"])
@@ -242,8 +225,29 @@ def _encode_all(ray, works: Sequence[Work], encoding: Encoding, encoders: int, g
                 yield work
 
 
+def _encoding(ray, files: Sequence[File], encoding: Encoding, encoders: int, gpus: int):
+    """The Dataset of written files. A row is a file with all its clips: what is on GPUs takes a number of rows."""
+    rows = [{"number": number} for number in range(len(files))]
+    decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        functools.partial(_decode, files=files), batch_size=1, num_cpus=1
+    )
+    context = decoded.context
+    context.enable_progress_bars = False
+    context.target_max_block_size = None  # a file's clips stay one block
+    # On CPUs an encoder decodes too: what it is given beforehand, another one could have done.
+    where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    ahead = {} if gpus else {"max_tasks_in_flight_per_actor": 1}
+    return decoded.map_batches(
+        Encode,
+        fn_constructor_args=(encoding, files),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(encoders, len(rows)), **ahead),
+        **where,
+    )
+
+
 def _decode(rows: dict[str, np.ndarray], files: Sequence[File]) -> clip_stream.Arrays:
-    """Operator: a file's clips, decoded."""
+    """Operator: a file's clips, decoded, in one row."""
     (number,) = rows["number"]
     dataset, piece = files[number].dataset, files[number].piece
     before = 0
@@ -252,7 +256,8 @@ def _decode(rows: dict[str, np.ndarray], files: Sequence[File]) -> clip_stream.A
             break
         before += shard.clips
     numbers = before + np.arange(piece.first, piece.stop)
-    return {**clip_stream.decode(dataset, latents.SPLIT, numbers), "number": np.full(piece.clips, number)}
+    clips = clip_stream.decode(dataset, latents.SPLIT, numbers)
+    return {**{name: clips[name][None] for name in clip_stream.COLUMNS}, "number": np.array([number])}
 
 
 class Encode:
@@ -265,7 +270,8 @@ class Encode:
     def __call__(self, batch: clip_stream.Arrays) -> clip_stream.Arrays:
         number = int(batch["number"][0])
         file = self.files[number]
-        rows = encoded(self.denoiser, batch, file.shape, self.device)
+        clips = {name: batch[name][0] for name in clip_stream.COLUMNS}
+        rows = encoded(self.denoiser, clips, file.shape, self.device)
         written = latents.write(file.folder, file.piece, rows, halves=in_halves(self.denoiser))
         return {"number": np.array([number]), "bytes": np.array([written.bytes]), "sha256": np.array([written.sha256])}
 
