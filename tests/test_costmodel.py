@@ -110,6 +110,18 @@ def test_nothing_of_a_measured_network_stays(work, checkpointing):
     assert not any(parameter() is not None for parameter in parameters)
 
 
+def test_counting_a_checkpointed_network_keeps_one_block_of_a_kind(monkeypatch):
+    """What the counter of FLOPs saw stays until it is left: with every block's activations, a network that checkpointing
+    brings onto a GPU would not be there."""
+    tiny, runs = Tiny(checkpointing=True), []
+    kind = type(tiny.found[0].module)
+    assert len(tiny.found) > 2 and all(type(block.module) is kind for block in tiny.found)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+    tiny.count(tiny.names, "exact")
+    assert len(runs) == 2 * len(tiny.found) + 1  # forward, again in the backward, and the one that is looked at
+
+
 def test_measured_seconds_order_plans_as_their_flops_do():
     tiny = Tiny(seconds=True, clips=4)
     model = tiny.model

@@ -108,6 +108,8 @@ class _Checkpointed:
         self.inputs: dict[int, int] = {}
         self.recomputed_bytes = 0
         self.extra_flops = 0
+        self.kinds: set[tuple] = set()
+        """Of blocks that were recomputed once: the counter keeps what it saw until it is left, so not all are."""
         self.hooks = [
             module.register_forward_hook(self.note, with_kwargs=True)
             for module in network.modules()
@@ -119,6 +121,11 @@ class _Checkpointed:
             return  # no graph, nothing kept
         inputs = storages(tensors_in(args, kwargs))
         self.inputs |= inputs
+        tensors = (*tensors_in(args, kwargs), *module.parameters())
+        kind = type(module), *((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
+        if kind in self.kinds:
+            return
+        self.kinds.add(kind)
         before = self.counter.get_total_flops()
         with saving(self.weights | inputs.keys()) as saved:
             kept = own_forward(module)(*args, **kwargs)
