@@ -26,10 +26,11 @@ from benchmarks.gpu_large import large_rows
 from benchmarks.step_cost import Bench, Setting
 from benchmarks.tiny_families import TINY, WAN
 from entprog import config, models
-from entprog.blocks import blocks, fp8
+from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import ClipShape
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
+from entprog.errors import UserError
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -122,6 +123,8 @@ DEEP_WAN = {**FP8_WAN, "num_layers": 6}
 
 def number_rows(device: str, compiled: bool) -> Iterator[Row]:
     """Loss and gradient of a plan of every other block on the device against the CPU's, at equal weights and noise."""
+    if compiled:
+        needs_compiled()
     for name in COMPILED if compiled else TINY:
         for dtype in ("float32", "bfloat16"):
             if name == "svd" and dtype == "bfloat16":
@@ -134,6 +137,8 @@ def fp8_number_rows(device: str, compiled: bool) -> Iterator[Row]:
     """The same of a network whose frozen blocks are in fp8, against one where they are in full precision: not every
     CPU's torch multiplies in fp8."""
     needs_fp8(device)
+    if compiled:
+        needs_compiled()
     yield compared("wan", "fp8", "residual", device, compiled)
 
 
@@ -216,6 +221,8 @@ def step_rows(tokens: int, setting: Setting, device: str) -> Iterator[Row]:
     rows."""
     if setting.fp8:
         needs_fp8(device)
+    if setting.compile:
+        needs_compiled()
     on_gpu = device != "cpu"
     network = step_cost.network_of(30, 12, True) if on_gpu else step_cost.network_of(4, 1, False)
     bench = Bench(step_experiment(network, tokens, device), "scattered", device, (QUARTER,), prepare=rounded)
@@ -227,6 +234,14 @@ def rounded(network: nn.Module) -> None:
     frozen, and plans change quickly."""
     for parameter in network.parameters():
         parameter.data = parameter.data.bfloat16().float()
+
+
+def needs_compiled() -> None:
+    """Raises SkippedError where this torch may not compile what changes its type."""
+    try:
+        check_compiles()
+    except UserError as error:
+        raise SkippedError(str(error)) from None
 
 
 def needs_fp8(device: str) -> None:

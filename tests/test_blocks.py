@@ -11,6 +11,7 @@ from entprog.blocks import (
     Variants,
     blocks,
     bypass,
+    check_compiles,
     compile_blocks,
     execution_order,
     overlooked,
@@ -230,3 +231,15 @@ def test_units_of_another_type_than_their_input_are_looked_at_too():
             network.units[0](torch.ones(1, 4))
 
     assert overlooked(network, run, run) == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.11.0+cu130", False), ("2.6.0", False), ("2.12.1", True), ("3.0", True)]
+)
+def test_a_torch_whose_compiled_code_may_miss_a_weight_s_type_is_refused(monkeypatch, version, fits):
+    monkeypatch.setattr(torch, "__version__", version)
+    if fits:
+        check_compiles()
+    else:
+        with pytest.raises(UserError, match=r"model\.compile_blocks: torch .* install torch 2\.12"):
+            check_compiles()

@@ -111,8 +111,8 @@ def test_nothing_of_a_measured_network_stays(work, checkpointing):
 
 
 def test_counting_a_checkpointed_network_keeps_one_block_of_a_kind(monkeypatch):
-    """What the counter of FLOPs saw stays until it is left: with every block's activations, a network that checkpointing
-    brings onto a GPU would not be there."""
+    """What the counter of FLOPs saw stays until it is left: with the activations of all, a network would not fit that
+    checkpointing makes fit."""
     tiny, runs = Tiny(checkpointing=True), []
     kind = type(tiny.found[0].module)
     assert len(tiny.found) > 2 and all(type(block.module) is kind for block in tiny.found)

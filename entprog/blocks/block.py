@@ -27,6 +27,8 @@ from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
 Kind = Literal["spatial", "temporal", "both"]
+COMPILES = (2, 12)
+"""First torch whose compiled code may be used where frozen weights are stored in another type."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,17 @@ def twin_bytes(module: nn.Module) -> int:
     """What a block's fp8 twin adds to its weights; 0 without one."""
     twin = variants(module).twin
     return 0 if twin is None else fp8.nbytes(twin)
+
+
+def check_compiles() -> None:
+    """Raises UserError where torch runs code that it compiled for weights of another type: until 2.12 it may not look
+    at a weight's type again (pytorch's issue 163064), and what freezes or thaws changes its own."""
+    version = torch.__version__
+    if tuple(map(int, version.split(".")[:2])) < COMPILES:
+        raise UserError(
+            f"model.compile_blocks: torch {version} may run compiled code on weights of another type than it was "
+            f"compiled for; install torch {'.'.join(map(str, COMPILES))} or later, or leave it out"
+        )
 
 
 def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from entprog import config, models
-from entprog.blocks import blocks, fp8
+from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.diffusion.processes import Flow
@@ -26,6 +26,8 @@ def check(experiment: Experiment) -> shards.Dataset:
     data = experiment.data
     if experiment.in_fp8:
         fp8.check_installed()
+    if experiment.model.compile_blocks and experiment.stores_frozen:
+        check_compiles()
     if experiment.train.optimizer == "adamw_8bit":
         eight_bit.check_installed()
     if not data.shards:
