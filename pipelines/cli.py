@@ -97,19 +97,29 @@ def app(help: str) -> typer.Typer:
 
 
 def settings(
-    whole: type[W], preset: str | None, files: Sequence[Path] | None, pairs: Sequence[str] | None, **options: Any
+    whole: type[W],
+    preset: str | None,
+    files: Sequence[Path] | None,
+    pairs: Sequence[str] | None,
+    *,
+    trains: bool = True,
+    **options: Any,
 ) -> W:
     """The settings that a command line asks for: preset < config files < options < --set.
 
     whole: what the job's settings are parts of. Preset and files may describe other jobs too: of them only what `whole`
-    has counts. options: nested settings that the job's own options stand for; None is what was not given.
-    Raises UserError for any wrong name or value.
+    has counts. trains: whether a run's end must be said. options: nested settings that the job's own options stand for;
+    None is what was not given. Raises UserError for any wrong name or value.
     """
     values = config.only(config.read_preset(preset, PRESETS), whole) if preset else {}
     for path in files or []:
         values = config.merge(values, config.only(config.read_yaml(path), whole))
     values = config.merge(values, _without_none(options))
-    return config.build(config.merge(values, config.parse_overrides(pairs or [])), whole)
+    values = config.merge(values, config.parse_overrides(pairs or []))
+    train = values.get("train", {})
+    if not trains and isinstance(train, dict) and not {"steps", "seconds", "flops"} & train.keys():
+        values = config.merge(values, {"train": {"steps": 1}})  # an experiment has an end
+    return config.build(values, whole)
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def main(
             preset,
             config_file,
             set_,
+            trains=False,
             data={"shards": str(shards) if shards else None},
             model={"base": base},
             priority={"until_stable": draws_until_stable},

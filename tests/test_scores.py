@@ -288,3 +288,11 @@ def test_a_table_belongs_to_its_shift(denoiser, found):
         for shift in (1.0, 5.0)
     )
     assert even != shifted
+
+
+@pytest.mark.parametrize("end", [[], ["--set", "train.seconds=9"], ["--set", "train=3"]])
+def test_scoring_asks_for_no_end(end, tmp_path):
+    """It trains nothing; what is wrong is said of what was given."""
+    done = CliRunner().invoke(score.app, ["--shards", str(tmp_path / "none"), *end, "--dry-run"])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and "an end" not in said and ("setting train" if "train=3" in end else "none") in said
