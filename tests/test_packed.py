@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from entprog import blocks, config
 from entprog.blocks import packed, store_frozen, unfreeze
@@ -87,6 +88,20 @@ def test_a_weight_comes_back_near_and_in_so_many_bytes(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_changes_nothing(form, default):
+    torch.manual_seed(0)
+    weight, before = torch.randn(64, 64), torch.get_default_dtype()
+    wanted = packed.pack(weight, form)
+    torch.set_default_dtype(default)
+    try:
+        parts = packed.pack(weight, form)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(parts, wanted, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_zeros_stay_zeros_and_large_weights_finite(form):
     for value in (0.0, 1e30, -1e-30):
         weight = torch.full((2, 64), value)
@@ -135,6 +150,10 @@ def test_every_familys_outputs_and_gradients_are_near_and_the_same_for_both_back
     assert all(all_held(b.module) for b in frozen) and not any(all_held(b.module) for b in found if b not in frozen)
 
 
+def _same(tensor):
+    return tensor
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_blocks_share_their_code_and_compute_the_same(form):
     results, batch = [], latents([0, 1])
@@ -147,7 +166,11 @@ def test_compiled_blocks_share_their_code_and_compute_the_same(form):
             blocks.compile_blocks(found, backend="aot_eager")
         unfreeze(denoiser.network, found, ["blocks.1"], [], "exact", checkpointing=True)
         with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4, fail_on_recompile_limit_hit=True):
-            output = predict(denoiser, batch)
+            saved = []
+            with saved_tensors_hooks(lambda tensor, into=saved: into.append(tuple(tensor.shape)) or tensor, _same):
+                output = predict(denoiser, batch)
+            shapes = {held.shape for held in all_held(denoiser.network)}
+            assert saved and not {*saved} & (shapes | {shape[::-1] for shape in shapes}), "no unpacked weight is kept"
             output.square().mean().backward()
         results.append((output.detach(), *(p.grad for p in found[1].module.parameters())))
     for got, expected in zip(*results, strict=True):
@@ -351,6 +374,8 @@ def test_memory_is_foreseen(form, backward):
         ({"schedule": {"kind": "full"}}, "no block is ever frozen"),
         ({"schedule": {"kind": "entprog"}}, "set train.lora"),
         ({"priority": {"kind": "fisher"}}, "priority.kind=fisher"),
+        ({"model": {"compile_blocks": True}}, "model.gradient_checkpointing=true"),
+        ({"model": {"compile_blocks": True}, "train": {"lora": {"rank": 4}}}, "model.gradient_checkpointing=true"),
     ],
 )
 def test_it_is_refused_in_a_line_where_it_has_no_place(precision, parts, said):

@@ -57,7 +57,7 @@ def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
     over = torch.where(scale == 0, 1, scale).float()
     if form == "fp8":
         return (rows / over).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
-    levels = torch.tensor(LEVELS, device=weight.device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
     codes = torch.bucketize(rows / over, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(torch.bfloat16)
     return (codes[:, 0::2] << 4) | codes[:, 1::2], scale, both.view(torch.int32).squeeze(1)

@@ -214,6 +214,11 @@ class Experiment(Part):
                     f"{setting}: priority.kind={self.priority.kind} needs gradients to all weights, at once on the "
                     "device: set it to cei, or another one"
                 )
+        if precision in PACKED and self.model.compile_blocks and not self.model.gradient_checkpointing:
+            raise ValueError(
+                f"{given[0]} saves nothing under model.compile_blocks, where compiled code keeps unpacked weights for the "
+                "backward pass: set model.gradient_checkpointing=true, or leave model.compile_blocks out"
+            )
         if precision in PACKED and schedule.kind == "entprog" and train.lora is None:
             raise ValueError(
                 f"{given[0]}: a search (schedule.kind=entprog) would compare losses of networks that are rounded "
