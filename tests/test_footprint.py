@@ -1,5 +1,7 @@
 """What a run holds of a device's memory whatever its clips are: foreseen from shapes, held in fact."""
 
+import importlib.util
+
 import pytest
 
 from entprog import config, models
@@ -72,6 +74,18 @@ def test_a_budget_that_cannot_hold_it_says_what_would():
         tight = settings(**config.merge(wide, {"schedule": {"memory_budget_bytes": budget}}))
         line = footprint.advice(tight, source(tight))
         assert (line is None) if said is None else said in line, line
+
+
+def test_where_peft_is_missing_adapters_are_no_proposal(monkeypatch):
+    """And nothing ends for want of what nobody asked for."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+    plain = settings(schedule={"outside": "never"})
+    needed = footprint.largest(plain, source(plain))
+    for budget, said in ((needed - 1, "train.optimizer=adamw_bf16"), (needed // 100, "smaller shares")):
+        tight = settings(schedule={"outside": "never", "memory_budget_bytes": budget})
+        line = footprint.advice(tight, source(tight))
+        assert said in line and "lora" not in line
 
 
 def test_a_card_that_cannot_hold_it_is_as_good_as_a_budget(monkeypatch):

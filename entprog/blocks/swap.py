@@ -84,7 +84,7 @@ class Swap:
             for part in parts[held]:
                 places[held].append((total, part.dtype, tuple(part.shape)))
                 total += -(-part.nbytes // ALIGNED) * ALIGNED
-        host = torch.empty(total, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        host = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
         waiting = Waiting(self, host, places)
         for held in some:
             for mine, part in zip(waiting.on_host(held), parts[held], strict=True):

@@ -1,6 +1,7 @@
 """What plans cost in a run: counted on the network, foreseen by the cost model, in the schedule's clock."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -29,13 +30,16 @@ class Prices:
         experiment: Experiment,
         models: dict[ClipShape, CostModel],
     ):
-        """sample: clips of `data.shape`. models: of the run's state, so that they are measured once."""
+        """sample: clips of `data.shape`. models: of the run's state, so that they are measured once; as many blocks
+        wait in them as the experiment says, which a resume may change."""
         self.denoiser = denoiser
         self.found = list(found)
         self.sample = sample
         self.freeze = freeze
         self.experiment = experiment
         self.models = models
+        for known, model in models.items():
+            models[known] = replace(model, swap_blocks=experiment.model.swap_blocks)
         self.counts: dict[Plan, counting.Cost] = {}
         shape = experiment.data.shape
         self.full = plans.full(plans.eligible(self.found, experiment.schedule.blocks), shape)

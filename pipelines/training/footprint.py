@@ -69,10 +69,10 @@ def advice(experiment: Experiment, source: Source) -> str | None:
             part, _, leaf = name.partition(".")
             over.setdefault(part, {})[leaf] = value
         try:
-            other = config.build(config.merge(values, over))
-        except UserError:  # it does not go with the other settings
+            less = largest(config.build(config.merge(values, over)), source)
+        except UserError:  # it does not go with the other settings, the network, or what is installed
             continue
-        if (less := largest(other, source)) <= budget:
+        if less <= budget:
             words = " and ".join(f"{name}={value or '{}'}" for name, value in new.items())
             return f"{said}: with {words} they would be {written(less)}."
     return f"{said}: smaller shares of the blocks take less."
