@@ -216,7 +216,7 @@ class Experiment(Part):
                 )
         if precision in PACKED and self.model.compile_blocks and not self.model.gradient_checkpointing:
             raise ValueError(
-                f"{given[0]} saves nothing under model.compile_blocks, where compiled code keeps unpacked weights for the "
+                f"{given[0]} saves nothing under model.compile_blocks, whose code keeps unpacked weights for the "
                 "backward pass: set model.gradient_checkpointing=true, or leave model.compile_blocks out"
             )
         if precision in PACKED and schedule.kind == "entprog" and train.lora is None:
