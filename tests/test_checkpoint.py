@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from entprog.errors import UserError
-from entprog.training import checkpoint
+from entprog.training import checkpoint, optimizer
 from helpers import servers
 from helpers.processes import forks, join, leave, run_ranks
 from helpers.runs import Trained
@@ -319,3 +319,19 @@ def test_the_state_is_plain_json(tmp_path):
     values = json.loads((folder / "state.json").read_text())
     assert values["files"] == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}, "nothing to unpickle"
+
+
+def test_moments_are_loaded_to_the_host_and_follow_what_is_trained(tmp_path, monkeypatch):
+    """A device that trains a few blocks at a time never holds the moments of all that ever were."""
+    saved, later, asked = Trained(), Trained(steps=0), {}
+    checkpoint.save(tmp_path, saved.network, saved.state, "id", keep=1)
+    later.network.to("meta")  # a device that is not the host, which torch loads nothing to
+    monkeypatch.setattr(checkpoint.dcp, "load", lambda wanted, **options: asked.update(wanted))
+    checkpoint.load(tmp_path, checkpoint.newest(tmp_path), later.network, later.state, "id")
+    where = {(name.partition("/")[0], tensor.device.type) for name, tensor in asked.items()}
+    assert where == {("network", "meta"), ("ema", "meta"), ("moments", "cpu")}
+    here = later.state.optimizer.state
+    trained, *frozen = here
+    optimizer.follow(later.state.optimizer, [trained], "host")
+    assert here[trained]["exp_avg"].device.type == "meta" and len(frozen) > 6
+    assert {here[parameter]["exp_avg"].device.type for parameter in frozen} == {"cpu"}

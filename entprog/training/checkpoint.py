@@ -202,7 +202,8 @@ def damaged(folder: str | Path) -> list[str]:
 
 
 def load(folder: str | Path, name: str, network: nn.Module, state: RunState, experiment_hash: str) -> None:
-    """Load a checkpoint into the network and the state, on the network's device.
+    """Load a checkpoint into the network and the state, on the network's device; moments of a network that is not
+    sharded on the host, until their blocks are trained (`optimizer.follow`).
 
     Raises UserError if it belongs to another experiment, to another version of this program, or is damaged: a file of
     it is bad. Whatever else is in the way (memory, disk, network) is raised as it is: another try may be luckier.
@@ -349,12 +350,13 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
     weights = network.state_dict()
     wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
     moments: dict[str, dict[str, torch.Tensor]] = {}
+    host = None if fsdp.is_sharded(network) else torch.device("cpu")  # those of all blocks may be many
     ema: dict[str, torch.Tensor] = {}
     for full_name, about in kept.items():
         part, _, rest = full_name.partition("/")
         if part == "moments":
             kind, _, name = rest.partition("/")
-            wanted[full_name] = moments.setdefault(name, {})[kind] = _like(parameters[name], about)
+            wanted[full_name] = moments.setdefault(name, {})[kind] = _like(parameters[name], about, host)
         elif part == "ema":
             wanted[full_name] = ema[rest] = _like(parameters[rest], about)
     if missing := wanted.keys() - kept.keys():
@@ -366,9 +368,9 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
     state.ema = ema
 
 
-def _like(parameter: nn.Parameter, about) -> torch.Tensor:
-    """Room for a tensor that belongs to a parameter: in parts as that is, or a single number."""
-    dtype = about.properties.dtype
+def _like(parameter: nn.Parameter, about, device: torch.device | None = None) -> torch.Tensor:
+    """Room for a tensor that belongs to a parameter: in parts as that is, or a single number. device: None, its own."""
+    dtype, device = about.properties.dtype, device or parameter.device
     if about.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.zeros(about.size, dtype=dtype, device=parameter.device)
+        return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
+    return torch.zeros(about.size, dtype=dtype, device=device)

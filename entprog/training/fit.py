@@ -210,7 +210,7 @@ class _Fit:
 
     def train_step(self) -> Step:
         state = self.state
-        if self.put_in_force(state.plan):  # a resumed run: every moment was loaded to the device
+        if self.put_in_force(state.plan):  # a resumed run has moments where it loaded them
             optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
         update = self.update()
         flops = self.prices.step_flops(state.plan)
