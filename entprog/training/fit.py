@@ -121,6 +121,8 @@ class _Fit:
         """Pace of the last update."""
         self.drift: float | None = None
         """Drift of a new score table that no Step has carried yet."""
+        self.moments: tuple[tuple[Plan, int] | None, int] = None, 0
+        """Bytes of moments on the device, and where they were counted: a plan, and how many have any."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
         self.startup_s = 0.0
         """Until the first batch was there: the same for every schedule and repeated by every resume, so that no budget
@@ -255,6 +257,8 @@ class _Fit:
         memory = int(most)
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
+        if self.moments[0] != (at := (plan, len(state.optimizer.state))):  # they come with a plan's first step
+            self.moments = at, optimizer.state_bytes(state.optimizer, self.device)
         return Step(
             step=state.step,
             stage=state.stage,
@@ -270,7 +274,7 @@ class _Fit:
             clips=self.clips_per_step(plan),
             memory_bytes=state.peak_memory_bytes,
             plan_memory_bytes=memory,
-            optimizer_bytes=optimizer.state_bytes(state.optimizer, self.device),
+            optimizer_bytes=self.moments[1],
             predicted_s=self.prices.step(plan) if model and self.prices.by_seconds else None,
             predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
