@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +18,10 @@ from entprog.blocks.stored import linear_weights
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
-from entprog.models import adapters, lora
+from entprog.models import adapters, fingerprints, lora
 from entprog.training import checkpoint
 from helpers.families import NAMES, load, ordered, predict
-from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
 from pipelines.training import checks, networks, previews
 
@@ -297,7 +298,7 @@ def test_what_is_saved_is_the_base_in_full_with_the_adapters_merged(form, tmp_pa
     run = Run(experiment)
     list(run.steps())
     networks.leave_adapter(run.denoiser, experiment, tmp_path / "adapter")
-    merged = networks.merged(run.denoiser, experiment).network
+    merged = networks.merged(run.denoiser, experiment, fingerprints.base(experiment.model)).network
     base = tiny_denoiser(experiment).network
     adapters.merge(adapters.read(str(tmp_path / "adapter"), "model.adapter"), base, "model.adapter")
     there, here = base.state_dict(), merged.state_dict()
@@ -305,6 +306,26 @@ def test_what_is_saved_is_the_base_in_full_with_the_adapters_merged(form, tmp_pa
     for name in there:
         torch.testing.assert_close(here[name], there[name], rtol=1e-5, atol=1e-6)
     assert all_held(run.denoiser.network), "samples are drawn by the network as it was trained"
+
+
+@pytest.mark.parametrize("change", ["other weights", "another shape", "gone"])
+def test_adapters_are_not_merged_into_a_base_that_changed_meanwhile(change, tmp_path):
+    first = tiny_denoiser(lora_settings("nf4"))
+    first.save(tmp_path / "base", shape=SHAPE)
+    experiment = lora_settings("nf4", model={"base": str(tmp_path / "base"), "init": {}})
+    weights = fingerprints.base(experiment.model)
+    trained = networks.load(experiment, torch.device("cpu"))
+    assert networks.merged(trained, experiment, weights).network.blocks
+    if change == "gone":
+        shutil.rmtree(tmp_path / "base")
+    else:
+        sizes = {**TINY, "ffn_dim": 128} if change == "another shape" else TINY
+        tiny_denoiser(lora_settings("nf4", model={"init": sizes}), seed=1).save(tmp_path / "base", shape=SHAPE)
+    networks.leave_adapter(trained, experiment, tmp_path / "adapter")
+    assert adapters.read(str(tmp_path / "adapter"), "it").pairs
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "base"))) as error:
+        networks.merged(trained, experiment, weights)
+    assert "\n" not in str(error.value) and (change == "gone" or "adapter merge" in str(error.value))
 
 
 def test_whole_weights_that_an_adapter_brought_stay_in_its_folder(tmp_path):
@@ -322,7 +343,8 @@ def test_whole_weights_that_an_adapter_brought_stay_in_its_folder(tmp_path):
     denoiser = networks.load(again, torch.device("cpu"))
     networks.leave_adapter(denoiser, again, tmp_path / "adapter")
     kept = adapters.read(str(tmp_path / "adapter"), "it").outside
-    merged = networks.merged(denoiser, again).network.get_parameter("blocks.1.ffn.net.2.weight")
+    whole = networks.merged(denoiser, again, fingerprints.base(again.model)).network
+    merged = whole.get_parameter("blocks.1.ffn.net.2.weight")
     for name, tensor in brought.items():
         assert torch.equal(kept[name], tensor) and torch.equal(merged, tensor)
 

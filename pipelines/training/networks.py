@@ -12,7 +12,8 @@ from entprog.blocks import blocks, let_wait, store_frozen
 from entprog.config import Experiment
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
-from entprog.models import adapters, lora
+from entprog.errors import UserError
+from entprog.models import adapters, fingerprints, lora
 from entprog.models.finite import not_finite
 from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
@@ -66,11 +67,19 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
     return replace(denoiser, network=plain.network)  # the text is not the base's
 
 
-def merged(denoiser: Denoiser, experiment: Experiment) -> Denoiser:
+def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser:
     """The denoiser with its adapters merged into its weights; where the device holds those packed, into the base's own,
-    which are read again, on the host."""
+    which are read again, on the host.
+
+    weights: `fingerprints.base` of what the training started from. Raises UserError if that is no longer there.
+    """
     network = denoiser.network
     if experiment.frozen_form != "bfloat16":
+        if fingerprints.base(experiment.model) != weights:
+            raise UserError(
+                f"model.base: {experiment.model.base} changed while it was trained, so no model is saved: merge the "
+                "adapter that was (adapter/ in the output) into the weights it was trained on, with `adapter merge`"
+            )
         plain = _loaded(experiment, "cpu", lambda network: _adapt(network, experiment)).network
         plain.load_state_dict(network.state_dict(), strict=False)  # all but what is packed
         network = plain

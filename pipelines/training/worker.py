@@ -267,7 +267,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
             networks.leave_adapter(denoiser, experiment, output / "adapter")
-            denoiser = networks.merged(denoiser, experiment)
+            denoiser = networks.merged(denoiser, experiment, settings["weights"])
         shift = _sampling_shift(setup)
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, parts=experiment.train.save)
         _leave_samples(setup, output / "samples", shift)
