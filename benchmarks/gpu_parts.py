@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cei_cost, common, gpu_large, step_cost
 from benchmarks.gpu_common import QUARTER, REPEATS, Row, SkippedError, step_experiment
@@ -119,6 +120,10 @@ FP8_WAN = {**WAN, "attention_head_dim": 16}
 """Sizes that fp8 kernels take."""
 DEEP_WAN = {**FP8_WAN, "num_layers": 6}
 """So deep that some blocks can wait."""
+WIDE_LAYERS = {"attention_head_dim": 128, "ffn_dim": 8192}
+"""A block's copy, of 130 MB in bfloat16, takes longer than its few tokens."""
+PASSES = 3
+"""The first two learn which block comes after which."""
 
 
 def number_rows(device: str, compiled: bool) -> Iterator[Row]:
@@ -143,11 +148,33 @@ def fp8_number_rows(device: str, compiled: bool) -> Iterator[Row]:
 
 
 def elsewhere_number_rows(device: str) -> Iterator[Row]:
-    """The same of adapters in every block of a network whose own weights are packed, or wait on the host."""
+    """The same of adapters in every block of a network whose own weights are packed, or wait on the host; the latter
+    also against a network of which none wait."""
     if importlib.util.find_spec("peft") is None:
         raise SkippedError("peft is not installed")
     for how in ELSEWHERE:
         yield compared("wan", how, "exact", device, compiled=False)
+    for how, changes in ELSEWHERE.items():
+        if "swap_blocks" in changes.get("model", {}):
+            yield overlapped(how, device)
+
+
+def overlapped(how: str, device: str) -> Row:
+    """Whether blocks that wait give the bits of blocks that do not, on the same device, once their order is known and
+    each is copied while the one before it runs. Layers are so large on a GPU that a copy outlasts a block."""
+    large = {} if device == "cpu" else {"model": {"init": {"num_attention_heads": 16, **WIDE_LAYERS}}}
+    ways = (large, config.merge(large, {"model": {"swap_blocks": 0}}))
+    with sdpa_kernel(SDPBackend.MATH):  # others add up a gradient in any order
+        (loss, gradient), (loss_there, gradient_there) = (
+            loss_and_gradient("wan", how, "exact", device, compiled=False, changes=way, passes=PASSES) for way in ways
+        )
+    differences = {
+        "loss_difference": abs(loss / loss_there - 1),
+        "gradient_difference": float((gradient - gradient_there).abs().max()),
+    }
+    equal = loss == loss_there and torch.equal(gradient, gradient_there) and bool(gradient.isfinite().all())
+    row = {"family": "wan", "dtype": f"{how}, against none", "backward": "exact", "compiled": False, "tolerance": 0.0}
+    return row | differences | {"equal": equal, "note": ""}
 
 
 def has_fp8(device: str) -> bool:
@@ -179,9 +206,19 @@ def compared(name: str, dtype: str, backward: config.Backward, device: str, comp
 
 
 def loss_and_gradient(
-    name: str, dtype: str, backward: config.Backward, device: str, compiled: bool, in_fp8: bool = False
+    name: str,
+    dtype: str,
+    backward: config.Backward,
+    device: str,
+    compiled: bool,
+    in_fp8: bool = False,
+    changes: Row | None = None,
+    passes: int = 1,
 ) -> tuple[float, torch.Tensor]:
-    """Loss, and the gradient of all that is trained [parameters], in float32 on the host."""
+    """Loss, and the gradient of all that is trained [parameters], in float32 on the host: the last of so many passes.
+
+    changes: settings over those that are meant by the names.
+    """
     init = FP8_WAN if dtype == "fp8" else DEEP_WAN if dtype in ELSEWHERE else TINY[name]["init"]
     model = {"family": TINY[name]["family"], "init": init, "vae": "none", "compile_blocks": compiled}
     values = {
@@ -190,7 +227,7 @@ def loss_and_gradient(
         "train": {"steps": 1, "lora": {"rank": 4} if dtype in ELSEWHERE else None},
         "schedule": {"backward": backward, "frozen_precision": "fp8" if in_fp8 else "auto"},
     }
-    experiment = config.build(config.merge(values, ELSEWHERE.get(dtype, {})))
+    experiment = config.build(config.merge(config.merge(values, ELSEWHERE.get(dtype, {})), changes or {}))
 
     def prepare(network: nn.Module) -> None:
         if experiment.train.lora:
@@ -207,8 +244,10 @@ def loss_and_gradient(
     freeze.put(Plan(trainable=tuple(b.name for b in found[::2]), backward=backward, shape=experiment.data.shape))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         noisy, target = denoiser.process.pair(batch.clean, noise, t)
-        loss = objectives.loss(denoiser.predict(noisy, t, batch.conditions), target).mean()
-        loss.backward()
+        for _ in range(passes):
+            denoiser.network.zero_grad(set_to_none=True)
+            loss = objectives.loss(denoiser.predict(noisy, t, batch.conditions), target).mean()
+            loss.backward()
     parts = [p.grad.flatten() for p in freeze.trained if p.grad is not None]
     return loss.item(), torch.cat(parts).float().cpu()
 

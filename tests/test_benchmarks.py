@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks import bases, checkpointing, common, gpu_check, gpu_parts, memory, scaling, step_cost, stream
 from entprog import config
+from entprog.blocks import swap
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
 RATIOS = ["speedup", "speedup_limit", "flops_ratio", "memory_ratio"]
@@ -314,6 +315,23 @@ def test_gpu_check_parts_name_the_package_that_they_lack(monkeypatch, lacking):
     for name in fp8 if lacking == "torchao" else ["train"]:
         with pytest.raises(gpu_parts.SkippedError, match=f"{lacking} is not installed"):
             next(iter(known[name].rows()))
+
+
+def test_gpu_check_lets_blocks_be_copied_ahead_and_compares_bits(monkeypatch):
+    swaps = []
+
+    class Noted(swap.Swap):
+        def wait(self, some):
+            swaps.append(self)
+            return super().wait(some)
+
+    monkeypatch.setattr("entprog.blocks.block.Swap", Noted)
+    rows = [gpu_parts.overlapped(how, "cpu") for how in gpu_parts.ELSEWHERE if "wait" in how]
+    assert len(rows) == 2 and all(row["equal"] and row["gradient_difference"] == 0 for row in rows)
+    copies = [each.fetched_bytes / each.waiting[0].host.nbytes for each in swaps]
+    assert swaps and all(0 < each.late <= copied / 2 for each, copied in zip(swaps, copies, strict=True))
+    monkeypatch.setattr(torch, "equal", lambda *given: False)
+    assert not gpu_parts.overlapped("nf4, blocks wait", "cpu")["equal"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: illegal access"), NotImplementedError("no kernel")])
