@@ -118,6 +118,11 @@ def test_what_is_foreseen_of_packed_and_waiting_blocks_is_held(precision, adapte
     copied = swap_of(found).fetched_bytes
     assert foreseen.copied == 2 * waiting_bytes(network) and copied <= foreseen.copied + 2 * padded
     assert footprint.copying(experiment, source(experiment))
+    bare = settings(model={"swap_blocks": 3}, train={"lora": adapters, "gpus": "no"}, schedule=schedule)
+    (unpinned,) = footprint.stages(bare, source(bare))
+    sizes = [sum(held.nbytes for held in waiting.places) for waiting in swap_of(found).waiting]
+    rounded = sum(next(2**n for n in range(40) if 2**n >= size) for size in sizes)
+    assert foreseen.host - unpinned.host == rounded - sum(sizes)
     masters = [m for b in found for m in variants(b.module).stored.masters.values() if m is not None]
     assert sum(m.nbytes for m in masters) + waiting_bytes(network) <= foreseen.host
 

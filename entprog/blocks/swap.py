@@ -172,6 +172,11 @@ def spread(names: Sequence[str], number: int) -> set[str]:
     return {names[(2 * i + 1) * len(names) // (2 * number)] for i in range(number)} if number else set()
 
 
+def pinned_bytes(size: int) -> int:
+    """What the host holds for pinned memory of a size: torch takes the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def rooms_bytes(sizes: Sequence[int]) -> int:
     """What the device holds of blocks of these sizes that wait: two of the largest."""
     return min(2, len(sizes)) * max(sizes, default=0)

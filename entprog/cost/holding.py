@@ -9,7 +9,7 @@ from entprog import optimizers
 from entprog.blocks import Block, packed, trainable, who_waits
 from entprog.blocks.packed import Form
 from entprog.blocks.stored import HALF, is_adapted, layer_weights, linear_weights
-from entprog.blocks.swap import rooms_bytes
+from entprog.blocks.swap import pinned_bytes, rooms_bytes
 from entprog.config import Experiment
 
 
@@ -21,7 +21,8 @@ class Held:
     gradients: int
     moments: int
     host: int
-    """Full weights of frozen layers, at most (where rounding changed them), and weights that wait."""
+    """Full weights of frozen layers, at most (where rounding changed them), and weights that wait, in pinned memory
+    unless `train.gpus` is no."""
     copied: int = 0
     """Weights that are copied to the device in a forward and backward pass, at most."""
 
@@ -58,7 +59,7 @@ def held(
         weights=-(-(whole - spared - sum(waiting) + rooms_bytes(waiting)) // shares),
         gradients=-(-gradients // shares),
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
-        host=host + sum(waiting),
+        host=host + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),
         copied=sum(waiting) * (2 if crossed else 1),
     )
 
