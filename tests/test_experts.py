@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from entprog.blocks import blocks, packed_bytes, store_frozen
+from entprog.blocks import blocks, let_wait, packed_bytes, room_bytes, store_frozen, waiting_bytes
 from entprog.config import ClipShape, Generate, Lora, Model
 from entprog.data import shards
 from entprog.diffusion import sampling
@@ -91,6 +91,21 @@ def test_the_other_one_is_packed_where_the_trained_one_is(base, form):
     near, exact = sampled(small), sampled(half)
     assert near.isfinite().all() and 0 < (near - exact).norm() < 0.3 * exact.norm()
     assert packed_bytes(network) == packed_bytes(small.network) > 0, "they took turns"
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "nf4"])
+def test_blocks_of_the_other_one_wait_where_the_trained_ones_do(base, form):
+    seen = []
+    for number in (0, 2):
+        half = two(base, "high", dtype="bfloat16")
+        found = blocks(half.network)
+        store_frozen(found, form)
+        let_wait(found, number, half.device)
+        seen.append([sampled(half), sampled(half)])
+        other = half.expert.other(half).network
+        assert waiting_bytes(other) == waiting_bytes(half.network) and bool(waiting_bytes(other)) == bool(number)
+        assert room_bytes(other) == room_bytes(half.network)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), "the same bits"
 
 
 @pytest.mark.parametrize("fault", ["memory", "disk"])

@@ -30,16 +30,24 @@ ADAPTER = ".lora_"
 
 
 @torch.no_grad()
-def keep_rounded(module: nn.Module, form: Form = "bfloat16", device: torch.device | None = None) -> None:
+def keep_rounded(
+    module: nn.Module, form: Form = "bfloat16", device: torch.device | None = None, swap: Swap | None = None
+) -> None:
     """Hold a block that is never trained or saved in bfloat16 where autocast rounds it anyway, its linear layers'
-    weights in a form; their float32 bits go. device: which packs, None: where they are."""
+    weights in a form; their float32 bits go. device: which packs, None: where they are. swap: lets linear layers'
+    weights wait on the host; None: they do not."""
+    some = []
     for name, parameter in list(layer_weights(module)):
         layer = _linear(module, name)
         if form != "bfloat16" and layer and packed.fits(parameter.shape, form):
             parts = packed.pack(parameter.data.to(device or parameter.device), form)
-            Held(layer, [part.to(parameter.device) for part in parts], form)
+            some.append(Held(layer, [part.to(parameter.device) for part in parts], form))
+        elif layer and swap:
+            some.append(Held(layer, packed.pack(parameter.data, "bfloat16"), "bfloat16"))
         else:
             parameter.data = parameter.data.to(HALF)
+    if swap and some:
+        swap.wait(some)
 
 
 @dataclass

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from entprog import config
-from entprog.blocks import HALF, blocks, form_of, keep_rounded
+from entprog.blocks import HALF, blocks, form_of, keep_rounded, swap_of
+from entprog.blocks.swap import Swap, spread
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.models import folders, inputs, whole
@@ -50,16 +51,15 @@ class Expert:
 
     def other(self, denoiser: "VideoDenoiser") -> "VideoDenoiser":
         """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them,
-        or as frozen blocks of the one that is trained are. It is saved from its folder."""
+        or as frozen blocks of the one that is trained are; as many of them wait on the host. It is saved from its
+        folder."""
         if not self.loaded:
             network = folders.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
                 inputs.widen(network, denoiser.INPUT, self.splits)
             network.requires_grad_(False).eval()
             if denoiser.autocast == HALF:
-                form = form_of(blocks(denoiser.network))
-                for block in blocks(network):
-                    keep_rounded(block.module, form, denoiser.device)
+                _hold(network, denoiser)
             self.loaded["network"] = network
         return replace(denoiser, network=self.loaded["network"], conditions=self.conditions, expert=None)
 
@@ -73,6 +73,16 @@ class Expert:
         own = {"conditions": denoiser.conditions, "input_channels": denoiser.input_channels}
         other = {"conditions": self.conditions, "input_channels": self.splits}
         return {self.name: own, OTHER[self.name]: other}
+
+
+def _hold(network: nn.Module, as_in: "VideoDenoiser") -> None:
+    """Hold a network that is never trained as frozen blocks of one that is are held."""
+    trained, found = blocks(as_in.network), blocks(network)
+    own = swap_of(trained)
+    swap = Swap(own.device) if own else None
+    waiting = spread([block.name for block in found], len(own.waiting)) if own else ()
+    for block in found:
+        keep_rounded(block.module, form_of(trained), as_in.device, swap if block.name in waiting else None)
 
 
 @contextmanager
