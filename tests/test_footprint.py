@@ -53,6 +53,28 @@ def test_what_is_foreseen_is_held(kind, precision, adapters):
         adamw.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("adapters", [None, {"rank": 4}])
+def test_averages_of_all_that_was_trained_are_foreseen(adapters):
+    """They stay where they are while other blocks are trained."""
+    schedule = {"outside": "conditions", "table": [{"until": 0.5, "share": 0.34, "choose": "random"}, {"until": 1}]}
+    experiment = settings(train={"ema_decay": 0.9, "lora": adapters}, schedule=schedule)
+    denoiser = tiny_denoiser(experiment)
+    if adapters:
+        lora.add(denoiser.network, blocks(denoiser.network), experiment.train.lora, 0)
+    found, averaged = blocks(denoiser.network), {}
+    freeze, names = Freeze(denoiser, found, experiment), [block.name for block in found]
+    stages = footprint.stages(experiment, source(experiment))
+    for chosen in (names[:2], names[2:4], names[4:]):
+        freeze.put(of_set(chosen, names, "exact", SHAPE))
+        optimizer.update_ema(averaged, denoiser.network, 0.9)
+    held = sum(tensor.nbytes for tensor in averaged.values())
+    assert [stage.averages for stage in stages] == [held] * 2 and held > stages[0].gradients
+    plain = footprint.stages(settings(train={"lora": adapters}, schedule=schedule), source(experiment))
+    assert [a.device - b.device for a, b in zip(stages, plain, strict=True)] == [held] * 2
+    tight = config.build(config.merge(experiment.model_dump(), {"schedule": {"memory_budget_bytes": plain[1].device}}))
+    assert "moments and averages alone" in footprint.advice(tight, source(tight))
+
+
 def test_a_budget_that_cannot_hold_it_says_what_would():
     wide = {"model": {"init": {**TINY, "attention_head_dim": 128, "ffn_dim": 1024}}, "schedule": {"outside": "never"}}
     plain = settings(**wide)

@@ -1,4 +1,5 @@
-"""What a device holds under a plan whatever the clips are, counted on shapes alone: weights, gradients, moments."""
+"""What a device holds under a plan whatever the clips are, counted on shapes alone: weights, gradients, moments,
+averages."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class Held:
     unless `train.gpus` is no."""
     copied: int = 0
     """Weights that are copied to the device in a forward and backward pass, at most."""
+    averages: int = 0
+    """Averaged weights (`train.ema_decay`) of all that was ever trained, at most."""
 
     @property
     def device(self) -> int:
-        return self.weights + self.gradients + self.moments
+        return self.weights + self.gradients + self.moments + self.averages
 
 
 def held(
@@ -37,9 +40,10 @@ def held(
     trained: Collection[str],
     outside: Iterable[nn.Parameter],
     experiment: Experiment,
+    ever: Collection[str] = (),
 ) -> Held:
     """What a plan that trains the named blocks and `outside` holds. network: may be on the meta device; what it trains
-    at present does not matter."""
+    at present does not matter. ever: blocks that may have been trained before."""
     parameters, stored = set(outside), experiment.stores_frozen
     spared, host, movable = 0, 0, {}
     for block in found:
@@ -52,6 +56,8 @@ def held(
         movable[block.name] = sum(size for size, is_matrix in sizes.values() if is_matrix)
     waiting = [movable[name] for name in who_waits(found, trained, experiment.model.swap_blocks)]
     gradients = 4 * sum(p.numel() for p in parameters)
+    before = {p for block in found if block.name in ever for p in trainable(block.module)}
+    averages = 4 * sum(p.numel() for p in parameters | before) if experiment.train.ema_decay else 0
     whole = 4 * sum(p.numel() for p in network.parameters())
     shares = experiment.train.workers if experiment.train.parallel == "fsdp" else 1
     crossed = "exact" in experiment.schedule.backwards or any(is_adapted(block.module) for block in found)
@@ -61,6 +67,7 @@ def held(
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
         host=host + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),
         copied=sum(waiting) * (2 if crossed else 1),
+        averages=-(-averages // shares),
     )
 
 

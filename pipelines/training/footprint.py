@@ -18,7 +18,7 @@ from entprog.models.sources import Source
 from entprog.schedule import plans
 from entprog.schedule.freezing import outside
 
-COLUMNS = ("stage", "weights", "gradients", "moments", "together", "on the host, at most")
+COLUMNS = ("stage", "weights", "gradients", "moments", "averages", "together", "on the host, at most")
 WAITING = 0.75
 """Share of the blocks that are proposed to wait on the host."""
 
@@ -44,7 +44,7 @@ def smaller(blocks: int) -> list[dict[str, Any]]:
 
 def rows(experiment: Experiment, source: Source) -> list[tuple[str, ...]]:
     """A line of COLUMNS for each stage, of one device. On the host lie float32 weights of frozen layers."""
-    sizes = ("weights", "gradients", "moments", "device", "host")
+    sizes = ("weights", "gradients", "moments", "averages", "device", "host")
     return [
         (str(number), *(written(getattr(stage, size)) for size in sizes))
         for number, stage in enumerate(stages(experiment, source), 1)
@@ -52,14 +52,17 @@ def rows(experiment: Experiment, source: Source) -> list[tuple[str, ...]]:
 
 
 def advice(experiment: Experiment, source: Source) -> str | None:
-    """What to set where the budget, or without one this machine's GPU, does not even hold weights, gradients and
-    moments; None where it does."""
+    """What to set where the budget, or without one this machine's GPU, does not even hold weights, gradients,
+    moments and averages; None where it does."""
     budget, whose = experiment.schedule.memory_budget_bytes, "schedule.memory_budget_bytes is"
     if budget is None:
         budget, whose = card_bytes() if experiment.train.gpus != "no" else None, "this machine's GPU has"
     if budget is None or (needed := largest(experiment, source)) <= budget:
         return None
-    said = f"{whose} {written(budget)}, weights, gradients and moments alone are up to {written(needed)}"
+    parts = (
+        "weights, gradients, moments and averages" if experiment.train.ema_decay else "weights, gradients and moments"
+    )
+    said = f"{whose} {written(budget)}, {parts} alone are up to {written(needed)}"
     values, given = experiment.model_dump(), config.settings(experiment)
     for change in smaller(len(blocks(source.network))):
         kept = {"train.lora"} if experiment.train.lora else set()
@@ -103,7 +106,7 @@ def stages(experiment: Experiment, source: Source) -> list[Held]:
     names = sorted(plans.eligible(found, experiment.schedule.blocks), key=lambda name: -sizes[name])
     free = outside(source, experiment)
     return [
-        held(network, found, names[: most(experiment, row, len(names))], free, experiment)
+        held(network, found, names[: most(experiment, row, len(names))], free, experiment, ever=names)
         for row in plans.rows(experiment.schedule)
     ]
 
