@@ -140,3 +140,42 @@ def test_nothing_in_common_is_an_error():
     for a, b in ((driving, own * [1, 1, 0]), (driving * [1, 1, 0], own), (driving * np.nan, own)):
         with pytest.raises(ValueError, match="no limb is visible in both"):
             retarget.retarget(a.astype(np.float32), b.astype(np.float32), HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("points", [33, 133])
+@pytest.mark.parametrize("lost", [[7], [8, 7], [13], [5], [11], [9], [0], [12, 14]])
+def test_what_hangs_on_a_joint_that_is_not_known_moves_on(lost, points):
+    driving, own = posed(sizes(1), *motion(1)), posed(sizes(2), *motion(2, 1))[0]
+    due = retarget.retarget(wholebody.laid_out(driving, points), own, HEIGHT, WIDTH)
+    driving[3, lost] = np.nan, np.nan, 0
+    found = retarget.retarget(wholebody.laid_out(driving, points), own, HEIGHT, WIDTH)
+    assert np.array_equal(np.isnan(wholebody.whole(found)[3, :17, 0]), np.isin(np.arange(17), lost))
+    others = [frame for frame in range(7) if frame != 3]
+    np.testing.assert_allclose(found[others], due[others], atol=0.35)  # the longest lengths may be that frame's
+    if points == 133:
+        assert np.isnan(found[3, :, 0]).sum() == len(lost), "faces, hands and feet too"
+
+
+@pytest.mark.parametrize("lost", [[11, 12], [11], [11, 12, 5], [11, 12, 13, 14, 15, 16]])
+def test_a_motion_without_hips_begins_with_the_neck_or_the_nose(lost):
+    driving, own = posed(sizes(1), *motion(1)), posed(sizes(2), *motion(2, 1))[0]
+    driving[:, lost] = np.nan, np.nan, 0
+    found = retarget.retarget(driving, own, HEIGHT, WIDTH)
+    assert np.isnan(found[..., 0]).any(0).sum() == len(lost), "nothing else is lost"
+    begin = [0] if 5 in lost else [5, 6]
+    np.testing.assert_allclose(found[0, begin, :2].mean(0), own[begin, :2].mean(0), atol=1e-5)
+    body = retarget.ratios(driving, own, HEIGHT, WIDTH)["body"]
+    moved, before = (pose[:, begin, :2].mean(1) * (WIDTH, HEIGHT) for pose in (found, driving))
+    np.testing.assert_allclose(moved - moved[0], body * (before - before[0]), atol=0.02)
+
+
+def test_hips_that_are_lost_in_some_frames_make_no_leap():
+    """Of a still person the frames without hips are as the others."""
+    angles, root = motion(1)
+    driving = posed(sizes(1), np.repeat(angles[:1], 7, 0), np.repeat(root[:1], 7, 0))
+    own = posed(sizes(2), *motion(2, 1))[0]
+    due = retarget.retarget(driving, own, HEIGHT, WIDTH)
+    driving[[0, 3, 4], 11:13] = np.nan, np.nan, 0
+    found = retarget.retarget(driving, own, HEIGHT, WIDTH)
+    upper = [0, 5, 6, 7, 8, 9, 10]
+    np.testing.assert_allclose(found[:, upper], due[:, upper], atol=1e-5)

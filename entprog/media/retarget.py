@@ -17,6 +17,8 @@ LONGEST = 0.95
 # Joints beyond COCO-WholeBody's points: the middles of hips and of shoulders.
 _ROOT, _NECK = wholebody.POINTS, wholebody.POINTS + 1
 _MIDDLES = {_ROOT: (11, 12), _NECK: (5, 6)}
+_ROOTS = (_ROOT, _NECK, 0)
+"""Where a motion begins: at the first of them that is known."""
 LIMBS = {
     "torso": ((_ROOT, _NECK),),
     "head": ((_NECK, 0),),
@@ -28,6 +30,8 @@ LIMBS = {
     "shins": ((13, 15), (14, 16)),
 }
 """Limbs (from, to), left before right, from the root outward: each begins where another one ends."""
+_BEFORE = {end: (name, start) for name, limbs in LIMBS.items() for start, end in limbs}
+"""The limb that ends at a joint, and the joint that it begins at."""
 _FACE = (1, 2, 3, 4, *range(wholebody.FACE.start, wholebody.FACE.stop))
 _LEFT_HAND, _RIGHT_HAND = (tuple(range(p.start, p.stop)) for p in (wholebody.LEFT_HAND, wholebody.RIGHT_HAND))
 SHAPES = {
@@ -45,7 +49,8 @@ def retarget(driving: np.ndarray, own: np.ndarray, height: int, width: int) -> n
 
     Every limb keeps its angle, in pixels, and its length is multiplied by the ratio of the two persons' (`ratios`).
     The middle of the hips moves as driving's does, by the ratio of the whole body, from where it is in `own`; where the
-    hips are not visible there, the shoulders or the nose begin in their place. NaN stays NaN, visibility as it is.
+    hips are not visible there, the shoulders or the nose begin in their place. NaN stays NaN, visibility as it is; what
+    hangs on a joint that is NaN hangs on the nearest one before it that is not.
 
     Raises ValueError if the two have no visible limb in common.
     """
@@ -78,23 +83,54 @@ def ratios(driving: np.ndarray, own: np.ndarray, height: int, width: int) -> dic
 
 def _retargeted(driving: np.ndarray, own: np.ndarray, height: int, width: int, by: dict[str, float]) -> np.ndarray:
     before, ours = _pixels(driving, height, width), _pixels(own[None], height, width, visible=True)[0]
-    after = np.full_like(before, np.nan)
-    after[:, _ROOT] = by["body"] * before[:, _ROOT]
-    for name, limbs in LIMBS.items():
-        for start, end in limbs:
-            after[:, end] = after[:, start] + by[name] * (before[:, end] - before[:, start])
-    for name, (parts, _) in SHAPES.items():
-        for joint, points in parts:
-            places = list(points)
-            after[:, places] = after[:, [joint]] + by[name] * (before[:, places] - before[:, [joint]])
-    anchor = next((joint for joint in (_ROOT, _NECK, 0) if np.isfinite(ours[joint]).all()), None)
-    if anchor is None:  # some limb is visible: begin with the middle of what is
-        anchor = [place for place in range(wholebody.POINTS) if np.isfinite(ours[place]).all()]
-    first = np.flatnonzero(np.isfinite(after[:, anchor]).reshape(len(after), -1).all(1))[:1]
-    after += (ours[anchor] - after[first[0], anchor]).reshape(-1, 2).mean(0) if len(first) else 0
+    after = _placed(before, by)
+    shown = np.isfinite(ours).all(-1) & np.isfinite(after).all(-1)  # [frames, joints]
+    # Where none of the three is known, it begins with the middle of what is.
+    places = next(([joint] for joint in _ROOTS if shown[:, joint].any()), range(wholebody.POINTS))
+    for first in np.flatnonzero(shown[:, list(places)].any(1))[:1]:
+        places = [place for place in places if shown[first, place]]
+        after += (ours[places] - after[first, places]).mean(0)
     out = np.array(wholebody.whole(driving), np.float64)
     out[..., :2] = after[:, : wholebody.POINTS] / (width, height)
     return wholebody.laid_out(out, driving.shape[1]).astype(np.float32)
+
+
+def _placed(before: np.ndarray, by: dict[str, float]) -> np.ndarray:
+    """Joints and points [F, 133 + middles, 2] of limbs times their ratios, out of those `before`, in pixels.
+
+    The hips are where they were, times the body's ratio; in frames without them the neck is, without that the nose, at
+    the distance that it has from there in frames that have both.
+    """
+    after = np.full_like(before, np.nan)
+    for joint in _ROOTS:
+        due = by["body"] * before[:, joint]
+        both = np.isfinite(after[:, joint]).all(-1)
+        away = (after[both, joint] - due[both]).mean(0) if both.any() else 0
+        after[:, joint] = np.where(both[:, None], after[:, joint], due + away)
+        for name, limbs in LIMBS.items():
+            for start, end in limbs:
+                _hang(after, before, [end], start, name, by)
+    for name, (parts, _) in SHAPES.items():
+        for joint, points in parts:
+            _hang(after, before, list(points), joint, name, by)
+    return after
+
+
+def _hang(
+    after: np.ndarray, before: np.ndarray, points: list[int], joint: int, name: str, by: dict[str, float]
+) -> None:
+    """Put points that have no place yet at their joint, or where that is NaN at the nearest one before it that is not,
+    at the mean ratio of the limbs between."""
+    between, chain = [by[name]], [joint]
+    while chain[-1] in _BEFORE:
+        chain.append(_BEFORE[chain[-1]][1])
+    for at in (*chain, *_ROOTS):
+        if at not in points:
+            there = np.isfinite(after[:, [at]]).all(-1) & ~np.isfinite(after[:, points]).all(-1)
+            placed = after[:, [at]] + np.mean(between) * (before[:, points] - before[:, [at]])
+            after[:, points] = np.where(there[..., None], placed, after[:, points])
+        if at in _BEFORE:
+            between.append(by[_BEFORE[at][0]])
 
 
 def _pixels(pose: np.ndarray, height: int, width: int, *, visible: bool = False) -> np.ndarray:
