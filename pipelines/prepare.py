@@ -236,21 +236,26 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
             for file, record in records.items():
                 if record is not None:
                     tally.count(file, record["ledger"][0]["reason"])
-            if not all(row["poses"] for row in left):
+            if needs_estimator(left):
                 pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
             with cli.ray_cluster(cpus=2, verbose=verbose) as ray:
                 parts.mkdir(exist_ok=True)
                 _cut_all(ray, left, parts, keys, settings, tally)
-                written, lines, points = _pack(ray, work, output, parts, keys, settings)
+                written, lines, points, made_by = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:
             path = output / "ledger.partial.parquet"
             ledger.write(path, [line for part in _records(parts, keys) for line in part["ledger"]])
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
-    dataset = additions.finish(output, settings, lines, written, points)
+    dataset = additions.finish(output, settings, lines, written, points, made_by)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
     contact_sheet.of_dataset(output, dataset)
     packing.remove_parts(parts)
     return _report(output, ledger.summary(lines))
+
+
+def needs_estimator(rows: Iterable[Source]) -> bool:
+    """Whether any of the sources is a video, by its name, without poses beside it."""
+    return any(inputs.is_video(row) and not row["poses"] for row in rows)
 
 
 def _cut_all(
@@ -303,7 +308,7 @@ def _records(parts: Path, keys: dict[str, str]) -> Iterator[Row]:
 
 
 def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], settings: Preparation):
-    """(shards by split, the ledger's lines, points of a pose) of the whole dataset.
+    """(shards by split, the ledger's lines, points of a pose, where poses come from) of the whole dataset.
 
     Raises UserError if nothing was kept at all.
     """
@@ -328,8 +333,11 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
         cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
-    most = packing.points_of(packing.read_part(parts, keys[file]) for file in kept)
+    of_kept = [packing.read_part(parts, keys[file]) for file in kept]
+    most = packing.points_of(of_kept)
     points = before.dataset.points if before else most
+    if bare := sum(record["clips"] for record in of_kept if record and packing.points_of([record]) < points):
+        cli.console.print(f"{bare} of {sum(r['clips'] for r in of_kept if r)} new clips have no face and hands")
     if points < most:
         cli.console.print(f"faces and hands of the new videos are left out: the dataset has poses of {points} points")
     plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points)
@@ -337,7 +345,8 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
     lines = sorted([*old, *new], key=lambda line: line["file"])
     files = {line["file"] for line in old if line["kind"] == "input"} | keys.keys()
     ledger.check(lines, files, sum(info.clips for infos in written.values() for info in infos))
-    return written, lines, points
+    made_by = packing.made_by(of_kept, before.dataset.settings.get("poses", [settings.prepare.pose]) if before else ())
+    return written, lines, points, made_by
 
 
 # ---- what a person sees ----

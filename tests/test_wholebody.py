@@ -1,20 +1,26 @@
 """Whole-body poses: two layouts, files beside videos, and shards that keep either."""
 
 import json
+import os
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from entprog import config
 from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
-from entprog.media import h264, posefile, wholebody
+from entprog.media import footage, h264, posefile, wholebody
 from entprog.media.limits import LIMITS, Limits
 from entprog.media.video import VideoError
 from entprog.preparing import cutting, inputs, ledger, probing
 from helpers import wholebodies
+from pipelines import prepare
+from pipelines.generating import protocol
 from pipelines.preparing import packing
 
 HEIGHT, WIDTH, FPS = 192, 128, 10
@@ -68,9 +74,7 @@ def test_poses_beside_videos_are_taken_and_need_no_network(folder, tmp_path):
     rows = cut(folder, tmp_path)
     assert {name: row["points"] for name, row in rows.items() if not row["reason"]} == {"a": 133, "b": 133, "c": 33}
     (line,) = json.loads((tmp_path / "bad.json").read_text())["ledger"]
-    assert line["reason"] == "bad_pose" and line["message"].startswith(
-        "3 poses at 10 fps are 0.30 s, the video has 1.5"
-    )
+    assert line["reason"] == "bad_pose" and line["message"].startswith("3 poses, the video has 14 frames: without")
     wanted, records = wholebodies.moving(14), {}
     for name, points in (("a", 133), ("b", 133), ("c", 33)):
         records[name] = packing.read_part(tmp_path, name)
@@ -128,6 +132,9 @@ BAD = {
     "text": lambda path: np.savez(path, pose=np.full((4, 133, 3), "a")),
     "objects": lambda path: np.savez(path, pose=np.array([{}], object)),
     "rate": lambda path: np.savez(path, pose=POINTS, fps=0.0),
+    "pixels": lambda path: np.savez(path, pose=POINTS * [WIDTH, HEIGHT, 1]),
+    "pixels of some": lambda path: np.savez(path, pose=np.concatenate([POINTS[:1], POINTS[1:] * [640, 480, 1]])),
+    "pixels of a body": lambda path: np.savez(path, pose=wholebody.body(POINTS) * [1920, 1080, 1], fps=9),
     "no rows": lambda path: np.savez(path, pose=POINTS[:0]),
     "not a zip": lambda path: path.write_bytes(b"PK\3\4 no"),
 }
@@ -163,7 +170,7 @@ def test_of_several_people_the_foremost_is_followed_and_what_is_not_finite_is_no
     np.testing.assert_allclose(found.points[1:3], POINTS[1:3], atol=1e-5)
     assert np.isnan(found.points[0, 100, :2]).all() and found.points[0, 100, 2] == 0
     assert np.isnan(found.points[3, :, :2]).all() and not found.crowded.any()
-    with pytest.raises(VideoError, match="more than are read"):
+    with pytest.raises(VideoError, match=r"MiB to read, more than .* times 4"):
         posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, Limits(max_decoded_bytes=1000))
 
 
@@ -172,8 +179,205 @@ def test_each_clip_frame_gets_the_row_nearest_in_time(rate, fps, frames):
     rows = int(np.ceil(frames / fps * rate))
     points = np.zeros((rows, 33, 3), np.float32) + np.arange(rows, dtype=np.float32)[:, None, None]
     poses = posefile.Poses(points, rate, np.zeros(rows, bool))
-    found, _ = posefile.at_frames(poses, frames, fps, 99)
+    found, _ = posefile.at_frames(poses, frames, fps, None)
     off = found[:, 0, 0] / rate - np.arange(frames) / fps
     assert np.abs(off).max() <= 0.5 / rate + 1e-6
-    found, _ = posefile.at_frames(poses, frames + fps // 3, fps, 99)
+    found, _ = posefile.at_frames(poses, frames + fps // 3, fps, None)
     assert np.isnan(found[-1, :, :2]).all() and (found[-1, :, 2] == 0).all(), "beyond the last row there is nobody"
+
+
+def test_what_leaves_the_picture_is_no_pixel(tmp_path):
+    points = POINTS.copy()
+    points[:, :60, :2] += 3  # of 133
+    points[:, 60:, 1] += 0.7
+    hidden = np.where(np.arange(133)[:, None] < 100, [500.0, 500.0, 0.0], POINTS).astype(np.float32)
+    for poses in (points, hidden):
+        np.savez(tmp_path / "x.pose.npz", pose=poses)
+        np.testing.assert_array_equal(posefile.read(tmp_path / "x.pose.npz", HEIGHT, WIDTH, LIMITS).points, poses)
+    np.savez(tmp_path / "x.pose.npz", pose=POINTS * [WIDTH, HEIGHT, 1])
+    with pytest.raises(VideoError, match=r"x and y must be in 0\.\.1 of the picture; these go up to 1[67]\d"):
+        posefile.read(tmp_path / "x.pose.npz", HEIGHT, WIDTH, LIMITS)
+
+
+def ghost(scores: float, size: float = 3.0, nan: str = "") -> dict:
+    """A person of MMPose's who is larger than the real one."""
+    pixels, sure = POINTS[0, :, :2] * (WIDTH, HEIGHT) * size, np.full(133, scores)
+    if nan:
+        pixels[: 17 if nan == "body" else 5] = np.nan
+    return {"keypoints": pixels.tolist(), "keypoint_scores": sure.tolist()}
+
+
+@pytest.mark.parametrize("other", [ghost(0.0), ghost(0.2), ghost(0.9, nan="body"), ghost(np.nan)])
+def test_who_is_a_guess_is_nobody(other, tmp_path):
+    values = wholebodies.mmpose(POINTS, HEIGHT, WIDTH)
+    for frame in values["instance_info"]:
+        frame["instances"].append(other)
+    (tmp_path / "x.pose.json").write_text(json.dumps(values))
+    found = posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS)
+    np.testing.assert_allclose(found.points, POINTS, atol=1e-5)
+    assert not found.crowded.any()
+
+
+def test_a_person_some_of_whose_points_are_not_known_is_one(tmp_path):
+    values = wholebodies.mmpose(POINTS, HEIGHT, WIDTH)
+    for frame in values["instance_info"]:
+        frame["instances"][1]["keypoints"][9] = [float("nan"), float("nan")]
+        frame["instances"].append(ghost(0.9, 0.9))
+    (tmp_path / "x.pose.json").write_text(json.dumps(values))
+    found = posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS)
+    assert np.isnan(found.points[:, 9, :2]).all() and found.crowded.all()
+    np.testing.assert_allclose(found.points[:, 0], POINTS[:, 0], atol=1e-5)
+
+
+def test_json_of_ten_minutes_is_read_by_default_and_what_unpacks_to_more_is_not(tmp_path, monkeypatch):
+    """Both in small: a hundredth of the time in a hundredth of the room."""
+    rng, room = np.random.default_rng(0), Limits(max_decoded_bytes=LIMITS.max_decoded_bytes // 100)
+    whole = np.repeat(wholebodies.moving(2), 90, axis=0) + rng.normal(0, 1e-4, (180, 133, 3))  # 6 s at 30 fps
+    values = wholebodies.mmpose(whole, 1080, 1920)
+    for frame in values["instance_info"]:
+        del frame["instances"][0]
+    path = tmp_path / "x.pose.json"
+    path.write_text(json.dumps(values))
+    assert path.stat().st_size > 1e6 and len(posefile.read(path, 1080, 1920, room).points) == 180
+    most = 4 * room.max_decoded_bytes
+    hostile = (
+        "[" + "[]," * (most // 100) + "[]]",
+        "[" + '{"a":1},' * (most // 300) + "{}]",
+        "[" + "1.5," * (most // 40),
+    )
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("it was unpacked"))
+    for text in (*hostile, '["' + "a" * (most // 8) + "\U0001f600" + '"]'):
+        assert len(text) < most
+        path.write_text(text)
+        with pytest.raises(VideoError, match=r"MiB to read, more than 10\.2 .* save the poses as \.pose\.npz"):
+            posefile.read(path, 1080, 1920, room)
+
+
+# ---- which row is which frame's ----
+
+
+def timed(path: Path, times_ms: list[int], size=(48, 32)) -> Path:
+    """A video whose frames stand at these times, each one of another grey."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        for number, time_ms in enumerate(times_ms):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 20 + 10 * number, np.uint8))
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+UNEVEN = {
+    "a phone's": [0, 33, 67, 100, 400, 433, 467, 500, 900, 933, 967, 1000],
+    "slower and slower": [0, 10, 30, 70, 150, 310, 630, 1000],
+    "even": [100 * i for i in range(11)],
+    "a gap": [0, 40, 80, 120, 1000],
+}
+
+
+@pytest.mark.parametrize("times_ms", UNEVEN.values(), ids=UNEVEN)
+@pytest.mark.parametrize("fps", [10, 24])
+def test_without_a_rate_a_row_is_a_frame_wherever_that_stands_in_time(times_ms, fps, tmp_path):
+    source = footage.footage(timed(tmp_path / "a.mkv", times_ms), 0, "", config.Prepare())
+    pictures = [int(picture.mean()) for picture in footage.pictures(source, fps)]
+    numbers, there = footage.numbers(source, len(pictures), fps, lambda frames: frames)
+    assert there == len(times_ms) and np.abs(20 + 10 * numbers - pictures).max() <= 3, "the pictures' own frames"
+    points = np.zeros((there, 33, 3), np.float32) + np.arange(there, dtype=np.float32)[:, None, None]
+    for rows in (there - 1, there, there + 1):
+        poses = posefile.Poses(
+            points[:rows].copy() if rows <= there else np.repeat(points, 2, 0)[:rows], None, np.zeros(rows, bool)
+        )
+        if rows == there:
+            track, _ = posefile.at_frames(poses, len(pictures), fps, (numbers, there))
+            assert np.array_equal(track[:, 0, 0], numbers)
+            continue
+        with pytest.raises(VideoError, match=rf"{rows} poses, the video has {there} frames") as error:
+            posefile.at_frames(poses, len(pictures), fps, (numbers, there))
+        assert error.value.reason == "bad_pose"
+
+
+def test_of_a_folder_of_images_a_row_is_an_image(tmp_path):
+    for number in range(7):
+        Image.new("RGB", (32, 48), (20 + 10 * number,) * 3).save(tmp_path / f"{number:03d}.png")
+    source = footage.footage(tmp_path, 7.5, "", config.Prepare())
+    pictures = [int(picture.mean()) for picture in footage.pictures(source, 12)]
+    numbers, there = footage.numbers(source, len(pictures), 12, lambda frames: frames)
+    assert there == 7 and np.array_equal(20 + 10 * numbers, pictures)
+
+
+# ---- what else lies in the folder, and what changes ----
+
+
+def test_only_videos_without_poses_need_an_estimator(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "a.pose.npz"):
+        (tmp_path / "in" / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "in" / "notes.md").write_text("# notes")
+    settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
+    rows = inputs.find(tmp_path / "in").rows
+    assert not prepare.needs_estimator(rows)
+    (tmp_path / "parts").mkdir()
+    rows = cut(tmp_path / "in", tmp_path / "parts")
+    assert rows["notes"]["reason"] == "not_a_video" and not rows["a"]["reason"]
+    (tmp_path / "in" / "a.pose.npz").unlink()
+    assert prepare.needs_estimator(inputs.find(tmp_path / "in").rows)
+    track = cutting.Track(settings)
+    track({**rows["a"], "poses": b"", "reason": "corrupt"})
+    assert "estimator" not in vars(track), "nor one that is rejected already"
+
+
+def test_of_two_files_of_poses_one_is_read_and_neither_is_a_source(folder, tmp_path):
+    for name in ("a.mp4", "a.pose.npz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "a.pose.json").write_bytes((folder / "b.pose.json").read_bytes())
+    found = inputs.find(tmp_path)
+    assert [row["file"] for row in found.rows] == ["a.mp4"]
+    assert (
+        found.rows[0]["poses"].endswith(b"a.pose.npz")
+        and found.notes[1] == "1 videos have both (a.mp4): .pose.npz is read"
+    )
+
+
+def test_a_touched_file_of_poses_is_the_same_and_one_replaced_meanwhile_is_noticed(folder, tmp_path):
+    for name in ("a.mp4", "a.pose.npz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (row,) = inputs.find(tmp_path).rows
+    os.utime(tmp_path / "a.pose.npz", (1, 1))
+    assert ledger.stamp(inputs.find(tmp_path).rows[0]) == ledger.stamp(row)
+    settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
+    looked = probing.cut_shots(probing.probe(row, settings), settings)
+    assert not cutting.Track(settings)(looked)["reason"]
+    np.savez(tmp_path / "a.pose.npz", pose=wholebodies.moving(14)[::-1])
+    found = cutting.Track(settings)(looked)
+    assert found["reason"] == "changed" and "a.pose.npz" in found["message"]
+
+
+def test_parts_and_cards_say_where_poses_come_from(folder, tmp_path):
+    cut(folder, tmp_path)
+    records = [packing.read_part(tmp_path, name) for name in "abc"]
+    assert packing.made_by(records) == [cutting.FILES]
+    assert packing.made_by([*records, {"poses": "rtmlib"}, None, {}], ["blazepose"]) == [
+        "blazepose",
+        cutting.FILES,
+        "rtmlib",
+    ]
+
+    def said(name, made_by, pose="blazepose"):
+        return protocol.details(name, config.Evaluation(), {"pose": pose}, made_by)
+
+    for name in ("pck", "hand_distance"):
+        assert said(name, [cutting.FILES], "rtmlib").endswith("wanted pose by files beside the videos")
+        assert said(name, ["rtmlib", cutting.FILES]).endswith("wanted pose by rtmlib and files beside the videos")
+    assert said("hand_distance", (), "rtmlib").endswith("by rtmlib") and said("pck", ()).endswith("by blazepose")
+
+
+def test_parts_of_rtmlib_s_earlier_layout_are_done_anew(folder):
+    rows, keys = inputs.find(folder).rows, {}
+    for pose in ("blazepose", "rtmlib"):
+        settings = config.build({"data": {"shape": SHAPE}, "prepare": {"pose": pose}}, config.Preparation)
+        same = config.digest(packing.cut_settings(settings), shards.FORMAT)
+        keys[pose] = {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
+        assert (packing.part_keys(rows, settings) == keys[pose]) == (pose == "blazepose")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from entprog.config import Prepare
-from entprog.media import frames, limits, video
+from entprog.media import frames as images
+from entprog.media import limits, video
 from entprog.media.limits import Limits
 from entprog.media.video import Box, VideoError, VideoInfo
 
@@ -37,7 +38,7 @@ def probe(of: Footage) -> VideoInfo:
 
     Raises VideoError as `video.probe` does, and `bad_crop` for a crop that is not inside the picture.
     """
-    info = frames.probe(of.path, of.frames_fps, of.limits) if of.frames_fps else video.probe(of.path, of.limits)
+    info = images.probe(of.path, of.frames_fps, of.limits) if of.frames_fps else video.probe(of.path, of.limits)
     if of.crop is not None:
         left, top, width, height = of.crop
         if left + width > info.width or top + height > info.height:
@@ -57,11 +58,22 @@ def pictures(of: Footage, fps: float, size: tuple[int, int] | None = None, quick
         for _, frame in video.iter_frames(of.path, fps, **how):
             yield frame
         return
-    for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits):
+    for _, frame in images.iter_frames(of.path, of.frames_fps, fps, of.limits):
         if of.crop is not None:
             left, top, width, height = of.crop
             frame = frame[top : top + height, left : left + width]
         yield frame if size is None else video.scale(frame, size)
+
+
+def numbers(of: Footage, frames: int, fps: float, heartbeats) -> tuple[np.ndarray, int]:
+    """Which of the source's own frames `pictures` gives, int64 [frames], and how many there are. `heartbeats`: over
+    them, as they are decoded."""
+    wanted = np.arange(frames) / fps
+    if of.frames_fps:
+        there = len(images.paths(of.path))
+        return np.array([min(round(time_s * of.frames_fps), there - 1) for time_s in wanted], np.int64), there
+    times = np.fromiter(heartbeats(video.times(of.path, of.limits, of.order)), float)
+    return video.nearest(times, wanted), len(times)
 
 
 def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -69,5 +81,5 @@ def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[tuple
     if not of.frames_fps:
         yield from video.thumbnails(of.path, fps, size, of.limits)
         return
-    for _, frame in frames.iter_frames(of.path, of.frames_fps, fps, of.limits, size):
+    for _, frame in images.iter_frames(of.path, of.frames_fps, fps, of.limits, size):
         yield 0, frame

@@ -1,9 +1,9 @@
 """Poses that lie beside a video: read, checked, and brought to a clip's frames.
 
 NAME.pose.npz holds `pose` float [R, 33 or 133, 3], x and y in 0..1 of the upright picture, visibility 0..1, and may
-hold `fps`, its rows a second; without that a row is a frame of the video. NAME.pose.json is what MMPose writes of a
-video: {"instance_info": [{"instances": [{"keypoints": [[x, y], …], "keypoint_scores": […]}, …]}, …]}, or that list
-alone; 133 points in pixels of the upright picture, a list entry a frame.
+hold `fps`, its rows a second; without that there is a row for each frame of the video. NAME.pose.json is what MMPose
+writes of a video: {"instance_info": [{"instances": [{"keypoints": [[x, y], …], "keypoint_scores": […]}, …]}, …]}, or
+that list alone; 133 points in pixels of the upright picture, a list entry a frame.
 """
 
 import json
@@ -14,17 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from entprog import files
 from entprog.errors import UserError
 from entprog.masking import reason
-from entprog.media import limits, person, wholebody
+from entprog.media import limits, person, rtm, wholebody
 from entprog.media.limits import Limits
 from entprog.media.video import VideoError
 
 ENDINGS = (".pose.npz", ".pose.json")
-LARGEST_JSON = 8
-"""Bytes in memory of a byte of JSON, about."""
+LARGEST_JSON = 4
+"""What JSON may take in memory while it is read, over `max_decoded_bytes`: for a time, where an array stays."""
+COSTS = {b"{": 256, b"[": 104, b":": 100, b",": 48}
+"""Bytes in memory, about, of what begins with such a byte of JSON, or follows it: containers, and what is in them."""
 SLACK = 0.5, 0.02
 """Seconds, and share of the video's length, by which poses may be longer or shorter than the video."""
+FAR = -1, 2
+"""Places outside this, where the picture is 0..1, are pixels rather than points outside the picture."""
 HALF = 0.5
 """Another person counts from this share of the foremost one's size on."""
 
@@ -39,6 +44,14 @@ class Poses:
     """Rows a second; None: one a frame of the video."""
     crowded: np.ndarray
     """bool [R]: whether more people than one are there."""
+
+
+def stamp(path: Path) -> str:
+    """sha256 of a file of poses; empty if it cannot be read, as `read` says then."""
+    try:
+        return files.sha256(path)
+    except OSError:
+        return ""
 
 
 def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
@@ -66,23 +79,58 @@ def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
     return Poses(points, found.fps, found.crowded)
 
 
-def at_frames(poses: Poses, frames: int, fps: float, source_fps: float) -> tuple[np.ndarray, np.ndarray]:
+def at_frames(
+    poses: Poses, frames: int, fps: float, shown: tuple[np.ndarray, int] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """(poses float32 [frames, …, 3], whether there are more people bool [frames]) nearest to each i / fps.
 
-    source_fps: of the video. Raises VideoError `bad_pose` for poses of another length than the video.
+    shown: of poses without a rate, which of the video's frames the i-th one of the clip is, int [frames], and how many
+    the video has (`footage.numbers`). Raises VideoError `bad_pose` for poses of another length than the video.
     """
-    rate = poses.fps or source_fps
-    poses_s, video_s = len(poses.points) / rate, frames / fps
+    if poses.fps is None:
+        rows, there = shown
+        if len(poses.points) != there:
+            raise VideoError(
+                "bad_pose",
+                f"{len(poses.points)} poses, the video has {there} frames: without `fps` (of a .pose.npz) there is to "
+                "be one for each",
+            )
+        return poses.points[rows], poses.crowded[rows]
+    poses_s, video_s = len(poses.points) / poses.fps, frames / fps
     if abs(poses_s - video_s) > SLACK[0] + SLACK[1] * video_s + 1 / fps:
         raise VideoError(
-            "bad_pose", f"{len(poses.points)} poses at {rate:g} fps are {poses_s:.2f} s, the video has {video_s:.2f} s"
+            "bad_pose",
+            f"{len(poses.points)} poses at {poses.fps:g} fps are {poses_s:.2f} s, the video has {video_s:.2f} s",
         )
-    rows = np.floor(np.arange(frames) / fps * rate + 0.5).astype(int)
+    rows = nearest_rows(np.arange(frames), fps, poses.fps)
     inside = rows <= len(poses.points)  # a video's last frame is shown until one frame later
     rows = rows.clip(max=len(poses.points) - 1)
     points = poses.points[rows]
     points[~inside] = np.nan, np.nan, 0
     return points, poses.crowded[rows] & inside
+
+
+def nearest_rows(frames: np.ndarray, fps: float, rate: float) -> np.ndarray:
+    """Rows, of so many a second, nearest to frames that are counted at `fps`: int64."""
+    return np.floor(frames / fps * rate + 0.5).astype(np.int64)
+
+
+def check_places(points: np.ndarray) -> None:
+    """Raises ValueError for poses [..., 3] in pixels: most of what is seen in them lies far outside the picture."""
+    places = points[(points[..., 2] >= wholebody.SURE) & np.isfinite(points).all(-1)][:, :2]
+    if len(places) and ((places < FAR[0]) | (places > FAR[1])).any(-1).mean() > 0.5:
+        raise ValueError(f"x and y must be in 0..1 of the picture; these go up to {places.max():g}")
+
+
+def rate(path: Path, bounds: Limits) -> float | None:
+    """Rows a second of the poses in an .npz; None if it does not say. Raises ValueError, OSError or UserError."""
+    with zipfile.ZipFile(path) as archive:
+        if "fps.npy" not in archive.namelist():
+            return None
+    fps = limits.array(path, "fps", bounds)
+    if fps.size != 1 or fps.dtype.kind not in "fiu" or not 0 < float(fps.reshape(())) < 1e4:
+        raise ValueError("`fps` is no number of rows a second")
+    return float(fps.reshape(()))
 
 
 def _npz(path: Path, bounds: Limits) -> Poses:
@@ -91,23 +139,17 @@ def _npz(path: Path, bounds: Limits) -> Poses:
         raise ValueError(f"`pose` is {points.dtype} {list(points.shape)}, needed is float [frames, 33 or 133, 3]")
     if points.shape[1] not in wholebody.LAYOUTS.values():
         raise ValueError(f"its poses have {points.shape[1]} points, needed are 33 (BlazePose) or 133 (COCO-WholeBody)")
-    with zipfile.ZipFile(path) as archive:
-        says = "fps.npy" in archive.namelist()
-    fps = limits.array(path, "fps", bounds) if says else None
-    if fps is not None and (fps.size != 1 or fps.dtype.kind not in "fiu" or not 0 < float(fps.reshape(())) < 1e4):
-        raise ValueError("`fps` is no number of rows a second")
-    rate = None if fps is None else float(fps.reshape(()))
-    return Poses(points.astype(np.float32), rate, np.zeros(len(points), bool))
+    points = points.astype(np.float32)
+    check_places(points)
+    return Poses(points, rate(path, bounds), np.zeros(len(points), bool))
 
 
 def _json(path: Path, height: int, width: int, bounds: Limits) -> Poses:
-    if (size := path.stat().st_size) * LARGEST_JSON > bounds.max_decoded_bytes:
-        raise ValueError(f"{size} bytes, more than are read (prepare.max_decoded_bytes)")
-    values = json.loads(path.read_text("utf-8"))
+    values = json.loads(_text(path, LARGEST_JSON * bounds.max_decoded_bytes))
     listed = values["instance_info"] if isinstance(values, dict) else values
     rows, crowded, before = [], [], None
     for entry in listed:
-        people = [_instance(one) for one in entry["instances"]]
+        people = [points for points in map(_instance, entry["instances"]) if _is_somebody(points)]
         circles = [_circle(points) for points in people]
         chosen = person.followed(circles, before, height, width)
         if chosen is None:
@@ -122,6 +164,29 @@ def _json(path: Path, height: int, width: int, bounds: Limits) -> Poses:
     return Poses(np.stack(rows).astype(np.float32), None, np.array(crowded))
 
 
+def _text(path: Path, most: int) -> str:
+    """A file of JSON that takes at most so many bytes in memory, with all that is in it. Raises ValueError."""
+    size = path.stat().st_size
+    if size <= most:
+        content = path.read_bytes()
+        # A text has one width for all of its characters; it is there whole, and once more as the strings in it.
+        size = 2 * len(content) * (1 if content.isascii() else 4)
+        size += sum(cost * content.count(mark) for mark, cost in COSTS.items())
+    if size > most:
+        raise ValueError(
+            f"it takes {size / 2**20:.1f} MiB to read, more than {most / 2**20:.1f} (prepare.max_decoded_bytes times "
+            f"{LARGEST_JSON}): raise that, or save the poses as .pose.npz"
+        )
+    return content.decode("utf-8")
+
+
+def _is_somebody(points: np.ndarray) -> bool:
+    """Whether a person's body is more than a guess: points float [133, 3] in pixels."""
+    body = points[wholebody.BODY]
+    known = np.isfinite(body).all(-1)
+    return bool(known.any()) and float(np.where(known, body[:, 2], 0).mean()) >= rtm.MIN_SCORE
+
+
 def _instance(one: dict[str, Any]) -> np.ndarray:
     """A person of MMPose's: float32 [133, 3] in pixels."""
     places, scores = np.array(one["keypoints"], np.float32), np.array(one["keypoint_scores"], np.float32)
@@ -131,6 +196,7 @@ def _instance(one: dict[str, Any]) -> np.ndarray:
 
 
 def _circle(points: np.ndarray) -> person.Person:
-    """Around the points of a person's body, in pixels."""
+    """Around the points of a person's body that are known, in pixels."""
     x_y = points[wholebody.BODY, :2]
+    x_y = x_y[np.isfinite(x_y).all(-1)]
     return person.of_box(*map(float, (*x_y.min(0), *x_y.max(0))))

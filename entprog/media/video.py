@@ -146,6 +146,19 @@ def iter_frames(
         yield want, _rgb(source, shown, crop, size, quick)
 
 
+def times(source: Source, limits: Limits = LIMITS, order: str = "") -> Iterator[float]:
+    """Seconds of every frame, from the first one on. Raises VideoError as `iter_frames` does."""
+    for shown in _decoded(source, 0.0, limits, order):
+        yield shown.time_s
+
+
+def nearest(times_s: np.ndarray, wanted_s: np.ndarray) -> np.ndarray:
+    """Number of the frame that `iter_frames` gives for each wanted time: int64. times_s: of all frames, ascending."""
+    after = np.searchsorted(times_s, wanted_s).clip(max=len(times_s) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.where(np.abs(wanted_s - times_s[before]) <= np.abs(times_s[after] - wanted_s), before, after)
+
+
 def thumbnails(
     source: Source, fps: float, size: tuple[int, int], limits: Limits = LIMITS
 ) -> Iterator[tuple[int, np.ndarray]]:

@@ -38,6 +38,10 @@ PEOPLE_SHARE = 0.5
 """Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
 
 
+FILES = "files beside the videos"
+"""Where poses come from that no estimator gave, in words."""
+
+
 class Track:
     """Third stage: the pose of the foremost person at the clip's frame rate, read where it lies beside the video,
     otherwise estimated. Loads its networks once, when they are first needed."""
@@ -54,6 +58,8 @@ class Track:
         """Adds `track`, the bytes of float32 [T, points, 3], `points`, and `others`, the bytes of bool [T]: whether
         more people were seen."""
         blank = {"track": b"", "points": pose.POINTS, "others": b""}
+        if row["reason"]:  # no networks are loaded for it
+            return {**row, **blank}
         work = self._read if row["poses"] else partial(self._track, estimator=self.estimator)
         return tried({**row, **blank}, "track", self.settings, self.parts, work)
 
@@ -62,11 +68,13 @@ class Track:
         fps = settings.data.shape.fps
         bounds, path = limits.of(settings.prepare), Path(os.fsdecode(row["poses"]))
         poses = posefile.read(path, row["source_height"], row["source_width"], bounds)
-        source_fps = row["frames_fps"]
-        if poses.fps is None and not source_fps:
+        if posefile.stamp(path) != row["poses_stamp"]:
+            raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
+        shown = None
+        if poses.fps is None:
             with opened(row, settings, heartbeats) as source:
-                source_fps = footage.probe(source).fps
-        track, others = posefile.at_frames(poses, row["length"], fps, source_fps)
+                shown = footage.numbers(source, row["length"], fps, heartbeats)
+        track, others = posefile.at_frames(poses, row["length"], fps, shown)
         if row["crop"]:
             box = tuple(map(int, row["crop"].split(",")))
             track = windows.to_crop(track, box, row["source_height"], row["source_width"])
@@ -136,7 +144,7 @@ def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
     row = tried(row, "cut", settings, parts, partial(_cut, parts=parts))
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
-    record |= {"points": row.get("points", pose.POINTS)}
+    record |= {"points": row.get("points", pose.POINTS), "poses": FILES if row["poses"] else settings.prepare.pose}
     files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 

@@ -160,19 +160,25 @@ def _captioned(found: Inputs) -> Inputs:
 def _posed(found: Inputs) -> Inputs:
     """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then."""
     poses: dict[str, dict[str, Any]] = {}
+    taken, both = set(), []
     for row in found.rows:
         path = os.fsdecode(row["path"])
         if addresses.is_remote(path) or not is_video(row):
             continue
         name = path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
-        for beside in (Path(name + ending) for ending in posefile.ENDINGS):
-            if row["file"] not in poses and beside.is_file():
-                stamp = fetching.stamp(beside.stat())
-                poses[row["file"]] = {"poses": os.fsencode(beside), "poses_stamp": stamp}
-    taken = {known["poses"] for known in poses.values()}
+        there = [path for path in (Path(name + ending) for ending in posefile.ENDINGS) if path.is_file()]
+        taken |= {os.fsencode(path) for path in there}
+        if there:
+            poses[row["file"]] = {"poses": os.fsencode(there[0]), "poses_stamp": posefile.stamp(there[0])}
+        if len(there) > 1:
+            both.append(row["file"])
     rows = [{**row, **poses.get(row["file"], {})} for row in found.rows if row["path"] not in taken]
-    note = f"poses of {len(poses)} videos are those of the .pose.npz and .pose.json files beside them"
-    return Inputs(found.kind, rows, (*found.notes, *([note] if poses else [])))
+    notes = (
+        [f"poses of {len(poses)} videos are those of the .pose.npz and .pose.json files beside them"] if poses else []
+    )
+    if both:
+        notes.append(f"{len(both)} videos have both ({both[0]}): .pose.npz is read")
+    return Inputs(found.kind, rows, (*found.notes, *notes))
 
 
 def _name(path: Path, root: Path) -> str:

@@ -28,7 +28,7 @@ class Source(TypedDict):
     poses: bytes
     """Path of the file beside it that holds its poses (`media.posefile`); empty: they are estimated."""
     poses_stamp: str
-    """Of that file, as `stamp`."""
+    """Of that file (`posefile.stamp`): hash of its content."""
     key: NotRequired[str]
     """Name of its part: of the files that its stages write."""
 

@@ -1,6 +1,7 @@
 """How generated clips were made: what a folder of them says, and what goes onto the cards of their figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import video as videos
 from entprog.models import fingerprints
+from entprog.preparing.cutting import FILES
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
 from pipelines.generating import checkpoints
@@ -79,17 +81,19 @@ def card(
         steps=made.get("steps"),
         guidance=made.get("guidance"),
         seed=made.get("seed"),
-        details=_details(name, settings, prepared),
+        details=details(name, settings, prepared, dataset.settings.get("poses", ())),
     )
 
 
-def _details(name: str, settings: Evaluation, prepared: dict[str, Any]) -> str:
+def details(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: Sequence[str]) -> str:
+    """made_by: where the shards' poses come from; datasets of earlier versions do not say it."""
     if METRICS[name].network == "rtmw":
-        return "wanted pose by " + ("rtmlib" if prepared.get("pose") == "rtmlib" else "files beside the videos")
+        known = made_by or ["rtmlib" if prepared.get("pose") == "rtmlib" else FILES]
+        return f"wanted pose by {' and '.join(known)}"
     if METRICS[name].network != "blazepose":
         return ""
     within = f"within {settings.evaluate.pck_threshold:g}, " if name == "pck" else ""
-    return f"{within}wanted pose by {prepared.get('pose', 'blazepose')}"
+    return f"{within}wanted pose by {' and '.join(made_by or [prepared.get('pose', 'blazepose')])}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

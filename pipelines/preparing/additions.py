@@ -61,11 +61,15 @@ def _is_due(output: Path, dataset: Dataset) -> bool:
     return coming.exists() and files.sha256(coming) == dataset.settings.get("ledger")
 
 
-def finish(output: Path, settings: Preparation, lines: Sequence[Line], written, points: int) -> Dataset:
-    """Write ledger and dataset.json so that they belong together after a kill at any moment."""
+def finish(
+    output: Path, settings: Preparation, lines: Sequence[Line], written, points: int, made_by: Sequence[str]
+) -> Dataset:
+    """Write ledger and dataset.json so that they belong together after a kill at any moment. made_by: where poses come
+    from (`packing.made_by`)."""
     coming = output / NEXT_LEDGER
     ledger.write(coming, lines)
     prepared = {"prepare": settings.prepare.model_dump(mode="json"), "ledger": files.sha256(coming)}
+    prepared |= {"poses": list(made_by)}
     dataset = shards.write_dataset(output, settings.data.shape, written, prepared, points)
     coming.replace(output / "ledger.parquet")
     return dataset

@@ -17,6 +17,7 @@ from entprog.config import ClipShape, Preparation
 from entprog.data import shards
 from entprog.data.shards import ShardInfo
 from entprog.errors import UserError
+from entprog.media import wholebody
 from entprog.preparing import ledger
 from entprog.preparing.rows import Line, Source
 
@@ -53,7 +54,8 @@ def identity_of(dataset: shards.Dataset) -> Row:
 
 def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
     """Name of each source's part: changes with the source and with every setting that its clips depend on."""
-    same = config.digest(cut_settings(settings), shards.FORMAT)
+    points = [wholebody.POINTS] if settings.prepare.pose == "rtmlib" else []  # once its parts had 33
+    same = config.digest(cut_settings(settings), shards.FORMAT, *points)
     return {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
 
 
@@ -181,6 +183,11 @@ def shard_plans(
 def points_of(records: Iterable[Row | None]) -> int:
     """The most points that poses of some finished parts have."""
     return max((record.get("points", shards.POINTS) for record in records if record), default=shards.POINTS)
+
+
+def made_by(records: Iterable[Row | None], before: Iterable[str] = ()) -> list[str]:
+    """Where the poses of some finished parts come from: estimators, files beside the videos."""
+    return sorted({*before, *(record["poses"] for record in records if record and "poses" in record)})
 
 
 def pack_all(
