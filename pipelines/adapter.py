@@ -108,6 +108,7 @@ def extract(
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
         kept["skeleton"] = saved.get("skeleton")
+        points = {"points": saved["points"]} if "points" in saved else {}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for side in sides:
             kind.inspect(side)
@@ -119,7 +120,7 @@ def extract(
             return {}
         claim.take(output, "adapter", identity)
         base, tuned = (kind.load(side) for side in sides)
-        about = {name: value for name, value in kept.items() if value is not None} | {"base": before}
+        about = {name: value for name, value in kept.items() if value is not None} | {"base": before} | points
         found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
         if not found.pairs:
             raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")

@@ -186,6 +186,8 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         cli.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
+        if unlike := task.maker.unlike(task.dataset.points):
+            cli.console.print(f"{task.dataset.folder}: {unlike}")
         protocol.leave(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:

@@ -5,7 +5,8 @@ python -m pipelines.generate --checkpoint out/run/model --shards out/demo/real/s
 python -m pipelines.generate --checkpoint out/run/model --reference people/ --video dances/ --seconds inf --output out/x
 
 The motion is a driving video (its pose is estimated), a pose sequence (.npz with `pose` float [F, 33 or 133,
-3]: x, y in 0..1 of the picture, visibility 0..1), or clips out of shards, for which the true video is known.
+3]: x, y in 0..1 of the picture, visibility 0..1; and `fps`, where that is not the checkpoint's), or clips out of
+shards, for which the true video is known.
 """
 
 from collections.abc import Sequence
@@ -122,6 +123,8 @@ def run(
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
     how = protocol.how_sampled(found, settings.generate)
+    if video is not None or retarget:
+        settings = motions.estimating(settings, found)
     asked = {"reference": reference, "pose": pose, "video": video, "shards": shards}
     identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
     identity |= {f"--{name}": path and str(Path(path).resolve()) for name, path in asked.items()}
@@ -141,6 +144,9 @@ def run(
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
         made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget)
+    for points in sorted({len(motion.pose[0]) for motion in made}):
+        if unlike := found.unlike(points):
+            cli.console.print(unlike)
     if retarget:
         if shards is not None and reference is not None:
             own = [retargeting.own_pose(reference, shape, settings.prepare)] * len(made)

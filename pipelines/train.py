@@ -133,7 +133,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     source = models.family(experiment.model.family).inspect(model, experiment.data.shape)
     eligible = plans.eligible(blocks(source.network), schedule.blocks)
     said = outline.texts(experiment, dataset, model), outline.withheld(experiment), outline.timesteps(experiment)
-    said += (outline.expert(source),)
+    said += (outline.expert(source), outline.poses(dataset, source))
     for line in said:
         if line:
             cli.console.print(line)
@@ -176,6 +176,9 @@ def run(
         cli.console.print(f"Already finished: {output} (another --output for a new run).")
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
+    source = models.family(experiment.model.family).inspect(experiment.model)
+    if line := outline.poses(dataset, source):
+        cli.console.print(line)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     launch.check_tracking(experiment)
     if experiment.train.checkpoints:
@@ -236,8 +239,7 @@ def run(
             "startup_s": startup_s,
             "wall_s": round(time.time() - started, 3),
         }
-        has_vae = models.family(experiment.model.family).inspect(experiment.model).vae is not None
-        encodes = has_vae and result["stalls"]["encode_s"] > 0  # not from cached latents
+        encodes = source.vae is not None and result["stalls"]["encode_s"] > 0  # not from cached latents
         message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": message, **store.figures()}
         model_card.write(output / "model", experiment.name, experiment, result)

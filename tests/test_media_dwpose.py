@@ -1,6 +1,7 @@
 """DWPose's drawing of poses, and the setting that chooses between it and ours."""
 
 import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from entprog.media import drawing, dwpose, skeleton, wholebody
 from entprog.models import adapters, folders
 from helpers import wholebodies
 from helpers.networks import TINY, tiny_denoiser, tiny_experiment
-from pipelines.training import model_card
+from pipelines.generating import checkpoints, motions
+from pipelines.training import model_card, networks, outline
 
 SIDE = 512
 
@@ -114,14 +116,31 @@ def test_both_styles_draw_both_layouts():
     whole = torch.from_numpy(wholebodies.moving(3))
     body = wholebody.body(whole)
     assert torch.equal(drawing.draw(whole, 64, 48), skeleton.draw(body, 64, 48))
-    assert torch.equal(drawing.draw(body, 64, 48, "dwpose"), dwpose.draw(wholebody.whole(body), 64, 48))
     bare = whole.clone()
-    known = wholebody.BLAZEPOSE.tolist()
-    bare[:, [i for i in range(133) if i not in known], 2] = 0
-    torch.testing.assert_close(dwpose.draw(bare, 64, 48), drawing.draw(body, 64, 48, "dwpose"))
+    bare[:, wholebody.FACE.start :, 2] = 0
+    assert torch.equal(drawing.draw(body, 64, 48, "dwpose"), dwpose.draw(bare, 64, 48)), "the body alone"
     assert not torch.equal(dwpose.draw(whole, 64, 48), dwpose.draw(bare, 64, 48)), (
         "face and hands are drawn where known"
     )
+
+
+@pytest.mark.parametrize("part", [wholebody.FACE, wholebody.LEFT_HAND, wholebody.RIGHT_HAND])
+@pytest.mark.parametrize("hide", ["score", "nan"])
+def test_a_face_or_hand_is_drawn_where_enough_of_its_points_are_sure(part, hide):
+    """As the loss and the metrics count it."""
+    whole = torch.from_numpy(wholebodies.standing())[None].repeat(3, 1, 1)
+    count = part.stop - part.start
+    bare = whole[:1].clone()
+    bare[:, part, 2] = 0
+    for frame, sure in enumerate((count // 2, (count + 1) // 2, count)):
+        hidden = slice(part.start + sure, part.stop)
+        if hide == "score":
+            whole[frame, hidden, 2] = 0.29
+        else:
+            whole[frame, hidden, :2] = torch.nan
+    drawn, without = dwpose.draw(whole, 96, 64), dwpose.draw(bare, 96, 64)[0]
+    enough = [count // 2 >= count * wholebody.ENOUGH, True, True]
+    assert [not torch.equal(picture, without) for picture in drawn] == enough
 
 
 # ---- the setting ----
@@ -192,3 +211,68 @@ def test_an_adapter_brings_its_skeleton(tmp_path):
     assert again(tmp_path / "base", adapter=str(tmp_path / "dwpose"), skeleton="limbs").skeleton == "limbs"
     with pytest.raises(UserError, match="with skeleton 'stick', unknown here"):
         again(tmp_path / "base", adapter=str(tmp_path / "stick"))
+
+
+# ---- the points that a network was trained on ----
+
+
+def test_folder_and_adapter_remember_how_many_points_poses_had(tmp_path):
+    shape, one = ClipShape(frames=2, height=16, width=16, fps=8), denoiser("dwpose")
+    assert one.points == 33
+    one.save(tmp_path / "body", shape)
+    one.save(tmp_path / "whole", shape, points=133)
+    assert folders.saved(tmp_path / "body")["points"] == again(tmp_path / "body").points == 33
+    assert again(tmp_path / "whole").points == 133
+    again(tmp_path / "whole").save(tmp_path / "merged", shape)
+    assert folders.saved(tmp_path / "merged")["points"] == 133, "saved anew, it is the same network"
+    denoiser().save(tmp_path / "limbs", shape)
+    base, lora = {"init": {}, "base": str(tmp_path / "limbs"), "vae": "auto"}, {"steps": 1, "lora": {"rank": 2}}
+    experiment = tiny_experiment(model={**base, "skeleton": "dwpose"}, train=lora)
+    tuned = networks.load(experiment, torch.device("cpu"))
+    networks.leave_adapter(tuned, experiment, tmp_path / "adapter", 133)
+    goes_on = tiny_experiment(model={**base, "adapter": str(tmp_path / "adapter")}, train=lora)
+    assert networks.load(goes_on, torch.device("cpu")).skeleton == "dwpose", "where an adapter is trained on, too"
+    assert again(tmp_path / "body", adapter=str(tmp_path / "adapter")).points == 133
+    about = tmp_path / "body" / "entprog.json"
+    about.write_text(about.read_text().replace('"points": 33,', ""))
+    assert again(tmp_path / "body").points == 33, "of a folder that an earlier version saved"
+    about.write_text(about.read_text().replace('"provenance"', '"points": 17,\n  "provenance"', 1))
+    with pytest.raises(UserError, match="points"):
+        again(tmp_path / "body")
+
+
+def checkpoint(skeleton: str, points: int, *sees: str) -> checkpoints.Checkpoint:
+    about = {"skeleton": skeleton, "points": points, "conditions": sees or ("reference", "pose")}
+    return checkpoints.Checkpoint(None, about, None, None)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_poses_are_estimated_with_the_points_that_the_network_was_trained_on(installed, monkeypatch, capsys):
+    monkeypatch.setattr(motions, "find_spec", lambda name: installed or None)
+
+    def taken(maker, **prepare):
+        return motions.estimating(config.build({"prepare": prepare}, config.Generation), maker).prepare.pose
+
+    assert taken(checkpoint("dwpose", 133)) == ("rtmlib" if installed else "blazepose")
+    assert ("estimated by rtmlib" in capsys.readouterr().out) == installed
+    assert taken(checkpoint("dwpose", 133), margin=0.2) == ("rtmlib" if installed else "blazepose")
+    assert taken(checkpoint("dwpose", 133), pose="blazepose") == "blazepose", "as it was asked for"
+    assert taken(checkpoint("dwpose", 33), pose="rtmlib") == "rtmlib"
+    for other in (checkpoint("dwpose", 33), checkpoint("limbs", 133), checkpoint("dwpose", 133, "reference")):
+        assert taken(other) == "blazepose"
+
+
+def test_what_is_drawn_otherwise_than_in_training_is_said():
+    assert "draw the body alone; the network was trained on 133" in checkpoint("dwpose", 133).unlike(33)
+    assert "draw face and hands, which the network has not seen" in checkpoint("dwpose", 33).unlike(133)
+    same = [checkpoint("dwpose", 33).unlike(33), checkpoint("limbs", 133).unlike(33)]
+    assert [*same, checkpoint("dwpose", 133, "reference").unlike(33)] == ["", "", ""]
+
+    def line(skeleton, points, shards, about=True, conditions=("pose",)):
+        source = SimpleNamespace(skeleton=skeleton, points=points, about=about, conditions=conditions)
+        return outline.poses(SimpleNamespace(points=shards), source)
+
+    assert "without face and hands" in line("dwpose", 33, 33) and "without face and hands" in line("dwpose", 133, 33)
+    assert "it was trained on 33" in line("dwpose", 33, 133)
+    nothing = [line("dwpose", 133, 133), line("dwpose", 33, 133, about={}), line("limbs", 133, 33)]
+    assert [*nothing, line("dwpose", 33, 33, conditions=("reference",))] == [None] * 4

@@ -114,6 +114,32 @@ def test_a_pose_sequence_as_npz_and_as_npy(tmp_path):
     assert one.shape == (5, 33, 3) and one.dtype == np.float32 and np.array_equal(one, other)
 
 
+@pytest.mark.parametrize(("rate", "rows"), [(30, 30), (5, 5), (12.5, 14), (10, 9)])
+def test_a_pose_sequence_of_another_rate_is_brought_to_the_clip_s(rate, rows, tmp_path):
+    points = np.zeros((rows, 33, 3)) + np.arange(rows)[:, None, None] / 100
+    np.savez(tmp_path / "a.npz", pose=points, fps=rate)
+    found = motions.read_pose(tmp_path / "a.npz", SHAPE, CROP, start_s=0.2, most=float("inf"))
+    at = 0.2 + np.arange(len(found)) / SHAPE.fps
+    assert len(found) == np.ceil(rows * SHAPE.fps / rate - 1e-9) - 2
+    seen = np.minimum(at, (rows - 1) / rate)
+    assert np.abs(found[:, 0, 0] * 100 / rate - seen).max() <= 0.5 / rate + 1e-6
+    assert len(motions.read_pose(tmp_path / "a.npz", SHAPE, CROP)) == SHAPE.frames
+    with pytest.raises(UserError, match=rf"has {len(found) + 2} frames, a clip from 9 s on needs"):
+        motions.read_pose(tmp_path / "a.npz", SHAPE, CROP, start_s=9)
+
+
+@pytest.mark.parametrize("wrong", [{"fps": 0.0}, {"fps": "ten"}, {"pose": np.ones((9, 133, 3)) * 480}])
+def test_a_pose_sequence_of_no_rate_or_in_pixels_is_one_line(wrong, tmp_path):
+    np.savez(tmp_path / "a.npz", **{"pose": np.ones((9, 133, 3)), **wrong})
+    with pytest.raises(UserError, match=r"--pose: .*a\.npz: (`fps` is no number|x and y must be in 0\.\.1)") as error:
+        motions.read_pose(tmp_path / "a.npz", SHAPE, CROP)
+    assert "\n" not in str(error.value)
+    np.savez(tmp_path / "a.npz", pose=np.ones((9, 33, 3)), fps=1e-300)
+    assert len(motions.read_pose(tmp_path / "a.npz", SHAPE, CROP)) == SHAPE.frames, (
+        "none of it is held that is not asked for"
+    )
+
+
 @pytest.mark.parametrize("lie", [{"frames": 4}, {"frames": 9}, {"height": 32}, {"width": 64}])
 def test_a_shard_s_clip_of_another_shape_is_not_decoded(lie, tmp_path):
     """What a data set says of its clips bounds what one of them may take."""

@@ -297,7 +297,7 @@ def test_what_is_saved_is_the_base_in_full_with_the_adapters_merged(form, tmp_pa
     experiment = lora_settings(form)
     run = Run(experiment)
     list(run.steps())
-    networks.leave_adapter(run.denoiser, experiment, tmp_path / "adapter")
+    networks.leave_adapter(run.denoiser, experiment, tmp_path / "adapter", 33)
     merged = networks.merged(run.denoiser, experiment, fingerprints.base(experiment.model)).network
     base = tiny_denoiser(experiment).network
     adapters.merge(adapters.read(str(tmp_path / "adapter"), "model.adapter"), base, "model.adapter")
@@ -321,7 +321,7 @@ def test_adapters_are_not_merged_into_a_base_that_changed_meanwhile(change, tmp_
     else:
         sizes = {**TINY, "ffn_dim": 128} if change == "another shape" else TINY
         tiny_denoiser(lora_settings("nf4", model={"init": sizes}), seed=1).save(tmp_path / "base", shape=SHAPE)
-    networks.leave_adapter(trained, experiment, tmp_path / "adapter")
+    networks.leave_adapter(trained, experiment, tmp_path / "adapter", 33)
     assert adapters.read(str(tmp_path / "adapter"), "it").pairs
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "base"))) as error:
         networks.merged(trained, experiment, weights)
@@ -341,7 +341,7 @@ def test_whole_weights_that_an_adapter_brought_stay_in_its_folder(tmp_path):
     adapters.write(start, adapters.Adapter(pairs, brought, {"family": "wan"}), "transformer")
     again = lora_settings("nf4", model={"adapter": str(start)})
     denoiser = networks.load(again, torch.device("cpu"))
-    networks.leave_adapter(denoiser, again, tmp_path / "adapter")
+    networks.leave_adapter(denoiser, again, tmp_path / "adapter", 33)
     kept = adapters.read(str(tmp_path / "adapter"), "it").outside
     whole = networks.merged(denoiser, again, fingerprints.base(again.model)).network
     merged = whole.get_parameter("blocks.1.ffn.net.2.weight")

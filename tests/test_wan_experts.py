@@ -315,3 +315,17 @@ def test_a_dry_run_of_both_shows_both(place):
 def test_both_is_not_one_network(made):
     with pytest.raises(UserError, match=r"^model\.expert=both is for train"):
         inspect(Model(base=str(made[1]), expert="both"))
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_both_are_shown_poses_of_one_drawing(made, name, tmp_path):
+    _, folder, _ = made
+    other = experts.OTHER[name]
+    load(Model(base=str(folder), expert=other, skeleton="dwpose")).save(tmp_path / "model", shape=SHAPE)
+    assert inspect(Model(base=str(tmp_path / "model"), expert=name)).skeleton == "dwpose"
+    with pytest.raises(
+        UserError, match=rf"^model\.skeleton: the {other} expert of .* trained with dwpose, this one is"
+    ) as e:
+        inspect(Model(base=str(tmp_path / "model"), expert=name, skeleton="limbs"))
+    assert "\n" not in str(e.value)
+    assert inspect(Model(base=str(folder), expert=name, skeleton="dwpose")).skeleton == "dwpose", "it has seen none"

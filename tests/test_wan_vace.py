@@ -1,5 +1,7 @@
 """Wan VACE: the network sees at training what its diffusers pipeline shows it at inference."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -7,17 +9,22 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from entprog import config, models
 from entprog.config import ClipShape, Drop, Model
 from entprog.diffusion import dropping
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
+from entprog.media import drawing
 from entprog.media.skeleton import draw
+from entprog.models import adapters
 from entprog.models.reference_frame import _fixed_noise
 from entprog.models.wan_vace import inspect, load
 from helpers import bases
 from helpers.families import clips
+from helpers.networks import tiny_experiment
 from helpers.recording import calls
-from pipelines import adapter
+from pipelines import adapter, cli
+from pipelines.training import checks
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 
@@ -32,7 +39,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("conditions", [("reference", "pose"), ("pose",)])
 def test_inputs_at_training_are_those_of_the_pipeline(made, conditions):
     pipe, folder = made
-    denoiser = load(Model(family="wan_vace", base=str(folder), conditions=conditions))
+    denoiser = load(Model(family="wan_vace", base=str(folder), conditions=conditions, skeleton="limbs"))
     assert denoiser.conditions == conditions
     batch = clips(1, SHAPE)
     encoded = denoiser.encode(batch)
@@ -128,3 +135,46 @@ def test_the_reference_s_noise_comes_of_no_device_s_own_generator():
     here = _fixed_noise(torch.zeros(2, 3, 1, 4, 4))
     assert torch.equal(here[0], here[1]) and here[0].std() > 0.5
     assert _fixed_noise(torch.zeros(2, 3, 1, 4, 4, device="meta")).shape == here.shape  # which has no generator at all
+
+
+def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_published_networks(made, tmp_path):
+    """As for Wan-Animate, whose presets have no drawing of their own either."""
+    of = {"family": "wan_vace", "base": str(made[1])}
+    published = load(Model(**of))
+    assert published.skeleton == "dwpose" and load(Model(**of, skeleton="limbs")).skeleton == "limbs"
+    name = next(name for name, module in made[0].transformer.named_modules() if name.endswith("attn1.to_q"))
+    rows, columns = made[0].transformer.get_submodule(name).weight.shape
+    pair, own = adapters.Pair(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0), {}
+    for style in drawing.STYLES:
+        load(Model(**of, skeleton=style)).save(tmp_path / style, shape=SHAPE)
+        assert inspect(Model(**of | {"base": str(tmp_path / style)})).skeleton == style
+        about = {"family": "wan_vace", "conditions": ["reference", "pose"], "skeleton": style}
+        adapters.write(tmp_path / f"of {style}", adapters.Adapter({name: pair}, {}, about), "transformer")
+        own[style] = str(tmp_path / f"of {style}")
+    for style in drawing.STYLES:
+        for base in (made[1], tmp_path / "limbs", tmp_path / "dwpose"):
+            asked = of | {"base": str(base), "adapter": own[style]}
+            assert inspect(Model(**asked)).skeleton == style
+            assert inspect(Model(**asked, skeleton="limbs")).skeleton == "limbs"
+    adapters.write(tmp_path / "others", adapters.Adapter({name: pair}, {}, {}), "transformer")
+    (tmp_path / "others" / adapters.ABOUT).unlink()
+    assert inspect(Model(**of, adapter=str(tmp_path / "others"))).skeleton == "dwpose"
+    init = {name: value for name, value in made[0].transformer.config.items() if name[0] != "_"}
+    init = {name: value for name, value in init.items() if "in_channels" not in name}
+    assert inspect(Model(family="wan_vace", init=init, vae=str(made[1]))).skeleton == "limbs"
+
+    def decides(**model):
+        experiment = tiny_experiment(model={"init": {}, "vae": "auto", **of, **model})
+        return checks.deciding(experiment, SimpleNamespace(fingerprint="")).get("model.skeleton")
+
+    assert decides() == "dwpose", "as in runs that the preset of before began, which are resumed"
+    remembered = [
+        {"base": str(tmp_path / "dwpose")},
+        {"adapter": own["dwpose"]},
+        {"skeleton": None, "base": str(tmp_path / "limbs")},
+    ]
+    assert [decides(**model) for model in remembered] == [None] * 3
+    for preset in ("wan21_vace_1_3b", "wan_animate_14b"):
+        experiment = cli.settings(config.Experiment, preset, None, None)
+        assert experiment.model.skeleton is None
+        assert models.family(experiment.model.family).load.args[0].SKELETON == "dwpose"

@@ -37,7 +37,8 @@ class Model(Part):
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     skeleton: Skeleton | None = None
     """How the network is shown poses: `limbs`, the body's in this project's colours; `dwpose`, body, hands and face as
-    DWPose draws them. None: what base or adapter were trained with here, otherwise `limbs`."""
+    DWPose draws them. None: as the adapter was trained here, else the base; of a published base of VACE or Wan-Animate
+    `dwpose`, otherwise `limbs`."""
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"

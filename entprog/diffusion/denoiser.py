@@ -85,10 +85,12 @@ class Denoiser(Protocol):
         shape: ClipShape | None = None,
         shift: float | None = None,
         parts: Literal["whole", "light"] = "whole",
+        points: int | None = None,
         **record,
     ) -> None:
         """A pipeline's folder, which plain diffusers runs, with `entprog.json` beside; `load` reads it back.
 
         shape: the clips it was trained on; shift: timestep shift for sampling; parts: `light` names the VAE and others
-        that are not trained instead of copying them; record: JSON values kept beside.
+        that are not trained instead of copying them; points: of the poses it was trained on, where these are not its
+        base's; record: JSON values kept beside.
         """

@@ -30,6 +30,9 @@ _COLORS = tuple(
 _DIM = 0.6
 """What is left of the limbs' light under the joints."""
 _FACE, _HANDS = range(23, 91), (91, 112)
+_PARTS = ((23, 91), (91, 112), (112, 133))
+_ENOUGH = 0.5
+"""Share of the points of a face or hand that are to be seen: of fewer none is drawn. A body's 33 points have a few."""
 _BONES = tuple(
     (0 if step == 0 else 4 * finger + step, 4 * finger + step + 1) for finger in range(5) for step in range(4)
 )
@@ -49,7 +52,8 @@ CHUNK_PIXELS = 2**22
 
 def draw(points: torch.Tensor, height: int, width: int, min_visibility: float = 0.3) -> torch.Tensor:
     """float [..., 133, 3] (COCO-WholeBody: x, y in 0..1, score) → float32 [..., 3, H, W] in -1..1, black where nothing
-    is drawn. What has an end less visible than min_visibility, or NaN, is not drawn."""
+    is drawn. What has an end less visible than min_visibility, or NaN, is not drawn, nor is a face or a hand of which
+    less than half of the points are seen."""
     leading = points.shape[:-2]
     points = points.reshape(-1, *points.shape[-2:]).float()
     frames = max(1, CHUNK_PIXELS // (height * width))
@@ -62,6 +66,8 @@ def _draw(points: torch.Tensor, height: int, width: int, min_visibility: float) 
     """[N, 133, 3] → [N, 3, H, W]."""
     x_y = points[..., :2] * points.new_tensor([width, height])
     seen = (points[..., 2] >= min_visibility) & x_y.isfinite().all(-1)
+    for first, end in _PARTS:
+        seen[:, first:end] &= seen[:, first:end].float().mean(1, keepdim=True) >= _ENOUGH
     x_y = torch.where(seen[..., None], x_y, 0)
     neck = x_y[:, _NECK].mean(1)
     joints = torch.stack([neck if place is None else x_y[:, place] for place in _JOINTS], 1)

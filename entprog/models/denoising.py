@@ -20,7 +20,7 @@ from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
-from entprog.media import drawing
+from entprog.media import drawing, wholebody
 from entprog.media.color import yuv420_to_rgb
 from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
@@ -57,6 +57,8 @@ class VideoDenoiser:
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
+    SKELETON: ClassVar[config.Skeleton] = drawing.LIMBS
+    """How poses are drawn for its published networks, which have seen no others; `limbs` where they have seen none."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
     with which they are saved."""
@@ -78,6 +80,8 @@ class VideoDenoiser:
     """Clip shape that a saved checkpoint was trained on, if it says so."""
     skeleton: config.Skeleton = drawing.LIMBS
     """How poses are drawn for it."""
+    points: int = len(wholebody.BLAZEPOSE)
+    """Points of the poses that its base was trained on, 33 or 133."""
     expert: experts.Expert | None = None
     """Which of a base's two networks this is; None: it has one."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -302,14 +306,17 @@ class VideoDenoiser:
         shape: ClipShape | None = None,
         shift: float | None = None,
         parts: whole.Save = "whole",
+        points: int | None = None,
         **record,
     ) -> None:
         """Write a pipeline's folder: the network's part, `vae/` if any, `scheduler/`, the base's encoders, its index
         and code (`entprog.models.whole`), and `entprog.json` beside.
 
         It runs with plain diffusers; `load` reads it too. shape: the clips it was trained on; shift: timestep shift for
-        sampling; parts: `light` names VAE and encoders instead of copying them; record: JSON values to keep under
-        `provenance`. An existing folder is replaced, whole or not at all. Raises UserError for a shift where the
+        sampling; parts: `light` names VAE and encoders instead of copying them; points: of the poses it
+        was trained on, where these are not its base's; record: JSON values to keep under `provenance`.
+
+        An existing folder is replaced, whole or not at all. Raises UserError for a shift where the
         process has none.
         """
         shape = shape or self.shape
@@ -325,6 +332,7 @@ class VideoDenoiser:
             "shape": shape and shape.model_dump(),
             "shift": self.shift if shift is None else shift,
             "skeleton": self.skeleton,
+            "points": points or self.points,
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }

@@ -81,6 +81,8 @@ class Record(config.Part):
     """Timestep shift for sampling."""
     skeleton: config.Skeleton = "limbs"
     """How poses are drawn for it."""
+    points: Literal[33, 133] = 33
+    """Points of the poses that it was trained on."""
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""

@@ -3,7 +3,7 @@
 import contextlib
 import inspect as python_inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import drawing
+from entprog.media import drawing, wholebody
 from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
@@ -55,6 +55,8 @@ class Source:
     process: Process
     skeleton: config.Skeleton
     """How poses are drawn for the network."""
+    points: int
+    """Points of the poses that it was trained on here: 33 of a base of others."""
     expert: experts.Expert | None
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
@@ -112,25 +114,46 @@ def inspect(
     form = cls.form_of(sum(splits), channels, conditions)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
-    skeleton = settings.skeleton or about.get("skeleton", drawing.LIMBS)
+    of_adapter: Mapping[str, Any] = {}
     if settings.adapter:
         adapter = adapters.read(settings.adapter, "model.adapter")
         _check_adapter(cls, adapter, network, settings, name, splits)
-        skeleton = settings.skeleton or adapter.about.get("skeleton", skeleton)
-        if skeleton not in drawing.STYLES:
-            raise UserError(f"model.adapter: {settings.adapter} was trained with skeleton {skeleton!r}, unknown here")
+        of_adapter = adapter.about
+    skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.SKELETON if root else drawing.LIMBS)
+    if skeleton not in drawing.STYLES:
+        raise UserError(f"model.adapter: {settings.adapter} was trained with skeleton {skeleton!r}, unknown here")
+    points = of_adapter.get("points", about.get("points", len(wholebody.BLAZEPOSE)))
+    if points not in wholebody.LAYOUTS.values():
+        raise UserError(f"model.adapter: {settings.adapter} was trained on poses of {points!r} points, unknown here")
     tensors = cls.tensors(network.config, settings, root)
     more = {}
     if root is not None:
         more = places.more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
     process = process_of(cls, root, about)
-    expert = _expert(cls, settings, root, about, name, conditions, channels) if name and weights else None
+    expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton) if name and weights else None
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
-        skeleton, expert, outside,
+        skeleton, points, expert, outside,
     )  # fmt: skip
+
+
+def skeleton_of_family(cls: type[VideoDenoiser], settings: config.Model) -> config.Skeleton | None:
+    """How poses are drawn because the family's published networks have seen them so; None: something else decides, the
+    setting, an adapter or a folder that was trained here, or it is as in every family."""
+    if settings.skeleton or not settings.base or cls.SKELETON == drawing.LIMBS:
+        return None
+    about = folders.saved(places.base(cls, settings))
+    of_adapter = adapters.read(settings.adapter, "model.adapter").about if settings.adapter else {}
+    return None if _remembered(about, of_adapter) else cls.SKELETON
+
+
+def _remembered(about: Mapping[str, Any], of_adapter: Mapping[str, Any]) -> config.Skeleton | None:
+    """How poses were drawn for what was trained here, the adapter before the folder. None: neither was. What does not
+    say it is older than other drawings than `limbs`."""
+    trained = of_adapter or about
+    return trained.get("skeleton", drawing.LIMBS) if trained else None
 
 
 def _expert(
@@ -141,10 +164,13 @@ def _expert(
     name: str,
     conditions: tuple[str, ...],
     channels: int,
+    skeleton: config.Skeleton,
 ) -> experts.Expert:
-    """The expert that is trained, with what is known of the other one. conditions: that it sees; channels: of latents.
+    """The expert that is trained, with what is known of the other one. conditions: that it sees; channels: of latents;
+    skeleton: how poses are drawn for it.
 
-    Raises UserError if the other one cannot be loaded, by plain diffusers too, or sees what this one does not."""
+    Raises UserError if the other one cannot be loaded, by plain diffusers too, sees what this one does not, or sees
+    poses drawn otherwise."""
     other = experts.OTHER[name]
     folder = places.network(cls, settings, root, about, other)
     found = folders.weights(folder, "model.base", settings.trust_pickle)
@@ -160,6 +186,11 @@ def _expert(
         raise UserError(
             f"model.conditions: the {other} expert of {settings.base} sees {', '.join(seen)}; add {', '.join(lost)} to "
             "model.conditions"
+        )
+    if "pose" in seen and (drawn := _remembered(about, {})) not in (None, skeleton):
+        raise UserError(
+            f"model.skeleton: the {other} expert of {settings.base} was trained with {drawn}, this one is to have "
+            f"{skeleton}: both are shown the same, set model.skeleton={drawn}"
         )
     splits = tuple(kept.get("input_channels", (network.in_channels,)))
     return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)
@@ -333,6 +364,7 @@ def _with_parts(
         conditions=source.conditions,
         process=source.process,
         skeleton=source.skeleton,
+        points=source.points,
         expert=source.expert,
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),

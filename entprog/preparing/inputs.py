@@ -166,7 +166,8 @@ def _posed(found: Inputs) -> Inputs:
         if addresses.is_remote(path) or not is_video(row):
             continue
         name = path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
-        there = [path for path in (Path(name + ending) for ending in posefile.ENDINGS) if path.is_file()]
+        there = [Path(name + ending) for ending in posefile.ENDINGS]
+        there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
         taken |= {os.fsencode(path) for path in there}
         if there:
             poses[row["file"]] = {"poses": os.fsencode(there[0]), "poses_stamp": posefile.stamp(there[0])}

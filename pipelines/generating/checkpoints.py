@@ -7,6 +7,7 @@ from typing import Any
 from entprog import config
 from entprog.config import ClipShape, Generate
 from entprog.errors import UserError
+from entprog.media import wholebody
 
 # torch and diffusers are imported where they are needed: wrong arguments are told at once, not after seconds.
 
@@ -26,6 +27,19 @@ class Checkpoint:
     @property
     def conditions(self) -> tuple[str, ...]:
         return tuple(self.about["conditions"])
+
+    @property
+    def points(self) -> int:
+        """Points of the poses that it was trained on."""
+        return self.about.get("points", len(wholebody.BLAZEPOSE))
+
+    def unlike(self, points: int) -> str:
+        """What it is shown of poses of so many points that it was not trained on, in words; empty where that is the
+        same."""
+        from entprog.media import drawing
+
+        style = self.about.get("skeleton", drawing.LIMBS)
+        return drawing.unlike(style, self.points, points) if "pose" in self.conditions else ""
 
     def model(self, dtype: str = "float32") -> config.Model:
         """The settings that load it."""

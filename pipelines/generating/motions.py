@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import h264, limits, wholebody
+from entprog.media import h264, limits, posefile, wholebody
 from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.names import plain
 from entprog.preparing import cutting, inputs, windows
 from pipelines import cli
+from pipelines.generating.checkpoints import Checkpoint
 
 VIDEOS = inputs.SUFFIXES
 POSES = frozenset({".npz", ".npy"})
@@ -51,6 +53,16 @@ class Motion:
                 found.update(repr(array.shape).encode())
                 found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
+
+
+def estimating(settings: Generation, maker: Checkpoint) -> Generation:
+    """The settings, with the estimator that gives the points which a checkpoint was trained on, unless `prepare.pose`
+    says which one. Where that one is not installed they stay as they are."""
+    whole = maker.points == wholebody.POINTS and maker.unlike(len(wholebody.BLAZEPOSE))
+    if not whole or "pose" in settings.prepare.model_fields_set or find_spec("rtmlib") is None:
+        return settings
+    cli.console.print("Poses are estimated by rtmlib (prepare.pose): the network was trained on whole-body poses.")
+    return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"pose": "rtmlib"})})
 
 
 def wanted_frames(settings: Generate, shape: ClipShape) -> float:
@@ -211,26 +223,35 @@ def read_pose(
     path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
 ) -> np.ndarray:
     """A pose sequence from an .npz or .npy (never unpickled): float32 [F, 33 or 133, 3], F of the clip's length, or
-    up to `most`.
+    up to `most`. Rows are at the clip's rate, unless an .npz says in `fps` how many a second there are.
 
     Raises UserError if it is not one, too short, or larger than `crop`'s limits.
     """
+    alone, bounds = path.suffix.lower() == ".npy", limits.of(crop)
     try:
-        points = limits.array(path, None if path.suffix.lower() == ".npy" else "pose", limits.of(crop))
-    except UserError as error:
-        raise UserError(f"--pose: {error}") from None
+        points = limits.array(path, None if alone else "pose", bounds)
+        rate = (None if alone else posefile.rate(path, bounds)) or shape.fps
+    except (UserError, ValueError) as error:
+        why = str(error)
+        raise UserError(f"--pose: {why if str(path) in why else f'{path}: {why}'}") from None
     layouts = [(count, 3) for count in wholebody.LAYOUTS.values()]
     if points.ndim != 3 or points.shape[1:] not in layouts or points.dtype.kind not in "fiu":
         raise UserError(
             f"--pose: {path} holds {points.dtype} {list(points.shape)}, needed is float [frames, 33 or 133, 3]"
         )
+    try:
+        posefile.check_places(points.astype(np.float32))
+    except ValueError as error:
+        raise UserError(f"--pose: {path}: {error}") from None
     first = round(start_s * shape.fps)
-    if len(points) < first + shape.frames:
+    total = math.ceil(min(len(points) * shape.fps / rate - 1e-9, 2**53))
+    if total < first + shape.frames:
         raise UserError(
-            f"--pose: {path} has {len(points)} frames, a clip from {start_s:g} s on needs {first + shape.frames} "
+            f"--pose: {path} has {total} frames, a clip from {start_s:g} s on needs {first + shape.frames} "
             f"(at {shape.fps:g} fps)"
         )
-    return points[first : first + int(min(most or shape.frames, len(points)))].astype(np.float32)
+    chosen = np.arange(first, min(total, first + int(min(most or shape.frames, total))))
+    return points[posefile.nearest_rows(chosen, shape.fps, rate).clip(max=len(points) - 1)].astype(np.float32)
 
 
 def driving_clip(

@@ -12,7 +12,7 @@ from entprog.data import shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.media import wholebody
-from entprog.models import adapters, captions, fingerprints, lora
+from entprog.models import adapters, captions, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.training.storage import Place
@@ -107,6 +107,9 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
     values = config.deciding(experiment)
     if values["schedule.frozen_precision"] == "auto":  # the same to the bit
         values["schedule.frozen_precision"] = "full"
+    family = models.family(model.family).load.args[0]
+    if base and (drawn := sources.skeleton_of_family(family, model)):
+        values["model.skeleton"] = drawn
     if experiment.data.text != "fixed":
         values["text encoder"] = captions.source(model).key
     return values | {

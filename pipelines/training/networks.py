@@ -35,8 +35,9 @@ def load(experiment: Experiment, device: torch.device) -> Denoiser:
 
 def _loaded(experiment: Experiment, device: str | torch.device, prepare: Callable[[nn.Module], None]) -> Denoiser:
     model = experiment.model
-    if experiment.train.lora:  # then an adapter to start from is not merged: it goes on
-        model = model.model_copy(update={"adapter": None})
+    if experiment.train.lora and model.adapter:  # then an adapter to start from is not merged: it goes on
+        drawn = models.family(model.family).inspect(model).skeleton  # as the adapter has seen poses
+        model = model.model_copy(update={"adapter": None, "skeleton": drawn})
     return models.family(model.family).load(model, device, experiment.train.seed, prepare)
 
 
@@ -87,8 +88,9 @@ def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser
     return replace(denoiser, network=network)
 
 
-def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path) -> None:
-    """All that tells the network from its base, also what an adapter that it started from brought."""
+def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, points: int) -> None:
+    """All that tells the network from its base, also what an adapter that it started from brought. points: of the poses
+    that it was trained on."""
     whole, brought = {*outside(denoiser, experiment)}, {}
     if given := experiment.model.adapter:
         brought = adapters.read(given, "model.adapter").outside
@@ -99,6 +101,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path) -> N
         "family": denoiser.FAMILY,
         "conditions": denoiser.conditions,
         "skeleton": denoiser.skeleton,
+        "points": points,
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),

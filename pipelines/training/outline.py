@@ -2,6 +2,7 @@
 
 from entprog.config import Experiment, Model, Row, Timesteps
 from entprog.data.shards import SPLITS, Dataset
+from entprog.media import drawing, wholebody
 from entprog.models import captions
 from entprog.models.sources import Source
 from entprog.schedule import plans
@@ -81,6 +82,19 @@ def expert(source: Source) -> str | None:
         f"Expert {found.name} ({source.part.name}/): timesteps {low:g} to {high:g} alone. The other one, {sees}, "
         f"samples {where} them."
     )
+
+
+def poses(dataset: Dataset, source: Source) -> str | None:
+    """What a network that sees face and hands lacks in the shards' poses, or what it has not seen of them, in words."""
+    if source.skeleton != drawing.DWPOSE or "pose" not in source.conditions:
+        return None
+    if dataset.points != wholebody.POINTS:
+        return (
+            f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton=dwpose draws the "
+            "body alone (prepare.pose=rtmlib, or files of poses beside the videos, has them)."
+        )
+    unlike = source.about and drawing.unlike(source.skeleton, source.points, dataset.points)
+    return f"Poses: {unlike}." if unlike else None
 
 
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:

@@ -266,10 +266,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     denoiser = setup.denoiser
     if rank == 0:  # alone: nobody waits for it
         if experiment.train.lora:
-            networks.leave_adapter(denoiser, experiment, output / "adapter")
+            networks.leave_adapter(denoiser, experiment, output / "adapter", setup.dataset.points)
             denoiser = networks.merged(denoiser, experiment, settings["weights"])
         shift = _sampling_shift(setup)
-        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, parts=experiment.train.save)
+        kept = {"parts": experiment.train.save, "points": setup.dataset.points}
+        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, **kept)
         _leave_samples(setup, output / "samples", shift)
         log.close()
         tracker.close()

@@ -37,7 +37,8 @@ def opened(name, folder, cls=None, conditions=(), **init):
     vae.save_pretrained(folder / "vae")
     published = {**cls.SCHEDULER, **({"shift": tiny["shift"]} if "shift" in tiny else {})}
     cls.PROCESS.of(published).scheduler().save_pretrained(folder / "scheduler")
-    denoiser = sources.load(cls, Model(family=tiny["family"], base=str(folder), conditions=conditions))
+    own = {"family": tiny["family"], "base": str(folder), "skeleton": "limbs"}
+    denoiser = sources.load(cls, Model(conditions=conditions, **own))
     fields = ("text", *denoiser.FIXED) if name != "svd" else ()
     texts = {field: torch.randn_like(getattr(denoiser, field)) for field in fields}
     return replace(denoiser, **texts), network, vae
