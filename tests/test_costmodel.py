@@ -193,6 +193,22 @@ def test_every_step_and_decision_carries_what_was_foreseen():
         assert decision.step_cost == counted_flops(counted, decision.plan)
 
 
+def test_averages_are_foreseen():
+    """Of all that was trained so far, whatever is trained now."""
+    from helpers.runs import Run
+
+    table = [{"until": 0.7, "share": 0.34, "choose": "random", "redraw_every": 2}, {"until": 1, "share": 0.5}]
+    schedule = {"kind": "progressive", "table": table, "memory_budget_bytes": 10**9}
+    plain, averaged = (
+        Run(tiny_experiment(train={"steps": 8, "ema_decay": decay}, schedule=schedule)) for decay in (None, 0.9)
+    )
+    for without, step in zip(plain.steps(), averaged.steps(), strict=True):
+        held = sum(tensor.nbytes for tensor in averaged.state.ema.values())
+        assert step.plan_memory_bytes - without.plan_memory_bytes == held > 0
+        assert step.predicted_memory_bytes - without.predicted_memory_bytes == held
+    assert len({block.split(".")[1] for block in averaged.state.ema if block.startswith("blocks.")}) > 3
+
+
 def counted_flops(run, plan):
     from entprog.schedule.freezing import Freeze
     from entprog.schedule.prices import Prices

@@ -1,7 +1,8 @@
 """What plans cost in a run: counted on the network, foreseen by the cost model, in the schedule's clock."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -12,7 +13,7 @@ from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.distributed import agree, fsdp
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -29,15 +30,17 @@ class Prices:
         freeze: Freeze,
         experiment: Experiment,
         models: dict[ClipShape, CostModel],
+        averages: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ):
         """sample: clips of `data.shape`. models: of the run's state, so that they are measured once; as many blocks
-        wait in them as the experiment says, which a resume may change."""
+        wait in them as the experiment says, which a resume may change. averages: of the run's state, by parameter."""
         self.denoiser = denoiser
         self.found = list(found)
         self.sample = sample
         self.freeze = freeze
         self.experiment = experiment
         self.models = models
+        self.averages = averages
         for known, model in models.items():
             models[known] = replace(model, swap_blocks=experiment.model.swap_blocks)
         self.counts: dict[Plan, counting.Cost] = {}
@@ -111,7 +114,14 @@ class Prices:
 
     def memory(self, plan: Plan) -> int:
         """Predicted peak bytes of an update on one device."""
-        return self.model(plan.shape).memory(plan.trainable, plan.backward)
+        model = self.model(plan.shape)
+        averaged = model.trained_bytes(plan.trainable) if self.experiment.train.ema_decay else 0
+        return model.memory(plan.trainable, plan.backward) + averaged + self.kept_bytes(plan)
+
+    def kept_bytes(self, plan: Plan) -> int:
+        """Bytes of averages of blocks that the plan does not train."""
+        others = tuple(f"{block.name}." for block in self.found if block.name not in plan.trainable)
+        return sum(fsdp.held(tensor).nbytes for name, tensor in self.averages.items() if name.startswith(others))
 
     def sample_of(self, shape: ClipShape, clips: int) -> Latents:
         """Some clips of a shape: a corner of the sample's latents, of which only the size matters here; the same ones

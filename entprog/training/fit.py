@@ -113,7 +113,7 @@ class _Fit:
         agree.agree("the blocks' priorities", priority)
         agree.agree("where the run stands", state.as_json())
         self.freeze = Freeze(denoiser, self.found, experiment)
-        self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models)
+        self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema)
         self.search = Search(self.names, priority, self.prices, experiment, state)
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
@@ -276,7 +276,7 @@ class _Fit:
             plan_memory_bytes=memory,
             optimizer_bytes=self.moments[1],
             predicted_s=self.prices.step(plan) if model and self.prices.by_seconds else None,
-            predicted_memory_bytes=model.memory(plan.trainable, plan.backward) if model else None,
+            predicted_memory_bytes=self.prices.memory(plan) if model else None,
             held_out_loss=self.record_loss() if evaluate else None,
             decision=decision,
             pace=self.pace,
@@ -370,7 +370,8 @@ class _Fit:
     def memory(self, plan: Plan) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return self.prices.counted(plan).memory_bytes(self.experiment.batch_size_at(plan.shape))
+        averaged = sum(fsdp.held(tensor).nbytes for tensor in self.state.ema.values())
+        return self.prices.counted(plan).memory_bytes(self.experiment.batch_size_at(plan.shape)) + averaged
 
     def search_loss(self) -> float:
         return self.held_out_loss(self.search_held_out, 1)
