@@ -1,6 +1,7 @@
 """Blocks that wait on the host: the same bits, two of them on the device at a time, whatever order they run in."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from entprog import blocks, config
 from entprog.blocks import let_wait, packed, store_frozen, swap_of, unfreeze
 from entprog.blocks.held import Held, HeldLinear, all_held
-from entprog.blocks.swap import Swap, spread
+from entprog.blocks.swap import Swap, chosen, spread
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
@@ -231,6 +232,28 @@ def test_who_waits_is_spread_over_the_blocks():
     for number in range(1, 10):
         assert len(spread(names, number)) == number
     assert Swap(CPU).device_bytes == 0
+
+
+@pytest.mark.parametrize("number", [3, 9, 12, 18])
+def test_few_blocks_move_when_one_thaws(number):
+    names = [f"blocks.{n}" for n in range(24)]
+    before = chosen(names, names, number)
+    assert before == spread(names, number)
+    may = dict.fromkeys(names)
+    for thawed in names[5:]:
+        del may[thawed]
+        after = chosen(names, may, number)
+        assert len(after) == min(number, len(may)) and after <= may.keys()
+        assert len(after - before) <= 1 and len(before - after) <= 1
+        before = after
+
+
+def test_blocks_that_take_the_place_of_others_are_spread_too():
+    names = [str(n) for n in range(32)]
+    first = spread(names, 8)
+    others = [n for n in names if n not in first]
+    places = sorted(others.index(n) for n in chosen(names, others, 8))
+    assert len(places) == 8 and max(b - a for a, b in itertools.pairwise(places)) <= 6
 
 
 @pytest.mark.parametrize(

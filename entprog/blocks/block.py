@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from entprog.blocks import fp8
 from entprog.blocks.packed import Form
 from entprog.blocks.stored import ADAPTER, Stored, is_adapted
-from entprog.blocks.swap import Swap, spread
+from entprog.blocks.swap import Swap, chosen
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
@@ -278,9 +278,9 @@ def store_frozen(found: Iterable[Block], form: Form = "bfloat16", device: torch.
 def let_wait(found: Sequence[Block], number: int, device: torch.device) -> None:
     """Let the frozen weights of so many blocks wait on the host (`entprog.blocks.swap`); all are stored already, and
     frozen. device: where they are used."""
-    swap, chosen = swap_of(found) or Swap(device), who_waits(found, (), number)
+    swap, waiting = swap_of(found) or Swap(device), who_waits(found, (), number)
     for block in found:
-        if block.name in chosen:
+        if block.name in waiting:
             variants(block.module).stored.wait(block.module, swap)
 
 
@@ -293,8 +293,8 @@ def form_of(found: Iterable[Block]) -> Form:
 def who_waits(found: Sequence[Block], trainable: Collection[str], number: int) -> set[str]:
     """Names of the blocks that wait while some are trained: of a block whose adapters alone are trained, all else may
     wait."""
-    may = [block.name for block in found if block.name not in trainable or is_adapted(block.module)]
-    return spread(may, number)
+    may = {block.name for block in found if block.name not in trainable or is_adapted(block.module)}
+    return chosen([block.name for block in found], may, number)
 
 
 def swap_of(found: Iterable[Block]) -> Swap | None:

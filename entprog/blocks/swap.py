@@ -8,7 +8,7 @@ On the CPU the same happens without streams and pinned memory, which tests can l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -170,6 +170,18 @@ def spread(names: Sequence[str], number: int) -> set[str]:
     """So many of the names, as evenly as can be: between two blocks that wait others run, while one is copied."""
     number = min(number, len(names))
     return {names[(2 * i + 1) * len(names) // (2 * number)] for i in range(number)} if number else set()
+
+
+def chosen(names: Sequence[str], may: Collection[str], number: int) -> set[str]:
+    """So many of the names that may wait: of those that wait while all may, all that may, then others, evenly spread
+    too. It depends on what may wait alone, and when one more may not, one other takes its place."""
+    first = spread(names, number)
+    others = [name for name in names if name not in first]
+    digits = len(others).bit_length()
+    # By their numbers' digits backwards: halves, then quarters, and so on.
+    by_place = sorted(range(len(others)), key=lambda place: f"{place:0{digits}b}"[::-1])
+    order = [name for name in names if name in first] + [others[place] for place in by_place]
+    return set([name for name in order if name in may][:number])
 
 
 def pinned_bytes(size: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entprog.blocks.swap import rooms_bytes, spread
+from entprog.blocks.swap import chosen, rooms_bytes
 from entprog.config import Backward
 from entprog.cost import counting
 from entprog.records import Record
@@ -130,7 +130,7 @@ class CostModel(Record):
             elif kind == "along":
                 weights += block.twin_bytes
         may = {b.name: b.movable_bytes for b in self.blocks if b.name not in trainable or b.movable_trained_bytes}
-        waiting = [may[name] for name in spread(list(may), self.swap_blocks)]
+        waiting = [may[name] for name in chosen([block.name for block in self.blocks], may, self.swap_blocks)]
         weights += rooms_bytes(waiting) - sum(waiting)
         kept += self.common_bytes if common else 0
         trained = self.trained_bytes(trainable)
