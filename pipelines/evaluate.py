@@ -171,7 +171,15 @@ def explain(task: Task) -> dict[str, Any]:
         f"{task.dataset.folder}), {source}, by {', '.join(task.names)}; figures go to "
         f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
     )
+    if task.maker is not None:
+        _tell_layout(task)
     return {"settings": config.flat(task.settings.model_dump(mode="json"))}
+
+
+def _tell_layout(task: Task) -> None:
+    """Print what the shards' poses show the network that it was not trained on, if anything."""
+    if unlike := task.maker.unlike(task.dataset.points):
+        cli.console.print(f"{task.dataset.folder}: {unlike}")
 
 
 def _protocol(made: dict[str, Any]) -> str:
@@ -186,8 +194,7 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         cli.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
-        if unlike := task.maker.unlike(task.dataset.points):
-            cli.console.print(f"{task.dataset.folder}: {unlike}")
+        _tell_layout(task)
         protocol.leave(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:

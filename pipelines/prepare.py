@@ -336,8 +336,8 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
     of_kept = [packing.read_part(parts, keys[file]) for file in kept]
     most = packing.points_of(of_kept)
     points = before.dataset.points if before else most
-    if bare := sum(record["clips"] for record in of_kept if record and packing.points_of([record]) < points):
-        cli.console.print(f"{bare} of {sum(r['clips'] for r in of_kept if r)} new clips have no face and hands")
+    if bare := packing.without_parts(of_kept, points):
+        cli.console.print(bare)
     if points < most:
         cli.console.print(f"faces and hands of the new videos are left out: the dataset has poses of {points} points")
     plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points)

@@ -60,6 +60,16 @@ def truth_as_generated(made, folder: Path) -> Path:
     return folder
 
 
+def test_shards_of_a_layout_that_the_network_has_not_seen_are_said(made, tmp_path):
+    for points in (33, 133):
+        denoiser = load(Model(init=NETWORK, vae="none", skeleton="dwpose"))
+        denoiser.save(tmp_path / f"{points}" / "model", shape=SHAPE, points=points)
+        given = ["--checkpoint", tmp_path / f"{points}", "--shards", made / "shards", "--output", tmp_path / "out"]
+        done = CliRunner().invoke(evaluate.app, [*map(str, given), "--dry-run"], env={"COLUMNS": "400"})
+        assert done.exit_code == 0, done.output
+        assert ("poses of 33 points draw the body alone" in done.output) == (points == 133)
+
+
 def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ray, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})

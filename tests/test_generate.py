@@ -120,6 +120,21 @@ def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_pat
     assert one != bytes_of("guided", pose_guidance=3.0)
 
 
+def test_poses_of_a_layout_that_the_network_has_not_seen_are_said(made, tmp_path):
+    for points in (33, 133):
+        denoiser = load(Model(init=NETWORK, vae="none", skeleton="dwpose"))
+        denoiser.save(tmp_path / f"{points}" / "model", shape=SHAPE, points=points)
+    np.savez(tmp_path / "whole.npz", pose=np.random.default_rng(0).random((9, 133, 3)))
+    body, whole = ["--pose", made / "poses.npz"], ["--pose", tmp_path / "whole.npz"]
+    said = {}
+    for name, points, given in (("bare", 133, body), ("new", 33, whole), ("as one", 33, body), ("as all", 133, whole)):
+        asked = ["--checkpoint", tmp_path / f"{points}", "--reference", made / "me.png", *given]
+        said[name] = command(*asked, "--output", tmp_path / "out", "--dry-run")
+    assert "poses of 33 points draw the body alone; the network was trained on 133" in said["bare"]
+    assert "poses of 133 points draw face and hands, which the network has not seen" in said["new"]
+    assert "points draw" not in said["as one"] + said["as all"] and not (tmp_path / "out").exists()
+
+
 def test_a_text_is_shown_as_the_base_s_pipeline_encodes_it(made, tmp_path):
     import diffusers
     import transformers

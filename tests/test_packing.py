@@ -123,3 +123,9 @@ def test_a_finished_shard_is_not_written_again_and_a_damaged_one_is(tmp_path):
     with pytest.raises(shards.DamagedShardError):
         (tmp_path / "parts" / "k.parquet").write_bytes(b"")
         packing.pack(row, str(tmp_path), shape)
+
+
+def test_clips_without_face_and_hands_are_counted():
+    parts = [{"clips": 3, "points": 133}, {"clips": 2, "points": 33}, {"clips": 1}, None, {"clips": 0, "points": 33}]
+    assert packing.without_parts(parts, packing.points_of(parts)) == "3 of 6 clips have no face and hands"
+    assert packing.without_parts(parts[:1], 133) == packing.without_parts(parts[1:], 33) == ""

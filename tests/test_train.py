@@ -32,6 +32,8 @@ from pipelines import cli, score, train
 from pipelines.tracking import store as mlflow_store
 from pipelines.training import steplog
 
+WIDE = {"COLUMNS": "400"}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, local_ray):
@@ -399,6 +401,9 @@ def test_dry_run_writes_nothing(base_command, place):
     result = CliRunner().invoke(train.app, [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run"])
     assert "Stages" in result.output and "0% to " in result.output
     assert result.exit_code == 0 and "Would train" in result.output and not (place / "dry").exists()
+    assert "Poses:" not in result.output
+    drawn = [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run", "--set", "model.skeleton=dwpose"]
+    assert "have 33 points, without face and hands" in CliRunner().invoke(train.app, drawn, env=WIDE).output
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,14 @@ def points_of(records: Iterable[Row | None]) -> int:
     return max((record.get("points", shards.POINTS) for record in records if record), default=shards.POINTS)
 
 
+def without_parts(records: Iterable[Row | None], points: int) -> str:
+    """How many clips of some finished parts lack what a dataset's poses of so many points have, in words; empty if none
+    does."""
+    clips = [(record["clips"], points_of([record]) < points) for record in records if record]
+    bare = sum(count for count, lacks in clips if lacks)
+    return f"{bare} of {sum(count for count, _ in clips)} clips have no face and hands" if bare else ""
+
+
 def made_by(records: Iterable[Row | None], before: Iterable[str] = ()) -> list[str]:
     """Where the poses of some finished parts come from: estimators, files beside the videos."""
     return sorted({*before, *(record["poses"] for record in records if record and "poses" in record)})
