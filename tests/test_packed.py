@@ -1,6 +1,7 @@
 """Frozen weights packed into a byte or half of one: how near, how many bytes, and that nothing else changes."""
 
 import functools
+import itertools
 import re
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from entprog import blocks, config
 from entprog.blocks import packed, store_frozen, unfreeze
@@ -108,6 +110,17 @@ def test_zeros_stay_zeros_and_large_weights_finite(form):
         weight = torch.full((2, 64), value)
         back = packed.unpack(packed.pack(weight, form), form, weight.shape, torch.float32)
         torch.testing.assert_close(back, weight, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_is_unpacked_in_the_bytes_that_are_foreseen(form):
+    weight = torch.randn(256, 512)
+    parts = packed.pack(weight, form)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        packed.unpack(parts, form, weight.shape, torch.bfloat16)
+    changes = [e for e in seen.events() if e.self_cpu_memory_usage]
+    held = itertools.accumulate(e.self_cpu_memory_usage for e in sorted(changes, key=lambda e: e.time_range.start))
+    assert max(held) == pytest.approx(packed.unpacking_bytes(weight.shape, form), rel=0.01)
 
 
 def test_nf4_is_as_near_as_torchaos():
@@ -375,8 +388,10 @@ def test_memory_is_foreseen(form, backward):
     denoiser = tiny_denoiser(experiment)
     found, free = blocks.blocks(denoiser.network), denoiser.outside()["conditions"]
     loss = functools.partial(training_loss, denoiser, latents([0]), experiment.train)
+    largest = max(p.numel() for b in found for _, p in linear_weights(b.module))
     store_frozen(found, form)
     model = measuring.measure(denoiser.network, found, free, loss, clips=1, seconds=False)
+    assert model.unpacking_bytes == {"fp8": 2, "nf4": 4}[form] * largest
     for trainable in (["blocks.1"], ["blocks.0", "blocks.4"], [block.name for block in found]):
         trained = unfreeze(denoiser.network, found, trainable, free, backward)
         counted = counting.count(denoiser.network, trained, loss)

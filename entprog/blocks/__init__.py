@@ -33,7 +33,7 @@ from entprog.blocks.block import (
     variants,
     who_waits,
 )
-from entprog.blocks.held import packed_bytes, room_bytes, waiting_bytes
+from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.overlooking import overlooked
 from entprog.blocks.stored import ADAPTER, HALF, keep_rounded
 
@@ -72,6 +72,7 @@ __all__ = [
     "trainable",
     "twin_bytes",
     "unfreeze",
+    "unpacking_bytes",
     "variants",
     "waiting_bytes",
     "who_waits",

@@ -119,6 +119,11 @@ def room_bytes(network: nn.Module) -> int:
     return sum(swap.device_bytes for swap in swaps)
 
 
+def unpacking_bytes(network: nn.Module) -> int:
+    """What unpacking the largest of a network's packed weights takes for a moment."""
+    return max((packed.unpacking_bytes(held.shape, held.form) for held in all_held(network)), default=0)
+
+
 def all_held(module: nn.Module) -> list[Held]:
     """The weights of a module's layers that do not lie in their parameters."""
     return [part.held for part in module.modules() if isinstance(part, HeldLinear)]

@@ -46,6 +46,11 @@ def nbytes(shape: Sequence[int], form: Form) -> int:
     return 2 * numbers if form == "bfloat16" else numbers + 2 * shape[0]
 
 
+def unpacking_bytes(shape: Sequence[int], form: Form) -> int:
+    """Bytes beside a packed weight while it is used in bfloat16: of nf4 where each pair lies in the table, too."""
+    return {"bfloat16": 0, "fp8": 2, "nf4": 4}[form] * math.prod(shape)
+
+
 @torch.no_grad()
 def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
     """A weight [outputs, inputs] → the tensors of PARTS, on its device."""

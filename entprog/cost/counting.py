@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from entprog import optimizers
-from entprog.blocks import is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes
+from entprog.blocks import is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes, unpacking_bytes
 from entprog.config import OptimizerKind
 from entprog.distributed.fsdp import gathered, held
 
@@ -35,13 +35,15 @@ class Cost:
     """Gradients of trained weights."""
     moment_bytes: int
     """The optimizer's moments of trained weights."""
+    unpacking_bytes: int = 0
+    """The largest packed weight while it is used."""
 
     def step_flops(self, clips: int) -> int:
         return self.flops * clips
 
     def memory_bytes(self, clips: int) -> int:
         """Counted peak of a training step, as `peak_bytes` says."""
-        activations = (self.saved_bytes + self.recomputed_bytes) * clips
+        activations = (self.saved_bytes + self.recomputed_bytes) * clips + self.unpacking_bytes
         return peak_bytes(self.weight_bytes, self.gradient_bytes, self.moment_bytes, activations)
 
 
@@ -169,4 +171,5 @@ def count(
         + sum(map(twin_bytes, network.modules())),
         gradient_bytes=gradient_bytes,
         moment_bytes=int(gradient_bytes * optimizers.MOMENTS[optimizer]),
+        unpacking_bytes=unpacking_bytes(network),
     )

@@ -26,6 +26,8 @@ class Held:
     unless `train.gpus` is no."""
     copied: int = 0
     """Weights that are copied to the device in a forward and backward pass, at most."""
+    unpacking: int = 0
+    """The largest packed weight while it is used."""
     averages: int = 0
     """Averaged weights (`train.ema_decay`) of all that was ever trained, at most."""
 
@@ -44,15 +46,17 @@ def held(
 ) -> Held:
     """What a plan that trains the named blocks and `outside` holds. network: may be on the meta device; what it trains
     at present does not matter. ever: blocks that may have been trained before."""
-    parameters, stored = set(outside), experiment.stores_frozen
-    spared, host, movable = 0, 0, {}
+    parameters, stored, form = set(outside), experiment.stores_frozen, experiment.frozen_form
+    spared, host, movable, unpacking = 0, 0, {}, 0
     for block in found:
         own = set(trainable(block.module)) if block.name in trained else set()
         parameters |= own
-        sizes = frozen_sizes(block.module, own, experiment.frozen_form) if stored else {}
+        sizes = frozen_sizes(block.module, own, form) if stored else {}
         spared += sum(4 * p.numel() - size for p, (size, _) in sizes.items())
-        packed_alone = experiment.frozen_form != "bfloat16" and is_adapted(block.module)
+        packed_alone = form != "bfloat16" and is_adapted(block.module)
         host += sum(4 * p.numel() for p, (_, is_matrix) in sizes.items() if not (is_matrix and packed_alone))
+        shapes = [p.shape for p, (_, is_matrix) in sizes.items() if is_matrix and packed.fits(p.shape, form)]
+        unpacking = max([unpacking, *(packed.unpacking_bytes(shape, form) for shape in shapes)])
         movable[block.name] = sum(size for size, is_matrix in sizes.values() if is_matrix)
     waiting = [movable[name] for name in who_waits(found, trained, experiment.model.swap_blocks)]
     gradients = 4 * sum(p.numel() for p in parameters)
@@ -67,6 +71,7 @@ def held(
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
         host=host + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),
         copied=sum(waiting) * (2 if crossed else 1),
+        unpacking=unpacking,
         averages=-(-averages // shares),
     )
 

@@ -76,7 +76,7 @@ def measure(
         loss()
     outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights)
     passes = probe.passes()
-    frozen_bytes = stored_bytes(network)
+    frozen_bytes, unpacking_bytes = stored_bytes(network), blocks.unpacking_bytes(network)
     model = CostModel(
         clips=clips,
         outside=max(outside_cost - sum(bypass for _, bypass in passes), 0.0),
@@ -89,6 +89,7 @@ def measure(
         moments=optimizers.MOMENTS[optimizer],
         update_per_byte=_update_per_byte(found[0], meter, optimizer) if seconds else 0.0,
         swap_blocks=swap_blocks,
+        unpacking_bytes=unpacking_bytes,
         blocks=tuple(cost for cost, _ in passes),
     )
     network.zero_grad(set_to_none=True)

@@ -80,6 +80,8 @@ class CostModel(Record):
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     swap_blocks: int = 0
     """Blocks that wait on the host while they may."""
+    unpacking_bytes: int = 0
+    """The largest packed weight while it is used."""
     blocks: tuple[BlockCost, ...]
     """Cost of each block, in execution order."""
 
@@ -133,8 +135,8 @@ class CostModel(Record):
         waiting = [may[name] for name in chosen([block.name for block in self.blocks], may, self.swap_blocks)]
         weights += rooms_bytes(waiting) - sum(waiting)
         kept += self.common_bytes if common else 0
-        trained = self.trained_bytes(trainable)
-        return counting.peak_bytes(weights, trained, int(trained * self.moments), kept + recomputed)
+        trained, unpacked = self.trained_bytes(trainable), self.unpacking_bytes if may else 0
+        return counting.peak_bytes(weights, trained, int(trained * self.moments), kept + recomputed + unpacked)
 
 
 def scaled(model: CostModel, clips: int) -> CostModel:
@@ -153,7 +155,7 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 
 FIXED = (
     "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "movable_bytes",
-    "movable_trained_bytes", "swap_blocks", "twin_bytes", "update_per_byte", "moments",
+    "movable_trained_bytes", "swap_blocks", "unpacking_bytes", "twin_bytes", "update_per_byte", "moments",
 )  # fmt: skip
 """What does not depend on the number of clips."""
 

@@ -93,8 +93,8 @@ def copying(experiment: Experiment, source: Source) -> str | None:
 
 
 def largest(experiment: Experiment, source: Source) -> int:
-    """Bytes of the largest stage on a device."""
-    return max(stage.device for stage in stages(experiment, source))
+    """Bytes of the largest stage on a device, with room to unpack a weight."""
+    return max(stage.device + stage.unpacking for stage in stages(experiment, source))
 
 
 def stages(experiment: Experiment, source: Source) -> list[Held]:
