@@ -12,7 +12,7 @@ from entprog.config import ClipShape
 from entprog.data import latents
 from entprog.data.clips import Clips
 from entprog.errors import UserError
-from entprog.media import drawing, dwpose, skeleton, wholebody
+from entprog.media import drawing, dwpose, skeleton, styles, wholebody
 from entprog.models import adapters, folders
 from helpers import wholebodies
 from helpers.networks import TINY, tiny_denoiser, tiny_experiment
@@ -167,7 +167,7 @@ def again(folder, **model):
 
 def test_the_network_is_shown_what_the_setting_says_and_its_folder_remembers(tmp_path):
     shape, pose = ClipShape(frames=2, height=16, width=16, fps=8), clips().pose
-    for style in drawing.STYLES:
+    for style in styles.STYLES:
         one = denoiser(style)
         due = drawing.draw(pose, 16, 16, style).transpose(1, 2)
         assert torch.equal(one.encode(clips()).conditions["pose"], due)

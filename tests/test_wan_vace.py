@@ -14,7 +14,7 @@ from entprog.config import ClipShape, Drop, Model
 from entprog.diffusion import dropping
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
-from entprog.media import drawing
+from entprog.media import styles
 from entprog.media.skeleton import draw
 from entprog.models import adapters
 from entprog.models.reference_frame import _fixed_noise
@@ -145,13 +145,13 @@ def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_p
     name = next(name for name, module in made[0].transformer.named_modules() if name.endswith("attn1.to_q"))
     rows, columns = made[0].transformer.get_submodule(name).weight.shape
     pair, own = adapters.Pair(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0), {}
-    for style in drawing.STYLES:
+    for style in styles.STYLES:
         load(Model(**of, skeleton=style)).save(tmp_path / style, shape=SHAPE)
         assert inspect(Model(**of | {"base": str(tmp_path / style)})).skeleton == style
         about = {"family": "wan_vace", "conditions": ["reference", "pose"], "skeleton": style}
         adapters.write(tmp_path / f"of {style}", adapters.Adapter({name: pair}, {}, about), "transformer")
         own[style] = str(tmp_path / f"of {style}")
-    for style in drawing.STYLES:
+    for style in styles.STYLES:
         for base in (made[1], tmp_path / "limbs", tmp_path / "dwpose"):
             asked = of | {"base": str(base), "adapter": own[style]}
             assert inspect(Model(**asked)).skeleton == style

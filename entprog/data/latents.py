@@ -30,7 +30,7 @@ from entprog import files, masking
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
-from entprog.media import drawing
+from entprog.media import styles
 
 if TYPE_CHECKING:
     from entprog.data.clips import Clips, Latents
@@ -128,7 +128,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     }
     form = [denoiser.form] if denoiser.form else []
     form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
-    form += drawing.version(denoiser.skeleton) if "pose" in denoiser.conditions else []
+    form += styles.version(denoiser.skeleton) if "pose" in denoiser.conditions else []
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
 
 

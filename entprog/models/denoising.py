@@ -20,7 +20,7 @@ from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
-from entprog.media import drawing, wholebody
+from entprog.media import drawing, styles, wholebody
 from entprog.media.color import yuv420_to_rgb
 from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
@@ -57,7 +57,7 @@ class VideoDenoiser:
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
-    SKELETON: ClassVar[config.Skeleton] = drawing.LIMBS
+    SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
     """How poses are drawn for its published networks, which have seen no others; `limbs` where they have seen none."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
@@ -78,7 +78,7 @@ class VideoDenoiser:
     """Type in which the VAE encodes, and to which latents are rounded; None: float32."""
     shape: ClipShape | None
     """Clip shape that a saved checkpoint was trained on, if it says so."""
-    skeleton: config.Skeleton = drawing.LIMBS
+    skeleton: config.Skeleton = styles.LIMBS
     """How poses are drawn for it."""
     points: int = len(wholebody.BLAZEPOSE)
     """Points of the poses that its base was trained on, 33 or 133."""

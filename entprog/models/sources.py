@@ -18,7 +18,7 @@ from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import drawing, wholebody
+from entprog.media import styles, wholebody
 from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
@@ -119,8 +119,8 @@ def inspect(
         adapter = adapters.read(settings.adapter, "model.adapter")
         _check_adapter(cls, adapter, network, settings, name, splits)
         of_adapter = adapter.about
-    skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.SKELETON if root else drawing.LIMBS)
-    if skeleton not in drawing.STYLES:
+    skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.SKELETON if root else styles.LIMBS)
+    if skeleton not in styles.STYLES:
         raise UserError(f"model.adapter: {settings.adapter} was trained with skeleton {skeleton!r}, unknown here")
     points = of_adapter.get("points", about.get("points", len(wholebody.BLAZEPOSE)))
     if points not in wholebody.LAYOUTS.values():
@@ -142,7 +142,7 @@ def inspect(
 def skeleton_of_family(cls: type[VideoDenoiser], settings: config.Model) -> config.Skeleton | None:
     """How poses are drawn because the family's published networks have seen them so; None: something else decides, the
     setting, an adapter or a folder that was trained here, or it is as in every family."""
-    if settings.skeleton or not settings.base or cls.SKELETON == drawing.LIMBS:
+    if settings.skeleton or not settings.base or cls.SKELETON == styles.LIMBS:
         return None
     about = folders.saved(places.base(cls, settings))
     of_adapter = adapters.read(settings.adapter, "model.adapter").about if settings.adapter else {}
@@ -153,7 +153,7 @@ def _remembered(about: Mapping[str, Any], of_adapter: Mapping[str, Any]) -> conf
     """How poses were drawn for what was trained here, the adapter before the folder. None: neither was. What does not
     say it is older than other drawings than `limbs`."""
     trained = of_adapter or about
-    return trained.get("skeleton", drawing.LIMBS) if trained else None
+    return trained.get("skeleton", styles.LIMBS) if trained else None
 
 
 def _expert(

@@ -21,7 +21,7 @@ from torch import nn
 from entprog import config
 from entprog.blocks import bypass
 from entprog.errors import UserError
-from entprog.media import drawing
+from entprog.media import styles
 from entprog.models import sources, texts
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
@@ -45,7 +45,7 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
 
     FAMILY = "wan_vace"
     NETWORK = WanVACETransformer3DModel
-    SKELETON = drawing.DWPOSE
+    SKELETON = styles.DWPOSE
     TEXT_PIPELINE = "WanVACEPipeline"
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:

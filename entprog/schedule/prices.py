@@ -13,7 +13,7 @@ from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree, fsdp
+from entprog.distributed import agree
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -119,9 +119,11 @@ class Prices:
         return model.memory(plan.trainable, plan.backward) + averaged + self.kept_bytes(plan)
 
     def kept_bytes(self, plan: Plan) -> int:
-        """Bytes of averages of blocks that the plan does not train."""
+        """Bytes of averages of blocks that the plan does not train; of sharded ones the share that every rank foresees,
+        for no rank may see another plan as fitting than the others do."""
         others = tuple(f"{block.name}." for block in self.found if block.name not in plan.trainable)
-        return sum(fsdp.held(tensor).nbytes for name, tensor in self.averages.items() if name.startswith(others))
+        sizes = (t.numel() * t.element_size() for name, t in self.averages.items() if name.startswith(others))
+        return -(-sum(sizes) // (agree.world()[1] if self.experiment.train.parallel == "fsdp" else 1))
 
     def sample_of(self, shape: ClipShape, clips: int) -> Latents:
         """Some clips of a shape: a corner of the sample's latents, of which only the size matters here; the same ones

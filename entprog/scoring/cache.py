@@ -15,7 +15,7 @@ from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
-from entprog.media import drawing
+from entprog.media import styles
 from entprog.models.captions import Texts
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable, table_key
@@ -82,7 +82,7 @@ def _key(
     model, shape, train, law = experiment.model, experiment.data.shape, experiment.train, experiment.timesteps
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
     rest += [train.seed, law.shift, *([model.vae_dtype] if model.vae_dtype != "float32" else [])]
-    rest += drawing.version(denoiser.skeleton) if "pose" in model.conditions else []
+    rest += styles.version(denoiser.skeleton) if "pose" in model.conditions else []
     rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then

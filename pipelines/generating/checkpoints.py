@@ -36,10 +36,10 @@ class Checkpoint:
     def unlike(self, points: int) -> str:
         """What it is shown of poses of so many points that it was not trained on, in words; empty where that is the
         same."""
-        from entprog.media import drawing
+        from entprog.media import styles
 
-        style = self.about.get("skeleton", drawing.LIMBS)
-        return drawing.unlike(style, self.points, points) if "pose" in self.conditions else ""
+        style = self.about.get("skeleton", styles.LIMBS)
+        return styles.unlike(style, self.points, points) if "pose" in self.conditions else ""
 
     def model(self, dtype: str = "float32") -> config.Model:
         """The settings that load it."""

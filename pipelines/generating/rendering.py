@@ -16,7 +16,7 @@ from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
 from entprog.diffusion import dropping, sampling
 from entprog.diffusion.denoiser import Denoiser
-from entprog.media import color, drawing, h264, sheet
+from entprog.media import color, drawing, h264, sheet, styles
 from entprog.media import video as videos
 from pipelines import cli
 from pipelines.generating.motions import Motion
@@ -138,7 +138,7 @@ class Files:
         self,
         result: np.ndarray,
         fps: float,
-        style: config.Skeleton = drawing.LIMBS,
+        style: config.Skeleton = styles.LIMBS,
         without: str = "",
         bare: np.ndarray | None = None,
     ) -> None:

@@ -21,7 +21,7 @@ def register(
     """
     import mlflow
 
-    from entprog.media import drawing
+    from entprog.media import drawing, styles
     from entprog.models import folders
 
     try:
@@ -34,7 +34,7 @@ def register(
                 name="model",
                 python_model=str(SERVED),
                 artifacts={"checkpoint": str(folder)},
-                signature=signature(shape, drawing.points(folders.saved(folder).get("skeleton", drawing.LIMBS))),
+                signature=signature(shape, drawing.points(folders.saved(folder).get("skeleton", styles.LIMBS))),
                 pip_requirements=packages,
                 registered_model_name=name,
             )

@@ -2,7 +2,7 @@
 
 from entprog.config import Experiment, Model, Row, Timesteps
 from entprog.data.shards import SPLITS, Dataset
-from entprog.media import drawing, wholebody
+from entprog.media import styles, wholebody
 from entprog.models import captions
 from entprog.models.sources import Source
 from entprog.schedule import plans
@@ -86,14 +86,14 @@ def expert(source: Source) -> str | None:
 
 def poses(dataset: Dataset, source: Source) -> str | None:
     """What a network that sees face and hands lacks in the shards' poses, or what it has not seen of them, in words."""
-    if source.skeleton != drawing.DWPOSE or "pose" not in source.conditions:
+    if source.skeleton != styles.DWPOSE or "pose" not in source.conditions:
         return None
     if dataset.points != wholebody.POINTS:
         return (
             f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton=dwpose draws the "
             "body alone (prepare.pose=rtmlib, or files of poses beside the videos, has them)."
         )
-    unlike = source.about and drawing.unlike(source.skeleton, source.points, dataset.points)
+    unlike = source.about and styles.unlike(source.skeleton, source.points, dataset.points)
     return f"Poses: {unlike}." if unlike else None
 
 
