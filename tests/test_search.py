@@ -2,6 +2,7 @@
 survives a resume to the bit."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from entprog import blocks
 from entprog.schedule import efficiency
 from entprog.schedule.efficiency import Efficiency, overlap
-from entprog.training import checkpoint
+from entprog.training import checkpoint, optimizer
 from helpers.networks import tiny_experiment
 from helpers.runs import Run, comparable
 
@@ -160,3 +161,31 @@ def test_compiled_blocks_train_alike(monkeypatch):
     plain, compiled = Run(tiny_experiment(**settings)), Run(tiny_experiment(**settings, model={"compile_blocks": True}))
     for a, b in zip(plain.steps(), compiled.steps(), strict=True):
         assert a.plan == b.plan and a.loss == pytest.approx(b.loss, rel=1e-4), a.step
+
+
+def test_every_step_says_what_moments_are_on_the_device(monkeypatch):
+    """Also the step that ends a search: its plan may be the one that is trained from then on, and what the others'
+    trials left goes to the host. Which moments those are is noted here, where host and device are one."""
+    away, follow, count = set(), optimizer.follow, optimizer.state_bytes
+
+    def following(adamw, trained, frozen_state="host"):
+        trained = set(trained)
+        away.difference_update(trained)
+        if frozen_state == "host":
+            away.update(set(adamw.state) - trained)
+        follow(adamw, trained, frozen_state)
+
+    def on_device(adamw, device):
+        there = SimpleNamespace(state={p: state for p, state in adamw.state.items() if p not in away})
+        return count(there, device)
+
+    monkeypatch.setattr(optimizer, "follow", following)
+    monkeypatch.setattr(optimizer, "state_bytes", on_device)
+    for seed in range(3):
+        away.clear()
+        run = Run(tiny_experiment(schedule={"stages": 3}, train={"steps": 24, "seed": seed}))
+        ends = 0
+        for step in run.steps():
+            ends += step.phase == "search" and step.decision is not None and step.plan == step.decision.plan
+            assert step.optimizer_bytes == on_device(run.state.optimizer, run.denoiser.device)
+    assert ends
