@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from entprog import config, models
 from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Model
 from entprog.data import clip_stream, shards
+from entprog.data.clips import Latents
 from entprog.diffusion import dropping
 from entprog.errors import UserError
 from entprog.models import captions, fingerprints, texts, whole
@@ -21,6 +23,7 @@ from helpers.families import TINY
 from helpers.networks import TINY as WAN
 from helpers.networks import latents, tiny_experiment
 from helpers.processes import join, leave, run_ranks
+from helpers.recording import calls
 from pipelines.stream.batches import Batches
 from pipelines.training import checks, outline
 
@@ -56,14 +59,11 @@ def wan(base, **changes):
 def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
     """Its own encode_prompt, with its own defaults of what a text may hold."""
     import diffusers
-    import transformers
 
     family, settings = models.family(name), Model(family=name, init=TINY[name]["init"], vae="none")
     family.load(settings).save(tmp_path / "base")
-    model = encoders.encoder(tmp_path / "base", encoders.KINDS[name])
+    parts = encoders.pipeline(tmp_path / "base", name) | {"vae": None, "scheduler": None}
     found = captions.prepared(Model(family=name, base=str(tmp_path / "base"), vae="none"), dataset, "caption")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
-    parts = {"tokenizer": tokenizer, "text_encoder": model, "vae": None, "scheduler": None}
     for text in ("", *SAID):
         if name == "motion_unet":
             pipe = diffusers.AnimateDiffPipeline(unet=None, motion_adapter=None, **parts)
@@ -71,12 +71,70 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
         elif name == "latte":
             pipe = diffusers.LattePipeline(transformer=None, **parts)
             expected = texts.padded(pipe.encode_prompt(text, False)[0], 120)
+        elif name == "hunyuan_video":
+            pipe = diffusers.HunyuanVideoPipeline(transformer=None, **parts)
+            expected, pooled, mask = pipe.encode_prompt(text)
+            used = int(mask.sum())
+            assert torch.equal(mask[0] == 1, torch.arange(256) < used) and 0 < used < 20
+            expected = texts.padded(expected[:, :used], 256)
+            torch.testing.assert_close(found.of(text)["pooled"], pooled, rtol=1e-4, atol=1e-5)
         else:
             pipe = (diffusers.WanPipeline if name == "wan" else diffusers.CogVideoXPipeline)(transformer=None, **parts)
             length = 512 if name == "wan" else TINY[name]["init"]["max_text_seq_length"]
             expected = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)[0]
-        torch.testing.assert_close(found.of(text), expected, rtol=1e-4, atol=1e-5)
-        assert found.of(text).any()
+        torch.testing.assert_close(found.of(text)["text"], expected, rtol=1e-4, atol=1e-5)
+        assert all(value.any() for value in found.of(text).values())
+    assert not torch.allclose(found.of("")["text"], found.of(SAID[0])["text"], atol=1e-2)
+
+
+def test_hunyuan_video_sees_of_each_caption_what_its_pipeline_shows(tmp_path, dataset):
+    """Recorded while that samples from the caption itself; in a batch with a longer one, and with a dropped one."""
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes = {**TINY["hunyuan_video"]["init"], "in_channels": 4, "out_channels": 4}
+    network = diffusers.HunyuanVideoTransformer3DModel(**sizes).eval()
+    kind, vae = TINY["hunyuan_video"]["vae"]
+    pipe = diffusers.HunyuanVideoPipeline(
+        transformer=network, vae=kind(**vae).eval(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        **encoders.pipeline(tmp_path / "made", "hunyuan_video"),
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path / "base")
+    settings = Model(family="hunyuan_video", base=str(tmp_path / "base"), conditions=())
+    found = captions.prepared(settings, dataset, "caption")
+    denoiser = replace(models.family("hunyuan_video").load(settings), **found.of(""))
+    noise = torch.randn(1, 4, 3, 8, 8)
+    batch = found.beside(Latents(noise.expand(4, -1, -1, -1, -1), {}, torch.arange(4)), "train", np.arange(4))
+    batch = dropping.dropped(denoiser, batch.part(torch.tensor([0, 2])), Drop(text=0.0), 0)
+    nothing = dropping.dropped(denoiser, batch.part(slice(0, 1)), Drop(text=1.0), 0)
+    shown = {name: torch.cat([value, nothing.conditions[name]]) for name, value in batch.conditions.items()}
+    assert shown.keys() == {"text", "pooled"}
+    for row, prompt in enumerate((SAID[0], SAID[2], "")):
+        (told,) = calls(network, lambda prompt=prompt: pipe(
+            prompt, height=64, width=64, num_frames=9, num_inference_steps=1, guidance_scale=6.0, latents=noise,
+            output_type="latent",
+        ))  # fmt: skip
+        t = denoiser.process.t(told["timestep"].float()).expand(3)
+        (ours,) = calls(denoiser.network, lambda t=t: denoiser.predict(noise.expand(3, -1, -1, -1, -1), t, shown))
+        mask = told["encoder_attention_mask"]
+        for name, value in ours.items():
+            if isinstance(value, torch.Tensor):
+                other = told[name] * mask[..., None] if name == "encoder_hidden_states" else told[name]
+                torch.testing.assert_close(value[row], other[0].to(value), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            (expected,) = network(**told)
+            got = denoiser.predict(noise.expand(3, -1, -1, -1, -1), t, shown)
+        torch.testing.assert_close(got[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_two_encoders_are_both_needed(tmp_path, dataset):
+    models.family("hunyuan_video").load(
+        Model(family="hunyuan_video", init=TINY["hunyuan_video"]["init"], vae="none")
+    ).save(tmp_path / "base")
+    encoders.encoder(tmp_path / "base", "LlamaModel")
+    settings = Model(family="hunyuan_video", base=str(tmp_path / "base"), vae="none")
+    with pytest.raises(UserError, match=r"model.base: .* has no text_encoder_2/ and tokenizer_2/: give a folder"):
+        captions.source(settings)
 
 
 @torch.no_grad()
@@ -119,17 +177,18 @@ def test_each_text_is_encoded_once_and_kept_without_its_padding(base, dataset, m
     kept = sorted(path.name for path in first.folder.rglob("*.safetensors"))
     assert len(kept) == 1 + len({*SAID, *HELD_OUT} - {""}) == 4
     assert load_file(next(iter(first.folder.rglob("*.safetensors"))))[texts.NAME].shape[0] < 10
-    assert first.of(SAID[0]).shape == (1, 512, 8)
+    assert first.of(SAID[0])["text"].shape == (1, 512, 8)
 
     def never(*_):
         raise AssertionError("the encoder was loaded again")
 
     monkeypatch.setattr(captions, "encoder", never)
     again = captions.prepared(wan(base), dataset, "caption")
-    assert again.folder == first.folder and torch.equal(again.of(SAID[2]), first.of(SAID[2]))
+    assert again.folder == first.folder and torch.equal(again.of(SAID[2])["text"], first.of(SAID[2])["text"])
     empty = captions.prepared(wan(base), dataset, "empty")
     batch = latents([0, 1])
-    assert empty.beside(batch, "train", np.array([0, 1])) is batch and torch.equal(empty.of(""), first.of(""))
+    assert empty.beside(batch, "train", np.array([0, 1])) is batch
+    assert torch.equal(empty.of("")["text"], first.of("")["text"])
 
 
 def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
@@ -141,6 +200,26 @@ def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert captions.source(wan(base, text_encoder=str(tmp_path))).key != before.key
+
+
+def test_a_networks_number_of_tokens_is_in_the_key(tmp_path, dataset):
+    """T5 sees what fills a text up, without a mask: the same text of other lengths is another embedding."""
+    encoders.encoder(tmp_path, "T5EncoderModel")
+    found, shared = {}, tmp_path / "shards"
+    shutil.copytree(dataset.folder, shared, ignore=shutil.ignore_patterns(captions.FOLDER))
+    for tokens in (3, 7):
+        base = tmp_path / str(tokens)
+        init = {**TINY["cogvideox"]["init"], "max_text_seq_length": tokens}
+        models.family("cogvideox").load(Model(family="cogvideox", init=init, vae="none")).save(base)
+        settings = Model(family="cogvideox", base=str(base), vae="none", text_encoder=str(tmp_path))
+        copy, said = shards.read_dataset(shared), tiny_experiment(data={"text": "caption"})
+        before = outline.texts(said, copy, settings)
+        assert ("not used: 1 beside it, of other encoders or numbers of tokens" in before) == bool(found)
+        found[tokens] = captions.prepared(settings, copy, "caption")
+        assert "0 texts are to be encoded" in (after := outline.texts(said, copy, settings)) and "not used" not in after
+    assert found[3].folder != found[7].folder
+    few, many = (found[tokens].of("a person dances")["text"] for tokens in (3, 7))
+    assert few.shape == (1, 3, 8) and many.shape == (1, 7, 8) and not torch.allclose(few, many[:, :3])
 
 
 class Local(Batches):
@@ -167,7 +246,7 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
             batch = next(stream)
             numbers = clip_stream.clips_at(batch.position.numpy(), 4, experiment.train.seed)
             for row, clip in zip(batch.conditions["text"], numbers, strict=True):
-                assert torch.equal(row[None], found.of(SAID[clip]))
+                assert torch.equal(row[None], found.of(SAID[clip])["text"])
             assert denoiser.predict(batch.clean, torch.full((3,), 0.5), batch.conditions).isfinite().all()
         batches.close()
     plain = config.build(config.merge(experiment.model_dump(), {"train": {"steps": 1}, "schedule": {"kind": "full"}}))
@@ -181,10 +260,10 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
 
 def test_a_dropped_caption_is_the_empty_text(base, dataset):
     found = captions.prepared(wan(base), dataset, "caption")
-    denoiser = type("Denoiser", (), {"text": found.of("")})()
+    denoiser = type("Denoiser", (), found.of(""))()
     batch = found.beside(latents(range(4)), "train", np.arange(4))
     dropped = dropping.dropped(denoiser, batch, Drop(text=1.0), 0)
-    assert torch.equal(dropped.conditions["text"], found.of("").expand(4, -1, -1))
+    assert torch.equal(dropped.conditions["text"], found.of("")["text"].expand(4, -1, -1))
 
 
 def silent(dataset, tmp_path):
@@ -233,7 +312,7 @@ def _ranks(rank, world, folder, base, sound):
             captions.prepared(settings, shards.read_dataset(folder / "shards"), "empty")
     else:
         found = captions.prepared(wan(base), shards.read_dataset(folder / "shards"), "caption")
-        assert all(found.of(text).any() for text in ("", *SAID, *HELD_OUT))
+        assert all(found.of(text)["text"].any() for text in ("", *SAID, *HELD_OUT))
     leave()
 
 
@@ -289,7 +368,7 @@ def test_a_damaged_text_is_named(base, dataset, tmp_path):
     path = captions._file(tmp_path, "a person dances")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"cut short")
-    broken = captions.Texts(tmp_path, whole.tokens, whole.captions)
+    broken = captions.Texts(tmp_path, whole.tokens, whole.captions, whole.names)
     with pytest.raises(UserError, match=r"damaged text .*\.safetensors .*: delete it"):
         broken.of("a person dances")
 

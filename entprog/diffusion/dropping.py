@@ -12,8 +12,8 @@ from entprog.diffusion.denoiser import Denoiser
 
 DRAWS = {"text": 2, "reference": 3, "pose": 4}
 """Number of each condition's draw for a clip (`objectives.uniform`)."""
-BELONGS = {"image": "reference"}
-"""Conditions that are there exactly where another one is: image tokens of the reference."""
+BELONGS = {"image": "reference", "pooled": "text"}
+"""Conditions that are there exactly where another one is: image tokens of the reference, a caption's pooled text."""
 
 
 def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:
@@ -35,7 +35,8 @@ def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latent
         conditions[name] = torch.where(hidden, nothing, whole)
         for part in [part for part, whose in BELONGS.items() if whose == name and part in conditions]:
             seen = conditions[part]
-            conditions[part] = seen.where(~hidden.view(-1, *[1] * (seen.ndim - 1)), 0.0)
+            gone = getattr(denoiser, part).to(seen) if name == "text" else seen.new_zeros(1)
+            conditions[part] = torch.where(hidden.view(-1, *[1] * (seen.ndim - 1)), gone, seen)
     return replace(batch, conditions=conditions)
 
 

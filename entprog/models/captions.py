@@ -1,10 +1,11 @@
 """Captions as a network sees them: each encoded once by the base's own text encoder, kept beside the shards.
 
 SHARDS/texts/KEY/AB/ABCD….safetensors   of one text, named by its sha256: `prompt_embeds` [tokens, width] in the
-                                        encoder's own type, without the zeros that fill it up at its end
+                                        encoder's own type, without the zeros that fill it up at its end; further
+                                        tensors of the text [width] by their names (`VideoDenoiser.FIXED`)
 
-KEY is a hash of all that embeddings depend on: the encoder's and the tokenizer's files, and how the family uses them.
-The encoder is loaded only while something is left to encode.
+KEY is a hash of all that embeddings depend on: the files of encoders and tokenizers, how the family uses them, and the
+number of tokens that the network takes. Encoders are loaded only while something is left to encode.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ FORMAT = "entprog-texts-1"
 FOLDER = "texts"
 AT_ONCE = 8
 """Texts encoded at once: what a kill may cost."""
-ENCODERS = ("CLIPTextModel", "T5EncoderModel", "UMT5EncoderModel")
+ENCODERS = ("CLIPTextModel", "LlamaModel", "T5EncoderModel", "UMT5EncoderModel")
 """Classes of transformers that a base's text encoder may be of."""
 
 
@@ -44,10 +45,14 @@ class Source:
     """Where texts are encoded, and how."""
 
     family: type[VideoDenoiser]
-    encoder: Path
-    tokenizer: Path
+    parts: dict[str, Path]
+    """Folders of tokenizers and encoders, by their names in the pipeline."""
     key: str
-    """Hash of all that embeddings depend on."""
+    """Hash of all that embeddings depend on but the network's number of tokens."""
+
+    def key_for(self, network) -> str:
+        """KEY of the texts of a network. network: its configuration."""
+        return digest(self.key, self.family.text_tokens(network))
 
 
 def source(settings: config.Model) -> Source:
@@ -62,17 +67,19 @@ def source(settings: config.Model) -> Source:
     setting = "model.text_encoder" if settings.text_encoder else "model.base"
     if not name:
         raise UserError("data.text: a new network has no text encoder: set model.text_encoder, or data.text=fixed")
-    root = folders.located_text(name, setting)
-    encoder, tokenizer = root / "text_encoder", root / "tokenizer"
-    if not (encoder / "config.json").is_file() or not tokenizer.is_dir():
+    root = folders.located_text(name, setting, family.TEXT_PARTS)
+    if missing := folders.missing_text(root, family.TEXT_PARTS):
         raise UserError(
-            f"{setting}: {name} has no text_encoder/ and tokenizer/: give a folder or hub name that has as "
-            "model.text_encoder, or use data.text=fixed"
+            f"{setting}: {name} has no {missing}: give a folder or hub name that has as model.text_encoder, or use "
+            "data.text=fixed"
         )
-    _kind(encoder)
-    read = sorted(path for folder in (encoder, tokenizer) for path in folder.iterdir() if path.is_file())
+    parts = {part: root / part for part in family.TEXT_PARTS}
+    for part, folder in parts.items():
+        if part.startswith("text_encoder"):
+            _kind(folder)
+    read = sorted(path for folder in parts.values() for path in folder.iterdir() if path.is_file())
     hashes = {f"{path.parent.name}/{path.name}": fingerprints.file(path) for path in read}
-    return Source(family, encoder, tokenizer, digest(FORMAT, family.TEXT_PIPELINE, hashes))
+    return Source(family, parts, digest(FORMAT, family.TEXT_PIPELINE, hashes))
 
 
 def of_clips(dataset: "shards.Dataset", split: str) -> list[str]:
@@ -112,23 +119,29 @@ class Texts:
     """What they are filled up to with zeros."""
     captions: dict[str, list[str]]
     """Caption of every clip, by split; empty: all clips have the empty text."""
+    names: dict[str, str]
+    """Tensors of a text as a denoiser's fields → as they are called in files."""
 
-    def of(self, text: str) -> torch.Tensor:
-        """Embedding of one text, float32 [1, tokens, width]. Raises UserError for a file that is damaged."""
+    def of(self, text: str) -> dict[str, torch.Tensor]:
+        """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
+        a file that is damaged."""
         path = _file(self.folder, text)
         try:
             with safe_open(path, "pt") as file:
-                return texts.padded(file.get_tensor(texts.NAME).float()[None], self.tokens)
+                fields = {field: file.get_tensor(name).float()[None] for field, name in self.names.items()}
+                return fields | {"text": texts.padded(fields["text"], self.tokens)}
         except (OSError, SafetensorError) as error:
             reason = one_line(error)
             raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None
 
     def beside(self, batch: Latents, split: str, clips: np.ndarray) -> Latents:
-        """The batch with the texts of its clips, whose numbers in the split are given, as condition `text`."""
+        """The batch with the texts of its clips, whose numbers in the split are given, as condition `text` and what
+        belongs to it."""
         if not self.captions:
             return batch
-        rows = torch.cat([self.of(self.captions[split][clip]) for clip in clips.tolist()])
-        return replace(batch, conditions={**batch.conditions, "text": rows.to(batch.clean.device)})
+        each = [self.of(self.captions[split][clip]) for clip in clips.tolist()]
+        rows = {field: torch.cat([fields[field] for fields in each]).to(batch.clean.device) for field in self.names}
+        return replace(batch, conditions={**batch.conditions, **rows})
 
 
 def prepared(
@@ -166,31 +179,39 @@ def _share(
 
     found, rank, world = source(settings), *agree.world()
     captions = {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
-    folder = folder_of(dataset, found)
-    due = missing(wanted(dataset, mode)[rank::world], folder)  # what others have written by now decides no share
     network = models.family(settings.family).inspect(settings).network.config
+    folder = folder_of(dataset, found.key_for(network))
+    due = missing(wanted(dataset, mode)[rank::world], folder)  # what others have written by now decides no share
+    names = found.family.text_names()
     if due:
         encode = encoder(found, network, device)
         for first in range(0, len(due), AT_ONCE):
             part = due[first : first + AT_ONCE]
-            for text, embedding in zip(part, encode(part), strict=True):
-                _write(folder, text, embedding)
+            fields = encode(part)
+            for row, text in enumerate(part):
+                _write(folder, text, {names[field]: value[row] for field, value in fields.items()})
             progress(first + len(part), len(due))
-        del encode  # and with it the encoder
+        del encode  # and with it the encoders
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-    return Texts(folder, found.family.text_tokens(network), captions)
+    return Texts(folder, found.family.text_tokens(network), captions, names)
 
 
-def one(found: Source, network, text: str, device: torch.device | str) -> torch.Tensor:
-    """Embedding of a text, float32 [1, tokens, width], as `Texts.of` has it. network: the base's configuration."""
-    (embedding,) = encoder(found, network, device)([text])
-    return texts.padded(embedding.float()[None], found.family.text_tokens(network))
+def one(found: Source, network, text: str, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """A text as a denoiser's fields, as `Texts.of` has it. network: the base's configuration."""
+    fields = {field: value.float() for field, value in encoder(found, network, device)([text]).items()}
+    return fields | {"text": texts.padded(fields["text"], found.family.text_tokens(network))}
 
 
-def folder_of(dataset: "shards.Dataset", found: Source) -> Path:
+def folder_of(dataset: "shards.Dataset", key: str) -> Path:
     """Where the embeddings of a dataset's texts lie."""
-    return dataset.folder / FOLDER / found.key
+    return dataset.folder / FOLDER / key
+
+
+def others(folder: Path) -> int:
+    """How many folders of texts there are beside one that cannot be used for its network."""
+    there = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return sum(path.is_dir() and path != folder for path in there)
 
 
 def missing(wanted: Sequence[str], folder: Path) -> list[str]:
@@ -198,26 +219,32 @@ def missing(wanted: Sequence[str], folder: Path) -> list[str]:
     return [text for text in wanted if not _file(folder, text).is_file()]
 
 
-def encoder(found: Source, network, device: torch.device | str) -> Callable[[list[str]], torch.Tensor]:
-    """Texts → embeddings [texts, tokens, width] on the CPU, as the base's own pipeline of diffusers has them. network:
-    the base's configuration. Raises UserError for an encoder or tokenizer that cannot be loaded."""
+def encoder(found: Source, network, device: torch.device | str) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+    """Texts → a denoiser's fields, [texts, …] each, on the CPU, as the base's own pipeline of diffusers has them
+    (`VideoDenoiser.encode_text`). network: the base's configuration. Raises UserError for an encoder or tokenizer that
+    cannot be loaded."""
     import diffusers
     import transformers
 
-    kind = getattr(transformers, _kind(found.encoder))
-    try:
-        model = kind.from_pretrained(found.encoder, use_safetensors=True, local_files_only=True).eval().to(device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(found.tokenizer, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load the text encoder {found.encoder}: {one_line(error)}") from None
+    def loaded(part: str, folder: Path):
+        try:
+            if part.startswith("tokenizer"):
+                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            kind = getattr(transformers, _kind(folder))
+            return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(device)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            what = "tokenizer" if part.startswith("tokenizer") else "text encoder"
+            raise UserError(f"cannot load the {what} {folder}: {one_line(error)}") from None
+
     pipeline = getattr(diffusers, found.family.TEXT_PIPELINE)
     parameters = python_inspect.signature(pipeline).parameters.values()
     nothing = {one.name: None for one in parameters if one.default is one.empty}
-    pipe = pipeline(**nothing | {"tokenizer": tokenizer, "text_encoder": model})
+    pipe = pipeline(**nothing | {part: loaded(part, folder) for part, folder in found.parts.items()})
 
     @torch.no_grad()
-    def encode(some: list[str]) -> torch.Tensor:
-        return found.family.encode_text(network, pipe, some, torch.device(device)).cpu()
+    def encode(some: list[str]) -> dict[str, torch.Tensor]:
+        fields = found.family.encode_text(network, pipe, some, torch.device(device))
+        return {field: value.cpu() for field, value in fields.items()}
 
     return encode
 
@@ -239,8 +266,10 @@ def _file(folder: Path, text: str) -> Path:
     return folder / name[:2] / f"{name}.safetensors"
 
 
-def _write(folder: Path, text: str, embedding: torch.Tensor) -> None:
+def _write(folder: Path, text: str, tensors: dict[str, torch.Tensor]) -> None:
+    embedding = tensors[texts.NAME]
     used = int(embedding.any(dim=1).nonzero().max()) + 1 if embedding.any() else 1
+    kept = {name: value.contiguous() for name, value in {**tensors, texts.NAME: embedding[:used]}.items()}
     path = _file(folder, text)
     with files.whole(path) as scratch:
-        save_file({texts.NAME: embedding[:used].contiguous()}, scratch, metadata={"format": FORMAT})
+        save_file(kept, scratch, metadata={"format": FORMAT})

@@ -55,6 +55,8 @@ class VideoDenoiser:
     """Whether bases with two networks are known (`entprog.models.experts`)."""
     TEXT_PIPELINE: ClassVar[str | None] = None
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
+    TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    """Folders of the base that TEXT_PIPELINE encodes them with."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
@@ -114,12 +116,18 @@ class VideoDenoiser:
         raise NotImplementedError
 
     @classmethod
-    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
-        """Texts → embeddings [texts, tokens, width] by a TEXT_PIPELINE that has nothing but tokenizer and encoder."""
+    def text_names(cls) -> dict[str, str]:
+        """Fields that belong to a text → their names in files."""
+        return {"text": texts.NAME, **cls.FIXED}
+
+    @classmethod
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """Texts → `text` [texts, tokens, width], zeros where a text has no tokens, and the fields of FIXED
+        [texts, width]; by a TEXT_PIPELINE that has nothing but TEXT_PARTS."""
         embeds, _ = pipeline.encode_prompt(
             some, do_classifier_free_guidance=False, max_sequence_length=cls.text_tokens(network), device=device
         )
-        return embeds
+        return {"text": embeds}
 
     @classmethod
     def check_network(cls, network: Any) -> None:

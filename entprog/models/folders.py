@@ -149,12 +149,22 @@ def _fetched(name: str, setting: str, patterns: list[str], revision: str | None 
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
 
 
-def located_text(name: str, setting: str, revision: str | None = None) -> Path:
-    """The folder that holds `text_encoder/` and `tokenizer/`, given or fetched from the hub (safetensors, JSON and the
-    tokenizer's own files), of a commit if one is named. Raises UserError, naming `setting`, if there is none."""
+def located_text(name: str, setting: str, parts: Sequence[str], revision: str | None = None) -> Path:
+    """The folder that holds a pipeline's text encoders and tokenizers, given or fetched from the hub (safetensors, JSON
+    and the tokenizers' own files), of a commit if one is named. parts: their folders' names. Raises UserError, naming
+    `setting`, if there is none."""
     if Path(name).expanduser().exists():
         return locate(name, setting)
-    return _fetched(name, setting, ["text_encoder/*.safetensors", "text_encoder/*.json", "tokenizer/*"], revision)
+    wanted = [f"{part}/*" for part in parts if part.startswith("tokenizer")]
+    wanted += [f"{part}/*.{end}" for part in parts if part.startswith("text") for end in ("safetensors", "json")]
+    return _fetched(name, setting, wanted, revision)
+
+
+def missing_text(root: Path, parts: Sequence[str]) -> str:
+    """Which of those folders are not there, in words; empty where all are."""
+    there = [(root / part / "config.json").is_file() or part.startswith("tokenizer") for part in parts]
+    lost = [f"{part}/" for part, sound in zip(parts, there, strict=True) if not sound or not (root / part).is_dir()]
+    return " and ".join(lost)
 
 
 def part(root: Path, name: str) -> Path | None:

@@ -73,9 +73,9 @@ class LatteDenoiser(VideoDenoiser):
         return TEXT_TOKENS
 
     @classmethod
-    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         each = [pipeline.encode_prompt(one, False, device=device)[0] for one in some]  # of one text, its tokens alone
-        return torch.cat([texts.padded(embeds, TEXT_TOKENS) for embeds in each])
+        return {"text": torch.cat([texts.padded(embeds, TEXT_TOKENS) for embeds in each])}
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:
@@ -103,10 +103,9 @@ class LatteDenoiser(VideoDenoiser):
 
 
 def _own_tokens(text: torch.Tensor, frames: int) -> torch.Tensor | None:
-    """Which tokens of texts [B, tokens, width] are not the zeros that fill them up: bool [B · frames, 1, tokens], as
-    blocks take it. None where there are no such zeros; text that is all zeros is none, and seen as it is."""
-    used = text.any(dim=2)
-    used = used | ~used.any(dim=1, keepdim=True)
+    """Which tokens of texts [B, tokens, width] are seen (`texts.used`): bool [B · frames, 1, tokens], as blocks take
+    it. None where all are."""
+    used = texts.used(text)
     return None if used.all() else used[:, None].repeat_interleave(frames, dim=0)
 
 

@@ -68,9 +68,9 @@ class MotionUnetDenoiser(VideoDenoiser):
         return TEXT_TOKENS
 
     @classmethod
-    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> torch.Tensor:
+    def encode_text(cls, network: Any, pipeline: Any, some: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         embeds, _ = pipeline.encode_prompt(some, device, 1, False)
-        return embeds
+        return {"text": embeds}
 
     @classmethod
     def geometry(cls, network: Any, vae: nn.Module | None) -> Geometry:

@@ -54,6 +54,13 @@ def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(embeds, (0, 0, 0, tokens - embeds.shape[1]))
 
 
+def used(text: torch.Tensor) -> torch.Tensor:
+    """Which tokens of texts [B, tokens, width] are not the zeros that fill them up: bool [B, tokens]. Text that is all
+    zeros is none, and seen as it is."""
+    own = text.any(dim=2)
+    return own | ~own.any(dim=1, keepdim=True)
+
+
 def spread(text: torch.Tensor, rows: int) -> torch.Tensor:
     """Embeddings of all clips [1, tokens, width], or of each [B, tokens, width], as `rows` rows of a network's batch;
     where it has several rows a clip (frames), those of a clip follow each other."""

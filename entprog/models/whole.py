@@ -21,11 +21,14 @@ from entprog.models import folders
 from entprog.models.folders import Elsewhere
 
 Save = Literal["whole", "light"]
-ENCODERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "feature_extractor")
+ENCODERS = (
+    "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor",
+    "feature_extractor",
+)  # fmt: skip
 """Parts of a base's pipeline that make what cross-attention sees."""
 FOLDERS = (*folders.NETWORKS, folders.SECOND, "vae", "scheduler", *ENCODERS)
 """Parts of a saved pipeline that have a folder."""
-WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor", "feature_extractor")
+WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "image_processor", "feature_extractor")
 """Those of them that are settings alone."""
 STEMS = ("model", folders.STEM)
 """How transformers and diffusers begin the names of files of weights."""

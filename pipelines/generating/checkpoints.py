@@ -53,16 +53,17 @@ def text_source(checkpoint: Checkpoint, settings: Generate):
     from entprog.models import captions, folders
 
     family, elsewhere = checkpoint.about["family"], checkpoint.about.get("elsewhere", {}).get("text_encoder")
-    if models.family(family).load.args[0].TEXT_PIPELINE is None:
+    cls = models.family(family).load.args[0]
+    if cls.TEXT_PIPELINE is None:
         raise UserError(f"--text: networks of family {family} are shown no text here")
     name, revision = settings.text_encoder or str(checkpoint.root), None
     if elsewhere and not settings.text_encoder:
         name, revision = elsewhere["name"], elsewhere["revision"]
-    root = folders.located_text(name, "generate.text_encoder", revision)
-    if not (root / "text_encoder" / "config.json").is_file() or not (root / "tokenizer").is_dir():
+    root = folders.located_text(name, "generate.text_encoder", cls.TEXT_PARTS, revision)
+    if missing := folders.missing_text(root, cls.TEXT_PARTS):
         raise UserError(
-            f"--text: {name} has no text_encoder/ and tokenizer/: set generate.text_encoder to a folder or hub name "
-            "that has, such as the base"
+            f"--text: {name} has no {missing}: set generate.text_encoder to a folder or hub name that has, such as the "
+            "base"
         )
     return captions.source(checkpoint.model().model_copy(update={"text_encoder": str(root)}))
 
@@ -114,9 +115,9 @@ def load(checkpoint: Checkpoint, settings: Generate):
     if settings.gpus == "yes" and not torch.cuda.is_available():
         raise UserError("generate.gpus=yes, but torch sees no GPU here")
     device = "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
-    family, text = models.family(checkpoint.about["family"]), None
+    family, text = models.family(checkpoint.about["family"]), {}
     if settings.text is not None:  # before the network is loaded: the text encoder may be as large
         network = family.inspect(checkpoint.model()).network.config
         text = captions.one(text_source(checkpoint, settings), network, settings.text, device)
     denoiser = family.load(checkpoint.model(settings.dtype), device)
-    return denoiser if text is None else replace(denoiser, text=text.to(device))
+    return replace(denoiser, **{field: value.to(device) for field, value in text.items()})

@@ -1,5 +1,6 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
+from entprog import models
 from entprog.config import Experiment, Model, Row, Timesteps
 from entprog.data.shards import SPLITS, Dataset
 from entprog.media import styles, wholebody
@@ -45,18 +46,23 @@ def withheld(experiment: Experiment) -> str | None:
 
 
 def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
-    """Which texts clips are shown with, in words; None for a fixed one. model: that names the text encoder."""
+    """Which texts clips are shown with, in words; None for a fixed one. model: that names the text encoder, and the
+    network."""
     if experiment.data.text == "fixed":
         return None
     wanted = captions.wanted(dataset, experiment.data.text)
-    folder = captions.folder_of(dataset, captions.source(model))
+    network = models.family(model.family).inspect(model).network.config
+    folder = captions.folder_of(dataset, captions.source(model).key_for(network))
     left = len(captions.missing(wanted, folder))
+    others = captions.others(folder) if left else 0
+    unused = f"; not used: {others} beside it, of other encoders or numbers of tokens"
+    where = f"{folder}{unused if others else ''}"
     if experiment.data.text == "empty":
-        return f"Texts: the empty one, {'to be encoded' if left else 'encoded already'} ({folder})."
+        return f"Texts: the empty one, {'to be encoded' if left else 'encoded already'} ({where})."
     of_clips = [text for split in SPLITS for text in captions.of_clips(dataset, split)]
     return (
         f"Texts: {sum(map(bool, of_clips))} of {len(of_clips)} clips have a caption, {len(wanted) - 1} different ones; "
-        f"{left} texts are to be encoded ({folder})."
+        f"{left} texts are to be encoded ({where})."
     )
 
 

@@ -39,6 +39,8 @@ OWN_INPUTS = ("wan_animate", "wan_vace")
 VACE_MASK = 64
 """Channels of VACE's mask: pixels that a latent stands for."""
 TEXT_PARTS = ("tokenizer", "text_encoder")
+MORE_TEXT_PARTS = {"HunyuanVideoPipeline": ("tokenizer_2", "text_encoder_2")}
+"""Further ones of the pipelines that encode texts by two encoders."""
 IMAGE_VAES = (diffusers.AutoencoderKL, diffusers.AutoencoderKLTemporalDecoder)
 
 
@@ -54,8 +56,8 @@ class ReferencePosePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "image_encoder->transformer->transformer_2->unet->vae"
     _optional_components = [  # noqa: RUF012 - diffusers reads a list
-        "transformer", "transformer_2", "unet", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor",
-        "feature_extractor",
+        "transformer", "transformer_2", "unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
+        "image_encoder", "image_processor", "feature_extractor",
     ]  # fmt: skip
 
     def __init__(
@@ -70,6 +72,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         image_processor=None,
         feature_extractor=None,
         transformer_2=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         family="",
         conditions=(),
         form="",
@@ -102,7 +106,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         self.register_modules(
             scheduler=scheduler, transformer=transformer, unet=unet, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer, image_encoder=image_encoder, image_processor=image_processor,
-            feature_extractor=feature_extractor, transformer_2=transformer_2,
+            feature_extractor=feature_extractor, transformer_2=transformer_2, text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )  # fmt: skip
         self.register_to_config(
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
@@ -176,9 +181,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
             if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
-        if prompt is not None:
-            prompt_embeds = self.encoded(prompt)
-        text = {name: tensor.to(device) for name, tensor in self.text(prompt_embeds).items()}
+        text = self.text(prompt_embeds) if prompt is None else self.encoded(prompt)
+        text = {name: tensor.to(device) for name, tensor in text.items()}
         if "image" in shown and self.transformer.config.pos_embed_seq_len is not None:  # the last frame is unknown
             text[LAST] = self.tokens(torch.full_like(picture, GREY / 127.5 - 1))
         passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
@@ -304,27 +308,32 @@ class ReferencePosePipeline(DiffusionPipeline):
         return self.encode(torch.zeros(1, 3, frames, rows, columns, device=like.device)).to(like)
 
     def encoded(self, prompt):
-        """A text as the base's own pipeline encodes it: [1, tokens, width]."""
+        """A text as the base's own pipeline encodes it, by name: [1, tokens, width], perhaps more."""
         if self.config.encodes is None:
             raise ValueError(f"networks of family {self.config.family} are shown no prompt here: give prompt_embeds")
-        parts = {name: getattr(self, name) or fetched(name, self.config.elsewhere) for name in TEXT_PARTS}
+        name, tokens = self.config.encodes
+        wanted = (*TEXT_PARTS, *MORE_TEXT_PARTS.get(name, ()))
+        parts = {part: getattr(self, part) or fetched(part, self.config.elsewhere) for part in wanted}
         if None in parts.values():
             raise ValueError(
-                f"{' and '.join(TEXT_PARTS)} are not both there: give DiffusionPipeline.from_pretrained those of the "
-                "base, or give prompt_embeds"
+                f"{' and '.join(wanted)} are not all there: give DiffusionPipeline.from_pretrained those of the base, "
+                "or give prompt_embeds"
             )
-        name, tokens = self.config.encodes
         kind, device = getattr(diffusers, name), self._execution_device
-        if self.text_encoder is None:  # fetched for this call
-            parts["text_encoder"].to(device)
+        for part, here in parts.items():
+            if part.startswith("text_encoder") and getattr(self, part) is None:  # fetched for this call
+                here.to(device)
         parameters = inspect.signature(kind).parameters.values()
         pipe = kind(**{one.name: None for one in parameters if one.default is one.empty} | parts)
         if name == "AnimateDiffPipeline":
-            return pipe.encode_prompt(prompt, device, 1, False)[0]
+            return {PROMPT: pipe.encode_prompt(prompt, device, 1, False)[0]}
         if name == "LattePipeline":
-            return filled_up(pipe.encode_prompt(prompt, False, device=device)[0], tokens)
+            return {PROMPT: filled_up(pipe.encode_prompt(prompt, False, device=device)[0], tokens)}
+        if name == "HunyuanVideoPipeline":
+            embeds, pooled, mask = pipe.encode_prompt(prompt, device=device)
+            return {PROMPT: embeds * mask.unsqueeze(-1).to(embeds), POOLED: pooled}
         without = {"do_classifier_free_guidance": False, "max_sequence_length": tokens, "device": device}
-        return pipe.encode_prompt(prompt, **without)[0]
+        return {PROMPT: pipe.encode_prompt(prompt, **without)[0]}
 
     def text(self, given):
         """What the network sees of a text, by name: [1, tokens, width] for cross-attention, perhaps more."""
@@ -419,9 +428,11 @@ def no_image(sizes):
 def hunyuan_video(network, inputs, timestep, text, more):
     sizes = network.config
     pooled = more.get(POOLED, inputs.new_zeros(1, sizes.pooled_projection_dim))
+    used = text.any(2)  # not the zeros that fill it up; text that is all zeros is seen as it is
+    used = used | ~used.any(1, keepdim=True)
     return network(
         hidden_states=inputs, timestep=timestep, encoder_hidden_states=text, pooled_projections=pooled,
-        encoder_attention_mask=text.new_ones(text.shape[:2]),
+        encoder_attention_mask=used.to(text.dtype),
         guidance=inputs.new_full((1,), 6000.0) if sizes.guidance_embeds else None,  # its pipeline's strength
         return_dict=False,
     )[0]  # fmt: skip
