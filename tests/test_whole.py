@@ -265,8 +265,8 @@ def test_a_text_is_encoded_by_the_commit_that_the_base_was_of(hub, tmp_path):
         (snapshot / "text_encoder" / "config.json").write_text(json.dumps(about))
     found = checkpoints.Checkpoint(tmp_path / "model", folders.saved(tmp_path / "model"), NINE, None)
     assert checkpoints.text_source(found, Generate(text="a dance")).parts["text_encoder"].parent == of_then
-    asked = Generate(text="a dance", text_encoder=name)
-    assert checkpoints.text_source(found, asked).parts["text_encoder"].parent == newest, "a name that is given is the newest"
+    asked = checkpoints.text_source(found, Generate(text="a dance", text_encoder=name))
+    assert asked.parts["text_encoder"].parent == newest, "a name that is given is the newest"
 
 
 @pytest.mark.parametrize("parts", ["whole", "light"])
