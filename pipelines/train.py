@@ -18,8 +18,9 @@ from entprog.config import Experiment
 from entprog.data import shards
 from entprog.models import fingerprints
 from entprog.schedule import plans
-from entprog.training import checkpoint, storage
-from entprog.training.storage import Place
+from entprog.storage import place as places
+from entprog.storage.place import Place
+from entprog.training import checkpoint
 from pipelines import cli
 from pipelines.cluster import launch, stalls
 from pipelines.outputs import claim
@@ -182,7 +183,7 @@ def run(
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     launch.check_tracking(experiment)
     if experiment.train.checkpoints:
-        place = storage.quickly(experiment.train.checkpoints)
+        place = places.quickly(experiment.train.checkpoints)
         Place.at(place).check()
         checkpoint.check_owner(place, key)
     if experiment.in_fp8 and not gpus:

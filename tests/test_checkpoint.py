@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import time
@@ -254,15 +255,62 @@ def test_parts_of_two_ranks_are_taken_up_by_three_and_by_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    """Address of a bucket of a real S3 server on loopback."""
+def s3():
+    """A real S3 server on loopback."""
     with servers.s3() as endpoint:
-        where = f"endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
-        yield f"s3://runs/one?scheme=http&{where}&allow_bucket_creation=true"
+        yield endpoint
+
+
+def address(endpoint, folder):
+    where = f"endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
+    return f"s3://{folder}?scheme=http&{where}&allow_bucket_creation=true"
+
+
+@pytest.fixture
+def bucket(s3):
+    return address(s3, "runs/one")
+
+
+def _bucket_rank(rank, world, folder, how, *places):
+    os.environ |= servers.CREDENTIALS  # the server that it is a fork of may have begun before
+    join(rank, world, folder)
+    if how == "save":
+        (where, counted), run = places, Trained(sharded=True, layers=1)
+        with closing(checkpoint.Saver(where, "id", keep=1, warn=pytest.fail)) as saver:
+            saver.save(run.network, run.state)
+        runs = [run, resumed(counted, sharded=True, layers=1)]
+    else:
+        runs = [resumed(each, sharded=n == 0, layers=1) for n, each in enumerate(places)]
+        with pytest.raises(UserError, match="other settings"):  # which rank 0 alone has looked at
+            checkpoint.load(places[1], "step-00000002", runs[1].network, runs[1].state, "another")
+    for number, run in enumerate(runs):
+        tensors = run.tensors()
+        if rank == 0 or how == "load":
+            torch.save(tensors, folder / f"{how}-{number}-{rank}.pt")
+    leave()
+
+
+def test_of_a_bucket_ranks_together_read_a_checkpoint_once(s3, tmp_path):
+    """Saved by two ranks of a sharded network, it is taken up by two, by three, and by three that hold it whole."""
+    from entprog.storage.place import Place
+
+    there = Place.at(address(s3, "sliced/run"))
+    there.system.create_dir("sliced")
+    with servers.counting(s3) as two, servers.counting(s3) as three, servers.counting(s3) as whole:
+        read = [address(endpoint, "sliced/run") for endpoint, _ in (two, three, whole)]
+        run_ranks(_bucket_rank, 2, tmp_path, "save", address(s3, "sliced/run"), read[0])
+        (tmp_path / "store").unlink()
+        run_ranks(_bucket_rank, 3, tmp_path, "load", *read[1:])
+        size = sum((there / "step-00000002").files().values())
+        counts = {name: sum(of[1]) / size for name, of in (("two", two), ("three", three), ("whole", whole))}
+    assert all(0.9 < count <= 1.2 for count in counts.values()), counts
+    expected = torch.load(tmp_path / "save-0-0.pt", weights_only=True)
+    for name in ("save-1-0", "load-0-0", "load-0-2", "load-1-0", "load-1-2"):
+        assert_equal(torch.load(tmp_path / f"{name}.pt", weights_only=True), expected)
 
 
 def test_s3(bucket):
-    from entprog.training.storage import Place
+    from entprog.storage.place import Place
 
     run = Trained()
     place = Place.at(bucket)
@@ -276,6 +324,12 @@ def test_s3(bucket):
             run.state.step = step
             saver.save(run.network, run.state)
     assert checkpoint.found(bucket) == ["step-00000002", "step-00000003"]
+    assert_equal(resumed(bucket).tensors(), run.tensors())
+    # Saved again at a step where another number of ranks had begun to: their files are none of it.
+    with place.system.open_output_stream("runs/one/step-00000003/part-00002-0badf00d.safetensors") as stream:
+        stream.write(b"cut sh")
+    checkpoint.save(bucket, run.network, run.state, "id", keep=2)
+    assert len((place / "step-00000003").files()) == 2
     assert_equal(resumed(bucket).tensors(), run.tensors())
     # Cut short: an upload that ended before the last file, as an object store leaves it.
     place.system.delete_file("runs/one/step-00000003/state.json")

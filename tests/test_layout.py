@@ -33,6 +33,7 @@ for name in {modules!r}:
 
 FLOORS = (
     ("errors", "files", "records", "masking", "names"),
+    ("storage",),
     ("config",),
     ("media",),
     ("data", "blocks"),

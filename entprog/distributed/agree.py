@@ -3,16 +3,18 @@
 import functools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from entprog.config import digest
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -123,6 +125,38 @@ def gathered(value: Any) -> list[Any]:
     out: list[Any] = [None] * ranks
     dist.all_gather_object(out, value, group=_patient_group(dist.group.WORLD))
     return out
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes (plain data), on every rank: what one alone reads is read once. Whatever it raises is raised on
+    all of them."""
+    rank, ranks = world()
+    if ranks == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    dist.broadcast_object_list(made, src=0, group=_patient_group(dist.group.WORLD))
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def filled_by_first(tensors: Iterable[torch.Tensor], fill: Callable[[], None]) -> None:
+    """Rank 0 fills the tensors, which each rank has alike, and the others get their values. What `fill` raises is
+    raised on every rank."""
+    of_first(fill)
+    rank, ranks = world()
+    if ranks == 1:
+        return
+    for tensor in tensors:
+        sent = tensor.detach().cpu().contiguous()
+        dist.broadcast(sent.flatten().view(torch.uint8), src=0, group=_patient_group(dist.group.WORLD))
+        if rank != 0:
+            tensor.detach().copy_(sent)
 
 
 def total(values: Sequence[float]) -> list[float]:

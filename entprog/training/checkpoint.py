@@ -9,14 +9,12 @@ number of ranks, sharded or not, can take them up again.
 """
 
 import re
-import shutil
-import tempfile
 import time
 import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -33,7 +30,8 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
 from entprog.schedule.state import RunState
-from entprog.training.storage import Place
+from entprog.storage.place import Place
+from entprog.training import slices
 
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8,}")
@@ -87,44 +85,42 @@ class Saver:
     def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> str | None:
         """Runs in the saving thread; returns why it failed, equal on every rank, or None."""
         step = values["step"]
-        target = self.place / f"step-{step:08d}"
-        scratch = self.place / f".{target.name}.{self._shared(uuid.uuid4().hex[:8])}.partial"
-        local, failure = scratch.local, None
+        target, word = self.place / f"step-{step:08d}", self._shared(uuid.uuid4().hex[:8])
+        written = self.place / f".{target.name}.{word}.partial" if self.place.local else target
+        failure = None
         try:
             if name := not_finite(tensors):
                 failure = f"{name} is not finite"
-            elif local is None:
-                local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         except FAILURES as error:
             failure = _reason(error)
         failure = self._of_any_rank(failure)
         if failure is None:
             try:
-                _save(tensors, local, self.group)
-                if scratch.local is None:
-                    target.upload(local)
+                _save(tensors, slices.Writer(written, word), self.group)
             except FAILURES as error:
                 failure = _reason(error)
             failure = self._of_any_rank(failure)
             if self.rank == 0:
-                failure = failure or self._complete(scratch, target, values)
+                failure = failure or self._complete(written, target, word, values)
                 if failure is not None:
-                    self.leftovers.append(scratch if scratch.local else target)
+                    self.leftovers.append(written)
                     self._clear_away()
-        if scratch.local is None and local is not None:
-            shutil.rmtree(local, ignore_errors=True)
         if failure is not None:
             return f"the checkpoint after step {step} was not saved in {self.place}: {failure}; training goes on"
         return self._prune() if self.rank == 0 else None
 
-    def _complete(self, scratch: Place, target: Place, values: dict[str, Any]) -> str | None:
+    def _complete(self, written: Place, target: Place, word: str, values: dict[str, Any]) -> str | None:
         """Make a checkpoint of files that are all there; returns why that failed."""
-        written = scratch if scratch.local else target
         try:
-            written.write_json(STATE, {**values, "files": written.files()})
-            if scratch.local:
+            there = written.files()
+            own = {name: size for name, size in there.items() if word in name}
+            written.write_json(STATE, {**values, "files": own})
+            if written.local:
                 target.remove()
-                scratch.local.rename(target.local)
+                written.local.rename(target.local)
+            else:  # of earlier tries
+                for name in there.keys() - own.keys() - {STATE}:
+                    written.delete(name)
         except OSError as error:
             return _reason(error)
         return None
@@ -203,39 +199,24 @@ def damaged(folder: str | Path) -> list[str]:
 
 def load(folder: str | Path, name: str, network: nn.Module, state: RunState, experiment_hash: str) -> None:
     """Load a checkpoint into the network and the state, on the network's device; moments of a network that is not
-    sharded on the host, until their blocks are trained (`optimizer.follow`).
+    sharded on the host, until their blocks are trained (`optimizer.follow`). Every rank calls it.
 
     Raises UserError if it belongs to another experiment, to another version of this program, or is damaged: a file of
     it is bad. Whatever else is in the way (memory, disk, network) is raised as it is: another try may be luckier.
     """
     place = Place.at(folder) / name
-    scratch = None if place.local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    try:
+
+    def described() -> tuple[dict[str, Any], slices.Chunks]:
         values = place.read_json(STATE)
-        promised = values.pop("files")
         if values.pop("experiment") != experiment_hash:
             raise UserError(
                 f"checkpoint {place} belongs to other settings or other data: choose another --output, or delete it"
             )
-        if scratch:
-            place.download(scratch)
-        here = Place.at(scratch) if scratch else place
-        there = here.files()
-        if short := [file for file, size in promised.items() if there.get(file) != size]:
-            raise OSError(f"{short[0]} of checkpoint {place} could not be read whole")
-        _load(here.local, network, state)
-    except UserError:
-        raise
-    except (*BAD, dcp.CheckpointException) as error:
-        cause = _cause(error)
-        if not isinstance(cause, BAD):
-            raise cause from None
-        raise UserError(
-            f"checkpoint {place} is damaged ({type(cause).__name__}): delete it to resume earlier"
-        ) from None
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        return values, _chunks(place, values.pop("files"))
+
+    with _told(f"checkpoint {place} is damaged {{}}: delete it to resume earlier"):
+        values, chunks = agree.of_first(described)
+        _load(place, chunks, network, state)
     try:
         state.update(values)
     except ValidationError as error:
@@ -254,43 +235,57 @@ def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
     if name not in found(folder):
         there = ", ".join(found(folder)) or "none"
         raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {there}")
-    scratch = None if place.local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    try:
-        if scratch:
-            place.download(scratch)
-        reader = dcp.HuggingFaceStorageReader(str(scratch or place.local))
-        kept = reader.read_metadata().state_dict_metadata
+    with _told(f"checkpoint {place} is damaged {{}}"):
+        chunks = _chunks(place, place.read_json(STATE)["files"])
+        reader = slices.Reader(place, chunks)
+        kept = reader.metadata.state_dict_metadata
         parameters = network.state_dict()
         named = {(f"ema/{n}" if f"ema/{n}" in kept else f"network/{n}"): tensor for n, tensor in parameters.items()}
         if odd := [full for full, tensor in named.items() if full not in kept or kept[full].size != tensor.shape]:
             raise UserError(f"checkpoint {place} is of another network: {odd[0].partition('/')[2]} does not fit")
-        dcp.load(named, storage_reader=reader, no_dist=True)
+        with _bare():
+            dcp.load(named, storage_reader=reader, no_dist=True)
+
+
+def _chunks(place: Place, promised: dict[str, int]) -> slices.Chunks:
+    """What lies where in a checkpoint. Raises OSError where a file is shorter than it should be, or not there."""
+    there = place.files()
+    if short := [file for file, size in promised.items() if there.get(file) != size]:
+        raise OSError(f"{short[0]} of checkpoint {place} could not be read whole")
+    return slices.chunks(place, [file for file in promised if file.endswith(slices.SUFFIX)])
+
+
+@contextmanager
+def _told(damaged: str):
+    """A bad file inside is a UserError with that message, which has {} where its kind belongs; whatever else is in the
+    way is raised as it is."""
+    try:
+        yield
     except UserError:
         raise
-    except (*BAD, dcp.CheckpointException) as error:
-        raise UserError(f"checkpoint {place} is damaged ({type(_cause(error)).__name__})") from None
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+    except BAD as error:
+        raise UserError(damaged.format(f"({type(error).__name__})")) from None
+
+
+@contextmanager
+def _bare():
+    """What torch wraps inside is raised itself: the first of the failures that is no bad file, else the first."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if not isinstance(cause, BAD)), causes[0]) from None
 
 
 FAILURES = (OSError, MemoryError)
 """For want of space, memory, disk or network."""
-BAD = (SafetensorError, ValueError, KeyError, AssertionError)
+BAD = (ValueError, KeyError, AssertionError)
 """What reading a file raises that does not hold what it should."""
 
 
 def _reason(error: OSError | MemoryError) -> str:
     """One line."""
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
-
-
-def _cause(error: Exception) -> BaseException:
-    """What torch wraps: the first of the failures that is no bad file, else the first."""
-    if not isinstance(error, dcp.CheckpointException):
-        return error
-    causes = [cause for cause, _ in error.failures.values()]
-    return next((cause for cause in causes if not isinstance(cause, BAD)), causes[0])
 
 
 def _names(place: Place) -> list[str]:
@@ -333,9 +328,8 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         stager.close()
 
 
-def _save(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+def _save(tensors: dict[str, torch.Tensor], writer: slices.Writer, group: dist.ProcessGroup | None) -> None:
     """Write one rank's tensors. Raises OSError or MemoryError."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
@@ -343,14 +337,16 @@ def _save(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGro
         raise next((cause for cause in causes if not isinstance(cause, FAILURES)), causes[0]) from None
 
 
-def _load(folder: Path, network: nn.Module, state: RunState) -> None:
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    kept = reader.read_metadata().state_dict_metadata
+def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunState) -> None:
+    """Each rank of a sharded network reads its own parts; else rank 0 reads, and the others get it from there."""
+    reader = slices.Reader(place, chunks)
+    kept = reader.metadata.state_dict_metadata
     parameters = dict(network.named_parameters())
     weights = network.state_dict()
     wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
     moments: dict[str, dict[str, torch.Tensor]] = {}
-    host = None if fsdp.is_sharded(network) else torch.device("cpu")  # those of all blocks may be many
+    sharded = fsdp.is_sharded(network)
+    host = None if sharded else torch.device("cpu")  # those of all blocks may be many
     ema: dict[str, torch.Tensor] = {}
     for full_name, about in kept.items():
         part, _, rest = full_name.partition("/")
@@ -361,7 +357,15 @@ def _load(folder: Path, network: nn.Module, state: RunState) -> None:
             wanted[full_name] = ema[rest] = _like(parameters[rest], about)
     if missing := wanted.keys() - kept.keys():
         raise KeyError(min(missing))
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+    def read() -> None:
+        with _bare():
+            dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+    if sharded:
+        read()
+    else:
+        agree.filled_by_first(wanted.values(), read)
     network.load_state_dict(weights)  # the network's own tensors, but for what blocks store in bfloat16
     state.optimizer.state.clear()
     state.optimizer.state.update({parameters[name]: optimizers.joined(values) for name, values in moments.items()})

@@ -15,7 +15,7 @@ from entprog.media import wholebody
 from entprog.models import adapters, captions, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
-from entprog.training.storage import Place
+from entprog.storage.place import Place
 
 Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""

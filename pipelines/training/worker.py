@@ -294,7 +294,7 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
     if agree.world()[0] == 0:
         for name in checkpoint.damaged(folder):
             warn(f"checkpoint {name} in {folder} was cut short: not used")
-    newest = agree.gathered(checkpoint.newest(folder))[0]  # rank 0's: a shared disk may show others less
+    newest = agree.of_first(lambda: checkpoint.newest(folder))  # a shared disk may show others less
     setup.post({"workers": agree.world()[1]})
     if newest is not None:
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])

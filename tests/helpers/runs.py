@@ -7,7 +7,7 @@ from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from entprog.training.optimizer import update_ema
-from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
+from helpers.networks import TINY, batches, latents, tiny_denoiser, tiny_experiment
 
 
 class Run:
@@ -43,8 +43,8 @@ def comparable(step):
 class Trained:
     """A tiny network after a few updates, with moments of some blocks alone and an average."""
 
-    def __init__(self, steps=2, sharded=False):
-        self.experiment = tiny_experiment(data={"batch_size": 2})
+    def __init__(self, steps=2, sharded=False, layers=6):
+        self.experiment = tiny_experiment(data={"batch_size": 2}, model={"init": {**TINY, "num_layers": layers}})
         self.denoiser = tiny_denoiser(self.experiment, seed=3)
         self.network = self.denoiser.network
         found = blocks(self.network)

@@ -1,5 +1,6 @@
 """A real MLflow server that can be stopped and started; S3, and a machine's metadata service, as AWS has them."""
 
+import http.client
 import http.server
 import json
 import os
@@ -51,15 +52,17 @@ class Server:
             self.process = None
 
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
 @contextmanager
 def s3():
     """Amazon's S3 on loopback, empty: its address, with credentials for it in the environment. Any are taken."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ |= own
+    before = {name: os.environ.get(name) for name in CREDENTIALS}
+    os.environ |= CREDENTIALS
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -76,6 +79,44 @@ def s3():
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def counting(endpoint):
+    """What reads from an S3 at another address on loopback, and the bytes of objects that were read so far, in a list
+    of numbers."""
+    read = []
+
+    class Between(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            asked = http.client.HTTPConnection(endpoint.removeprefix("http://"))
+            asked.request(self.command, self.path, headers=dict(self.headers))
+            answer = asked.getresponse()
+            body = answer.read()
+            if self.command == "GET" and "?" not in self.path:  # else a listing
+                read.append(len(body))
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            asked.close()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Between) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", read
+        finally:
+            server.shutdown()
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from entprog import files
 from entprog.errors import UserError
@@ -59,8 +61,7 @@ class Place:
         """Write a file and remove it. Raises UserError where that fails: before a run, not after hours of it."""
         probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
         try:
-            if self.local:
-                self.local.mkdir(parents=True, exist_ok=True)
+            self.make()
             with self.system.open_output_stream(probe) as stream:
                 stream.write(b"can this be written?")
             self.system.delete_file(probe)
@@ -96,20 +97,35 @@ class Place:
         inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         return {info.base_name: info.size for info in inside if info.type == fs.FileType.File}
 
+    def open(self, name: str) -> NativeFile:
+        """A file of it, to read any part of. Raises OSError."""
+        return self.system.open_input_file(f"{self.root}/{name}")
+
     def read_json(self, name: str) -> Any:
         """Raises FileNotFoundError, OSError or ValueError."""
         with self.system.open_input_stream(f"{self.root}/{name}") as stream:
             return json.loads(stream.read())
 
-    def write_json(self, name: str, value: Any) -> None:
-        if self.local:
-            with (self.local / name).open("w") as file:
-                file.write(files.strict_json(value))
-                file.flush()
-                os.fsync(file.fileno())
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """A stream that becomes a file of it; on a disk it lies there when this ends."""
+        if self.local is None:
+            with self.system.open_output_stream(f"{self.root}/{name}") as stream:
+                yield stream
             return
-        with self.system.open_output_stream(f"{self.root}/{name}") as stream:
+        with (self.local / name).open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_json(self, name: str, value: Any) -> None:
+        with self.create(name) as stream:
             stream.write(files.strict_json(value).encode())
+
+    def make(self) -> None:
+        """Make the folder, where folders are made."""
+        if self.local:
+            self.local.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
         if self.local:
@@ -125,11 +141,4 @@ class Place:
         """Every file of a local folder."""
         fs.copy_files(
             str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system
-        )
-
-    def download(self, folder: Path) -> None:
-        """Every file, into a local folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(
-            self.root, str(folder), source_filesystem=self.system, destination_filesystem=fs.LocalFileSystem()
         )
