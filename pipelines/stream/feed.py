@@ -28,9 +28,10 @@ from entprog.errors import UserError
 from pipelines.cluster import failures
 
 TASK_BYTES = 32 << 20
+FRAMES_TASK_BYTES = 128 << 20
 TASK_BATCHES = 32
-"""A task makes several batches while they fit in TASK_BYTES, at most this many: starting a task of Ray has its
-price."""
+"""A task makes several batches while they fit in TASK_BYTES (frames: in FRAMES_TASK_BYTES), at most this many: starting
+a task of Ray has its price, and one of few frames is soon over."""
 TASKS = 16
 """Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends, and sleeps: one
 that has to wait for room asks for it without pause, which keeps a core busy."""
@@ -103,7 +104,7 @@ def stream(
     if where == "cluster":
         read = functools.partial(clip_stream.decode, located, split, frames=frames)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD))
+        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD, FRAMES_TASK_BYTES))
     read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
 
@@ -172,13 +173,14 @@ def _batches(
     cpus: float,
     tasks: int,
     tasks_ahead: int,
+    most_bytes: int = TASK_BYTES,
 ) -> Iterator:
-    """(batch, seconds to collate it) without end, by executions of `tasks`; `tasks_ahead` of one may wait for the
-    reader."""
+    """(batch, seconds to collate it) without end, by executions of `tasks` of `most_bytes` each; `tasks_ahead` of one
+    may wait for the reader."""
     import ray
 
     store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / order.world
-    task_bytes = min(TASK_BYTES, store_bytes / (2 * tasks_ahead))  # two executions overlap
+    task_bytes = min(most_bytes, store_bytes / (2 * tasks_ahead))  # two executions overlap
     batches = int(min(max(task_bytes // (clip_bytes * order.batch_size), 1), TASK_BATCHES))
     rows = batches * order.batch_size
     ahead_bytes = min(tasks_ahead * rows * clip_bytes, store_bytes) if tasks_ahead < tasks else None
