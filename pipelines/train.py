@@ -221,7 +221,8 @@ def run(
                 if "warning" in item:
                     steplog.warn(output, item["warning"])
                 if "started" in item and not startup_s:
-                    startup_s.update(startup.seconds(clock.begun, [*clock.marks, *item["started"]], item["step"]))
+                    marks = [*clock.marks, *item["started"]]
+                    startup_s.update(startup.seconds(clock.begun, marks, item["waited_s"]))
                     display.line(startup.line(startup_s))
                 display.show(item)
                 if "about" in item:

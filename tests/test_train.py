@@ -80,6 +80,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert result["flops"] > 0 and result["peak_memory_bytes"] > 0
     *parts, total = result["startup_s"].values()
     assert list(result["startup_s"])[:4] == ["tracking", "workers", "weights", "held_out_clips"]
+    assert result["startup_s"]["first_batch"] > 0.1, "Ray Data's tasks had to start"
     assert 0 < total <= result["wall_s"] and total == pytest.approx(sum(parts), abs=0.01)
     for name in ("schedule.png", "cei.png", "loss.png", "cei.json", "steps.jsonl", "model/entprog.json"):
         assert (output / name).stat().st_size > 0

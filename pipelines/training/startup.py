@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 
@@ -35,14 +34,14 @@ def import_beside(module: str) -> None:
     threading.Thread(target=importlib.import_module, args=(module,), name=f"import {module}", daemon=True).start()
 
 
-def seconds(begun: float, marks: Sequence[Mark], first: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each part, and their `total`. first: the first step's line of steps.jsonl, whose batch is told apart
-    from its computing."""
+def seconds(begun: float, marks: Sequence[Mark], waited_s: float) -> dict[str, float]:
+    """Seconds of each part, and their `total`. waited_s: for the batch of the first step, which is told apart from its
+    computing."""
     out, before = {}, begun
     for part, at in marks:
         out[part] = max(at - before, 0.0)  # clocks of two machines differ
         before = max(at, before)
-    batch = min(first["wait_s"], out["first_step"])
+    batch = min(waited_s, out["first_step"])
     out |= {"first_batch": batch, "first_step": out["first_step"] - batch}
     return {part: round(s, 3) for part, s in (out | {"total": sum(out.values())}).items()}
 

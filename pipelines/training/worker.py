@@ -230,9 +230,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 tracker.metrics(step.step, figures.metrics(step))
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
+                started = {}
                 if starting:
                     setup.clock.over("first_step")
-                setup.post({"step": record} | ({"started": setup.clock.marks} if starting else {}))
+                    started = {"started": setup.clock.marks, "waited_s": batches.spent.wait_s}
+                setup.post({"step": record} | started)
                 starting = False
             if step.skipped and state.skipped_in_a_row == 1:
                 warn(
