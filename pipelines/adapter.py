@@ -107,7 +107,7 @@ def extract(
         family, conditions = saved["family"], tuple(saved["conditions"])
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
-        kept["skeleton"] = saved.get("skeleton")
+        kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
         points = {"points": saved["points"]} if "points" in saved else {}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for side in sides:

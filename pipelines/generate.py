@@ -44,6 +44,9 @@ def main(
     reference: Annotated[
         Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")
     ] = None,
+    last: Annotated[
+        Path | None, typer.Option(help="Picture of the last frame, of networks that see it (model.last_frame).")
+    ] = None,
     pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz or .npy, or a folder of them.")] = None,
     video: Annotated[Path | None, typer.Option(help="Driving video of one person, or a folder of them.")] = None,
     shards: Annotated[Path | None, typer.Option(help="Folder of pipelines.prepare: take motions out of it.")] = None,
@@ -85,7 +88,7 @@ def main(
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
-        given |= {"without": without, "retarget": retarget}
+        given |= {"without": without, "retarget": retarget, "last": last}
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
         return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
@@ -105,6 +108,7 @@ def run(
     split: str | None = None,
     without: str | None = None,
     retarget: bool = False,
+    last: Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Generate and write the clips; returns the figures of result.json: `videos` (side by side), `clips` (one record
@@ -113,7 +117,8 @@ def run(
 
     Exactly one of pose, video and shards says how the person moves; `reference` says who it is (with shards: instead
     of each clip's own). Each may be a folder: every motion is made with every reference. retarget: motions take the
-    proportions of their references (`entprog.media.retarget`). Raises UserError for anything wrong with them, and for
+    proportions of their references (`entprog.media.retarget`). last: the last frame of every clip, for networks that
+    see it (of shards' clips their own, where it is not given). Raises UserError for anything wrong with them, and for
     an output that holds clips of another checkpoint or other settings.
     """
     settings, output = settings or Generation(), Path(output)
@@ -122,6 +127,8 @@ def run(
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
+    if last is not None and not found.last:
+        raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
     how = protocol.how_sampled(found, settings.generate)
     if video is not None or retarget:
         settings = motions.estimating(settings, found)
@@ -129,6 +136,7 @@ def run(
     identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
     identity |= {f"--{name}": path and str(Path(path).resolve()) for name, path in asked.items()}
     identity |= {"--clip": list(clip or ()), "--split": split, **({"--retarget": True} if retarget else {})}
+    identity |= {"--last": str(Path(last).resolve())} if last is not None else {}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
         del identity[name]
@@ -144,6 +152,13 @@ def run(
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
         made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget)
+    if last is not None:
+        end = motions.reference_image(last, shape, settings.prepare, "--last")
+        made = [replace(motion, last=end) for motion in made]
+    if found.last and any(motion.last_frame is None for motion in made):
+        raise UserError(
+            f"{checkpoint} was trained with the last frame of each clip: give --last PICTURE, how it is to end"
+        )
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):
             cli.console.print(unlike)

@@ -19,7 +19,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, drawing, h264, retarget, video
 from entprog.models.wan import load
-from helpers import encoders, wholebodies
+from helpers import bases, encoders, wholebodies
 from pipelines import generate
 from pipelines.generating import checkpoints, motions, rendering, retargeting
 from tests.test_wan import NETWORK
@@ -202,6 +202,34 @@ def test_the_same_command_after_a_kill_makes_only_what_is_missing(made, tmp_path
     other = Generation.model_validate({"generate": {"steps": 81}})
     with pytest.raises(UserError, match=r"generate.steps was 80, now 81\): choose another --output"):
         generate.run(made / "run", tmp_path / "again", other, **paths)
+
+
+def test_a_last_frame_is_given_or_the_clips_own(made, tmp_path):
+    """Of networks that see it; of others it is refused."""
+    two = Generation.model_validate({"generate": {"steps": 2}})
+    bases.image_to_video(tmp_path / "i2v", clip=False)
+    denoiser = load(Model(base=str(tmp_path / "i2v"), last_frame=True))
+    with torch.no_grad():
+        for layer in (denoiser.network.patch_embedding, denoiser.network.proj_out):
+            layer.weight *= 20  # so that what is seen matters
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    own = generate.run(tmp_path / "model", tmp_path / "own", two, shards=made / "shards", clip=[row(1)["clip_id"]])
+    one = {"reference": tmp_path / "one.png", "pose": tmp_path / "dance.npz"}
+    (tmp_path / "one.png").write_bytes(row(1)["reference"])
+    (tmp_path / "end.png").write_bytes(png(np.full((SHAPE.height, SHAPE.width, 3), 250, np.uint8)))
+    np.savez(tmp_path / "dance.npz", pose=row(1)["pose"], fps=SHAPE.fps)
+    with pytest.raises(UserError, match="was trained with the last frame of each clip: give --last PICTURE") as error:
+        generate.run(tmp_path / "model", tmp_path / "no", two, **one)
+    assert "\n" not in str(error.value) and not (tmp_path / "no").exists()
+    ends = {}
+    for name in ("end", "one"):
+        ends[name] = generate.run(tmp_path / "model", tmp_path / name, two, last=tmp_path / f"{name}.png", **one)
+    results = {Path(result["clips"][0]["result"]).read_bytes() for result in (own, *ends.values())}
+    assert len(results) == 3
+    with pytest.raises(UserError, match="--last: no such file"):
+        generate.run(tmp_path / "model", tmp_path / "no", two, last=tmp_path / "none.png", **one)
+    with pytest.raises(UserError, match=r"--last: .* sees no last frame .*: leave it out"):
+        generate.run(made / "run" / "model", tmp_path / "no", two, last=tmp_path / "end.png", **one)
 
 
 def test_every_motion_of_a_folder_with_every_reference(made, tmp_path, capfd):

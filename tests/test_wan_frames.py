@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from entprog import models
 from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Generate, Model, Priority, Train
 from entprog.data import latents as cache
@@ -16,6 +17,7 @@ from entprog.diffusion import dropping, losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
+from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
 from entprog.models import fingerprints
 from entprog.models.wan import GREY, inspect, load
@@ -24,6 +26,7 @@ from helpers import bases
 from helpers.families import TINY, clips
 from helpers.networks import tiny_experiment
 from helpers.recording import calls
+from pipelines.training import checks
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -64,7 +67,7 @@ def seen(denoiser, noisy, t, conditions):
 def test_a_last_frame_that_is_unknown_is_what_the_pipeline_has_without_one(first_and_last):
     """Its latents and mask as with no last image; tokens, which it cannot do without, as with a grey one."""
     pipe, folder = first_and_last
-    denoiser, batch = load(Model(base=str(folder))), clips(1, SHAPE)
+    denoiser, batch = load(Model(base=str(folder), last_frame=False)), clips(1, SHAPE)
     assert denoiser.conditions == ("reference", "pose") and denoiser.form == "first frame"
     run = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0}
     run |= {"latents": noise(denoiser), "prompt_embeds": TEXT, "output_type": "latent"}
@@ -85,9 +88,96 @@ def test_a_last_frame_that_is_unknown_is_what_the_pipeline_has_without_one(first
     torch.testing.assert_close(ours["timestep"], theirs[0]["timestep"].float(), **CLOSE)
 
 
+@pytest.mark.parametrize("clip", [True, False], ids=["FLF2V", "2.2 I2V"])
+def test_the_last_frame_is_seen_as_the_pipeline_shows_it(clip, first_and_last, tmp_path):
+    """In training the clip's own; latents, mask and tokens."""
+    pipe, folder = first_and_last if clip else (bases.image_to_video(tmp_path / "i2v", clip=False), tmp_path / "i2v")
+    denoiser, batch = load(Model(base=str(folder), last_frame=None if clip else True)), clips(1, SHAPE)
+    assert denoiser.form == "first and last frame" and denoiser.last
+    end = yuv420_to_rgb(batch.video)[0, -1]
+    end = Image.fromarray(((end + 1) * 127.5).round().byte().movedim(0, -1).numpy())
+    theirs = calls(pipe.transformer, lambda: pipe(
+        picture(batch), last_image=end, height=32, width=32, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
+        latents=noise(denoiser), prompt_embeds=TEXT, output_type="latent",
+    ))  # fmt: skip
+    encoded = denoiser.encode(batch)
+    for told in theirs:
+        noisy, t = told["hidden_states"][:, :4], denoiser.process.t(told["timestep"].float())
+        ours = seen(denoiser, noisy, t, encoded.conditions)
+        torch.testing.assert_close(ours["hidden_states"][:, :12], told["hidden_states"], **CLOSE)
+        torch.testing.assert_close(ours["hidden_states"][:, 12:], encoded.conditions["pose"])
+        one, other = ours["encoder_hidden_states_image"], told["encoder_hidden_states_image"]
+        assert (one is not None) == clip == (other is not None)
+        if clip:
+            torch.testing.assert_close(one, other, **CLOSE)
+    mask = encoded.conditions["reference"][0, :4, :, 0, 0]
+    assert mask.sum() == 5 and mask[:, 0].all() and mask[3, -1] == 1
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["FLF2V", "2.2 I2V"])
+def test_the_last_frame_is_kept_dropped_and_cached_with_the_first(clip, first_and_last, tmp_path):
+    folder = first_and_last[1]
+    if not clip:
+        folder = tmp_path / "i2v"
+        bases.image_to_video(folder, clip=False)
+    asked = Model(base=str(folder), last_frame=None if clip else True)
+    denoiser, unknown = load(asked), load(asked.model_copy(update={"last_frame": False}))
+    batch, t = clips(2, SHAPE), torch.tensor([0.3, 0.8])
+    assert cache.key(denoiser, "wan", SHAPE) != cache.key(unknown, "wan", SHAPE)
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    unknown.save(tmp_path / "unknown", shape=SHAPE)
+    again = load(Model(base=str(tmp_path / "model")))
+    assert again.last and cache.key(again, "wan", SHAPE) == cache.key(denoiser, "wan", SHAPE)
+    assert not load(Model(base=str(tmp_path / "unknown"))).last, "as it was trained, also by a version of before"
+    encoded = denoiser.encode(batch)
+    alone = denoiser.encode(batch.part(slice(1, 2)))
+    with torch.no_grad():
+        both = denoiser.predict(encoded.clean, t, encoded.conditions)
+        torch.testing.assert_close(
+            denoiser.predict(alone.clean, t[1:], alone.conditions), both[1:], rtol=1e-3, atol=1e-4
+        )
+        changed = torch.full((2, 32, 32, 3), 200, dtype=torch.uint8)
+        other = denoiser.condition(batch.reference, batch.pose, changed)
+        assert not torch.equal(denoiser.predict(encoded.clean, t, other), both)
+        dropped = [
+            dropping.dropped(denoiser, replace(encoded, conditions=shown), Drop(reference=1.0), 0).conditions
+            for shown in (encoded.conditions, other)
+        ]
+        one, two = (denoiser.predict(encoded.clean, t, shown) for shown in dropped)
+        assert torch.equal(one, two), "dropped with the reference"
+    with pytest.raises(UserError, match="sees the clip's last frame, and none is given"):
+        denoiser.condition(batch.reference, batch.pose)
+
+
+def test_a_last_frame_that_has_no_place_is_one_line(given, tmp_path):
+    bases.image_to_video(tmp_path / "i2v", clip=True)
+    cases = [
+        Model(base=str(tmp_path / "i2v"), last_frame=True),
+        Model(base=str(given[1]), last_frame=True),
+        Model(family="svd", init=TINY["svd"]["init"], vae="none", last_frame=True),
+    ]
+    for model in cases:
+        with pytest.raises(UserError, match=r"^model\.last_frame: .* no place for a last frame") as error:
+            models.family(model.family).inspect(model)
+        assert "\n" not in str(error.value)
+
+
+def test_runs_with_a_last_frame_are_told_apart(first_and_last):
+    """Of an FLF2V base nothing but the version says that the last frame is seen: an old run is not gone on with."""
+    shards = type("Shards", (), {"splits": {"held_out": []}, "clips": lambda self, split: 4, "fingerprint": ""})()
+
+    def of(**model):
+        return tiny_experiment(model={"init": {}, "base": str(first_and_last[1]), "vae": "auto", **model})
+
+    assert checks.deciding(of(), shards)["model.last_frame"] is True
+    assert checks.deciding(of(last_frame=False), shards)["model.last_frame"] is False
+    assert "model.last_frame" not in checks.deciding(tiny_experiment(), shards)
+    assert fingerprints.held_out(of(), shards) != fingerprints.held_out(of(last_frame=False), shards)
+
+
 def test_clips_of_a_batch_keep_their_own_first_image(first_and_last, tmp_path):
     _, folder = first_and_last
-    denoiser, batch = load(Model(base=str(folder))), clips(2, SHAPE)
+    denoiser, batch = load(Model(base=str(folder), last_frame=False)), clips(2, SHAPE)
     encoded, t = denoiser.encode(batch), torch.tensor([0.3, 0.8])
     told = seen(denoiser, encoded.clean, t, encoded.conditions)["encoder_hidden_states_image"]
     assert told.shape[0] == 4 and torch.equal(told[1], told[3]) and not torch.equal(told[0], told[2])

@@ -15,7 +15,7 @@ from entprog.config import ClipShape, Generate, Model
 from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
-from entprog.media.skeleton import draw
+from entprog.media import drawing
 from entprog.models import captions, folders, whole
 from helpers import bases, encoders
 from helpers.families import NAMES, TINY, again, clips, load
@@ -29,11 +29,15 @@ IMAGE_TO_VIDEO = {
     "wan_i2v": (lambda folder: bases.image_to_video(folder, True), "whole"),
     "wan_i2v_light": (lambda folder: bases.image_to_video(folder, True), "light"),
     "wan22_i2v": (lambda folder: bases.image_to_video(folder, False), "whole"),
-    "wan_flf": (lambda folder: bases.image_to_video(folder, True, last=True), "whole"),
+    "wan_flf": (lambda folder: bases.image_to_video(folder, True, last=True), "whole", {"last_frame": False}),
+    "wan_flf_last": (lambda folder: bases.image_to_video(folder, True, last=True), "whole"),
+    "wan22_i2v_last": (lambda folder: bases.image_to_video(folder, False), "whole", {"last_frame": True}),
+    "wan_control": (bases.control, "whole"),
     "wan22_ti2v": (bases.given_frame, "whole"),
 }
-"""Forms of Wan that have the reference as their first frame: (what makes a base, how they are saved)."""
+"""Forms of Wan with inputs of their own: (what makes a base, how they are saved, settings)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
+LAST = torch.randint(0, 256, (1, 64, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 ELSEWHERE = """
 import json, sys
 sys.modules["entprog"] = sys.modules["pipelines"] = None
@@ -46,6 +50,7 @@ for folder in sys.argv[1:]:
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     run = dict(reference=given["reference"], pose=given["pose"], latents=given["noise"], num_inference_steps=3)
+    run |= {"last": given["last"]} if "last" in given else {}
     calls = []
     hook = pipe.network.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     made = {"latents": pipe(output_type="latent", **run).frames}
@@ -81,9 +86,10 @@ def tuned(name, folder, **save):
     return perturbed(folder, name, generator, **save)
 
 
-def perturbed(folder, name, generator, **save):
+def perturbed(folder, name, generator, model=None, **save):
     """The base in a folder with a prompt beside it, as it might be after training; saved, and its folder."""
-    denoiser = again(folder / "base", name, conditions=("reference", "pose"), prompt_embeds=str(folder / "prompt"))
+    own = {"conditions": ("reference", "pose"), "prompt_embeds": str(folder / "prompt"), **(model or {})}
+    denoiser = again(folder / "base", name, **own)
     with torch.no_grad():
         for parameter in denoiser.network.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
@@ -91,12 +97,12 @@ def perturbed(folder, name, generator, **save):
     return folder / "model"
 
 
-def image_to_video(folder, base, parts):
+def image_to_video(folder, base, parts, model=None):
     """An image-to-video base, as `tuned`."""
     base(folder / "base")
     generator = torch.Generator().manual_seed(2)
     save_file({"prompt_embeds": torch.randn(3, 8, generator=generator)}, folder / "prompt")
-    return perturbed(folder, "wan", generator, parts=parts)
+    return perturbed(folder, "wan", generator, model, parts=parts)
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +111,13 @@ def made(tmp_path_factory):
     root, out = tmp_path_factory.mktemp("whole"), {}
     for name in NAMES:
         out[name] = tuned(name, root / name, parts="light" if name == "latte" else "whole")
-    for name, (base, parts) in IMAGE_TO_VIDEO.items():
-        out[name] = image_to_video(root / name, base, parts)
+    for name, base in IMAGE_TO_VIDEO.items():
+        out[name] = image_to_video(root / name, *base)
     for name in out:
         denoiser, batch = again(out[name], family_of(name)), clips(1, NINE)
         shape = (1, *denoiser.latent_shape(NINE))
-        given = {"reference": batch.reference[0], "pose": draw(batch.pose[0], NINE.height, NINE.width)}
+        drawn = drawing.draw(batch.pose[0], NINE.height, NINE.width, denoiser.skeleton)
+        given = {"reference": batch.reference[0], "pose": drawn} | ({"last": LAST[0]} if denoiser.last else {})
         given["noise"] = noise_like(torch.empty(shape), torch.tensor([0]), 5)
         save_file(given, out[name] / "given.safetensors")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
@@ -150,7 +157,7 @@ def test_a_prompt_is_encoded_as_generate_does(name, tmp_path):
 def test_plain_diffusers_makes_what_generate_makes(made, name):
     folder, theirs = made[name]
     denoiser, batch = again(folder, family_of(name)), clips(1, NINE)
-    conditions = denoiser.condition(batch.reference, batch.pose)
+    conditions = denoiser.condition(batch.reference, batch.pose, LAST)
     shape = (1, *denoiser.latent_shape(NINE))
     sampled = []
     first, *_ = calls(denoiser.network, lambda: sampled.append(

@@ -37,8 +37,11 @@ class Model(Part):
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     skeleton: Skeleton | None = None
     """How the network is shown poses: `limbs`, the body's in this project's colours; `dwpose`, body, hands and face as
-    DWPose draws them. None: as the adapter was trained here, else the base; of a published base of VACE or Wan-Animate
-    `dwpose`, otherwise `limbs`."""
+    DWPose draws them. None: as the adapter was trained here, else the base; of a published base of VACE, Wan-Animate
+    or Fun-Control as that has seen them, otherwise `limbs`."""
+    last_frame: bool | None = None
+    """Whether a network that sees the reference as the first frame sees the last one too (Wan FLF2V, Wan 2.2 I2V): in
+    training the clip's own. None: as it was trained here; of a published FLF2V base yes."""
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -55,8 +55,14 @@ class Denoiser(Protocol):
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient."""
 
-    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]."""
+    last: bool
+    """Whether the network sees the clip's last frame."""
+
+    def condition(
+        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]; last, as
+        the reference: the last frame, where the network sees it."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].

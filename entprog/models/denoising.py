@@ -20,6 +20,7 @@ from entprog.config import ClipShape
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.objectives import ALL
 from entprog.diffusion.processes import Flow, Process
+from entprog.errors import UserError
 from entprog.media import drawing, styles, wholebody
 from entprog.media.color import yuv420_to_rgb
 from entprog.models import experts, folders, inputs, texts, vaes, whole
@@ -84,6 +85,8 @@ class VideoDenoiser:
     """How poses are drawn for it."""
     points: int = len(wholebody.BLAZEPOSE)
     """Points of the poses that its base was trained on, 33 or 133."""
+    last: bool = False
+    """Whether it sees the clip's last frame beside its first one."""
     expert: experts.Expert | None = None
     """Which of a base's two networks this is; None: it has one."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -170,16 +173,34 @@ class VideoDenoiser:
         everywhere: CEI of that is undefined."""
 
     @classmethod
-    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
-        """Which of MORE a network needs that has these conditions. channels: of the latents; inputs: channels of its
-        input layer, widened."""
+    def needs(
+        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
+    ) -> tuple[str, ...]:
+        """Which of MORE a network needs that has these conditions. channels: of the latents; splits: input channels,
+        widened, in the groups that are summed apart."""
         return ()
 
     @classmethod
-    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
-        """Name of the form that conditions have where a family knows several. inputs: channels of the input layer,
-        widened; channels: of the latents."""
+    def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
+        """Name of the form that conditions have where a family knows several. splits, channels: as in `needs`."""
         return ""
+
+    @classmethod
+    def skeleton_of(cls, form: str) -> config.Skeleton:
+        """How poses are drawn for a published base of a form."""
+        return cls.SKELETON
+
+    @classmethod
+    def sees_last(cls, network: Any, trained: Mapping[str, Any], form: str, settings: config.Model) -> bool:
+        """Whether the network sees the clip's last frame. trained: `entprog.json` of the adapter or the base, {} where
+        neither was trained here. Raises UserError where that is wanted and there is no place for it."""
+        if settings.last_frame:
+            raise UserError(f"model.last_frame: networks of family {cls.FAMILY} have no place for a last frame")
+        return False
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any], given: str) -> None:
+        """Raises UserError for a config.json that is not diffusers', though its class's name is."""
 
     @classmethod
     def completed(cls, denoiser: "VideoDenoiser", parts: dict[str, Path]) -> "VideoDenoiser":
@@ -197,7 +218,7 @@ class VideoDenoiser:
     @property
     def form(self) -> str:
         """As `form_of` says; part of what cached latents belong to."""
-        return self.form_of(self.network.config.in_channels, self.latent_channels, self.conditions)
+        return self.form_of(self.input_channels, self.latent_channels, self.conditions)
 
     @property
     def part(self) -> str:
@@ -250,29 +271,38 @@ class VideoDenoiser:
     @torch.no_grad()
     def encode(self, clips: Clips) -> Latents:
         """Clips → latents and conditions on the network's device, no gradient."""
-        planes = clips.video.to(self.device, non_blocking=True)
-        clean = self.latents(yuv420_to_rgb(planes).transpose(1, 2))
-        return Latents(clean, self.condition(clips.reference, clips.pose), clips.position, clips.pose)
+        video = yuv420_to_rgb(clips.video.to(self.device, non_blocking=True))
+        clean = self.latents(video.transpose(1, 2))
+        last = ((video[:, -1] + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1) if self.last else None
+        return Latents(clean, self.condition(clips.reference, clips.pose, last), clips.position, clips.pose)
 
     @torch.no_grad()
-    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+    def condition(
+        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """What the network sees beside the noisy clip: {name: float32 [B, C, F', H', W']}, on the network's device.
 
         reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33 or 133, 3] is
-        drawn and encoded as a video.
+        drawn and encoded as a video; last, as the reference, is the last frame, of networks that see it.
         """
         frames, (height, width) = pose.shape[1], reference.shape[1:3]
         out = {}
         if "reference" in self.conditions:
-            pixels = reference.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
-            out["reference"] = self.reference(pixels.float() / 127.5 - 1, frames)
+            first, end = (None if given is None else self._pixels(given) for given in (reference, last))
+            out["reference"] = self.reference(first, frames, end)
         if "pose" in self.conditions:
             drawn = drawing.draw(pose.to(self.device, non_blocking=True), height, width, self.skeleton)
             out["pose"] = self.latents(drawn.transpose(1, 2))
         return out
 
-    def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
-        """The condition `reference` of clips of so many frames, [B, C', F', H', W']. image: [B, 3, 1, H, W], -1..1."""
+    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] → float [B, 3, 1, H, W] in -1..1 on the network's device."""
+        pixels = picture.to(self.device, non_blocking=True).permute(0, 3, 1, 2).unsqueeze(2)
+        return pixels.float() / 127.5 - 1
+
+    def reference(self, image: torch.Tensor, frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
+        """The condition `reference` of clips of so many frames, [B, C', F', H', W']. image, and last, the last frame:
+        [B, 3, 1, H, W], -1..1."""
         return self.latents(image).expand(-1, -1, self._geometry.latent_frames(frames), -1, -1)
 
     def given(self, conditions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -341,6 +371,7 @@ class VideoDenoiser:
             "shift": self.shift if shift is None else shift,
             "skeleton": self.skeleton,
             "points": points or self.points,
+            **({"last_frame": True} if self.last else {}),
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }

@@ -65,6 +65,7 @@ def held_out(experiment: Experiment, dataset: "Dataset") -> str:
         *([asdict(law)] if replace(law, shift=1.0) != Timesteps() else []),
         *([between] if between != ALL else []),
         *([source.form] if source and source.form == GIVEN_FRAME else []),  # losses of fewer frames
+        *(["last frame"] if source and source.last else []),
         *([experiment.model.vae_dtype] if experiment.model.vae_dtype != "float32" else []),
     )
 

@@ -83,6 +83,8 @@ class Record(config.Part):
     """How poses are drawn for it."""
     points: Literal[33, 133] = 33
     """Points of the poses that it was trained on."""
+    last_frame: bool = False
+    """Whether it sees the clip's last frame beside its first one."""
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from entprog import config
 from entprog.diffusion.objectives import noise_like
 from entprog.models.geometry import Geometry
 from entprog.models.wan import WanDenoiser
@@ -36,11 +37,17 @@ class ReferenceFrameDenoiser(WanDenoiser):
         return 0
 
     @classmethod
-    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
+    def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
         return ""
 
     @classmethod
-    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
+    def skeleton_of(cls, form: str) -> config.Skeleton:
+        return cls.SKELETON
+
+    @classmethod
+    def needs(
+        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
+    ) -> tuple[str, ...]:
         return ()
 
     def led(self, noisy: torch.Tensor, reference: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

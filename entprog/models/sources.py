@@ -57,6 +57,8 @@ class Source:
     """How poses are drawn for the network."""
     points: int
     """Points of the poses that it was trained on here: 33 of a base of others."""
+    last: bool
+    """Whether it sees the clip's last frame."""
     expert: experts.Expert | None
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
@@ -99,6 +101,7 @@ def inspect(
         elif weights:
             folders.weights(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
+        cls.check_values(values, str(settings.base))
     else:
         values = _new_configuration(cls, settings, channels)
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
@@ -111,7 +114,7 @@ def inspect(
         raise UserError(f"the network has {outputs} output channels, {has}: give its own VAE as model.vae=FOLDER")
     own, index = about | experts_of.get(name, {}), whole.index_of(root)
     conditions, splits = cls.planned_inputs(network.config, own, channels, settings, index)
-    form = cls.form_of(sum(splits), channels, conditions)
+    form = cls.form_of(splits, channels, conditions)
     if shape is not None:
         cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
     of_adapter: Mapping[str, Any] = {}
@@ -119,7 +122,7 @@ def inspect(
         adapter = adapters.read(settings.adapter, "model.adapter")
         _check_adapter(cls, adapter, network, settings, name, splits)
         of_adapter = adapter.about
-    skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.SKELETON if root else styles.LIMBS)
+    skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.skeleton_of(form) if root else styles.LIMBS)
     if skeleton not in styles.STYLES:
         raise UserError(f"model.adapter: {settings.adapter} was trained with skeleton {skeleton!r}, unknown here")
     points = of_adapter.get("points", about.get("points", len(wholebody.BLAZEPOSE)))
@@ -128,14 +131,15 @@ def inspect(
     tensors = cls.tensors(network.config, settings, root)
     more = {}
     if root is not None:
-        more = places.more(cls.needs(network.config, channels, conditions, sum(splits)), settings, root, about)
+        more = places.more(cls.needs(network.config, channels, conditions, splits), settings, root, about)
+    last = cls.sees_last(network.config, of_adapter or about, form, settings)
     process = process_of(cls, root, about)
     expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton) if name and weights else None
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
-        skeleton, points, expert, outside,
+        skeleton, points, last, expert, outside,
     )  # fmt: skip
 
 
@@ -365,6 +369,7 @@ def _with_parts(
         process=source.process,
         skeleton=source.skeleton,
         points=source.points,
+        last=source.last,
         expert=source.expert,
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),

@@ -8,10 +8,16 @@ A14B's two networks the one that `model.expert` names is trained, and the other 
 Wan 2.1 and 2.2 differ for us in configurations alone: 2.2's TI2V-5B has 48 latent channels of 16×16 pixels.
 
 An image-to-video checkpoint (2.1 with CLIP's image tokens, 2.2 without) gets the reference where its pipeline has the
-first frame: as latents of a clip that is grey after it, with a mask, and as tokens by the base's `image_encoder/`. To a
-first-and-last-frame checkpoint the last frame is unknown: grey in the latents as in that pipeline without one, and
-since its network wants tokens of two images, those of a grey picture. Pose alone needs new channels. Checkpoints
-trained by a version that did not know this are fed zeros there, and have the reference in new channels.
+first frame: as latents of a clip that is grey after it, with a mask, and as tokens by the base's `image_encoder/`. A
+first-and-last-frame checkpoint sees the clip's last frame in the same way (`model.last_frame`). Where that is unknown
+it is grey in the latents as in that pipeline without one, and since its network wants tokens of two images, those of a
+grey picture. Pose alone needs new channels. Checkpoints trained by a version that did not know this are fed zeros
+there, and have the reference in new channels.
+
+Fun-Control (VideoX-Fun's Wan2.1-Fun-Control 1.0) has three times the latents' channels: the noisy clip, the control
+video, which is the drawn pose, and the reference as latents of a first frame with zeros after it; and CLIP's tokens of
+the reference. diffusers has no pipeline of it: the layout is that of `pipeline_wan_fun_control.py` in
+github.com/aigc-apps/VideoX-Fun. Nothing is widened.
 
 Where the base's pipeline has `expand_timesteps` (2.2's TI2V-5B), the reference is the clip's first latent frame itself,
 at timestep 0 in all its tokens; loss is on the other frames. Without a reference that network has a frame there as any.
@@ -37,6 +43,7 @@ from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.masking import one_line
+from entprog.media import styles
 from entprog.models import inputs, sources, texts, whole
 from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -51,6 +58,12 @@ MASK_CHANNELS = 4
 """Channels of an image-to-video network's mask: clip frames in a latent frame. Networks on pixels have one."""
 FIRST_FRAME = "first frame"
 """Form of a reference in further channels beside the clip, which say what its first frame is."""
+LAST_FRAME = "first and last frame"
+"""Form of a reference that is shown like that, beside the last frame."""
+CONTROL = "control"
+"""Form of Fun-Control's inputs."""
+CONTROLLED = ("pose", "reference")
+"""Its conditions, in the order of its channels."""
 GREY = 128
 """Level of a picture that is not there, in 0..255: what a pipeline has for frames that are not given."""
 TEXT_TOKENS = 512
@@ -80,7 +93,8 @@ class WanDenoiser(VideoDenoiser):
     """Image tokens [rows, tokens, image_dim] of a clip without a reference, for image-to-video networks: zeros; in the
     second row, of first-and-last-frame networks, the unknown last image's."""
     images: torch.Tensor | None = None
-    """Image tokens of a batch's clips [B, tokens, image_dim], where they have their own."""
+    """Image tokens of a batch's clips [B, tokens, image_dim], where they have their own; those of the last frame after
+    those of the first, where the network sees it."""
     image_encoder: nn.Module | None = None
     """CLIP's image encoder of an image-to-video base."""
     image_processor: Any = None
@@ -91,29 +105,78 @@ class WanDenoiser(VideoDenoiser):
         """Channels of the mask beside the first frame's latents; 0 where the reference is not shown like that."""
         return _mask_channels(self.network.config.in_channels, self.latent_channels, self.conditions)
 
-    @classmethod
-    def form_of(cls, inputs: int, channels: int, conditions: tuple[str, ...]) -> str:
-        if _mask_channels(inputs, channels, conditions):
-            return FIRST_FRAME
-        return GIVEN_FRAME if _is_given_frame(inputs, channels, conditions) else ""
+    @property
+    def form(self) -> str:
+        form = super().form
+        return LAST_FRAME if form == FIRST_FRAME and self.last else form
 
-    def reference(self, image: torch.Tensor, frames: int) -> torch.Tensor:
+    @classmethod
+    def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
+        if splits[0] == 3 * channels and conditions == CONTROLLED:
+            return CONTROL
+        if _mask_channels(sum(splits), channels, conditions):
+            return FIRST_FRAME
+        return GIVEN_FRAME if _is_given_frame(sum(splits), channels, conditions) else ""
+
+    @classmethod
+    def skeleton_of(cls, form: str) -> config.Skeleton:
+        return styles.DWPOSE if form == CONTROL else cls.SKELETON
+
+    @classmethod
+    def sees_last(cls, network: Any, trained: Mapping[str, Any], form: str, settings: config.Model) -> bool:
+        of_two = form == FIRST_FRAME and network.pos_embed_seq_len is not None
+        able = of_two or (form == FIRST_FRAME and network.added_kv_proj_dim is None)
+        if settings.last_frame and not able:
+            raise UserError(
+                f"model.last_frame: {settings.base or 'a new network'} has no place for a last frame: that have Wan's "
+                "first-and-last-frame bases and image-to-video ones without image tokens, with reference in "
+                "model.conditions"
+            )
+        return bool(
+            trained.get("last_frame", of_two and not trained) if settings.last_frame is None else settings.last_frame
+        )
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any], given: str) -> None:
+        if values.get("add_ref_conv") or values.get("has_ref_conv"):
+            raise UserError(
+                f"model.base: {given} is a Fun-Control network with a layer for the reference (ref_conv, from version "
+                "1.1 on), which diffusers' network lacks: take Wan2.1-Fun-Control 1.0 in diffusers' format"
+            )
+        if "in_dim" in values:
+            raise UserError(
+                f"model.base: {given} has Wan's own configuration (in_dim), not diffusers': give a folder in that "
+                "format as model.base, and the weights as model.weights if they are a single file"
+            )
+
+    def reference(self, image: torch.Tensor, frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
+        if self.form == CONTROL:
+            after = self._geometry.latent_frames(frames) - 1
+            return functional.pad(self.latents(image), (0, 0, 0, 0, 0, after))
         if self.form == GIVEN_FRAME:
             marked = functional.pad(self.latents(image), (0, 0, 0, 0, 0, 0, 1, 0), value=1.0)
             return functional.pad(marked, (0, 0, 0, 0, 0, self._geometry.latent_frames(frames) - 1))
         if not self.mask_channels:
             return super().reference(image, frames)
-        after = image.new_zeros(1).expand(*image.shape[:2], frames - 1, *image.shape[3:])
-        latents = self.latents(torch.cat([image, after], dim=2))
+        given = [image] if last is None or frames == 1 else [image, last]
+        between = image.new_zeros(1).expand(*image.shape[:2], frames - len(given), *image.shape[3:])
+        latents = self.latents(torch.cat([image, between, *given[1:]], dim=2))
         mask = torch.zeros_like(latents[:, :1]).repeat(1, self.mask_channels, 1, 1, 1)
         mask[:, :, 0] = 1
+        if len(given) > 1:
+            mask[:, -1, -1] = 1  # of the last latent frame its last frame alone
         return torch.cat([mask, latents], dim=1)
 
     @torch.no_grad()
-    def condition(self, reference: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
-        out = super().condition(reference, pose)
-        if self.image_encoder is not None and self.mask_channels:
-            out["image"] = self._tokens_of(reference)
+    def condition(
+        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        if self.last and last is None:
+            raise UserError("this network sees the clip's last frame, and none is given")
+        out = super().condition(reference, pose, last if self.last else None)
+        if self.image_encoder is not None and self.form in (FIRST_FRAME, LAST_FRAME, CONTROL):
+            seen = [reference, last] if self.last else [reference]
+            out["image"] = torch.cat([self._tokens_of(picture) for picture in seen], dim=1)
         return out
 
     @torch.no_grad()
@@ -158,12 +221,16 @@ class WanDenoiser(VideoDenoiser):
     def _image_tokens(self, clips: int) -> torch.Tensor | None:
         if self.image is None or self.images is None:
             return None if self.image is None else self.image.repeat(clips, 1, 1)
+        if self.last:
+            return self.images.unflatten(1, (2, -1)).flatten(0, 1)
         last = [row.expand_as(self.images) for row in self.image[1:]]
         return torch.stack([self.images, *last], dim=1).flatten(0, 1)
 
     @classmethod
     def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
-        return ("reference",) if _mask_channels(network.in_channels, channels, ("reference",)) else ()
+        if _mask_channels(network.in_channels, channels, ("reference",)):
+            return ("reference",)
+        return CONTROLLED if network.in_channels == 3 * channels else ()
 
     @classmethod
     def planned_inputs(
@@ -187,9 +254,11 @@ class WanDenoiser(VideoDenoiser):
         return ("reference", *conditions), splits
 
     @classmethod
-    def needs(cls, network: Any, channels: int, conditions: tuple[str, ...], inputs: int) -> tuple[str, ...]:
-        sees_tokens = network.added_kv_proj_dim is not None and _mask_channels(inputs, channels, conditions)
-        return tuple(IMAGE_PARTS) if sees_tokens else ()
+    def needs(
+        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
+    ) -> tuple[str, ...]:
+        sees = cls.form_of(splits, channels, conditions) in (FIRST_FRAME, CONTROL)
+        return tuple(IMAGE_PARTS) if sees and network.added_kv_proj_dim is not None else ()
 
     @classmethod
     def completed(cls, denoiser: "WanDenoiser", parts: dict[str, Path]) -> "WanDenoiser":

@@ -29,6 +29,11 @@ class Checkpoint:
         return tuple(self.about["conditions"])
 
     @property
+    def last(self) -> bool:
+        """Whether it sees the clip's last frame."""
+        return self.about.get("last_frame", False)
+
+    @property
     def points(self) -> int:
         """Points of the poses that it was trained on."""
         return self.about.get("points", len(wholebody.BLAZEPOSE))

@@ -30,6 +30,10 @@ POSES = frozenset({".npz", ".npy"})
 PICTURES = images.SUFFIXES
 
 
+TRUTH = "ground truth"
+"""Title of a motion's video that is the very clip to be made."""
+
+
 @dataclass(frozen=True)
 class Motion:
     """What one clip is to show, at the checkpoint's frame size."""
@@ -41,14 +45,22 @@ class Motion:
     """float32 [F, 33 or 133, 3]: how they move."""
     video: np.ndarray | None
     """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
-    video_title: str = "ground truth"
+    video_title: str = TRUTH
     place: int = 0
     """Number among all clips of the command: with the seed it decides the noise."""
+    last: np.ndarray | None = None
+    """uint8 RGB [H, W, 3]: the last frame that is asked for. None: the truth's, where that is there."""
+
+    @property
+    def last_frame(self) -> np.ndarray | None:
+        """What a network sees that is shown the last frame; None: nothing says it."""
+        truth = self.video is not None and self.video_title == TRUTH
+        return self.video[-1] if self.last is None and truth else self.last
 
     def digest(self) -> str:
         """Hash of everything that decides what the clip shows."""
         found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
-        for array in (self.reference, self.pose, self.video):
+        for array in (self.reference, self.pose, self.video, self.last):
             if array is not None:
                 found.update(repr(array.shape).encode())
                 found.update(np.ascontiguousarray(array).data)
@@ -310,23 +322,24 @@ def _several(estimator, frame: np.ndarray) -> bool:
     return sum(person.radius >= cutting.PEOPLE_SIZE * people[0].radius for person in people) > 1
 
 
-def read_picture(path: Path, crop: Prepare) -> np.ndarray:
-    """A reference picture as it is: uint8 RGB [H, W, 3]. Raises UserError if it is none, or larger than the limits."""
+def read_picture(path: Path, crop: Prepare, option: str = "--reference") -> np.ndarray:
+    """A picture that an option names, as it is: uint8 RGB [H, W, 3]. Raises UserError if it is none, or larger than the
+    limits."""
     if not path.exists():
-        raise UserError(f"--reference: no such file: {path}")
+        raise UserError(f"{option}: no such file: {path}")
     try:
         return images.read(path, limits.of(crop))
     except videos.VideoError as error:
-        raise UserError(f"--reference: cannot read {path} as a picture: {one_line(error)}") from None
+        raise UserError(f"{option}: cannot read {path} as a picture: {one_line(error)}") from None
 
 
-def reference_image(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
-    """A picture at the clip's size: uint8 RGB [H, W, 3].
+def reference_image(path: Path, shape: ClipShape, crop: Prepare, option: str = "--reference") -> np.ndarray:
+    """A picture that an option names, at the clip's size: uint8 RGB [H, W, 3].
 
     One of that very size is taken as it is; of any other the person is cut out as in training, or the middle if
     nobody is found. Raises UserError if it is not a picture, or larger than `crop`'s limits.
     """
-    picture = read_picture(path, crop)
+    picture = read_picture(path, crop, option)
     height, width = picture.shape[:2]
     if (height, width) == (shape.height, shape.width):
         return picture

@@ -40,10 +40,9 @@ def make(
     shape: of the clips that the network was trained on; longer poses are made in windows of it. without: a condition
     that is zeroed.
     """
-    conditions = denoiser.condition(
-        torch.from_numpy(np.stack([motion.reference for motion in motions])),
-        torch.from_numpy(np.stack([motion.pose for motion in motions])),
-    )
+    of_each = [[motion.reference for motion in motions], [motion.pose for motion in motions]]
+    of_each += [[motion.last_frame for motion in motions]] if denoiser.last else []
+    conditions = denoiser.condition(*(torch.from_numpy(np.stack(arrays)) for arrays in of_each))
     if without:
         conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})

@@ -93,7 +93,10 @@ def card(
     size = "{frames} frames of {width}x{height} at {fps:g} fps".format(**shape) if shape else "clips of unknown shape"
     given = {"reference": 'reference=Image.open("person.png"), ', "pose": "pose=frames, "}
     standard = isinstance(whole.index_of(folder).get("_class_name"), str)
-    code = CODE.format(given="".join(given[name] for name in conditions), fps=shape.get("fps", 8))
+    shown = "".join(given[name] for name in conditions) + (
+        'last=Image.open("end.png"), ' if about.get("last_frame") else ""
+    )
+    code = CODE.format(given=shown, fps=shape.get("fps", 8))
     points = POINTS[about.get("skeleton", "limbs")]
     if standard:
         code = code.replace(", custom_pipeline=folder, trust_remote_code=True", "")

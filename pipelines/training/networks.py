@@ -36,8 +36,8 @@ def load(experiment: Experiment, device: torch.device) -> Denoiser:
 def _loaded(experiment: Experiment, device: str | torch.device, prepare: Callable[[nn.Module], None]) -> Denoiser:
     model = experiment.model
     if experiment.train.lora and model.adapter:  # then an adapter to start from is not merged: it goes on
-        drawn = models.family(model.family).inspect(model).skeleton  # as the adapter has seen poses
-        model = model.model_copy(update={"adapter": None, "skeleton": drawn})
+        source = models.family(model.family).inspect(model)  # as the adapter has seen clips
+        model = model.model_copy(update={"adapter": None, "skeleton": source.skeleton, "last_frame": source.last})
     return models.family(model.family).load(model, device, experiment.train.seed, prepare)
 
 
@@ -104,6 +104,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         "points": points,
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
+        **({"last_frame": True} if denoiser.last else {}),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)

@@ -10,19 +10,22 @@ from helpers.families import TINY
 IMAGE_TOKENS = {"image_dim": 8, "added_kv_proj_dim": 24}
 
 
-def image_to_video(folder, clip: bool, last=False):
+def image_to_video(folder, clip: bool, last=False, channels=4):
     """An image-to-video pipeline of Wan, of 2.1 (with CLIP's image tokens) or 2.2, saved to a folder. last: of first
-    and last frame."""
+    and last frame; channels: of the latents, a multiple of 4."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    tiny = {**TINY["wan"]["init"], "in_channels": 2 * 4 + 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+    tiny = {**TINY["wan"]["init"], "patch_size": [1, 2, 2]}
+    tiny |= {"in_channels": 2 * channels + 4, "out_channels": channels}
     more = (IMAGE_TOKENS if clip else {}) | ({"pos_embed_seq_len": 2 * 10} if last else {})
     network = diffusers.WanTransformer3DModel(**tiny, **more).eval()
     WanDenoiser.initialise(network)
     if last:
         torch.nn.init.normal_(network.condition_embedder.image_embedder.pos_embed)
     kind, sizes = TINY["wan"]["vae"]
+    scale = {name: sizes[name] * (channels // 4) for name in ("latents_mean", "latents_std")}
+    sizes = {**sizes, "z_dim": channels, **scale}
     vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
     )
@@ -37,6 +40,15 @@ def image_to_video(folder, clip: bool, last=False):
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe
+
+
+def control(folder):
+    """A folder of Fun-Control's network, as diffusers has it, with the parts of an image-to-video pipeline."""
+    pipe = image_to_video(folder, clip=True, channels=8)  # with 4, as with no published VAE, it would look like one
+    network = diffusers.WanTransformer3DModel.from_config({**pipe.transformer.config, "in_channels": 3 * 8}).eval()
+    WanDenoiser.initialise(network)
+    network.save_pretrained(folder / "transformer")
+    return pipe, network
 
 
 def given_frame(folder):

@@ -27,8 +27,13 @@ REFERENCE_SEED = 4764156602392020899
 """Of the noise that the reference of Wan-Animate and VACE is trained with."""
 FIRST_FRAME = "first frame"
 """Form of the conditions of a network that sees the reference as the clip's first frame (Wan's image-to-video)."""
+LAST_FRAME = "first and last frame"
+"""Of one that sees its last frame too."""
+CONTROL = "control"
+"""Of one that sees the pose as control video, and the reference as a first frame with zeros after it (Fun-Control)."""
 GIVEN_FRAME = "given frame"
 """Of one where the first latent frame itself is the reference, at timestep 0 (Wan's TI2V)."""
+FIRST_FRAMES = (FIRST_FRAME, LAST_FRAME)
 GREY = 128
 """Level of a picture that is not there."""
 LAST = "last image"
@@ -143,6 +148,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         latents=None,
         output_type="pil",
         return_dict=True,
+        last=None,
     ):
         """One clip.
 
@@ -150,6 +156,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
         strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
         [1, tokens, width] of one.
+        last: the last frame, as the reference, of networks that were trained with it.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
         device, shown = self._execution_device, {}
@@ -165,13 +172,22 @@ class ReferencePosePipeline(DiffusionPipeline):
         temporal, spatial = self.config.compression
         size = (1, self.config.latent_channels, 1 + (frames - 1) // temporal, rows // spatial, columns // spatial)
         picture = shown.get("reference")
-        if self.config.form == FIRST_FRAME:
-            shown["reference"] = torch.cat([picture, picture.new_zeros(1, 3, frames - 1, rows, columns)], dim=2)
+        ends = [picture]
+        if self.config.form == LAST_FRAME:
+            if last is None:
+                raise ValueError("this network was trained with the last frame of each clip: give last")
+            ends.append(pixels(last).to(device))
+        if self.config.form in FIRST_FRAMES:
+            between = picture.new_zeros(1, 3, frames - len(ends), rows, columns)
+            shown["reference"] = torch.cat([picture, between, *ends[1:]], dim=2)
         shown = {name: self.encode(video) for name, video in shown.items()}
-        if self.config.form == FIRST_FRAME:
+        if takes_tokens(self.config.form, self.transformer):
+            shown["image"] = torch.cat([self.tokens(end) for end in ends], dim=1)
+        if self.config.form in FIRST_FRAMES:
             shown["reference"] = self.masked(shown["reference"])
-            if takes_tokens(self.config.form, self.transformer):
-                shown["image"] = self.tokens(picture)
+        elif self.config.form == CONTROL:
+            after = shown["reference"].new_zeros(1).expand(1, size[1], size[2] - 1, *size[3:])
+            shown["reference"] = torch.cat([shown["reference"], after], dim=2)
         elif self.config.form == GIVEN_FRAME:
             mask = torch.ones_like(shown["reference"][:, :1])
             first = torch.cat([mask, shown["reference"]], dim=1)
@@ -183,7 +199,8 @@ class ReferencePosePipeline(DiffusionPipeline):
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
         text = self.text(prompt_embeds) if prompt is None else self.encoded(prompt)
         text = {name: tensor.to(device) for name, tensor in text.items()}
-        if "image" in shown and self.transformer.config.pos_embed_seq_len is not None:  # the last frame is unknown
+        of_two = "image" in shown and self.transformer.config.pos_embed_seq_len is not None
+        if of_two and self.config.form == FIRST_FRAME:  # the last frame is unknown
             text[LAST] = self.tokens(torch.full_like(picture, GREY / 127.5 - 1))
         passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
         if latents is None:
@@ -285,6 +302,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         channels = network.config.in_channels - (1 + len(conditions)) * latents.shape[1]
         mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1, 1)
         mask[:, :, 0] = 1
+        if self.config.form == LAST_FRAME:
+            mask[:, -1, -1] = 1
         return torch.cat([mask, latents], dim=1)
 
     def tokens(self, picture):
@@ -392,6 +411,8 @@ def wan(network, inputs, timestep, text, more):
     image = more.get("image", no_image(network.config))
     if LAST in more:
         image = torch.cat([image, more[LAST]])
+    elif image is not None and network.config.pos_embed_seq_len is not None and len(image) == 1:
+        image = image.unflatten(1, (2, -1)).flatten(0, 1)  # of the first and the last frame
     return network(
         hidden_states=inputs, timestep=timestep, encoder_hidden_states=text,
         encoder_hidden_states_image=None if image is None else image.to(inputs), return_dict=False,
@@ -400,7 +421,7 @@ def wan(network, inputs, timestep, text, more):
 
 def takes_tokens(form, network):
     """Whether a network sees image tokens of the reference."""
-    return form == FIRST_FRAME and network is not None and network.config.added_kv_proj_dim is not None
+    return form in (*FIRST_FRAMES, CONTROL) and network is not None and network.config.added_kv_proj_dim is not None
 
 
 def fetched(name, elsewhere):
