@@ -112,6 +112,58 @@ def test_frames_are_drawn_each_as_alone_in_pieces_and_none_at_all(person, monkey
     assert dwpose.draw(poses[:0], 40, 28).shape == (0, 3, 3, 40, 28)
 
 
+def test_wan_animates_drawing_has_toes_and_hands_and_no_face(person):
+    """Limbs to the toes in the colours that its makers' program gives them, points of toes in others."""
+    look = dwpose.WAN_ANIMATE
+    drawn = dwpose.draw(torch.from_numpy(person), SIDE, SIDE, look)
+    assert pixel(drawn, *between(person, 8, 10)) == pytest.approx([0.6 * 255, 0.6 * 255, 0], abs=1), "as DWPose's"
+    for ankle, toes, limb, point in (
+        (15, (17, 18), (255, 0, 85), (200, 200, 0)),
+        (16, (20, 21), (200, 200, 0), (100, 100, 0)),
+    ):
+        toe = person[toes, :2].mean(0)
+        assert pixel(drawn, *toe) == pytest.approx(point, abs=1)
+        assert pixel(drawn, *(person[ankle, :2] * 0.5 + toe * 0.5)) == pytest.approx(
+            [0.6 * level for level in limb], abs=2
+        )
+    bare = person.copy()
+    bare[wholebody.FACE, 2] = 0
+    assert torch.equal(dwpose.draw(torch.from_numpy(bare), SIDE, SIDE, look), drawn), "no points of the face"
+    bare[wholebody.LEFT_HAND, 2] = 0
+    assert not torch.equal(dwpose.draw(torch.from_numpy(bare), SIDE, SIDE, look), drawn)
+
+
+@pytest.mark.parametrize(("side", "limb", "bone"), [(200, 3, 1), (480, 3, 1), (720, 5, 1), (1080, 9, 2)])
+def test_wan_animates_widths_are_its_makers(side, limb, bone):
+    """In whole pixels: of a limb those of its thickest place, of a hand's bone between its points."""
+    line = torch.zeros(1, 133, 3)
+    for a, b, row in ((6, 8, 0.25), (92, 93, 0.75)):
+        line[0, [a, b], 2] = 1
+        line[0, a, :2], line[0, b, :2] = torch.tensor([0.2, row]), torch.tensor([0.8, row])
+    light = (dwpose.draw(line, side, side, dwpose.WAN_ANIMATE)[0, :, :, side // 2] + 1) / 2
+    upper, lower = light.amax(0).split(side // 2)
+    assert float(upper.sum() / 0.6) == pytest.approx(limb, abs=0.2) and float(lower.sum()) == pytest.approx(
+        bone, abs=0.2
+    )
+
+
+@pytest.mark.parametrize(("score", "there"), [(0.49, False), (0.5, True)])
+def test_wan_animates_points_are_seen_from_half_on_and_hands_point_by_point(person, score, there):
+    few = person.copy()
+    few[wholebody.LEFT_HAND, 2] = 0
+    without = dwpose.draw(torch.from_numpy(few), SIDE, SIDE, dwpose.WAN_ANIMATE)
+    few[wholebody.LEFT_HAND.start + 8, 2] = score
+    one = dwpose.draw(torch.from_numpy(few), SIDE, SIDE, dwpose.WAN_ANIMATE)
+    assert torch.equal(one, without) != there
+
+
+def test_of_a_bodys_33_points_wan_animates_toes_are_the_big_ones(person):
+    body = wholebody.body(torch.from_numpy(person))
+    drawn = drawing.draw(body, SIDE, SIDE, "wan_animate")
+    assert pixel(drawn, *person[17, :2]) == pytest.approx((200, 200, 0), abs=1)
+    assert pixel(drawn, *person[20, :2]) == pytest.approx((100, 100, 0), abs=1)
+
+
 def test_both_styles_draw_both_layouts():
     whole = torch.from_numpy(wholebodies.moving(3))
     body = wholebody.body(whole)
@@ -191,8 +243,8 @@ def test_the_network_is_shown_what_the_setting_says_and_its_folder_remembers(tmp
 
 def test_caches_tell_the_styles_apart_where_a_pose_is_seen():
     shape = ClipShape(frames=2, height=16, width=16, fps=8)
-    keys = [latents.key(denoiser(style), "wan", shape) for style in (None, "limbs", "dwpose")]
-    assert keys[0] == keys[1] != keys[2]
+    keys = [latents.key(denoiser(style), "wan", shape) for style in (None, *styles.STYLES)]
+    assert keys[0] == keys[1] and len(set(keys)) == len(styles.STYLES)
     without = [latents.key(denoiser(s, conditions=["reference"]), "wan", shape) for s in ("limbs", "dwpose")]
     assert without[0] == without[1]
     named = [config.deciding(tiny_experiment(model={"skeleton": s})).get("model.skeleton") for s in (None, "dwpose")]

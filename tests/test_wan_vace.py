@@ -174,7 +174,7 @@ def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_p
         {"skeleton": None, "base": str(tmp_path / "limbs")},
     ]
     assert [decides(**model) for model in remembered] == [None] * 3
-    for preset in ("wan21_vace_1_3b", "wan_animate_14b"):
+    for preset, style in {"wan21_vace_1_3b": "dwpose", "wan_animate_14b": "wan_animate"}.items():
         experiment = cli.settings(config.Experiment, preset, None, None)
         assert experiment.model.skeleton is None
-        assert models.family(experiment.model.family).load.args[0].SKELETON == "dwpose"
+        assert style == models.family(experiment.model.family).load.args[0].SKELETON

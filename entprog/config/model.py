@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from entprog.config.part import Part
 
-Skeleton = Literal["limbs", "dwpose"]
+Skeleton = Literal["limbs", "dwpose", "wan_animate"]
 
 
 class Model(Part):
@@ -37,8 +37,9 @@ class Model(Part):
     """What the network sees beside the noisy clip, as extra input channels. Channels the base lacks start at zero."""
     skeleton: Skeleton | None = None
     """How the network is shown poses: `limbs`, the body's in this project's colours; `dwpose`, body, hands and face as
-    DWPose draws them. None: as the adapter was trained here, else the base; of a published base of VACE, Wan-Animate
-    or Fun-Control as that has seen them, otherwise `limbs`."""
+    DWPose draws them; `wan_animate`, body, toes and hands as Wan-Animate's makers do. None: as the adapter was trained
+    here, else the base; of a published base of VACE, Wan-Animate or Fun-Control as that has seen them, otherwise
+    `limbs`."""
     last_frame: bool | None = None
     """Whether a network that sees the reference as the first frame sees the last one too (Wan FLF2V, Wan 2.2 I2V): in
     training the clip's own. None: as it was trained here; of a published FLF2V base yes."""

@@ -1,18 +1,26 @@
-"""Whole-body poses drawn as DWPose draws them (Yang et al., arXiv 2307.15880): what many published networks have seen.
+"""Whole-body poses drawn as DWPose draws them (Yang et al., arXiv 2307.15880), or as Wan-Animate's makers do: what many
+published networks have seen.
 
-Limbs in OpenPose's colours, dimmed, joints over them, then hands and faces. Its sizes are those of a picture with a
-shorter side of 512 pixels; here they grow and shrink with it, and edges fade over one pixel. This file stands alone: it
+Limbs in OpenPose's colours, dimmed, joints over them, then hands and faces. DWPose's sizes are those of a picture with
+a shorter side of 512 pixels; here they grow and shrink with it. Wan-Animate's drawing (`human_visualization.py` of
+github.com/Wan-Video/Wan2.2) has toes and no face, and is finer. Edges fade over one pixel. This file stands alone: it
 lies beside saved weights as skeleton.py.
 """
 
 import colorsys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-# OpenPose's 18 joints: nose, neck, right arm, left arm, right leg, left leg, eyes, ears. The neck is between the
-# shoulders. Numbers of COCO-WholeBody's points.
-_NECK = (5, 6)
-_JOINTS = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+# OpenPose's 18 joints: nose, neck, right arm, left arm, right leg, left leg, eyes, ears; each the middle of these of
+# COCO-WholeBody's points.
+_JOINTS = tuple(
+    places if isinstance(places, tuple) else (places,)
+    for places in (0, (5, 6), 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+)
+_TOES = ((17, 18), (20, 21))
+"""Left and right: the middle of big and small toe, or the big one where a pose has no other."""
 _LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
     (0, 14), (14, 16), (0, 15), (15, 17),
@@ -23,7 +31,7 @@ _COLORS = tuple(
     for color in (
         (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85),
         (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255),
-        (255, 0, 255), (255, 0, 170), (255, 0, 85),
+        (255, 0, 255), (255, 0, 170), (255, 0, 85), (200, 200, 0), (100, 100, 0),
     )
 )  # fmt: skip
 """RGB in 0..1 of each limb, and of each joint."""
@@ -31,66 +39,108 @@ _DIM = 0.6
 """What is left of the limbs' light under the joints."""
 _FACE, _HANDS = range(23, 91), (91, 112)
 _PARTS = ((23, 91), (91, 112), (112, 133))
-_ENOUGH = 0.5
-"""Share of the points of a face or hand that are to be seen: of fewer none is drawn. A body's 33 points have a few."""
 _BONES = tuple(
     (0 if step == 0 else 4 * finger + step, 4 * finger + step + 1) for finger in range(5) for step in range(4)
 )
 """Pairs of a hand's 21 points, from the wrist along each finger."""
 _BONE_COLORS = tuple(colorsys.hsv_to_rgb(number / len(_BONES), 1.0, 1.0) for number in range(len(_BONES)))
 _BLUE, _WHITE = (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)
-_SIDE = 512.0
-"""Pixels of the shorter side that the sizes below belong to."""
-_LIMB, _JOINT, _BONE, _FINGER, _DOT = 4.0, 4.0, 1.0, 4.0, 3.0
-"""Half widths of limbs and of hands' bones, radii of joints and of points of hands and face, in pixels."""
 _LEAST = 0.75
-"""Least half width or radius in pixels of what is drawn."""
+"""Least half width or radius in pixels of what DWPose draws."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Half widths and radii in pixels."""
+
+    limb: float
+    joint: float
+    bone: float
+    finger: float
+    dot: float
+    """Of a face's points."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is drawn of a pose, and how large."""
+
+    joints: tuple[tuple[int, ...], ...]
+    limbs: tuple[tuple[int, int], ...]
+    face: bool
+    sure: float
+    """Least score of a point that is drawn."""
+    enough: float
+    """Share of the points of a face or hand that are to be seen: of fewer none is drawn. A body's 33 points have a
+    few."""
+    sizes: Callable[[int], Sizes]
+    """Shorter side of the picture in pixels → what is drawn in it."""
+
+
+def _as_at_512(side: int) -> Sizes:
+    return Sizes(*(max(pixels * side / 512, _LEAST) for pixels in (4, 4, 1, 4, 3)))
+
+
+def _in_whole_pixels(side: int) -> Sizes:
+    """Pixels to either side of the middle one, which counts half; of a hand's bones the whole width."""
+    stick = max(side // 200 - 1, 1)
+    fine = max(stick // 2, 1)
+    return Sizes(stick + 0.5, stick + 0.5, fine / 2, fine + 0.5, 0)
+
+
+DWPOSE = Look(_JOINTS, _LIMBS, face=True, sure=0.3, enough=0.5, sizes=_as_at_512)
+WAN_ANIMATE = Look(
+    (*_JOINTS, *_TOES), (*_LIMBS, (13, 18), (10, 19)), face=False, sure=0.5, enough=0, sizes=_in_whole_pixels
+)
 
 CHUNK_PIXELS = 2**22
 """Pixels held at once (frames × height × width)."""
 
 
-def draw(points: torch.Tensor, height: int, width: int, min_visibility: float = 0.3) -> torch.Tensor:
+def draw(points: torch.Tensor, height: int, width: int, look: Look = DWPOSE) -> torch.Tensor:
     """float [..., 133, 3] (COCO-WholeBody: x, y in 0..1, score) → float32 [..., 3, H, W] in -1..1, black where nothing
-    is drawn. What has an end less visible than min_visibility, or NaN, is not drawn, nor is a face or a hand of which
-    less than half of the points are seen."""
+    is drawn. What has an end that is less sure than the look wants, or NaN, is not drawn, nor is a face or a hand of
+    which fewer points are seen."""
     leading = points.shape[:-2]
     points = points.reshape(-1, *points.shape[-2:]).float()
     frames = max(1, CHUNK_PIXELS // (height * width))
-    drawn = [_draw(part, height, width, min_visibility) for part in points.split(frames) if len(part)]
+    drawn = [_draw(part, height, width, look) for part in points.split(frames) if len(part)]
     out = torch.cat(drawn) if drawn else points.new_empty(0, 3, height, width)
     return out.reshape(*leading, 3, height, width)
 
 
-def _draw(points: torch.Tensor, height: int, width: int, min_visibility: float) -> torch.Tensor:
+def _draw(points: torch.Tensor, height: int, width: int, look: Look) -> torch.Tensor:
     """[N, 133, 3] → [N, 3, H, W]."""
+    points = points.clone()
+    for big, small in _TOES:
+        there = points[:, small, :2].isfinite().all(-1, keepdim=True)
+        points[:, small] = torch.where(there, points[:, small], points[:, big])
     x_y = points[..., :2] * points.new_tensor([width, height])
-    seen = (points[..., 2] >= min_visibility) & x_y.isfinite().all(-1)
+    seen = (points[..., 2] >= look.sure) & x_y.isfinite().all(-1)
     for first, end in _PARTS:
-        seen[:, first:end] &= seen[:, first:end].float().mean(1, keepdim=True) >= _ENOUGH
+        seen[:, first:end] &= seen[:, first:end].float().mean(1, keepdim=True) >= look.enough
     x_y = torch.where(seen[..., None], x_y, 0)
-    neck = x_y[:, _NECK].mean(1)
-    joints = torch.stack([neck if place is None else x_y[:, place] for place in _JOINTS], 1)
-    there = torch.stack([seen[:, _NECK].all(1) if place is None else seen[:, place] for place in _JOINTS], 1)
-    scale = min(height, width) / _SIDE
+    joints = torch.stack([x_y[:, places].mean(1) for places in look.joints], 1)
+    there = torch.stack([seen[:, places].all(1) for places in look.joints], 1)
+    sizes = look.sizes(min(height, width))
     canvas = points.new_zeros(len(points), height, width, 3)
 
     def paint(a, b, visible, radius, color, tapered=False):
-        _paint(canvas, a, b, visible, max(radius * scale, _LEAST), color, tapered)
+        _paint(canvas, a, b, visible, radius, color, tapered)
 
-    for (start, end), color in zip(_LIMBS, _COLORS, strict=False):  # 17 limbs, 18 joints
-        paint(joints[:, start], joints[:, end], there[:, start] & there[:, end], _LIMB, color, tapered=True)
+    for (start, end), color in zip(look.limbs, _COLORS, strict=False):  # one limb fewer than joints
+        paint(joints[:, start], joints[:, end], there[:, start] & there[:, end], sizes.limb, color, tapered=True)
     canvas *= _DIM
-    for place, color in enumerate(_COLORS):
-        paint(joints[:, place], joints[:, place], there[:, place], _JOINT, color)
+    for place, color in zip(range(len(look.joints)), _COLORS, strict=False):
+        paint(joints[:, place], joints[:, place], there[:, place], sizes.joint, color)
     for first in _HANDS:
         for (start, end), color in zip(_BONES, _BONE_COLORS, strict=True):
             start, end = first + start, first + end
-            paint(x_y[:, start], x_y[:, end], seen[:, start] & seen[:, end], _BONE, color)
+            paint(x_y[:, start], x_y[:, end], seen[:, start] & seen[:, end], sizes.bone, color)
         for place in range(first, first + 21):
-            paint(x_y[:, place], x_y[:, place], seen[:, place], _FINGER, _BLUE)
-    for place in _FACE:
-        paint(x_y[:, place], x_y[:, place], seen[:, place], _DOT, _WHITE)
+            paint(x_y[:, place], x_y[:, place], seen[:, place], sizes.finger, _BLUE)
+    for place in _FACE if look.face else ():
+        paint(x_y[:, place], x_y[:, place], seen[:, place], sizes.dot, _WHITE)
     return canvas.permute(0, 3, 1, 2).mul(2).sub(1).contiguous()
 
 

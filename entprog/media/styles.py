@@ -5,19 +5,20 @@ from typing import get_args
 from entprog.config import Skeleton
 
 STYLES: tuple[Skeleton, ...] = get_args(Skeleton)
-LIMBS, DWPOSE = STYLES
+LIMBS, DWPOSE, WAN_ANIMATE = STYLES
 
 
 def unlike(style: Skeleton, trained: int, shown: int) -> str:
     """What a network that was trained on poses of so many points is shown of poses of others, in words; empty where
     it is the same."""
-    if style != DWPOSE or trained == shown:
+    if style == LIMBS or trained == shown:
         return ""
+    more = "face and hands" if style == DWPOSE else "hands"
     if shown < trained:
-        return f"poses of {shown} points draw the body alone; the network was trained on {trained}, with face and hands"
-    return f"poses of {shown} points draw face and hands, which the network has not seen: it was trained on {trained}"
+        return f"poses of {shown} points draw the body alone; the network was trained on {trained}, with {more}"
+    return f"poses of {shown} points draw {more}, which the network has not seen: it was trained on {trained}"
 
 
 def version(style: Skeleton) -> list[str]:
     """What tells pictures in a style from others in caches; nothing for `limbs`, which was the first."""
-    return [] if style == LIMBS else [style, "parts with enough points"]
+    return {LIMBS: [], DWPOSE: [style, "parts with enough points"]}.get(style, [style])

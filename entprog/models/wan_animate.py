@@ -45,7 +45,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
 
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
-    SKELETON = styles.DWPOSE
+    SKELETON = styles.WAN_ANIMATE
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         reference, pose = conditions["reference"][:, :, :1], conditions["pose"]

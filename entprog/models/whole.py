@@ -183,7 +183,7 @@ def leave(
         }
         shutil.copyfile(CODE, folder / CODE.name)
         if "pose" in about["conditions"]:
-            shutil.copyfile(drawing.program(about["skeleton"]), folder / "skeleton.py")
+            (folder / "skeleton.py").write_text(drawing.program(about["skeleton"]))
     (folder / folders.INDEX).write_text(json.dumps(values, indent=2) + "\n")
 
 

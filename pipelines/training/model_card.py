@@ -61,9 +61,11 @@ frames = draw(points, {height}, {width})
 ```
 """
 
+WHOLE = "whole-body points, float [F, 133, 3] (COCO-WholeBody's 133"
 POINTS = {
     "limbs": "body points, float [F, 33, 3] (BlazePose's 33",
-    "dwpose": "whole-body points, float [F, 133, 3] (COCO-WholeBody's 133",
+    "dwpose": WHOLE,
+    "wan_animate": WHOLE,
 }
 """What a skeleton is drawn of."""
 

@@ -92,12 +92,13 @@ def expert(source: Source) -> str | None:
 
 def poses(dataset: Dataset, source: Source) -> str | None:
     """What a network that sees face and hands lacks in the shards' poses, or what it has not seen of them, in words."""
-    if source.skeleton != styles.DWPOSE or "pose" not in source.conditions:
+    if source.skeleton == styles.LIMBS or "pose" not in source.conditions:
         return None
     if dataset.points != wholebody.POINTS:
         return (
-            f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton=dwpose draws the "
-            "body alone (prepare.pose=rtmlib, or files of poses beside the videos, has them)."
+            f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton="
+            f"{source.skeleton} draws the body alone (prepare.pose=rtmlib, or files of poses beside the videos, has "
+            "them)."
         )
     unlike = source.about and styles.unlike(source.skeleton, source.points, dataset.points)
     return f"Poses: {unlike}." if unlike else None
