@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from entprog import config, models
-from entprog.config import ClipShape, Drop, Model
-from entprog.diffusion import dropping
+from entprog.config import ClipShape, Drop, Generate, Model
+from entprog.diffusion import dropping, sampling
 from entprog.diffusion.objectives import noise_like
+from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
 from entprog.media import styles
 from entprog.media.skeleton import draw
@@ -69,6 +70,43 @@ def test_inputs_at_training_are_those_of_the_pipeline(made, conditions):
         torch.testing.assert_close(ours["timestep"], told["timestep"].float(), **close)
         assert told["control_hidden_states_scale"].eq(1).all(), "as a network has it that is given none"
         assert torch.equal(ours["encoder_hidden_states"], torch.zeros(1, 1, 8))  # as many zeros as one
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_two_experts_sample_as_their_pipeline_has_them_do(name, tmp_path):
+    """VACE-Fun of Wan 2.2: both see the control video; saved, they do as well, by plain diffusers too."""
+    pipe = bases.vace(tmp_path / "two", boundary=0.9)
+    with pytest.raises(UserError, match=r"has two networks, one for much noise and one for little: set model\.expert"):
+        inspect(Model(family="wan_vace", base=str(tmp_path / "two")))
+    own = {"family": "wan_vace", "conditions": ("pose",), "skeleton": "limbs"}
+    denoiser, batch = load(Model(base=str(tmp_path / "two"), expert=name, **own)), clips(1, SHAPE)
+    assert denoiser.time_range == {"high": (0.9, 1.0), "low": (0.0, 0.9)}[name]
+    assert denoiser.expert.conditions == ("pose",) and denoiser.network.config.vace_layers == [0, 2]
+    with_both = load(Model(base=str(tmp_path / "two"), family="wan_vace", expert=name))
+    assert with_both.expert.conditions == ("reference", "pose")
+    noise = noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
+    pipe.scheduler = sampler(denoiser.process, "UniPCMultistepScheduler")
+    drawn, theirs = draw(batch.pose, 32, 32), []
+    seen = calls(pipe.transformer, lambda: theirs.append(pipe(
+        video=drawn / 2 + 0.5, height=32, width=32, num_frames=9, num_inference_steps=6, guidance_scale=1.0,
+        latents=noise, prompt_embeds=torch.zeros(1, 512, 8), output_type="latent",
+    ).frames))  # fmt: skip
+    assert len(seen) == 2
+    shape, conditions = (1, *denoiser.latent_shape(SHAPE)), denoiser.condition(batch.reference, batch.pose)
+    settings = Generate(steps=6, seed=5, sampler="UniPCMultistepScheduler")
+    ours = sampling.sample(denoiser, conditions, shape, settings, [0])
+    torch.testing.assert_close(ours, theirs[0], rtol=1e-3, atol=1e-3)
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    again = load(Model(base=str(tmp_path / "model"), **own))
+    assert again.expert.name == name and again.expert.conditions == ("pose",)
+    torch.testing.assert_close(sampling.sample(again, conditions, shape, settings, [0]), ours, rtol=1e-4, atol=1e-5)
+    saved = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    saved.set_progress_bar_config(disable=True)
+    saved.scheduler = pipe.scheduler
+    plain = saved(pose=drawn[0], latents=noise, num_inference_steps=6, output_type="latent").frames
+    torch.testing.assert_close(plain, ours, rtol=1e-3, atol=1e-3)
 
 
 def test_the_reference_s_frame_is_where_the_clip_is(made):

@@ -150,6 +150,12 @@ class VideoDenoiser:
         return ()
 
     @classmethod
+    def other_sees(cls, network: Any, channels: int, conditions: tuple[str, ...]) -> tuple[str, ...]:
+        """Conditions that the other one of two networks sees, which we did not train. conditions: that this one does;
+        network, channels: of the other one, as in `own_conditions`."""
+        return cls.own_conditions(network, channels)
+
+    @classmethod
     def new_inputs(cls, channels: int, conditions: tuple[str, ...]) -> dict[str, int]:
         """The part of a new network's configuration that latents and conditions decide."""
         return {"in_channels": channels * (1 + len(conditions))}

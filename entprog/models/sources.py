@@ -185,7 +185,7 @@ def _expert(
         )
     network = _on_meta(cls.NETWORK, folders.read_json(folder / "config.json"), "model.base").config
     kept = about.get("experts", {}).get(other, {})
-    seen = tuple(kept.get("conditions", cls.own_conditions(network, channels)))
+    seen = tuple(kept.get("conditions", cls.other_sees(network, channels, conditions)))
     if lost := [one for one in seen if one not in conditions]:
         raise UserError(
             f"model.conditions: the {other} expert of {settings.base} sees {', '.join(seen)}; add {', '.join(lost)} to "

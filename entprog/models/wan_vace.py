@@ -1,4 +1,5 @@
-"""Wan VACE (Wan 2.1): diffusers' `WanVACETransformer3DModel`, which is controlled by a video in blocks of its own.
+"""Wan VACE (Wan 2.1, and VACE-Fun of Wan 2.2 with two experts): diffusers' `WanVACETransformer3DModel`, which is
+controlled by a video in blocks of its own.
 
 The control video is the drawn pose, all of it to be followed (VACE's mask is white), and nothing of a video is kept: as
 `WanVACEPipeline(video=pose, reference_images=reference)` feeds its network, within 1e-4. The reference is a latent
@@ -46,7 +47,12 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
     FAMILY = "wan_vace"
     NETWORK = WanVACETransformer3DModel
     SKELETON = styles.DWPOSE
+    EXPERTS = True
     TEXT_PIPELINE = "WanVACEPipeline"
+
+    @classmethod
+    def other_sees(cls, network: Any, channels: int, conditions: tuple[str, ...]) -> tuple[str, ...]:
+        return conditions
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         pose, latents = conditions["pose"], noisy

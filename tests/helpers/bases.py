@@ -84,15 +84,17 @@ def two_experts(folder, first_frame: bool, boundary=0.9):
     return pipe
 
 
-def vace(folder):
-    """A VACE pipeline of Wan, saved to a folder."""
+def vace(folder, boundary=None):
+    """A VACE pipeline of Wan, saved to a folder. boundary: of one with two networks."""
     torch.manual_seed(0)
     tiny = {**TINY["wan_vace"]["init"], "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2]}
-    network = diffusers.WanVACETransformer3DModel(**tiny, vace_in_channels=2 * 4 + 64).eval()
-    WanVaceDenoiser.initialise(network)
+    parts = ["transformer", *(["transformer_2"] if boundary else [])]
+    networks = {part: diffusers.WanVACETransformer3DModel(**tiny, vace_in_channels=2 * 4 + 64).eval() for part in parts}
+    for network in networks.values():
+        WanVaceDenoiser.initialise(network)
     kind, sizes = TINY["wan_vace"]["vae"]
     pipe = diffusers.WanVACEPipeline(
-        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), boundary_ratio=boundary, **networks,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipe.save_pretrained(folder)

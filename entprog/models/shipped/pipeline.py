@@ -254,7 +254,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             return self.wan_animate(*inputs, timestep, text[PROMPT]).float()
         if family == "wan_vace":
             noisy, *reference, pose = inputs
-            return self.wan_vace(noisy, pose, timestep, text[PROMPT], *reference).float()
+            return self.wan_vace(network, noisy, pose, timestep, text[PROMPT], *reference).float()
         call = {
             "wan": wan, "cogvideox": cogvideox, "latte": latte, "svd": svd, "motion_unet": motion_unet,
             "hunyuan_video": hunyuan_video,
@@ -281,7 +281,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         )
         return velocity[:, :, 1:]
 
-    def wan_vace(self, noisy, pose, timestep, text, reference=None):
+    def wan_vace(self, network, noisy, pose, timestep, text, reference=None):
         """The control is the pose, of which all is to be followed; the reference is a frame before the clip's."""
         control = torch.cat([self.nothing(noisy), pose, vace_mask(pose, 1)], dim=1)
         latents = noisy
@@ -290,7 +290,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
             first = torch.cat([reference, torch.zeros_like(reference), vace_mask(reference, 0)], dim=1)
             control = torch.cat([first, control], dim=2)
-        (velocity,) = self.network(
+        (velocity,) = network(
             hidden_states=latents, timestep=timestep, encoder_hidden_states=text, control_hidden_states=control,
             return_dict=False,
         )  # fmt: skip
