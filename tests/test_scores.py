@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,14 +24,13 @@ def table(denoiser, found, experiment):
     return cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
 
 
-def score_with(values, settings, **options):
+def score_with(values, settings):
     """A table of made-up scores: values(condition, draws) → [block]."""
 
-    def one(clip, number, marks):
-        return {"made up": np.stack([np.asarray(values(number, mark), float) for mark in marks])}
+    def one(number):
+        return {"made up": np.stack([np.asarray(values(number, mark), float) for mark in tables.marks(settings)])}
 
-    conditions = [latents(range(settings.conditions))]
-    found = tables.measured(one, conditions, settings, "made up", **options)
+    found = tables.measured(lambda: (0, lambda numbers: [one(n) for n in numbers]), settings, "made up")
     names = [SimpleNamespace(name=f"blocks.{i}") for i in range(found.rows[0]["made up"].shape[1])]
     return tables.table(names, found, settings, "made up", key="k")
 
@@ -82,10 +80,8 @@ def test_scoring_goes_on_until_the_ranking_is_stable():
     """Odd conditions say the opposite until the 9th: 4 and 8 are too few, 16 are enough of 40."""
     settings = Priority(conditions=40, draws=4, until_stable=0.9)
     values = lambda number, _: [3, 2, 1] if number % 2 and number < 8 else [1, 4, 9]  # noqa: E731
-    seen = []
-    table = score_with(values, settings, progress=lambda done, of: seen.append((done, of)))
+    table = score_with(values, settings)
     assert table.conditions == 16 and table.halves_tau >= 0.9
-    assert seen[-1] == (16, 40)
     assert score_with(values, settings.model_copy(update={"until_stable": None})).conditions == 40
 
 
@@ -119,14 +115,15 @@ def test_tau_at_is_from_a_prefix_of_the_draws_of_every_condition():
     assert stopped.conditions == 4 and stopped.tau_at == {"100": 1}
 
 
-def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found):
+def test_measures_after_some_draws_are_those_of_scoring_with_that_many(denoiser, found, monkeypatch):
     many = Priority(conditions=4, draws=30)
     few = Priority(conditions=4, draws=25)
-    score = partial(
-        cei._score_condition, denoiser, found, latents([0]), 0, seed=0, law=Timesteps(), at_once=4, replay=True
-    )
     assert tables.marks(few) == [25] and tables.marks(many) == [25, 30]
-    row, noted = (score(tables.marks(settings), settings=settings) for settings in (few, many))
+    ranked = []
+    monkeypatch.setattr(tables, "table", lambda blocks, found, *_, **__: ranked.append(found.rows[0]))
+    for settings in (few, many):
+        cei.cei(denoiser, found, [latents(range(4))], settings)
+    row, noted = ranked
     for name in row:
         np.testing.assert_allclose(noted[name][0], row[name][0], rtol=0, atol=1e-6)
         assert not np.allclose(noted[name][1], row[name][0], rtol=0, atol=1e-6)
@@ -275,7 +272,7 @@ def test_blocks_are_ranked_and_losses_measured_on_the_timesteps_that_are_trained
     median["held out"] = drawn(lambda: losses.held_out_loss(denoiser, [clips], 4, 0, law))
     settings = Priority(conditions=16, draws=8)
     median["scored"] = drawn(lambda: list(map(list, (
-        cei.draws(denoiser, clips.part(slice(i, i + 1)), i, 8, settings, 0, law, 8) for i in range(16)
+        cei.draws(denoiser, clips.part(slice(i, i + 1)), i, range(8), settings, 0, law, 8) for i in range(16)
     ))))  # fmt: skip
     for name, value in median.items():
         assert value == pytest.approx(middle, abs=0.06), (name, value)

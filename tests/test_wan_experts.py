@@ -127,7 +127,9 @@ def test_timesteps_are_the_expert_s_alone(made, name):
         return torch.cat([call["timestep"] for call in seen]) / 1000
 
     def scored(law):
-        for one in cei.draws(denoiser, encoded.part(slice(0, 1)), 0, 4, Priority(conditions=2, draws=4), 0, law, 2):
+        for one in cei.draws(
+            denoiser, encoded.part(slice(0, 1)), 0, range(4), Priority(conditions=2, draws=4), 0, law, 2
+        ):
             denoiser.predict(one.noisy, one.t, one.conditions)
 
     works = {

@@ -1,5 +1,6 @@
 """Score tables kept by what they were made of: scored once, shared by every run and every trial."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,7 +44,7 @@ def table(
     rank = agree.world()[0]
     with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
         # Rank 0 alone looks, so that ranks cannot differ in what they find.
-        known = agree.gathered(json.loads(kept.read_text()) if rank == 0 and kept.exists() else None)[0]
+        known = agree.of_first(lambda: json.loads(kept.read_text()) if kept.exists() else None)
         if known is not None:
             return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
         conditions, train = clips(denoiser, dataset, experiment, texts), experiment.train
@@ -54,25 +55,41 @@ def table(
     return made
 
 
+class _Made(Sequence[Latents]):
+    """Batches that are made when they are first asked for: a rank makes those of its own conditions."""
+
+    def __init__(self, count: int, make: Callable[[int], Latents]):
+        self.count, self.make = count, functools.cache(make)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Latents:
+        return self.make(range(self.count)[number])
+
+
 def clips(
     denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, texts: Texts | None = None
-) -> list[Latents]:
+) -> Sequence[Latents]:
     """The training clips that `priorities.score` takes as conditions, the same on every rank; none for a priority that
-    looks at no data."""
+    looks at no data. Each batch is read and encoded when it is asked for."""
     data, wanted = experiment.data, experiment.priority.conditions
     if experiment.priority.kind in priorities.WITHOUT_DATA:
         return []
     device = next(denoiser.network.parameters()).device
-    source = clip_stream.local_stream(
-        dataset, "train", dataset.shape, data.batch_size, 0, 1, 0, experiment.train.seed, device
-    )
-    batches = -(-wanted // data.batch_size)
-    out = [latents.encode(denoiser, next(source).resized(data.shape)) for _ in range(batches)]
-    if texts is None:
-        return out
-    total, seed = dataset.clips("train"), experiment.train.seed
-    of = [clip_stream.clips_at(batch.position.numpy(), total, seed) for batch in out]
-    return [texts.beside(batch, "train", numbers) for batch, numbers in zip(out, of, strict=True)]
+    size, seed = data.batch_size, experiment.train.seed
+
+    def make(number: int) -> Latents:
+        source = clip_stream.local_stream(
+            dataset, "train", dataset.shape, size, start_position=number * size, seed=seed, device=device
+        )
+        out = latents.encode(denoiser, next(source).resized(data.shape))
+        if texts is None:
+            return out
+        numbers = clip_stream.clips_at(out.position.numpy(), dataset.clips("train"), seed)
+        return texts.beside(out, "train", numbers)
+
+    return _Made(-(-wanted // size), make)
 
 
 def _key(

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from entprog.blocks import Block, bypass, execution_order, replaced, skipped
+from entprog.blocks import Block, bypass, execution_order, replaced
 from entprog.config import Priority, Timesteps
+from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
-from entprog.scoring import tables
+from entprog.distributed import agree
+from entprog.scoring import split, tables
 from entprog.scoring.tables import Predict, Row, ScoreTable
 
 
@@ -40,19 +42,26 @@ def cei(
     """Score every block once, by π or (`settings.kind` "loss_increase") by the loss increase on skip.
 
     conditions: batches of clips; every clip is one condition c, its clean latents
-    the x_0 of its draws, which run in batches as large as the first of these. With several ranks each scores its share
-    of the conditions and all get the whole table. law: of the timesteps drawn, as in training.
-    replay: the full forward records each block's output; a skip pass returns the recorded ones for the blocks before b
-    and computes only what follows: equal bits, about half the forwards' cost.
+    the x_0 of its draws, which run in batches as large as the first of these. Ranks share conditions, draws and blocks
+    (`split`), and all get the whole table, with the same bits however many they are. law: of the timesteps drawn, as in
+    training. replay: one forward records each block's output; a skip pass returns the recorded ones for the blocks
+    before b and computes only what follows: equal bits, about half the forwards' cost. progress: gets (conditions that
+    this rank's share of the work amounts to so far, conditions).
 
     Raises ValueError if there are fewer clips than `settings.conditions`.
     """
-    score = partial(
-        _score_condition, denoiser, blocks, settings=settings, seed=seed, law=law,
-        at_once=len(conditions[0].position), replay=replay,
-    )  # fmt: skip
     measure = "loss" if settings.kind == "loss_increase" else settings.estimator
-    found = tables.measured(score, conditions, settings, measure, progress)
+    clip, at_once = tables.one_by_one(conditions, settings), len(conditions[0].position)
+
+    def begin():
+        passes = _counted(denoiser, blocks, clip(0), settings, seed, law)
+        score = partial(
+            _score, denoiser, blocks, passes, clip, settings=settings, seed=seed, law=law, at_once=at_once,
+            replay=replay, progress=progress,
+        )  # fmt: skip
+        return passes.flops(replay), score
+
+    found = tables.measured(begin, settings, measure, clip(0).clean.device)
     per_condition = {name: np.stack([row[name][-1] for row in found.rows]) for name in ("std", "elementwise", "loss")}
     means = {name: values.mean(0) for name, values in per_condition.items()}
     loss_error = tables.std_error(per_condition["loss"])
@@ -93,13 +102,13 @@ def draws(
     denoiser: Denoiser,
     clip: Latents,
     number: int,
-    count: int,
+    wanted: range,
     settings: Priority,
     seed: int,
     law: Timesteps,
     at_once: int,
 ) -> Iterator[Draws]:
-    """The first `count` draws of condition `number`, in batches of `at_once` at most.
+    """Some of the draws of condition `number`, in batches of `at_once` at most.
 
     Draws are numbered over all conditions, so that adding conditions changes none of the earlier ones.
     """
@@ -107,13 +116,63 @@ def draws(
     low, high = max(settings.timestep_range[0], begin), min(settings.timestep_range[1], end)
     process = denoiser.process
     draw_seed = seed * 1_000_003 + settings.seed
-    for numbers in (torch.arange(count) + number * settings.draws).split(at_once):
+    for numbers in (torch.arange(wanted.start, wanted.stop) + number * settings.draws).split(at_once):
         clean = clip.clean.expand(len(numbers), *clip.clean.shape[1:])
         drawn = objectives.timesteps(numbers, draw_seed, law, between=(begin, end)).to(clean.device)
         t = low + (high - low) * ((drawn - begin) / (end - begin))
         noisy, target = process.pair(clean, objectives.noise_like(clean, numbers, draw_seed), t)
         conditions = {name: value.expand(len(numbers), *value.shape[1:]) for name, value in clip.conditions.items()}
         yield Draws(noisy, t, conditions, target, objectives.weights(process, t, law))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a network's passes run, and their FLOPs for one draw."""
+
+    order: list[Block]
+    """Blocks as they are run."""
+    costs: split.Costs
+    bypasses: int
+    """FLOPs of all blocks' bypasses: shortcuts that compute."""
+
+    def flops(self, replay: bool) -> int:
+        """Of all passes of a draw."""
+        blocks, outside = self.costs.blocks, self.costs.outside
+        if replay:
+            return self.costs.of(range(len(blocks) + 1)) + self.bypasses
+        return len(blocks) * (outside + sum(blocks)) + outside + self.bypasses
+
+
+def _counted(
+    denoiser: Denoiser, blocks: Sequence[Block], clip: Latents, settings: Priority, seed: int, law: Timesteps
+) -> Passes:
+    """By one forward of one draw: FLOPs are the same for every draw. The same on every rank."""
+    own: dict[str, int] = {}
+    bypasses = 0
+
+    def counting_its(block: Block):
+        original = block.module.forward
+
+        def forward(*args, **kwargs):
+            nonlocal bypasses
+            before = counter.get_total_flops()
+            out = original(*args, **kwargs)
+            between = counter.get_total_flops()
+            bypass(block.module, *args, **kwargs)
+            own[block.name] = own.get(block.name, 0) + between - before
+            bypasses += counter.get_total_flops() - between
+            return out
+
+        return forward
+
+    (one,) = draws(denoiser, clip, 0, range(1), settings, seed, law, at_once=1)
+    forwards = {block.module: counting_its(block) for block in blocks}
+    with torch.no_grad(), counting.flop_counter() as counter, replaced(forwards):
+        denoiser.predict(one.noisy, one.t, one.conditions)
+    outside = counter.get_total_flops() - bypasses - sum(own.values())
+    named = {block.name: block for block in blocks}
+    costs, outside = agree.of_first(lambda: (list(own.values()), outside))  # no rank may cut elsewhere than the others
+    return Passes([named[name] for name in own], split.Costs(tuple(costs), outside), bypasses)
 
 
 class _Moments:
@@ -130,6 +189,12 @@ class _Moments:
         self.squares = self.squares + x.square()
         self.loss = self.loss + loss.double()
 
+    def join(self, later: "_Moments") -> None:
+        """Add the sums over the draws that follow."""
+        self.n += later.n
+        self.sum, self.squares = self.sum + later.sum, self.squares + later.squares
+        self.loss = self.loss + later.loss
+
     def measures(self) -> torch.Tensor:
         """[3]: log σ over all elements and draws, mean over elements of log σ over draws, mean loss."""
         mean, square = self.sum / self.n, self.squares / self.n
@@ -137,45 +202,115 @@ class _Moments:
         elementwise = 0.5 * torch.log((square - mean**2).clamp_min(1e-20)).mean()
         return torch.stack([std, elementwise, self.loss / self.n])
 
+    def packed(self) -> torch.Tensor:
+        """All sums in one tensor, float64."""
+        return torch.cat([self.sum.flatten(), self.squares.flatten(), self.loss.flatten()])
+
+    def unpacked(self, packed: torch.Tensor, n: int) -> "_Moments":
+        """Those of n draws, of the same shape as these, that `packed` gave."""
+        out, elements = _Moments(), self.sum.numel()
+        out.n, out.loss = n, packed[-1].view_as(self.loss)
+        out.sum, out.squares = (part.view_as(self.sum) for part in packed[:-1].split(elements))
+        return out
+
 
 @torch.no_grad()
-def _score_condition(
+def _score(
     denoiser: Denoiser,
     blocks: Sequence[Block],
-    clip: Latents,
-    number: int,
-    marks: Sequence[int],
+    passes: Passes,
+    clip: Callable[[int], Latents],
+    numbers: range,
     *,
     settings: Priority,
     seed: int,
     law: Timesteps,
     at_once: int,
     replay: bool,
-) -> Row:
-    """Log-ratios of both estimators and loss increases of one condition, each [mark, block]."""
-    moments = [_Moments() for _ in range(len(blocks) + 1)]  # the whole network's first
-    noted: dict[int, list[torch.Tensor]] = {mark: [] for mark in marks}
-    for batch in draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once):
-        passes = _skip_passes(lambda b=batch: denoiser.predict(b.noisy, b.t, b.conditions), blocks, replay)
-        for kept, predictions in zip(moments, passes, strict=True):
-            losses = objectives.loss(predictions, batch.target, batch.weights, denoiser.given(batch.conditions))
-            for prediction, loss in zip(predictions, losses, strict=True):
-                kept.add(prediction, loss)
-                if kept.n in noted:
-                    noted[kept.n].append(kept.measures())
-    table = torch.stack([torch.stack(noted[mark]) for mark in marks]).cpu().numpy()  # [mark, 1 + block, measure]
-    ratios = table[:, 1:] - table[:, :1]
-    return {name: ratios[..., i] for i, name in enumerate(("std", "elementwise", "loss"))}
+    progress: Callable[[int, int], None],
+) -> list[Row]:
+    """Log-ratios of both estimators and loss increases of some conditions, each [mark, block]; the same on every rank.
+
+    Sums over draws are those over a piece's draws, added up in the order of pieces: by the rank that has the first
+    piece, which gets those of the others.
+    """
+    rank, ranks = agree.world()
+    marks = tables.marks(settings)
+    cut = split.pieces(settings.draws, at_once, marks)
+    parts = split.shared(numbers, cut, passes.costs, ranks)
+    sums: dict[tuple[int, int], _Moments] = {}
+    """(condition, place of a pass) → sums so far, where this rank has the first piece."""
+    others: dict[tuple[int, int, int], torch.Tensor] = {}
+    """(condition, place, piece) → sums of a piece, packed, for the rank that has the first."""
+    noted: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def take(condition: int, place: int, piece: int, moments: _Moments) -> None:
+        key = condition, place
+        if piece == 0:
+            sums[key] = moments
+        else:
+            sums[key].join(moments)
+        if cut[piece].stop in marks:
+            noted.setdefault(key, []).append(sums[key].measures())
+        if cut[piece].stop == settings.draws:
+            del sums[key]
+
+    todo, done = sum(part.forwards for part in parts[rank]), 0
+    for part in parts[rank]:
+        given = clip(part.condition)
+        found = {place: _Moments() for place in part.places}
+        for batch in draws(denoiser, given, part.condition, part.draws, settings, seed, law, at_once):
+            run = partial(denoiser.predict, batch.noisy, batch.t, batch.conditions)
+            for place, predictions in _skip_passes(run, passes.order, part.places, replay):
+                losses = objectives.loss(predictions, batch.target, batch.weights, denoiser.given(batch.conditions))
+                for prediction, loss in zip(predictions, losses, strict=True):
+                    found[place].add(prediction, loss)
+        for place, moments in found.items():
+            if part.piece == 0 or (part.condition, place) in sums:  # none before it lies elsewhere
+                take(part.condition, place, part.piece, moments)
+            else:
+                others[part.condition, place, part.piece] = moments.packed().cpu()
+        done += part.forwards
+        progress(numbers.start + len(numbers) * done // todo, settings.conditions)
+
+    for condition, place, piece, holder, owner in _handed_over(parts):
+        if rank == holder:
+            agree.send(others.pop((condition, place, piece)), owner)
+        elif rank == owner:
+            so_far = sums[condition, place]
+            packed = agree.received(so_far.packed(), holder)
+            take(condition, place, piece, so_far.unpacked(packed, len(cut[piece])))
+    mine = {key: torch.stack(measures).cpu().numpy() for key, measures in noted.items()}
+    everyone = {key: values for part in agree.gathered(mine) for key, values in part.items()}
+    places = [passes.order.index(block) for block in blocks]
+    return [_row(everyone, condition, places, len(passes.order)) for condition in numbers]
 
 
-def _skip_passes(run: Callable[[], torch.Tensor], blocks: Sequence[Block], replay: bool) -> Iterator[torch.Tensor]:
-    """ε̂ of the whole network, then of the network without each block in turn."""
-    if not replay:
-        yield run()
-        for block in blocks:
-            with skipped(block):
-                yield run()
-        return
+def _handed_over(parts: Sequence[Sequence[split.Part]]) -> Iterator[tuple[int, int, int, int, int]]:
+    """(condition, place, piece, its rank, rank of the first piece) of sums that lie elsewhere: in an order that all
+    ranks go by, so that none waits for one that waits for it."""
+    owners = {}
+    for rank, part in ((rank, part) for rank, own in enumerate(parts) for part in own):
+        for place in part.places:
+            owner = owners.setdefault((part.condition, place), rank)
+            if owner != rank:
+                yield part.condition, place, part.piece, rank, owner
+
+
+def _row(measures: dict[tuple[int, int], np.ndarray], condition: int, places: Sequence[int], whole: int) -> Row:
+    """A condition's row, of every pass's [mark, measure]; places: of the table's blocks."""
+    table = np.stack([measures[condition, place] for place in places], axis=1) - measures[condition, whole][:, None]
+    return {name: table[..., i] for i, name in enumerate(("std", "elementwise", "loss"))}
+
+
+def _skip_passes(
+    run: Callable[[], torch.Tensor], order: Sequence[Block], places: range, replay: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(place, ε̂) of the network without the block at each place, or of the whole network at the last of all.
+
+    order: blocks as they are run. The last place comes first: its pass runs all blocks before, whose outputs are what
+    the passes of earlier places need.
+    """
     recorded: dict[nn.Module, Any] = {}
 
     def recording(module: nn.Module):
@@ -187,15 +322,16 @@ def _skip_passes(run: Callable[[], torch.Tensor], blocks: Sequence[Block], repla
 
         return forward
 
-    with replaced({block.module: recording(block.module) for block in blocks}):
-        yield run()
-    order = list(recorded)  # as they ran
-    for block in blocks:
-        before = order[: order.index(block.module)]
-        stand_ins = {m: (lambda *args, m=m, **kwargs: recorded[m]) for m in before}
-        stand_ins[block.module] = lambda *args, m=block.module, **kwargs: bypass(m, *args, **kwargs)
+    for place in reversed(places):
+        before = [block.module for block in order[:place]] if replay else []
+        if place == places[-1]:
+            stand_ins = {module: recording(module) for module in before}
+        else:
+            stand_ins = {module: (lambda *args, m=module, **kwargs: recorded[m]) for module in before}
+        if place < len(order):
+            stand_ins[order[place].module] = partial(bypass, order[place].module)
         with replaced(stand_ins):
-            yield run()
+            yield place, run()
 
 
 def blocks_in_order(blocks: Sequence[Block], predict: Predict, clip: Latents) -> list[Block]:

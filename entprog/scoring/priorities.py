@@ -18,9 +18,11 @@ import torch
 
 from entprog.blocks import Block, replaced
 from entprog.config import Priority, Timesteps
+from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
+from entprog.distributed import agree
 from entprog.scoring import tables
 from entprog.scoring.cei import cei, draws
 from entprog.scoring.tables import BlockScore, Row, ScoreTable
@@ -75,12 +77,29 @@ def gradient(
     """Mean over conditions of ‖∂ℓ_c/∂ω_b‖, or (`settings.kind` "fisher") the mean over draws and weights of (∂ℓ/∂w)².
 
     ℓ_c is the mean loss over a condition's draws. Gradient crosses every block exactly, whatever is frozen now. Each
-    rank takes its share of the conditions, and all get the mean over all of them.
+    rank takes its share of the conditions, and all get the mean over all of them: what is summed over a condition's
+    draws is as large as the network, so draws are not shared.
     """
     measure = settings.kind
+    clip = tables.one_by_one(conditions, settings)
     one = partial(_gradients_of_condition, denoiser, blocks, settings=settings, seed=seed, law=law, measure=measure)
+
+    def score(numbers: range) -> list[Row]:
+        rank, ranks = agree.world()
+        mine = {}
+        for number in numbers[rank::ranks]:
+            mine[number] = one(clip(number), number, tables.marks(settings))
+            progress(number + 1, settings.conditions)
+        everyone = {number: row for part in agree.gathered(mine) for number, row in part.items()}
+        return [everyone[number] for number in numbers]
+
+    def begin():
+        with counting.flop_counter() as counter:  # FLOPs are the same for every draw: one is counted
+            one(clip(0), 0, [1])
+        return counter.get_total_flops(), score
+
     with _differentiable(blocks):
-        found = tables.measured(one, conditions, settings, measure, progress)
+        found = tables.measured(begin, settings, measure, clip(0).clean.device)
     return tables.table(blocks, found, settings, measure, key=key)
 
 
@@ -117,7 +136,7 @@ def _gradients_of_condition(
     summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
     squares = torch.zeros(len(blocks), dtype=torch.float64)
     noted = {}
-    for done, draw in enumerate(draws(denoiser, clip, number, marks[-1], settings, seed, law, at_once=1), 1):
+    for done, draw in enumerate(draws(denoiser, clip, number, range(marks[-1]), settings, seed, law, at_once=1), 1):
         prediction, given = denoiser.predict(draw.noisy, draw.t, draw.conditions), denoiser.given(draw.conditions)
         loss = objectives.loss(prediction, draw.target, draw.weights, given).sum()
         gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)

@@ -15,7 +15,6 @@ import torch
 
 from entprog.blocks import Block
 from entprog.config import Priority, digest
-from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.distributed import agree
 from entprog.errors import UserError
@@ -83,7 +82,7 @@ class ScoreTable(Record):
     seconds: float = 0.0
     """Time the scoring took (slowest rank)."""
     flops: int = 0
-    """Counted FLOPs of the scoring, all ranks."""
+    """Counted FLOPs of the scoring by one rank alone: what ranks do over again for each other is not in them."""
     per_condition: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     """[condition][block] scores."""
 
@@ -211,42 +210,49 @@ class Measured:
     flops: int
 
 
+Round = Callable[[range], list[Row]]
+"""Numbers of conditions → their rows, the same on every rank: each of them takes a share of the work."""
+
+
 def measured(
-    score: Callable[[Latents, int, Sequence[int]], Row],
-    conditions: Sequence[Latents],
-    settings: Priority,
-    measure: str,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    begin: Callable[[], tuple[int, Round]], settings: Priority, measure: str, device: torch.device | str = "cpu"
 ) -> Measured:
-    """Score conditions, shared out over ranks, until there are enough.
+    """Score conditions, round by round, until there are enough.
 
-    score(clip, number, marks) → the measures of one condition after each number of draws in `marks`. With
-    `settings.until_stable` scoring ends with the round after which Kendall's τ of `measure` between halves of the
-    draws has reached it. Blocks compiled by torch.compile run eagerly: every stand-in for a block would be compiled.
-
-    Raises ValueError if there are fewer conditions than the settings want.
+    begin() → (FLOPs of one draw, counted before anything is scored; what scores a round). With `settings.until_stable`
+    scoring ends with the round after which Kendall's τ of `measure` between halves of the draws has reached it. Blocks
+    compiled by torch.compile run eagerly: every stand-in for a block would be compiled.
     """
-    clips = [batch.part(slice(i, i + 1)) for batch in conditions for i in range(len(batch.position))]
-    if len(clips) < settings.conditions:
-        raise ValueError(f"priority.conditions is {settings.conditions}, but only {len(clips)} clips were given")
-    rank, world = agree.world()
     started = time.perf_counter()
     rows: list[Row] = []
     with torch.compiler.set_stance("force_eager"):
-        with counting.flop_counter() as counter:  # FLOPs are the same for every draw: one is counted
-            score(clips[0], 0, [1])
+        draw_flops, score = begin()
         for end in rounds(settings):
-            mine = {}
-            for number in range(len(rows) + rank, end, world):
-                mine[number] = score(clips[number], number, marks(settings))
-                progress(number + 1, settings.conditions)
-            everyone = {number: row for part in agree.gathered(mine) for number, row in part.items()}
-            rows += [everyone[number] for number in range(len(rows), end)]
+            rows += score(range(len(rows), end))
             stable = settings.until_stable is not None and halves_tau(rows, measure) >= settings.until_stable
-            if agree.gathered(stable)[0]:  # rank 0's word, should ranks' arithmetic ever differ
+            if agree.of_first(lambda: stable):  # should ranks' arithmetic ever differ
                 break
-    seconds = agree.slowest(time.perf_counter() - started, clips[0].clean.device)
-    return Measured(rows, seconds, counter.get_total_flops() * len(rows) * settings.draws)
+    seconds = agree.slowest(time.perf_counter() - started, device)
+    return Measured(rows, seconds, draw_flops * len(rows) * settings.draws)
+
+
+def one_by_one(conditions: Sequence[Latents], settings: Priority) -> Callable[[int], Latents]:
+    """Number of a condition → its clip. Of the batches, all but the last of one size, those alone are looked at that
+    hold what is asked for: a rank need not make the others'.
+
+    Raises ValueError if there are fewer conditions than the settings want.
+    """
+    at_once = len(conditions[0].position)
+    if (most := at_once * len(conditions)) < settings.conditions:
+        raise ValueError(f"priority.conditions is {settings.conditions}, but only {most} clips were given")
+
+    def clip(number: int) -> Latents:
+        batch, place = divmod(number, at_once)
+        if place >= len(conditions[batch].position):
+            raise ValueError(f"priority.conditions is {settings.conditions}, but only {number} clips were given")
+        return conditions[batch].part(slice(place, place + 1))
+
+    return clip
 
 
 def table(
