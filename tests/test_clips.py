@@ -1,6 +1,7 @@
 """The training stream: the same clips in the same order whoever reads them, on real clips and a real Ray."""
 
 import io
+import itertools
 import subprocess
 import sys
 import time
@@ -157,7 +158,22 @@ def test_held_out_is_spread_evenly_and_shared(dataset, rows):
     assert positions == [[0, 2], [1]]
     assert torch.equal(shared[0][0].pose, poses[[0, 2]])
     assert sum(len(part.pose) for part in clip_stream.held_out(dataset, 100, 2)) == 5
-    assert clip_stream.held_out(dataset, 1, 2, rank=1, world=2) == []
+
+
+@pytest.mark.parametrize(("count", "world"), [(4, 1), (4, 3), (4, 4), (3, 7), (1, 5), (2, 64), (100, 9)])
+def test_more_ranks_than_held_out_clips_share_their_draws(dataset, count, world):
+    """Every draw of every clip has one rank, and no rank has much more of them than another."""
+    draws, taken = 4, []
+    for rank in range(world):
+        clips = [int(p) for part in clip_stream.held_out(dataset, count, 2, rank, world) for p in part.position]
+        own = range(draws)[clip_stream.held_out_draws(dataset, count, rank, world)]
+        taken.append([(clip, draw) for clip in clips for draw in own])
+    count = min(count, dataset.clips("held_out"))
+    assert sorted(itertools.chain.from_iterable(taken)) == [
+        (clip, draw) for clip in range(count) for draw in range(draws)
+    ]
+    assert max(map(len, taken)) <= draws * -(-count // world)
+    assert world < draws * count or max(map(len, taken)) == 1
 
 
 def test_wrong_shape_and_empty_split_are_told(dataset, rows, tmp_path):

@@ -334,6 +334,47 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one(tmp_path):
             assert torch.equal(second, third) and not torch.equal(third, fourth) and fourth.isfinite().all()
 
 
+def _held_out_rank(rank, world, folder):
+    """Two held-out clips on three ranks: the first one's draws are shared, the second one's are not."""
+    join(rank, world, folder)
+    out = {}
+    for way in ("ddp", "fsdp"):
+        experiment = plain(way, world)
+        denoiser, ran = tiny_denoiser(experiment), []
+        found = blocks(denoiser.network)
+        if way == "fsdp":
+            fsdp.shard(denoiser.network, found)
+        clips, own = ([latents([0])], slice(rank // 2, None, 2)) if rank != 1 else ([latents([1])], slice(None))
+        denoiser.network.register_forward_hook(lambda *_, ran=ran: ran.append(torch.is_grad_enabled()))
+        given = batches(experiment, rank, world), clips, latents([0]), None, experiment
+        with OnTheWire() as wire:
+            steps = list(fit(denoiser, found, *given, start(denoiser.network, experiment), (), own))
+        out[way] = {
+            "losses": [step.held_out_loss for step in steps if step.held_out_loss is not None],
+            "forwards": ran.count(False),
+            "gathered": wire.bytes["allgather_base"],
+        }
+    (folder / f"{rank}.json").write_text(json.dumps(out))
+    leave()
+
+
+def test_held_out_draws_are_shared_and_sharded_ranks_run_equally_many_forwards(tmp_path):
+    """Two held-out losses, of two draws a clip."""
+    run_ranks(_held_out_rank, 3, tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    experiment = plain("ddp", 1, 3)
+    denoiser = tiny_denoiser(experiment)
+    found, state = blocks(denoiser.network), start(denoiser.network, experiment)
+    given = batches(experiment), [latents([0]), latents([1])], latents([0]), None, experiment, state
+    alone = [s.held_out_loss for s in fit(denoiser, found, *given) if s.held_out_loss is not None]
+    for way in ("ddp", "fsdp"):
+        assert all(rank[way]["losses"] == ranks[0][way]["losses"] for rank in ranks) and len(alone) == 2
+        assert ranks[0][way]["losses"] == pytest.approx(alone, rel=1e-4), way
+    assert [rank["ddp"]["forwards"] for rank in ranks] == [2, 4, 2]
+    assert [rank["fsdp"]["forwards"] for rank in ranks] == [4, 4, 4]
+    assert len({rank["fsdp"]["gathered"] for rank in ranks}) == 1
+
+
 class OverTheWire(TorchDispatchMode):
     """Counts the calls of collectives, and the bytes that this rank gives to them and gets from them."""
 
@@ -366,6 +407,10 @@ def _message_rank(rank, world, folder):
         if step is None:
             break
         out.append((wire.calls, wire.bytes, step.pace is not None))
+    for say in (lambda: agree.agree("the plan", list(range(500))), lambda: agree.of_first(lambda: "a table" * 1000)):
+        with OverTheWire() as wire:
+            say()
+        out.append((wire.calls, wire.bytes, False))
     (folder / f"{rank}.json").write_text(json.dumps(out))
     leave()
 
@@ -376,7 +421,10 @@ def test_what_a_step_says_to_other_ranks_does_not_grow_with_the_square_of_them(t
     for world in (2, 3):
         (folder := tmp_path / str(world)).mkdir()
         run_ranks(_message_rank, world, folder)
-        ranks[world] = [json.loads((folder / f"{rank}.json").read_text())[1:4] for rank in range(world)]
+        said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+        ranks[world] = [each[1:4] for each in said]
+        assert [each[-2] for each in said] == [[1, 16, False]] * world, "a plan they agree on: two numbers"
+        assert all(calls == 2 and size < 2 * 7_200 for calls, size, _ in (each[-1] for each in said)), "once a rank"
     two, three = ranks[2], ranks[3]
     assert all(rank == two[1] for rank in (*two[1:], *three[1:])), "the same for every rank, whatever their number"
     assert not any(told for _, _, told in two[1])

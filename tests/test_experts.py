@@ -127,7 +127,7 @@ def test_samples_that_fail_at_the_end_are_a_warning(base, fault, tmp_path):
         (tmp_path / "samples").write_text("in the way")
     dataset = shards.read_dataset(tmp_path / "shards")
     setup = worker.Setup(
-        experiment, torch.device("cpu"), denoiser, dataset, [], None, [], None, {}, told.append, Startup()
+        experiment, torch.device("cpu"), denoiser, dataset, [], slice(None), None, [], None, {}, told.append, Startup()
     )
     worker._leave_samples(setup, tmp_path / "samples", None)
     (said,) = told

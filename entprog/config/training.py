@@ -112,7 +112,7 @@ class Train(Part):
     data.batch_size · train.workers · train.accumulate clips."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the whole network, trained gradients are averaged; `fsdp`: weights, gradients and
-    moments are split over the workers (FSDP2), and weights are whole only for scoring, evaluation and saving."""
+    moments are split over the workers (FSDP2), and weights are whole only for scoring, previews and saving."""
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has any now; `yes`: a cluster without is waited for."""
     threads: int | None = Field(default=None, ge=1)

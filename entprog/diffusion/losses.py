@@ -8,7 +8,7 @@ from entprog.config import Timesteps, Train
 from entprog.data.clips import Latents
 from entprog.diffusion import dropping, objectives, regions
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.distributed import agree, fsdp
 
 
 def training_loss(denoiser: Denoiser, batch: Latents, train: Train, law: Timesteps = Timesteps()) -> torch.Tensor:
@@ -23,24 +23,40 @@ def training_loss(denoiser: Denoiser, batch: Latents, train: Train, law: Timeste
 
 
 def held_out_loss(
-    denoiser: Denoiser, held_out: Sequence[Latents], draws: int, seed: int, law: Timesteps = Timesteps()
+    denoiser: Denoiser,
+    held_out: Sequence[Latents],
+    draws: int,
+    seed: int,
+    law: Timesteps = Timesteps(),
+    own: slice = slice(None),
+    spare: Latents | None = None,
 ) -> float:
     """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
 
     Timesteps are quantiles of training's law, spread evenly over it: `draws` strata per clip, moved on from clip to
     clip by the golden ratio. What counts is the loss that training minimises, without weights of faces and hands.
+    own: which of a clip's draws are this rank's. spare: any batch, where the network is sharded and ranks may have no
+    held-out clip: all of them take part in every forward pass, each in equally many.
     """
     total, between = torch.zeros(2, dtype=torch.float64), denoiser.time_range
     begin, end = between
     margin = 0.02 * (end - begin)  # at the very ends a prediction says little
+    turns = [(batch, draw) for batch in held_out for draw in range(draws)[own]]
+    sharded, idle_turns = fsdp.is_sharded(denoiser.network), 0
+    if sharded:
+        idle_turns = int(agree.largest_of([len(turns)], spare.clean.device)[0]) - len(turns)
     with torch.no_grad():
-        for batch in held_out:
-            for draw in range(draws):
-                numbers = batch.position * 1009 + draw
-                even = (draw + (batch.position * 0.6180339887) % 1) / draws
-                t = objectives.quantiles(even, law, between).clamp(begin + margin, end - margin)
-                losses = clip_losses(denoiser, batch, numbers, t, seed, law)
-                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+        for batch, draw in turns:
+            numbers = batch.position * 1009 + draw
+            even = (draw + (batch.position * 0.6180339887) % 1) / draws
+            t = objectives.quantiles(even, law, between).clamp(begin + margin, end - margin)
+            losses = clip_losses(denoiser, batch, numbers, t, seed, law)
+            total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+        for _ in range(idle_turns):
+            t = torch.full((len(spare.position),), begin + margin, device=spare.clean.device)
+            denoiser.predict(spare.clean, t, spare.conditions)
+    if sharded:
+        fsdp.in_parts(denoiser.network)
     losses, clips = agree.total(total.tolist())
     return losses / clips
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,11 @@ def halves_tau(rows: Sequence[Row], measure: str) -> float:
     return tau(final[0::2].mean(0), final[1::2].mean(0))
 
 
+def is_stable(rows: Sequence[Row], measure: str, settings: Priority) -> bool:
+    """Whether there are enough conditions, whatever their number (`priority.until_stable`)."""
+    return settings.until_stable is not None and halves_tau(rows, measure) >= settings.until_stable
+
+
 def tau_at(rows: Sequence[Row], measure: str, settings: Priority) -> dict[str, float]:
     """Kendall's τ of the ranking from the first 100, 300, 1,000 draws (as far as there are) to the final ranking."""
     final = np.stack([row[measure][-1] for row in rows]).mean(0)
@@ -229,8 +235,7 @@ def measured(
         draw_flops, score = begin()
         for end in rounds(settings):
             rows += score(range(len(rows), end))
-            stable = settings.until_stable is not None and halves_tau(rows, measure) >= settings.until_stable
-            if agree.of_first(lambda: stable):  # should ranks' arithmetic ever differ
+            if agree.of_first(partial(is_stable, rows, measure, settings)):  # should ranks' arithmetic ever differ
                 break
     seconds = agree.slowest(time.perf_counter() - started, device)
     return Measured(rows, seconds, draw_flops * len(rows) * settings.draws)

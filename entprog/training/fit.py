@@ -55,18 +55,21 @@ def fit(
     experiment: Experiment,
     state: RunState,
     conditions: Sequence[Latents] = (),
+    held_out_draws: slice = slice(None),
 ) -> Iterator[Step]:
     """Train until the budget (`train.steps`, `seconds`, `flops`) is used up; yields after every update, with `state` at
     the step's end.
 
     held_out: this rank's share of the held-out batches, which may be empty; their position is their place among all
     held-out clips. sample: any batch, to count and time plans on. scores: needed where blocks are ranked. conditions:
-    clips to score on, the same on every rank, where `priority.rescore` asks for it.
+    clips to score on, the same on every rank, where `priority.rescore` asks for it. held_out_draws: which draws of its
+    held-out clips are this rank's, where several have them.
 
     Raises DivergedError on every rank once `train.max_nonfinite` updates in a row had to be skipped.
     """
     if not is_over(experiment, state):
-        yield from _Fit(denoiser, found, batches, held_out, sample, scores, experiment, state, conditions).run()
+        given = batches, held_out, held_out_draws, sample, scores, experiment, state, conditions
+        yield from _Fit(denoiser, found, *given).run()
 
 
 def progress(experiment: Experiment, state: RunState) -> float:
@@ -85,11 +88,14 @@ def is_over(experiment: Experiment, state: RunState) -> bool:
 class _Fit:
     """What `fit`'s steps share; lives as long as one call of it."""
 
-    def __init__(self, denoiser, found, batches, held_out, sample, scores, experiment, state, conditions):
+    def __init__(
+        self, denoiser, found, batches, held_out, held_out_draws, sample, scores, experiment, state, conditions
+    ):
         self.denoiser: Denoiser = denoiser
         self.found: list[Block] = list(found)
         self.open_batches: Batches = batches
         self.held_out: Sequence[Latents] = held_out
+        self.held_out_draws: slice = held_out_draws
         few = [(batch, int((batch.position < experiment.schedule.search_clips).sum())) for batch in held_out]
         self.search_held_out = [batch.part(slice(0, clips)) for batch, clips in few if clips]
         self.sample: Latents = sample
@@ -380,9 +386,8 @@ class _Fit:
         return self.held_out_loss(self.held_out, self.experiment.data.held_out_draws)
 
     def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
-        with fsdp.gathered(self.denoiser.network):  # ranks may hold different numbers of batches
-            seed, law = self.experiment.data.held_out_seed, self.experiment.timesteps
-            return losses.held_out_loss(self.denoiser, held_out, draws, seed, law)
+        seed, law = self.experiment.data.held_out_seed, self.experiment.timesteps
+        return losses.held_out_loss(self.denoiser, held_out, draws, seed, law, self.held_out_draws, self.sample)
 
     def now(self) -> float:
         """The run's clock: it stands still while the first batch is waited for."""

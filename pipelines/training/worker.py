@@ -52,6 +52,8 @@ class Setup:
     dataset: shards.Dataset
     held_out: list[Latents]
     """This rank's share."""
+    held_out_draws: slice
+    """Which of their draws are this rank's."""
     sample: Latents
     """A batch to find, count and time things on: the same on every rank."""
     blocks: list[Block]
@@ -145,6 +147,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         _seen(denoiser, dataset, data, batch, data.held_out_clips, texts)
         for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
+    draws = clip_stream.held_out_draws(dataset, data.held_out_clips, rank, world)
     (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
     with counting.flop_counter() as encoding:
         sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
@@ -163,7 +166,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         if line := expectation.encoding(experiment, dataset.clips("train"), *costs):
             post({"warning": line})
     clock.over("held_out_clips")
-    return Setup(experiment, device, denoiser, dataset, held_out, sample, found, texts, cached, post, clock)
+    return Setup(experiment, device, denoiser, dataset, held_out, draws, sample, found, texts, cached, post, clock)
 
 
 def _seen(denoiser, dataset: shards.Dataset, data: config.Data, batch, count: int, texts) -> Latents:
@@ -221,7 +224,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     with closing(Batches(experiment, *data)) as batches:
         rescored = table is not None and experiment.priority.rescore
         conditions = cache.clips(denoiser, setup.dataset, experiment, setup.texts) if rescored else ()
-        steps = fit(denoiser, setup.blocks, batches, setup.held_out, setup.sample, table, experiment, state, conditions)
+        given = batches, setup.held_out, setup.sample, table, experiment, state, conditions, setup.held_out_draws
+        steps = fit(denoiser, setup.blocks, *given)
         for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
             if rank == 0:
