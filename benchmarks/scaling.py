@@ -37,7 +37,7 @@ from entprog.blocks import blocks, unfreeze
 from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
-from entprog.distributed import agree
+from entprog.distributed.reducing import Reducer
 from entprog.training import checkpoint
 from entprog.training.fit import start
 
@@ -117,6 +117,7 @@ class Worker:
         groups = self.denoiser.outside()
         outside = [parameter for group in groups.values() for parameter in group]
         self.trained = plan(self.denoiser.network, self.found, outside, schedule)
+        self.reducer = Reducer(self.trained)
         clips, shape = self.experiment.data.batch_size, self.denoiser.latent_shape(self.experiment.data.shape)
         noise = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         conditions = {name: noise.roll(1, -1) for name in self.experiment.model.conditions}
@@ -134,7 +135,7 @@ class Worker:
         started = time.perf_counter()
         self.compute()
         computed = time.perf_counter()
-        agree.reduce_gradients(self.trained)
+        self.reducer.finish()
         reduced = time.perf_counter()
         self.update()
         return computed - started + time.perf_counter() - reduced, reduced - computed

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from entprog.blocks import blocks, unfreeze
 from entprog.data import hashing
 from entprog.distributed import agree, fsdp
+from entprog.distributed.reducing import Reducer
 from entprog.schedule import prices
 from entprog.scoring import cache, cei
 from entprog.training import checkpoint
@@ -63,18 +64,22 @@ def _gradient_rank(rank, world, folder):
             parameters = unfreeze(denoiser.network, found, trained, outside, backward)
             fsdp.spare_frozen(found, trained, backward)
             denoiser.network.zero_grad(set_to_none=True)
+            reducer = Reducer(parameters if way == "ddp" else [], bucket_bytes=20_000)
             with OnTheWire() as wire:
                 for half in range(2):
                     first = (half * world + rank) * 2
+                    if half == 1:
+                        reducer.begin()
                     (loss_of(denoiser, [first, first + 1]) / 2).backward()
-                if way == "ddp":
-                    agree.reduce_gradients(parameters, bucket_bytes=20_000)
+                    early = wire.bytes["allreduce"]
+                reducer.finish()
+            reducer.close()
             named = denoiser.network.named_parameters()
             gradients = {name: p.grad for name, p in named if p.grad is not None}
             held = sum(fsdp.held(gradient).nbytes for gradient in gradients.values())
             whole = {name: fsdp.whole(gradient).clone() for name, gradient in gradients.items()}
             parts = sum(fsdp.held(p).nbytes for p in denoiser.network.parameters())
-            out.append({"gradients": whole, "held": held, "weights": parts, "wire": dict(wire.bytes)})
+            out.append({"gradients": whole, "held": held, "weights": parts, "wire": +wire.bytes, "early": early})
     torch.save(out, folder / f"{rank}.pt")
     leave()
 
@@ -109,6 +114,7 @@ def test_gradients_equal_a_single_process_on_the_union_batch(tmp_path, world):
             if way == "ddp":
                 assert got["held"] == trained_bytes and got["weights"] == weights
                 assert wire == {"allreduce": trained_bytes}, "once an update, frozen ones not at all"
+                assert 0 < got["early"] <= trained_bytes, "the first ones while the backward pass goes on"
             else:
                 every = [rank[number] for rank in ranks]
                 assert sum(each["held"] for each in every) == trained_bytes

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from entprog.config import digest
 
@@ -24,54 +23,20 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def reduce_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = 64 * 2**20) -> None:
-    """Average the gradients that exist over ranks, in flattened buckets.
-
-    Correct for a trained set that changes at any step, where DistributedDataParallel wrapped once is not: only
-    the trained parameters' bytes go over the wire. Every rank must train the same parameters (see `agree`).
-    """
-    _, ranks = world()
-    if ranks == 1:
-        return
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None], bucket_bytes):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        flat.div_(ranks)
-        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(tensors: list[torch.Tensor], limit_bytes: int):
-    """Runs of tensors of one type, each within the limit (or one tensor)."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size + tensor.nbytes > limit_bytes or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def mean(value: float, device: torch.device | str = "cpu") -> float:
-    """Mean over ranks; the same bits on every rank."""
-    return _reduced(value, device, dist.ReduceOp.SUM) / world()[1] if world()[1] > 1 else value
-
-
-def slowest(seconds: float, device: torch.device | str = "cpu") -> float:
-    """The largest over ranks: a step takes as long as its slowest rank."""
-    return _reduced(seconds, device, dist.ReduceOp.MAX) if world()[1] > 1 else seconds
+def means_of(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """The mean over ranks of each, in one exchange; the same bits on every rank."""
+    ranks = world()[1]
+    return [each / ranks for each in _reduced(values, device, dist.ReduceOp.SUM)] if ranks > 1 else list(values)
 
 
 def largest_of(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """The largest over ranks of each, in one exchange."""
-    if world()[1] == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+    return _reduced(values, device, dist.ReduceOp.MAX) if world()[1] > 1 else list(values)
+
+
+def slowest(seconds: float, device: torch.device | str = "cpu") -> float:
+    """The largest over ranks: a step takes as long as its slowest rank."""
+    return largest_of([seconds], device)[0]
 
 
 @dataclass(frozen=True)
@@ -99,10 +64,10 @@ def pace(seconds: float, device: torch.device | str = "cpu") -> Pace | None:
     return Pace(statistics.median(values), values[slowest], slowest)
 
 
-def _reduced(value: float, device: torch.device | str, how) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+def _reduced(values: Sequence[float], device: torch.device | str, how) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=how)
-    return tensor.item()
+    return tensor.tolist()
 
 
 PATIENCE = timedelta(days=30)

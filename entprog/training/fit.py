@@ -19,6 +19,7 @@ from entprog.data.clips import Latents, Spent
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
+from entprog.distributed.reducing import Reducer
 from entprog.schedule import plans
 from entprog.schedule.efficiency import Decision, Trial
 from entprog.schedule.freezing import Freeze
@@ -121,6 +122,8 @@ class _Fit:
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema)
         self.search = Search(self.names, priority, self.prices, experiment, state)
+        self.reducer = Reducer([])
+        """Averages the gradients of what is trained; idle where weights are sharded."""
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
         self.pace: agree.Pace | None = None
@@ -154,6 +157,7 @@ class _Fit:
                 self.begin_stage()
                 yield self.search_step() if self.state.plan is None else self.train_step()
         finally:
+            self.reducer.close()
             if self.stream is not None and hasattr(self.stream[1], "close"):
                 self.stream[1].close()
 
@@ -257,11 +261,7 @@ class _Fit:
         drifted, self.drift = self.drift, None
         model = state.models.get(plan.shape)
         last = is_over(self.experiment, state)
-        fed, self.reported = self.spent().since(self.reported), self.spent()
-        mine = [fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(plan))]
-        open_s, copy_s, encode_s, most = agree.largest_of(mine, self.device)
-        memory = int(most)
-        state.peak_memory_bytes = max(state.peak_memory_bytes, memory)
+        state.peak_memory_bytes = max(state.peak_memory_bytes, update.plan_memory_bytes)
         evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
         if self.moments[0] != (at := (plan, len(state.optimizer.state))):  # they come with a plan's first step
             self.moments = at, optimizer.state_bytes(state.optimizer, self.device)
@@ -272,14 +272,10 @@ class _Fit:
             plan=plan,
             **vars(update),
             skipped_updates=state.skipped,
-            open_s=open_s,
-            copy_s=copy_s,
-            encode_s=encode_s,
             charged_s=state.seconds.total,
             flops=state.flops.total,
             clips=self.clips_per_step(plan),
             memory_bytes=state.peak_memory_bytes,
-            plan_memory_bytes=memory,
             optimizer_bytes=self.moments[1],
             predicted_s=self.prices.step(plan) if model and self.prices.by_seconds else None,
             predicted_memory_bytes=self.prices.memory(plan) if model else None,
@@ -297,6 +293,7 @@ class _Fit:
             state.optimizer, train, state.step, state.begun, progress(self.experiment, state)
         )
         law = self.experiment.timesteps_at(self.freeze.plan.shape)
+        reducer = self.reducing()
         begun, waited_s, loss = self.now(), 0.0, 0.0
         for turn in range(self.rounds):
             weight = 0.0  # a pass for the other ranks' sake, over the batch before
@@ -305,34 +302,50 @@ class _Fit:
                 batch = self.next_batch()
                 waited_s += self.now() - waiting
             part = losses.training_loss(self.denoiser, batch, train, law) * weight
+            if turn == self.rounds - 1:
+                reducer.begin()
             part.backward()
             loss += part.detach().double()
         self.pace = agree.pace(self.now() - begun - waited_s, self.device)
-        if not fsdp.is_sharded(self.denoiser.network):  # sharded gradients come out of the backward pass averaged
-            agree.reduce_gradients(self.freeze.trained)
+        reducer.finish()
         limit = train.gradient_clip or math.inf
         norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
         my_loss, norm = torch.stack([loss, norm.detach().double()]).tolist()
         odd = float(not (math.isfinite(my_loss) and math.isfinite(norm)))
-        wait_s, skipped = agree.largest_of([waited_s, odd], self.device)
+        mean_loss, skipped = agree.means_of([my_loss, odd], self.device)
         if not skipped:
             state.optimizer.step()
             if train.ema_decay:
                 optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
-        seconds = agree.slowest(self.now() - begun - waited_s, self.device)
+        fed, self.reported = self.spent().since(self.reported), self.spent()
+        mine = [waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
+        seconds, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(
+            [self.now() - begun - waited_s, *mine], self.device
+        )
         state.step += 1
         state.position += self.clips_per_step(self.freeze.plan)
         state.skipped += int(skipped)
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
         return Update(
-            loss=agree.mean(my_loss, self.device),
+            loss=mean_loss,
             learning_rate=rate,
             gradient_norm=norm,
             skipped=bool(skipped),
             seconds=seconds,
             wait_s=wait_s,
+            open_s=open_s,
+            encode_s=encode_s,
+            copy_s=copy_s,
+            plan_memory_bytes=int(memory),
         )
+
+    def reducing(self) -> Reducer:
+        """What averages the gradients of the parameters that are trained now."""
+        if not fsdp.is_sharded(self.denoiser.network) and self.reducer.parameters is not self.freeze.trained:
+            self.reducer.close()
+            self.reducer = Reducer(self.freeze.trained)
+        return self.reducer  # sharded gradients come out of the backward pass averaged
 
     def clips_per_step(self, plan: Plan) -> int:
         """Clips of an update, all ranks."""
@@ -390,7 +403,8 @@ class _Fit:
         return losses.held_out_loss(self.denoiser, held_out, draws, seed, law, self.held_out_draws, self.sample)
 
     def now(self) -> float:
-        """The run's clock: it stands still while the first batch is waited for."""
+        """The run's clock: it stands still while the first batch is waited for. On a GPU what was asked of it is done
+        by then, but for gradients on their way to other ranks."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter() - self.startup_s

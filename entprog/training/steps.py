@@ -73,3 +73,7 @@ class Update:
     skipped: bool
     seconds: float
     wait_s: float
+    open_s: float
+    encode_s: float
+    copy_s: float
+    plan_memory_bytes: int
