@@ -156,13 +156,16 @@ def node(address, **more):
     ("nodes", "resource", "elsewhere"),
     [
         ([node("1")], "CPU", False),
+        ([node("1", Resources={"CPU": 1.0}), node("1", NodeID="another", Resources={"CPU": 1.0})], "CPU", False),
+        ([node("1", Resources={"CPU": 1.0})], "CPU", True),  # the others have yet to start
+        ([node("1", Resources={"GPU": 1.0})], "GPU", True),
         ([node("1"), node("1", NodeID="another")], "CPU", False),
         ([node("1"), node("2")], "CPU", True),
         ([node("1"), node("2", Alive=False)], "CPU", False),
         ([node("1", Resources={})], "CPU", True),  # the head of cluster.yaml before its nodes have come
         ([node("1", Resources={"CPU": 0.0})], "CPU", True),
         ([node("1")], "GPU", True),
-        ([node("1", Resources={"CPU": 4.0, "GPU": 1.0})], "GPU", False),
+        ([node("1", Resources={"CPU": 4.0, "GPU": 2.0})], "GPU", False),
         # Nodes that only decode: no worker with a GPU runs there, a trial's own process may.
         ([node("1", Resources={"CPU": 0.0, "GPU": 4.0}), node("2")], "GPU", False),
         ([node("1", Resources={"memory": 9.0, "GPU": 4.0}), node("2", Resources={"memory": 9.0})], "memory", True),
@@ -171,7 +174,7 @@ def node(address, **more):
     ],
 )
 def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsewhere):
-    assert launch.elsewhere(nodes, "1", resource) is elsewhere
+    assert launch.elsewhere(nodes, "1", resource, needed=2) is elsewhere
 
 
 def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):

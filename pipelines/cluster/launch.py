@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def check_tracking(experiment: Experiment, *others: str) -> None:
 
     uri, gpus = tracking_uri(), use_gpus(experiment)
     mine = ray.get_runtime_context().get_node_id()
-    if is_file(uri) and any(elsewhere(ray.nodes(), mine, each) for each in ("GPU" if gpus else "CPU", *others)):
+    needed = {"GPU" if gpus else "CPU": experiment.train.workers} | dict.fromkeys(others, 1)
+    if is_file(uri) and any(elsewhere(ray.nodes(), mine, *each) for each in needed.items()):
         here = ray.util.get_node_ip_address()
         raise UserError(
             f"MLflow's store {masked(uri)} is a file of this machine, and workers run on others: start a server "
@@ -47,13 +49,15 @@ def check_tracking(experiment: Experiment, *others: str) -> None:
         )
 
 
-def elsewhere(nodes: Sequence[Mapping[str, Any]], mine: str, resource: str) -> bool:
+def elsewhere(nodes: Sequence[Mapping[str, Any]], mine: str, resource: str, needed: int = 1) -> bool:
     """Whether workers run, or may run, on other machines than that of the node `mine`: others have what a worker takes,
-    or it has none of that. nodes: as `ray.nodes` gives them."""
+    or it has less of that than is `needed`, and others have yet to start. nodes: as `ray.nodes` gives them."""
     there = [node for node in nodes if node["Alive"]]
     address = next(node["NodeManagerAddress"] for node in there if node["NodeID"] == mine)
-    with_it = {node["NodeManagerAddress"] for node in there if node["Resources"].get(resource, 0) >= 1}
-    return with_it != {address}
+    with_it = Counter()
+    for node in there:
+        with_it[node["NodeManagerAddress"]] += int(node["Resources"].get(resource, 0))
+    return set(+with_it) != {address} or with_it[address] < needed
 
 
 Asked = Literal["auto", "yes", "no"]
