@@ -39,7 +39,8 @@ def check_tracking(experiment: Experiment, *others: str) -> None:
 
     uri, gpus = tracking_uri(), use_gpus(experiment)
     mine = ray.get_runtime_context().get_node_id()
-    needed = {"GPU" if gpus else "CPU": experiment.train.workers} | dict.fromkeys(others, 1)
+    workers = experiment.train.workers if joining.address() else 1  # a Ray of this machine never gets others
+    needed = {"GPU" if gpus else "CPU": workers} | dict.fromkeys(others, 1)
     if is_file(uri) and any(elsewhere(ray.nodes(), mine, *each) for each in needed.items()):
         here = ray.util.get_node_ip_address()
         raise UserError(
