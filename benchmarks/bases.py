@@ -81,6 +81,13 @@ PUBLISHED = {
         {"expand_timesteps": True},
     ),
     "wan21_vace_1_3b": Base({**WAN, "vace_layers": list(range(0, 30, 2))}, WAN_VAE, 2.15e9, 45),
+    "wan22_vace_fun_14b": Base(
+        {"vace_layers": list(range(0, 40, 5))}, WAN_VAE, 17.3e9, 48, {"boundary_ratio": 0.875}
+    ),
+    "wan21_fun_control_1_3b": Base(
+        {**WAN, "in_channels": 48, "image_dim": 1280, "added_kv_proj_dim": 1536}, WAN_VAE, 1.56e9, 30
+    ),
+    "hunyuan_video": Base({}, (diffusers.AutoencoderKLHunyuanVideo, {}), 12.8e9, 60),
     "wan_animate_14b": Base({"added_kv_proj_dim": 5120}, WAN_VAE, 17.3e9, 48),
     "svd": Base(
         {},
@@ -177,7 +184,7 @@ def forward_flops(plain: VideoDenoiser, experiment: Experiment) -> int:
         noisy, t = torch.empty(1, channels, *places), torch.empty(1)
         shown = {name: torch.empty(1, channels, *places) for name in plain.conditions}
     if plain.form:
-        marks = {"first frame": getattr(plain, "mask_channels", 0), "given frame": 1}[plain.form]
+        marks = {"first frame": getattr(plain, "mask_channels", 0), "given frame": 1, "control": 0}[plain.form]
         shown["reference"] = torch.empty(1, channels + marks, *places, device="meta")
     anything = lambda like, *draw, **more: torch.empty_like(like)  # noqa: E731 - values do not matter here
     with mock.patch.object(reference_frame, "noise_like", anything):

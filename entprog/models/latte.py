@@ -106,7 +106,7 @@ def _own_tokens(text: torch.Tensor, frames: int) -> torch.Tensor | None:
     """Which tokens of texts [B, tokens, width] are seen (`texts.used`): bool [B · frames, 1, tokens], as blocks take
     it. None where all are."""
     used = texts.used(text)
-    return None if used.all() else used[:, None].repeat_interleave(frames, dim=0)
+    return None if used.shape[1] == 1 or used.all() else used[:, None].repeat_interleave(frames, dim=0)
 
 
 inspect = partial(sources.inspect, LatteDenoiser)
