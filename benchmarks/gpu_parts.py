@@ -111,8 +111,9 @@ ELSEWHERE: dict[str, Row] = {
     "nf4": {"schedule": {"frozen_precision": "nf4"}},
     "bfloat16, blocks wait": {"model": {"swap_blocks": 3}},
     "nf4, blocks wait": {"model": {"swap_blocks": 3}, "schedule": {"frozen_precision": "nf4"}},
+    "bfloat16, inputs wait": {"model": {"gradient_checkpointing": "on_host"}},
 }
-"""How a base lies under adapters → settings."""
+"""How a base lies under adapters, and what blocks keep → settings."""
 TOLERANCES |= dict.fromkeys(ELSEWHERE, TOLERANCES["bfloat16"])
 """Largest relative difference between two devices, of loss and gradient."""
 COMPILED = ("wan", "cogvideox", "hunyuan_video", "svd")

@@ -1,6 +1,7 @@
 """Blocks: found by type, skipped and restored to the bit, frozen for good, gradients as the formulas say."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_unfreeze_refuses_a_name_that_is_no_block(denoiser, found):
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
 def test_forward_bits_do_not_depend_on_what_is_trained(denoiser, found, backward, checkpointing):
     with torch.no_grad():
         before = predict(denoiser)
@@ -81,7 +82,7 @@ def test_forward_bits_do_not_depend_on_what_is_trained(denoiser, found, backward
     assert torch.equal(predict(denoiser).detach(), before)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
 def test_exact_gradient_of_trained_blocks_is_full_trainings(denoiser, found, checkpointing):
     predict(denoiser).square().mean().backward()
     expected = {n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None}
@@ -94,7 +95,25 @@ def test_exact_gradient_of_trained_blocks_is_full_trainings(denoiser, found, che
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_waits_on_the_host_is_freed_until_the_backward_pass(denoiser, found):
+    alive = {}
+    for how in (True, "on_host"):
+        unfreeze(denoiser.network, found, [b.name for b in found], denoiser.outside()["conditions"], "exact", how)
+        given = []
+
+        def note(module, args, given=given):
+            given.append(weakref.ref(args[0]))
+
+        hooks = [block.module.register_forward_pre_hook(note) for block in found]
+        out = predict(denoiser)
+        alive[how] = [tensor() is not None for tensor in given]
+        out.mean().backward()
+        for hook in hooks:
+            hook.remove()
+    assert all(alive[True]) and not any(alive["on_host"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
 def test_residual_gradient_is_the_formulas(denoiser, found, checkpointing):
     """Reference: y = x + (f(x) - x).detach() written into the network by hand."""
     trained = ["blocks.1", "blocks.4"]

@@ -48,7 +48,7 @@ def sets(names):
 
 
 @pytest.mark.parametrize("outside", ["always", "conditions", "never"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
 @pytest.mark.parametrize("backward", ["exact", "residual"])
 def test_predictions_are_the_counts(outside, checkpointing, backward):
     tiny = Tiny(outside, checkpointing)
@@ -175,6 +175,14 @@ def test_checkpointing_keeps_inputs_and_recomputes_one_block():
     assert 0 < counted[1].recomputed_bytes < counted[0].saved_bytes / 5
     assert counted[0].recomputed_bytes == 0
     assert counted[1].flops > 1.2 * counted[0].flops
+
+
+def test_what_waits_on_the_host_is_not_counted_but_for_one_block():
+    here, away = (Tiny(checkpointing=how) for how in (True, "on_host"))
+    kept, left = (tiny.count(tiny.names, "exact") for tiny in (here, away))
+    of_one = left.recomputed_bytes - kept.recomputed_bytes
+    assert kept.saved_bytes - left.saved_bytes == of_one * len(here.names) > 0
+    assert left.flops == kept.flops
 
 
 def test_every_step_and_decision_carries_what_was_foreseen():

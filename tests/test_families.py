@@ -154,6 +154,9 @@ def test_gradients_of_trained_blocks_are_right_and_others_have_none(tiny, backwa
         else:
             assert torch.equal(now, plain)
         got = gradients(denoiser, batch)
+        blocks.unfreeze(denoiser.network, found, trained, outside, backward, "on_host")
+        for n, gradient in gradients(denoiser, batch).items():
+            torch.testing.assert_close(gradient, got[n], rtol=1e-5, atol=1e-7, msg=lambda m, n=n: f"on host, {n}: {m}")
         if backward == "exact":
             blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
             everything = gradients(denoiser, batch)

@@ -3,13 +3,13 @@ less (`packed`), waiting on the host (`swap`), run in 8 bits (`fp8`)."""
 
 from entprog.blocks.block import (
     Block,
-    CheckpointedForward,
     Kind,
     Variants,
     along_bypass,
     blocks,
     bypass,
     check_compiles,
+    checkpointed,
     compile_blocks,
     drop_twin,
     execution_order,
@@ -33,6 +33,7 @@ from entprog.blocks.block import (
     variants,
     who_waits,
 )
+from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.overlooking import overlooked
 from entprog.blocks.stored import ADAPTER, HALF, keep_rounded
@@ -41,13 +42,14 @@ __all__ = [
     "ADAPTER",
     "HALF",
     "Block",
-    "CheckpointedForward",
+    "Checkpointing",
     "Kind",
     "Variants",
     "along_bypass",
     "blocks",
     "bypass",
     "check_compiles",
+    "checkpointed",
     "compile_blocks",
     "drop_twin",
     "execution_order",

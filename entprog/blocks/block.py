@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 from entprog.blocks import fp8
+from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing
 from entprog.blocks.packed import Form
 from entprog.blocks.stored import ADAPTER, Stored, is_adapted
 from entprog.blocks.swap import Swap, chosen
@@ -157,16 +157,9 @@ def along_bypass(module: nn.Module, *args, **kwargs):
     return _AlongBypass.apply(run, shortcut)
 
 
-class CheckpointedForward:
-    """Runs a block and keeps only its inputs for the backward pass, which runs it again."""
-
-    def __init__(self, original: Callable):
-        self.original = original
-
-    def __call__(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return self.original(*args, **kwargs)
-        return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+def checkpointed(module: nn.Module, how: Checkpointing) -> CheckpointedForward:
+    """A block's own forward under gradient checkpointing."""
+    return CheckpointedForward(own_forward(module), functools.partial(bypass, module) if how == "on_host" else None)
 
 
 def is_checkpointed(module: nn.Module) -> bool:
@@ -341,7 +334,7 @@ def unfreeze(
     trainable: Collection[str],
     outside: Iterable[nn.Parameter],
     backward: Backward = "exact",
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     frozen_precision: FrozenPrecision = "full",
     swap_blocks: int = 0,
 ) -> list[nn.Parameter]:
@@ -382,7 +375,7 @@ def unfreeze(
         if along:
             block.module.forward = functools.partial(along_bypass, block.module)
         elif checkpointing:
-            block.module.forward = CheckpointedForward(own_forward(block.module))
+            block.module.forward = checkpointed(block.module, checkpointing)
         elif variants(block.module).compiled:
             block.module.forward = own_forward(block.module)
     for parameter in outside:

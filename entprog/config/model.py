@@ -56,8 +56,9 @@ class Model(Part):
     own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
-    gradient_checkpointing: bool = False
-    """Recompute trained blocks' activations in the backward pass."""
+    gradient_checkpointing: bool | Literal["on_host"] = False
+    """Recompute trained blocks' activations in the backward pass. `on_host`: and what each block was given waits in
+    host memory meanwhile: the same bits, in less memory on the device, for two copies a block."""
     compile_blocks: bool = False
     """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
     swap_blocks: int = Field(default=0, ge=0)

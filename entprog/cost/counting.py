@@ -26,7 +26,8 @@ class Cost:
     flops: int
     """Forward and backward of one clip."""
     saved_bytes: int
-    """Activations kept for the backward pass of one clip; with gradient checkpointing, the inputs of its blocks."""
+    """Activations kept for the backward pass of one clip on the device; with gradient checkpointing, the inputs of its
+    blocks."""
     recomputed_bytes: int
     """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
     weight_bytes: int
@@ -102,8 +103,8 @@ def saving(weights: Collection[int]):
 
 
 class _Checkpointed:
-    """What gradient checkpointing keeps, which no hook of autograd's sees: the inputs of every recomputed block; and
-    what the recomputation of the largest one brings back."""
+    """What gradient checkpointing keeps, which no hook of autograd's sees: the inputs of every recomputed block, but
+    for those that wait on the host; and what the recomputation of the largest one brings back."""
 
     def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounterMode):
         self.weights, self.counter = weights, counter
@@ -122,7 +123,8 @@ class _Checkpointed:
         if not any(t.requires_grad for t in tensors_in(output)):
             return  # no graph, nothing kept
         inputs = storages(tensors_in(args, kwargs))
-        self.inputs |= inputs
+        away = storages(module.forward.away(args, kwargs))
+        self.inputs |= {address: size for address, size in inputs.items() if address not in away}
         tensors = (*tensors_in(args, kwargs), *module.parameters())
         kind = type(module), *((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
         if kind in self.kinds:
@@ -133,7 +135,7 @@ class _Checkpointed:
             kept = own_forward(module)(*args, **kwargs)
         del kept
         self.extra_flops += self.counter.get_total_flops() - before
-        self.recomputed_bytes = max(self.recomputed_bytes, sum(saved.values()))
+        self.recomputed_bytes = max(self.recomputed_bytes, sum(saved.values()) + sum(away.values()))
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -59,7 +59,7 @@ def measure(
     *,
     clips: int,
     seconds: bool,
-    checkpointing: bool = False,
+    checkpointing: blocks.Checkpointing = False,
     frozen_precision: FrozenPrecision = "full",
     optimizer: OptimizerKind = "adamw",
     swap_blocks: int = 0,
@@ -99,7 +99,13 @@ def measure(
 class Probe:
     """Measures blocks where the network calls them, with the inputs that they get there."""
 
-    def __init__(self, meter: Meter, network: nn.Module, checkpointing: bool, frozen_precision: FrozenPrecision):
+    def __init__(
+        self,
+        meter: Meter,
+        network: nn.Module,
+        checkpointing: blocks.Checkpointing,
+        frozen_precision: FrozenPrecision,
+    ):
         self.meter, self.network, self.checkpointing = meter, network, checkpointing
         self.frozen_precision = frozen_precision
         self.kinds: dict[str, Any] = {}
@@ -178,11 +184,12 @@ class Probe:
             if not self.checkpointing:
                 return inside, 0, bool(seen)
             inputs = counting.storages(tensors[i] for i in stream)
+            away = sum(counting.storages(body.away(args, kwargs)).values())
             again = sum(size for address, size in saved.items() if address not in shared.keys() | inputs.keys())
-            return sum(inputs.values()), again, bool(seen)
+            return sum(inputs.values()) - away, again + away, bool(seen)
 
         own = blocks.own_forward(module)
-        body = blocks.CheckpointedForward(own) if self.checkpointing else own
+        body = blocks.checkpointed(module, self.checkpointing) if self.checkpointing else own
         with torch.no_grad():
             given, named = leaves(())  # a counter of FLOPs takes no views of tensors that require gradient
             forward = self.meter(lambda: own(*given, **named))
