@@ -162,6 +162,8 @@ def run(
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):
             cli.console.print(unlike)
+    if faceless := found.faceless(made):
+        cli.console.print(faceless)
     if retarget:
         if shards is not None and reference is not None:
             own = [retargeting.own_pose(reference, shape, settings.prepare)] * len(made)

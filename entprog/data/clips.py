@@ -67,8 +67,9 @@ class Latents:
     clean: torch.Tensor
     """float [B, C, F', H', W']."""
     conditions: dict[str, torch.Tensor]
-    """Each float, [B, C', F', H', W']: `reference` (mostly repeated over frames), `pose` (drawn skeleton). Others are
-    [B, tokens, width]: `text` where clips have their own, `image` (tokens of the reference)."""
+    """Each float, [B, C', F', H', W']: `reference` (mostly repeated over frames), `pose` (drawn skeleton), `face`
+    (what it does, with H', W' of 1). Others are [B, tokens, width]: `text` where clips have their own, `image` (tokens
+    of the reference); or [B, width]: `pooled` (of the text)."""
     position: torch.Tensor
     """int64 [B], on the CPU, as in Clips."""
     pose: torch.Tensor | None = None

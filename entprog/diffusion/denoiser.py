@@ -11,6 +11,7 @@ from torch import nn
 from entprog.config import ClipShape, Skeleton
 from entprog.data.clips import Clips, Latents
 from entprog.diffusion.processes import Process
+from entprog.media.faces import Faces
 
 
 class Denoiser(Protocol):
@@ -58,11 +59,18 @@ class Denoiser(Protocol):
     last: bool
     """Whether the network sees the clip's last frame."""
 
+    native: bool
+    """Whether it sees all that its base's pipeline shows it, faces among that."""
+
     def condition(
-        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+        self,
+        reference: torch.Tensor,
+        pose: torch.Tensor,
+        last: torch.Tensor | None = None,
+        faces: Faces | None = None,
     ) -> dict[str, torch.Tensor]:
         """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]; last, as
-        the reference: the last frame, where the network sees it."""
+        the reference: the last frame, and faces: where they are, of networks that see that."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].

@@ -12,8 +12,9 @@ from entprog.diffusion.denoiser import Denoiser
 
 DRAWS = {"text": 2, "reference": 3, "pose": 4}
 """Number of each condition's draw for a clip (`objectives.uniform`)."""
-BELONGS = {"image": "reference", "pooled": "text"}
-"""Conditions that are there exactly where another one is: image tokens of the reference, a caption's pooled text."""
+BELONGS = {"image": "reference", "pooled": "text", "face": "pose"}
+"""Conditions that are there exactly where another one is: image tokens of the reference, a caption's pooled text, what
+a face does beside the pose."""
 
 
 def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:

@@ -23,6 +23,7 @@ from entprog.diffusion.processes import Flow, Process
 from entprog.errors import UserError
 from entprog.media import drawing, styles, wholebody
 from entprog.media.color import yuv420_to_rgb
+from entprog.media.faces import Faces
 from entprog.models import experts, folders, inputs, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
@@ -87,6 +88,8 @@ class VideoDenoiser:
     """Points of the poses that its base was trained on, 33 or 133."""
     last: bool = False
     """Whether it sees the clip's last frame beside its first one."""
+    native: bool = False
+    """Whether it sees all that its base's pipeline shows it, where earlier versions left something out."""
     expert: experts.Expert | None = None
     """Which of a base's two networks this is; None: it has one."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -179,17 +182,27 @@ class VideoDenoiser:
         everywhere: CEI of that is undefined."""
 
     @classmethod
-    def needs(
-        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
-    ) -> tuple[str, ...]:
-        """Which of MORE a network needs that has these conditions. channels: of the latents; splits: input channels,
-        widened, in the groups that are summed apart."""
+    def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
+        """Which of MORE a network needs whose conditions have a form. native: as the field."""
         return ()
 
     @classmethod
     def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
-        """Name of the form that conditions have where a family knows several. splits, channels: as in `needs`."""
+        """Name of the form that conditions have where a family knows several. splits: input channels, widened, in the
+        groups that are summed apart; channels: of the latents."""
         return ""
+
+    @classmethod
+    def sees_native(cls, trained: Mapping[str, Any], published: bool) -> bool:
+        """Whether the network sees all that its pipeline shows it. trained: as in `sees_last`; published: whether it is
+        a base that was not trained here."""
+        return False
+
+    @classmethod
+    def encodes_with(cls, network: Any, native: bool) -> dict[str, nn.Module]:
+        """Parts of the network that conditions are encoded by, which are never trained, by name: new, without its
+        weights. network: its diffusers configuration."""
+        return {}
 
     @classmethod
     def skeleton_of(cls, form: str) -> config.Skeleton:
@@ -280,16 +293,23 @@ class VideoDenoiser:
         video = yuv420_to_rgb(clips.video.to(self.device, non_blocking=True))
         clean = self.latents(video.transpose(1, 2))
         last = ((video[:, -1] + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1) if self.last else None
-        return Latents(clean, self.condition(clips.reference, clips.pose, last), clips.position, clips.pose)
+        faces = Faces(video, clips.pose) if self.native else None
+        conditions = self.condition(clips.reference, clips.pose, last, faces)
+        return Latents(clean, conditions, clips.position, clips.pose)
 
     @torch.no_grad()
     def condition(
-        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+        self,
+        reference: torch.Tensor,
+        pose: torch.Tensor,
+        last: torch.Tensor | None = None,
+        faces: Faces | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the network sees beside the noisy clip: {name: float32 [B, C, F', H', W']}, on the network's device.
 
         reference uint8 [B, H, W, 3] is encoded as a clip of one frame and repeated; pose float [B, F, 33 or 133, 3] is
-        drawn and encoded as a video; last, as the reference, is the last frame, of networks that see it.
+        drawn and encoded as a video; last, as the reference, is the last frame, and faces are where they lie, of
+        networks that see that.
         """
         frames, (height, width) = pose.shape[1], reference.shape[1:3]
         out = {}
@@ -378,6 +398,7 @@ class VideoDenoiser:
             "skeleton": self.skeleton,
             "points": points or self.points,
             **({"last_frame": True} if self.last else {}),
+            **({"native": True} if self.native else {}),
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }

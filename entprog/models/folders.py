@@ -85,6 +85,8 @@ class Record(config.Part):
     """Points of the poses that it was trained on."""
     last_frame: bool = False
     """Whether it sees the clip's last frame beside its first one."""
+    native: bool = False
+    """Whether it sees all that its base's pipeline shows it, where an earlier version left something out."""
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""
@@ -300,6 +302,20 @@ def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False
                 f"{setting}: {len(wrong)} weights {problem} the {cls.__name__} in {folder}, e.g. {min(wrong)}"
             )
     return model
+
+
+def part_of_network(folder: Path, part: str, setting: str) -> dict[str, torch.Tensor]:
+    """Weights of one part of a network, float32, by their names in that part; the others' are not read. Raises
+    UserError for weights that are no safetensors, or where none are of that part."""
+    found, out = weights(folder, setting), {}
+    for path in found.files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name.startswith(f"{part}.")]  # noqa: SIM118 - no mapping
+                out |= {name.removeprefix(f"{part}."): file.get_tensor(name).float() for name in names}
+    if not out:
+        raise UserError(f"{setting}: {folder} has no weights of {part} in safetensors: it is no whole network")
+    return out
 
 
 def check_single_file(cls: type, given: str, setting: str) -> Path:

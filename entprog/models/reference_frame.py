@@ -45,9 +45,7 @@ class ReferenceFrameDenoiser(WanDenoiser):
         return cls.SKELETON
 
     @classmethod
-    def needs(
-        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
-    ) -> tuple[str, ...]:
+    def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
         return ()
 
     def led(self, noisy: torch.Tensor, reference: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,8 @@ class Source:
     """Points of the poses that it was trained on here: 33 of a base of others."""
     last: bool
     """Whether it sees the clip's last frame."""
+    native: bool
+    """As a denoiser's."""
     expert: experts.Expert | None
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
@@ -129,9 +131,10 @@ def inspect(
     if points not in wholebody.LAYOUTS.values():
         raise UserError(f"model.adapter: {settings.adapter} was trained on poses of {points!r} points, unknown here")
     tensors = cls.tensors(network.config, settings, root)
-    more = {}
+    more, native = {}, False
     if root is not None:
-        more = places.more(cls.needs(network.config, channels, conditions, splits), settings, root, about)
+        native = cls.sees_native(of_adapter or about, published=not (of_adapter or about))
+        more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)
     process = process_of(cls, root, about)
     expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton) if name and weights else None
@@ -139,7 +142,7 @@ def inspect(
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
-        skeleton, points, last, expert, outside,
+        skeleton, points, last, native, expert, outside,
     )  # fmt: skip
 
 
@@ -345,6 +348,10 @@ def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torc
     source = inspect(cls, settings, weights=False)
     if len(source.splits) > 1:
         inputs.widen(source.network, cls.INPUT, source.splits)
+    for name, part in cls.encodes_with(source.network.config, source.native).items():
+        folder = inspect(cls, settings).part  # with its weights, fetched and looked at
+        part.load_state_dict(folders.part_of_network(folder, name, "model.base"))
+        source.network.set_submodule(name, part)
     return _with_parts(cls, settings, source, source.network, device)
 
 
@@ -370,6 +377,7 @@ def _with_parts(
         skeleton=source.skeleton,
         points=source.points,
         last=source.last,
+        native=source.native,
         expert=source.expert,
         origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),

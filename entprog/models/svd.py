@@ -76,10 +76,8 @@ class SvdDenoiser(VideoDenoiser):
         return v.transpose(1, 2)
 
     @torch.no_grad()
-    def condition(
-        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        out = super().condition(reference, pose, last)
+    def condition(self, *given, **more) -> dict[str, torch.Tensor]:
+        out = super().condition(*given, **more)
         if "reference" in out and self.vae is not None:
             out["reference"] = out["reference"] / self.vae.config.scaling_factor
         return out

@@ -44,6 +44,7 @@ from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles
+from entprog.media.faces import Faces
 from entprog.models import inputs, sources, texts, whole
 from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -169,12 +170,16 @@ class WanDenoiser(VideoDenoiser):
 
     @torch.no_grad()
     def condition(
-        self, reference: torch.Tensor, pose: torch.Tensor, last: torch.Tensor | None = None
+        self,
+        reference: torch.Tensor,
+        pose: torch.Tensor,
+        last: torch.Tensor | None = None,
+        faces: Faces | None = None,
     ) -> dict[str, torch.Tensor]:
         if self.last and last is None:
             raise UserError("this network sees the clip's last frame, and none is given")
-        out = super().condition(reference, pose, last if self.last else None)
-        if self.image_encoder is not None and self.form in (FIRST_FRAME, LAST_FRAME, CONTROL):
+        out = super().condition(reference, pose, last if self.last else None, faces)
+        if self.image_encoder is not None:
             seen = [reference, last] if self.last else [reference]
             out["image"] = torch.cat([self._tokens_of(picture) for picture in seen], dim=1)
         return out
@@ -254,17 +259,15 @@ class WanDenoiser(VideoDenoiser):
         return ("reference", *conditions), splits
 
     @classmethod
-    def needs(
-        cls, network: Any, channels: int, conditions: tuple[str, ...], splits: tuple[int, ...]
-    ) -> tuple[str, ...]:
-        sees = cls.form_of(splits, channels, conditions) in (FIRST_FRAME, CONTROL)
+    def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
+        sees = form in (FIRST_FRAME, CONTROL)
         return tuple(IMAGE_PARTS) if sees and network.added_kv_proj_dim is not None else ()
 
     @classmethod
     def completed(cls, denoiser: "WanDenoiser", parts: dict[str, Path]) -> "WanDenoiser":
         if not parts:
             return denoiser
-        processor, encoder = _image_parts(parts)
+        processor, encoder = image_parts(parts)
         seeing = replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
         if denoiser.network.config.pos_embed_seq_len is None:
             return seeing
@@ -325,7 +328,7 @@ def _is_given_frame(inputs: int, channels: int, conditions: tuple[str, ...]) -> 
     return "reference" in conditions and inputs == channels * len(conditions)
 
 
-def _image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
+def image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
     """(image processor, image encoder in float32) of their folders. Raises UserError if they cannot be loaded."""
     try:
         from transformers import CLIPImageProcessor, CLIPVisionModel

@@ -4,29 +4,45 @@ The reference is a latent frame of its own before the clip's, marked as given; t
 its own (`entprog.models.reference_frame`). Nothing is widened. As in diffusers' pipeline for its mode "animate", first
 segment.
 
-The face video is always "no face" (-1, the pipeline's unconditional branch): clips hold no face crops. Its motion
-encoder is therefore never trained. Image tokens are zeros.
+Faces are cut out of the clip where its pose has their points (`entprog.media.faces`), and what the network's motion
+encoder, which is never trained, says of them is the condition `face`: it is dropped with the pose. A frame without a
+face is shown a blank one (-1), as in the pipeline's unconditional branch. The reference's tokens are those of the
+base's `image_encoder/`. Networks that an earlier version trained, and new ones, see neither: blank faces, tokens of
+zeros.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanAnimateTransformer3DModel
-from diffusers.models.transformers.transformer_wan_animate import WanAnimateFaceBlockCrossAttention, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan_animate import (
+    WanAnimateFaceBlockCrossAttention,
+    WanAnimateMotionEncoder,
+    WanTransformerBlock,
+)
 from torch import nn
 
 from entprog import config
 from entprog.blocks import bypass, replaced
 from entprog.errors import UserError
 from entprog.media import styles
+from entprog.media.faces import Faces, cut
 from entprog.models import sources, texts
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
+from entprog.models.wan import IMAGE_PARTS, image_parts
 
 CLASS = "WanAnimateTransformer3DModel"
 MASK_CHANNELS = 4
+TEMPORAL = 4
+"""Clip frames that a latent frame after the first stands for; the network has a face for each."""
+AT_ONCE = 8
+"""Faces that it looks at together."""
 
 
 @bypass.register
@@ -46,6 +62,76 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
     SKELETON = styles.WAN_ANIMATE
+    MORE: ClassVar[dict[str, tuple[str, str]]] = IMAGE_PARTS
+
+    motion_encoder: nn.Module | None = None
+    """What says what a face does, float32; None: faces are not seen."""
+    blank: torch.Tensor | None = None
+    """What it says of a face that is not there: [1, width]."""
+
+    @property
+    def form(self) -> str:
+        return "tokens and faces" if self.native else ""
+
+    @classmethod
+    def sees_native(cls, trained: Mapping[str, Any], published: bool) -> bool:
+        return bool(trained.get("native", published))
+
+    @classmethod
+    def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
+        return tuple(IMAGE_PARTS) if native and network.added_kv_proj_dim is not None else ()
+
+    @classmethod
+    def encodes_with(cls, network: Any, native: bool) -> dict[str, nn.Module]:
+        if not native:
+            return {}
+        sizes = {
+            "size": network.motion_encoder_size, "style_dim": network.motion_style_dim,
+            "motion_dim": network.motion_dim, "out_dim": network.motion_encoder_dim,
+            "channels": network.motion_encoder_channel_sizes,
+        }  # fmt: skip
+        return {"motion_encoder": WanAnimateMotionEncoder(**sizes)}
+
+    @classmethod
+    def completed(cls, denoiser: "WanAnimateDenoiser", parts: dict[str, Path]) -> "WanAnimateDenoiser":
+        if not denoiser.native:
+            return denoiser
+        own = copy.deepcopy(denoiser.network.motion_encoder).float().eval().requires_grad_(False).to(denoiser.device)
+        with torch.no_grad():
+            blank = own(torch.full((1, 3, own.size, own.size), -1.0, device=denoiser.device))
+        processor, encoder = image_parts(parts) if parts else (None, None)
+        encoder = encoder and encoder.to(denoiser.device)
+        return replace(denoiser, motion_encoder=own, blank=blank, image_encoder=encoder, image_processor=processor)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        reference: torch.Tensor,
+        pose: torch.Tensor,
+        last: torch.Tensor | None = None,
+        faces: Faces | None = None,
+    ) -> dict[str, torch.Tensor]:
+        out = super().condition(reference, pose, last, faces)
+        if self.motion_encoder is not None and self.vae is not None:
+            out["face"] = self._motion(faces, *pose.shape[:2])
+        return out
+
+    def _motion(self, faces: Faces | None, clips: int, frames: int) -> torch.Tensor:
+        """What faces do, [B, 4 (width + 1), F', 1, 1]: of each of a latent frame's frames the encoder's vector and 1;
+        zeros where no face is seen, and before the first frame, which has a latent frame of its own."""
+        said = self.blank.new_zeros(clips, frames + TEMPORAL - 1, self.blank.shape[1] + 1)
+        if faces is not None:
+            pixels, there = cut(Faces(faces.video.to(self.device), faces.pose), self.motion_encoder.size)
+            if there.any():
+                each = torch.cat([self.motion_encoder(some) for some in pixels[there].split(AT_ONCE)])
+                said[:, TEMPORAL - 1 :][there] = torch.cat([each, torch.ones_like(each[:, :1])], dim=1)
+        return said.unflatten(1, (-1, TEMPORAL)).flatten(2).transpose(1, 2)[..., None, None].contiguous()
+
+    def _seen(self, face: torch.Tensor) -> torch.Tensor:
+        """Of that condition the encoder's vectors, [B · frames, width], the blank face's where there is none."""
+        said = face.flatten(2).transpose(1, 2).unflatten(2, (TEMPORAL, -1)).flatten(1, 2)[:, TEMPORAL - 1 :]
+        vectors, there = said[..., :-1], said[..., -1:] > 0.5
+        return torch.where(there, vectors, self.blank.to(vectors)).flatten(0, 1)
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         reference, pose = conditions["reference"][:, :, :1], conditions["pose"]
@@ -53,14 +139,23 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         given = torch.cat([reference, self.nothing(noisy)], dim=2)
         mask = torch.zeros_like(latents[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
         mask[:, :, 0] = 1
-        with self.in_its_type(), replaced({self.network.motion_encoder: self._no_motion}):
+        frames = TEMPORAL * (noisy.shape[2] - 1) + 1
+        faces, encode = noisy.new_zeros(len(noisy), 1, frames, 1, 1), self._no_motion
+        if "face" in conditions:  # its encoder has seen them: each is a number among what that said
+            said = self._seen(conditions["face"])
+            faces = torch.arange(len(said), device=noisy.device, dtype=torch.float32).view(len(noisy), 1, frames, 1, 1)
+            encode = lambda numbers: said[numbers.flatten().long()]  # noqa: E731
+        images = conditions.get("image")
+        if images is None and self.image is not None:
+            images = self.image.repeat(len(noisy), 1, 1)
+        with self.in_its_type(), replaced({self.network.motion_encoder: encode}):
             (velocity,) = self.network(
                 hidden_states=torch.cat([latents, mask, given], dim=1),
                 timestep=self.process.timestep(t),
                 encoder_hidden_states=texts.spread(conditions.get("text", self.text), len(noisy)),
-                encoder_hidden_states_image=None if self.image is None else self.image.repeat(len(noisy), 1, 1),
+                encoder_hidden_states_image=images,
                 pose_hidden_states=pose,
-                face_pixel_values=noisy.new_zeros(len(noisy), 1, 4 * (noisy.shape[2] - 1) + 1, 1, 1),
+                face_pixel_values=faces,
                 return_dict=False,
             )
         return velocity[:, :, 1:].float()

@@ -104,7 +104,7 @@ def _key(
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then
     rest += [experiment.data.text, texts.folder.name] if texts else []
-    rest += ["last frame"] if denoiser.last else []
+    rest += ["last frame"] * denoiser.last + ["native"] * denoiser.native
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 
 

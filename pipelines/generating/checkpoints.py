@@ -33,6 +33,16 @@ class Checkpoint:
         """Whether it sees the clip's last frame."""
         return self.about.get("last_frame", False)
 
+    def faceless(self, motions) -> str:
+        """What it is shown no face in, in words; empty where it sees one in every motion, or none at all."""
+        without = sum(len(motion.pose[0]) != wholebody.POINTS or motion.video is None for motion in motions)
+        if not self.about.get("native") or not without:
+            return ""
+        return (
+            f"{without} of {len(motions)} motions show the network no face: it takes a driving video, or shards, with "
+            "whole-body poses (prepare.pose=rtmlib)"
+        )
+
     @property
     def points(self) -> int:
         """Points of the poses that it was trained on."""

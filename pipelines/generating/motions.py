@@ -48,6 +48,8 @@ class Motion:
     video_title: str = TRUTH
     place: int = 0
     """Number among all clips of the command: with the seed it decides the noise."""
+    driver: np.ndarray | None = None
+    """float32 [F, 33 or 133, 3]: the pose of who is in `video`, where `pose` is another one; None: it is `pose`."""
     last: np.ndarray | None = None
     """uint8 RGB [H, W, 3]: the last frame that is asked for. None: the truth's, where that is there."""
 
@@ -60,7 +62,7 @@ class Motion:
     def digest(self) -> str:
         """Hash of everything that decides what the clip shows."""
         found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
-        for array in (self.reference, self.pose, self.video, self.last):
+        for array in (self.reference, self.pose, self.video, self.driver, self.last):
             if array is not None:
                 found.update(repr(array.shape).encode())
                 found.update(np.ascontiguousarray(array).data)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from entprog.diffusion import dropping, sampling
 from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, drawing, h264, sheet, styles
 from entprog.media import video as videos
+from entprog.media.faces import Faces
 from pipelines import cli
 from pipelines.generating.motions import Motion
 
@@ -40,9 +41,9 @@ def make(
     shape: of the clips that the network was trained on; longer poses are made in windows of it. without: a condition
     that is zeroed.
     """
-    of_each = [[motion.reference for motion in motions], [motion.pose for motion in motions]]
-    of_each += [[motion.last_frame for motion in motions]] if denoiser.last else []
-    conditions = denoiser.condition(*(torch.from_numpy(np.stack(arrays)) for arrays in of_each))
+    given = [_stacked(motion.reference for motion in motions), _stacked(motion.pose for motion in motions)]
+    last = _stacked(motion.last_frame for motion in motions) if denoiser.last else None
+    conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.native else None)
     if without:
         conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})
@@ -52,11 +53,23 @@ def make(
     return pixels(denoiser.decode(latents))
 
 
+def _stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
+
+
+def _faces(motions: Sequence[Motion]) -> Faces | None:
+    """Where faces are in the clips that the motions were taken from; None: without such clips."""
+    if any(motion.video is None for motion in motions):
+        return None
+    video = _stacked(motion.video for motion in motions).movedim(-1, 2).float() / 127.5 - 1
+    return Faces(video, _stacked(motion.pose if motion.driver is None else motion.driver for motion in motions))
+
+
 def fitting(denoiser: Denoiser, motion: Motion, shape: ClipShape) -> Motion:
     """The motion cut to a number of frames that the VAE's groups of frames make up."""
     frames = max(shape.frames, denoiser.whole_frames(len(motion.pose)))
-    video = None if motion.video is None else motion.video[:frames]
-    return replace(motion, pose=motion.pose[:frames], video=video)
+    cut = {name: part[:frames] for name in ("pose", "video", "driver") if (part := getattr(motion, name)) is not None}
+    return replace(motion, **cut)
 
 
 def render(

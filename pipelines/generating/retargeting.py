@@ -67,7 +67,7 @@ def retargeted(made: Sequence[Motion], own: Sequence[np.ndarray]) -> list[Motion
         inside = windows.share_inside(wholebody.body(moved), retarget.MIN_VISIBILITY)
         if inside < INSIDE:
             cli.console.print(f"warning: {motion.name}: retargeted, {1 - inside:.0%} of its points leave the picture")
-        out.append(replace(motion, pose=moved))
+        out.append(replace(motion, pose=moved, driver=motion.pose))
     return out
 
 

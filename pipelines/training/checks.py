@@ -110,8 +110,11 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
     family = models.family(model.family).load.args[0]
     if base and (drawn := sources.skeleton_of_family(family, model)):
         values["model.skeleton"] = drawn
-    if base and models.family(model.family).inspect(model).last:  # of an FLF2V base too, where no setting says so
+    source = models.family(model.family).inspect(model) if base else None
+    if source and source.last:  # of an FLF2V base too, where no setting says so
         values["model.last_frame"] = True
+    if source and source.native:
+        values["inputs of model.base"] = "all"
     if experiment.data.text != "fixed":
         values["text encoder"] = captions.source(model).key
     return values | {

@@ -105,6 +105,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
         **({"last_frame": True} if denoiser.last else {}),
+        **({"native": True} if denoiser.native else {}),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)

@@ -97,8 +97,8 @@ def poses(dataset: Dataset, source: Source) -> str | None:
     if dataset.points != wholebody.POINTS:
         return (
             f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton="
-            f"{source.skeleton} draws the body alone (prepare.pose=rtmlib, or files of poses beside the videos, has "
-            "them)."
+            f"{source.skeleton} draws the body alone{', and no face is shown' if source.native else ''} "
+            "(prepare.pose=rtmlib, or files of poses beside the videos, has them)."
         )
     unlike = source.about and styles.unlike(source.skeleton, source.points, dataset.points)
     return f"Poses: {unlike}." if unlike else None

@@ -4,6 +4,7 @@ import diffusers
 import torch
 
 from entprog.models.wan import WanDenoiser
+from entprog.models.wan_animate import WanAnimateDenoiser
 from entprog.models.wan_vace import WanVaceDenoiser
 from helpers.families import TINY
 
@@ -79,6 +80,33 @@ def two_experts(folder, first_frame: bool, boundary=0.9):
         tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=networks[0],
         transformer_2=networks[1], scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         boundary_ratio=boundary,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def animate(folder):
+    """A pipeline of Wan-Animate, saved to a folder."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {**TINY["wan_animate"]["init"], **IMAGE_TOKENS, "patch_size": [1, 2, 2], "motion_encoder_size": 16}
+    channels = {"in_channels": 2 * 4 + 4, "latent_channels": 4, "out_channels": 4}
+    faces = {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}}
+    network = diffusers.WanAnimateTransformer3DModel(**sizes | channels | faces).eval()
+    WanAnimateDenoiser.initialise(network)
+    with torch.no_grad():  # so that faces matter
+        for block in network.face_adapter:
+            for parameter in block.parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    kind, sizes = TINY["wan_animate"]["vae"]
+    pipe = diffusers.WanAnimatePipeline(
+        tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), transformer=network,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

@@ -37,8 +37,12 @@ FIRST_FRAMES = (FIRST_FRAME, LAST_FRAME)
 GREY = 128
 """Level of a picture that is not there."""
 LAST = "last image"
-BELONGS = {"image": "reference"}
-"""What is there exactly where a condition is: image tokens of the reference."""
+FACES = "tokens and faces"
+"""Of a network of Wan-Animate that sees tokens of the reference, and faces."""
+BELONGS = {"image": "reference", "face": "pose"}
+"""What is there exactly where a condition is: image tokens of the reference, faces beside the pose."""
+NOTHING = {"face": -1.0}
+"""What stands for a condition that is withheld, where that is not 0."""
 OWN_INPUTS = ("wan_animate", "wan_vace")
 """Families whose networks have inputs of their own for reference and pose."""
 VACE_MASK = 64
@@ -149,6 +153,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         output_type="pil",
         return_dict=True,
         last=None,
+        face=None,
     ):
         """One clip.
 
@@ -156,7 +161,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
         strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
         [1, tokens, width] of one.
-        last: the last frame, as the reference, of networks that were trained with it.
+        last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
+        as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
         device, shown = self._execution_device, {}
@@ -181,6 +187,12 @@ class ReferencePosePipeline(DiffusionPipeline):
             between = picture.new_zeros(1, 3, frames - len(ends), rows, columns)
             shown["reference"] = torch.cat([picture, between, *ends[1:]], dim=2)
         shown = {name: self.encode(video) for name, video in shown.items()}
+        if face is not None:
+            if self.config.form != FACES:
+                raise ValueError("this network was trained without faces: leave face out")
+            side = self.transformer.motion_encoder.size
+            faces = torch.nn.functional.interpolate(pixels(face)[0].transpose(0, 1), (side, side), mode="bilinear")
+            shown["face"] = faces.transpose(0, 1)[None].to(device)
         if takes_tokens(self.config.form, self.transformer):
             shown["image"] = torch.cat([self.tokens(end) for end in ends], dim=1)
         if self.config.form in FIRST_FRAMES:
@@ -199,7 +211,9 @@ class ReferencePosePipeline(DiffusionPipeline):
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
         text = self.text(prompt_embeds) if prompt is None else self.encoded(prompt)
         text = {name: tensor.to(device) for name, tensor in text.items()}
-        of_two = "image" in shown and self.transformer.config.pos_embed_seq_len is not None
+        of_two = (
+            "image" in shown and self.config.family == "wan" and self.transformer.config.pos_embed_seq_len is not None
+        )
         if of_two and self.config.form == FIRST_FRAME:  # the last frame is unknown
             text[LAST] = self.tokens(torch.full_like(picture, GREY / 127.5 - 1))
         passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
@@ -220,7 +234,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             prediction = torch.zeros_like(latents)
             for kept, share in passes.items():
                 visible = {
-                    name: v if BELONGS.get(name, name) in kept else torch.zeros_like(v) for name, v in shown.items()
+                    name: v if BELONGS.get(name, name) in kept else v * 0 + NOTHING.get(name, 0)
+                    for name, v in shown.items()
                 }
                 prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
             if self.config.form == GIVEN_FRAME:  # from its noise straight to what is given
@@ -251,7 +266,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         text = text | {name: shown[name] for name in BELONGS if name in shown}
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
         if family == "wan_animate":
-            return self.wan_animate(*inputs, timestep, text[PROMPT]).float()
+            return self.wan_animate(*inputs, timestep, text[PROMPT], text.get("image"), text.get("face")).float()
         if family == "wan_vace":
             noisy, *reference, pose = inputs
             return self.wan_vace(network, noisy, pose, timestep, text[PROMPT], *reference).float()
@@ -262,21 +277,24 @@ class ReferencePosePipeline(DiffusionPipeline):
         out = call[family](network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
         return free * out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
 
-    def wan_animate(self, noisy, reference, pose, timestep, text):
-        """The reference is a frame of its own before the clip's, noised along with it; the face is one not there."""
+    def wan_animate(self, noisy, reference, pose, timestep, text, image=None, face=None):
+        """The reference is a frame of its own before the clip's, noised along with it; a face that is not there is -1
+        everywhere."""
         network, reference = self.network, reference[:, :, :1]
         latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
         given = torch.cat([reference, self.nothing(noisy)], dim=2)
         mask = torch.zeros_like(latents[:, :1]).repeat(1, 4, 1, 1, 1)
         mask[:, :, 0] = 1
-        face = network.motion_encoder.size
+        side = network.motion_encoder.size
+        if face is None:
+            face = noisy.new_full((1, 3, 4 * (noisy.shape[2] - 1) + 1, side, side), -1.0)
         (velocity,) = network(
             hidden_states=torch.cat([latents, mask, given], dim=1),
             timestep=timestep,
             encoder_hidden_states=text,
-            encoder_hidden_states_image=no_image(network.config).to(noisy),
+            encoder_hidden_states_image=no_image(network.config).to(noisy) if image is None else image,
             pose_hidden_states=pose,
-            face_pixel_values=noisy.new_full((1, 3, 4 * (noisy.shape[2] - 1) + 1, face, face), -1.0),
+            face_pixel_values=face,
             return_dict=False,
         )
         return velocity[:, :, 1:]
@@ -421,7 +439,9 @@ def wan(network, inputs, timestep, text, more):
 
 def takes_tokens(form, network):
     """Whether a network sees image tokens of the reference."""
-    return form in (*FIRST_FRAMES, CONTROL) and network is not None and network.config.added_kv_proj_dim is not None
+    return (
+        form in (*FIRST_FRAMES, CONTROL, FACES) and network is not None and network.config.added_kv_proj_dim is not None
+    )
 
 
 def fetched(name, elsewhere):
