@@ -15,7 +15,7 @@ from entprog.diffusion.objectives import noise_like
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.models.wan import WanDenoiser, inspect, load
-from entprog.models.wan_animate import inspect as inspect_animate
+from entprog.models.wan_vace import inspect as inspect_vace
 from helpers.bases import image_to_video
 from helpers.families import TINY, clips
 from helpers.recording import calls
@@ -142,7 +142,7 @@ def test_of_a_base_on_the_hub_its_encoder_is_fetched_too(made, monkeypatch):
     parts = {"image_encoder/*.safetensors", "image_encoder/*.json", "image_processor/*.json"}
     assert inspect(Model(base="someone/dancer")).conditions == ("reference", "pose") and parts <= asked[-1]
     with pytest.raises(UserError, match=r"set model\.family=wan"):
-        inspect_animate(Model(family="wan_animate", base="someone/dancer"))
+        inspect_vace(Model(family="wan_vace", base="someone/dancer"))
     assert not parts & asked[-1], "another family has no use for it"
 
 
