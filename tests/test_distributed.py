@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from entprog.blocks import blocks, unfreeze
 from entprog.data import hashing
-from entprog.distributed import agree, fsdp
+from entprog.distributed import agree, fsdp, reducing
 from entprog.distributed.reducing import Reducer
 from entprog.schedule import prices
 from entprog.scoring import cache, cei
 from entprog.training import checkpoint
+from entprog.training import fit as fit_module
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
@@ -436,6 +438,32 @@ def test_what_a_step_says_to_other_ranks_does_not_grow_with_the_square_of_them(t
     assert not any(told for _, _, told in two[1])
     for (calls, size, told), (more_calls, more_size, _) in zip(two[0], three[0], strict=True):
         assert told and more_calls == calls and more_size == size + 8
+
+
+def _slow_rank(rank, world, folder):
+    """Many buckets, of which few may be on their way at once; one rank's backward pass is slow."""
+    join(rank, world, folder)
+    reducing.UNDER_WAY_BYTES = 20_000
+    fit_module.Reducer = functools.partial(Reducer, bucket_bytes=5_000)
+    experiment = tiny_experiment(
+        data={"batch_size": 1}, train={"steps": 3, "workers": world}, schedule={"kind": "full"}
+    )
+    denoiser = tiny_denoiser(experiment)
+    found, state = blocks(denoiser.network), start(denoiser.network, experiment)
+    for block in found if rank else ():
+        block.module.register_full_backward_hook(lambda *_: time.sleep(0.02))
+    source = batches(experiment, rank, world)
+    for step in fit(denoiser, found, source, [latents(range(2))], latents([0]), None, experiment, state):
+        assert step.pace is None or step.pace.slowest_rank == 1
+    weights = [p.detach().flatten() for p in denoiser.network.parameters()]
+    torch.save(torch.cat(weights), folder / f"{rank}.pt")
+    leave()
+
+
+def test_ranks_of_unequal_speed_send_their_gradients_in_one_order(tmp_path):
+    run_ranks(_slow_rank, 2, tmp_path)
+    fast, slow = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(fast, slow)
 
 
 def _hold(lock, held):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,3 +251,19 @@ def test_runs_of_other_seeds_are_measured_alike():
 
     assert first(train={"seed": 1}) == pytest.approx(first(), rel=1e-6)
     assert first(data={"held_out_seed": 1}) != pytest.approx(first(), rel=1e-6)
+
+
+def test_counting_a_plan_is_no_part_of_its_first_update(monkeypatch):
+    from entprog.schedule.prices import Prices
+    from entprog.training import fit as fit_module
+
+    late, counted = [0.0], Prices.counted
+
+    def slowly(prices, plan):
+        late[0] += 1000.0 * (plan not in prices.counts)
+        return counted(prices, plan)
+
+    monkeypatch.setattr(Prices, "counted", slowly)
+    monkeypatch.setattr(fit_module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    run = Run(tiny_experiment(train={"steps": 2}, schedule={"kind": "full"}))
+    assert max(step.seconds for step in run.steps()) < 1000.0 <= late[0]

@@ -159,7 +159,8 @@ def along_bypass(module: nn.Module, *args, **kwargs):
 
 def checkpointed(module: nn.Module, how: Checkpointing) -> CheckpointedForward:
     """A block's own forward under gradient checkpointing."""
-    return CheckpointedForward(own_forward(module), functools.partial(bypass, module) if how == "on_host" else None)
+    waits = {"module": module, "bypass": bypass} if how == "on_host" else {}
+    return CheckpointedForward(own_forward(module), **waits)
 
 
 def is_checkpointed(module: nn.Module) -> bool:

@@ -5,10 +5,11 @@ what is kept (Wan 14B: 0.8 GB a block at 75,000 tokens). Those that all blocks s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -21,16 +22,19 @@ class CheckpointedForward:
     """Runs a block and keeps only its inputs for the backward pass, which runs it again."""
 
     original: Callable
+    module: nn.Module | None = None
+    """The block, where the inputs that its bypass hands on as they are wait on the host. None: all stay."""
     bypass: Callable | None = None
-    """The block's bypass: the inputs that it hands on as they are wait on the host. None: all stay on the device."""
+    known: list[tuple[Any, list[int]]] = field(default_factory=list)
+    """(how arguments are laid out, which of them wait), of those that were met: asked once, not at every step."""
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        if self.bypass is None:
-            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         leaves, layout = tree_flatten((args, kwargs))
         places = self._places(args, kwargs)
+        if not places or not self._has_a_graph(leaves):
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         away = _Away([leaves[place] for place in places])
         here = [None if place in places else leaf for place, leaf in enumerate(leaves)]
 
@@ -50,13 +54,23 @@ class CheckpointedForward:
 
     def _places(self, args: tuple, kwargs: dict) -> list[int]:
         """The arguments that its bypass returns as they are, by their order among the leaves."""
-        if self.bypass is None:
+        if self.module is None:
             return []
-        leaves, _ = tree_flatten((args, kwargs))
+        leaves, layout = tree_flatten((args, kwargs))
+        for seen, places in self.known:
+            if seen == layout:
+                return places
         with torch.no_grad():
-            out, _ = tree_flatten(self.bypass(*args, **kwargs))
+            out, _ = tree_flatten(self.bypass(self.module, *args, **kwargs))
         returned = {id(value) for value in out if isinstance(value, torch.Tensor)}
-        return [place for place, leaf in enumerate(leaves) if id(leaf) in returned]
+        places = [place for place, leaf in enumerate(leaves) if id(leaf) in returned]
+        self.known.append((layout, places))
+        return places
+
+    def _has_a_graph(self, leaves: list) -> bool:
+        """Whether a backward pass will come here."""
+        given = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return any(t.requires_grad for t in given) or any(p.requires_grad for p in self.module.parameters())
 
 
 class _Away:

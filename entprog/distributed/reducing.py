@@ -11,22 +11,29 @@ from torch import nn
 from entprog.distributed.agree import world
 
 BUCKET_BYTES = 64 << 20
-IN_FLIGHT = 4
-"""Buckets on their way at once: each is a copy of its gradients. Where the network is slower than the backward pass the
-others are sent after it."""
+UNDER_WAY_BYTES = 256 << 20
+"""Of buckets on their way at once, but for one that is larger: each is a copy of its gradients. Where the network is
+slower than the backward pass the others are sent after it."""
+
+
+def room_bytes(trained_bytes: int) -> int:
+    """What copies of gradients of so many bytes take at once."""
+    return min(trained_bytes, UNDER_WAY_BYTES)
 
 
 class Reducer:
     """Averages the gradients of parameters over ranks, in flattened buckets of one type.
 
     Correct for a trained set that changes at any step, where DistributedDataParallel wrapped once is not: made anew for
-    each set, only the trained parameters' bytes go over the wire. A bucket is sent as soon as the backward pass has
-    its last gradient: first those of the layers that come last, and in the same order on every rank, as all of them
-    train the same parameters (see `agree`). In a single process it does nothing.
+    each set, only the trained parameters' bytes go over the wire. A bucket is sent once the backward pass has all of
+    its gradients, in the same order on every rank, as all of them train the same parameters (see `agree`); how many
+    before the pass ends is each rank's own affair, so that no rank may ask for anything else between `begin` and
+    `finish`. In a single process it does nothing.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
-        self.parameters = parameters
+        """parameters: in the order in which the forward pass uses them, as far as it is known: those that come last are
+        sent first."""
         self.ranks = world()[1]
         self.buckets = list(_buckets(reversed(parameters), bucket_bytes)) if self.ranks > 1 else []
         self.lacking: list[int] = []
@@ -46,12 +53,12 @@ class Reducer:
     def finish(self) -> None:
         """Send what is not sent yet, and wait for all: every gradient that exists is the mean over ranks then."""
         while self.sent < len(self.buckets):
-            if len(self.on_their_way) == IN_FLIGHT:
+            while not self._fits():
                 self._take()
             self._send()
         while self.on_their_way:
             self._take()
-        self.lacking = []
+        self.lacking, self.sent = [], 0
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -68,7 +75,11 @@ class Reducer:
         """Never waits: how long this rank computes must not depend on the others (see `agree.pace`)."""
         while self.on_their_way and self.on_their_way[0][-1].is_completed():
             self._take()
-        return len(self.on_their_way) < IN_FLIGHT
+        return self._fits()
+
+    def _fits(self) -> bool:
+        under_way = sum(flat.nbytes for _, flat, _ in self.on_their_way)
+        return not under_way or under_way + sum(p.nbytes for p in self.buckets[self.sent]) <= UNDER_WAY_BYTES
 
     def _send(self) -> None:
         gradients = [p.grad for p in self.buckets[self.sent] if p.grad is not None]

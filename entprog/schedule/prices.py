@@ -13,7 +13,7 @@ from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.distributed import agree, reducing
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -115,8 +115,15 @@ class Prices:
     def memory(self, plan: Plan) -> int:
         """Predicted peak bytes of an update on one device."""
         model = self.model(plan.shape)
-        averaged = model.trained_bytes(plan.trainable) if self.experiment.train.ema_decay else 0
-        return model.memory(plan.trainable, plan.backward) + averaged + self.kept_bytes(plan)
+        trained = model.trained_bytes(plan.trainable)
+        averaged = trained if self.experiment.train.ema_decay else 0
+        others = averaged + self.kept_bytes(plan) + self.under_way_bytes(trained)
+        return model.memory(plan.trainable, plan.backward) + others
+
+    def under_way_bytes(self, trained_bytes: int) -> int:
+        """What gradients on their way to other workers take beside themselves."""
+        train = self.experiment.train
+        return reducing.room_bytes(trained_bytes) if train.workers > 1 and train.parallel != "fsdp" else 0
 
     def kept_bytes(self, plan: Plan) -> int:
         """Bytes of averages of blocks that the plan does not train; of sharded ones the share that every rank foresees,

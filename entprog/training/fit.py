@@ -122,8 +122,8 @@ class _Fit:
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema)
         self.search = Search(self.names, priority, self.prices, experiment, state)
-        self.reducer = Reducer([])
-        """Averages the gradients of what is trained; idle where weights are sharded."""
+        self.reducer, self.reduced = Reducer([]), []
+        """Averages the gradients of what is trained; idle where weights are sharded. And the list of that."""
         self.news: Decision | None = None
         """A decision that no Step has carried yet."""
         self.pace: agree.Pace | None = None
@@ -306,8 +306,9 @@ class _Fit:
                 reducer.begin()
             part.backward()
             loss += part.detach().double()
-        self.pace = agree.pace(self.now() - begun - waited_s, self.device)
+        mine_s = self.now() - begun - waited_s
         reducer.finish()
+        self.pace = agree.pace(mine_s, self.device)
         limit = train.gradient_clip or math.inf
         norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
         my_loss, norm = torch.stack([loss, norm.detach().double()]).tolist()
@@ -318,11 +319,10 @@ class _Fit:
             if train.ema_decay:
                 optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
+        mine_s = self.now() - begun - waited_s
         fed, self.reported = self.spent().since(self.reported), self.spent()
-        mine = [waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
-        seconds, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(
-            [self.now() - begun - waited_s, *mine], self.device
-        )
+        mine = [mine_s, waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
+        seconds, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(mine, self.device)
         state.step += 1
         state.position += self.clips_per_step(self.freeze.plan)
         state.skipped += int(skipped)
@@ -342,9 +342,11 @@ class _Fit:
 
     def reducing(self) -> Reducer:
         """What averages the gradients of the parameters that are trained now."""
-        if not fsdp.is_sharded(self.denoiser.network) and self.reducer.parameters is not self.freeze.trained:
+        if not fsdp.is_sharded(self.denoiser.network) and self.reduced is not self.freeze.trained:
             self.reducer.close()
-            self.reducer = Reducer(self.freeze.trained)
+            turn = {p: number for number, block in enumerate(self.found, 1) for p in block.module.parameters()}
+            in_order = sorted(self.freeze.trained, key=lambda p: turn.get(p, 0))
+            self.reducer, self.reduced = Reducer(in_order), self.freeze.trained
         return self.reducer  # sharded gradients come out of the backward pass averaged
 
     def clips_per_step(self, plan: Plan) -> int:
@@ -390,7 +392,9 @@ class _Fit:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         averaged = sum(fsdp.held(tensor).nbytes for tensor in self.state.ema.values())
-        return self.prices.counted(plan).memory_bytes(self.experiment.batch_size_at(plan.shape)) + averaged
+        counted = self.prices.counted(plan)
+        under_way = self.prices.under_way_bytes(counted.gradient_bytes)
+        return counted.memory_bytes(self.experiment.batch_size_at(plan.shape)) + averaged + under_way
 
     def search_loss(self) -> float:
         return self.held_out_loss(self.search_held_out, 1)

@@ -18,7 +18,7 @@ from entprog.models.sources import Source
 from entprog.schedule import plans
 from entprog.schedule.freezing import outside
 
-COLUMNS = ("stage", "weights", "gradients", "moments", "averages", "together", "on the host, at most")
+COLUMNS = ("stage", "weights", "gradients", "moments", "averages", "together", "weights on the host, at most")
 WAITING = 0.75
 """Share of the blocks that are proposed to wait on the host."""
 
