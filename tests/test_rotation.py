@@ -141,6 +141,23 @@ def test_resume_from_the_middle_of_a_row_equals_no_interruption(tmp_path, stop_a
     assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in weights.items())
 
 
+def test_blocks_that_were_scored_again_are_drawn_by_the_new_scores_after_a_resume_too(tmp_path):
+    rows = [{"until": until, "share": 0.34, "choose": "weighted", "redraw_every": 2} for until in (0.5, 1)]
+    experiment = tiny_experiment(schedule={"kind": "progressive", "table": rows}, priority={"rescore": True})
+    whole = Run(experiment)
+    expected = [comparable(step) for step in whole.steps()]
+    assert whole.state.priority and whole.state.priority != whole.table.priority("signed")
+    first = Run(experiment)
+    for step in first.steps():
+        if step.step == 14:
+            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
+            break
+    again = Run(experiment, tmp_path)
+    got = [comparable(step) for step in again.steps()]
+    assert [step["plan"].trainable for step in got] == [step["plan"].trainable for step in expected[14:]]
+    assert got == expected[14:]
+
+
 def test_a_row_that_does_not_fit_the_memory_is_refused_before_the_first_step():
     table = [{"until": 0.5, "share": 0.34, "frames": 1, "choose": "random"}, {"until": 1}]
     small = tiny_experiment(schedule={**ROTATING, "tokens": "fewer", "table": table})

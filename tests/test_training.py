@@ -131,10 +131,7 @@ def test_a_seconds_budget_ends_the_run():
 def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told():
     experiment = tiny_experiment(priority={"rescore": True})
     run = Run(experiment)
-    source, sample = batches(experiment), latents([0, 1])
-    steps = list(
-        fit(run.denoiser, run.found, source, run.held_out, sample, run.table, experiment, run.state, [latents([0, 1])])
-    )
+    steps = list(run.steps())
     message = [(s.stage, s.drift) for s in steps if s.drift is not None]
     assert [stage for stage, _ in message] == [1] and -1 <= message[0][1] <= 1
     assert run.state.flops.score == pytest.approx(2 * run.table.flops)

@@ -80,6 +80,8 @@ class RunState:
     """Counted FLOPs of all ranks."""
     fitting: str = ""
     """Which of the stage's plans fit the memory budget, in words."""
+    priority: dict[str, float] = field(default_factory=dict)
+    """By which blocks are ranked since they were scored again (`priority.rescore`); empty: by the first table."""
     models: CostModels = field(default_factory=dict)
     """Measured before the first search."""
     begun: dict[str, int] = field(default_factory=dict)

@@ -121,7 +121,7 @@ class _Fit:
         agree.agree("where the run stands", state.as_json())
         self.freeze = Freeze(denoiser, self.found, experiment)
         self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema)
-        self.search = Search(self.names, priority, self.prices, experiment, state)
+        self.search = Search(self.names, state.priority or priority, self.prices, experiment, state)
         self.reducer, self.reduced = Reducer([]), []
         """Averages the gradients of what is trained; idle where weights are sharded. And the list of that."""
         self.news: Decision | None = None
@@ -202,7 +202,7 @@ class _Fit:
                 seed=seed,
                 law=self.experiment.timesteps,
             )
-        self.search.priority = new.priority(priority.sign)
+        self.search.priority = self.state.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))
 

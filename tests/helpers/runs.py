@@ -27,10 +27,9 @@ class Run:
         self.held_out = [latents(range(4), conditions)]
 
     def steps(self):
-        experiment, source = self.experiment, batches(self.experiment)
-        return fit(
-            self.denoiser, self.found, source, self.held_out, latents([0, 1]), self.table, experiment, self.state
-        )
+        experiment, source, sample = self.experiment, batches(self.experiment), latents([0, 1])
+        given = source, self.held_out, sample, self.table, experiment, self.state
+        return fit(self.denoiser, self.found, *given, [sample] if experiment.priority.rescore else [])
 
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
