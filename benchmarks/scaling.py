@@ -1,27 +1,21 @@
-"""How training scales: measured for 1 and 2 workers here, predicted for 8 to 1,024 GPUs by a model of few constants.
+"""How training scales: measured for 1 and 2 workers here, predicted for 8 to 1,024 GPUs; scoring and search simulated.
 
-python -m benchmarks.scaling
+    python -m benchmarks.scaling
 
-    step(N) = compute + exposed all-reduce + waiting for data + checkpoint / steps between checkpoints
-    compute            = updates' FLOPs of one worker / FLOP/s                        (+ the wait for the slowest of N)
-    all-reduce         = 2 (N - 1) / N · bytes of trained parameters / bandwidth + latency · log2 N      (ring)
-    waiting for data   = max(0, clips of a worker / decode rate - compute)
-    the slowest of N   = compute · spread · sqrt(2 ln N)                              (independent normal steps)
-
-The model is fitted to one worker and to the all-reduce alone; that it foresees the step of two workers is its check.
-For GPUs the FLOPs and bytes are counted on Wan 2.1's 1.3B network without its weights; what no machine here can measure
-is written as `assumed` beside the number. Search and scoring are not in the model.
+A model of a step (`scaling_forecast`) is fitted to one worker and to the all-reduce alone; that it foresees the step of
+two workers is its check. That of scoring (`scaling_search`) is fitted to one forward pass; its check is what scoring
+takes one and two workers. For GPUs FLOPs and bytes are counted on Wan 2.1's networks without their weights, and FLOPs
+divided by the rate that an H200 was measured at; what no machine here can measure is written as `assumed` beside the
+number.
 """
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,19 +23,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
-from diffusers import WanTransformer3DModel
 
 from benchmarks import common
+from benchmarks import scaling_forecast as forecast
+from benchmarks import scaling_search as simulated
+from benchmarks.scaling_forecast import GPUS, SCHEDULES, Constants
 from entprog import config, models
-from entprog.blocks import blocks, unfreeze
-from entprog.cost import counting
+from entprog.blocks import blocks
+from entprog.config import Priority
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
-from entprog.distributed.reducing import Reducer
+from entprog.distributed.reducing import BUCKET_BYTES, Reducer
+from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import start
 
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SETTINGS = {
     "model": {
         "init": {
@@ -53,54 +49,8 @@ SETTINGS = {
     "data": {"shape": {"frames": 8, "height": 96, "width": 64, "fps": 12}, "batch_size": 2},
     "train": {"steps": 1},
 }  # fmt: skip
-QUARTER = 0.25
-"""Share of the blocks that Ent-Prog's plan trains, spread over depth, residual backward."""
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Constants of one kind of machine and network: seconds, bytes, and rates per second."""
-
-    compute_s: dict[str, float]
-    """Schedule → forward, backward and update of one worker's batch."""
-    reduced_bytes: dict[str, int]
-    """Schedule → gradient bytes all-reduced in an update: of trained parameters only."""
-    bandwidth: float
-    """Bytes a second of an all-reduce, as each worker sees it (algorithm bandwidth over 2 (N - 1) / N)."""
-    latency_s: float
-    decode_rate: float
-    """Clips a second for each worker's share of the CPUs."""
-    clips: int
-    """Clips of one worker in an update."""
-    blocked_s: float
-    """Seconds for which a checkpoint blocks training."""
-    steps_between_checkpoints: int
-    spread: float
-    """Standard deviation of a step over its mean, on one worker."""
-
-
-def predicted(constants: Constants, schedule: str, workers: int) -> dict[str, float]:
-    """Seconds of one update, by part."""
-    compute = constants.compute_s[schedule]
-    slowest = compute * constants.spread * math.sqrt(2 * math.log(workers)) if workers > 1 else 0.0
-    wire = 2 * (workers - 1) / workers * constants.reduced_bytes[schedule] / constants.bandwidth
-    reduce = wire + constants.latency_s * math.log2(workers)
-    wait = max(0.0, constants.clips / constants.decode_rate - compute)
-    save = constants.blocked_s / constants.steps_between_checkpoints
-    return {"compute_s": compute, "slowest_s": slowest, "all_reduce_s": reduce, "wait_s": wait, "checkpoint_s": save}
-
-
-def rows(constants: Constants, counts: Sequence[int], about: dict) -> list[dict]:
-    out = []
-    for schedule in constants.compute_s:
-        one = sum(predicted(constants, schedule, 1).values())
-        for workers in counts:
-            parts = predicted(constants, schedule, workers)
-            step = sum(parts.values())
-            rate = workers * constants.clips / step
-            row = {"gpus": workers, "schedule": schedule, "samples_per_s": rate, "efficiency": one / step}
-            out.append(row | {"measured": False, "step_s": step, **parts, **about})
-    return out
+SCORED = Priority(conditions=3, draws=4)
+"""What is scored here: two workers share the second condition."""
 
 
 # ---- measured here ----
@@ -116,12 +66,28 @@ class Worker:
         self.state = start(self.denoiser.network, self.experiment)
         groups = self.denoiser.outside()
         outside = [parameter for group in groups.values() for parameter in group]
-        self.trained = plan(self.denoiser.network, self.found, outside, schedule)
+        self.trained = forecast.plan(self.denoiser.network, self.found, outside, schedule)
         self.reducer = Reducer(self.trained)
         clips, shape = self.experiment.data.batch_size, self.denoiser.latent_shape(self.experiment.data.shape)
         noise = torch.randn(clips, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         conditions = {name: noise.roll(1, -1) for name in self.experiment.model.conditions}
         self.batch = Latents(noise, conditions, torch.arange(clips, device=device))
+
+    def forward(self) -> float:
+        """Seconds of a forward pass."""
+        t = torch.full((len(self.batch.position),), 0.5)
+        started = time.perf_counter()
+        with torch.no_grad():
+            self.denoiser.predict(self.batch.clean, t, self.batch.conditions)
+        return time.perf_counter() - started
+
+    def scoring(self) -> float:
+        """Seconds of a scoring, slowest worker."""
+        return cei.cei(self.denoiser, self.found, self.conditions(), SCORED).seconds
+
+    def conditions(self) -> list[Latents]:
+        """As many batches as the scoring takes."""
+        return [self.batch] * -(-SCORED.conditions // len(self.batch.position))
 
     def compute(self) -> None:
         losses.training_loss(self.denoiser, self.batch, self.experiment.train).backward()
@@ -131,26 +97,15 @@ class Worker:
         self.state.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> tuple[float, float]:
-        """(seconds of computing, of the all-reduce)."""
+        """(seconds of computing, of what is left of the all-reduce then)."""
         started = time.perf_counter()
+        self.reducer.begin()
         self.compute()
         computed = time.perf_counter()
         self.reducer.finish()
         reduced = time.perf_counter()
         self.update()
         return computed - started + time.perf_counter() - reduced, reduced - computed
-
-
-def plan(network, found, outside, schedule: str) -> list[torch.nn.Parameter]:
-    """Put a schedule's typical plan in force; the trained parameters."""
-    names = [block.name for block in found]
-    if schedule == "full":
-        return unfreeze(network, found, names, outside)
-    every = round(1 / QUARTER)
-    return unfreeze(network, found, names[every - 1 :: every], outside, "residual")
-
-
-SCHEDULES = ("full", "entprog")
 
 
 def _rank(rank: int, world: int, folder: str, repeats: int) -> None:
@@ -167,6 +122,8 @@ def _rank(rank: int, world: int, folder: str, repeats: int) -> None:
             if number:
                 times[schedule].append((time.perf_counter() - started, compute, reduce))
     found = {"times": times, "bytes": {s: sum(p.nbytes for p in w.trained) for s, w in workers.items()}}
+    scored = workers["full"]
+    found |= {"forward": [scored.forward() for _ in range(repeats + 1)][1:], "scoring": [scored.scoring()]}
     if world > 1:
         found["all_reduce"] = _all_reduce(repeats)
     if rank == 0:
@@ -203,6 +160,8 @@ def measured(repeats: int, turns: int) -> dict[int, dict]:
                 continue
             for schedule in SCHEDULES:
                 found[world]["times"][schedule] += new["times"][schedule]
+            for name in ("forward", "scoring"):
+                found[world][name] += new[name]
             for size, seconds in new.get("all_reduce", {}).items():
                 found[world]["all_reduce"][size] += seconds
     return found
@@ -251,6 +210,11 @@ def here(found: dict[int, dict], repeats: int) -> tuple[Constants, dict[str, str
     constants = Constants(
         compute_s=compute,
         reduced_bytes=found[1]["bytes"],
+        forward_s=statistics.median(found[1]["forward"]),
+        weight_bytes=found[1]["bytes"]["full"],
+        parts=1,
+        bucket_bytes=BUCKET_BYTES,
+        inside_bandwidth=(large - small) / max(alone[large] - alone[small], 1e-9),
         bandwidth=(large - small) / max(alone[large] - alone[small], 1e-9),
         latency_s=alone[small],
         decode_rate=decode_rate(repeats),
@@ -261,7 +225,12 @@ def here(found: dict[int, dict], repeats: int) -> tuple[Constants, dict[str, str
     )
     sources = {
         "compute_s": "measured: one worker's median",
+        "forward_s": "measured: one worker's median",
+        "weight_bytes": "counted",
         "reduced_bytes": "counted: gradients of trained parameters",
+        "parts": "setting",
+        "bucket_bytes": "setting",
+        "inside_bandwidth": "measured: as bandwidth",
         "bandwidth": "measured: all-reduce of 16 MiB alone, two gloo workers",
         "latency_s": "measured: all-reduce of 1 KiB alone, two gloo workers",
         "decode_rate": "measured: CPU seconds of decoding a real clip of the settings' shape, one core",
@@ -279,58 +248,24 @@ def _spread(values: Sequence[float]) -> float:
     return 1.4826 * statistics.median(abs(value - middle) for value in values) / middle
 
 
-# ---- foreseen for GPUs ----
-
-
-def gpus() -> tuple[Constants, dict[str, str]]:
-    """Wan 2.1 1.3B, 17 frames of 832x480 as latents, one clip a GPU: counted on the real class without its weights."""
-    models.family("wan")  # its blocks are known from then on
-    with torch.device("meta"):
-        network = WanTransformer3DModel(
-            num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, freq_dim=256
-        )
-    found = blocks(network)
-    outside_names = {f"{block.name}." for block in found}
-    outside = [p for name, p in network.named_parameters() if not name.startswith(tuple(outside_names))]
-    flops, trained_bytes = {}, {}
-
-    def loss() -> torch.Tensor:
-        latents = torch.zeros(1, 16, 5, 60, 104, device="meta")
-        text = torch.zeros(1, 512, 4096, device="meta")
-        return network(latents, torch.zeros(1, device="meta"), text, return_dict=False)[0].sum()
-
-    for schedule in SCHEDULES:
-        trained = plan(network, found, outside, schedule)
-        with counting.flop_counter() as counter:
-            loss().backward()
-        flops[schedule] = counter.get_total_flops()
-        trained_bytes[schedule] = sum(p.nbytes for p in trained)
-        network.zero_grad(set_to_none=True)
-    rate = 0.4 * 312e12
-    weights = sum(p.nbytes for p in network.parameters())
-    constants = Constants(
-        compute_s={schedule: count / rate for schedule, count in flops.items()},
-        reduced_bytes=trained_bytes,
-        bandwidth=12.5e9,
-        latency_s=30e-6,
-        decode_rate=6.0,
-        clips=1,
-        blocked_s=3 * weights / 12e9,
-        steps_between_checkpoints=500,
-        spread=0.02,
-    )
-    sources = {
-        "compute_s": f"counted FLOPs {flops} over an assumed 0.4 · 312 TFLOP/s (A100, bf16)",
-        "reduced_bytes": "counted: float32 gradients of trained parameters",
-        "bandwidth": "assumed: 100 Gbit/s for each GPU between nodes, not overlapped with the backward pass",
-        "latency_s": "assumed",
-        "decode_rate": "assumed: 12 CPUs a GPU at two clips of 17 frames of 832x480 a second for every four",
-        "clips": "setting",
-        "blocked_s": f"assumed 12 GB/s to the host, {3 * weights} bytes of weights and moments counted",
-        "steps_between_checkpoints": "setting",
-        "spread": "assumed",
-    }
-    return constants, sources
+def scorings(found: dict[int, dict], forward_s: float) -> list[dict]:
+    """What the scorings of one and of two workers took, and what the simulation says of them; forward_s: of a batch."""
+    worker = Worker("full")
+    passes = cei.counted(worker.denoiser, worker.found, worker.batch.part(slice(0, 1)), SCORED, 0, config.Timesteps())
+    clips = len(worker.batch.position)
+    network = simulated.Network("as measured here", passes.costs, forward_s / clips, worker.batch.clean[0].numel())
+    out = []
+    for workers, each in found.items():
+        seconds = statistics.median(each["scoring"])
+        foreseen = max(simulated.busy(network, SCORED, clips, workers))
+        out.append(
+            {
+                "gpus": workers, "network": network.name, "measured": True, "wall_s": seconds, "predicted_s": foreseen,
+                "scoring": f"{SCORED.draws} draws of {SCORED.conditions} clips",
+                "predicted_over_measured": foreseen / seconds,
+            }
+        )  # fmt: skip
+    return out
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -341,7 +276,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Timed steps of each arm and turn.")] = 15,
     turns: Annotated[int, typer.Option(help="Turns of each number of workers.")] = 2,
 ) -> None:
-    """Measure 1 and 2 workers, check the model against them, predict 8 to 1,024 GPUs; writes results/scaling.json."""
+    """Measure 1 and 2 workers, check the models against them, predict 8 to 1,024 GPUs; writes results/scaling.json."""
     torch.set_num_threads(1)
     found = measured(repeats, turns)
     constants, sources = here(found, repeats)
@@ -353,9 +288,9 @@ def main(
             times = found[workers]["times"][schedule]
             steps = [step for step, _, _ in times]
             middle = statistics.median(steps)
-            foreseen = predicted(constants, schedule, workers)
+            foreseen = forecast.predicted(constants, schedule, workers)
             # What no step here does: wait for data, save.
-            foreseen_s = foreseen["compute_s"] + foreseen["all_reduce_s"] + foreseen["slowest_s"]
+            foreseen_s = foreseen["compute_s"] + foreseen["exposed_s"] + foreseen["slowest_s"]
             figures.append(
                 {
                     "gpus": workers, "schedule": schedule, "samples_per_s": workers * constants.clips / middle,
@@ -367,18 +302,33 @@ def main(
                     **machine,
                 }
             )  # fmt: skip
-    wan, wan_sources = gpus()
-    figures += rows(wan, GPUS, {"machine": "A100 as assumed, Wan 2.1 1.3B, one clip a GPU"})
+    described = [{"machine": machine["machine"], "values": dataclasses.asdict(constants), "from": sources}]
+    searches = []
+    for network in forecast.NETWORKS:
+        about = {"machine": f"H100 as an H200 was measured, Wan 2.1 1.3B, one clip a GPU, {network}"}
+        wan, wan_sources = forecast.gpus(network)
+        for arrangement in forecast.ARRANGEMENTS:
+            figures += forecast.rows(wan, arrangement, GPUS, about)
+        searches += simulated.search(wan, GPUS, about)
+        described.append(about | {"values": dataclasses.asdict(wan), "from": wan_sources})
+    scored = scorings(found, constants.forward_s)
+    for network in simulated.networks():
+        for name, priority in simulated.PRIORITIES.items():
+            scored += simulated.scoring(network, name, priority, GPUS)
     common.write("scaling", figures, device="cpu", repeats=turns * repeats, more={
-        "constants": [
-            {"machine": machine["machine"], "values": dataclasses.asdict(constants), "from": sources},
-            {"machine": "A100 as assumed", "values": dataclasses.asdict(wan), "from": wan_sources},
-        ],
-        "model": __doc__,
+        "scoring": scored,
+        "search": searches,
+        "timeout_s": simulated.TIMEOUT_S,
+        "constants": described,
+        "model": "\n".join(module.__doc__ for module in (forecast, simulated)),
         "cores": os.cpu_count(),
     })  # fmt: skip
-    columns = ("gpus", "schedule", "samples_per_s", "efficiency", "measured", "step_s")
-    common.show("Scaling", [{column: figure[column] for column in columns} for figure in figures])
+    columns = ("gpus", "schedule", "parallel", "overlaps", "samples_per_s", "efficiency", "measured", "step_s")
+    common.show("Scaling", [{column: figure.get(column, "") for column in columns} for figure in figures])
+    columns = ("gpus", "network", "scoring", "wall_s", "idle_share", "longest_wait_s", "by_conditions_s")
+    common.show("Scoring", [{column: figure.get(column, "") for column in columns} for figure in scored])
+    columns = ("gpus", "wall_s", "idle_share", "longest_wait_s")
+    common.show("A stage's search", [{column: figure[column] for column in columns} for figure in searches])
 
 
 if __name__ == "__main__":

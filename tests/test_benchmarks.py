@@ -15,9 +15,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import bases, checkpointing, common, gpu_check, gpu_parts, memory, scaling, step_cost, stream
+from benchmarks import (
+    bases,
+    checkpointing,
+    common,
+    gpu_check,
+    gpu_parts,
+    memory,
+    scaling,
+    scaling_forecast,
+    scaling_search,
+    step_cost,
+    stream,
+)
 from entprog import config
 from entprog.blocks import swap
+from entprog.config import Priority
+from entprog.scoring import split
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
 RATIOS = ["speedup", "speedup_limit", "flops_ratio", "memory_ratio"]
@@ -426,6 +440,45 @@ def test_counted_bases_are_what_the_documents_say():
         assert list(map(float, numbers)) == expected, preset
 
 
+def test_scoring_on_many_gpus_keeps_none_of_them_waiting_long():
+    """As large as Wan 14B; every pass of the code's own split is somebody's."""
+    network = scaling_search.Network("made up", split.Costs((100,) * 40, 60), forward_s=8.0, elements=2_096_640)
+    for name, priority in scaling_search.PRIORITIES.items():
+        rows = scaling_search.scoring(network, name, priority, scaling_search.forecast.GPUS)
+        walls = [row["wall_s"] for row in rows]
+        assert walls == sorted(walls, reverse=True) and walls[0] > 10 * walls[-1]
+        for row in rows:
+            assert row["longest_wait_over_timeout"] < 0.1 and row["idle_share"] < 0.2, row
+            assert row["wall_s"] <= 1.01 * row["by_conditions_s"] + 2 * 8, row
+        at_256 = next(row for row in rows if row["gpus"] == 256)
+        assert at_256["efficiency"] > 0.7 and at_256["by_conditions_idle_share"] > 0.5
+    alone = scaling_search.busy(network, Priority(), 1, 1)
+    assert alone == [8.0 + 8 * 8 * network.costs.of(range(41)) / network.whole * 8.0], "and one to count costs"
+
+
+@pytest.mark.parametrize("schedule", scaling_forecast.SCHEDULES)
+def test_what_overlaps_is_hidden_as_far_as_there_is_computing_beside_it(schedule):
+    constants = scaling_forecast.Constants(
+        compute_s={"full": 3.0, "entprog": 1.5}, forward_s=1.0, weight_bytes=80, parts=10, bandwidth=20.0,
+        reduced_bytes={"full": 80, "entprog": 20}, latency_s=0.0, inside_bandwidth=400.0, decode_rate=99.0, clips=1, bucket_bytes=8,
+        blocked_s=8.0, steps_between_checkpoints=100, spread=0.0,
+    )  # fmt: skip
+    overlapped, before, sharded, replicated = (
+        scaling_forecast.predicted(constants, schedule, 16, each) for each in scaling_forecast.ARRANGEMENTS
+    )
+    trained = constants.reduced_bytes[schedule]
+    reduced = 2 * 15 / 16 * trained / 20
+    assert before["exposed_s"] == pytest.approx(reduced)
+    backward = constants.compute_s[schedule] - 1.0
+    assert overlapped["exposed_s"] == pytest.approx(max(reduced - backward, reduced / -(-trained // 8)))
+    gathered = 15 / 16 * 80 / 20
+    assert sharded["exposed_s"] == pytest.approx(gathered - 1 + max(reduced - backward, (gathered + reduced) / 10))
+    inside, between = 7 / 8 * 80 / 400, 2 * 7 / 8 * trained / 400 + 2 * 1 / 2 * trained / 8 / 20
+    assert replicated["exposed_s"] == pytest.approx(max(between - backward, (inside + between) / 10))
+    assert 16 * sharded["checkpoint_s"] == 8 * replicated["checkpoint_s"] == before["checkpoint_s"]
+    assert scaling_forecast.predicted(constants, schedule, 1)["exposed_s"] == 0
+
+
 @pytest.mark.slow
 def test_scaling(results):
     outcome = CliRunner().invoke(scaling.app, ["--repeats", "1", "--turns", "1"], catch_exceptions=False)
@@ -438,11 +491,17 @@ def test_scaling(results):
         ("full", 1), ("full", 2), ("entprog", 1), ("entprog", 2),
     ]  # fmt: skip
     assert all(row["predicted_over_measured"] == row["predicted_step_s"] / row["step_s"] for row in measured)
-    foreseen = {(row["schedule"], row["gpus"]): row for row in record["figures"] if not row["measured"]}
-    assert sorted(foreseen) == sorted((s, n) for s in scaling.SCHEDULES for n in scaling.GPUS)
-    for schedule in scaling.SCHEDULES:
-        efficiencies = [foreseen[schedule, gpus]["efficiency"] for gpus in scaling.GPUS]
-        assert efficiencies == sorted(efficiencies, reverse=True) and 0 < efficiencies[-1] < efficiencies[0] < 1
+    ways = ("machine", "parallel", "overlaps", "schedule")
+    foreseen = {(*(row[way] for way in ways), row["gpus"]): row for row in record["figures"] if not row["measured"]}
+    assert len(foreseen) == 2 * 4 * len(scaling.SCHEDULES) * len(scaling.GPUS)
+    for of in {key[:-1] for key in foreseen}:
+        efficiencies = [foreseen[*of, gpus]["efficiency"] for gpus in scaling.GPUS]
+        assert efficiencies == sorted(efficiencies, reverse=True) and 0 < efficiencies[-1] < efficiencies[0] < 1, of
+    assert {(row["parallel"], row["overlaps"], row["in_code"]) for row in foreseen.values()} == {
+        ("ddp", True, True), ("ddp", False, False), ("fsdp", True, True), ("hsdp", True, False),
+    }  # fmt: skip
+    assert [row["gpus"] for row in record["scoring"] if row.get("measured")] == [1, 2]
+    assert all(row["wall_s"] > 0 for row in (*record["scoring"], *record["search"]))
     for constants in record["constants"]:
         assert constants["values"].keys() == constants["from"].keys()
         assert all(re.match("measured|counted|assumed|setting", source) for source in constants["from"].values())

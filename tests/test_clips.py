@@ -166,7 +166,7 @@ def test_more_ranks_than_held_out_clips_share_their_draws(dataset, count, world)
     draws, taken = 4, []
     for rank in range(world):
         clips = [int(p) for part in clip_stream.held_out(dataset, count, 2, rank, world) for p in part.position]
-        own = range(draws)[clip_stream.held_out_draws(dataset, count, rank, world)]
+        own = range(draws)[clip_stream.held_out_share(min(count, dataset.clips("held_out")), rank, world)[1]]
         taken.append([(clip, draw) for clip in clips for draw in own])
     count = min(count, dataset.clips("held_out"))
     assert sorted(itertools.chain.from_iterable(taken)) == [

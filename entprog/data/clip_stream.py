@@ -287,7 +287,7 @@ def at_positions(read: Read, positions: np.ndarray, clips: int, seed: int) -> Ar
 
 def held_out(dataset: shards.Dataset, count: int, batch_size: int, rank: int = 0, world: int = 1, device="cpu") -> list:
     """This rank's part of the first `count` held-out Clips (fewer if the split has fewer): every world-th one. Of more
-    ranks than clips several have the same clip, and share its draws (`held_out_draws`).
+    ranks than clips several have the same clip, and share its draws (`held_out_share`).
 
     They are spread evenly over the split, whose clips lie in order of source, so that every source shows. `position` is
     the place among them (0..count-1).
@@ -296,15 +296,14 @@ def held_out(dataset: shards.Dataset, count: int, batch_size: int, rank: int = 0
     if not clips:
         raise UserError(f"shards {dataset.folder} have no held-out clips: prepare them with a held-out source")
     count = min(count, clips)
-    mine = np.arange(count)[rank % count :: world]
+    mine = np.array(held_out_share(count, rank, world)[0])
     parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     return [
         to_clips({**decode(dataset, "held_out", part * clips // count), "position": part}, device) for part in parts
     ]
 
 
-def held_out_draws(dataset: shards.Dataset, count: int, rank: int, world: int) -> slice:
-    """Which draws of its held-out clips are this rank's: all, unless there are more ranks than clips. count: as given
-    to `held_out`."""
-    count = min(count, dataset.clips("held_out"))
-    return slice(rank // count, None, len(range(rank % count, world, count)))
+def held_out_share(count: int, rank: int, world: int) -> tuple[range, slice]:
+    """Which of `count` held-out clips a rank has, and which draws of them: all, unless there are more ranks than
+    clips."""
+    return range(rank % count, count, world), slice(rank // count, None, len(range(rank % count, world, count)))

@@ -54,7 +54,7 @@ def cei(
     clip, at_once = tables.one_by_one(conditions, settings), len(conditions[0].position)
 
     def begin():
-        passes = _counted(denoiser, blocks, clip(0), settings, seed, law)
+        passes = counted(denoiser, blocks, clip(0), settings, seed, law)
         score = partial(
             _score, denoiser, blocks, passes, clip, settings=settings, seed=seed, law=law, at_once=at_once,
             replay=replay, progress=progress,
@@ -143,7 +143,7 @@ class Passes:
         return len(blocks) * (outside + sum(blocks)) + outside + self.bypasses
 
 
-def _counted(
+def counted(
     denoiser: Denoiser, blocks: Sequence[Block], clip: Latents, settings: Priority, seed: int, law: Timesteps
 ) -> Passes:
     """By one forward of one draw: FLOPs are the same for every draw. The same on every rank."""
@@ -273,7 +273,7 @@ def _score(
         done += part.forwards
         progress(numbers.start + len(numbers) * done // todo, settings.conditions)
 
-    for condition, place, piece, holder, owner in _handed_over(parts):
+    for condition, place, piece, holder, owner in split.handed_over(parts):
         if rank == holder:
             agree.send(others.pop((condition, place, piece)), owner)
         elif rank == owner:
@@ -284,17 +284,6 @@ def _score(
     everyone = {key: values for part in agree.gathered(mine) for key, values in part.items()}
     places = [passes.order.index(block) for block in blocks]
     return [_row(everyone, condition, places, len(passes.order)) for condition in numbers]
-
-
-def _handed_over(parts: Sequence[Sequence[split.Part]]) -> Iterator[tuple[int, int, int, int, int]]:
-    """(condition, place, piece, its rank, rank of the first piece) of sums that lie elsewhere: in an order that all
-    ranks go by, so that none waits for one that waits for it."""
-    owners = {}
-    for rank, part in ((rank, part) for rank, own in enumerate(parts) for part in own):
-        for place in part.places:
-            owner = owners.setdefault((part.condition, place), rank)
-            if owner != rank:
-                yield part.condition, place, part.piece, rank, owner
 
 
 def _row(measures: dict[tuple[int, int], np.ndarray], condition: int, places: Sequence[int], whole: int) -> Row:

@@ -7,7 +7,7 @@ in execution order, and L for the whole network. Ranks take passes in a row, ord
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -76,6 +76,18 @@ def shared(conditions: range, cut: Sequence[range], costs: Costs, ranks: int) ->
     extra = [len(cut[number]) * cost for _, number in cells for cost in beginning]
     cuts = _cuts([0, *accumulate(weights)], [*extra, 0], ranks)
     return [_parts(first, end, cells, cut, len(places)) for first, end in pairwise(cuts)]
+
+
+def handed_over(parts: Sequence[Sequence[Part]]) -> Iterator[tuple[int, int, int, int, int]]:
+    """(condition, place, piece, its rank, rank of the first piece) wherever the two are not one: sums over draws that
+    go to the rank of the first piece. In an order that all ranks go by, so that none waits for one that waits for it.
+    """
+    owners: dict[tuple[int, int], int] = {}
+    for rank, part in ((rank, part) for rank, own in enumerate(parts) for part in own):
+        for place in part.places:
+            owner = owners.setdefault((part.condition, place), rank)
+            if owner != rank:
+                yield part.condition, place, part.piece, rank, owner
 
 
 def _parts(first: int, end: int, cells: Sequence[tuple[int, int]], cut: Sequence[range], places: int) -> list[Part]:

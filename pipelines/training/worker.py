@@ -147,7 +147,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         _seen(denoiser, dataset, data, batch, data.held_out_clips, texts)
         for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
     ]
-    draws = clip_stream.held_out_draws(dataset, data.held_out_clips, rank, world)
+    _, draws = clip_stream.held_out_share(min(data.held_out_clips, dataset.clips("held_out")), rank, world)
     (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
     with counting.flop_counter() as encoding:
         sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
