@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from entprog.schedule.state import RunState
 from entprog.training import checkpoint
 from entprog.training.fit import DivergedError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
-from helpers.runs import Run
+from helpers.runs import Run, Trained
 from pipelines import cli, generate
 from pipelines.cluster import launch
-from pipelines.training import figures, networks, steplog
+from pipelines.training import figures, networks, steplog, worker
 
 
 def lines(path):
@@ -73,6 +74,22 @@ def test_threads_are_the_cores_of_a_workers_own_machine(cores, workers, threads)
 def spoilt(network, value):
     with torch.no_grad():
         network.blocks[3].ffn.net[2].weight[1, 2] = value
+
+
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken_up(tmp_path):
+    run, folder = Trained(), tmp_path / "checkpoints"
+    for _ in range(2):
+        checkpoint.save(folder, run.network, run.state, "id", keep=2)
+        run.update()
+    newest = folder / checkpoint.newest(folder)
+    state = newest / "state.json"
+    state.write_bytes(state.read_bytes()[:100])
+    again, posted, warned = Trained(steps=0), [], []
+    setup = SimpleNamespace(experiment=again.experiment, denoiser=again.denoiser, post=posted.append)
+    worker._take_up(setup, {"output": tmp_path, "identity": "id"}, again.state, warned.append).close()
+    (line,) = warned
+    assert newest.name in line and str(folder) in line and "not used" in line
+    assert again.state.step == 2 and {"resumed": 2} in posted
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
