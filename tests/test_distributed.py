@@ -415,11 +415,18 @@ def _message_rank(rank, world, folder):
         if step is None:
             break
         out.append((wire.calls, wire.bytes, step.pace is not None))
-    for say in (lambda: agree.agree("the plan", list(range(500))), lambda: agree.of_first(lambda: "a table" * 1000)):
+    timed = tiny_experiment(schedule={"clock": "seconds"})
+    said = {}
+    for what, say in {
+        "costs": lambda: prices.measured_whole(denoiser, found, latents([0, 1]), timed)[timed.data.shape].as_json(),
+        "a place": lambda: agree.for_first(f"place {rank}"),
+        "a plan": lambda: agree.agree("the plan", list(range(500))),
+        "a table": lambda: agree.of_first(lambda: "a table" * 1000),
+    }.items():
         with OverTheWire() as wire:
-            say()
-        out.append((wire.calls, wire.bytes, False))
-    (folder / f"{rank}.json").write_text(json.dumps(out))
+            heard = say()
+        said[what] = wire.calls, wire.bytes, heard
+    (folder / f"{rank}.json").write_text(json.dumps({"steps": out, "said": said}))
     leave()
 
 
@@ -429,10 +436,14 @@ def test_what_a_step_says_to_other_ranks_does_not_grow_with_the_square_of_them(t
     for world in (2, 3):
         (folder := tmp_path / str(world)).mkdir()
         run_ranks(_message_rank, world, folder)
-        said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-        ranks[world] = [each[1:4] for each in said]
-        assert [each[-2] for each in said] == [[1, 16, False]] * world, "a plan they agree on: two numbers"
-        assert all(calls == 2 and size < 2 * 7_200 for calls, size, _ in (each[-1] for each in said)), "once a rank"
+        records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+        ranks[world] = [record["steps"][1:4] for record in records]
+        said = [record["said"] for record in records]
+        assert [each["a plan"] for each in said] == [[1, 16, None]] * world, "two numbers, while they agree"
+        assert all(calls == 2 and size < 2 * 7_200 for calls, size, _ in (each["a table"] for each in said)), "once"
+        assert [each["a place"][2] for each in said] == [[f"place {r}" for r in range(world)], *[None] * (world - 1)]
+        assert all(each["costs"] == said[0]["costs"] for each in said), "timed by each, the slowest's for all"
+        assert said[0]["costs"][1] < 2_000, "a number for each that is measured, however many ranks"
     two, three = ranks[2], ranks[3]
     assert all(rank == two[1] for rank in (*two[1:], *three[1:])), "the same for every rank, whatever their number"
     assert not any(told for _, _, told in two[1])

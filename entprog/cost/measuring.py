@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from entprog import blocks, optimizers
 from entprog.blocks import Block
@@ -93,7 +93,7 @@ def measure(
         blocks=tuple(cost for cost, _ in passes),
     )
     network.zero_grad(set_to_none=True)
-    return _slowest(model)
+    return _slowest(model, meter.device)
 
 
 class Probe:
@@ -315,14 +315,9 @@ def _mean(twins: Sequence[tuple[BlockCost, float]]) -> tuple[BlockCost, float]:
     return replace(first, **means), sum(bypass for _, bypass in twins) / len(twins)
 
 
-def _slowest(model: CostModel) -> CostModel:
+def _slowest(model: CostModel, device: torch.device) -> CostModel:
     """The model that all ranks share: every figure is the largest of any rank's."""
-
-    def largest(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {name: largest([value[name] for value in values]) for name in values[0]}
-        if isinstance(values[0], list | tuple):
-            return tuple(largest(parts) for parts in zip(*values, strict=True))
-        return values[0] if isinstance(values[0], str) else max(values)
-
-    return CostModel.from_json(largest(agree.gathered(model.as_json())))
+    leaves, form = tree_flatten(model.as_json())
+    largest = iter(agree.largest_of([leaf for leaf in leaves if isinstance(leaf, bool | int | float)], device))
+    shared = (type(leaf)(next(largest)) if isinstance(leaf, bool | int | float) else leaf for leaf in leaves)
+    return CostModel.from_json(tree_unflatten(list(shared), form))

@@ -92,6 +92,17 @@ def gathered(value: Any) -> list[Any]:
     return out
 
 
+def for_first(value: Any) -> list[Any] | None:
+    """Every rank's value on rank 0, in order of rank; None on the others. Ranks may come to this at any time, as to
+    `gathered`, which tells every rank of every other: what all say grows with the square of ranks there."""
+    rank, ranks = world()
+    if ranks == 1:
+        return [value]
+    out = [None] * ranks if rank == 0 else None
+    dist.gather_object(value, out, group=_patient_group(dist.group.WORLD))
+    return out
+
+
 def of_first(make: Callable[[], T]) -> T:
     """What rank 0 makes (plain data), on every rank: what one alone reads is read once. Whatever it raises is raised on
     all of them."""

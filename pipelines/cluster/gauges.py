@@ -36,7 +36,8 @@ class Gauges:
         self.wait_s = gauge("wait_s", "Seconds that an update waited for data, slowest rank")
         self.clips_per_s = gauge("clips_per_s", "Clips trained on per second, all ranks")
         self.memory_bytes = gauge("gpu_memory_bytes", "Allocated on this rank's GPU")
-        self.places = agree.gathered(place())
+        self.places = agree.for_first(place())
+        """Of every rank, on rank 0, which looks for stragglers."""
         self.slowest: Counter[int] = Counter()
         self.excess: list[float] = []
         """Slowest rank's seconds over the median's."""
