@@ -18,7 +18,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from benchmarks.tiny_families import TINY as TINY_FAMILIES
-from entprog import config, models
+from entprog import config, files, models
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
@@ -29,7 +29,7 @@ from helpers.networks import TINY
 from pipelines import prepare, train
 from pipelines.preparing import latents as caching
 from pipelines.stream import batches, feed
-from pipelines.training import expectation
+from pipelines.training import checks, expectation
 
 SHAPE = ClipShape(frames=5, height=64, width=32, fps=12)
 BATCH = 2
@@ -386,6 +386,37 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     assert both["require"]["held_out_loss"] == both["never"]["held_out_loss"]
     assert both["require"]["stalls"]["encode_s"] == 0 < both["never"]["stalls"]["encode_s"]
     assert both["never"]["stalls"]["open_s"] == 0 == both["never"]["spilled_bytes"]  # the start is no part of a run
+
+
+def test_every_byte_of_shards_and_latents_is_read_once_a_run_whatever_the_number_of_ranks(
+    rows, base, denoiser, tmp_path, monkeypatch
+):
+    """Of shards by the driver, whatever the phases; of latents by rank 0."""
+    dataset = fresh(rows, tmp_path / "shards")
+    cache, hashed = cached(dataset, denoiser), []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
+
+    def within(folder) -> int:
+        count = sum(path.is_relative_to(folder) for path in hashed)
+        hashed.clear()
+        return count
+
+    settings = {
+        "model": {"base": str(base)},
+        "data": {"shards": str(dataset.folder), "shape": SHAPE.model_dump(), "batch_size": 1},
+        "train": {"steps": 1}, "schedule": {"kind": "full"},
+    }  # fmt: skip
+    in_phases = settings | {"phases": {"one": {}, "two": {"train": {"steps": 2}}}}
+    for each in (settings, in_phases):
+        checks.parts(config.build(each), tmp_path / "out")
+        assert within(dataset.folder) == 4, "three shards to train on and one held out"
+    ranks = 5
+    for rank in range(ranks):
+        monkeypatch.setattr(batches.agree, "world", lambda rank=rank: (rank, ranks))
+        assert batches.caches(config.build(settings), dataset, denoiser) == {SHAPE: cache}
+        clip_stream.held_out(shards.read_dataset(dataset.folder), 1, 1, rank, ranks)
+        assert within(tmp_path) == (len(cache.files) if rank == 0 else 0)
 
 
 def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
