@@ -460,8 +460,8 @@ def test_scoring_on_many_gpus_keeps_none_of_them_waiting_long():
 def test_what_overlaps_is_hidden_as_far_as_there_is_computing_beside_it(schedule):
     constants = scaling_forecast.Constants(
         compute_s={"full": 3.0, "entprog": 1.5}, forward_s=1.0, weight_bytes=80, parts=10, bandwidth=20.0,
-        reduced_bytes={"full": 80, "entprog": 20}, latency_s=0.0, inside_bandwidth=400.0, decode_rate=99.0, clips=1, bucket_bytes=8,
-        blocked_s=8.0, steps_between_checkpoints=100, spread=0.0,
+        reduced_bytes={"full": 80, "entprog": 20}, latency_s=0.0, inside_bandwidth=400.0, decode_rate=99.0, clips=1,
+        bucket_bytes=8, blocked_s=8.0, steps_between_checkpoints=100, spread=0.0,
     )  # fmt: skip
     overlapped, before, sharded, replicated = (
         scaling_forecast.predicted(constants, schedule, 16, each) for each in scaling_forecast.ARRANGEMENTS
