@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from entprog.errors import UserError
+from entprog.storage.place import Place
 from entprog.training import checkpoint, optimizer
 from helpers import servers
 from helpers.processes import forks, join, leave, run_ranks
@@ -150,7 +151,7 @@ def test_a_checkpoint_that_cannot_be_looked_at_now_is_not_passed_over(tmp_path):
 
 @pytest.mark.parametrize("how", ["no header", "another network", "not a checkpoint's state", "an older state"])
 def test_a_bad_file_is_called_damaged_in_one_line(tmp_path, how):
-    run = Trained()
+    run, tmp_path = Trained(), tmp_path / "{x}"
     checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)
     folder = tmp_path / checkpoint.newest(tmp_path)
     (shard,), state = folder.glob("*.safetensors"), folder / "state.json"
@@ -227,6 +228,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
 def _sharded_rank(rank, world, folder, how):
     join(rank, world, folder)
     if how == "save":
+        listed = Place.files  # on a shared disk a listing may lack what another machine has just written
+        Place.files = lambda place: {name: size for name, size in listed(place).items() if "part-00002" not in name}
         run = Trained(sharded=True)
         with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
             saver.save(run.network, run.state)
@@ -248,10 +251,18 @@ def _sharded_rank(rank, world, folder, how):
 def test_parts_of_two_ranks_are_taken_up_by_three_and_by_one(tmp_path):
     run_ranks(_sharded_rank, 2, tmp_path, "save")
     (tmp_path / "store").unlink()
+    promised = json.loads((tmp_path / "checkpoints" / "step-00000002" / "state.json").read_text())["files"]
+    assert [name[:10] for name in sorted(promised)] == ["part-00001", "part-00002"]
     run_ranks(_sharded_rank, 3, tmp_path, "load")
     expected = torch.load(tmp_path / "save.pt", weights_only=True)
     assert_equal(torch.load(tmp_path / "load.pt", weights_only=True), expected)
     assert_equal(resumed(tmp_path / "checkpoints").tensors(), expected)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    values = json.loads(state.read_text())
+    del values["files"][max(promised)]  # as of a version that took what it saw for all there is
+    state.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged"):
+        resumed(tmp_path / "checkpoints")
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,11 @@ class Place:
         inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         return {info.base_name: info.size for info in inside if info.type == fs.FileType.File}
 
+    def size(self, name: str) -> int:
+        """Bytes of a file of it. Raises OSError."""
+        with self.open(name) as file:
+            return file.size()
+
     def open(self, name: str) -> NativeFile:
         """A file of it, to read any part of. Raises OSError."""
         return self.system.open_input_file(f"{self.root}/{name}")

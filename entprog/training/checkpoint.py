@@ -95,13 +95,14 @@ class Saver:
             failure = _reason(error)
         failure = self._of_any_rank(failure)
         if failure is None:
+            writer = slices.Writer(written, word)
             try:
-                _save(tensors, slices.Writer(written, word), self.group)
+                _save(tensors, writer, self.group)
             except FAILURES as error:
                 failure = _reason(error)
             failure = self._of_any_rank(failure)
             if self.rank == 0:
-                failure = failure or self._complete(written, target, word, values)
+                failure = failure or self._complete(written, target, writer.files, values)
                 if failure is not None:
                     self.leftovers.append(written)
                     self._clear_away()
@@ -109,11 +110,12 @@ class Saver:
             return f"the checkpoint after step {step} was not saved in {self.place}: {failure}; training goes on"
         return self._prune() if self.rank == 0 else None
 
-    def _complete(self, written: Place, target: Place, word: str, values: dict[str, Any]) -> str | None:
+    def _complete(self, written: Place, target: Place, names: set[str], values: dict[str, Any]) -> str | None:
         """Make a checkpoint of files that are all there; returns why that failed."""
         try:
             there = written.files()
-            own = {name: size for name, size in there.items() if word in name}
+            # On a shared disk a listing may not have yet what another machine wrote: each is asked for by its name.
+            own = {name: there[name] if name in there else written.size(name) for name in sorted(names)}
             written.write_json(STATE, {**values, "files": own})
             if written.local:
                 target.remove()
@@ -214,7 +216,7 @@ def load(folder: str | Path, name: str, network: nn.Module, state: RunState, exp
             )
         return values, _chunks(place, values.pop("files"))
 
-    with _told(f"checkpoint {place} is damaged {{}}: delete it to resume earlier"):
+    with _told(lambda kind: f"checkpoint {place} is damaged ({kind}): delete it to resume earlier"):
         values, chunks = agree.of_first(described)
         _load(place, chunks, network, state)
     try:
@@ -235,7 +237,7 @@ def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
     if name not in found(folder):
         there = ", ".join(found(folder)) or "none"
         raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {there}")
-    with _told(f"checkpoint {place} is damaged {{}}"):
+    with _told(lambda kind: f"checkpoint {place} is damaged ({kind})"):
         chunks = _chunks(place, place.read_json(STATE)["files"])
         reader = slices.Reader(place, chunks)
         kept = reader.metadata.state_dict_metadata
@@ -256,15 +258,15 @@ def _chunks(place: Place, promised: dict[str, int]) -> slices.Chunks:
 
 
 @contextmanager
-def _told(damaged: str):
-    """A bad file inside is a UserError with that message, which has {} where its kind belongs; whatever else is in the
-    way is raised as it is."""
+def _told(damaged: Callable[[str], str]):
+    """A bad file inside is a UserError with that message of its kind; whatever else is in the way is raised as it
+    is."""
     try:
         yield
     except UserError:
         raise
     except BAD as error:
-        raise UserError(damaged.format(f"({type(error).__name__})")) from None
+        raise UserError(damaged(type(error).__name__)) from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ of ranks that wrote and that read; this reads them, a piece of bounded size at a
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ class Reader(dcp.StorageReader):
     def __init__(self, place: Place, chunks: Chunks):
         self.place = place
         self.chunks = {(name, chunk.offsets): chunk for name, parts in chunks.items() for chunk in parts}
-        self.metadata = Metadata({name: _described(parts) for name, parts in chunks.items()})
+        self.metadata = Metadata({name: _described(name, parts) for name, parts in chunks.items()})
 
     def read_metadata(self) -> Metadata:
         return self.metadata
@@ -141,6 +142,8 @@ class Writer(dcp.StorageWriter):
 
     def __init__(self, place: Place, word: str):
         self.place, self.word = place, word
+        self.files: set[str] = set()
+        """Of all ranks, once all have written; rank 0 alone knows them."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         self.place.make()
@@ -164,7 +167,7 @@ class Writer(dcp.StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        pass  # `state.json` is what makes it whole
+        self.files = {each.storage_data for rank in results for each in rank}  # `state.json` makes it whole
 
     def reset(self, checkpoint_id=None) -> None:
         pass
@@ -177,11 +180,14 @@ class Writer(dcp.StorageWriter):
         return True
 
 
-def _described(parts: list[Chunk]) -> TensorStorageMetadata:
+def _described(name: str, parts: list[Chunk]) -> TensorStorageMetadata:
     ends = zip(*([o + s for o, s in zip(part.offsets, part.stored.shape, strict=True)] for part in parts), strict=True)
+    whole = torch.Size(max(each) for each in ends)
+    if sum(math.prod(part.stored.shape) for part in parts) != whole.numel():
+        raise ValueError(f"parts of {name} are missing, or there twice")
     return TensorStorageMetadata(
         TensorProperties(DTYPES[parts[0].stored.dtype]),
-        torch.Size(max(each) for each in ends),
+        whole,
         [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.stored.shape)) for part in parts],
     )
 
