@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config, files
+from entprog import config, files, storage
 from entprog.config import Evaluation
 from entprog.data import shards as datasets
 from entprog.errors import UserError
@@ -49,7 +49,7 @@ HelpSettings = cli.help_settings(Evaluation, also=_explain_metrics)
 
 @app.command()
 def main(
-    shards: Annotated[Path, typer.Option(help="Folder of pipelines.prepare: references, poses and true clips.")],
+    shards: Annotated[str, typer.Option(help="Folder of pipelines.prepare: references, poses and true clips.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Folder that pipelines.train wrote.")] = None,
     generated: Annotated[
         Path | None,
@@ -122,7 +122,7 @@ class Task:
 
 def plan(
     checkpoint: Path | str | None,
-    shards: Path,
+    shards: str | Path,
     output: Path,
     settings: Evaluation,
     *,
@@ -137,7 +137,7 @@ def plan(
         raise UserError(
             f"--checkpoint generates clips, --generated takes some that are there: give one, {message} given"
         )
-    chosen, dataset = settings.evaluate, datasets.read_dataset(shards)
+    chosen, dataset = settings.evaluate, datasets.read_dataset(storage.quickly(str(shards)))
     datasets.verify(dataset, "size")
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
     if maker is not None and maker.shape != dataset.shape:
@@ -291,7 +291,7 @@ def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Path)
     """Some clips, truth over result."""
     rows = []
     for place in todo[:: -(-len(todo) // SHOWN)]:
-        truth = motions.from_row(Path(place.shard), place.row, shape).video
+        truth = motions.from_row(storage.at(place.shard, "shards"), place.row, shape).video
         rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(Path(place.file), truth.shape))]
     return sheet.contact_sheet(rows, output / "sheet.png")
 

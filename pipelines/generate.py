@@ -20,6 +20,7 @@ import typer
 from entprog import config
 from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
+from entprog.masking import bare
 from pipelines import cli
 from pipelines.generating import checkpoints, motions, protocol, retargeting
 from pipelines.generating.checkpoints import Checkpoint
@@ -49,7 +50,7 @@ def main(
     ] = None,
     pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz or .npy, or a folder of them.")] = None,
     video: Annotated[Path | None, typer.Option(help="Driving video of one person, or a folder of them.")] = None,
-    shards: Annotated[Path | None, typer.Option(help="Folder of pipelines.prepare: take motions out of it.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Folder of pipelines.prepare: take motions out of it.")] = None,
     clip: Annotated[list[str] | None, typer.Option(metavar="ID", help="Clip of the shards; may be repeated.")] = None,
     split: Annotated[str | None, typer.Option(help="Take --count clips of this split [held_out].")] = None,
     count: Annotated[int | None, typer.Option(help="Clips of the split (generate.count).")] = None,
@@ -103,7 +104,7 @@ def run(
     reference: Path | None = None,
     pose: Path | None = None,
     video: Path | None = None,
-    shards: Path | None = None,
+    shards: str | Path | None = None,
     clip: Sequence[str] | None = None,
     split: str | None = None,
     without: str | None = None,
@@ -134,7 +135,7 @@ def run(
         settings = motions.estimating(settings, found)
     asked = {"reference": reference, "pose": pose, "video": video, "shards": shards}
     identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
-    identity |= {f"--{name}": path and str(Path(path).resolve()) for name, path in asked.items()}
+    identity |= {f"--{name}": path and _named(path) for name, path in asked.items()}
     identity |= {"--clip": list(clip or ()), "--split": split, **({"--retarget": True} if retarget else {})}
     identity |= {"--last": str(Path(last).resolve())} if last is not None else {}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
@@ -229,6 +230,11 @@ def _from_files(
     moving = [(called[path], *clip) for path, clip in clips.items()]
     of_each = [own[path] for _ in moving for path in who] if retarget else []
     return motions.pairs(who, moving), others | more | without | bad, of_each
+
+
+def _named(path: str | Path) -> str:
+    """A file or folder as the output's identity has it."""
+    return bare(str(path)) if "://" in str(path) else str(Path(path).resolve())
 
 
 def _check_options(reference, pose, video, shards, clip, split) -> None:

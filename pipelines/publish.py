@@ -76,7 +76,7 @@ def run(
 def _check(to: str, root: Path, about: dict[str, Any]) -> None:
     """Raises UserError for a place that nothing can be published to, before anything is read."""
     from entprog.models import folders, whole
-    from entprog.storage.place import Place
+    from entprog.storage import Place
 
     if has_credentials(to):
         raise UserError(f"--to: {bare(to)} holds a user or password: give credentials in the environment")
@@ -162,7 +162,7 @@ def _put(folder: Path, to: str, public: bool) -> None:
 
 def _to_bucket(folder: Path, to: str) -> None:
     from entprog.models import whole
-    from entprog.storage.place import Place
+    from entprog.storage import Place
 
     place = Place.at(to)
     there = [*place.files(), *(f"{part}/{name}" for part in whole.FOLDERS for name in (place / part).files())]

@@ -27,7 +27,9 @@ app = cli.app("Score the blocks of a network by Conditional Entropy Inflation.")
 @app.command()
 def main(
     preset: cli.Preset = None,
-    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
     tables: cli.Tables = None,
@@ -56,7 +58,7 @@ def main(
             config_file,
             set_,
             trains=False,
-            data={"shards": str(shards) if shards else None},
+            data={"shards": shards},
             model={"base": base},
             priority={"until_stable": draws_until_stable},
         )

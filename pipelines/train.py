@@ -12,14 +12,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from entprog import config, files, models
+from entprog import config, files, models, storage
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.models import fingerprints
 from entprog.schedule import plans
-from entprog.storage import place as places
-from entprog.storage.place import Place
+from entprog.storage import Place
 from entprog.training import checkpoint
 from pipelines import cli
 from pipelines.cluster import launch, stalls
@@ -38,7 +37,9 @@ app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly
 @app.command()
 def main(
     preset: cli.Preset = None,
-    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
     schedule: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def main(
             preset,
             config_file,
             set_,
-            data={"shards": str(shards) if shards else None},
+            data={"shards": shards},
             model={"base": base},
             schedule={"kind": schedule, "memory_budget_bytes": memory_budget},
         )
@@ -183,7 +184,7 @@ def run(
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     launch.check_tracking(experiment)
     if experiment.train.checkpoints:
-        place = places.quickly(experiment.train.checkpoints)
+        place = storage.quickly(experiment.train.checkpoints)
         Place.at(place).check()
         checkpoint.check_owner(place, key)
     if experiment.in_fp8 and not gpus:

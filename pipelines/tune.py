@@ -56,7 +56,9 @@ def main(
         typer.Option(help=f"What is to be small, by commas: {', '.join(config.OBJECTIVES)} (tune.objectives)."),
     ] = None,
     target_loss: Annotated[float | None, typer.Option(help="For seconds_to_target (tune.target_loss).")] = None,
-    shards: Annotated[Path | None, typer.Option(help="Folder written by pipelines.prepare (data.shards).")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the sweep; the same command again resumes it.")] = Path(
         "out/sweep"
@@ -81,7 +83,7 @@ def main(
             preset,
             config_file,
             [*pairs, *(set_ or [])],
-            data={"shards": str(shards) if shards else None},
+            data={"shards": shards},
             model={"base": base},
             tune={
                 "trials": trials,

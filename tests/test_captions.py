@@ -331,7 +331,7 @@ def test_what_others_have_written_meanwhile_decides_no_share(base, dataset, tmp_
     copy = shards.read_dataset(tmp_path / "shards")
     for rank in (0, 1):
         monkeypatch.setattr(captions.agree, "world", lambda rank=rank: (rank, 2))
-        found = captions._share(wan(base), copy, "caption", "cpu", lambda done, of: None)
+        found = captions._share(wan(base), copy, captions._of_splits(copy, "caption"), "cpu", lambda *_: None)
     assert not captions.missing(captions.wanted(copy, "caption"), found.folder)
 
 
@@ -365,7 +365,7 @@ def test_a_phase_may_bring_the_text_encoder(dataset, tmp_path):
 
 def test_a_damaged_text_is_named(base, dataset, tmp_path):
     whole = captions.prepared(wan(base), dataset, "caption")
-    path = captions._file(tmp_path, "a person dances")
+    path = tmp_path / captions._file("a person dances")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"cut short")
     broken = captions.Texts(tmp_path, whole.tokens, whole.captions, whole.names)

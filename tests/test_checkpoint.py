@@ -303,7 +303,7 @@ def _bucket_rank(rank, world, folder, how, *places):
 
 def test_of_a_bucket_ranks_together_read_a_checkpoint_once(s3, tmp_path):
     """Saved by two ranks of a sharded network, it is taken up by two, by three, and by three that hold it whole."""
-    from entprog.storage.place import Place
+    from entprog.storage import Place
 
     there = Place.at(address(s3, "sliced/run"))
     there.system.create_dir("sliced")
@@ -321,7 +321,7 @@ def test_of_a_bucket_ranks_together_read_a_checkpoint_once(s3, tmp_path):
 
 
 def test_s3(bucket):
-    from entprog.storage.place import Place
+    from entprog.storage import Place
 
     run = Trained()
     place = Place.at(bucket)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from entprog import config, masking
 from entprog.errors import UserError
-from entprog.storage.place import Place
+from entprog.storage import Place
 from pipelines import cli, train
 from pipelines.outputs import claim
 

@@ -10,7 +10,7 @@ from entprog.config.part import Part
 from entprog.config.schedule import Schedule
 from entprog.config.shapes import ClipShape
 from entprog.config.timesteps import KNOWN_PIXELS, KNOWN_SHIFT, SPREADS, Timesteps
-from entprog.config.training import Train
+from entprog.config.training import Place, Train
 
 PACKED: dict[str, Literal["fp8", "nf4"]] = {"fp8_alone": "fp8", "nf4": "nf4"}
 """`schedule.frozen_precision` → what linear layers' weights are held in, where that is less than bfloat16."""
@@ -19,8 +19,8 @@ PACKED: dict[str, Literal["fp8", "nf4"]] = {"fp8_alone": "fp8", "nf4": "nf4"}
 class Data(Part):
     """The clips: where they are and how they reach the device."""
 
-    shards: str | None = None
-    """Folder written by `pipelines.prepare`."""
+    shards: Place | None = None
+    """Folder written by `pipelines.prepare`, also one that lies at s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
     shape: ClipShape = ClipShape()
     """Clip shape: the shards' own, or one cut out of it: the frames in the middle, height and width divided by a whole
     number."""
@@ -44,8 +44,9 @@ class Data(Part):
     text: Literal["fixed", "empty", "caption"] = "fixed"
     """What text cross-attention sees: `fixed`, `model.prompt_embeds` or zeros; `empty`, the empty text as the base's
     encoder has it; `caption`, each clip's caption, encoded once and kept in SHARDS/texts. The two need extra `text`."""
-    verify: Literal["sha256", "size"] = "sha256"
-    """How shards are checked before anything starts: every byte, or only sizes (for very large sets)."""
+    verify: Literal["auto", "sha256", "size"] = "auto"
+    """How shards are checked before anything starts: every byte, or only sizes (for very large sets). `auto`: every
+    byte of a folder, sizes of a bucket, where the checksum of what is read is looked at as it is read."""
 
 
 class Priority(Part):

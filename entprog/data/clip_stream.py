@@ -89,14 +89,18 @@ def read(dataset: shards.Dataset, split: str, clips: np.ndarray, columns: tuple[
     out = {name: pose if name == "pose" else np.empty(len(clips), object) for name in columns}
     ends = _ends(dataset, split)
     files = np.searchsorted(ends, clips, side="right")
-    for file in np.unique(files):  # each shard is opened once
-        info = dataset.splits[split][file]
-        places = np.flatnonzero(files == file)
+
+    def stored(file: int) -> tuple[np.ndarray, list]:
+        info, places = dataset.splits[split][file], np.flatnonzero(files == file)
         rows = (clips[places] - (ends[file] - info.clips)).tolist()
-        for place, row in zip(places, shards.read_rows(dataset.folder / info.file, rows, columns), strict=True):
-            with _named(dataset, split, clips[place]):
-                for name in columns:
-                    out[name][place] = _same_shape(row["pose"], pose[place]) if name == "pose" else row[name]
+        return places, shards.read_rows(dataset.folder / info.file, rows, columns, info.bytes)
+
+    with shards.at_once(dataset.folder) as apply:
+        for places, rows in apply(stored, np.unique(files)):  # each shard is opened once
+            for place, row in zip(places, rows, strict=True):
+                with _named(dataset, split, clips[place]):
+                    for name in columns:
+                        out[name][place] = _same_shape(row["pose"], pose[place]) if name == "pose" else row[name]
     return {**out, "clip": clips}
 
 

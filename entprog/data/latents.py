@@ -14,6 +14,7 @@ its new shards encoded.
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import zlib
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pyarrow import NativeFile
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from entprog import files, masking
+from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import styles
+from entprog.storage import Place, tensors
 
 if TYPE_CHECKING:
     from entprog.data.clips import Clips, Latents
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT = "entprog-latents-1"
 FOLDER = "latents"
+RECORD = "latents.json"
 SPLIT = "train"
 """Held-out clips are few, and encoded when a run starts."""
 FILE_BYTES = 64 << 20
@@ -85,7 +89,7 @@ class Written:
 class Cache:
     """A finished cache."""
 
-    folder: Path
+    folder: Path | Place
     shapes: dict[str, tuple[int, ...]]
     """Tensor → shape of one clip, repeated dimensions in full."""
     files: tuple[Written, ...]
@@ -142,7 +146,7 @@ def _configuration(module) -> dict[str, Any]:
 # ---- a cache as it is written ----
 
 
-def folder_of(dataset: shards.Dataset, key: str) -> Path:
+def folder_of(dataset: shards.Dataset, key: str) -> Path | Place:
     """Where the cache of a key lies, finished or not."""
     return dataset.folder / FOLDER / key
 
@@ -220,23 +224,25 @@ def written(folder: Path, piece: Piece) -> Written | None:
 def finish(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: Sequence[Written], about: dict[str, Any]) -> Cache:
     """Write `latents.json`; what else lies in the folder (of shards that are gone) is left alone."""
     record = {"format": FORMAT, "about": about, "tensors": shapes, "files": [asdict(file) for file in pieces]}
-    files.write_json(folder / "latents.json", record)
+    files.write_json(folder / RECORD, record)
     return read_cache(folder)
 
 
 # ---- a cache as it is read ----
 
 
-def read_cache(folder: Path) -> Cache:
+def read_cache(folder: Path | Place) -> Cache:
     """A finished cache's description. Raises DamagedLatentsError."""
     try:
-        record = json.loads((folder / "latents.json").read_text())
+        record = json.loads(
+            (folder / RECORD).read_text() if isinstance(folder, Path) else (folder / RECORD).read_bytes()
+        )
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         files = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])
         shapes = {name: tuple(shape) for name, shape in record["tensors"].items()}
         for file in files:
-            if not (folder / file.piece.file).resolve().is_relative_to(folder.resolve()):
+            if not storage.inside(folder, file.piece.file):
                 raise ValueError(f"a file outside the folder: {file.piece.file!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = masking.reason(error)
@@ -247,7 +253,7 @@ def read_cache(folder: Path) -> Cache:
 def find(dataset: shards.Dataset, key: str) -> Cache | None:
     """The finished cache of all the dataset's training clips as they are now, or None."""
     folder = folder_of(dataset, key)
-    if not (folder / "latents.json").exists():
+    if not (folder / RECORD).exists():
         return None
     cache = read_cache(folder)
     covered: dict[tuple[str, str], int] = {}
@@ -261,30 +267,45 @@ def find(dataset: shards.Dataset, key: str) -> Cache | None:
     return cache if covered == wanted and order == list(wanted) else None
 
 
-def verify(cache: Cache, how: Literal["sha256", "size"]) -> None:
-    """Check every file: its size, and with `sha256` every byte. Raises DamagedLatentsError naming the first bad one."""
+def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
+    """Check every file: its size, and with `sha256` every byte; `auto`: as `shards.verify`. Raises DamagedLatentsError
+    naming the first bad one."""
+    remote = isinstance(cache.folder, Place)
+    if how == "auto":
+        how = "size" if remote else "sha256"
+    sizes = cache.folder.below() if remote else {}
     for file in cache.files:
         path = cache.folder / file.piece.file
         with contextlib.suppress(OSError):
-            if path.stat().st_size == file.bytes and (how == "size" or files.sha256(path) == file.sha256):
+            size = sizes.get(file.piece.file) if remote else path.stat().st_size
+            if size == file.bytes and (how == "size" or _sha256(path) == file.sha256):
                 continue
         raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
 
 
+def _sha256(path: Path | Place) -> str:
+    return path.sha256() if isinstance(path, Place) else files.sha256(path)
+
+
 def read(cache: Cache, clips: np.ndarray) -> dict[str, np.ndarray]:
     """Latents of training clips by their number: `clean` and `conditions.NAME`, float32 [B, …], repeated dimensions
-    once. Raises DamagedLatentsError naming file and row."""
+    once. Raises DamagedLatentsError naming file and row, OSError where a bucket does not answer."""
     ends = np.cumsum([file.piece.clips for file in cache.files])
     files = np.searchsorted(ends, clips, side="right")
     found: list[dict[str, np.ndarray] | None] = [None] * len(clips)
-    for number in np.unique(files):  # each file is opened once
-        path = cache.folder / cache.files[number].piece.file
-        places = np.flatnonzero(files == number)
-        rows = clips[places] - (ends[number] - cache.files[number].piece.clips)
-        for place, row, clip in zip(places, rows, _rows(path, rows.tolist(), list(cache.shapes)), strict=True):
-            found[place] = clip
-            if clip is None:
-                raise DamagedLatentsError(f"damaged latents {path}, row {row}: {AGAIN}")
+
+    def stored(number: int) -> tuple[Path | Place, np.ndarray, list[int], list]:
+        file, places = cache.files[number], np.flatnonzero(files == number)
+        path, rows = cache.folder / file.piece.file, (clips[places] - (ends[number] - file.piece.clips)).tolist()
+        read_rows = functools.partial(_rows, path) if isinstance(path, Path) else functools.partial(_away, path, file)
+        return path, places, rows, [*read_rows(rows, list(cache.shapes))]
+
+    with shards.at_once(cache.folder) as apply:
+        for path, places, rows, some in apply(stored, np.unique(files)):  # each file is opened once
+            for place, row, clip in zip(places, rows, some, strict=True):
+                found[place] = clip
+                if clip is None:
+                    raise DamagedLatentsError(f"damaged latents {path}, row {row}: {AGAIN}")
     return {name: np.concatenate([clip[name] for clip in found]) for name in cache.shapes}
 
 
@@ -298,6 +319,45 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
                 yield clip if _crc32(clip) == sums[row] else None
     except (OSError, SafetensorError, IndexError):
         yield from [None] * len(rows)
+
+
+_NUMBERS = {"F32": np.dtype("<f4"), "U16": np.dtype("<u2"), "I64": np.dtype("<i8")}
+"""Types in a file of a cache."""
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(path: Place, size: int) -> tuple[NativeFile, dict[str, tensors.Stored], np.ndarray] | None:
+    """A file in a bucket, what lies where in it, and the checksums of its clips; None where it is not what it was."""
+    try:
+        file = path.open()
+        if file.size() != size:
+            return None
+        found, _ = tensors.header(file)
+        sums = found["crc32"]
+        return file, found, np.frombuffer(tensors.ranged(file, sums.begin, sums.end), _NUMBERS[sums.dtype])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _away(path: Place, about: Written, rows: Sequence[int], names: Sequence[str]):
+    """`_rows` of a file in a bucket, of which each clip's own bytes are read. Raises OSError."""
+    opened = _opened(path, about.bytes)
+    if opened is None:
+        yield from [None] * len(rows)
+        return
+    file, found, sums = opened
+    try:
+        for row in rows:
+            clip = {name: _in_full(_row(file, found[name], row)) for name in names}
+            yield clip if _crc32(clip) == sums[row] else None
+    except (KeyError, IndexError):
+        yield from [None] * len(rows)
+
+
+def _row(file: NativeFile, stored: tensors.Stored, row: int) -> np.ndarray:
+    begin = stored.begin + row * stored.row_bytes
+    content = tensors.ranged(file, begin, begin + stored.row_bytes)
+    return np.frombuffer(content, _NUMBERS[stored.dtype]).reshape(1, *stored.shape[1:])
 
 
 def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], to_device) -> "Latents":
@@ -315,7 +375,7 @@ def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 
 def located(cache: Cache) -> Cache:
     """The cache with an absolute path, for tasks that run in another directory."""
-    return replace(cache, folder=cache.folder.resolve())
+    return replace(cache, folder=storage.absolute(cache.folder))
 
 
 def free_bytes(folder: Path) -> int:

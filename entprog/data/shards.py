@@ -5,9 +5,13 @@ Typed columns and encoded media as bytes: nothing is ever unpickled. Every page 
 checked on reading, every file a sha256 in `dataset.json`, so that a damaged byte is found, and found early.
 """
 
+import contextlib
+import functools
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +19,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import NativeFile
 from pydantic import ValidationError
 
-from entprog import files, masking
+from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
-from entprog.media import limits, wholebody
+from entprog.media import limits, parquet_pages, wholebody
+from entprog.storage import Place, tensors
+from entprog.storage.ranges import Ranged
 
 FORMAT = "entprog-shards-1"
+DATASET = "dataset.json"
 POINTS = 33
 """Points of a pose, unless a dataset says otherwise."""
 CLIPS_PER_ROW_GROUP = 8
@@ -82,7 +90,7 @@ class ShardInfo:
 class Dataset:
     """A folder of shards, as its `dataset.json` describes it."""
 
-    folder: Path
+    folder: Path | Place
     shape: ClipShape
     splits: dict[str, tuple[ShardInfo, ...]]
     """Shards by split (`train`, `held_out`), in the order that `index` counts them."""
@@ -175,18 +183,20 @@ def write_dataset(
     return read_dataset(folder)
 
 
-def read_dataset(folder: Path) -> Dataset:
-    """A dataset's description; no shard is opened. Raises UserError if the folder does not hold one."""
-    folder = Path(folder)
+def read_dataset(folder: str | Path | Place) -> Dataset:
+    """A dataset's description, of a folder or of an address of one; no shard is opened. Raises UserError if it does not
+    hold one."""
+    folder = storage.at(folder, "shards")
     again = "prepare it with python -m pipelines.prepare"
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"no such folder of shards: {folder}; {again}")
     try:
-        record = json.loads((folder / "dataset.json").read_text())
+        record = json.loads((folder / DATASET).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} is not a finished dataset (it has no dataset.json): {again}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}/dataset.json ({error}): {again} again") from None
+        remedy = f"{again} again" if isinstance(folder, Path) else "look at its name and the environment's credentials"
+        raise UserError(f"cannot read {folder}/dataset.json ({masking.one_line(error)}): {remedy}") from None
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise UserError(f"{folder}/dataset.json has format {found!r}, this version reads {FORMAT!r}: {again} again")
@@ -201,30 +211,51 @@ def read_dataset(folder: Path) -> Dataset:
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         reason = masking.reason(error)
         raise UserError(f"{folder}/dataset.json is damaged ({reason}): {again} again") from None
-    root = folder.resolve()
     for shard in (shard for shards in splits.values() for shard in shards):
-        if not (root / shard.file).resolve().is_relative_to(root):
+        if not storage.inside(folder, shard.file):
             raise UserError(f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}; {again} again")
     fingerprint = digest({name: [shard.sha256 for shard in shards] for name, shards in splits.items()})
     return Dataset(folder, shape, splits, settings, fingerprint, points)
 
 
-def verify(dataset: Dataset, how: Literal["sha256", "size"] = "sha256") -> None:
-    """Check every shard: its size, and with `sha256` every byte. Raises UserError naming the first bad one."""
-    for shard in (shard for shards in dataset.splits.values() for shard in shards):
-        path = dataset.folder / shard.file
-        again = f"restore it, or delete {dataset.folder} and prepare it again"
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DamagedShardError(f"shard {path} is missing ({error.strerror}): {again}") from None
-        if size != shard.bytes:
-            raise DamagedShardError(
-                f"damaged shard {path}: {size} bytes where dataset.json says {shard.bytes}; {again}"
-            )
-        if how == "sha256" and (found := files.sha256(path)) != shard.sha256:
-            message = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
-            raise DamagedShardError(f"damaged shard {path}: {message}; {again}")
+def verify(dataset: Dataset, how: Literal["auto", "sha256", "size"] = "sha256") -> None:
+    """Check every shard: its size, and with `sha256` every byte; `auto`: every byte of a folder, the sizes of a bucket,
+    whose shards may be more than can be read at once. Raises UserError naming the first bad one."""
+    remote = isinstance(dataset.folder, Place)
+    if how == "auto":
+        how = "size" if remote else "sha256"
+    again = f"restore it, or delete {dataset.folder} and prepare it again"
+    for split, infos in dataset.splits.items():
+        sizes = _sizes(dataset.folder / split) if remote and infos else {}
+        for shard in infos:
+            path = dataset.folder / shard.file
+            try:
+                size = sizes[path.name] if remote else path.stat().st_size
+            except (OSError, KeyError) as error:
+                reason = getattr(error, "strerror", None) or "no such object"
+                raise DamagedShardError(f"shard {path} is missing ({reason}): {again}") from None
+            if size != shard.bytes:
+                raise DamagedShardError(f"damaged shard {path}: {_size(size, shard.bytes)}; {again}")
+            if how == "sha256" and (found := path.sha256() if remote else files.sha256(path)) != shard.sha256:
+                message = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
+                raise DamagedShardError(f"damaged shard {path}: {message}; {again}")
+
+
+def _sizes(folder: Place) -> dict[str, int]:
+    """{name: bytes} of a split in a bucket, by one listing. Raises UserError."""
+    try:
+        return folder.files()
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {masking.one_line(error)}") from None
+
+
+def _size(found: int, due: int) -> str:
+    return f"{found} bytes where dataset.json says {due}"
+
+
+def located(dataset: Dataset) -> Dataset:
+    """The dataset for tasks, which run in another directory, without what only `prepare` needs."""
+    return replace(dataset, folder=storage.absolute(dataset.folder), settings={})
 
 
 def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
@@ -232,36 +263,126 @@ def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
     return [(shard.file, row) for shard in dataset.splits.get(split, ()) for row in range(shard.clips)]
 
 
-def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path | Place, rows: Iterable[int], columns: Sequence[str] | None = None, size: int | None = None
+) -> list[dict[str, Any]]:
     """Clips of one shard in the order asked for, reading only the row groups and columns needed.
 
     `pose` comes as a float32 array [frames, 33 or 133, 3], media as bytes. Page checksums are verified.
-    A row group that is larger in memory than `media.limits` allows is not read.
-    Raises DamagedShardError naming the file and the row.
+    A row group that is larger in memory than `media.limits` allows is not read. size: bytes of the shard by
+    dataset.json; one in a bucket of another size is damaged.
+    Raises DamagedShardError naming the file and the row, OSError where a bucket does not answer.
     """
     wanted = list(rows)
     names = list(columns or SCHEMA.names)
     needed = list(dict.fromkeys([*names, *(["frames"] if "pose" in names else [])]))
     at = wanted[0] if wanted else 0
+    remote = isinstance(path, Place)
+    source = _ranged(path, at, size) if remote else path
     try:
-        with limits.parquet(path) as file:
+        with limits.parquet(source) as file:
             starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-            groups: dict[int, pa.Table] = {}
-            out = []
             for at in wanted:
                 if not 0 <= at < starts[-1]:
                     raise IndexError(f"it has {starts[-1]} rows")
-                group = int(np.searchsorted(starts, at, side="right")) - 1
+            places = {at: int(np.searchsorted(starts, at, side="right")) - 1 for at in wanted}
+            if remote:
+                _fetch(source, file.metadata, sorted({*places.values()}), needed)
+            groups: dict[int, pa.Table] = {}
+            out = []
+            for at in wanted:
+                group = places[at]
                 if group not in groups:
-                    groups[group] = limits.rows(path, file, [group], needed, limits.LIMITS)
+                    groups[group] = limits.rows(source, file, [group], needed, limits.LIMITS)
                 out += _rows(groups[group].slice(at - starts[group], 1), names)
             return out
+    except _AwayError as error:
+        raise error.reason from None
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:
-        reason = masking.one_line(error)
-        message = f"damaged shard {path}, row {at}: {reason}"
-        raise DamagedShardError(
-            f"{message}; check it against dataset.json's sha256 and restore or prepare it again"
-        ) from None
+        raise _damaged(path, at, masking.one_line(error)) from None
+
+
+def _damaged(path: Path | Place, row: int, reason: str) -> DamagedShardError:
+    return DamagedShardError(
+        f"damaged shard {path}, row {row}: {reason}; check it against dataset.json's sha256 and restore or prepare it "
+        "again"
+    )
+
+
+# ---- shards in a bucket ----
+
+
+class _AwayError(Exception):
+    """A bucket that does not answer: no shard of it is damaged."""
+
+    def __init__(self, reason: OSError):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+FOOTERS = 256
+"""Shards of buckets whose footers a process keeps."""
+_TAIL_BYTES = 1 << 16
+THREADS = 16
+"""Files of a bucket that a process asks for at once."""
+
+
+@functools.lru_cache(maxsize=FOOTERS)
+def _opened(path: Place, size: int | None) -> tuple[NativeFile, int, bytes]:
+    """A shard, its size, and its end with the whole footer. size: that it should have; ValueError if it has not."""
+    file = path.open()
+    there = file.size()
+    if size is not None and there != size:
+        raise ValueError(_size(there, size))
+    tail = tensors.ranged(file, max(there - _TAIL_BYTES, 0), there)
+    length = parquet_pages.footer_bytes(io.BytesIO(tail)) + 8
+    limits.check_footer(length)
+    if len(tail) < length <= there:
+        tail = tensors.ranged(file, there - length, there - len(tail)) + tail
+    return file, there, tail
+
+
+def _ranged(path: Place, row: int, size: int | None) -> Ranged:
+    """A shard to read parts of."""
+    try:
+        file, there, tail = _opened(path, size)
+    except FileNotFoundError:
+        raise _damaged(path, row, "no such object") from None
+    except ValueError as error:
+        raise _damaged(path, row, str(error)) from None
+    return Ranged(file, there, [(there - len(tail), tail)])
+
+
+def _fetch(source: Ranged, about: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]) -> None:
+    """Fetch the columns of row groups at once: a shard's pages one by one would take as many answers."""
+    ranges = []
+    for group in groups:
+        for column in (about.row_group(group).column(i) for i in range(about.num_columns)):
+            if column.path_in_schema.split(".")[0] in columns:
+                begin = column.data_page_offset
+                if column.has_dictionary_page and column.dictionary_page_offset:
+                    begin = min(begin, column.dictionary_page_offset)
+                end = begin + column.total_compressed_size
+                if not 0 <= begin <= end <= source.size:
+                    raise ValueError("its footer is damaged")
+                ranges.append((begin, end))
+    try:
+        source.hold(ranges)
+    except OSError as error:
+        raise _AwayError(error) from None
+
+
+def at_once(folder: Path | Place):
+    """Gives a `map` for reading several files of a folder: of a bucket some are asked for at once."""
+    if not isinstance(folder, Place):
+        return contextlib.nullcontext(map)
+    return _pool()
+
+
+@contextlib.contextmanager
+def _pool():
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield pool.map
 
 
 def _rows(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@ Sizes that a header gives are checked before memory is taken for them, others wh
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -118,20 +120,38 @@ def table(path: Path, columns: Sequence[str] | None = None, limits: Limits = LIM
         raise UserError(f"cannot read {path} as Parquet: {one_line(error)}") from None
 
 
-def parquet(path: Path) -> pq.ParquetFile:
+Source = Path | BinaryIO
+"""A file by its path, or as a stream that can seek."""
+
+
+@contextmanager
+def _stream(source: Source) -> Iterator[BinaryIO]:
+    if not isinstance(source, Path):
+        yield source
+        return
+    with source.open("rb") as stream:
+        yield stream
+
+
+def parquet(source: Source) -> pq.ParquetFile:
     """A Parquet file, opened; of its content only the footer is read, of a bounded size.
 
     Raises OSError, ValueError or ArrowException.
     """
-    with path.open("rb") as file:
+    with _stream(source) as file:
         size = parquet_pages.footer_bytes(file)
+    check_footer(size)
+    return pq.ParquetFile(source, page_checksum_verification=True, thrift_container_size_limit=_FOOTER_ITEMS)
+
+
+def check_footer(size: int) -> None:
+    """Raises ValueError for a footer of more bytes than are read."""
     if size > _FOOTER_BYTES:
         raise ValueError(f"its footer has {size} bytes, more than {_FOOTER_BYTES} are not read")
-    return pq.ParquetFile(path, page_checksum_verification=True, thrift_container_size_limit=_FOOTER_ITEMS)
 
 
 def rows(
-    path: Path,
+    source: Source,
     file: pq.ParquetFile,
     groups: Sequence[int],
     columns: Sequence[str] | None = None,
@@ -141,7 +161,7 @@ def rows(
 
     Raises UserError if they are larger than the limits allow, whatever the file says of it, ValueError for damage.
     """
-    largest = _largest_value(path, file, groups, columns, limits)
+    largest = _largest_value(source, file, groups, columns, limits)
     # A value of a dictionary is stored once, and every row may repeat it.
     most = min(max(limits.max_decoded_bytes // (4 * largest), 1), _BATCH_ROWS)
     pieces, held = [], 0
@@ -160,14 +180,14 @@ def rows(
 
 
 def _largest_value(
-    path: Path, file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None, limits: Limits
+    source: Source, file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str] | None, limits: Limits
 ) -> int:
     """Bytes that one row of a column may take at most, from the headers of all pages that would be unpacked.
 
     Raises UserError if the pages, or a row's list, are larger than the limits allow.
     """
     largest, whole = 1, 0
-    with path.open("rb") as stream:
+    with _stream(source) as stream:
         for part in (file.metadata.row_group(group) for group in groups):
             for i in range(part.num_columns):
                 chunk, kind = part.column(i), file.schema.column(i)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save, save_file
 
 from entprog import config, files, models
 from entprog.config import digest
@@ -31,6 +31,7 @@ from entprog.models.denoising import VideoDenoiser
 
 if TYPE_CHECKING:
     from entprog.data import shards  # pyarrow with it, which networks alone do not need
+    from entprog.storage import Place
 
 FORMAT = "entprog-texts-1"
 FOLDER = "texts"
@@ -86,11 +87,12 @@ def of_clips(dataset: "shards.Dataset", split: str) -> list[str]:
     """The caption of every clip of a split, in the order of their numbers; '' for a clip without one."""
     from entprog.data import shards
 
-    found = []
-    for shard in dataset.splits.get(split, ()):
-        rows = shards.read_rows(dataset.folder / shard.file, range(shard.clips), ("caption",))
-        found += [row["caption"].strip() for row in rows]
-    return found
+    def of(shard: shards.ShardInfo) -> list[str]:
+        rows = shards.read_rows(dataset.folder / shard.file, range(shard.clips), ("caption",), shard.bytes)
+        return [row["caption"].strip() for row in rows]
+
+    with shards.at_once(dataset.folder) as apply:
+        return [caption for some in apply(of, dataset.splits.get(split, ())) for caption in some]
 
 
 def wanted(dataset: "shards.Dataset", mode: str) -> list[str]:
@@ -98,10 +100,20 @@ def wanted(dataset: "shards.Dataset", mode: str) -> list[str]:
 
     Raises UserError where captions are wanted and no clip has one.
     """
-    if mode == "empty":
-        return [""]
-    captions = [*of_clips(dataset, "train"), *of_clips(dataset, "held_out")]
-    if not any(captions):
+    return _distinct(_of_splits(dataset, mode), dataset)
+
+
+def _of_splits(dataset: "shards.Dataset", mode: str) -> dict[str, list[str]]:
+    """The captions of each split that a run of `data.text=mode` shows."""
+    from entprog.data import shards
+
+    return {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
+
+
+def _distinct(of_splits: dict[str, list[str]], dataset: "shards.Dataset") -> list[str]:
+    """`wanted` of the captions of each split; of none, the empty text."""
+    captions = [caption for some in of_splits.values() for caption in some]
+    if of_splits and not any(captions):
         raise UserError(
             f"data.text=caption, but no clip of {dataset.folder} has a caption: prepare with .txt files beside the "
             "videos or a manifest with a column caption, or use data.text=empty"
@@ -113,7 +125,7 @@ def wanted(dataset: "shards.Dataset", mode: str) -> list[str]:
 class Texts:
     """Embeddings that are all there."""
 
-    folder: Path
+    folder: "Path | Place"
     """Of KEY."""
     tokens: int
     """What they are filled up to with zeros."""
@@ -125,12 +137,12 @@ class Texts:
     def of(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
         a file that is damaged."""
-        path = _file(self.folder, text)
+        path = self.folder / _file(text)
         try:
-            with safe_open(path, "pt") as file:
-                fields = {field: file.get_tensor(name).float()[None] for field, name in self.names.items()}
-                return fields | {"text": texts.padded(fields["text"], self.tokens)}
-        except (OSError, SafetensorError) as error:
+            stored = load_file(path) if isinstance(path, Path) else load(path.read_bytes())
+            fields = {field: stored[name].float()[None] for field, name in self.names.items()}
+            return fields | {"text": texts.padded(fields["text"], self.tokens)}
+        except (OSError, SafetensorError, KeyError) as error:
             reason = one_line(error)
             raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None
 
@@ -139,7 +151,10 @@ class Texts:
         belongs to it."""
         if not self.captions:
             return batch
-        each = [self.of(self.captions[split][clip]) for clip in clips.tolist()]
+        from entprog.data import shards
+
+        with shards.at_once(self.folder) as apply:
+            each = [*apply(self.of, [self.captions[split][clip] for clip in clips.tolist()])]
         rows = {field: torch.cat([fields[field] for fields in each]).to(batch.clean.device) for field in self.names}
         return replace(batch, conditions={**batch.conditions, **rows})
 
@@ -156,9 +171,10 @@ def prepared(
     mode: of `data.text`, not `fixed`. Raises UserError as `source`, `wanted` and `encoder` do, on every rank where one
     of them cannot go on.
     """
+    captions = agree.of_first(lambda: _of_splits(dataset, mode))  # the clips of a bucket may be very many
     texts_of_clips, mistake = None, None
     try:
-        texts_of_clips = _share(settings, dataset, mode, device, progress)
+        texts_of_clips = _share(settings, dataset, captions, device, progress)
     except UserError as error:
         mistake = str(error)
     mistakes = [line for line in agree.gathered(mistake) if line]  # waits for all
@@ -170,18 +186,16 @@ def prepared(
 def _share(
     settings: config.Model,
     dataset: "shards.Dataset",
-    mode: str,
+    captions: dict[str, list[str]],
     device: torch.device | str,
     progress: Callable[[int, int], None],
 ) -> Texts:
     """Encode this rank's share of what is not encoded yet."""
-    from entprog.data import shards
-
     found, rank, world = source(settings), *agree.world()
-    captions = {split: of_clips(dataset, split) for split in shards.SPLITS} if mode == "caption" else {}
     network = models.family(settings.family).inspect(settings).network.config
     folder = folder_of(dataset, found.key_for(network))
-    due = missing(wanted(dataset, mode)[rank::world], folder)  # what others have written by now decides no share
+    due = _distinct(captions, dataset)[rank::world]  # what others have written by now decides no share
+    due = missing(due, folder)
     names = found.family.text_names()
     if due:
         encode = encoder(found, network, device)
@@ -203,20 +217,25 @@ def one(found: Source, network, text: str, device: torch.device | str) -> dict[s
     return fields | {"text": texts.padded(fields["text"], found.family.text_tokens(network))}
 
 
-def folder_of(dataset: "shards.Dataset", key: str) -> Path:
+def folder_of(dataset: "shards.Dataset", key: str) -> "Path | Place":
     """Where the embeddings of a dataset's texts lie."""
     return dataset.folder / FOLDER / key
 
 
-def others(folder: Path) -> int:
+def others(folder: "Path | Place") -> int:
     """How many folders of texts there are beside one that cannot be used for its network."""
+    if not isinstance(folder, Path):
+        return len({*folder.parent.folders()} - {folder.name})
     there = folder.parent.iterdir() if folder.parent.is_dir() else ()
     return sum(path.is_dir() and path != folder for path in there)
 
 
-def missing(wanted: Sequence[str], folder: Path) -> list[str]:
+def missing(wanted: Sequence[str], folder: "Path | Place") -> list[str]:
     """Texts that are not encoded yet."""
-    return [text for text in wanted if not _file(folder, text).is_file()]
+    if isinstance(folder, Path):
+        return [text for text in wanted if not (folder / _file(text)).is_file()]
+    there = folder.below()
+    return [text for text in wanted if _file(text) not in there]
 
 
 def encoder(found: Source, network, device: torch.device | str) -> Callable[[list[str]], dict[str, torch.Tensor]]:
@@ -261,15 +280,18 @@ def _kind(encoder: Path) -> str:
     return names[0]
 
 
-def _file(folder: Path, text: str) -> Path:
+def _file(text: str) -> str:
     name = hashlib.sha256(text.encode()).hexdigest()
-    return folder / name[:2] / f"{name}.safetensors"
+    return f"{name[:2]}/{name}.safetensors"
 
 
-def _write(folder: Path, text: str, tensors: dict[str, torch.Tensor]) -> None:
+def _write(folder: "Path | Place", text: str, tensors: dict[str, torch.Tensor]) -> None:
     embedding = tensors[texts.NAME]
     used = int(embedding.any(dim=1).nonzero().max()) + 1 if embedding.any() else 1
     kept = {name: value.contiguous() for name, value in {**tensors, texts.NAME: embedding[:used]}.items()}
-    path = _file(folder, text)
+    path = folder / _file(text)
+    if not isinstance(path, Path):
+        path.write_bytes(save(kept, {"format": FORMAT}))
+        return
     with files.whole(path) as scratch:
         save_file(kept, scratch, metadata={"format": FORMAT})

@@ -1,20 +1,22 @@
-"""Folders of a run, on a disk or behind s3:// or gs://: what checkpoints need of either, by pyarrow."""
+"""Folders and files on a disk or behind s3:// and gs://: what of either is needed, by pyarrow."""
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from pyarrow import NativeFile, fs
 
 from entprog import files
 from entprog.errors import UserError
-from entprog.masking import bare, has_credentials, masked, one_line
+from entprog.masking import bare, has_credentials, masked, one_line, query
 
 GIVE_UP_S = 20
 """Google's client tries for a quarter of an hour, which is right for a run and too long for a check before it."""
@@ -27,37 +29,66 @@ def quickly(where: str) -> str:
     return f"{where}{'&' if '?' in where else '?'}retry_limit_seconds={GIVE_UP_S}"
 
 
+def at(where: "str | Path | Place", what: str) -> "Path | Place":
+    """A folder of this machine as its path, one behind an address as a Place. what: lies there, for messages.
+
+    Raises UserError for an address of no known kind.
+    """
+    if isinstance(where, str) and "://" in where:
+        return Place.at(where, what)
+    return where if isinstance(where, Place) else Path(where)
+
+
+def absolute(where: "Path | Place") -> "Path | Place":
+    """The same for a process that works in another folder."""
+    return where if isinstance(where, Place) else where.resolve()
+
+
+def address(where: "Path | Place") -> str:
+    """What `at` makes the same of."""
+    return where.address if isinstance(where, Place) else str(where)
+
+
+def inside(folder: "Path | Place", name: str) -> bool:
+    """Whether a name in a folder's own record is one of a file inside it."""
+    if isinstance(folder, Place):
+        return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    root = folder.resolve()
+    return (root / name).resolve().is_relative_to(root)
+
+
 @dataclass(frozen=True)
 class Place:
-    """A folder. Local ones (NFS too) have atomic renames; an object store's are complete once a last file says so."""
+    """A folder, or a file in one. Local folders (NFS too) have atomic renames; an object store's are complete once a
+    last file says so. Processes pass places on to each other; credentials do not go with them."""
 
-    system: fs.FileSystem
+    system: fs.FileSystem = field(compare=False)
     root: str
+    form: tuple[str, str] = ("", "")
+    """What stands before and after `root` in its address."""
 
     @staticmethod
-    def at(where: str | Path) -> "Place":
+    def at(where: str | Path, what: str = "checkpoints") -> "Place":
         """A path, or an address like s3://bucket/runs/7 (its settings as pyarrow has them: ?region=…,
-        ?endpoint_override=…; credentials come from the environment).
+        ?endpoint_override=…; credentials come from the environment). what: is to lie there.
 
         Raises UserError for an address of no known kind.
         """
         where = str(where)
         if has_credentials(where):
-            raise UserError(
-                f"checkpoints: {masked(where)} holds a user or password: give credentials in the environment"
-            )
+            raise UserError(f"{what}: {masked(where)} holds a user or password: give credentials in the environment")
         if "://" not in where:
             return Place(fs.LocalFileSystem(), str(Path(where).absolute()))
         try:
             system, root = fs.FileSystem.from_uri(where)
         except (ValueError, OSError) as error:
             reason = one_line(error, where)
-            raise UserError(
-                f"{bare(where)} is no place for checkpoints: {reason}; use a folder, s3:// or gs://"
-            ) from None
-        return Place(system, root.rstrip("/"))
+            raise UserError(f"{bare(where)} is no place for {what}: {reason}; use a folder, s3:// or gs://") from None
+        scheme, _, rest = where.partition("://")
+        user = "anonymous@" if rest.startswith("anonymous@") else ""
+        return Place(system, root.rstrip("/"), (f"{scheme}://{user}", query(where)))
 
-    def check(self) -> None:
+    def check(self, what: str = "checkpoints") -> None:
         """Write a file and remove it. Raises UserError where that fails: before a run, not after hours of it."""
         probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
         try:
@@ -68,7 +99,7 @@ class Place:
         except OSError as error:
             reason = one_line(error)
             raise UserError(
-                f"checkpoints cannot be written to {self}: {reason}; look at its name and at the credentials in the "
+                f"{what} cannot be written to {self}: {reason}; look at its name and at the credentials in the "
                 "environment"
             ) from None
 
@@ -78,11 +109,21 @@ class Place:
         return Path(self.root) if isinstance(self.system, fs.LocalFileSystem) else None
 
     def __truediv__(self, name: str) -> "Place":
-        return Place(self.system, f"{self.root}/{name}")
+        return replace(self, root=f"{self.root}/{name}")
 
     @property
     def name(self) -> str:
         return self.root.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Place":
+        return replace(self, root=self.root.rpartition("/")[0])
+
+    @property
+    def address(self) -> str:
+        """What `at` makes this place of. Not to be shown: it holds the settings that were given."""
+        before, after = self.form
+        return f"{before}{quote(self.root)}{'?' + after if after else ''}" if before else self.root
 
     def __str__(self) -> str:
         return self.root if self.local else f"{self.system.type_name}://{self.root}"
@@ -102,9 +143,33 @@ class Place:
         with self.open(name) as file:
             return file.size()
 
-    def open(self, name: str) -> NativeFile:
-        """A file of it, to read any part of. Raises OSError."""
-        return self.system.open_input_file(f"{self.root}/{name}")
+    def open(self, name: str = "") -> NativeFile:
+        """A file of it (without a name: that it is), to read any part of. Raises OSError."""
+        return self.system.open_input_file(f"{self.root}/{name}" if name else self.root)
+
+    def below(self) -> dict[str, int]:
+        """{path inside it: bytes} of the files in it and in the folders below it. Raises OSError."""
+        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
+        start = len(self.root) + 1
+        return {info.path[start:]: info.size for info in inside if info.type == fs.FileType.File}
+
+    def read_bytes(self) -> bytes:
+        """Of the file that it is. Raises OSError."""
+        with self.system.open_input_stream(self.root) as stream:
+            return stream.read()
+
+    def write_bytes(self, content: bytes) -> None:
+        """As the file that it is; whole or not at all in a bucket. Raises OSError."""
+        with self.create() as stream:
+            stream.write(content)
+
+    def exists(self) -> bool:
+        return self.system.get_file_info(self.root).type != fs.FileType.NotFound
+
+    def sha256(self) -> str:
+        """Of the file that it is. Raises OSError."""
+        with self.system.open_input_stream(self.root) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def read_json(self, name: str) -> Any:
         """Raises FileNotFoundError, OSError or ValueError."""
@@ -112,10 +177,10 @@ class Place:
             return json.loads(stream.read())
 
     @contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
-        """A stream that becomes a file of it; on a disk it lies there when this ends."""
+    def create(self, name: str = "") -> Iterator[BinaryIO]:
+        """A stream that becomes a file of it (without a name: that it is); on a disk it lies there when this ends."""
         if self.local is None:
-            with self.system.open_output_stream(f"{self.root}/{name}") as stream:
+            with self.system.open_output_stream(f"{self.root}/{name}" if name else self.root) as stream:
                 yield stream
             return
         with (self.local / name).open("wb") as file:

@@ -30,7 +30,7 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
 from entprog.schedule.state import RunState
-from entprog.storage.place import Place
+from entprog.storage import Place
 from entprog.training import slices
 
 STATE = "state.json"

@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from entprog.storage import tensors
-from entprog.storage.place import Place
+from entprog.storage import Place, tensors
 from entprog.storage.tensors import Stored
 
 SUFFIX = ".safetensors"

@@ -16,7 +16,7 @@ import pipelines
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
-from entprog.storage.place import Place
+from entprog.storage import Place
 from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 from pipelines.cluster.room import CPUS_FOR_DATA

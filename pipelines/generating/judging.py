@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 import pipelines
-from entprog import config
+from entprog import config, storage
 from entprog.config import Evaluation
 from entprog.data import shards
 from entprog.errors import UserError
@@ -64,9 +64,9 @@ def places(dataset: shards.Dataset, split: str, count: int | None, folder: Path)
         path = dataset.folder / file
         rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id"])
         ids |= {i: row["clip_id"] for i, row in zip(mine, rows, strict=True)}
-    root = dataset.folder.resolve()  # actors work in another directory
+    root = storage.absolute(dataset.folder)  # actors work in another directory
     return [
-        Place(ids[i], str(root / index[i][0]), index[i][1], i, str(folder.resolve() / file_name(ids[i])))
+        Place(ids[i], storage.address(root / index[i][0]), index[i][1], i, str(folder.resolve() / file_name(ids[i])))
         for i in picked
     ]
 
@@ -86,7 +86,7 @@ class Generator:
         from pipelines.generating.rendering import make
 
         batch = [
-            motions.from_row(Path(path), int(row), self._checkpoint.shape, int(number))
+            motions.from_row(storage.at(path, "shards"), int(row), self._checkpoint.shape, int(number))
             for path, row, number in zip(rows["shard"], rows["row"], rows["number"], strict=True)
         ]
         made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
@@ -108,7 +108,7 @@ class Judge:
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = []
         for path, row, file in zip(rows["shard"], rows["row"], rows["file"], strict=True):
-            motion = motions.from_row(Path(path), int(row), self._shape)
+            motion = motions.from_row(storage.at(path, "shards"), int(row), self._shape)
             result = read_result(Path(file), motion.video.shape)
             found.append(self._meter.measure(result, motion.video, motion.reference, motion.pose))
         out = {"clip_id": rows["clip_id"]}

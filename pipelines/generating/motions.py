@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entprog import config
+from entprog import config, storage
 from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
@@ -183,10 +183,10 @@ def pairs(references: dict[Path, np.ndarray], driven: Iterable[tuple[str, np.nda
 
 
 def motions_from_shards(
-    folder: Path, wanted: Sequence[str] | None, split: str, settings: Generation, shape: ClipShape
+    folder: str | Path, wanted: Sequence[str] | None, split: str, settings: Generation, shape: ClipShape
 ) -> list[Motion]:
     """The clips named, or some of a split."""
-    dataset = datasets.read_dataset(folder)
+    dataset = datasets.read_dataset(storage.quickly(str(folder)))
     if dataset.shape != shape:
         raise UserError(f"shards {folder} hold clips of {dataset.shape}, the checkpoint makes {shape}: prepare anew")
     datasets.verify(dataset, "size")
@@ -218,7 +218,7 @@ def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int
     }
 
 
-def from_row(path: Path, row: int, shape: ClipShape, place: int = 0) -> Motion:
+def from_row(path: Path | storage.Place, row: int, shape: ClipShape, place: int = 0) -> Motion:
     """One clip of a shard whose clips have this shape. Raises DamagedShardError naming shard and row."""
     (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video"])
     size = (shape.height, shape.width)

@@ -9,7 +9,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Work:
 
     def left(self) -> list[File]:
         """What is to be written."""
-        located, folder, of = _located(self.dataset), self.folder.resolve(), self.estimate
+        located, folder, of = shards.located(self.dataset), self.folder.resolve(), self.estimate
         pieces = [piece for piece, file in self.files.items() if file is None]
         return [File(located, folder, of.shape, piece, piece.clips * of.clip_s) for piece in pieces]
 
@@ -163,7 +163,7 @@ def run(*folders: Path, encoding: Encoding, dry_run: bool = False, verbose: bool
 
 
 def _works(ray, asked: Sequence[tuple[shards.Dataset, ClipShape]], encoding: Encoding, gpus: int) -> list[Work]:
-    located = [(_located(dataset), shape) for dataset, shape in asked]
+    located = [(shards.located(dataset), shape) for dataset, shape in asked]
     if gpus or joining.address():  # where encoders run
         where = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         measure = ray.remote(**where, max_retries=0)(estimates)
@@ -320,11 +320,6 @@ def estimates(asked: Sequence[tuple[shards.Dataset, ClipShape]], encoding: Encod
             )
         )
     return out
-
-
-def _located(dataset: shards.Dataset) -> shards.Dataset:
-    """The dataset with an absolute path: tasks run in another directory."""
-    return replace(dataset, folder=dataset.folder.resolve(), settings={})
 
 
 # ---- words ----

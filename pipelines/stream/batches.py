@@ -107,7 +107,7 @@ class Batches:
         if source.cached:
             poses = None
             if self.experiment.train.weighs_parts:
-                located = replace(self.dataset, folder=self.dataset.folder.resolve(), settings={})
+                located = shards.located(self.dataset)
                 poses = functools.partial(clip_stream.poses, located, latents.SPLIT, frames=source.shape.frames)
             return feed.latent_stream(self.caches[source.shape], *order, **how, poses=poses)
         how |= {"frames": source.shape.frames, "where": self.experiment.data.decode}

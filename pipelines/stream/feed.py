@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -98,7 +98,7 @@ def stream(
     clip_stream.check_shape(dataset, shape)
     if not dataset.clips(split):
         raise UserError(f"shards {dataset.folder} have no clips in split {split!r}: prepare more videos")
-    located = replace(dataset, folder=dataset.folder.resolve(), settings={})  # tasks run in another directory
+    located = shards.located(dataset)
     order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed, batches or world)
     collate = functools.partial(clip_stream.to_clips, device=device)
     if where == "cluster":

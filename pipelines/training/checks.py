@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from entprog import config, models
+from entprog import config, models, storage
 from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import Experiment
 from entprog.data import shards
@@ -15,7 +15,7 @@ from entprog.media import wholebody
 from entprog.models import adapters, captions, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
-from entprog.storage.place import Place
+from entprog.storage import Place
 
 Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""
@@ -32,7 +32,7 @@ def check(experiment: Experiment) -> shards.Dataset:
         eight_bit.check_installed()
     if not data.shards:
         raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
-    dataset = shards.read_dataset(Path(data.shards))
+    dataset = shards.read_dataset(storage.quickly(data.shards))
     if not data.shape.is_cut_of(dataset.shape):
         raise UserError(
             f"shards {data.shards} hold clips of {dataset.shape}, the experiment wants {data.shape}: prepare them "

@@ -47,10 +47,10 @@ def leave_charts(output: Path, steps: list[dict], blocks: list[str], tracker: Tr
         left += [output / "cei.json"]
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     left += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
-    sheet = dataset.folder / "contact_sheet.png"
+    sheet = [dataset.folder / "contact_sheet.png"] if isinstance(dataset.folder, Path) else []
     files.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
     left += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
-    for file in [*left, *([sheet] if sheet.exists() else [])]:
+    for file in [*left, *(path for path in sheet if path.exists())]:
         tracker.artifact(file)
 
 

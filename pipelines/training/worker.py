@@ -125,7 +125,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
     if experiment.in_fp8:
         fp8.check_device(device)
-    dataset = shards.read_dataset(Path(experiment.data.shards))
+    dataset = shards.read_dataset(experiment.data.shards)
     texts = None
     if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
 
