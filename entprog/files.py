@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,15 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A scratch path beside `path` to write to; it takes the place of `path` when the block ends without an exception.
 
-    A reader never sees half a file, and two writers never share a scratch file. The folder is made.
+    A reader never sees half a file, and two writers never share a scratch file. The folder is made. A path of a bucket
+    (`storage.Place`) gets its content when the block ends.
     """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="entprog-") as folder:
+            scratch = Path(folder) / path.name
+            yield scratch
+            path.put(scratch)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -28,7 +28,7 @@ class Expert(StrEnum):
 def merge(
     adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys.")],
     base: Annotated[str, typer.Option(help="The base that it was trained on: a folder, or a hub name.")],
-    output: Annotated[Path, typer.Option(help="Folder of the merged pipeline, new or empty.")],
+    output: Annotated[Path, cli.folder("Folder of the merged pipeline, new or empty.")],
     family: Annotated[
         str | None, typer.Option(help="Model family of the base, where the adapter does not say.")
     ] = None,
@@ -83,7 +83,7 @@ def merge(
 def extract(
     before: Annotated[str, typer.Option(help="The base: a folder, or a hub name.")],
     after: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
-    output: Annotated[Path, typer.Option(help="Folder of the adapter, new or empty.")],
+    output: Annotated[Path, cli.folder("Folder of the adapter, new or empty.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     expert: Annotated[
         Expert | None, typer.Option(help="Which of two networks, where there are two: the one trained last.")

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 import pipelines
-from entprog import config, files, masking
+from entprog import config, files, masking, storage
 from entprog.errors import UserError
 from entprog.names import plain
+from entprog.storage import Where
 from pipelines.cluster import local
 from pipelines.outputs import claim
 
@@ -51,14 +53,33 @@ class Terminal(Console):
 console = Terminal()
 errors = Terminal(stderr=True)
 
+BUCKETS = ("s3:/", "gs:/", "gcs:/")
+
+
+def folder(help: str):
+    """An option that names a folder in which files are appended to and locked, as no bucket's can be."""
+    return typer.Option(help=help, callback=_in_no_bucket)
+
+
+def _in_no_bucket(option: typer.CallbackParam, given: Path | None) -> Path | None:
+    if given is not None and str(given).startswith(BUCKETS):
+        complain(
+            "error",
+            f"--{option.name} {given}: of outputs only prepare's and checkpoints (train.checkpoints) may lie in a "
+            "bucket; give a folder that all nodes see",
+        )
+        raise typer.Exit(2)
+    return given
+
+
 Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(config.presets(PRESETS))}.")]
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
 Tables = Annotated[
     Path | None,
-    typer.Option(
-        help=f"Where score tables are kept by their key, for every run to share ({TABLES}; on a cluster OUTPUT/cei)."
+    folder(
+        f"Where score tables are kept by their key, for every run to share ({TABLES}; on a cluster OUTPUT/cei).",
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
@@ -127,20 +148,38 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in nested.items() if v is not None and v != {}}
 
 
-def run(job: str, output: Path | None, work: Callable[[], dict[str, Any]], *, verbose: bool = False) -> None:
+def output_of(given: str) -> Where:
+    """Where a job leaves what it makes. Raises UserError for an address of no known kind, and one that does not
+    answer."""
+    where = storage.at(storage.quickly(given), "an output")
+    if isinstance(where, Path):
+        return where
+    try:
+        where.exists()
+    except OSError as error:
+        reason = masking.one_line(error)
+        raise UserError(
+            f"cannot look at output {where}: {reason}; look at its name and at the credentials in the environment"
+        ) from None
+    return where
+
+
+def run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]], *, verbose: bool = False) -> None:
     """Do the work; leave `output/result.json` with its figures; end the process with the right exit status.
 
     `work` claims the output and returns the job's own figures. With `output` None (a dry run), or one that was not
     claimed, nothing is written.
     """
     pipelines.imported()
-    started, made = time.time(), claim.missing(output) if output is not None else []
+    started, made = time.time(), []
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     try:
+        output = output_of(output) if isinstance(output, str) else output
+        made = claim.missing(output) if output is not None else []
         record |= work()
         status = 0
     except UserError as error:
-        if output is not None:
+        if output is not None and not isinstance(output, str):
             claim.release(output, made)
         complain("error", str(error))
         raise typer.Exit(2) from None
@@ -263,7 +302,7 @@ def advancing(what: str, total: int, units: str = "clips") -> Iterator[Callable[
 
 
 @contextmanager
-def stderr_into(path: Path, *, verbose: bool = False):
+def stderr_into(path: Where, *, verbose: bool = False):
     """What C++ libraries write to this process's stderr goes into a file, which is kept only if the work fails.
 
     Not if it is refused: a UserError says by itself what is wrong.
@@ -273,21 +312,25 @@ def stderr_into(path: Path, *, verbose: bool = False):
         return
     sys.stderr.flush()
     mine = os.dup(2)
-    with path.open("ab") as log:
+    scratch = None if isinstance(path, Path) else tempfile.TemporaryDirectory(prefix="entprog-")
+    here = path if scratch is None else Path(scratch.name) / path.name
+    with here.open("ab") as log:
         os.dup2(log.fileno(), 2)
     try:
         try:
             yield
         except UserError:
-            path.unlink(missing_ok=True)
+            here.unlink(missing_ok=True)
             raise
-        path.unlink(missing_ok=True)
+        here.unlink(missing_ok=True)
     finally:
         sys.stderr.flush()
         os.dup2(mine, 2)
         os.close(mine)
-        if path.exists():
-            path.write_text(masking.masked(path.read_text(errors="replace")))
+        if here.exists():
+            path.write_text(masking.masked(here.read_text(errors="replace")))
+        if scratch is not None:
+            scratch.cleanup()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def main(
         str | None,
         typer.Option(metavar="ID,NAME,…", help="Only these runs: ids, names, or a sweep's run for all its trials."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("out/compare"),
+    output: Annotated[Path, cli.folder("Folder of the page.")] = Path("out/compare"),
     target_loss: Annotated[
         float | None, typer.Option(help="Held-out loss whose reaching is timed [the baseline's] (compare.target_loss).")
     ] = None,

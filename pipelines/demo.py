@@ -83,9 +83,7 @@ class HeldOut:
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="Folder of the demo; the same command again resumes it.")] = Path(
-        "out/demo"
-    ),
+    output: Annotated[Path, cli.folder("Folder of the demo; the same command again resumes it.")] = Path("out/demo"),
     seconds: Annotated[float, typer.Option(help="Charged seconds of each run on the rendered person.")] = 80.0,
     real_seconds: Annotated[float, typer.Option(help="Charged seconds of each run on real clips.")] = 35.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with train.seed 0, 1, ….")] = 1,

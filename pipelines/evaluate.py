@@ -55,7 +55,7 @@ def main(
         Path | None,
         typer.Option(help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the figures; the same command again resumes it.")] = Path(
+    output: Annotated[Path, cli.folder("Folder for the figures; the same command again resumes it.")] = Path(
         "out/evaluation"
     ),
     split: Annotated[str | None, typer.Option(help="Split of the shards (evaluate.split).")] = None,

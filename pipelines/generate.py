@@ -40,7 +40,8 @@ app = cli.app("Generate clips from a checkpoint, a reference image and a motion.
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
     output: Annotated[
-        Path, typer.Option(help="Folder for the videos, sheet.png and result.json; the same command again resumes it.")
+        Path,
+        cli.folder("Folder for the videos, sheet.png and result.json; the same command again resumes it."),
     ],
     reference: Annotated[
         Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")

@@ -25,6 +25,7 @@ from entprog.media import pose
 from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import room
 from pipelines.outputs import claim
@@ -51,7 +52,7 @@ def main(
         ),
     ] = None,
     *,
-    output: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    output: Annotated[str, typer.Option(help="Folder for the shards; also s3://BUCKET/FOLDER, gs://BUCKET/FOLDER.")],
     frames: Annotated[int | None, typer.Option(help="Frames in a clip (data.shape.frames; 8).")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.height; 96).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.width; 64).")] = None,
@@ -94,6 +95,7 @@ def main(
     """
 
     def work() -> dict[str, Any]:
+        folder = cli.output_of(output)
         if held_out and held_out_ratio is not None:
             raise UserError("both --held-out and --held-out-ratio were given: name the sources, or give a ratio")
         own = {"stride": stride, "held_out": held_out, "held_out_ratio": held_out_ratio, "seed": seed}
@@ -112,11 +114,11 @@ def main(
         if input is not None:
             if latents:  # before clips are cut for hours
                 caching.check_model(encoding, settings.data.shape)
-            figures = plan(input, output, settings) if dry_run else run(input, output, settings, verbose=verbose)
-        if latents and dry_run and input is not None and not (output / "dataset.json").exists():
+            figures = plan(input, folder, settings) if dry_run else run(input, folder, settings, verbose=verbose)
+        if latents and dry_run and input is not None and not (folder / "dataset.json").exists():
             cli.console.print("then latents: their size and time can be said once there are clips to measure on")
         elif latents:
-            figures |= {"latents": caching.run(output, encoding=encoding, dry_run=dry_run, verbose=verbose)}
+            figures |= {"latents": caching.run(folder, encoding=encoding, dry_run=dry_run, verbose=verbose)}
         return figures
 
     cli.run("prepare", None if dry_run else output, work, verbose=verbose)
@@ -149,9 +151,9 @@ class Work:
     """Sources that --held-out names."""
 
 
-def look(given: str | Path, output: Path, settings: Preparation) -> Work:
+def look(given: str | Path, output: Where, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
-    found = inputs.find(given, settings.prepare, output)
+    found = inputs.find(given, settings.prepare, output if isinstance(output, Path) else None)
     before = additions.read(output)
     claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
@@ -163,7 +165,7 @@ def look(given: str | Path, output: Path, settings: Preparation) -> Work:
     return Work(found, before, additions.to_do(before, found.rows, output, settings), held)
 
 
-def _is_earlier(output: Path, settings: Preparation, before: additions.Before | None) -> bool:
+def _is_earlier(output: Where, settings: Preparation, before: additions.Before | None) -> bool:
     """Whether a version that left no marks has worked here: a dataset is finished, or begun with the same settings."""
     try:
         return before is not None or json.loads((output / "prepare.json").read_text()) == packing.cut_settings(settings)
@@ -171,7 +173,7 @@ def _is_earlier(output: Path, settings: Preparation, before: additions.Before | 
         return False
 
 
-def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, Any]:
+def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, Any]:
     """What would be done, printed (--dry-run)."""
     settings = inputs.trusting(settings, given)
     work = look(given, output, settings)
@@ -206,7 +208,7 @@ def plan(given: str | Path, output: Path, settings: Preparation) -> dict[str, An
 # ---- doing it ----
 
 
-def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
+def run(given: str | Path, output: Where, settings: Preparation, *, verbose: bool = False) -> dict[str, Any]:
     """Prepare the videos that an input names; the job's figures. Running it again resumes, adds, or does nothing."""
     from pipelines.preparing import contact_sheet  # here: it draws with torch, whose import takes seconds
 
@@ -226,7 +228,7 @@ def run(given: str | Path, output: Path, settings: Preparation, *, verbose: bool
         cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
-    records = {file: packing.read_part(parts, key) for file, key in keys.items()}
+    records = dict(zip(keys, packing.read_parts(parts, keys.values()), strict=True))
     left = [row for row in work.to_do if records[row["file"]] is None]
     if len(left) < len(work.to_do):
         cli.console.print(f"resuming: {len(work.to_do) - len(left)} of {len(work.to_do)} sources are done already")
@@ -259,7 +261,7 @@ def needs_estimator(rows: Iterable[Source]) -> bool:
 
 
 def _cut_all(
-    ray, left: list[Source], parts: Path, keys: dict[str, str], settings: Preparation, tally: progress.Tally
+    ray, left: list[Source], parts: Where, keys: dict[str, str], settings: Preparation, tally: progress.Tally
 ) -> None:
     """Take sources through all stages; a progress bar with rate and ETA. Their parts lie in `parts` afterwards."""
     if not left:
@@ -276,7 +278,7 @@ def _cut_all(
                 tally.count(row["file"], row["reason"])
 
 
-def _stages(ray, rows: list[Source], parts: Path, settings: Preparation, cpus: int):
+def _stages(ray, rows: list[Source], parts: Where, settings: Preparation, cpus: int):
     """The Dataset of sources done: probe and shots, which share a task, → track → cut.
 
     Each takes a CPU and has memory of its own: operators that ask for the same are made one by Ray Data, and then
@@ -301,13 +303,12 @@ def _stages(ray, rows: list[Source], parts: Path, settings: Preparation, cpus: i
     )
 
 
-def _records(parts: Path, keys: dict[str, str]) -> Iterator[Row]:
-    for _, key in sorted(keys.items()):
-        if (record := packing.read_part(parts, key)) is not None:
-            yield record
+def _records(parts: Where, keys: dict[str, str]) -> Iterator[Row]:
+    found = packing.read_parts(parts, [key for _, key in sorted(keys.items())])
+    return (record for record in found if record is not None)
 
 
-def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], settings: Preparation):
+def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], settings: Preparation):
     """(shards by split, the ledger's lines, points of a pose, where poses come from) of the whole dataset.
 
     Raises UserError if nothing was kept at all.
@@ -333,7 +334,7 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
         cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
-    of_kept = [packing.read_part(parts, keys[file]) for file in kept]
+    of_kept = packing.read_parts(parts, [keys[file] for file in kept])
     most = packing.points_of(of_kept)
     points = before.dataset.points if before else most
     if bare := packing.without_parts(of_kept, points):
@@ -352,7 +353,7 @@ def _pack(ray, work: Work, output: Path, parts: Path, keys: dict[str, str], sett
 # ---- what a person sees ----
 
 
-def _report(output: Path, figures: Row) -> Row:
+def _report(output: Where, figures: Row) -> Row:
     """Print the summary; the job's figures."""
     dataset = shards.read_dataset(output)
     _show(figures)

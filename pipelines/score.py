@@ -31,7 +31,7 @@ def main(
         str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the table and its chart.")] = Path("out/score"),
+    output: Annotated[Path, cli.folder("Folder for the table and its chart.")] = Path("out/score"),
     tables: cli.Tables = None,
     draws_until_stable: Annotated[
         float | None,

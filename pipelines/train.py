@@ -49,9 +49,7 @@ def main(
         str | None,
         typer.Option(help="Memory per device, like 24GB: only plans that fit (schedule.memory_budget_bytes)."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.")] = Path(
-        "out/train"
-    ),
+    output: Annotated[Path, cli.folder("Folder of the run; the same command again resumes it.")] = Path("out/train"),
     tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,

@@ -60,9 +60,7 @@ def main(
         str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the sweep; the same command again resumes it.")] = Path(
-        "out/sweep"
-    ),
+    output: Annotated[Path, cli.folder("Folder of the sweep; the same command again resumes it.")] = Path("out/sweep"),
     tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,

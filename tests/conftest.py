@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from entprog.blocks import blocks
+from helpers import servers
 from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)
@@ -65,6 +66,8 @@ def local_ray():
         SHARED_RAY.callback(ended)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_metrics_report_interval_ms", "500")  # tests read Ray's own metrics
+            for name, value in servers.CREDENTIALS.items():  # its workers take their environment from here
+                patch.setenv(name, value)
             SHARED_RAY.enter_context(cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True))
     return ray
 

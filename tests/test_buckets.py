@@ -12,11 +12,15 @@ from typer.testing import CliRunner
 from entprog import config, storage
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
+from entprog.errors import UserError
+from entprog.media import assets, h264, video
 from entprog.models import captions
+from entprog.preparing import ledger
 from helpers import real_clips, servers
 from helpers.networks import TINY
-from pipelines import score, train, tune
+from pipelines import compare, demo, evaluate, generate, prepare, score, train, tune
 from pipelines.generating import judging, motions
+from pipelines.preparing import additions
 from pipelines.stream import feed
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
@@ -204,6 +208,16 @@ def test_dry_runs_read_the_bucket(job, bucket, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+AWAY = "s3://data/none?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
+
+
+def test_an_output_in_a_bucket_that_does_not_answer_is_one_line(s3, tmp_path):
+    code, said = run(prepare, "--input", tmp_path, "--output", AWAY)
+    assert code == 2 and said.startswith("error: cannot look at output s3://data/none: ") and said.count("\n") == 1, (
+        said
+    )
+
+
 BAD = {
     "no dataset": ("s3://data/none?{}", "s3://data/none is not a finished dataset"),
     "no bucket": ("s3://never-made/none?{}", "s3://never-made/none"),
@@ -222,6 +236,59 @@ def test_an_address_that_cannot_be_read_is_one_line_before_anything_starts(job, 
     code, said = run(job, "--shards", where, "--output", tmp_path / "out", *words, *MODEL)
     assert code == 2 and due in said and "secret-of-mine" not in said and said.count("error:") == 1, said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("job", "option"),
+    [
+        *((job, "--output") for job in (compare, demo, evaluate, generate, score, train, tune)),
+        *((job, "--tables") for job in (score, train, tune)),
+    ],
+)
+def test_what_no_bucket_can_hold_is_refused_in_one_line(job, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(job, option, "s3://data/run")
+    assert code == 2 and said.count("\n") == 1 and f"{option} s3:/data/run: of outputs only prepare's" in said, said
+    assert not list(tmp_path.iterdir())
+
+
+# ---- prepare ----
+
+
+def test_what_is_prepared_into_a_bucket_is_there_once_it_is_whole(s3, local_ray, tmp_path, monkeypatch):
+    """Ended when all clips are cut and packed, the same command goes on."""
+    videos, where = tmp_path / "videos", address(s3, "data/prepared")
+    videos.mkdir()
+    for name in ("cam01", "cam04"):
+        frames = (frame for _, frame in video.iter_frames(assets.clip(name), fps=20, end_s=1.2, size=(480, 270)))
+        h264.write(videos / f"{name}.mp4", frames, fps=20)
+    words = ["--input", videos, "--frames", 6, "--height", 48, "--width", 32, "--fps", 10, "--held-out", "cam04"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(additions, "finish", killed)
+        code, said = run(prepare, *words, "--output", where)
+    assert code == 1, said
+    with pytest.raises(UserError, match="s3://data/prepared is not a finished dataset"):
+        shards.read_dataset(where)
+    code, said = run(prepare, *words, "--output", where)
+    assert code == 0 and "resuming: 2 of 2 sources are done already" in said, said
+    there = shards.read_dataset(where)
+    shards.verify(there, "sha256")
+    files = [info.file for infos in there.splits.values() for info in infos]
+    others = {"contact_sheet.png", "dataset.json", "entprog-job.json", "ledger.parquet", "result.json"}
+    assert there.folder.below().keys() == {*files, *others} and len(files) == 2
+    kept = sum(row["kept"] for row in ledger.read(there.folder / "ledger.parquet") if row["kind"] == "clip")
+    assert kept == there.clips("train") + there.clips("held_out") > 4
+    assert clip_stream.decode(there, "held_out", np.array([0]))["video"].any()
+    code, said = run(prepare, *words, "--output", where)
+    assert code == 0 and "nothing to do: s3://data/prepared is finished" in said, said
+    code, said = run(prepare, *words, "--output", where, "--fps", 11)
+    assert code == 2 and "s3://data/prepared holds a prepare job of other settings (data.shape.fps" in said, said
+    code, said = run(prepare, *words, "--output", "s3://never-made/x?" + where.partition("?")[2].split("&allow")[0])
+    assert code == 2 and "cannot be written to s3://never-made/x" in said and said.count("error:") == 1, said
 
 
 # ---- Ray Data ----

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +34,7 @@ from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import styles
-from entprog.storage import Place, tensors
+from entprog.storage import Place, Where, tensors
 
 if TYPE_CHECKING:
     from entprog.data.clips import Clips, Latents
@@ -89,7 +90,7 @@ class Written:
 class Cache:
     """A finished cache."""
 
-    folder: Path | Place
+    folder: Where
     shapes: dict[str, tuple[int, ...]]
     """Tensor → shape of one clip, repeated dimensions in full."""
     files: tuple[Written, ...]
@@ -146,7 +147,7 @@ def _configuration(module) -> dict[str, Any]:
 # ---- a cache as it is written ----
 
 
-def folder_of(dataset: shards.Dataset, key: str) -> Path | Place:
+def folder_of(dataset: shards.Dataset, key: str) -> Where:
     """Where the cache of a key lies, finished or not."""
     return dataset.folder / FOLDER / key
 
@@ -174,14 +175,14 @@ def _once(value):
     return value
 
 
-def write(folder: Path, piece: Piece, clips: Sequence[dict[str, np.ndarray]], *, halves: bool = False) -> Written:
+def write(folder: Where, piece: Piece, clips: Sequence[dict[str, np.ndarray]], *, halves: bool = False) -> Written:
     """Write a file, whole or not at all. clips: of `compact`, in order of row; halves: stored as `stored` says."""
     tensors = stored({name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}, halves)
     tensors["crc32"] = np.array([_crc32(clip) for clip in clips], np.int64)
     path = folder / piece.file
     with files.whole(path) as scratch:
         save_file(tensors, scratch, metadata={"format": FORMAT, "shard_sha256": piece.shard_sha256})
-    return Written(piece, path.stat().st_size, files.sha256(path))
+        return Written(piece, scratch.stat().st_size, files.sha256(scratch))
 
 
 def stored(tensors: dict[str, np.ndarray], halves: bool) -> dict[str, np.ndarray]:
@@ -203,25 +204,39 @@ def _crc32(clip: dict[str, np.ndarray]) -> int:
     return out
 
 
-def written(folder: Path, piece: Piece) -> Written | None:
+def written(folder: Where, piece: Piece) -> Written | None:
     """A finished file of an earlier attempt, every byte of it looked at; None if there is none."""
     path = folder / piece.file
     try:
-        with safe_open(path, "numpy") as file:
+        with _local(path) as local, safe_open(local, "numpy") as file:
             if (file.metadata() or {}).get("shard_sha256") != piece.shard_sha256:
                 return None
             names = [name for name in file.keys() if name != "crc32"]  # noqa: SIM118
             sums = file.get_tensor("crc32")
             tensors = {name: _in_full(file.get_tensor(name)) for name in names}
-        whole = len(sums) == piece.clips and all(
-            _crc32({name: value[i : i + 1] for name, value in tensors.items()}) == sums[i] for i in range(len(sums))
-        )
+            whole = len(sums) == piece.clips and all(
+                _crc32({name: value[i : i + 1] for name, value in tensors.items()}) == sums[i] for i in range(len(sums))
+            )
+            return Written(piece, local.stat().st_size, files.sha256(local)) if whole else None
     except (OSError, SafetensorError, KeyError, IndexError):
         return None
-    return Written(piece, path.stat().st_size, files.sha256(path)) if whole else None
 
 
-def finish(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: Sequence[Written], about: dict[str, Any]) -> Cache:
+@contextlib.contextmanager
+def _local(path: Where) -> Iterator[Path]:
+    """A file of a cache on this machine, one in a bucket for as long as the block lasts."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="latents-") as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        yield Path(copy.name)
+
+
+def finish(
+    folder: Where, shapes: dict[str, tuple[int, ...]], pieces: Sequence[Written], about: dict[str, Any]
+) -> Cache:
     """Write `latents.json`; what else lies in the folder (of shards that are gone) is left alone."""
     record = {"format": FORMAT, "about": about, "tensors": shapes, "files": [asdict(file) for file in pieces]}
     files.write_json(folder / RECORD, record)
@@ -231,8 +246,8 @@ def finish(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: Sequence[Wr
 # ---- a cache as it is read ----
 
 
-def read_cache(folder: Path | Place) -> Cache:
-    """A finished cache's description. Raises DamagedLatentsError."""
+def read_cache(folder: Where) -> Cache:
+    """A finished cache's description. Raises DamagedLatentsError, OSError where a bucket does not answer."""
     try:
         record = json.loads(
             (folder / RECORD).read_text() if isinstance(folder, Path) else (folder / RECORD).read_bytes()
@@ -245,6 +260,8 @@ def read_cache(folder: Path | Place) -> Cache:
             if not storage.inside(folder, file.piece.file):
                 raise ValueError(f"a file outside the folder: {file.piece.file!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(folder, Place) and isinstance(error, OSError):  # it may answer the next time
+            raise
         reason = masking.reason(error)
         raise DamagedLatentsError(f"{folder}/latents.json is damaged ({reason}): {AGAIN}") from None
     return Cache(folder, shapes, files)
@@ -278,13 +295,9 @@ def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
         path = cache.folder / file.piece.file
         with contextlib.suppress(OSError):
             size = sizes.get(file.piece.file) if remote else path.stat().st_size
-            if size == file.bytes and (how == "size" or _sha256(path) == file.sha256):
+            if size == file.bytes and (how == "size" or files.sha256(path) == file.sha256):
                 continue
         raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
-
-
-def _sha256(path: Path | Place) -> str:
-    return path.sha256() if isinstance(path, Place) else files.sha256(path)
 
 
 def read(cache: Cache, clips: np.ndarray) -> dict[str, np.ndarray]:
@@ -294,7 +307,7 @@ def read(cache: Cache, clips: np.ndarray) -> dict[str, np.ndarray]:
     files = np.searchsorted(ends, clips, side="right")
     found: list[dict[str, np.ndarray] | None] = [None] * len(clips)
 
-    def stored(number: int) -> tuple[Path | Place, np.ndarray, list[int], list]:
+    def stored(number: int) -> tuple[Where, np.ndarray, list[int], list]:
         file, places = cache.files[number], np.flatnonzero(files == number)
         path, rows = cache.folder / file.piece.file, (clips[places] - (ends[number] - file.piece.clips)).tolist()
         read_rows = functools.partial(_rows, path) if isinstance(path, Path) else functools.partial(_away, path, file)
@@ -329,7 +342,7 @@ _NUMBERS = {"F32": np.dtype("<f4"), "U16": np.dtype("<u2"), "I64": np.dtype("<i8
 def _opened(path: Place, size: int) -> tuple[NativeFile, dict[str, tensors.Stored], np.ndarray] | None:
     """A file in a bucket, what lies where in it, and the checksums of its clips; None where it is not what it was."""
     try:
-        file = path.open()
+        file = path.ranges()
         if file.size() != size:
             return None
         found, _ = tensors.header(file)
@@ -375,7 +388,7 @@ def to_latents(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 
 def located(cache: Cache) -> Cache:
     """The cache with an absolute path, for tasks that run in another directory."""
-    return replace(cache, folder=storage.absolute(cache.folder))
+    return replace(cache, folder=cache.folder.resolve())
 
 
 def free_bytes(folder: Path) -> int:

@@ -26,7 +26,7 @@ from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
 from entprog.errors import UserError
 from entprog.media import limits, parquet_pages, wholebody
-from entprog.storage import Place, tensors
+from entprog.storage import Place, Where, tensors
 from entprog.storage.ranges import Ranged
 
 FORMAT = "entprog-shards-1"
@@ -75,6 +75,10 @@ class DamagedShardError(UserError):
     """A shard that cannot be read as what it should be. The message names the file, the row and what to do."""
 
 
+class UnreachableError(UserError):
+    """A bucket that does not answer, or not to us: what another try may mend."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard file as `dataset.json` lists it."""
@@ -90,7 +94,7 @@ class ShardInfo:
 class Dataset:
     """A folder of shards, as its `dataset.json` describes it."""
 
-    folder: Path | Place
+    folder: Where
     shape: ClipShape
     splits: dict[str, tuple[ShardInfo, ...]]
     """Shards by split (`train`, `held_out`), in the order that `index` counts them."""
@@ -113,7 +117,7 @@ def schema(frames: int, points: int = POINTS) -> pa.Schema:
 
 
 def write_shard(
-    folder: Path, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape, points: int = POINTS
+    folder: Where, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape, points: int = POINTS
 ) -> ShardInfo:
     """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes. Holds one row group at a time.
 
@@ -163,7 +167,7 @@ def _leaves(of: pa.Schema) -> list[str]:
 
 
 def write_dataset(
-    folder: Path,
+    folder: Where,
     shape: ClipShape,
     splits: Mapping[str, Iterable[ShardInfo]],
     settings: Mapping[str, Any],
@@ -183,7 +187,7 @@ def write_dataset(
     return read_dataset(folder)
 
 
-def read_dataset(folder: str | Path | Place) -> Dataset:
+def read_dataset(folder: str | Where) -> Dataset:
     """A dataset's description, of a folder or of an address of one; no shard is opened. Raises UserError if it does not
     hold one."""
     folder = storage.at(folder, "shards")
@@ -195,8 +199,10 @@ def read_dataset(folder: str | Path | Place) -> Dataset:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a finished dataset (it has no dataset.json): {again}") from None
     except (OSError, ValueError) as error:
-        remedy = f"{again} again" if isinstance(folder, Path) else "look at its name and the environment's credentials"
-        raise UserError(f"cannot read {folder}/dataset.json ({masking.one_line(error)}): {remedy}") from None
+        what = f"cannot read {folder}/dataset.json ({masking.one_line(error)})"
+        if isinstance(folder, Place) and isinstance(error, OSError):
+            raise UnreachableError(f"{what}: look at its name and at the credentials in the environment") from None
+        raise UserError(f"{what}: {again} again") from None
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise UserError(f"{folder}/dataset.json has format {found!r}, this version reads {FORMAT!r}: {again} again")
@@ -236,17 +242,17 @@ def verify(dataset: Dataset, how: Literal["auto", "sha256", "size"] = "sha256") 
                 raise DamagedShardError(f"shard {path} is missing ({reason}): {again}") from None
             if size != shard.bytes:
                 raise DamagedShardError(f"damaged shard {path}: {_size(size, shard.bytes)}; {again}")
-            if how == "sha256" and (found := path.sha256() if remote else files.sha256(path)) != shard.sha256:
+            if how == "sha256" and (found := files.sha256(path)) != shard.sha256:
                 message = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
                 raise DamagedShardError(f"damaged shard {path}: {message}; {again}")
 
 
 def _sizes(folder: Place) -> dict[str, int]:
-    """{name: bytes} of a split in a bucket, by one listing. Raises UserError."""
+    """{name: bytes} of a split in a bucket, by one listing. Raises UnreachableError."""
     try:
         return folder.files()
     except OSError as error:
-        raise UserError(f"cannot list {folder}: {masking.one_line(error)}") from None
+        raise UnreachableError(f"cannot list {folder}: {masking.one_line(error)}") from None
 
 
 def _size(found: int, due: int) -> str:
@@ -255,7 +261,7 @@ def _size(found: int, due: int) -> str:
 
 def located(dataset: Dataset) -> Dataset:
     """The dataset for tasks, which run in another directory, without what only `prepare` needs."""
-    return replace(dataset, folder=storage.absolute(dataset.folder), settings={})
+    return replace(dataset, folder=dataset.folder.resolve(), settings={})
 
 
 def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
@@ -264,7 +270,7 @@ def index(dataset: Dataset, split: str) -> list[tuple[str, int]]:
 
 
 def read_rows(
-    path: Path | Place, rows: Iterable[int], columns: Sequence[str] | None = None, size: int | None = None
+    path: Where, rows: Iterable[int], columns: Sequence[str] | None = None, size: int | None = None
 ) -> list[dict[str, Any]]:
     """Clips of one shard in the order asked for, reading only the row groups and columns needed.
 
@@ -302,7 +308,7 @@ def read_rows(
         raise _damaged(path, at, masking.one_line(error)) from None
 
 
-def _damaged(path: Path | Place, row: int, reason: str) -> DamagedShardError:
+def _damaged(path: Where, row: int, reason: str) -> DamagedShardError:
     return DamagedShardError(
         f"damaged shard {path}, row {row}: {reason}; check it against dataset.json's sha256 and restore or prepare it "
         "again"
@@ -330,7 +336,7 @@ THREADS = 16
 @functools.lru_cache(maxsize=FOOTERS)
 def _opened(path: Place, size: int | None) -> tuple[NativeFile, int, bytes]:
     """A shard, its size, and its end with the whole footer. size: that it should have; ValueError if it has not."""
-    file = path.open()
+    file = path.ranges()
     there = file.size()
     if size is not None and there != size:
         raise ValueError(_size(there, size))
@@ -372,7 +378,7 @@ def _fetch(source: Ranged, about: pq.FileMetaData, groups: Sequence[int], column
         raise _AwayError(error) from None
 
 
-def at_once(folder: Path | Place):
+def at_once(folder: Where):
     """Gives a `map` for reading several files of a folder: of a bucket some are asked for at once."""
     if not isinstance(folder, Place):
         return contextlib.nullcontext(map)

@@ -52,7 +52,6 @@ def contact_sheet(
             sheet.paste(image, (x, y + label_height))
             x += image.width + GAP
         y += label_height + frame_height
-    path = Path(path)
     with files.whole(path) as scratch:
         sheet.save(scratch, "PNG")
     return path

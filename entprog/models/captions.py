@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save_file
 
 from entprog import config, files, models
 from entprog.config import digest
@@ -31,7 +31,7 @@ from entprog.models.denoising import VideoDenoiser
 
 if TYPE_CHECKING:
     from entprog.data import shards  # pyarrow with it, which networks alone do not need
-    from entprog.storage import Place
+    from entprog.storage import Where
 
 FORMAT = "entprog-texts-1"
 FOLDER = "texts"
@@ -125,7 +125,7 @@ def _distinct(of_splits: dict[str, list[str]], dataset: "shards.Dataset") -> lis
 class Texts:
     """Embeddings that are all there."""
 
-    folder: "Path | Place"
+    folder: "Where"
     """Of KEY."""
     tokens: int
     """What they are filled up to with zeros."""
@@ -217,12 +217,12 @@ def one(found: Source, network, text: str, device: torch.device | str) -> dict[s
     return fields | {"text": texts.padded(fields["text"], found.family.text_tokens(network))}
 
 
-def folder_of(dataset: "shards.Dataset", key: str) -> "Path | Place":
+def folder_of(dataset: "shards.Dataset", key: str) -> "Where":
     """Where the embeddings of a dataset's texts lie."""
     return dataset.folder / FOLDER / key
 
 
-def others(folder: "Path | Place") -> int:
+def others(folder: "Where") -> int:
     """How many folders of texts there are beside one that cannot be used for its network."""
     if not isinstance(folder, Path):
         return len({*folder.parent.folders()} - {folder.name})
@@ -230,7 +230,7 @@ def others(folder: "Path | Place") -> int:
     return sum(path.is_dir() and path != folder for path in there)
 
 
-def missing(wanted: Sequence[str], folder: "Path | Place") -> list[str]:
+def missing(wanted: Sequence[str], folder: "Where") -> list[str]:
     """Texts that are not encoded yet."""
     if isinstance(folder, Path):
         return [text for text in wanted if not (folder / _file(text)).is_file()]
@@ -285,13 +285,10 @@ def _file(text: str) -> str:
     return f"{name[:2]}/{name}.safetensors"
 
 
-def _write(folder: "Path | Place", text: str, tensors: dict[str, torch.Tensor]) -> None:
+def _write(folder: "Where", text: str, tensors: dict[str, torch.Tensor]) -> None:
     embedding = tensors[texts.NAME]
     used = int(embedding.any(dim=1).nonzero().max()) + 1 if embedding.any() else 1
     kept = {name: value.contiguous() for name, value in {**tensors, texts.NAME: embedding[:used]}.items()}
     path = folder / _file(text)
-    if not isinstance(path, Path):
-        path.write_bytes(save(kept, {"format": FORMAT}))
-        return
     with files.whole(path) as scratch:
         save_file(kept, scratch, metadata={"format": FORMAT})

@@ -9,10 +9,10 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from entprog.media.video import VideoError
+from entprog.storage import Where
 
 MAX_CRASHES = 2
 """Crashes of the process after which a source is left alone: one may be another's doing (memory, a lost node)."""
@@ -24,7 +24,7 @@ class MachineError(Exception):
 
 
 @contextmanager
-def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterator[bool]:
+def attempt(parts: Where | None, key: str, stage: str, stall_s: float) -> Iterator[bool]:
     """Whether a stage may be tried with a source: not when it brought its process down MAX_CRASHES times before.
 
     The mark is taken away when the stage comes back. While it runs, the process ends if `heartbeats` saw nothing
@@ -34,9 +34,8 @@ def attempt(parts: Path | None, key: str, stage: str, stall_s: float) -> Iterato
         yield True
         return
     mark = parts / f"{key}.{stage}.tried"
-    crashes = mark.stat().st_size if mark.exists() else 0
-    with mark.open("ab") as file:
-        file.write(b".")
+    crashes = len(mark.read_bytes()) if mark.exists() else 0
+    mark.write_bytes(b"." * (crashes + 1))
     faulthandler.dump_traceback_later(stall_s, exit=True, file=2)
     try:
         yield crashes < MAX_CRASHES
@@ -61,7 +60,7 @@ def heartbeats(items: Iterable[Any], stall_s: float, watched: bool, work_s: floa
         yield item
 
 
-def forget(parts: Path) -> None:
+def forget(parts: Where) -> None:
     """Marks left by a job that was killed from outside say nothing about its sources."""
     for mark in parts.glob("*.tried"):
         mark.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from entprog.preparing import ledger, shots, windows
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.probing import opened, tried
 from entprog.preparing.rows import Cut, Done, Shots, Tracked
+from entprog.storage import Where
 
 LONGEST_SIDE = 1920
 """Frames larger than this are scaled down for pose tracking: the landmark network sees 256×256 of the person."""
@@ -46,7 +47,7 @@ class Track:
     """Third stage: the pose of the foremost person at the clip's frame rate, read where it lies beside the video,
     otherwise estimated. Loads its networks once, when they are first needed."""
 
-    def __init__(self, settings: Preparation, parts: Path | None = None):
+    def __init__(self, settings: Preparation, parts: Where | None = None):
         self.settings = settings
         self.parts = parts
 
@@ -135,7 +136,7 @@ class _Window:
     reference: bytes = b""
 
 
-def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
+def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     """Fourth stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
     The ledger file comes last: a part with a ledger is finished and never done again.
@@ -149,7 +150,7 @@ def cut(row: Tracked, settings: Preparation, parts: Path) -> Done:
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
 
-def _cut(row: Cut, settings: Preparation, heartbeats, parts: Path) -> Cut:
+def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
     """Writes the part; adds `clips`, their number, `part_sha256`, and the ledger's `lines` of all clips.
 
     The row is rejected if no clip is kept.

@@ -1,9 +1,9 @@
 """The ledger: one row for every input file and every clip window that was found, kept or rejected and why."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from entprog.masking import one_line
 from entprog.names import plain
 from entprog.preparing.attempts import MAX_CRASHES
 from entprog.preparing.rows import Line, Probed, Source
+from entprog.storage import Where
 
 R = TypeVar("R", bound=Probed)
 
@@ -77,16 +78,16 @@ def crashed(row: R, stage: str) -> R:
     return rejected(row, stage, "crashed", f"it brought the process down, or stood still, {MAX_CRASHES} times")
 
 
-def write(path: Path, rows: Iterable[Line]) -> None:
+def write(path: Where, rows: Iterable[Line]) -> None:
     """Write the ledger as Parquet, whole or not at all."""
     with files.whole(path) as scratch:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), scratch, compression="ZSTD")
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Where) -> list[Line]:
     """All rows. Raises UserError if there is no readable ledger."""
     try:
-        return pq.read_table(path, columns=SCHEMA.names).to_pylist()
+        return pq.read_table(io.BytesIO(path.read_bytes()), columns=SCHEMA.names).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read the ledger {path}: {one_line(error)}") from None
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,11 +20,12 @@ from entprog.media.footage import Footage
 from entprog.media.video import VideoError
 from entprog.preparing import addresses, attempts, fetching, inputs, ledger, shots
 from entprog.preparing.rows import Probed, Shots, Source
+from entprog.storage import Where
 
 R = TypeVar("R", bound=Probed)
 
 
-def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Probed:
+def probe(row: Source, settings: Preparation, parts: Where | None = None) -> Probed:
     """Hash the source and look at its first frame.
 
     Adds sha256, source_height and source_width (of the whole upright picture), view_height and view_width (of what the
@@ -37,13 +37,13 @@ def probe(row: Source, settings: Preparation, parts: Path | None = None) -> Prob
     return tried(row, "probe", settings, parts, _probe)
 
 
-def cut_shots(row: Probed, settings: Preparation, parts: Path | None = None) -> Shots:
+def cut_shots(row: Probed, settings: Preparation, parts: Where | None = None) -> Shots:
     """Second stage: adds `cuts`, bytes of int32: the clip frames (`shots.cuts`) at which new shots begin; `length`, the
     number of clip frames."""
     return tried({**row, "cuts": b"", "length": 0}, "shots", settings, parts, _cut_shots)
 
 
-def tried(row: R, stage: str, settings: Preparation, parts: Path | None, work) -> R:
+def tried(row: R, stage: str, settings: Preparation, parts: Where | None, work) -> R:
     """`work(row, settings, heartbeats)` with everything that can go wrong made a verdict; a bad row passes by.
 
     `heartbeats` goes over whatever work waits for, so that a standstill is noticed (`attempts`).

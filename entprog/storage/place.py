@@ -1,6 +1,6 @@
 """Folders and files on a disk or behind s3:// and gs://: what of either is needed, by pyarrow."""
 
-import hashlib
+import errno
 import json
 import os
 import shutil
@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from urllib.parse import quote
 
 from pyarrow import NativeFile, fs
@@ -18,6 +19,8 @@ from entprog import files
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, masked, one_line, query
 
+BUFFER_BYTES = 8 << 20
+"""Of a file that is read from start to end: an answer each."""
 GIVE_UP_S = 20
 """Google's client tries for a quarter of an hour, which is right for a run and too long for a check before it."""
 
@@ -29,7 +32,7 @@ def quickly(where: str) -> str:
     return f"{where}{'&' if '?' in where else '?'}retry_limit_seconds={GIVE_UP_S}"
 
 
-def at(where: "str | Path | Place", what: str) -> "Path | Place":
+def at(where: "str | Where", what: str) -> "Where":
     """A folder of this machine as its path, one behind an address as a Place. what: lies there, for messages.
 
     Raises UserError for an address of no known kind.
@@ -39,17 +42,12 @@ def at(where: "str | Path | Place", what: str) -> "Path | Place":
     return where if isinstance(where, Place) else Path(where)
 
 
-def absolute(where: "Path | Place") -> "Path | Place":
-    """The same for a process that works in another folder."""
-    return where if isinstance(where, Place) else where.resolve()
-
-
-def address(where: "Path | Place") -> str:
+def address(where: "Where") -> str:
     """What `at` makes the same of."""
     return where.address if isinstance(where, Place) else str(where)
 
 
-def inside(folder: "Path | Place", name: str) -> bool:
+def inside(folder: "Where", name: str) -> bool:
     """Whether a name in a folder's own record is one of a file inside it."""
     if isinstance(folder, Place):
         return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
@@ -140,12 +138,84 @@ class Place:
 
     def size(self, name: str) -> int:
         """Bytes of a file of it. Raises OSError."""
-        with self.open(name) as file:
+        with (self / name).ranges() as file:
             return file.size()
 
-    def open(self, name: str = "") -> NativeFile:
-        """A file of it (without a name: that it is), to read any part of. Raises OSError."""
-        return self.system.open_input_file(f"{self.root}/{name}" if name else self.root)
+    # ---- as a Path is asked ----
+
+    def resolve(self) -> "Place":
+        """Itself: an address is the same in every folder."""
+        return self
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.root).stem
+
+    def exists(self) -> bool:
+        """Raises OSError."""
+        return self.system.get_file_info(self.root).type != fs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self.system.get_file_info(self.root).type == fs.FileType.Directory
+
+    def mkdir(self, **_) -> None:
+        """Nothing: a bucket's folders are there with the first file in them."""
+
+    def iterdir(self) -> Iterator["Place"]:
+        """What is in it; nothing where it is not there. Raises OSError."""
+        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        return (self / info.base_name for info in inside)
+
+    def glob(self, pattern: str) -> Iterator["Place"]:
+        """Files and folders in it whose names fit."""
+        return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
+
+    def open(self, mode: Literal["rb"] = "rb") -> NativeFile:
+        """The file that it is, to read from its start to its end. Raises OSError."""
+        return self.system.open_input_stream(self.root, buffer_size=BUFFER_BYTES)
+
+    def read_bytes(self) -> bytes:
+        """Of the file that it is. Raises OSError."""
+        with self.system.open_input_stream(self.root) as stream:
+            return stream.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, content: bytes) -> None:
+        """As the file that it is, whole or not at all. Raises OSError."""
+        with self.system.open_output_stream(self.root) as stream:
+            stream.write(content)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file that it is."""
+        try:
+            self.system.delete_file(self.root)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmdir(self) -> None:
+        """Remove the folder that it is; OSError if something is in it."""
+        if any(True for _ in self.iterdir()):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
+        if self.exists():
+            self.system.delete_dir(self.root)
+
+    def replace(self, target: "Place") -> "Place":
+        """Move the file that it is to `target`, over what is there: a copy that is whole or not there, then removed."""
+        self.system.copy_file(self.root, target.root)
+        self.unlink()
+        return target
+
+    def put(self, path: Path) -> None:
+        """A local file's content as the file that it is, whole or not at all. Raises OSError."""
+        fs.copy_files(str(path), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system)
+
+    # ---- as neither is ----
 
     def below(self) -> dict[str, int]:
         """{path inside it: bytes} of the files in it and in the folders below it. Raises OSError."""
@@ -153,23 +223,9 @@ class Place:
         start = len(self.root) + 1
         return {info.path[start:]: info.size for info in inside if info.type == fs.FileType.File}
 
-    def read_bytes(self) -> bytes:
-        """Of the file that it is. Raises OSError."""
-        with self.system.open_input_stream(self.root) as stream:
-            return stream.read()
-
-    def write_bytes(self, content: bytes) -> None:
-        """As the file that it is; whole or not at all in a bucket. Raises OSError."""
-        with self.create() as stream:
-            stream.write(content)
-
-    def exists(self) -> bool:
-        return self.system.get_file_info(self.root).type != fs.FileType.NotFound
-
-    def sha256(self) -> str:
-        """Of the file that it is. Raises OSError."""
-        with self.system.open_input_stream(self.root) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+    def ranges(self) -> NativeFile:
+        """The file that it is, to read any part of. Raises OSError."""
+        return self.system.open_input_file(self.root)
 
     def read_json(self, name: str) -> Any:
         """Raises FileNotFoundError, OSError or ValueError."""
@@ -177,10 +233,10 @@ class Place:
             return json.loads(stream.read())
 
     @contextmanager
-    def create(self, name: str = "") -> Iterator[BinaryIO]:
-        """A stream that becomes a file of it (without a name: that it is); on a disk it lies there when this ends."""
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """A stream that becomes a file of it; on a disk it lies there when this ends."""
         if self.local is None:
-            with self.system.open_output_stream(f"{self.root}/{name}" if name else self.root) as stream:
+            with self.system.open_output_stream(f"{self.root}/{name}") as stream:
                 yield stream
             return
         with (self.local / name).open("wb") as file:
@@ -212,3 +268,7 @@ class Place:
         fs.copy_files(
             str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system
         )
+
+
+Where = Path | Place
+"""A folder or file of this machine, or one in a bucket, which answers as a Path does as far as it is asked."""

@@ -64,7 +64,7 @@ def chunks(place: Place, files: Iterable[str]) -> Chunks:
     """
 
     def of(name: str) -> list[tuple[str, Chunk]]:
-        with place.open(name) as file:
+        with (place / name).ranges() as file:
             found, texts = tensors.header(file)
         where = json.loads(texts[OFFSETS]) if OFFSETS in texts else {}
         return [
@@ -110,7 +110,7 @@ class Reader(dcp.StorageReader):
             target = planner.resolve_tensor(item).detach()
             wishes.setdefault(chunk.file, []).extend(_wishes(item, chunk.stored, target))
         with ThreadPoolExecutor(THREADS) as pool:
-            opened = dict(zip(wishes, pool.map(self.place.open, wishes), strict=True))
+            opened = dict(zip(wishes, pool.map(lambda name: (self.place / name).ranges(), wishes), strict=True))
             runs = [(opened[file], run) for file, some in wishes.items() for run in _runs(some)]
             for _ in pool.map(_fill, *zip(*runs, strict=True)) if runs else ():
                 pass

@@ -64,7 +64,7 @@ def places(dataset: shards.Dataset, split: str, count: int | None, folder: Path)
         path = dataset.folder / file
         rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id"])
         ids |= {i: row["clip_id"] for i, row in zip(mine, rows, strict=True)}
-    root = storage.absolute(dataset.folder)  # actors work in another directory
+    root = dataset.folder.resolve()  # actors work in another directory
     return [
         Place(ids[i], storage.address(root / index[i][0]), index[i][1], i, str(folder.resolve() / file_name(ids[i])))
         for i in picked

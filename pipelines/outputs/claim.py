@@ -14,6 +14,7 @@ from typing import Any
 
 from entprog import files, masking
 from entprog.errors import UserError
+from entprog.storage import Place, Where
 
 MARK = "entprog-job.json"
 SHOWN = 3
@@ -23,7 +24,7 @@ SHOWN_CHARACTERS = 60
 ABSENT = "not set"
 
 
-def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
     """Raises UserError unless `output` is new, empty, or this job's with this identity. Changes nothing.
 
     identity: {setting, or what else decides: JSON value}. earlier: the job has recognised an unmarked folder by records
@@ -35,7 +36,8 @@ def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool 
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"cannot write to output folder {output}: {error.strerror}; {another}") from None
+        reason = error.strerror or masking.one_line(error)
+        raise UserError(f"cannot write to output folder {output}: {reason}; {another}") from None
     if not set(there) - {MARK}:  # a mark alone is of a command that was refused before it did anything
         return
     if MARK not in there:
@@ -54,15 +56,18 @@ def check(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool 
         raise UserError(f"{output} holds a {job} job of other settings ({message}): {another}")
 
 
-def take(output: Path, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+def take(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
     """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
     check(output, job, identity, earlier=earlier)
     writable(output)
     files.write_json(output / MARK, {"job": job, "identity": masking.masked_in(identity)})
 
 
-def writable(folder: Path) -> None:
+def writable(folder: Where) -> None:
     """Make a folder. Raises UserError if it cannot be written."""
+    if isinstance(folder, Place):
+        folder.check("the output")
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -71,14 +76,14 @@ def writable(folder: Path) -> None:
         raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
 
 
-def is_of(output: Path, job: str) -> bool:
+def is_of(output: Where, job: str) -> bool:
     """Whether the folder carries the job's mark, of whatever identity; a damaged mark is nobody's."""
     with contextlib.suppress(UserError):
         return _read(output)["job"] == job
     return False
 
 
-def release(output: Path, made: Sequence[Path]) -> None:
+def release(output: Where, made: Sequence[Path]) -> None:
     """Take back a mark in a folder that holds nothing else: what was refused leaves nothing behind.
 
     made: folders, innermost first, that were not there before this command: they go too if they are empty.
@@ -90,12 +95,14 @@ def release(output: Path, made: Sequence[Path]) -> None:
                 folder.rmdir()
 
 
-def missing(output: Path) -> list[Path]:
-    """The folder and those above it that are not there, innermost first."""
+def missing(output: Where) -> list[Path]:
+    """The folder and those above it that are not there, innermost first; of a bucket, which has none, no one."""
+    if isinstance(output, Place):
+        return []
     return [folder for folder in (output, *output.parents) if not folder.exists()]
 
 
-def _read(output: Path) -> dict[str, Any]:
+def _read(output: Where) -> dict[str, Any]:
     path = output / MARK
     try:
         known = json.loads(path.read_text())

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.progress import track
@@ -16,6 +15,7 @@ from entprog.errors import UserError
 from entprog.media.video import VideoError
 from entprog.preparing import addresses, inputs, ledger, probing
 from entprog.preparing.rows import Line, Source
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.preparing import packing
 
@@ -39,7 +39,7 @@ class Before:
         return {file: line["split"] for file, line in self.inputs().items() if line["kept"]}
 
 
-def read(output: Path) -> Before | None:
+def read(output: Where) -> Before | None:
     """A finished dataset in the output folder, or None. Raises UserError if it is damaged."""
     if not (output / "dataset.json").exists():
         return None
@@ -47,7 +47,7 @@ def read(output: Path) -> Before | None:
     return Before(dataset, ledger.read(output / (NEXT_LEDGER if _is_due(output, dataset) else "ledger.parquet")))
 
 
-def mend(output: Path, before: Before | None) -> None:
+def mend(output: Where, before: Before | None) -> None:
     """End what a kill between the two renames of `finish` has left undone."""
     coming = output / NEXT_LEDGER
     if before is not None and _is_due(output, before.dataset):
@@ -55,14 +55,14 @@ def mend(output: Path, before: Before | None) -> None:
     coming.unlink(missing_ok=True)
 
 
-def _is_due(output: Path, dataset: Dataset) -> bool:
+def _is_due(output: Where, dataset: Dataset) -> bool:
     """Whether the next ledger is the one that belongs to dataset.json."""
     coming = output / NEXT_LEDGER
     return coming.exists() and files.sha256(coming) == dataset.settings.get("ledger")
 
 
 def finish(
-    output: Path, settings: Preparation, lines: Sequence[Line], written, points: int, made_by: Sequence[str]
+    output: Where, settings: Preparation, lines: Sequence[Line], written, points: int, made_by: Sequence[str]
 ) -> Dataset:
     """Write ledger and dataset.json so that they belong together after a kill at any moment. made_by: where poses come
     from (`packing.made_by`)."""
@@ -75,7 +75,7 @@ def finish(
     return dataset
 
 
-def check_settings(before: Before, output: Path, settings: Preparation, held: set[str]) -> None:
+def check_settings(before: Before, output: Where, settings: Preparation, held: set[str]) -> None:
     """Raises UserError if the dataset was prepared with settings that give other clips, or another split.
 
     `held`: sources that --held-out names; new ones among them are no change.
@@ -96,7 +96,7 @@ def check_settings(before: Before, output: Path, settings: Preparation, held: se
         refuse(output, theirs, mine)
 
 
-def refuse(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+def refuse(output: Where, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises UserError naming the first setting that differs."""
     theirs, mine = config.flat(theirs), config.flat(mine)
     name = next(name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name))
@@ -104,7 +104,7 @@ def refuse(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     raise UserError(f"{output} was prepared with other settings ({message}): choose another --output, or delete it")
 
 
-def to_do(before: Before, sources: Sequence[Source], output: Path, settings: Preparation) -> list[Source]:
+def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Preparation) -> list[Source]:
     """Sources that the dataset does not have: new ones, and changed ones of which it has no clip.
 
     A file whose time stamp alone is another is read to see whether it has changed. Prints what it found.

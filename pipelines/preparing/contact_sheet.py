@@ -3,16 +3,15 @@
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from entprog.data import shards
 from entprog.media import h264, sheet, video
+from entprog.storage import Where
 
 Row = dict[str, Any]
 
@@ -22,18 +21,17 @@ SHEET_SHARDS = 48
 """Shards that they are looked for in."""
 
 
-def of_dataset(output: Path, dataset: shards.Dataset) -> None:
+def of_dataset(output: Where, dataset: shards.Dataset) -> None:
     """Two clips of every kept source, of up to SHEET_SOURCES: the reference, then frames with the pose over them."""
-    files = [(name, info.file) for name, infos in dataset.splits.items() for info in infos]
+    files = [(name, info.file, info.clips) for name, infos in dataset.splits.items() for info in infos]
     of_source = defaultdict(list)
-    for name, file in _some(files, SHEET_SHARDS):
-        sources = pq.read_table(output / file, columns=["source"]).column("source").to_pylist()
-        for row, source in enumerate(sources):
-            of_source[source].append((name, file, row))
+    for name, file, clips in _some(files, SHEET_SHARDS):
+        for row, clip in enumerate(shards.read_rows(output / file, range(clips), ["source"])):
+            of_source[clip["source"]].append((name, file, row))
     rows = []
     for source in _some(sorted(of_source), SHEET_SOURCES):
-        clips = of_source[source]
-        for split_name, file, at in [clips[i] for i in sorted({len(clips) // 4, 3 * len(clips) // 4})]:
+        its = of_source[source]
+        for split_name, file, at in [its[i] for i in sorted({len(its) // 4, 3 * len(its) // 4})]:
             (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s"])
             rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
     sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)

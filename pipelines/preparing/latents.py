@@ -21,6 +21,7 @@ from entprog.config import ClipShape, Encoding
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import failures, joining, launch
 from pipelines.outputs import claim
@@ -80,7 +81,7 @@ class File:
     """A file of a cache that is to be written."""
 
     dataset: shards.Dataset
-    folder: Path
+    folder: Where
     """Of the cache; absolute, as the dataset's, for tasks run in another directory."""
     shape: ClipShape
     piece: latents.Piece
@@ -103,11 +104,12 @@ class Work:
         """With the finished files of earlier attempts."""
         folder = latents.folder_of(dataset, estimate.key)
         pieces = latents.pieces(dataset, estimate.clip_bytes)
-        files = {piece: latents.written(folder, piece) for piece in pieces}
+        with shards.at_once(folder) as apply:
+            files = dict(zip(pieces, apply(functools.partial(latents.written, folder), pieces), strict=True))
         return cls(dataset, estimate, files, sum(piece.clips for piece, file in files.items() if file))
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Where:
         return latents.folder_of(self.dataset, self.estimate.key)
 
     @property
@@ -127,7 +129,7 @@ class Work:
         latents.finish(self.folder, self.estimate.shapes, list(self.files.values()), about)
 
 
-def run(*folders: Path, encoding: Encoding, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
+def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
     """Cache the latents of finished datasets at every clip shape asked for; figures of each dataset and shape. Says
     beforehand how large they are and how long it takes; with `dry_run` that is all. All are encoded together, the
     longest first. Raises UserError for a wrong base or damaged shards."""
@@ -199,7 +201,7 @@ def _tell(work: Work, figures: dict[str, Any], encoders: int) -> None:
 
 def _check_room(works: Sequence[Work]) -> None:
     """Raises UserError where a disk has no room for what is left."""
-    for folder in {work.dataset.folder for work in works}:
+    for folder in {work.dataset.folder for work in works if isinstance(work.dataset.folder, Path)}:
         here = [work for work in works if work.dataset.folder == folder]
         needed = sum((work.clips - work.clips_before) * work.estimate.clip_bytes for work in here)
         if needed > (free := latents.free_bytes(folder)):

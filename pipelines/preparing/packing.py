@@ -9,7 +9,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from entprog import config, files
@@ -20,6 +19,7 @@ from entprog.errors import UserError
 from entprog.media import wholebody
 from entprog.preparing import ledger
 from entprog.preparing.rows import Line, Source
+from entprog.storage import Place, Where
 
 Row = dict[str, Any]
 
@@ -59,15 +59,26 @@ def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
     return {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
 
 
-def read_part(parts: Path, key: str) -> Row | None:
+def read_part(parts: Where, key: str) -> Row | None:
     """A finished part's record, or None if it is not there as it was written."""
     try:
         record = json.loads((parts / f"{key}.json").read_text())
-        if record["clips"] and files.sha256(parts / f"{key}.parquet") != record["sha256"]:
+        if record["clips"] and not _is_whole(parts / f"{key}.parquet", record["sha256"]):
             return None
     except (OSError, ValueError, KeyError):
         return None
     return record
+
+
+def read_parts(parts: Where, keys: Iterable[str]) -> list[Row | None]:
+    """`read_part` of each."""
+    with shards.at_once(parts) as apply:
+        return [*apply(partial(read_part, parts), keys)]
+
+
+def _is_whole(path: Where, sha256: str) -> bool:
+    """Whether a file is as it was written; one in a bucket is, or is not there."""
+    return path.exists() if isinstance(path, Place) else files.sha256(path) == sha256
 
 
 def split(
@@ -199,7 +210,7 @@ def made_by(records: Iterable[Row | None], before: Iterable[str] = ()) -> list[s
 
 
 def pack_all(
-    ray, plans: Sequence[Row], output: Path, shape: ClipShape, before: Mapping[str, Sequence[ShardInfo]]
+    ray, plans: Sequence[Row], output: Where, shape: ClipShape, before: Mapping[str, Sequence[ShardInfo]]
 ) -> dict[str, list[ShardInfo]]:
     """Write the planned shards; all of the dataset's by split. Those of `before` are left as they are."""
     listed = {plan["file"] for plan in plans} | {info.file for infos in before.values() for info in infos}
@@ -215,18 +226,18 @@ def pack_all(
     if plans:
         rows = [{"plan": json.dumps(plan)} for plan in plans]
         packed = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(
-            partial(pack, folder=str(output.resolve()), shape=shape)
+            partial(pack, folder=output.resolve(), shape=shape)
         )
         for row in sorted(packed.iter_rows(), key=lambda row: (len(row["file"]), row["file"])):
             written[row.pop("split")].append(ShardInfo(**row))
     return written
 
 
-def pack(row: Row, folder: str, shape: ClipShape) -> Row:
+def pack(row: Row, folder: Where, shape: ClipShape) -> Row:
     """Operator: write one shard out of parts, if it is not there yet."""
-    plan, parts = json.loads(row["plan"]), Path(folder, "parts")
+    plan, parts = json.loads(row["plan"]), folder / "parts"
     receipt = _receipt(parts, plan["file"])
-    if (info := _packed(receipt, Path(folder, plan["file"]), row["plan"])) is not None:
+    if (info := _packed(receipt, folder / plan["file"], row["plan"])) is not None:
         return info
     by_part, clips = defaultdict(list), []
     for _, _, key, at in plan["clips"]:
@@ -235,31 +246,31 @@ def pack(row: Row, folder: str, shape: ClipShape) -> Row:
         clips += shards.read_rows(parts / f"{key}.parquet", wanted)
     files.write_json(receipt, {"plan": "begun"}, indent=None)  # what lies there from now on is this job's
     clips = [{**clip, "split": plan["split"]} for clip in clips]
-    info = shards.write_shard(Path(folder), plan["file"], clips, shape, plan["points"])
+    info = shards.write_shard(folder, plan["file"], clips, shape, plan["points"])
     entry = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
     files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": entry}, indent=None)
     return entry
 
 
-def _receipt(parts: Path, file: str) -> Path:
+def _receipt(parts: Where, file: str) -> Where:
     """Where it is written down that a shard is this job's, and what is in it."""
     return parts / f"{file.replace('/', '-')}.done"
 
 
-def remove_parts(parts: Path) -> None:
+def remove_parts(parts: Where) -> None:
     """Remove what preparing has left in the folder of parts, and the folder if nothing else is in it."""
-    for path in parts.iterdir():
-        if OF_PARTS.fullmatch(path.name):
-            path.unlink()
+    with shards.at_once(parts) as apply:
+        for _ in apply(lambda path: path.unlink(), [path for path in parts.iterdir() if OF_PARTS.fullmatch(path.name)]):
+            pass
     with contextlib.suppress(OSError):  # somebody else's files stay
         parts.rmdir()
 
 
-def _packed(receipt: Path, shard: Path, plan: str) -> Row | None:
+def _packed(receipt: Where, shard: Where, plan: str) -> Row | None:
     """A shard that an attempt killed later has finished: what it wrote down, if the file is still that."""
     try:
         entry = json.loads(receipt.read_text())
-        whole = entry["plan"] == config.digest(plan) and files.sha256(shard) == entry["info"]["sha256"]
+        whole = entry["plan"] == config.digest(plan) and _is_whole(shard, entry["info"]["sha256"])
     except (OSError, ValueError, KeyError):
         return None
     return entry["info"] if whole else None

@@ -92,6 +92,8 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
     setup, mistake = None, None
     try:
         setup = _open(settings, post, clock)
+    except shards.UnreachableError:  # no mistake: another try may be luckier
+        raise
     except UserError as error:
         mistake = str(error)
     mistakes = [line for line in agree.gathered(mistake) if line]
