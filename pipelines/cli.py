@@ -57,7 +57,7 @@ BUCKETS = ("s3:/", "gs:/", "gcs:/")
 
 
 def folder(help: str):
-    """An option that names a folder in which files are appended to and locked, as no bucket's can be."""
+    """An option that names a folder in which files are appended to, as none in a bucket can be."""
     return typer.Option(help=help, callback=_in_no_bucket)
 
 
@@ -65,10 +65,20 @@ def _in_no_bucket(option: typer.CallbackParam, given: Path | None) -> Path | Non
     if given is not None and str(given).startswith(BUCKETS):
         complain(
             "error",
-            f"--{option.name} {given}: of outputs only prepare's and checkpoints (train.checkpoints) may lie in a "
-            "bucket; give a folder that all nodes see",
+            f"--{option.name} {given}: a bucket may hold prepare's output, score tables (--tables) and checkpoints "
+            "(train.checkpoints); give a folder that all nodes see",
         )
         raise typer.Exit(2)
+    return given
+
+
+def _that_answers(option: typer.CallbackParam, given: str | None) -> str | None:
+    try:
+        if given is not None:
+            output_of(given, option.name)
+    except UserError as error:
+        complain("error", str(error))
+        raise typer.Exit(2) from None
     return given
 
 
@@ -77,9 +87,11 @@ ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML fi
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
 Tables = Annotated[
-    Path | None,
-    folder(
-        f"Where score tables are kept by their key, for every run to share ({TABLES}; on a cluster OUTPUT/cei).",
+    str | None,
+    typer.Option(
+        callback=_that_answers,
+        help="Where score tables are kept by their key, for every run to share, also s3:// or gs:// "
+        f"({TABLES}; on a cluster OUTPUT/cei).",
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
@@ -104,12 +116,12 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
     return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
 
 
-def tables_of(output: Path, given: Path | None) -> Path:
+def tables_of(output: Path, given: str | Where | None) -> Where:
     """Where a job's score tables are kept. On a cluster what is not named lies in its output: a folder of the machine
     that drives is none of the one that scores."""
     from pipelines.cluster import joining
 
-    return given or (output / "cei" if joining.address() else TABLES)
+    return storage.at(given or (output / "cei" if joining.address() else TABLES), "score tables")
 
 
 def app(help: str) -> typer.Typer:
@@ -148,10 +160,10 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in nested.items() if v is not None and v != {}}
 
 
-def output_of(given: str) -> Where:
+def output_of(given: str, what: str = "output") -> Where:
     """Where a job leaves what it makes. Raises UserError for an address of no known kind, and one that does not
     answer."""
-    where = storage.at(storage.quickly(given), "an output")
+    where = storage.at(storage.quickly(given), what)
     if isinstance(where, Path):
         return where
     try:
@@ -159,7 +171,7 @@ def output_of(given: str) -> Where:
     except OSError as error:
         reason = masking.one_line(error)
         raise UserError(
-            f"cannot look at output {where}: {reason}; look at its name and at the credentials in the environment"
+            f"cannot look at {what} {where}: {reason}; look at its name and at the credentials in the environment"
         ) from None
     return where
 

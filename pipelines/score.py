@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import config, files
+from entprog import config, files, storage
 from entprog.config import Experiment
 from entprog.data import shards as datasets
 from entprog.models import fingerprints
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
+from entprog.storage import Where
 from pipelines import charts, cli
 from pipelines.cluster import launch
 from pipelines.outputs import claim
@@ -103,13 +104,13 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
 
 
 def run(
-    experiment: Experiment, output: Path, *, tables: Path | None = None, is_claimed: bool = False
+    experiment: Experiment, output: Path, *, tables: str | Where | None = None, is_claimed: bool = False
 ) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures. is_claimed: `claimed` was called already."""
     if not is_claimed:
         claimed(experiment, output)
     folder = cli.tables_of(output, tables)
-    settings = {"tables": str(folder.resolve()), "weights": fingerprints.base(experiment.model)}
+    settings = {"tables": storage.address(folder.resolve()), "weights": fingerprints.base(experiment.model)}
     with cli.console.status("scoring blocks") as status:
 
         def on_item(item: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from entprog.config import Experiment
 from entprog.data import shards
 from entprog.models import fingerprints
 from entprog.schedule import plans
-from entprog.storage import Place
+from entprog.storage import Place, Where
 from entprog.training import checkpoint
 from pipelines import cli
 from pipelines.cluster import launch, stalls
@@ -150,7 +150,7 @@ def run(
     output: Path,
     *,
     parts: Parts | None = None,
-    tables: Path | None = None,
+    tables: str | Where | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     listen: Callable[[dict[str, Any]], None] = lambda item: None,
@@ -207,7 +207,7 @@ def run(
     clock.over("tracking")
     settings = {
         "output": str(output.resolve()),
-        "tables": str(tables.resolve()),
+        "tables": storage.address(tables.resolve()),
         "identity": key,
         "weights": weights,
         "tracking": tracker.handle(),

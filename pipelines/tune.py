@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from entprog import config, models
+from entprog import config, models, storage
 from entprog.config import Sweep
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.names import cell
 from entprog.schedule import plans
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import joining, launch, room
 from pipelines.outputs import claim
@@ -186,7 +187,7 @@ def run(
     space: spaces.Space,
     output: Path,
     *,
-    tables: Path | None = None,
+    tables: str | Where | None = None,
     verbose: bool = False,
     is_claimed: bool = False,
 ) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def run(
         experiment=shared,
         tune=settings.model_dump(mode="json"),
         output=str(output.resolve()),
-        tables=str(cli.tables_of(output, tables).resolve()),
+        tables=storage.address(cli.tables_of(output, tables).resolve()),
         tracking_uri=tracking_uri(),
         cluster=cluster(),
         sweep_run_id=tracker.run_id,

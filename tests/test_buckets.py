@@ -1,5 +1,6 @@
 """Data in a bucket: the same clips, latents and texts as in a folder, of which no more is fetched than is wanted."""
 
+import json
 import pickle
 import shutil
 from dataclasses import replace
@@ -10,14 +11,16 @@ import torch
 from typer.testing import CliRunner
 
 from entprog import config, storage
+from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.models import captions
 from entprog.preparing import ledger
+from entprog.scoring import cache
 from helpers import real_clips, servers
-from helpers.networks import TINY
+from helpers.networks import TINY, tiny_denoiser, tiny_experiment
 from pipelines import compare, demo, evaluate, generate, prepare, score, train, tune
 from pipelines.generating import judging, motions
 from pipelines.preparing import additions
@@ -211,11 +214,24 @@ def test_dry_runs_read_the_bucket(job, bucket, tmp_path):
 AWAY = "s3://data/none?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
 
 
-def test_an_output_in_a_bucket_that_does_not_answer_is_one_line(s3, tmp_path):
-    code, said = run(prepare, "--input", tmp_path, "--output", AWAY)
-    assert code == 2 and said.startswith("error: cannot look at output s3://data/none: ") and said.count("\n") == 1, (
-        said
-    )
+@pytest.mark.parametrize("words", [[prepare, "--input", ".", "--output"], [train, "--tables"]])
+def test_an_output_in_a_bucket_that_does_not_answer_is_one_line(words, s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(*words, AWAY)
+    assert code == 2 and said.count("\n") == 1 and not list(tmp_path.iterdir()), said
+    assert said.startswith("error: cannot look at ") and " s3://data/none: " in said, said
+
+
+def test_a_score_table_is_made_once_and_found_in_the_bucket(s3, local):
+    folder = storage.Place.at(address(s3, "data/tables"))
+    experiment = tiny_experiment(priority={"kind": "depth_first"})
+    denoiser = tiny_denoiser(experiment)
+    of = denoiser, blocks(denoiser.network), local, experiment, "weights", folder
+    made = cache.table(*of)
+    (file,) = folder.iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 77.0}))
+    found = cache.table(*of)
+    assert found.seconds == 77.0 and found.as_json() == made.as_json() | {"seconds": 77.0}
 
 
 BAD = {
@@ -238,17 +254,11 @@ def test_an_address_that_cannot_be_read_is_one_line_before_anything_starts(job, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("job", "option"),
-    [
-        *((job, "--output") for job in (compare, demo, evaluate, generate, score, train, tune)),
-        *((job, "--tables") for job in (score, train, tune)),
-    ],
-)
-def test_what_no_bucket_can_hold_is_refused_in_one_line(job, option, tmp_path, monkeypatch):
+@pytest.mark.parametrize("job", [compare, demo, evaluate, generate, score, train, tune])
+def test_what_no_bucket_can_hold_is_refused_in_one_line(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, said = run(job, option, "s3://data/run")
-    assert code == 2 and said.count("\n") == 1 and f"{option} s3:/data/run: of outputs only prepare's" in said, said
+    code, said = run(job, "--output", "s3://data/run")
+    assert code == 2 and said.count("\n") == 1 and "--output s3:/data/run: a bucket may hold" in said, said
     assert not list(tmp_path.iterdir())
 
 

@@ -20,6 +20,7 @@ from entprog.media import styles
 from entprog.models.captions import Texts
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable, table_key
+from entprog.storage import Where
 
 
 def table(
@@ -28,7 +29,7 @@ def table(
     dataset: shards.Dataset,
     experiment: Experiment,
     weights: str,
-    folder: Path,
+    folder: Where,
     progress: Callable[[int, int], None] = lambda done, of: None,
     texts: Texts | None = None,
 ) -> ScoreTable:
@@ -109,8 +110,12 @@ def _key(
 
 
 @contextmanager
-def _alone(kept: Path) -> Iterator[None]:
-    """One process at a time looks for a table and makes it: a second one waits, and finds it."""
+def _alone(kept: Where) -> Iterator[None]:
+    """One process at a time looks for a table and makes it: a second one waits, and finds it. In a bucket, which has no
+    locks, both make it, the same."""
+    if not isinstance(kept, Path):
+        yield
+        return
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):
         yield

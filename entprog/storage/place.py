@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import quote
-
-from pyarrow import NativeFile, fs
 
 from entprog import files
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, masked, one_line, query
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile, fs
 
 BUFFER_BYTES = 8 << 20
 """Of a file that is read from start to end: an answer each."""
@@ -55,12 +56,19 @@ def inside(folder: "Where", name: str) -> bool:
     return (root / name).resolve().is_relative_to(root)
 
 
+def _arrow():
+    """pyarrow's file systems, imported where one is used: networks alone need none."""
+    from pyarrow import fs
+
+    return fs
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder, or a file in one. Local folders (NFS too) have atomic renames; an object store's are complete once a
     last file says so. Processes pass places on to each other; credentials do not go with them."""
 
-    system: fs.FileSystem = field(compare=False)
+    system: "fs.FileSystem" = field(compare=False)
     root: str
     form: tuple[str, str] = ("", "")
     """What stands before and after `root` in its address."""
@@ -76,9 +84,9 @@ class Place:
         if has_credentials(where):
             raise UserError(f"{what}: {masked(where)} holds a user or password: give credentials in the environment")
         if "://" not in where:
-            return Place(fs.LocalFileSystem(), str(Path(where).absolute()))
+            return Place(_arrow().LocalFileSystem(), str(Path(where).absolute()))
         try:
-            system, root = fs.FileSystem.from_uri(where)
+            system, root = _arrow().FileSystem.from_uri(where)
         except (ValueError, OSError) as error:
             reason = one_line(error, where)
             raise UserError(f"{bare(where)} is no place for {what}: {reason}; use a folder, s3:// or gs://") from None
@@ -104,7 +112,7 @@ class Place:
     @property
     def local(self) -> Path | None:
         """The folder, where it is one of a file system that this machine mounts."""
-        return Path(self.root) if isinstance(self.system, fs.LocalFileSystem) else None
+        return Path(self.root) if isinstance(self.system, _arrow().LocalFileSystem) else None
 
     def __truediv__(self, name: str) -> "Place":
         return replace(self, root=f"{self.root}/{name}")
@@ -128,13 +136,13 @@ class Place:
 
     def folders(self) -> list[str]:
         """Names of the folders in it."""
-        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        return sorted(info.base_name for info in inside if info.type == fs.FileType.Directory)
+        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
+        return sorted(info.base_name for info in inside if info.type == _arrow().FileType.Directory)
 
     def files(self) -> dict[str, int]:
         """{name: bytes} of the files in it."""
-        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        return {info.base_name: info.size for info in inside if info.type == fs.FileType.File}
+        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
+        return {info.base_name: info.size for info in inside if info.type == _arrow().FileType.File}
 
     def size(self, name: str) -> int:
         """Bytes of a file of it. Raises OSError."""
@@ -153,24 +161,24 @@ class Place:
 
     def exists(self) -> bool:
         """Raises OSError."""
-        return self.system.get_file_info(self.root).type != fs.FileType.NotFound
+        return self.system.get_file_info(self.root).type != _arrow().FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self.system.get_file_info(self.root).type == fs.FileType.Directory
+        return self.system.get_file_info(self.root).type == _arrow().FileType.Directory
 
     def mkdir(self, **_) -> None:
         """Nothing: a bucket's folders are there with the first file in them."""
 
     def iterdir(self) -> Iterator["Place"]:
         """What is in it; nothing where it is not there. Raises OSError."""
-        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
         return (self / info.base_name for info in inside)
 
     def glob(self, pattern: str) -> Iterator["Place"]:
         """Files and folders in it whose names fit."""
         return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
 
-    def open(self, mode: Literal["rb"] = "rb") -> NativeFile:
+    def open(self, mode: Literal["rb"] = "rb") -> "NativeFile":
         """The file that it is, to read from its start to its end. Raises OSError."""
         return self.system.open_input_stream(self.root, buffer_size=BUFFER_BYTES)
 
@@ -213,17 +221,19 @@ class Place:
 
     def put(self, path: Path) -> None:
         """A local file's content as the file that it is, whole or not at all. Raises OSError."""
-        fs.copy_files(str(path), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system)
+        _arrow().copy_files(
+            str(path), self.root, source_filesystem=_arrow().LocalFileSystem(), destination_filesystem=self.system
+        )
 
     # ---- as neither is ----
 
     def below(self) -> dict[str, int]:
         """{path inside it: bytes} of the files in it and in the folders below it. Raises OSError."""
-        inside = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
+        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True, recursive=True))
         start = len(self.root) + 1
-        return {info.path[start:]: info.size for info in inside if info.type == fs.FileType.File}
+        return {info.path[start:]: info.size for info in inside if info.type == _arrow().FileType.File}
 
-    def ranges(self) -> NativeFile:
+    def ranges(self) -> "NativeFile":
         """The file that it is, to read any part of. Raises OSError."""
         return self.system.open_input_file(self.root)
 
@@ -256,7 +266,7 @@ class Place:
     def remove(self) -> None:
         if self.local:
             shutil.rmtree(self.local, ignore_errors=True)
-        elif self.system.get_file_info(self.root).type != fs.FileType.NotFound:
+        elif self.system.get_file_info(self.root).type != _arrow().FileType.NotFound:
             self.system.delete_dir(self.root)
 
     def delete(self, name: str) -> None:
@@ -265,8 +275,8 @@ class Place:
 
     def upload(self, folder: Path) -> None:
         """Every file of a local folder."""
-        fs.copy_files(
-            str(folder), self.root, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.system
+        _arrow().copy_files(
+            str(folder), self.root, source_filesystem=_arrow().LocalFileSystem(), destination_filesystem=self.system
         )
 
 

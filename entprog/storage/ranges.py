@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Iterable
-
-from pyarrow import NativeFile
+from typing import TYPE_CHECKING
 
 from entprog.storage.tensors import ranged
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile
 
 GAP_BYTES = 1 << 16
 """Ranges no further apart are asked for as one: an answer takes as long as a few of these."""
@@ -14,7 +16,7 @@ GAP_BYTES = 1 << 16
 class Ranged(io.RawIOBase):
     """Reads what is held from memory, and the rest from the bucket, an answer for every call."""
 
-    def __init__(self, file: NativeFile, size: int, held: Iterable[tuple[int, bytes]] = ()):
+    def __init__(self, file: "NativeFile", size: int, held: Iterable[tuple[int, bytes]] = ()):
         """held: (place in the file, content)."""
         self.file, self.size, self.held, self.at = file, size, [*held], 0
 

@@ -4,9 +4,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    from pyarrow import NativeFile
 
 WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -35,7 +36,7 @@ class Stored:
         return math.prod(self.shape[1:]) * WIDTHS[self.dtype]
 
 
-def header(file: pa.NativeFile) -> tuple[dict[str, Stored], dict[str, str]]:
+def header(file: "NativeFile") -> tuple[dict[str, Stored], dict[str, str]]:
     """(the file's tensors by name, the texts that its writer added); no tensor is read.
 
     Raises ValueError where this is not a file of the format, OSError where it cannot be read.
@@ -84,7 +85,7 @@ def _bytes(tensor: Stored) -> int:
     return math.prod(tensor.shape) * WIDTHS[tensor.dtype]
 
 
-def ranged(file: pa.NativeFile, begin: int, end: int) -> bytes:
+def ranged(file: "NativeFile", begin: int, end: int) -> bytes:
     """The bytes from begin to end. Threads may ask at once. Raises OSError where there are fewer."""
     found = file.read_at(end - begin, begin)
     if len(found) != end - begin:

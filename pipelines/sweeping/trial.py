@@ -107,7 +107,7 @@ def run(
             result = train.run(
                 one,
                 place,
-                tables=Path(spec.tables),
+                tables=spec.tables,
                 parent=parent,
                 tags={"entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
                 listen=ticks.on_item if number == 0 else lambda item: None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from entprog import config
 from entprog.config import Experiment
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import launch
 from pipelines.tracking.tracker import Tracker
@@ -24,7 +25,7 @@ def run(
     output: Path,
     train: Callable[..., dict[str, Any]],
     *,
-    tables: Path,
+    tables: Where,
     parent: str | None,
     tags: Mapping[str, str] | None,
     listen: Callable[[dict[str, Any]], None],

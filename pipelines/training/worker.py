@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entprog import config, files
+from entprog import config, files, storage
 from entprog.blocks import Block, blocks, fp8, overlooked
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting
@@ -185,7 +185,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
     def progress(done: int, of: int) -> None:
         setup.post({"scored": done, "of": of})
 
-    folder = Path(settings["tables"])
+    folder = storage.at(settings["tables"], "score tables")
     of = setup.denoiser, setup.blocks, setup.dataset, setup.experiment, settings["weights"], folder
     made = cache.table(*of, progress, setup.texts)
     setup.clock.over("scores")
