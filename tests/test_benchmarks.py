@@ -456,6 +456,14 @@ def test_scoring_on_many_gpus_keeps_none_of_them_waiting_long():
     assert alone == [8.0 + 8 * 8 * network.costs.of(range(41)) / network.whole * 8.0], "and one to count costs"
 
 
+def test_the_simulated_scoring_is_what_the_document_says():
+    kept = json.loads((common.RESULTS / "scaling.json").read_text())["scoring"]
+    (row,) = [r for r in kept if (r["gpus"], r["scoring"]) == (256, "1,000 draws of 8 clips") and "14B" in r["network"]]
+    said = " ".join((common.RESULTS.parents[1] / "docs" / "cluster.md").read_text().split())
+    assert f"in {row['wall_s'] / 60:.0f} minutes, and wait for each other less than 2;" in said
+    assert row["longest_wait_s"] < 120 and f"would take {row['by_conditions_s'] / 3600:.1f} hours" in said
+
+
 @pytest.mark.parametrize("schedule", scaling_forecast.SCHEDULES)
 def test_what_overlaps_is_hidden_as_far_as_there_is_computing_beside_it(schedule):
     constants = scaling_forecast.Constants(
