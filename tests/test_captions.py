@@ -216,6 +216,8 @@ def test_a_networks_number_of_tokens_is_in_the_key(tmp_path, dataset):
         before = outline.texts(said, copy, settings)
         assert ("not used: 1 beside it, of other encoders or numbers of tokens" in before) == bool(found)
         found[tokens] = captions.prepared(settings, copy, "caption")
+        said_so = "texts are encoded anew: 1 folders of texts beside" in found[tokens].unused
+        assert said_so == (len(found) == 2) and not captions.prepared(settings, copy, "caption").unused
         assert "0 texts are to be encoded" in (after := outline.texts(said, copy, settings)) and "not used" not in after
     assert found[3].folder != found[7].folder
     few, many = (found[tokens].of("a person dances")["text"] for tokens in (3, 7))

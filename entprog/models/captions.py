@@ -133,6 +133,15 @@ class Texts:
     """Caption of every clip, by split; empty: all clips have the empty text."""
     names: dict[str, str]
     """Tensors of a text as a denoiser's fields → as they are called in files."""
+    anew: bool = False
+    """Whether this rank had some to encode."""
+
+    @property
+    def unused(self) -> str:
+        """What lies beside texts that had to be encoded, in words; empty where nothing does, or none had to."""
+        beside = others(self.folder) if self.anew else 0
+        what = f"folders of texts beside {self.folder} are of other encoders or numbers of tokens"
+        return f"texts are encoded anew: {beside} {what}, and not used" if beside else ""
 
     def of(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
@@ -208,7 +217,7 @@ def _share(
         del encode  # and with it the encoders
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-    return Texts(folder, found.family.text_tokens(network), captions, names)
+    return Texts(folder, found.family.text_tokens(network), captions, names, anew=bool(due))
 
 
 def one(found: Source, network, text: str, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from entprog import config
 from entprog.diffusion.objectives import noise_like
 from entprog.models.geometry import Geometry
 from entprog.models.wan import WanDenoiser
@@ -39,10 +38,6 @@ class ReferenceFrameDenoiser(WanDenoiser):
     @classmethod
     def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
         return ""
-
-    @classmethod
-    def skeleton_of(cls, form: str) -> config.Skeleton:
-        return cls.SKELETON
 
     @classmethod
     def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:

@@ -135,6 +135,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
             post({"texts": done, "of": of})
 
         texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
+        if texts.unused:
+            post({"warning": texts.unused})
         clock.over("texts")
 
     denoiser = networks.load(experiment, device)
