@@ -157,6 +157,39 @@ def test_wan_animates_points_are_seen_from_half_on_and_hands_point_by_point(pers
     assert torch.equal(one, without) != there
 
 
+@pytest.mark.parametrize(
+    ("points", "from_joint", "color"),
+    [((5, 6), 0, (255, 85, 0)), ((17, 18), 15, (200, 200, 0)), ((20, 21), 16, (100, 100, 0))],
+    ids=["neck", "left toes", "right toes"],
+)
+def test_wan_animates_joint_between_two_points_is_as_sure_as_their_mean(person, points, from_joint, color):
+    """As its makers average the two with their scores; DWPose wants both of the neck's."""
+    joint = person[list(points), :2].mean(0)
+    along = (joint + person[from_joint, :2]) / 2
+    cases = [(dwpose.WAN_ANIMATE, (0.3, 0.9), True), (dwpose.WAN_ANIMATE, (0.9, 0.12), True)]
+    cases += [(dwpose.WAN_ANIMATE, (0.9, 0.09), False), (dwpose.DWPOSE, (0.9, 0.29), False)]
+    for look, scores, there in cases:
+        some = person.copy()
+        some[list(points), 2] = scores
+        drawn = dwpose.draw(torch.from_numpy(some), SIDE, SIDE, look)
+        assert (pixel(drawn, *joint) == pytest.approx(color, abs=1)) == there
+        assert any(pixel(drawn, *along)) == there
+
+
+def test_of_a_bodys_33_points_no_look_draws_hands_or_a_face(person):
+    """Knuckles are among the 33, in shards of 133 too."""
+    body = wholebody.body(torch.from_numpy(person))
+    bare = torch.from_numpy(person).clone()
+    bare[wholebody.FACE.start :, 2] = 0
+    bare[[18, 21], :2] = bare[[17, 20], :2]  # the toe that a body has
+    for style in ("wan_animate", "dwpose"):
+        for points in (body, wholebody.whole(body)):
+            drawn = drawing.draw(points, SIDE, SIDE, style)
+            assert torch.equal(drawn, drawing.draw(bare, SIDE, SIDE, style))
+            for knuckle in (5, 17):
+                assert pixel(drawn, *person[wholebody.LEFT_HAND.start + knuckle, :2]) != [0, 0, 255]
+
+
 def test_of_a_bodys_33_points_wan_animates_toes_are_the_big_ones(person):
     body = wholebody.body(torch.from_numpy(person))
     drawn = drawing.draw(body, SIDE, SIDE, "wan_animate")

@@ -8,8 +8,8 @@ from entprog.config import Skeleton
 from entprog.media import dwpose, skeleton, wholebody
 from entprog.media.styles import DWPOSE, LIMBS, WAN_ANIMATE
 
-LOOKS = {DWPOSE: "DWPOSE", WAN_ANIMATE: "WAN_ANIMATE"}
-"""Styles of whole bodies → their names in `dwpose`."""
+LOOKS = {DWPOSE: dwpose.DWPOSE, WAN_ANIMATE: dwpose.WAN_ANIMATE}
+"""How whole bodies are drawn, by style."""
 
 
 def draw(points: torch.Tensor, height: int, width: int, style: Skeleton = LIMBS) -> torch.Tensor:
@@ -19,17 +19,15 @@ def draw(points: torch.Tensor, height: int, width: int, style: Skeleton = LIMBS)
     them; `wan_animate`: body with toes, and hands, as Wan-Animate's makers do; as far as the pose has their points.
     """
     if style in LOOKS:
-        return dwpose.draw(wholebody.whole(points), height, width, getattr(dwpose, LOOKS[style]))
+        return dwpose.draw(wholebody.whole(points), height, width, LOOKS[style])
     return skeleton.draw(wholebody.body(points), height, width)
 
 
 def program(style: Skeleton) -> str:
     """A program that stands alone, whose `draw` draws in a style."""
-    source = Path((dwpose if style in LOOKS else skeleton).__file__).read_text()
-    if style in (LIMBS, DWPOSE):
-        return source
-    chosen = f"\n\ndraw = functools.partial(draw, look={LOOKS[style]})\n"
-    return source.replace("import colorsys\n", "import colorsys\nimport functools\n", 1) + chosen
+    if style not in LOOKS:
+        return Path(skeleton.__file__).read_text()
+    return Path(dwpose.__file__).read_text() + f"\nLOOK = {style.upper()}\n"  # there a look is called as its style
 
 
 def points(style: Skeleton) -> int:

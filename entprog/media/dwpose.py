@@ -70,9 +70,10 @@ class Look:
     face: bool
     sure: float
     """Least score of a point that is drawn."""
+    joint_score: Callable[..., torch.Tensor]
+    """Score of a joint in the middle of two points: of theirs [N, 2], with dim=1."""
     enough: float
-    """Share of the points of a face or hand that are to be seen: of fewer none is drawn. A body's 33 points have a
-    few."""
+    """Share of the points of a face or hand that are to be seen: of fewer none is drawn."""
     sizes: Callable[[int], Sizes]
     """Shorter side of the picture in pixels → what is drawn in it."""
 
@@ -88,23 +89,29 @@ def _in_whole_pixels(side: int) -> Sizes:
     return Sizes(stick + 0.5, stick + 0.5, fine / 2, fine + 0.5, 0)
 
 
-DWPOSE = Look(_JOINTS, _LIMBS, face=True, sure=0.3, enough=0.5, sizes=_as_at_512)
+DWPOSE = Look(_JOINTS, _LIMBS, face=True, sure=0.3, joint_score=torch.amin, enough=0.5, sizes=_as_at_512)
 WAN_ANIMATE = Look(
-    (*_JOINTS, *_TOES), (*_LIMBS, (13, 18), (10, 19)), face=False, sure=0.5, enough=0, sizes=_in_whole_pixels
-)
+    (*_JOINTS, *_TOES), (*_LIMBS, (13, 18), (10, 19)), face=False, sure=0.5, joint_score=torch.mean, enough=0,
+    sizes=_in_whole_pixels,
+)  # fmt: skip
+LOOK = DWPOSE
+"""What is drawn where nothing else is asked for."""
 
+_KNOWN = 0.5
+"""Share of the points of a face or hand that are to have a place, whatever their score: three of a hand
+are among a body's 33, which are none."""
 CHUNK_PIXELS = 2**22
 """Pixels held at once (frames × height × width)."""
 
 
-def draw(points: torch.Tensor, height: int, width: int, look: Look = DWPOSE) -> torch.Tensor:
+def draw(points: torch.Tensor, height: int, width: int, look: Look | None = None) -> torch.Tensor:
     """float [..., 133, 3] (COCO-WholeBody: x, y in 0..1, score) → float32 [..., 3, H, W] in -1..1, black where nothing
     is drawn. What has an end that is less sure than the look wants, or NaN, is not drawn, nor is a face or a hand of
-    which fewer points are seen."""
+    which fewer points are seen, or fewer than half are there at all."""
     leading = points.shape[:-2]
     points = points.reshape(-1, *points.shape[-2:]).float()
     frames = max(1, CHUNK_PIXELS // (height * width))
-    drawn = [_draw(part, height, width, look) for part in points.split(frames) if len(part)]
+    drawn = [_draw(part, height, width, look or LOOK) for part in points.split(frames) if len(part)]
     out = torch.cat(drawn) if drawn else points.new_empty(0, 3, height, width)
     return out.reshape(*leading, 3, height, width)
 
@@ -116,12 +123,16 @@ def _draw(points: torch.Tensor, height: int, width: int, look: Look) -> torch.Te
         there = points[:, small, :2].isfinite().all(-1, keepdim=True)
         points[:, small] = torch.where(there, points[:, small], points[:, big])
     x_y = points[..., :2] * points.new_tensor([width, height])
-    seen = (points[..., 2] >= look.sure) & x_y.isfinite().all(-1)
-    for first, end in _PARTS:
-        seen[:, first:end] &= seen[:, first:end].float().mean(1, keepdim=True) >= look.enough
-    x_y = torch.where(seen[..., None], x_y, 0)
+    known, scores = x_y.isfinite().all(-1), points[..., 2]
+    sure = torch.stack([look.joint_score(scores[:, places], dim=1) for places in look.joints], 1) >= look.sure
+    there = sure & torch.stack([known[:, places].all(1) for places in look.joints], 1)
     joints = torch.stack([x_y[:, places].mean(1) for places in look.joints], 1)
-    there = torch.stack([seen[:, places].all(1) for places in look.joints], 1)
+    joints = torch.where(there[..., None], joints, 0)
+    seen = known & (scores >= look.sure)
+    for first, end in _PARTS:
+        there_are, seen_are = (of[:, first:end].float().mean(1, keepdim=True) for of in (known, seen))
+        seen[:, first:end] &= (there_are >= _KNOWN) & (seen_are >= look.enough)
+    x_y = torch.where(seen[..., None], x_y, 0)
     sizes = look.sizes(min(height, width))
     canvas = points.new_zeros(len(points), height, width, 3)
 

@@ -21,4 +21,9 @@ def unlike(style: Skeleton, trained: int, shown: int) -> str:
 
 def version(style: Skeleton) -> list[str]:
     """What tells pictures in a style from others in caches; nothing for `limbs`, which was the first."""
-    return {LIMBS: [], DWPOSE: [style, "parts with enough points"]}.get(style, [style])
+    changed = {
+        LIMBS: [],
+        DWPOSE: [style, "parts with enough points"],
+        WAN_ANIMATE: [style, "joints by their mean score"],
+    }
+    return changed[style]
