@@ -159,6 +159,21 @@ def test_a_light_save_holds_what_was_trained_here(base, tmp_path):
     assert set(folders.saved(tmp_path / "third")["elsewhere"]) == {"vae"}
 
 
+# ---- both are shown the same
+
+
+@pytest.mark.parametrize(("first", "second"), [("high", "low"), ("low", "high")])
+def test_experts_that_are_trained_one_after_the_other_see_the_same_last_frame(first, second, tmp_path):
+    bases.two_experts(tmp_path / "base", first_frame=True)
+    for last in (True, False):
+        two(tmp_path / "base", first, last_frame=last).save(tmp_path / str(last), shape=SHAPE)
+        of = {"base": str(tmp_path / str(last)), "expert": second}
+        assert inspect(Model(**of)).last is last and inspect(Model(**of, last_frame=last)).last is last
+        with pytest.raises(UserError, match=r"^model\.last_frame: .* both are shown the same, set") as error:
+            inspect(Model(**of, last_frame=not last))
+        assert f"set model.last_frame={str(last).lower()}" in str(error.value) and "\n" not in str(error.value)
+
+
 # ---- hashes
 
 

@@ -191,6 +191,7 @@ def test_wrong_phases_are_one_line_before_anything_starts(place):
     assert "phase pose sets model.base" in line("phases.pose.model.base=x")
     assert "phase video has no condition pose" in line("phases.video.model.conditions=[reference]")
     assert "phase subject: shards" in line("phases.subject.data.shape.frames=3")
+    assert "phase pose: model.last_frame" in line("phases.pose.model.last_frame=true")
     assert "it becomes a folder" in line("phases={'a/b': {}}")
     assert not (place / "refused" / "subject").exists()
 

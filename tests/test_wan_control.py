@@ -1,6 +1,7 @@
 """Fun-Control: pose and reference are where VideoX-Fun's own pipeline has control video and start image."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from entprog.data import latents as cache
 from entprog.diffusion import dropping, sampling
 from entprog.errors import UserError
 from entprog.media import drawing
-from entprog.models.wan import inspect, load
+from entprog.models.wan import WanDenoiser, inspect, load
 from helpers import bases
 from helpers.families import TINY, clips
+from helpers.networks import tiny_experiment
 from helpers.recording import calls
+from pipelines.training import checks
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -72,6 +75,22 @@ def test_it_is_saved_cached_and_sampled(made, tmp_path):
     guided = Generate(steps=2, reference_guidance=2.0, pose_guidance=3.0)
     for window in (None, 2):
         assert sampling.sample(denoiser, encoded.conditions, size, guided, [0, 1], window=window).isfinite().all()
+
+
+def test_what_it_is_shown_decides_whoever_says_so(made):
+    def decides(**model):
+        experiment = tiny_experiment(model={"init": {}, "vae": "auto", "base": str(made[1]), **model})
+        return checks.deciding(experiment, SimpleNamespace(fingerprint="")).get("model.skeleton")
+
+    assert decides() == decides(skeleton="dwpose") == "dwpose"
+    assert decides(skeleton="limbs") is None, "as in runs of before the setting"
+    assert decides(skeleton="wan_animate") == "wan_animate"
+
+
+def test_a_base_with_as_many_channels_that_was_widened_is_none():
+    """By an earlier version, which had the pose first."""
+    seen = ("pose", "reference")
+    assert WanDenoiser.form_of((24,), 8, seen) == "control" != WanDenoiser.form_of((24, 8, 8), 8, seen)
 
 
 def test_a_text_to_video_base_that_saw_the_pose_first_is_none(tmp_path):

@@ -205,7 +205,9 @@ def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_p
         experiment = tiny_experiment(model={"init": {}, "vae": "auto", **of, **model})
         return checks.deciding(experiment, SimpleNamespace(fingerprint="")).get("model.skeleton")
 
-    assert decides() == "dwpose", "as in runs that the preset of before began, which are resumed"
+    assert decides() == decides(skeleton="dwpose") == "dwpose", "as in runs that the preset of before began"
+    assert decides(skeleton="limbs") is None, "as in runs of before the setting"
+    assert decides(skeleton="limbs", base=str(tmp_path / "dwpose")) == "limbs", "which is another one there"
     remembered = [
         {"base": str(tmp_path / "dwpose")},
         {"adapter": own["dwpose"]},

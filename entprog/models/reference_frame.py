@@ -39,10 +39,6 @@ class ReferenceFrameDenoiser(WanDenoiser):
     def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
         return ""
 
-    @classmethod
-    def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
-        return ()
-
     def led(self, noisy: torch.Tensor, reference: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """A noisy clip [B, C, F', H', W'] at times t [B] after its reference [B, C, 1, H', W'], noised alike."""
         first, _ = self.process.pair(reference, _fixed_noise(reference), t)

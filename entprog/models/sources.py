@@ -137,7 +137,9 @@ def inspect(
         more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)
     process = process_of(cls, root, about)
-    expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton) if name and weights else None
+    expert = None
+    if name and weights:
+        expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton, last)
     parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **parts).outside
     return Source(
@@ -146,14 +148,11 @@ def inspect(
     )  # fmt: skip
 
 
-def skeleton_of_family(cls: type[VideoDenoiser], settings: config.Model) -> config.Skeleton | None:
-    """How poses are drawn because the family's published networks have seen them so; None: something else decides, the
-    setting, an adapter or a folder that was trained here, or it is as in every family."""
-    if settings.skeleton or not settings.base or cls.SKELETON == styles.LIMBS:
-        return None
-    about = folders.saved(places.base(cls, settings))
+def remembered_skeleton(cls: type[VideoDenoiser], settings: config.Model) -> config.Skeleton | None:
+    """How poses were drawn for the adapter or the folder that a network starts from; None: neither was trained here."""
+    about = folders.saved(places.base(cls, settings)) if settings.base else {}
     of_adapter = adapters.read(settings.adapter, "model.adapter").about if settings.adapter else {}
-    return None if _remembered(about, of_adapter) else cls.SKELETON
+    return _remembered(about, of_adapter)
 
 
 def _remembered(about: Mapping[str, Any], of_adapter: Mapping[str, Any]) -> config.Skeleton | None:
@@ -172,12 +171,13 @@ def _expert(
     conditions: tuple[str, ...],
     channels: int,
     skeleton: config.Skeleton,
+    last: bool,
 ) -> experts.Expert:
     """The expert that is trained, with what is known of the other one. conditions: that it sees; channels: of latents;
-    skeleton: how poses are drawn for it.
+    skeleton: how poses are drawn for it; last: whether it sees the last frame.
 
-    Raises UserError if the other one cannot be loaded, by plain diffusers too, sees what this one does not, or sees
-    poses drawn otherwise."""
+    Raises UserError if the other one cannot be loaded, by plain diffusers too, sees what this one does not, or is shown
+    poses or the last frame otherwise."""
     other = experts.OTHER[name]
     folder = places.network(cls, settings, root, about, other)
     found = folders.weights(folder, "model.base", settings.trust_pickle)
@@ -198,6 +198,11 @@ def _expert(
         raise UserError(
             f"model.skeleton: the {other} expert of {settings.base} was trained with {drawn}, this one is to have "
             f"{skeleton}: both are shown the same, set model.skeleton={drawn}"
+        )
+    if about and "reference" in seen and (shown := about.get("last_frame", False)) != last:
+        raise UserError(
+            f"model.last_frame: {settings.base} was trained with {str(shown).lower()}, this expert is to have "
+            f"{str(last).lower()}: both are shown the same, set model.last_frame={str(shown).lower()}"
         )
     splits = tuple(kept.get("input_channels", (network.in_channels,)))
     return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)

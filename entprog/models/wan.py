@@ -113,7 +113,7 @@ class WanDenoiser(VideoDenoiser):
 
     @classmethod
     def form_of(cls, splits: tuple[int, ...], channels: int, conditions: tuple[str, ...]) -> str:
-        if splits[0] == 3 * channels and conditions == CONTROLLED:
+        if splits == (3 * channels,) and conditions == CONTROLLED:
             return CONTROL
         if _mask_channels(sum(splits), channels, conditions):
             return FIRST_FRAME
@@ -269,7 +269,7 @@ class WanDenoiser(VideoDenoiser):
             return denoiser
         processor, encoder = image_parts(parts)
         seeing = replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
-        if denoiser.network.config.pos_embed_seq_len is None:
+        if denoiser.network.config.pos_embed_seq_len is None or denoiser.last:
             return seeing
         size = encoder.config.image_size
         unknown = seeing._tokens_of(torch.full((1, size, size, 3), GREY, dtype=torch.uint8))

@@ -11,12 +11,14 @@ from entprog.config import Experiment
 from entprog.data import shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
-from entprog.media import wholebody
+from entprog.media import styles, wholebody
 from entprog.models import adapters, captions, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place
 
+SHOWN = ("model.skeleton", "model.last_frame")
+"""Settings that are younger than what they set, which a base or an adapter may say too."""
 Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""
 
@@ -87,9 +89,8 @@ def parts(experiment: Experiment, output: Path) -> Parts:
     first = next(iter(found.values()))
     out = {}
     for name, phase in found.items():
-        # Its base is not there yet: it will be this network, widened. Of shards every byte is read once.
-        own = {name: getattr(phase.model, name) for name in ("conditions", "text_encoder", "expert")}
-        network = first.model.model_copy(update=own)
+        network = stand_in(phase, first)
+        # Of shards every byte is read once.
         data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
         try:
             out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))
@@ -98,21 +99,24 @@ def parts(experiment: Experiment, output: Path) -> Parts:
     return out
 
 
-def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = True) -> dict[str, Any]:
+def stand_in(phase: Experiment, first: Experiment) -> config.Model:
+    """The network of a phase whose base is not there yet: it will be the first phase's, widened."""
+    own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame")
+    return first.model.model_copy(update={name: getattr(phase.model, name) for name in own})
+
+
+def deciding(experiment: Experiment, dataset: shards.Dataset, *, after: Experiment | None = None) -> dict[str, Any]:
     """By name all that decides what a training computes: settings, and the content of what they name.
 
-    base: whether the weights that it starts from are there already.
+    after: the phase before, whose weights, which it starts from, may not be there yet.
     """
     model, train = experiment.model, experiment.train
     values = config.deciding(experiment)
     if values["schedule.frozen_precision"] == "auto":  # the same to the bit
         values["schedule.frozen_precision"] = "full"
-    family = models.family(model.family).load.args[0]
-    if base and (drawn := sources.skeleton_of_family(family, model)):
-        values["model.skeleton"] = drawn
-    source = models.family(model.family).inspect(model) if base else None
-    if source and source.last:  # of an FLF2V base too, where no setting says so
-        values["model.last_frame"] = True
+    source = models.family(model.family).inspect(model) if after is None else None
+    values = {name: value for name, value in values.items() if name not in SHOWN}
+    values |= _shown_after(model, after.model) if source is None else _shown(model, source)
     if source and source.native:
         values["inputs of model.base"] = "all"
     if experiment.data.text != "fixed":
@@ -120,9 +124,29 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, base: bool = Tr
     return values | {
         "train.workers × train.accumulate": train.workers * train.accumulate,
         "model.vae": model.vae if model.vae in ("auto", "none") else "a folder",
-        "weights of model.base": fingerprints.base(model) if base else "those of the phase before",
+        "weights of model.base": fingerprints.base(model) if after is None else "those of the phase before",
         "clips of data.shards": dataset.fingerprint,
     }
+
+
+def _shown(model: config.Model, source: sources.Source) -> dict[str, Any]:
+    """By name what SHOWN is for a network, whether a setting, its base or an adapter says so; nothing where poses are
+    drawn, and the last frame is unknown, as in runs of before those settings, which are resumed."""
+    remembered = sources.remembered_skeleton(models.family(model.family).load.args[0], model)
+    skeleton = model.skeleton or (None if remembered else source.skeleton)
+    as_before = skeleton == styles.LIMBS == (remembered or styles.LIMBS)
+    return _given(None if as_before else skeleton, source.last or None)
+
+
+def _shown_after(model: config.Model, before: config.Model) -> dict[str, Any]:
+    """As `_shown`, of a phase whose base is not there yet: as far as its settings and those of the phase before say."""
+    as_before = model.skeleton == before.skeleton == styles.LIMBS
+    unknown = model.last_frame is before.last_frame is False
+    return _given(None if as_before else model.skeleton, None if unknown else model.last_frame)
+
+
+def _given(*values: Any) -> dict[str, Any]:
+    return {name: value for name, value in zip(SHOWN, values, strict=True) if value is not None}
 
 
 def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
@@ -132,9 +156,10 @@ def identity(experiment: Experiment, dataset: shards.Dataset) -> str:
 
 def whole_identity(parts: Parts) -> dict[str, Any]:
     """By name all that decides what a training leaves, over all its phases."""
-    first = next(iter(parts))
+    before: Experiment | None = None
     out: dict[str, Any] = {"phases": [name for name in parts if name]}
     for name, (experiment, dataset) in parts.items():
-        values = deciding(experiment, dataset, base=name == first)
+        values = deciding(experiment, dataset, after=before)
         out |= {f"{name}: {key}" if name else key: value for key, value in values.items()}
+        before = experiment
     return out
