@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entprog import masking
+from entprog import config, masking
 from entprog.errors import UserError
+from entprog.models import wan
+from helpers import bases
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.servers import Server
 from pipelines.tracking import registry, tracker
@@ -167,6 +169,25 @@ def test_a_registered_model_makes_clips(uri, tmp_path):
     motions = np.zeros((2, SHAPE.frames, 33, 3), np.float32)
     clips = np.asarray(model.predict({"reference": people, "pose": motions}, params={"steps": 2}))
     assert clips.dtype == np.uint8 and clips.shape == (2, SHAPE.frames, SHAPE.height, SHAPE.width, 3)
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["FLF2V", "2.2 I2V"])
+def test_a_registered_model_takes_the_last_frame_that_it_was_trained_with(clip, uri, tmp_path):
+    import mlflow
+
+    bases.image_to_video(tmp_path / "base", clip=clip, last=clip)
+    shape = SHAPE.model_copy(update={"frames": 5, "height": 32, "width": 32})
+    wan.load(config.Model(base=str(tmp_path / "base"), last_frame=True)).save(tmp_path / "model", shape=shape)
+    tracker, name = begin(tmp_path), f"knows the end {clip}"
+    assert registry.register(tracker, name, tmp_path / "model", shape, warn=pytest.fail) == "1"
+    tracker.end("FINISHED")
+    model = mlflow.pyfunc.load_model(f"models:/{name}/1")
+    given = {"reference": np.zeros((1, 32, 32, 3), np.uint8), "pose": np.zeros((1, 5, 33, 3), np.float32)}
+    ends = [np.full((1, 32, 32, 3), level, np.uint8) for level in (0, 250)]
+    dark, light = (np.asarray(model.predict({**given, "last": end}, params={"steps": 2})) for end in ends)
+    assert dark.shape == (1, 5, 32, 32, 3) and not np.array_equal(dark, light)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="last"):
+        model.predict(given, params={"steps": 2})
 
 
 def test_not_finite_values_and_odd_names_are_logged_visibly(uri, tmp_path):

@@ -25,34 +25,40 @@ def register(
     from entprog.models import folders
 
     try:
+        about = folders.saved(folder)
+        points = drawing.points(about.get("skeleton", styles.LIMBS))
         packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
         mlflow.set_tracking_uri(tracker.uri)
         with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False), warnings.catch_warnings():
             # Counsel on type hints and examples, for lack of which it has a signature; MLflow undoes a filter of ours.
             warnings.showwarning = lambda *args, **options: None
-            about = mlflow.pyfunc.log_model(
+            logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(SERVED),
                 artifacts={"checkpoint": str(folder)},
-                signature=signature(shape, drawing.points(folders.saved(folder).get("skeleton", styles.LIMBS))),
+                signature=signature(shape, points, about.get("last_frame", False)),
                 pip_requirements=packages,
                 registered_model_name=name,
             )
-        return str(about.registered_model_version)
+        return str(logged.registered_model_version)
     except Exception as error:  # whatever store, network or disk raise: tracking must not fail a training
         warn(f"MLflow: {folder} was not registered as {name}: {reason(error, tracker.uri)}")
         return None
 
 
-def signature(shape: ClipShape, points: int = 33):
-    """Reference images and poses of so many points in, clips out, of the shape that the network was trained on."""
+def signature(shape: ClipShape, points: int = 33, last: bool = False):
+    """Reference images and poses of so many points in, and last frames of networks that see them; clips out, of the
+    shape that the network was trained on."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     frames, height, width = shape.frames, shape.height, shape.width
-    reference = TensorSpec(np.dtype("uint8"), (-1, height, width, 3), "reference")
+    pictures = [
+        TensorSpec(np.dtype("uint8"), (-1, height, width, 3), name)
+        for name in ("reference", *(["last"] if last else []))
+    ]
     pose = TensorSpec(np.dtype("float32"), (-1, frames, points, 3), "pose")
     clip = TensorSpec(np.dtype("uint8"), (-1, frames, height, width, 3))
     params = ParamSchema([ParamSpec("seed", "long", 0), ParamSpec("steps", "long", 20)])
-    return ModelSignature(Schema([reference, pose]), Schema([clip]), params)
+    return ModelSignature(Schema([*pictures, pose]), Schema([clip]), params)
