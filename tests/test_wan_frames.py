@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from entprog import models
+from entprog import config, models
 from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Generate, Model, Priority, Train
 from entprog.data import latents as cache
@@ -17,6 +17,7 @@ from entprog.diffusion import dropping, losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
+from entprog.media import drawing
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
 from entprog.models import fingerprints
@@ -149,6 +150,31 @@ def test_the_last_frame_is_kept_dropped_and_cached_with_the_first(clip, first_an
         denoiser.condition(batch.reference, batch.pose)
 
 
+def saved_pipeline(folder):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [True, False], ids=["seen", "unknown"])
+def test_the_saved_pipeline_takes_a_last_frame_where_it_is_seen_of_one_frame_too(last, first_and_last, tmp_path):
+    denoiser = load(Model(base=str(first_and_last[1]), last_frame=last))
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    pipe, one = saved_pipeline(tmp_path / "model"), SHAPE.model_copy(update={"frames": 1})
+    batch = clips(1, one)
+    drawn, end = drawing.draw(batch.pose[0], 32, 32, denoiser.skeleton), torch.full((32, 32, 3), 90, dtype=torch.uint8)
+    size = (1, *denoiser.latent_shape(one))
+    run = {"latents": noise_like(torch.empty(size), torch.tensor([0]), 5), "num_inference_steps": 2}
+    run |= {"output_type": "latent"}
+    with pytest.raises(ValueError, match="give last" if last else "without the last frame of clips: leave last out"):
+        pipe(batch.reference[0], drawn, last=None if last else end, **run)
+    theirs = pipe(batch.reference[0], drawn, **run, **({"last": end} if last else {})).frames
+    conditions = denoiser.condition(batch.reference, batch.pose, end[None] if last else None)
+    ours = sampling.sample(denoiser, conditions, size, Generate(steps=2, seed=5), [0])
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+
+
 def test_a_last_frame_that_has_no_place_is_one_line(given, tmp_path):
     bases.image_to_video(tmp_path / "i2v", clip=True)
     cases = [
@@ -162,16 +188,26 @@ def test_a_last_frame_that_has_no_place_is_one_line(given, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_runs_with_a_last_frame_are_told_apart(first_and_last):
-    """Of an FLF2V base nothing but the version says that the last frame is seen: an old run is not gone on with."""
+def test_runs_with_a_last_frame_are_told_apart(first_and_last, tmp_path):
+    """Of an FLF2V base nothing but the version says that the last frame is seen: an old run, which says nothing of it,
+    goes on with `model.last_frame=false` alone, in phases too."""
     shards = type("Shards", (), {"splits": {"held_out": []}, "clips": lambda self, split: 4, "fingerprint": ""})()
 
     def of(**model):
         return tiny_experiment(model={"init": {}, "base": str(first_and_last[1]), "vae": "auto", **model})
 
     assert checks.deciding(of(), shards)["model.last_frame"] is True
-    assert checks.deciding(of(last_frame=False), shards)["model.last_frame"] is False
+    assert "model.last_frame" not in checks.deciding(of(last_frame=False), shards)
     assert "model.last_frame" not in checks.deciding(tiny_experiment(), shards)
+    for last in (None, False, True):
+        phases = of(last_frame=last).model_copy(update={"phases": {"a": {}, "b": {}}})
+        parts = {name: (phase, shards) for name, phase in config.phases(phases, tmp_path).items()}
+        said = {name: value for name, value in checks.whole_identity(parts).items() if name.endswith("last_frame")}
+        whole = {"a: model.last_frame": True} | ({"b: model.last_frame": True} if last else {})
+        assert said == ({} if last is False else whole)
+    changed = of().model_copy(update={"phases": {"a": {}, "b": {"model": {"last_frame": False}}}})
+    parts = {name: (phase, shards) for name, phase in config.phases(changed, tmp_path).items()}
+    assert checks.whole_identity(parts)["b: model.last_frame"] is False
     assert fingerprints.held_out(of(), shards) != fingerprints.held_out(of(last_frame=False), shards)
 
 
@@ -384,10 +420,7 @@ def test_a_last_timestep_of_0_is_no_division_by_0(given, tmp_path):
     ours = sampling.sample(denoiser, conditions, (1, *denoiser.latent_shape(SHAPE)), settings, [0])
     assert ours.isfinite().all() and torch.equal(ours[:, :, :1], conditions["reference"][:, 1:, :1])
     denoiser.save(tmp_path / "model", shape=SHAPE)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(
-        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = saved_pipeline(tmp_path / "model")
     pipe.scheduler = sampler(denoiser.process, UNIPC, 0.02)
     theirs = pipe(
         batch.reference[0], draw(batch.pose[0], 32, 32), latents=noise(denoiser), num_inference_steps=50,

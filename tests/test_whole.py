@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from entprog.errors import UserError
 from entprog.media import drawing
 from entprog.models import captions, folders, whole
 from helpers import bases, encoders
-from helpers.families import NAMES, TINY, again, clips, load
+from helpers.families import FIVE, NAMES, TINY, again, clips, load
 from helpers.recording import calls
 from pipelines.generating import checkpoints
 
@@ -130,6 +131,37 @@ def made(tmp_path_factory):
 
 def family_of(name):
     return "wan" if name in IMAGE_TO_VIDEO else name
+
+
+@torch.no_grad()
+def test_embeddings_of_two_encoders_are_given_together(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    denoiser, batch = load("hunyuan_video"), clips(1)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    denoiser.save(tmp_path / "model")
+    pipe = DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.randn(1, 3, denoiser.text.shape[-1], generator=generator)
+    text[:, 2] = 0  # a token that its encoder's mask leaves out
+    pooled = torch.randn(denoiser.pooled.shape, generator=generator)
+    size = (1, *denoiser.latent_shape(FIVE))
+    run = {"latents": noise_like(torch.empty(size), torch.tensor([0]), 5), "num_inference_steps": 2}
+    run |= {"reference": batch.reference[0], "pose": drawing.draw(batch.pose[0], FIVE.height, FIVE.width)}
+    made = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, output_type="latent", **run).frames
+    ours = sampling.sample(
+        replace(denoiser, text=text, pooled=pooled), denoiser.condition(batch.reference, batch.pose), size,
+        Generate(steps=2, seed=5), [0],
+    )  # fmt: skip
+    torch.testing.assert_close(made, ours, rtol=1e-3, atol=1e-3)
+    for alone in ({"prompt_embeds": text}, {"pooled_prompt_embeds": pooled}):
+        with pytest.raises(ValueError, match="both prompt_embeds and pooled_prompt_embeds"):
+            pipe(**alone, **run)
 
 
 @torch.no_grad()

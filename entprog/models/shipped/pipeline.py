@@ -154,17 +154,21 @@ class ReferencePosePipeline(DiffusionPipeline):
         return_dict=True,
         last=None,
         face=None,
+        pooled_prompt_embeds=None,
     ):
         """One clip.
 
         reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size. pose: as many
         drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
         strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
-        [1, tokens, width] of one.
+        [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width], and zeros for tokens that its
+        mask leaves out.
         last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
         as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
+        if last is not None and self.config.form != LAST_FRAME:
+            raise ValueError("this network was trained without the last frame of clips: leave last out")
         device, shown = self._execution_device, {}
         given = {"reference": reference, "pose": pose}
         for name in self.config.conditions:
@@ -184,8 +188,9 @@ class ReferencePosePipeline(DiffusionPipeline):
                 raise ValueError("this network was trained with the last frame of each clip: give last")
             ends.append(pixels(last).to(device))
         if self.config.form in FIRST_FRAMES:
-            between = picture.new_zeros(1, 3, frames - len(ends), rows, columns)
-            shown["reference"] = torch.cat([picture, between, *ends[1:]], dim=2)
+            first, *others = ends[:frames]
+            between = picture.new_zeros(1, 3, frames - 1 - len(others), rows, columns)
+            shown["reference"] = torch.cat([first, between, *others], dim=2)
         shown = {name: self.encode(video) for name, video in shown.items()}
         if face is not None:
             if self.config.form != FACES:
@@ -209,7 +214,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["reference"] = shown["reference"].expand(-1, -1, size[2], -1, -1)
             if self.config.family == "svd" and self.vae is not None:  # in the VAE's own scale, as SVD was trained
                 shown["reference"] = shown["reference"] / self.vae.config.scaling_factor
-        text = self.text(prompt_embeds) if prompt is None else self.encoded(prompt)
+        text = self.text(prompt_embeds, pooled_prompt_embeds) if prompt is None else self.encoded(prompt)
         text = {name: tensor.to(device) for name, tensor in text.items()}
         of_two = (
             "image" in shown and self.config.family == "wan" and self.transformer.config.pos_embed_seq_len is not None
@@ -372,10 +377,14 @@ class ReferencePosePipeline(DiffusionPipeline):
         without = {"do_classifier_free_guidance": False, "max_sequence_length": tokens, "device": device}
         return {PROMPT: pipe.encode_prompt(prompt, **without)[0]}
 
-    def text(self, given):
+    def text(self, given, pooled):
         """What the network sees of a text, by name: [1, tokens, width] for cross-attention, perhaps more."""
+        if (given is not None and self.config.family == "hunyuan_video") != (pooled is not None):
+            raise ValueError(
+                "networks of family hunyuan_video, and no others, need both prompt_embeds and pooled_prompt_embeds"
+            )
         if given is not None:
-            return {PROMPT: given}
+            return {PROMPT: given} | ({} if pooled is None else {POOLED: pooled})
         if not self.config.prompt:
             return {PROMPT: torch.zeros(self.config.text_shape)}
         path = Path(self.config._name_or_path, f"{PROMPT}.safetensors")
