@@ -103,8 +103,7 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
     for name, (part, dataset) in parts.items():
         if name:
             cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
-        own = {"text_encoder": part.model.text_encoder, "expert": part.model.expert}
-        _explain(part, dataset, first.model.model_copy(update=own))
+        _explain(part, dataset, checks.stand_in(part, first))
     beside = {
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",
@@ -132,7 +131,11 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     )
     source = models.family(experiment.model.family).inspect(model, experiment.data.shape)
     eligible = plans.eligible(blocks(source.network), schedule.blocks)
-    said = outline.texts(experiment, dataset, model), outline.withheld(experiment), outline.timesteps(experiment)
+    said = (
+        outline.texts(experiment, dataset, model),
+        outline.withheld(experiment, source),
+        outline.timesteps(experiment),
+    )
     said += (outline.expert(source), outline.poses(dataset, source))
     for line in said:
         if line:

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from entprog import config
+from entprog import config, models
 from entprog.diffusion import dropping, losses, objectives, sampling
 from entprog.errors import UserError
 from helpers.families import NAMES
 from helpers.families import load as family
-from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.networks import TINY, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
 from pipelines.training import checks, outline
 
@@ -151,10 +152,19 @@ def test_settings_younger_than_a_run_leave_it_its_identity(monkeypatch):
     )
 
 
-def test_a_dry_run_says_what_is_dropped():
+def test_a_dry_run_says_what_is_dropped(tmp_path):
     drop = {"text": 0.05, "reference": 0.1, "pose": 0.2}
-    said = outline.withheld(tiny_experiment(train={"drop": drop}))
-    assert said == "Without a condition (share of the clips): text of 0.05, reference of 0.1, pose of 0.2."
+    save_file({"prompt_embeds": torch.ones(3, TINY["text_dim"])}, tmp_path / "text")
+
+    def withheld(experiment):
+        return outline.withheld(experiment, models.family("wan").inspect(experiment.model))
+
+    whole = "Without a condition (share of the clips): text of 0.05, reference of 0.1, pose of 0.2."
+    fixed = {"model": {"prompt_embeds": str(tmp_path / "text")}}
+    for shown in (fixed, {"data": {"text": "caption"}}):
+        assert withheld(tiny_experiment(train={"drop": drop}, **shown)) == whole
+    assert withheld(tiny_experiment(train={"drop": drop})) == whole.replace("text of 0.05, ", ""), "it is zeros"
     alone = tiny_experiment(model={"conditions": ["reference"]}, train={"drop": {"pose": 0.2}})
     empty = tiny_experiment(data={"text": "empty"}, train={"drop": {"text": 0.2}})
-    assert outline.withheld(empty) is outline.withheld(alone) is outline.withheld(tiny_experiment()) is None
+    nothing = tiny_experiment(train={"drop": {"text": 0.2}})
+    assert [withheld(each) for each in (empty, alone, nothing, tiny_experiment())] == [None] * 4

@@ -37,10 +37,11 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
     return out
 
 
-def withheld(experiment: Experiment) -> str | None:
+def withheld(experiment: Experiment, source: Source) -> str | None:
     """Which conditions some clips are shown without, in words; None where clips are always whole."""
-    model, drop = experiment.model, experiment.train.drop
-    there = (*(["text"] if experiment.data.text != "empty" else []), *model.conditions)
+    model, drop, text = experiment.model, experiment.train.drop, experiment.data.text
+    said = text == "caption" or (text == "fixed" and bool(source.tensors["text"].any()))  # nothing is left of no text
+    there = (*(["text"] if said else []), *model.conditions)
     shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in there]
     return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
 
