@@ -21,7 +21,8 @@ from entprog.blocks import blocks, unfreeze
 from entprog.data import hashing
 from entprog.distributed import agree, fsdp, reducing
 from entprog.distributed.reducing import Reducer
-from entprog.schedule import prices
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.prices import Prices
 from entprog.scoring import cache, cei
 from entprog.training import checkpoint
 from entprog.training import fit as fit_module
@@ -29,6 +30,7 @@ from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
 from helpers.runs import Trained
+from pipelines.training import networks
 
 SETS = [["blocks.0", "blocks.5"], ["blocks.2"], [f"blocks.{i}" for i in range(6)], ["blocks.5"]]
 
@@ -159,15 +161,10 @@ def test_ranks_score_decide_and_end_alike_though_their_seconds_differ(tmp_path):
 
 def fitted(experiment, rank, world):
     """Losses, gradient norms and plans of a whole run with its searches, and the weights it came to."""
-    denoiser = tiny_denoiser(experiment)
+    denoiser = networks.load(experiment, torch.device("cpu"))
     found = blocks(denoiser.network)
     table = cei.cei(denoiser, found, [latents(range(2))], experiment.priority)
-    measured = {}
-    if experiment.train.parallel == "fsdp":
-        measured = prices.measured_whole(denoiser, found, latents([0, 1]), experiment)
-        fsdp.shard(denoiser.network, found)
     state = start(denoiser.network, experiment)
-    state.models |= measured
     held_out = [latents(range(3))] if rank == 0 else []  # sharded ranks too may run different numbers of forwards
     steps = list(
         fit(denoiser, found, batches(experiment, rank, world), held_out, latents([0, 1]), table, experiment, state)
@@ -416,9 +413,10 @@ def _message_rank(rank, world, folder):
             break
         out.append((wire.calls, wire.bytes, step.pace is not None))
     timed = tiny_experiment(schedule={"clock": "seconds"})
+    costs = Prices(denoiser, found, latents([0, 1]), Freeze(denoiser, found, timed), timed, {})
     said = {}
     for what, say in {
-        "costs": lambda: prices.measured_whole(denoiser, found, latents([0, 1]), timed)[timed.data.shape].as_json(),
+        "costs": lambda: costs.model(timed.data.shape).as_json(),
         "a place": lambda: agree.for_first(f"place {rank}"),
         "a plan": lambda: agree.agree("the plan", list(range(500))),
         "a table": lambda: agree.of_first(lambda: "a table" * 1000),

@@ -157,3 +157,9 @@ def test_the_table_of_a_dry_run():
     sharded = footprint.stages(settings(train={"parallel": "fsdp", "workers": 2}), source(settings()))
     whole = footprint.stages(settings(schedule={"frozen_precision": "full"}), source(settings()))
     assert [2 * each.device for each in sharded] == pytest.approx([each.device for each in whole], abs=6)
+    copies = {"parallel": "fsdp", "workers": 4, "replicas": 2}
+    assert footprint.stages(settings(train=copies), source(settings())) == sharded
+    network = source(settings()).network
+    found = [4 * sum(p.numel() for p in block.module.parameters()) for block in blocks(network)]
+    outside = 4 * sum(p.numel() for p in network.parameters()) - sum(found)
+    assert {each.unpacking for each in sharded} == {2 * max(found) + outside}, "whole while a pass goes on"

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -109,24 +108,6 @@ def test_averages_that_are_not_finite_are_no_result():
     name, weight = next(iter(denoiser.network.named_parameters()))
     with pytest.raises(DivergedError, match="not finite"):
         networks.final(denoiser, experiment, RunState(optimizer=None, ema={name: torch.full_like(weight, math.nan)}))
-
-
-@pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("text", [0.0, 1.0])
-def test_a_sharded_network_ends_with_the_text_that_it_was_trained_with(monkeypatch, text, ema):
-    """The base's own is another one where clips have captions: the empty text is the encoder's."""
-    experiment = tiny_experiment()
-    denoiser = tiny_denoiser(experiment)
-    denoiser = replace(denoiser, text=torch.full_like(denoiser.text, text))
-    with torch.no_grad():
-        denoiser.network.proj_out.weight.add_(1)
-    monkeypatch.setattr(networks.fsdp, "is_sharded", lambda network: True)
-    averages = {name: p.detach() * 2 for name, p in denoiser.network.named_parameters()} if ema else {}
-    wanted = {name: averages.get(name, p).clone() for name, p in denoiser.network.named_parameters()}
-    left = networks.final(denoiser, experiment, RunState(optimizer=None, ema=averages))
-    assert left.network is not denoiser.network and torch.equal(left.text, denoiser.text)
-    for name, parameter in left.network.named_parameters():
-        assert torch.equal(parameter, wanted[name]), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -112,7 +112,11 @@ class Train(Part):
     data.batch_size · train.workers · train.accumulate clips."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the whole network, trained gradients are averaged; `fsdp`: weights, gradients and
-    moments are split over the workers (FSDP2), and weights are whole only for scoring, previews and saving."""
+    moments are split over the workers (FSDP2), and no worker ever holds all weights, neither on its device nor on its
+    host."""
+    replicas: int = Field(default=1, ge=1)
+    """fsdp: copies of the network, each split over train.workers / train.replicas workers that follow each other: those
+    of one machine, say, between which there is more to send. Gradients are averaged over all workers."""
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: GPUs if the cluster has any now; `yes`: a cluster without is waited for."""
     threads: int | None = Field(default=None, ge=1)
@@ -166,6 +170,20 @@ class Train(Part):
         if self.timesteps == "mode" and (self.timesteps_spread or 0) > WIDEST_MODE:
             raise ValueError(
                 f"train.timesteps_spread of mode is at most {WIDEST_MODE}, given {self.timesteps_spread:g}"
+            )
+        if self.replicas > 1 and self.parallel != "fsdp":
+            raise ValueError(
+                f"train.replicas={self.replicas} is of train.parallel=fsdp: with {self.parallel} each worker has a copy"
+            )
+        if self.workers % self.replicas:
+            raise ValueError(
+                f"train.replicas={self.replicas} copies are split over as many workers each, which "
+                f"train.workers={self.workers} does not give: set one of them to fit the other"
+            )
+        if self.replicas > 1 and self.min_workers is not None:
+            raise ValueError(
+                f"train.replicas={self.replicas} needs a number of workers that does not change: leave out "
+                "train.min_workers"
             )
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"train.min_workers={self.min_workers} is more than train.workers={self.workers}")

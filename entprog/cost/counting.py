@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from entprog import optimizers
 from entprog.blocks import is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes, unpacking_bytes
 from entprog.config import OptimizerKind
-from entprog.distributed.fsdp import gathered, held
+from entprog.distributed import fsdp
 
 aten = torch.ops.aten
 
@@ -84,16 +84,19 @@ def tensors_in(*values: Any) -> list[torch.Tensor]:
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """{address: bytes} of the memory behind some tensors, each storage once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    found = [fsdp.held(tensor).untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 @contextmanager
-def saving(weights: Collection[int]):
-    """Notes what autograd keeps for the backward pass: {address: bytes}; `weights` are addresses that do not count."""
+def saving(weights: Collection[int], brought: Collection[int] = ()):
+    """Notes what autograd keeps for the backward pass: {address: bytes}; `weights` are addresses that do not count, nor
+    does memory that is `brought` together of a sharded network's weights (`fsdp.noting_whole`)."""
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.update(storages([tensor]))
+        if id(tensor.untyped_storage()) not in brought:
+            saved.update(storages([tensor]))
         return tensor.detach()  # an operation's own output would hold the operation, which holds it: for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -131,9 +134,9 @@ class _Checkpointed:
             return
         self.kinds.add(kind)
         before = self.counter.get_total_flops()
-        with saving(self.weights | inputs.keys()) as saved:
+        with fsdp.together(module), saving({*self.weights, *storages(module.parameters()), *inputs}) as saved:
             kept = own_forward(module)(*args, **kwargs)
-        del kept
+            del kept
         self.extra_flops += self.counter.get_total_flops() - before
         self.recomputed_bytes = max(self.recomputed_bytes, sum(saved.values()) + sum(away.values()))
 
@@ -152,22 +155,22 @@ def count(
     gradients = [p.grad for p in trained]
     for parameter in trained:
         parameter.grad = None
-    with gathered(network), flop_counter() as counter:
+    with fsdp.noting_whole(network) as brought, flop_counter() as counter:
         weights = storages(network.parameters()).keys()
         checkpointed = _Checkpointed(network, weights, counter)
-        with saving(weights) as saved:
+        with saving(weights, brought) as saved:
             loss = loss_of_one_clip()
         checkpointed.remove()
         if trained:
             loss.backward()
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
-    gradient_bytes = sum(held(p).nbytes for p in trained)
+    gradient_bytes = sum(fsdp.held(p).nbytes for p in trained)
     return Cost(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()),
         recomputed_bytes=checkpointed.recomputed_bytes,
-        weight_bytes=sum(held(p).nbytes for p in network.parameters())
+        weight_bytes=sum(fsdp.held(p).nbytes for p in network.parameters())
         + packed_bytes(network)
         + room_bytes(network)
         + sum(map(twin_bytes, network.modules())),

@@ -27,7 +27,8 @@ class Held:
     copied: int = 0
     """Weights that are copied to the device in a forward and backward pass, at most."""
     unpacking: int = 0
-    """The largest packed weight while it is used."""
+    """The largest packed weight while it is used; of a sharded network two blocks and what lies outside blocks, which
+    are whole while a pass goes on."""
     averages: int = 0
     """Averaged weights (`train.ema_decay`) of all that was ever trained, at most."""
 
@@ -63,7 +64,10 @@ def held(
     before = {p for block in found if block.name in ever for p in trainable(block.module)}
     averages = 4 * sum(p.numel() for p in parameters | before) if experiment.train.ema_decay else 0
     whole = 4 * sum(p.numel() for p in network.parameters())
-    shares = experiment.train.workers if experiment.train.parallel == "fsdp" else 1
+    shares = experiment.train.workers // experiment.train.replicas if experiment.train.parallel == "fsdp" else 1
+    if experiment.train.parallel == "fsdp":
+        each = [4 * sum(p.numel() for p in block.module.parameters()) for block in found]
+        unpacking = whole - sum(each) + 2 * max(each)
     crossed = "exact" in experiment.schedule.backwards or any(is_adapted(block.module) for block in found)
     return Held(
         weights=-(-(whole - spared - sum(waiting) + rooms_bytes(waiting)) // shares),

@@ -14,7 +14,7 @@ from entprog.blocks import Block
 from entprog.config import FrozenPrecision, OptimizerKind
 from entprog.cost import counting
 from entprog.cost.model import BlockCost, CostModel
-from entprog.distributed import agree
+from entprog.distributed import agree, fsdp
 
 REPEATS = 3
 """Timed runs of a pass after one to warm up; the quickest counts: whatever else runs only ever adds time."""
@@ -68,13 +68,16 @@ def measure(
 
     found: blocks in execution order. outside: trained parameters outside blocks. loss() → the mean loss of `clips`
     clips. Every rank must call it. Gradients are cleared, every block is left frozen: put a plan in force after it.
+    Of a sharded network the bytes are those of whole weights, and bringing those together is part of what lies outside.
     """
     meter = Meter(seconds, next(network.parameters()).device)
     blocks.unfreeze(network, found, (), outside, swap_blocks=swap_blocks)
     probe = Probe(meter, network, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
-    outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights)
+    with fsdp.noting_whole(network) as brought:
+        outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights, brought)
+    fsdp.in_parts(network)
     passes = probe.passes()
     frozen_bytes, unpacking_bytes = stored_bytes(network), blocks.unpacking_bytes(network)
     model = CostModel(
@@ -268,7 +271,9 @@ def _backward(outputs: Sequence[torch.Tensor]) -> None:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
-def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tuple[float, int]:
+def _outside(
+    found, outside, loss, meter: Meter, weights: Collection[int], brought: Collection[int]
+) -> tuple[float, int]:
     """(cost, bytes kept) of a forward and backward pass with every block skipped."""
 
     def entering(module: nn.Module) -> Callable:
@@ -288,7 +293,7 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
         loss().backward()
 
     with blocks.replaced({block.module: entering(block.module) for block in found}):
-        with counting.saving(weights) as saved:
+        with counting.saving(weights, brought) as saved:
             kept = loss()
         del kept
         return meter(run), sum(saved.values())
@@ -296,7 +301,7 @@ def _outside(found, outside, loss, meter: Meter, weights: Collection[int]) -> tu
 
 def _update_per_byte(block: Block, meter: Meter, kind: OptimizerKind) -> float:
     """Seconds of clipping and of the optimizer for each byte of weights, on a copy of a block's."""
-    copies = [nn.Parameter(p.detach().float().clone()) for p in blocks.trainable(block.module)]
+    copies = [nn.Parameter(fsdp.held(p).detach().float().clone()) for p in blocks.trainable(block.module)]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     optimizer = optimizers.make(kind, copies, learning_rate=1e-3)

@@ -8,6 +8,7 @@ from entprog.config import Timesteps, Train
 from entprog.data.clips import Latents
 from entprog.diffusion import dropping, objectives, regions
 from entprog.diffusion.denoiser import Denoiser
+from entprog.diffusion.idle import idle_pass
 from entprog.distributed import agree, fsdp
 
 
@@ -53,8 +54,7 @@ def held_out_loss(
             losses = clip_losses(denoiser, batch, numbers, t, seed, law)
             total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
         for _ in range(idle_turns):
-            t = torch.full((len(spare.position),), begin + margin, device=spare.clean.device)
-            denoiser.predict(spare.clean, t, spare.conditions)
+            idle_pass(denoiser, spare)
     if sharded:
         fsdp.in_parts(denoiser.network)
     losses, clips = agree.total(total.tolist())

@@ -6,29 +6,54 @@ that the residual backward goes around is not brought together a second time. Ev
 not sharded as it is.
 """
 
-from collections.abc import Collection, Iterable
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from entprog.blocks import Block
 from entprog.config import Backward
+from entprog.distributed import agree
+
+T = TypeVar("T")
 
 
-def shard(network: nn.Module, found: Iterable[Block]) -> None:
+def shard(network: nn.Module, found: Iterable[Block], replicas: int = 1) -> None:
     """Split every parameter over all ranks, block by block, in place; the network has new parameter objects then.
 
-    Every rank must hold the same whole weights when it calls this.
+    replicas: so many groups of neighbouring ranks have a copy each, split over the group; gradients are averaged over
+    all ranks.
+    Every rank must hold the same whole weights when it calls this, or none of them any memory (`entprog.models.parts`).
     """
+    mesh = None
+    if replicas > 1:
+        kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+        mesh = init_device_mesh(kind, (replicas, shares(replicas)), mesh_dim_names=("replica", "share"))
     for block in found:
-        fully_shard(block.module, reshard_after_forward=True)
-    fully_shard(network, reshard_after_forward=True)
+        fully_shard(block.module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def shares(replicas: int) -> int:
+    """Ranks that hold one copy of a sharded network. Raises ValueError where ranks cannot be shared out evenly."""
+    ranks = agree.world()[1]
+    if ranks % replicas:
+        raise ValueError(f"{ranks} ranks cannot hold {replicas} copies of a network, as many each")
+    return ranks // replicas
 
 
 def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was sharded."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _parts(network: nn.Module) -> list[FSDPModule]:
@@ -49,20 +74,71 @@ def spare_frozen(found: Iterable[Block], trainable: Collection[str], backward: B
 
 
 @contextmanager
-def gathered(network: nn.Module):
-    """Whole weights on every rank for as long as the block lasts: inside, ranks may run different numbers of forward
-    passes. All ranks enter and leave together; nothing may be frozen, thawed or updated inside."""
-    if not is_sharded(network):
+def together(module: nn.Module) -> Iterator[None]:
+    """Whole weights of one block for as long as this lasts; every rank enters."""
+    if not isinstance(module, FSDPModule):
         yield
         return
+    module.unshard()
     try:
-        network.set_reshard_after_forward(False)
-        for part in _parts(network):
-            part.unshard()
         yield
     finally:
-        network.set_reshard_after_forward(True)
-        in_parts(network)
+        module.reshard()
+
+
+@contextmanager
+def noting_whole(network: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Notes the memory into which a network's passes bring weights together, by `id`: it is the same each time, and
+    empty between two of them. Nothing where weights are whole anyway."""
+    noted: dict[int, torch.UntypedStorage] = {}
+
+    def note(module: nn.Module, *_) -> None:
+        for parameter in module.parameters():
+            if not hasattr(parameter, "to_local"):
+                storage = parameter.untyped_storage()
+                noted[id(storage)] = storage
+
+    hooks = [part.register_forward_pre_hook(note) for part in _parts(network)]  # after the part's own, which unshards
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def led(network: nn.Module, work: Callable[[], T], along: Callable[[], None]) -> T | None:
+    """What rank 0 makes of a network that it may call as often as it likes; None on the others, which bring their parts
+    of a sharded network's weights for each of its passes. Every rank calls it.
+
+    along: a pass through the network, of whatever inputs. work may raise what it likes, between two passes.
+    Raises RuntimeError where it ended within one.
+    """
+    rank, ranks = agree.world()
+    if not is_sharded(network) or ranks == 1:
+        return work() if rank == 0 else None
+    if rank != 0:
+        while agree.of_first(lambda: None):
+            along()
+        return None
+    inside = False
+
+    def begins(*_) -> None:
+        nonlocal inside
+        inside = agree.of_first(lambda: True)
+
+    def ends(*_) -> None:
+        nonlocal inside
+        inside = False
+
+    hooks = network.register_forward_pre_hook(begins, prepend=True), network.register_forward_hook(ends)
+    try:
+        return work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if inside:  # of which the rest does not come: this rank has to end, that the others do
+            raise RuntimeError("a pass of a sharded network was cut short, in which the other ranks wait")
+        agree.of_first(lambda: False)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,6 +146,39 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A copy of a small part of a network that lies outside its blocks; every rank must ask."""
+    out = copy.deepcopy(module)
+    for part in out.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if hasattr(parameter, "full_tensor"):
+                setattr(part, name, nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad))
+    return out
+
+
 def held(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that may be in parts."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def place(replicas: int) -> tuple[int, int]:
+    """(which part of every weight this rank holds, number of parts)."""
+    return agree.world()[0] % shares(replicas), shares(replicas)
+
+
+def replicas(network: nn.Module) -> int:
+    """Copies of the network that all ranks hold together; of one that is not sharded, as many as ranks."""
+    mesh = getattr(next(network.parameters()), "device_mesh", None)
+    return agree.world()[1] if mesh is None else mesh.size() // mesh.size(-1)
+
+
+def rows(whole: torch.Tensor, part: int, parts: int) -> torch.Tensor:
+    """What the rank with that part holds of a whole tensor: a view of its share of rows, as torch shares them out."""
+    shares = whole.chunk(parts, dim=0)
+    return shares[part] if part < len(shares) else whole[:0]
+
+
+def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a whole tensor, if it is in parts as `like` is."""
+    mesh = getattr(like, "device_mesh", None)
+    return whole if mesh is None else rows(whole, mesh.get_local_rank(mesh.ndim - 1), mesh.size(-1))

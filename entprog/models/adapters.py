@@ -24,6 +24,7 @@ from torch import nn
 
 from entprog.blocks import Block
 from entprog.config import Lora
+from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models import folders
@@ -293,7 +294,8 @@ def merge(adapter: Adapter, network: nn.Module, setting: str) -> None:
     _put_outside(adapter, network, setting)
     for name, pair in adapter.pairs.items():
         weight = network.get_submodule(name).weight
-        weight += pair.delta().to(weight)
+        own = fsdp.held(weight)
+        own += fsdp.part_of(pair.delta(), weight).to(own)
 
 
 @torch.no_grad()
@@ -335,7 +337,7 @@ def _put_outside(adapter: Adapter, network: nn.Module, setting: str) -> None:
                 f"{setting}: the adapter's {name} has shape {list(tensor.shape)}, the network's is {there}: set "
                 "model.conditions to those that it was trained with"
             )
-        parameters[name].copy_(tensor)
+        fsdp.held(parameters[name]).copy_(fsdp.part_of(tensor, parameters[name]))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from entprog.errors import UserError
 from entprog.media import drawing, styles, wholebody
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.faces import Faces
-from entprog.models import experts, folders, inputs, texts, vaes, whole
+from entprog.models import experts, folders, inputs, saving, texts, vaes, whole
 from entprog.models.geometry import Geometry
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -380,8 +380,8 @@ class VideoDenoiser:
         sampling; parts: `light` names VAE and encoders instead of copying them; points: of the poses it
         was trained on, where these are not its base's; record: JSON values to keep under `provenance`.
 
-        An existing folder is replaced, whole or not at all. Raises UserError for a shift where the
-        process has none.
+        An existing folder is replaced, whole or not at all. While rank 0 saves a sharded network the others give it
+        their parts (`saving.lend`). Raises UserError for a shift where the process has none.
         """
         shape = shape or self.shape
         scheduler = self.scheduler(shift)
@@ -405,7 +405,7 @@ class VideoDenoiser:
         if self.expert is not None:
             about |= {"expert": self.expert.name, "experts": self.expert.inputs(self)}
         with folders.replacing(Path(folder)) as scratch:
-            self.network.save_pretrained(scratch / self.part)
+            saving.save(self.network, scratch / self.part)
             if self.vae is not None and "vae" not in left_out:
                 self.vae.save_pretrained(scratch / "vae")
             whole.copy_others(self.origins, left_out, scratch)

@@ -16,10 +16,11 @@ from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
+from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
+from entprog.models import adapters, experts, folders, inputs, parts, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -140,8 +141,8 @@ def inspect(
     expert = None
     if name and weights:
         expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton, last)
-    parts = {"vae": vae, "conditions": conditions, "process": process, **tensors}
-    outside = cls(network=network, autocast=None, shape=None, **parts).outside
+    rest = {"vae": vae, "conditions": conditions, "process": process, **tensors}
+    outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
         skeleton, points, last, native, expert, outside,
@@ -314,15 +315,36 @@ def load(
     device: str | torch.device = "cpu",
     seed: int = 0,
     prepare: Callable[[nn.Module], None] = lambda network: None,
+    *,
+    sharded: int = 0,
 ) -> VideoDenoiser:
     """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks, with its
     adapter merged into it.
 
     seed: of a new network's weights; torch's own random state is left as it was. prepare: what to do with the network
-    on the host, before the device has to hold it.
+    on the host, before the device has to hold it. sharded: copies of the network that all ranks hold together: each has
+    a part of every weight (`fsdp.shard`), and loads no more than that; but single files, pickles, and bases whose
+    weights have other names are loaded whole on the host of each rank and then split. 0: each holds the whole.
     Raises UserError as `inspect` does, and for weights that are missing or do not fit.
     """
     source = inspect(cls, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _in_parts(cls, settings, source, device, sharded) if sharded else None
+    if network is None:
+        network = _whole(cls, settings, source, seed)
+        if sharded:
+            fsdp.shard(network, blocks(network), sharded)
+    if settings.adapter:
+        adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
+    prepare(network)
+    denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
+    denoiser.check_type()
+    return denoiser
+
+
+def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, seed: int) -> nn.Module:
+    """The network on the host, its input layer widened."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if settings.weights:
@@ -338,12 +360,26 @@ def load(
             network.eval()  # as from_pretrained gives it
     if len(source.splits) > 1:
         inputs.widen(network, cls.INPUT, source.splits)
-    if settings.adapter:
-        adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
-    prepare(network)
-    denoiser = _with_parts(cls, settings, source, network.to(device), device)
-    denoiser.check_type()
-    return denoiser
+    return network
+
+
+def _in_parts(
+    cls: type[VideoDenoiser], settings: config.Model, source: Source, device: str | torch.device, replicas: int
+) -> nn.Module | None:
+    """The network, its input layer widened, of which this rank has its part alone; None: it has to be loaded whole."""
+    if settings.weights:
+        return None
+    if source.part is None:
+        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas)
+    found = folders.weights(source.part, "model.base", settings.trust_pickle)
+    files = [path for path in found.files if path.suffix != ".json"]
+    try:
+        network = parts.of_base(cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas)
+    except OSError as error:
+        raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None
+    if network is not None:
+        network.register_to_config(_name_or_path=settings.base)
+    return network
 
 
 def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu") -> VideoDenoiser:

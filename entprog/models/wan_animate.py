@@ -11,7 +11,6 @@ base's `image_encoder/`. Networks that an earlier version trained, and new ones,
 zeros.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from torch import nn
 
 from entprog import config
 from entprog.blocks import bypass, replaced
+from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.media import styles
 from entprog.media.faces import Faces, cut
@@ -96,7 +96,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
     def completed(cls, denoiser: "WanAnimateDenoiser", parts: dict[str, Path]) -> "WanAnimateDenoiser":
         if not denoiser.native:
             return denoiser
-        own = copy.deepcopy(denoiser.network.motion_encoder).float().eval().requires_grad_(False).to(denoiser.device)
+        own = fsdp.whole_copy(denoiser.network.motion_encoder).float().eval().requires_grad_(False).to(denoiser.device)
         with torch.no_grad():
             blank = own(torch.full((1, 3, own.size, own.size), -1.0, device=denoiser.device))
         processor, encoder = image_parts(parts) if parts else (None, None)

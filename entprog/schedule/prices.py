@@ -13,7 +13,7 @@ from entprog.cost.model import CostModel, scaled, split
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree, reducing
+from entprog.distributed import fsdp, reducing
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -96,8 +96,7 @@ class Prices:
                     optimizer=train.optimizer,
                     swap_blocks=self.experiment.model.swap_blocks,
                 )
-            parts = agree.world()[1] if train.parallel == "fsdp" else 1
-            self.models[shape] = split(scaled(measured, clips), parts)
+            self.models[shape] = split(scaled(measured, clips), self.shares)
         return self.models[shape]
 
     def step(self, plan: Plan) -> float:
@@ -130,7 +129,13 @@ class Prices:
         for no rank may see another plan as fitting than the others do."""
         others = tuple(f"{block.name}." for block in self.found if block.name not in plan.trainable)
         sizes = (t.numel() * t.element_size() for name, t in self.averages.items() if name.startswith(others))
-        return -(-sum(sizes) // (agree.world()[1] if self.experiment.train.parallel == "fsdp" else 1))
+        return -(-sum(sizes) // self.shares)
+
+    @property
+    def shares(self) -> int:
+        """Ranks that each weight is split over."""
+        train = self.experiment.train
+        return fsdp.shares(train.replicas) if train.parallel == "fsdp" else 1
 
     def sample_of(self, shape: ClipShape, clips: int) -> Latents:
         """Some clips of a shape: a corner of the sample's latents, of which only the size matters here; the same ones
@@ -142,17 +147,3 @@ class Prices:
             for name, value in part.conditions.items()
         }
         return Latents(part.clean[..., :frames, :height, :width], cut, part.position)
-
-
-def measured_whole(
-    denoiser: Denoiser, found: Sequence[Block], sample: Latents, experiment: Experiment
-) -> dict[ClipShape, CostModel]:
-    """Cost models of all shapes that a search may ask for, for a network that will be sharded: blocks in parts cannot
-    be measured one by one. What it costs to bring weights together is in no model."""
-    schedule = experiment.schedule
-    if schedule.kind != "entprog" and schedule.memory_budget_bytes is None:
-        return {}
-    prices = Prices(denoiser, found, sample, Freeze(denoiser, found, experiment), experiment, {})
-    for shape in plans.ladder(schedule, experiment.data.shape, last=False):
-        prices.model(shape)
-    return prices.models

@@ -22,7 +22,8 @@ from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.diffusion.idle import idle_pass
+from entprog.distributed import agree, fsdp
 from entprog.scoring import split, tables
 from entprog.scoring.tables import Predict, Row, ScoreTable
 
@@ -272,6 +273,11 @@ def _score(
                 others[part.condition, place, part.piece] = moments.packed().cpu()
         done += part.forwards
         progress(numbers.start + len(numbers) * done // todo, settings.conditions)
+    if fsdp.is_sharded(denoiser.network):  # every pass brings weights together: all ranks take part in each
+        passed = [sum(len(part.places) * -(-len(part.draws) // at_once) for part in own) for own in parts]
+        for _ in range(max(passed) - passed[rank]):
+            idle_pass(denoiser, clip(0))
+        fsdp.in_parts(denoiser.network)
 
     for condition, place, piece, holder, owner in split.handed_over(parts):
         if rank == holder:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from entprog.blocks import Block, replaced
 from entprog.config import Priority, Timesteps
@@ -22,7 +23,7 @@ from entprog.cost import counting
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.distributed import agree, fsdp
 from entprog.scoring import tables
 from entprog.scoring.cei import cei, draws
 from entprog.scoring.tables import BlockScore, Row, ScoreTable
@@ -78,7 +79,8 @@ def gradient(
 
     ℓ_c is the mean loss over a condition's draws. Gradient crosses every block exactly, whatever is frozen now. Each
     rank takes its share of the conditions, and all get the mean over all of them: what is summed over a condition's
-    draws is as large as the network, so draws are not shared.
+    draws is as large as the network, so draws are not shared. Of a sharded network every rank goes through every
+    condition, and holds its part of the gradients alone.
     """
     measure = settings.kind
     clip = tables.one_by_one(conditions, settings)
@@ -86,6 +88,12 @@ def gradient(
 
     def score(numbers: range) -> list[Row]:
         rank, ranks = agree.world()
+        if fsdp.is_sharded(denoiser.network):
+            rows = []
+            for number in numbers:
+                rows.append(one(clip(number), number, tables.marks(settings)))
+                progress(number + 1, settings.conditions)
+            return rows
         mine = {}
         for number in numbers[rank::ranks]:
             mine[number] = one(clip(number), number, tables.marks(settings))
@@ -98,22 +106,30 @@ def gradient(
             one(clip(0), 0, [1])
         return counter.get_total_flops(), score
 
-    with _differentiable(blocks):
+    with _differentiable(denoiser.network, blocks):
         found = tables.measured(begin, settings, measure, clip(0).clean.device)
     return tables.table(blocks, found, settings, measure, key=key)
 
 
 @contextmanager
-def _differentiable(blocks: Sequence[Block]) -> Iterator[None]:
-    """Every block with its own forward and weights that require gradient; on leaving, everything is as it was."""
+def _differentiable(network: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+    """Every block with its own forward and weights that require gradient, of a sharded network no others; on leaving,
+    everything is as it was, but blocks in parts are brought together in every backward pass until a plan is put in
+    force."""
+    fsdp.in_parts(network)
     before = [(p, p.requires_grad) for block in blocks for p in block.module.parameters()]
+    if fsdp.is_sharded(network):
+        before = [(p, p.requires_grad) for p in network.parameters()]
+        network.requires_grad_(False)
+        fsdp.spare_frozen(blocks, [block.name for block in blocks], "exact")
     own = {block.module: type(block.module).forward.__get__(block.module) for block in blocks}
     try:
-        for parameter, _ in before:
+        for parameter in (p for block in blocks for p in block.module.parameters()):
             parameter.requires_grad_(True)
         with replaced(own), torch.enable_grad():
             yield
     finally:
+        fsdp.in_parts(network)
         for parameter, required in before:
             parameter.requires_grad_(required)
 
@@ -139,25 +155,45 @@ def _gradients_of_condition(
     for done, draw in enumerate(draws(denoiser, clip, number, range(marks[-1]), settings, seed, law, at_once=1), 1):
         prediction, given = denoiser.predict(draw.noisy, draw.t, draw.conditions), denoiser.given(draw.conditions)
         loss = objectives.loss(prediction, draw.target, draw.weights, given).sum()
-        gradients = torch.autograd.grad(loss, [p for group in weights for p in group], allow_unused=True)
+        gradients = _gradients(loss, [p for group in weights for p in group], fsdp.is_sharded(denoiser.network))
         gradients = [None if g is None else g.float() for g in gradients]  # of weights stored in bfloat16
         if measure == "fisher":
-            squares += _squares(gradients, weights)
+            squares += _squares(gradients, weights, denoiser.network)
         else:
             summed = [a if b is None else b if a is None else a + b for a, b in zip(summed, gradients, strict=True)]
-        if done in marks:
-            noted[done] = squares / sizes / done if measure == "fisher" else _squares(summed, weights).sqrt() / done
+        if done in marks and measure == "fisher":
+            noted[done] = squares / sizes / done
+        elif done in marks:
+            noted[done] = _squares(summed, weights, denoiser.network).sqrt() / done
     return {measure: torch.stack([noted[mark] for mark in marks]).numpy()}
 
 
-def _squares(gradients: Sequence[torch.Tensor | None], weights: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Sum of squares of each block's gradients, float64 [block] on the CPU; None is zero."""
+def _gradients(loss: torch.Tensor, weights: Sequence[torch.Tensor], sharded: bool) -> Sequence[torch.Tensor | None]:
+    """The loss's gradient to each of the weights; None where it does not depend on them. sharded: this rank's parts of
+    the mean over ranks, which all have the same loss."""
+    if not sharded:
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+    loss.backward()
+    gradients = [None if weight.grad is None else fsdp.held(weight.grad) for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    return gradients
+
+
+def _squares(
+    gradients: Sequence[torch.Tensor | None], weights: Sequence[Sequence[torch.Tensor]], network: nn.Module
+) -> torch.Tensor:
+    """Sum of squares of each block's gradients, float64 [block] on the CPU; None is zero. Of a sharded network they are
+    given in parts."""
     rest = iter(gradients)
     sums = []
     for group in weights:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in (next(rest) for _ in group) if g is not None]
         sums.append(torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64))
-    return torch.stack([value.cpu() for value in sums])
+    values = torch.stack([value.cpu() for value in sums])
+    if not fsdp.is_sharded(network):
+        return values
+    return torch.tensor(agree.total(values.tolist()), dtype=torch.float64) / fsdp.replicas(network)
 
 
 def _ordered(order: Callable[[int, int], np.ndarray]) -> PriorityFunction:

@@ -11,7 +11,6 @@ number of ranks, sharded or not, can take them up again.
 import re
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -30,15 +29,12 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
 from entprog.schedule.state import RunState
-from entprog.storage import Place
-from entprog.training import slices
+from entprog.storage import Place, slices
 
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8,}")
 PARTIAL = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.partial")
 """Names of folders of checkpoints, and of those being written: no other folder is read or removed."""
-# Said of every save without a process group, which rank 0's of a whole network is.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 class Saver:

@@ -192,16 +192,17 @@ class _Fit:
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
         priority, seed = self.experiment.priority, self.experiment.train.seed
-        with fsdp.gathered(self.denoiser.network):
-            new = priorities.score(
-                self.denoiser,
-                self.found,
-                self.conditions,
-                priority,
-                key=f"stage {stage}",
-                seed=seed,
-                law=self.experiment.timesteps,
-            )
+        new = priorities.score(
+            self.denoiser,
+            self.found,
+            self.conditions,
+            priority,
+            key=f"stage {stage}",
+            seed=seed,
+            law=self.experiment.timesteps,
+        )
+        if (plan := self.freeze.plan) is not None:  # gradients cross every block as scores are made
+            fsdp.spare_frozen(self.found, plan.trainable, plan.backward)
         self.search.priority = self.state.priority = new.priority(priority.sign)
         self.drift = drift(self.scores, new, priority.sign)
         self.charge("score", new.seconds, float(new.flops))

@@ -11,7 +11,7 @@ from entprog import models
 from entprog.blocks import blocks, let_wait, store_frozen
 from entprog.config import Experiment
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree, fsdp
+from entprog.distributed import agree
 from entprog.errors import UserError
 from entprog.models import adapters, fingerprints, lora
 from entprog.models.finite import not_finite
@@ -22,7 +22,7 @@ from entprog.training.fit import DivergedError
 
 def load(experiment: Experiment, device: torch.device) -> Denoiser:
     """The network to be trained, with adapters if it is trained through any, every block frozen: the device never holds
-    all of it in float32."""
+    all of it in float32. Sharded, no rank ever holds all of it (`sources.load` says of which it does)."""
 
     def prepare(network: nn.Module) -> None:
         _adapt(network, experiment)
@@ -38,7 +38,8 @@ def _loaded(experiment: Experiment, device: str | torch.device, prepare: Callabl
     if experiment.train.lora and model.adapter:  # then an adapter to start from is not merged: it goes on
         source = models.family(model.family).inspect(model)  # as the adapter has seen clips
         model = model.model_copy(update={"adapter": None, "skeleton": source.skeleton, "last_frame": source.last})
-    return models.family(model.family).load(model, device, experiment.train.seed, prepare)
+    sharded = experiment.train.replicas if experiment.train.parallel == "fsdp" else 0
+    return models.family(model.family).load(model, device, experiment.train.seed, prepare, sharded=sharded)
 
 
 def _adapt(network: nn.Module, experiment: Experiment) -> None:
@@ -49,7 +50,7 @@ def _adapt(network: nn.Module, experiment: Experiment) -> None:
 
 
 def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denoiser:
-    """The denoiser with averaged weights, where there are any; on rank 0 the network is whole even if it was sharded.
+    """The denoiser with averaged weights, where there are any.
 
     Raises DivergedError on every rank if it is not finite.
     """
@@ -57,15 +58,7 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
     odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
     if odd:
         raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
-    if not fsdp.is_sharded(denoiser.network):
-        return denoiser
-    weights = {name: fsdp.whole(tensor).cpu() for name, tensor in denoiser.network.state_dict().items()}
-    if agree.world()[0] != 0:
-        return denoiser
-    in_full = experiment.model.model_copy(update={"dtype": "float32"})  # only to be saved from there
-    plain = models.family(experiment.model.family).load(in_full, "cpu", experiment.train.seed)
-    plain.network.load_state_dict(weights)  # on the host: the device has its part already
-    return replace(denoiser, network=plain.network)  # the text is not the base's
+    return denoiser
 
 
 def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser:

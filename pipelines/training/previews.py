@@ -23,7 +23,9 @@ from torch import nn
 from entprog import files
 from entprog.blocks import full_weights
 from entprog.config import ClipShape, Evaluate, Generate
+from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
+from entprog.diffusion.idle import idle_pass
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import reason
@@ -56,27 +58,23 @@ class Previews:
     """Measures what was drawn; None: nothing does."""
     log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     """Keep figures of a step with the run in MLflow."""
+    spare: Latents | None = None
+    """Any batch, where the network is sharded."""
 
     def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> None:
         """Draw every motion with the weights as they are after this step, or with their averages where there are any;
         every rank calls it. What goes wrong is a warning."""
         network = self.denoiser.network
-        with averaged(network, ema), contextlib.ExitStack() as together:
-            failed = None
-            try:
-                together.enter_context(fsdp.gathered(network))  # may need more memory than a rank has
-            except Exception as error:
-                failed = reason(error)
-            failed = next((line for line in agree.gathered(failed) if line), None)
-            together.enter_context(undisturbed(network, self.compiled))
-            if failed is None and agree.world()[0] == 0:
-                try:
-                    self._draw(step, charged_s)
-                except Exception as error:  # memory, disk, codec: a look must not cost the run
-                    failed = reason(error)
-            if failed:
-                self.warn(f"the preview after step {step} failed: {failed}; training goes on")
+        with averaged(network, ema), undisturbed(network, self.compiled):
+            fsdp.led(network, lambda: self._tried(step, charged_s), lambda: idle_pass(self.denoiser, self.spare))
+            fsdp.in_parts(network)
         agree.wait_for_all()  # no rank's next step pays for it
+
+    def _tried(self, step: int, charged_s: float) -> None:
+        try:
+            self._draw(step, charged_s)
+        except Exception as error:  # memory, disk, codec: a look must not cost the run
+            self.warn(f"the preview after step {step} failed: {reason(error)}; training goes on")
 
     def _draw(self, step: int, charged_s: float) -> None:
         folder = self.output / "previews" / f"step-{step:08d}"

@@ -17,12 +17,13 @@ from entprog.cost import counting
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
+from entprog.diffusion.idle import idle_pass
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import reason
-from entprog.models import captions, fingerprints
-from entprog.schedule import plans, prices
+from entprog.models import captions, fingerprints, saving
+from entprog.schedule import plans
 from entprog.schedule.state import RunState
 from entprog.scoring import cache, cei
 from entprog.scoring.tables import ScoreTable
@@ -158,7 +159,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     one = sample.part(slice(0, 1))
     with counting.flop_counter() as forward:
         found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, one)
-    if rank == 0:
+    if rank == 0 or fsdp.is_sharded(denoiser.network):
         clips = (one, replace(one, clean=one.clean.roll(1, -1)))
         runs = [functools.partial(cei.blocks_in_order, [], denoiser.predict, clip) for clip in clips]
         missed = overlooked(denoiser.network, *runs)
@@ -199,12 +200,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     output = Path(settings["output"])
     rank, _ = agree.world()
     table = scores(setup, settings) if experiment.schedule.needs_scores else None
-    measured = {}
-    if experiment.train.parallel == "fsdp":
-        measured = prices.measured_whole(denoiser, setup.blocks, setup.sample, experiment)
-        fsdp.shard(denoiser.network, setup.blocks)
     state = start(denoiser.network, experiment)
-    state.models |= measured
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
     notices = Notices(settings["board"], setup.device)
@@ -274,14 +270,19 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
     setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
     denoiser = setup.denoiser
-    if rank == 0:  # alone: nobody waits for it
+    shift = _sampling_shift(setup)
+    if rank == 0:  # alone: nobody waits for it, but for who has parts of a sharded network
         if experiment.train.lora:
             networks.leave_adapter(denoiser, experiment, output / "adapter", setup.dataset.points)
             denoiser = networks.merged(denoiser, experiment, settings["weights"])
-        shift = _sampling_shift(setup)
         kept = {"parts": experiment.train.save, "points": setup.dataset.points}
         denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, **kept)
-        _leave_samples(setup, output / "samples", shift)
+    else:
+        saving.lend(denoiser.network)
+    if experiment.train.samples:
+        draw = functools.partial(_leave_samples, setup, output / "samples", shift)
+        fsdp.led(denoiser.network, draw, lambda: idle_pass(setup.denoiser, setup.sample))
+    if rank == 0:
         log.close()
         tracker.close()
     named = {"blocks": [block.name for block in setup.blocks], "decode_cpus": decode_cpus}
@@ -315,11 +316,10 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
 def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
     """A look at what was learned: held-out motions by the final weights. What goes wrong is a warning."""
     data, count = setup.experiment.data, setup.experiment.train.samples
-    if not count:
-        return
     settings = config.Generate(batch_size=data.batch_size, shift=shift)
     try:
-        setup.denoiser.network.to(setup.device)
+        if not fsdp.is_sharded(setup.denoiser.network):
+            setup.denoiser.network.to(setup.device)
         rendering.render(lambda: setup.denoiser, _held_out_motions(setup, count), data.shape, folder, settings)
     except Exception as error:  # memory, disk, codec: the model is saved already
         setup.post({"warning": f"the samples failed: {reason(error)}; generate makes them of the saved model"})
@@ -350,8 +350,9 @@ def _previews(
         log = {"log": tracker.metrics}
     compiled = experiment.model.compile_blocks
     return previewing.Previews(
-        setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled, **measures, **log
-    )
+        setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled, spare=setup.sample, **measures,
+        **log,
+    )  # fmt: skip
 
 
 def _sampling_shift(setup: Setup) -> float | None:

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
@@ -27,6 +27,9 @@ from torch.futures import Future
 from entprog.storage import Place, tensors
 from entprog.storage.tensors import Stored
 
+if TYPE_CHECKING:
+    from pyarrow import NativeFile
+
 SUFFIX = ".safetensors"
 OFFSETS = "DCP_SHARDING_INFO"
 """Text of a file that says where in the whole tensors its own begin, as torch writes it."""
@@ -39,6 +42,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 32 << 20
 THREADS = 8
 """Pieces read at once: with PIECE_BYTES, the memory that reading takes beside the tensors themselves."""
+# Said where a rank plans for itself: it saves all, or reads its own.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 # Of bytes that are copied from and never written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
@@ -219,7 +224,7 @@ def _runs(wishes: list[_Wish]) -> Iterator[list[_Wish]]:
         yield run
 
 
-def _fill(file: pa.NativeFile, run: list[_Wish]) -> None:
+def _fill(file: "NativeFile", run: list[_Wish]) -> None:
     start = run[0].begin
     content = tensors.ranged(file, start, run[-1].end)
     for wish in run:
