@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,13 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         if rank == 0:
             board.post.remote(item)
 
-    setup, mistake = None, None
     try:
-        setup = _open(settings, post, clock)
+        with _mistakes_of_all():
+            setup = _open(settings, post, clock)
     except shards.UnreachableError:  # no mistake: another try may be luckier
         raise
     except UserError as error:
-        mistake = str(error)
-    mistakes = [line for line in agree.gathered(mistake) if line]
-    if mistakes:
-        post({"user_error": mistakes[0]})
+        post({"user_error": str(error)})
         return
     try:
         result = work(setup, settings)
@@ -115,47 +112,62 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         ray.get(board.post.remote(result))
 
 
+@contextmanager
+def _mistakes_of_all() -> Iterator[None]:
+    """A person's mistake that one rank meets inside is raised on every rank, once all of them have come to the end."""
+    mistake = None
+    try:
+        yield
+    except shards.UnreachableError:
+        raise
+    except UserError as error:
+        mistake = str(error)
+    if mistakes := [line for line in agree.gathered(mistake) if line]:
+        raise UserError(mistakes[0])
+
+
 def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clock: Startup) -> Setup:
     import ray.train
     import ray.train.torch
 
-    experiment = config.build(settings["experiment"])
-    if experiment.data.text == "empty":  # every clip has it already: there is none to drop
-        experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
-    if experiment.in_fp8:
-        fp8.check_device(device)
-    dataset = shards.read_dataset(experiment.data.shards)
-    texts = None
-    if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
+    with _mistakes_of_all():  # passes of a sharded network come after it, in which ranks wait for each other
+        experiment = config.build(settings["experiment"])
+        if experiment.data.text == "empty":  # every clip has it already: there is none to drop
+            experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
+        device = ray.train.torch.get_device()
+        if device.type == "cpu":
+            here = ray.train.get_context().get_local_world_size()
+            torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
+        if experiment.in_fp8:
+            fp8.check_device(device)
+        dataset = shards.read_dataset(experiment.data.shards)
+        texts = None
+        if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
 
-        def encoded(done: int, of: int) -> None:
-            post({"texts": done, "of": of})
+            def encoded(done: int, of: int) -> None:
+                post({"texts": done, "of": of})
 
-        texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
-        if texts.unused:
-            post({"warning": texts.unused})
-        clock.over("texts")
+            texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
+            if texts.unused:
+                post({"warning": texts.unused})
+            clock.over("texts")
 
-    denoiser = networks.load(experiment, device)
-    if texts is not None:
-        denoiser = replace(denoiser, **{field: value.to(device) for field, value in texts.of("").items()})
-    clock.over("weights")
-    for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
-        denoiser.check(shape)
-    rank, world = agree.world()
-    data = experiment.data
-    held_out = [
-        _seen(denoiser, dataset, data, batch, data.held_out_clips, texts)
-        for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
-    ]
-    _, draws = clip_stream.held_out_share(min(data.held_out_clips, dataset.clips("held_out")), rank, world)
-    (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
-    with counting.flop_counter() as encoding:
-        sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
+        denoiser = networks.load(experiment, device)
+        if texts is not None:
+            denoiser = replace(denoiser, **{field: value.to(device) for field, value in texts.of("").items()})
+        clock.over("weights")
+        for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
+            denoiser.check(shape)
+        rank, world = agree.world()
+        data = experiment.data
+        held_out = [
+            _seen(denoiser, dataset, data, batch, data.held_out_clips, texts)
+            for batch in clip_stream.held_out(dataset, data.held_out_clips, data.batch_size, rank, world, device)
+        ]
+        _, draws = clip_stream.held_out_share(min(data.held_out_clips, dataset.clips("held_out")), rank, world)
+        (first,) = clip_stream.held_out(dataset, data.batch_size, data.batch_size, device=device)
+        with counting.flop_counter() as encoding:
+            sample = _seen(denoiser, dataset, data, first, data.batch_size, texts)
     one = sample.part(slice(0, 1))
     with counting.flop_counter() as forward:
         found = cei.blocks_in_order(blocks(denoiser.network), denoiser.predict, one)
