@@ -28,7 +28,7 @@ from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.families import NAMES, load, settings
 from helpers.memory import Peak
-from helpers.networks import SHAPE, batches, latents, tiny_denoiser, tiny_experiment
+from helpers.networks import SHAPE, TINY, batches, latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
 from pipelines.training import networks
 
@@ -303,6 +303,7 @@ def test_no_rank_holds_the_network_and_all_comes_out_as_in_a_single_process(tmp_
 
 def in_copies(world, replicas):
     return tiny_experiment(
+        model={"init": {**TINY, "num_layers": 3}},
         train={
             "steps": 4, "parallel": "fsdp" if replicas else "ddp", "workers": world, "replicas": max(replicas, 1),
             "accumulate": 4 // world, "ema_decay": 0.9, "optimizer": "adamw_bf16",

@@ -160,7 +160,7 @@ class _Drawing(TorchDispatchMode):
             pass
         elif function in (aten.clone.default, aten.copy_.default) and args[-1].is_meta:
             self.copy(args[-1], out)
-        elif function._schema.is_mutable and args[0].is_meta:
+        elif function.overloadpacket.__name__.endswith("_") and args[0].is_meta:  # in place
             whole = out.numel() * out.element_size() == args[0].untyped_storage().nbytes()
             if whole and function.overloadpacket in OVERWRITING:
                 self.begin(args[0])
