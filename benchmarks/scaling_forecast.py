@@ -14,7 +14,7 @@ is gathered, the last that is reduced. `in_code` says whether the code does that
 gradients as soon as the backward pass has its last one (`entprog.distributed.reducing`); without overlap is what it did
 before. `fsdp` is torch's `fully_shard`, block by block, which on GPUs gathers the next block and reduces the last one
 beside the computing. How far either hides on a GPU nobody has measured here. Shards inside a node with replicas across
-nodes (HSDP) are in no setting yet.
+nodes (HSDP) are `train.replicas`.
 """
 
 import math
@@ -86,7 +86,7 @@ ARRANGEMENTS = (
     TODAY,
     Arrangement("ddp", overlaps=False, in_code=False),
     Arrangement("fsdp", overlaps=True, in_code=True),
-    Arrangement("hsdp", overlaps=True, in_code=False),
+    Arrangement("hsdp", overlaps=True, in_code=True),
 )
 NETWORKS: dict[str, dict[str, float]] = {
     # 100 Gbit/s for each GPU; 30 µs for a message from host to host over TCP. Both assumed.

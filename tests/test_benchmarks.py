@@ -340,7 +340,7 @@ def test_gpu_check_lets_blocks_be_copied_ahead_and_compares_bits(monkeypatch):
             return super().wait(some)
 
     monkeypatch.setattr("entprog.blocks.block.Swap", Noted)
-    rows = [gpu_parts.overlapped(how, "cpu") for how in gpu_parts.ELSEWHERE if "wait" in how]
+    rows = [gpu_parts.overlapped(how, "cpu") for how in gpu_parts.ELSEWHERE if "blocks wait" in how]
     assert len(rows) == 2 and all(row["equal"] and row["gradient_difference"] == 0 for row in rows)
     copies = [each.fetched_bytes / each.waiting[0].host.nbytes for each in swaps]
     assert swaps and all(0 < each.late <= copied / 2 for each, copied in zip(swaps, copies, strict=True))
@@ -506,7 +506,7 @@ def test_scaling(results):
         efficiencies = [foreseen[*of, gpus]["efficiency"] for gpus in scaling.GPUS]
         assert efficiencies == sorted(efficiencies, reverse=True) and 0 < efficiencies[-1] < efficiencies[0] < 1, of
     assert {(row["parallel"], row["overlaps"], row["in_code"]) for row in foreseen.values()} == {
-        ("ddp", True, True), ("ddp", False, False), ("fsdp", True, True), ("hsdp", True, False),
+        ("ddp", True, True), ("ddp", False, False), ("fsdp", True, True), ("hsdp", True, True),
     }  # fmt: skip
     assert [row["gpus"] for row in record["scoring"] if row.get("measured")] == [1, 2]
     assert all(row["wall_s"] > 0 for row in (*record["scoring"], *record["search"]))
