@@ -3,6 +3,7 @@
 Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no stack trace).
 """
 
+import contextlib
 import importlib.metadata
 import os
 import shlex
@@ -26,7 +27,7 @@ import pipelines
 from entprog import config, files, masking, storage
 from entprog.errors import UserError
 from entprog.names import plain
-from entprog.storage import Where
+from entprog.storage import Place, Where
 from pipelines.cluster import local
 from pipelines.outputs import claim
 
@@ -124,6 +125,12 @@ def tables_of(output: Path, given: str | Where | None) -> Where:
     return storage.at(given or (output / "cei" if joining.address() else TABLES), "score tables")
 
 
+def check_tables(given: str | None) -> None:
+    """Raises UserError for a bucket that score tables cannot be written to: before scoring, not after hours of it."""
+    if given is not None and isinstance(where := storage.at(storage.quickly(given), "score tables"), Place):
+        where.check("score tables")
+
+
 def app(help: str) -> typer.Typer:
     """A command line of one job."""
     return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -163,11 +170,11 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 def output_of(given: str, what: str = "output") -> Where:
     """Where a job leaves what it makes. Raises UserError for an address of no known kind, and one that does not
     answer."""
-    where = storage.at(storage.quickly(given), what)
+    where = storage.at(given, what)
     if isinstance(where, Path):
         return where
     try:
-        where.exists()
+        storage.at(storage.quickly(given), what).exists()
     except OSError as error:
         reason = masking.one_line(error)
         raise UserError(
@@ -185,14 +192,16 @@ def run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]]
     pipelines.imported()
     started, made = time.time(), []
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
+    folder = None if isinstance(output, str) else output  # an address is one once it has answered
     try:
-        output = output_of(output) if isinstance(output, str) else output
-        made = claim.missing(output) if output is not None else []
+        folder = output_of(output) if isinstance(output, str) else output
+        made = claim.missing(folder) if folder is not None else []
         record |= work()
         status = 0
     except UserError as error:
-        if output is not None and not isinstance(output, str):
-            claim.release(output, made)
+        if folder is not None:
+            with contextlib.suppress(OSError):  # what was refused is what is said
+                claim.release(folder, made)
         complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -202,16 +211,16 @@ def run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]]
         record |= {"status": "failed", "error": masking.reason(error, most=2000)}
         status = 1
         trace = masking.masked(traceback.format_exc())
-        mine = output is not None and claim.is_of(output, job)
+        mine = folder is not None and claim.is_of(folder, job)
         if mine:
-            (output / "error.log").write_text(plain(trace, keep="\n\t"))
+            (folder / "error.log").write_text(plain(trace, keep="\n\t"))
         if verbose or not mine:
             errors.print(trace)
-        where = f" (trace: {output / 'error.log'})" if mine else ""
+        where = f" (trace: {folder / 'error.log'})" if mine else ""
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
-    if output is not None and claim.is_of(output, job):
-        files.write_json(output / "result.json", masking.masked_in(record))
+    if folder is not None and claim.is_of(folder, job):
+        files.write_json(folder / "result.json", masking.masked_in(record))
     if status:
         raise typer.Exit(status)
 

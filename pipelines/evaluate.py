@@ -139,6 +139,7 @@ def plan(
         )
     chosen, dataset = settings.evaluate, datasets.read_dataset(storage.quickly(str(shards)))
     datasets.verify(dataset, "size")
+    dataset = replace(dataset, folder=storage.at(str(shards), "shards"))  # clips are waited for longer than checks
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
     if maker is not None and maker.shape != dataset.shape:
         raise UserError(f"shards {shards} hold clips of {dataset.shape}, the checkpoint makes {maker.shape}")

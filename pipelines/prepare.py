@@ -8,7 +8,7 @@ folder without it is no dataset. Run again when there are new videos, the comman
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,7 +153,7 @@ class Work:
 
 def look(given: str | Path, output: Where, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
-    found = inputs.find(given, settings.prepare, output if isinstance(output, Path) else None)
+    found = inputs.find(given, settings.prepare, output)
     before = additions.read(output)
     claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
@@ -246,7 +246,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
                 written, lines, points, made_by = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:
             path = output / "ledger.partial.parquet"
-            ledger.write(path, [line for part in _records(parts, keys) for line in part["ledger"]])
+            ledger.write(path, [line for part in _records(parts, keys).values() for line in part["ledger"]])
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
     dataset = additions.finish(output, settings, lines, written, points, made_by)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
@@ -303,9 +303,11 @@ def _stages(ray, rows: list[Source], parts: Where, settings: Preparation, cpus: 
     )
 
 
-def _records(parts: Where, keys: dict[str, str]) -> Iterator[Row]:
-    found = packing.read_parts(parts, [key for _, key in sorted(keys.items())])
-    return (record for record in found if record is not None)
+def _records(parts: Where, keys: dict[str, str]) -> dict[str, Row]:
+    """The finished parts' records by source, in the order of the sources."""
+    files = sorted(keys)
+    found = packing.read_parts(parts, [keys[file] for file in files])
+    return {file: record for file, record in zip(files, found, strict=True) if record is not None}
 
 
 def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], settings: Preparation):
@@ -313,7 +315,8 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
 
     Raises UserError if nothing was kept at all.
     """
-    new = [line for record in _records(parts, keys) for line in record["ledger"]]
+    records = _records(parts, keys)
+    new = [line for record in records.values() for line in record["ledger"]]
     ledger.check(new, keys)
     before = work.before
     old = [line for line in before.lines if line["file"] not in keys] if before else []
@@ -334,7 +337,7 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
         cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
-    of_kept = packing.read_parts(parts, [keys[file] for file in kept])
+    of_kept = [records[file] for file in kept]
     most = packing.points_of(of_kept)
     points = before.dataset.points if before else most
     if bare := packing.without_parts(of_kept, points):

@@ -65,6 +65,7 @@ def main(
         )
         if dry_run:
             return explain(experiment, output)
+        cli.check_tables(tables)
         claimed(experiment, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, output, tables=tables, is_claimed=True)

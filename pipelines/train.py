@@ -77,6 +77,7 @@ def main(
         )
         if dry_run:
             return explain(experiment, output)
+        cli.check_tables(tables)
         parts = claimed(experiment, output)
         clock.over("checks")
         import_beside("mlflow")  # whose seconds pass while Ray's processes start

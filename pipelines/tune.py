@@ -95,6 +95,7 @@ def main(
         found = spaces.read(space)
         if dry_run:
             return explain(wanted, found, output)
+        cli.check_tables(tables)
         claimed(wanted, found, output)
         with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
             return run(wanted, found, output, tables=tables, verbose=verbose, is_claimed=True)

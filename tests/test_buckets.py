@@ -4,26 +4,32 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import typer
+from fsspec.implementations.arrow import ArrowFSWrapper
 from typer.testing import CliRunner
 
 from entprog import config, storage
 from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
+from entprog.data.clips import Latents
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from entprog.models import captions
-from entprog.preparing import ledger
+from entprog.preparing import addresses, inputs, ledger
 from entprog.scoring import cache
 from helpers import real_clips, servers
 from helpers.networks import TINY, tiny_denoiser, tiny_experiment
-from pipelines import compare, demo, evaluate, generate, prepare, score, train, tune
+from pipelines import cli, compare, demo, evaluate, generate, prepare, score, train, tune
 from pipelines.generating import judging, motions
-from pipelines.preparing import additions
+from pipelines.outputs import claim
+from pipelines.preparing import additions, packing
+from pipelines.preparing import latents as encoding
 from pipelines.stream import feed
 
 SHAPE = ClipShape(frames=6, height=48, width=32, fps=12)
@@ -179,6 +185,130 @@ def test_a_bucket_that_does_not_answer_is_no_damage(s3, local):
     assert "damaged" not in str(away.value)
 
 
+class Silent:
+    """An open file whose bucket has stopped to answer."""
+
+    def read_at(self, *_):
+        raise OSError("slow down")
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_a_part_of_a_shard_that_does_not_come_is_no_damage(fetched, gone, local, monkeypatch):
+    """Fetched beforehand, or asked for by Parquet itself."""
+    content = (local.folder / local.splits["train"][0].file).read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    monkeypatch.setattr(shards, "_opened", lambda *_: (Silent(), len(content), content[-footer:]))
+    if not fetched:
+        monkeypatch.setattr(shards, "_fetch", lambda *_: None)
+    with pytest.raises(OSError, match="slow down"):
+        shards.read_rows(gone / "a.parquet", [3])
+
+
+@pytest.fixture(scope="module")
+def gone(s3):
+    """A folder in a bucket that cannot be asked now."""
+    with servers.refusing() as endpoint:
+        yield storage.Place.at(address(endpoint, "data/none"))
+
+
+PIECE = latents.Piece("train/00000.parquet", "5" * 64, 0, 1)
+
+
+def cache_in(folder):
+    return latents.Cache(folder, {}, (latents.Written(PIECE, 9, "5" * 64),))
+
+
+UNANSWERED = {
+    "part": lambda gone: packing.read_part(gone, "0" * 16),
+    "packed": lambda gone: packing._packed(gone / "a.done", gone / "train" / "a.parquet", "plan"),
+    "latents that are written": lambda gone: latents.written(gone, PIECE),
+    "sizes of latents": lambda gone: latents.verify(cache_in(gone), "size"),
+    "bytes of latents": lambda gone: latents.verify(cache_in(gone), "sha256"),
+    "text": lambda gone: captions.Texts(gone, 5, {}, {"text": "prompt_embeds"}).of("a person"),
+}
+
+
+@pytest.mark.parametrize("what", UNANSWERED)
+def test_what_does_not_answer_is_neither_missing_nor_damaged(what, gone, monkeypatch):
+    if what == "bytes of latents":
+        monkeypatch.setattr(shards, "sizes", lambda *_: {PIECE.file: 9})
+    with pytest.raises((OSError, shards.UnreachableError)) as told:
+        UNANSWERED[what](gone)
+    assert "\n" not in str(told.value) and "damaged" not in str(told.value)
+
+
+def test_bytes_of_a_shard_that_do_not_come_are_one_line(gone, local, monkeypatch):
+    monkeypatch.setattr(
+        shards, "sizes", lambda *_: {info.file: info.bytes for infos in local.splits.values() for info in infos}
+    )
+    with pytest.raises(shards.UnreachableError, match=r"cannot read s3://data/none/train/00000\.parquet: "):
+        shards.verify(replace(local, folder=gone), "sha256")
+
+
+def test_what_is_not_there_is_done_anew(s3):
+    place = storage.Place.at(address(s3, "data/empty"))
+    assert packing.read_part(place, "0" * 16) is None
+    assert packing._packed(place / "a.done", place / "train" / "a.parquet", "plan") is None
+    assert latents.written(place, PIECE) is None
+
+
+def test_latents_of_another_shard_are_not_read(s3, tmp_path):
+    """Their files are of one size, and each clip's checksum is right."""
+    pieces = [latents.Piece(f"train/0000{i}.parquet", str(i) * 64, 0, 1) for i in range(2)]
+    folder = storage.Place.at(address(s3, "data/swapped"))
+    files = [
+        latents.write(folder, piece, [{"clean": np.full((1, 4), i, np.float32)}]) for i, piece in enumerate(pieces)
+    ]
+    there = latents.finish(folder, {"clean": (4,)}, files, {})
+    assert latents.read(there, np.array([1]))["clean"].tolist() == [[1.0] * 4]
+    latents._opened.cache_clear()
+    (folder / pieces[1].file).write_bytes((folder / pieces[0].file).read_bytes())
+    latents.verify(there, "auto")
+    with pytest.raises(latents.DamagedLatentsError, match="damaged latents s3://data/swapped/train/00001"):
+        latents.read(there, np.array([0, 1]))
+
+
+@pytest.mark.parametrize("folder", ["clips", "of/two", ""])
+def test_shards_are_checked_where_their_description_has_them(folder, bucket, local):
+    info = local.splits["train"][0]
+    moved = replace(info, file=f"{folder}/one.parquet".lstrip("/"))
+    place = storage.Place.at(bucket)
+    (place / moved.file).write_bytes((local.folder / info.file).read_bytes())
+    there = replace(local, folder=place, splits={"train": (moved,), "held_out": local.splits["held_out"]})
+    shards.verify(there, "size")
+    (place / moved.file).write_bytes(b"short")
+    with pytest.raises(shards.DamagedShardError, match="5 bytes where"):
+        shards.verify(there, "size")
+
+
+def test_a_text_of_many_clips_is_fetched_once(s3, tmp_path):
+    captions._write(tmp_path / "AB", "a person", {"prompt_embeds": torch.ones(3, 4)})
+    storage.Place.at(address(s3, "data/once")).upload(tmp_path)
+    with servers.counting(s3) as (counted, read):
+        folder = storage.Place.at(address(counted, "data/once")) / "AB"
+        texts = captions.Texts(folder, 5, {"train": ["a person"] * 8}, {"text": "prompt_embeds"})
+        batch = Latents(torch.zeros(8, 4, 2, 3, 2), {}, torch.arange(8))
+        for _ in range(2):
+            seen = texts.beside(batch, "train", np.arange(8)).conditions["text"]
+    assert seen.shape == (8, 5, 4) and len(read) == 1
+
+
+def test_a_finished_cache_is_not_fetched_again(bucket, s3, local):
+    estimate = encoding.Estimate(SHAPE, "KEY", {"clean": (4,)}, latents.FILE_BYTES // 12, 0.0, "cpu")
+    pieces = latents.pieces(local, estimate.clip_bytes)
+    dataset = shards.read_dataset(bucket)
+    folder = latents.folder_of(dataset, "KEY")
+    due = {p: latents.write(folder, p, [{"clean": np.zeros((1, 4096), np.float32)}] * p.clips) for p in pieces}
+    latents.finish(folder, {"clean": (4096,)}, list(due.values()), {})
+    with servers.counting(s3) as (counted, read):
+        asked = shards.read_dataset(bucket.replace(s3.removeprefix("http://"), counted.removeprefix("http://")))
+        read.clear()
+        assert encoding.Work.of(asked, estimate).files == due
+    assert sum(read) < 5000
+    (folder / pieces[1].file).write_bytes(b"short")
+    assert encoding.Work.of(dataset, estimate).files == due | {pieces[1]: None}
+
+
 def test_what_is_evaluated_and_generated_is_that_of_the_folder(bucket, local, tmp_path):
     settings = config.build({"generate": {"count": 2}}, config.Generation)
     away = motions.motions_from_shards(bucket, None, "held_out", settings, SHAPE)
@@ -220,6 +350,87 @@ def test_an_output_in_a_bucket_that_does_not_answer_is_one_line(words, s3, tmp_p
     code, said = run(*words, AWAY)
     assert code == 2 and said.count("\n") == 1 and not list(tmp_path.iterdir()), said
     assert said.startswith("error: cannot look at ") and " s3://data/none: " in said, said
+
+
+@pytest.mark.parametrize("job", [train, score, tune])
+def test_tables_that_cannot_be_written_are_one_line_before_anything_starts(job, s3, local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = "s3://never-made/none?" + address(s3, "x").partition("?")[2].replace("&allow_bucket_creation=true", "")
+    words = ["--space", "cei", "--seconds", "9"] if job is tune else ["--set", "train.steps=2"]
+    code, said = run(job, "--shards", local.folder, "--output", tmp_path / "out", "--tables", where, *words, *MODEL)
+    assert code == 2 and said.count("error:") == 1, said
+    assert "score tables cannot be written to s3://never-made/none: " in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_address_is_the_folder(tmp_path):
+    for given in (f"file://{tmp_path}/a%20b", f"file://{tmp_path}/a%20b/"):
+        assert storage.at(given, "shards") == cli.output_of(given) == tmp_path / "a b"
+
+
+def test_a_check_is_given_up_soon_and_the_work_is_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(storage.Place, "exists", lambda self: asked.append(self.address))
+    assert cli.output_of("gs://anonymous@bucket/x").address == "gs://anonymous@bucket/x"
+    assert asked == ["gs://anonymous@bucket/x?retry_limit_seconds=20"]
+
+
+@pytest.mark.parametrize("when", ["asked for", "refused"])
+def test_a_command_ends_as_it_should_while_its_bucket_does_not_answer(when, gone, monkeypatch, capfd):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    def refused():
+        raise UserError("no such base")
+
+    if when == "asked for":
+        monkeypatch.setattr(cli, "output_of", interrupted)
+    with pytest.raises(typer.Exit) as ended:
+        cli.run("prepare", AWAY if when == "asked for" else gone, refused)
+    said = capfd.readouterr().err
+    assert (ended.value.exit_code, said) == ((1, "") if when == "asked for" else (2, "error: no such base\n"))
+
+
+def test_what_a_refused_or_killed_command_leaves_in_a_bucket_is_in_nobodys_way(s3):
+    place = storage.Place.at(address(s3, "data/refused"))
+    (place / ".probe-12345678").write_bytes(b"of a check that was killed")
+    claim.take(place, "prepare", {"a": 1})
+    claim.check(place, "prepare", {"a": 2})  # a mark alone is nobody's
+    claim.release(place, [])
+    (place / ".probe-12345678").unlink()
+    claim.take(place, "prepare", {"a": 1})
+    claim.release(place, [])
+    assert not place.exists() and "refused" not in place.parent.folders()
+    (place / "mine.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="not of a prepare job"):
+        claim.check(place, "prepare", {})
+    claim.release(place, [])
+    assert place.files() == {"mine.txt": 0}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "folder", "due"),
+    [
+        ("s3", "mine", ["a.mp4", "output.mp4", "output2/b.mp4"]),
+        ("s3", "mine/output", None),
+        ("s3", "mine/output/", None),
+        ("s3", "mine/output/videos", ["c.mp4"]),
+        ("gs", "mine/output", ["train/00000.parquet", "videos/c.mp4"]),
+    ],
+)
+def test_an_output_in_a_bucket_is_not_its_own_input(protocol, folder, due, s3, monkeypatch):
+    place = storage.Place.at(address(s3, "data/mine"))
+    names = ["a.mp4", "output.mp4", "output2/b.mp4", "output/train/00000.parquet", "output/videos/c.mp4"]
+    for name in names:
+        (place / name).write_bytes(b"x")
+    files = ArrowFSWrapper(place.system)
+    monkeypatch.setattr(addresses, "filesystem", lambda *_: (files, f"data/{folder}"))
+    ask = partial(inputs.find, f"{protocol}://data/{folder}", leave_out=place / "output")
+    if due is None:
+        with pytest.raises(UserError, match="has no files"):
+            ask()
+    else:
+        assert [row["file"] for row in ask().rows] == due
 
 
 def test_a_score_table_is_made_once_and_found_in_the_bucket(s3, local):

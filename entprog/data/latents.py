@@ -205,7 +205,8 @@ def _crc32(clip: dict[str, np.ndarray]) -> int:
 
 
 def written(folder: Where, piece: Piece) -> Written | None:
-    """A finished file of an earlier attempt, every byte of it looked at; None if there is none."""
+    """A finished file of an earlier attempt, every byte of it looked at; None if there is none. Raises
+    `shards.UnreachableError` where a bucket does not answer."""
     path = folder / piece.file
     try:
         with _local(path) as local, safe_open(local, "numpy") as file:
@@ -218,7 +219,8 @@ def written(folder: Where, piece: Piece) -> Written | None:
                 _crc32({name: value[i : i + 1] for name, value in tensors.items()}) == sums[i] for i in range(len(sums))
             )
             return Written(piece, local.stat().st_size, files.sha256(local)) if whole else None
-    except (OSError, SafetensorError, KeyError, IndexError):
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        shards.answered(path, error)
         return None
 
 
@@ -249,9 +251,7 @@ def finish(
 def read_cache(folder: Where) -> Cache:
     """A finished cache's description. Raises DamagedLatentsError, OSError where a bucket does not answer."""
     try:
-        record = json.loads(
-            (folder / RECORD).read_text() if isinstance(folder, Path) else (folder / RECORD).read_bytes()
-        )
+        record = json.loads((folder / RECORD).read_text())
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         files = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])
@@ -286,17 +286,19 @@ def find(dataset: shards.Dataset, key: str) -> Cache | None:
 
 def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
     """Check every file: its size, and with `sha256` every byte; `auto`: as `shards.verify`. Raises DamagedLatentsError
-    naming the first bad one."""
+    naming the first bad one, `shards.UnreachableError` where a bucket does not answer."""
     remote = isinstance(cache.folder, Place)
     if how == "auto":
         how = "size" if remote else "sha256"
-    sizes = cache.folder.below() if remote else {}
+    sizes = shards.sizes(cache.folder, (file.piece.file for file in cache.files)) if remote else {}
     for file in cache.files:
         path = cache.folder / file.piece.file
-        with contextlib.suppress(OSError):
+        try:
             size = sizes.get(file.piece.file) if remote else path.stat().st_size
             if size == file.bytes and (how == "size" or files.sha256(path) == file.sha256):
                 continue
+        except OSError as error:
+            shards.answered(path, error)
         raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
 
 
@@ -339,13 +341,16 @@ _NUMBERS = {"F32": np.dtype("<f4"), "U16": np.dtype("<u2"), "I64": np.dtype("<i8
 
 
 @functools.lru_cache(maxsize=256)
-def _opened(path: Place, size: int) -> tuple[NativeFile, dict[str, tensors.Stored], np.ndarray] | None:
-    """A file in a bucket, what lies where in it, and the checksums of its clips; None where it is not what it was."""
+def _opened(path: Place, about: Written) -> tuple[NativeFile, dict[str, tensors.Stored], np.ndarray] | None:
+    """A file in a bucket, what lies where in it, and the checksums of its clips; None where it is not what it was.
+    Latents of another shard may have as many bytes, each with its right checksum: the header tells them apart."""
     try:
         file = path.ranges()
-        if file.size() != size:
+        if file.size() != about.bytes:
             return None
-        found, _ = tensors.header(file)
+        found, texts = tensors.header(file)
+        if texts.get("shard_sha256") != about.piece.shard_sha256:
+            return None
         sums = found["crc32"]
         return file, found, np.frombuffer(tensors.ranged(file, sums.begin, sums.end), _NUMBERS[sums.dtype])
     except (FileNotFoundError, ValueError, KeyError):
@@ -354,7 +359,7 @@ def _opened(path: Place, size: int) -> tuple[NativeFile, dict[str, tensors.Store
 
 def _away(path: Place, about: Written, rows: Sequence[int], names: Sequence[str]):
     """`_rows` of a file in a bucket, of which each clip's own bytes are read. Raises OSError."""
-    opened = _opened(path, about.bytes)
+    opened = _opened(path, about)
     if opened is None:
         yield from [None] * len(rows)
         return

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -226,33 +226,54 @@ def read_dataset(folder: str | Where) -> Dataset:
 
 def verify(dataset: Dataset, how: Literal["auto", "sha256", "size"] = "sha256") -> None:
     """Check every shard: its size, and with `sha256` every byte; `auto`: every byte of a folder, the sizes of a bucket,
-    whose shards may be more than can be read at once. Raises UserError naming the first bad one."""
+    whose shards may be more than can be read at once. Raises DamagedShardError naming the first bad one,
+    UnreachableError where a bucket does not answer."""
     remote = isinstance(dataset.folder, Place)
     if how == "auto":
         how = "size" if remote else "sha256"
     again = f"restore it, or delete {dataset.folder} and prepare it again"
-    for split, infos in dataset.splits.items():
-        sizes = _sizes(dataset.folder / split) if remote and infos else {}
+    for infos in dataset.splits.values():
+        there = sizes(dataset.folder, (shard.file for shard in infos)) if remote else {}
         for shard in infos:
             path = dataset.folder / shard.file
             try:
-                size = sizes[path.name] if remote else path.stat().st_size
+                size = there[shard.file] if remote else path.stat().st_size
             except (OSError, KeyError) as error:
                 reason = getattr(error, "strerror", None) or "no such object"
                 raise DamagedShardError(f"shard {path} is missing ({reason}): {again}") from None
             if size != shard.bytes:
                 raise DamagedShardError(f"damaged shard {path}: {_size(size, shard.bytes)}; {again}")
-            if how == "sha256" and (found := files.sha256(path)) != shard.sha256:
+            if how == "sha256" and (found := _sha256(path)) != shard.sha256:
                 message = f"sha256 is {found[:12]}… where dataset.json says {shard.sha256[:12]}…"
                 raise DamagedShardError(f"damaged shard {path}: {message}; {again}")
 
 
-def _sizes(folder: Place) -> dict[str, int]:
-    """{name: bytes} of a split in a bucket, by one listing. Raises UnreachableError."""
+def sizes(folder: Place, names: Iterable[str]) -> dict[str, int]:
+    """{path inside it: bytes} of what lies beside the named files in a bucket, by a listing of each of their folders
+    alone: beside shards there may be very many texts. Raises UnreachableError."""
+    out = {}
+    for parent in dict.fromkeys(PurePosixPath(name).parent for name in names):
+        inner = folder if parent == PurePosixPath() else folder / str(parent)
+        try:
+            out |= {str(parent / name): size for name, size in inner.files().items()}
+        except OSError as error:
+            raise UnreachableError(f"cannot list {inner}: {masking.one_line(error)}") from None
+    return out
+
+
+def _sha256(path: Where) -> str:
     try:
-        return folder.files()
+        return files.sha256(path)
     except OSError as error:
-        raise UnreachableError(f"cannot list {folder}: {masking.one_line(error)}") from None
+        answered(path, error)
+        raise
+
+
+def answered(path: Where, error: Exception) -> None:
+    """Raises UnreachableError for an error that leaves open whether a file of a bucket is there and what is in it:
+    such a file is neither missing nor damaged."""
+    if isinstance(path, Place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise UnreachableError(f"cannot read {path}: {masking.one_line(error)}") from None
 
 
 def _size(found: int, due: int) -> str:
@@ -356,7 +377,23 @@ def _ranged(path: Place, row: int, size: int | None) -> Ranged:
         raise _damaged(path, row, "no such object") from None
     except ValueError as error:
         raise _damaged(path, row, str(error)) from None
-    return Ranged(file, there, [(there - len(tail), tail)])
+    return _Shard(file, there, [(there - len(tail), tail)])
+
+
+class _Shard(Ranged):
+    """Tells an answer that does not come from bytes that are not what they should be."""
+
+    def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
+        try:
+            super().hold(ranges)
+        except OSError as error:
+            raise _AwayError(error) from None
+
+    def readinto(self, into) -> int:
+        try:
+            return super().readinto(into)
+        except OSError as error:
+            raise _AwayError(error) from None
 
 
 def _fetch(source: Ranged, about: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]) -> None:
@@ -372,10 +409,7 @@ def _fetch(source: Ranged, about: pq.FileMetaData, groups: Sequence[int], column
                 if not 0 <= begin <= end <= source.size:
                     raise ValueError("its footer is damaged")
                 ranges.append((begin, end))
-    try:
-        source.hold(ranges)
-    except OSError as error:
-        raise _AwayError(error) from None
+    source.hold(ranges)
 
 
 def at_once(folder: Where):

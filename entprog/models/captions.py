@@ -8,6 +8,7 @@ KEY is a hash of all that embeddings depend on: the files of encoders and tokeni
 number of tokens that the network takes. Encoders are loaded only while something is left to encode.
 """
 
+import functools
 import hashlib
 import inspect as python_inspect
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ FORMAT = "entprog-texts-1"
 FOLDER = "texts"
 AT_ONCE = 8
 """Texts encoded at once: what a kill may cost."""
+KEPT = 64
+"""Texts of a bucket that a process keeps: of 512 tokens of 4096 numbers each has 4 MB."""
 ENCODERS = ("CLIPTextModel", "LlamaModel", "T5EncoderModel", "UMT5EncoderModel")
 """Classes of transformers that a base's text encoder may be of."""
 
@@ -145,13 +148,16 @@ class Texts:
 
     def of(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
-        a file that is damaged."""
+        a file that is damaged, OSError where a bucket does not answer."""
         path = self.folder / _file(text)
         try:
-            stored = load_file(path) if isinstance(path, Path) else load(path.read_bytes())
+            stored = load_file(path) if isinstance(path, Path) else _away(path)
             fields = {field: stored[name].float()[None] for field, name in self.names.items()}
             return fields | {"text": texts.padded(fields["text"], self.tokens)}
         except (OSError, SafetensorError, KeyError) as error:
+            unanswered = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            if unanswered and not isinstance(path, Path):  # it may answer the next time
+                raise
             reason = one_line(error)
             raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None
 
@@ -162,10 +168,18 @@ class Texts:
             return batch
         from entprog.data import shards
 
+        of_clips = [self.captions[split][clip] for clip in clips.tolist()]
         with shards.at_once(self.folder) as apply:
-            each = [*apply(self.of, [self.captions[split][clip] for clip in clips.tolist()])]
+            of = dict(zip(dict.fromkeys(of_clips), apply(self.of, dict.fromkeys(of_clips)), strict=True))
+        each = [of[text] for text in of_clips]
         rows = {field: torch.cat([fields[field] for fields in each]).to(batch.clean.device) for field in self.names}
         return replace(batch, conditions={**batch.conditions, **rows})
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _away(path: "Where") -> dict[str, torch.Tensor]:
+    """A text's tensors out of a bucket, as stored: the same few texts are shown again and again."""
+    return load(path.read_bytes())
 
 
 def prepared(

@@ -24,6 +24,7 @@ from entprog.names import plain
 from entprog.preparing import addresses, fetching, manifest
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.rows import Source
+from entprog.storage import Place, Where
 
 SUFFIXES = frozenset(
     {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
@@ -49,8 +50,8 @@ class Inputs:
     """What a person should know."""
 
 
-def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Path | None = None) -> Inputs:
-    """All sources that an input names. `leave_out`: a folder that is not searched (the output).
+def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | None = None) -> Inputs:
+    """All sources that an input names. `leave_out`: a folder that is not searched (the output), here or in a bucket.
 
     Raises UserError if there are none, or if a manifest is wrong.
     """
@@ -103,7 +104,7 @@ def _row(file: str, path: str, **known: Any) -> Source:
 # ---- on this machine ----
 
 
-def _local(text: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
+def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     path, fps = Path(text), prepare.frames_fps
     if path.is_dir():
         rows = list(_walk(path, fps, leave_out))
@@ -208,12 +209,12 @@ def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Source
     return _row(file, str(folder), bytes=sum(row["bytes"] for row in rows), stamp=stamp, frames_fps=fps)
 
 
-def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[Source]:
+def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[Source]:
     """Every file in a folder and its subfolders but hidden ones; a sequence of numbered images is one source.
 
     Links are followed, each folder is entered once.
     """
-    entered = set() if leave_out is None else {leave_out.resolve()}
+    entered = {leave_out.resolve()} if isinstance(leave_out, Path) else set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = Path(parent).resolve()
         if real in entered:
@@ -233,7 +234,7 @@ def _walk(folder: Path, frames_fps: float, leave_out: Path | None) -> Iterator[S
 # ---- elsewhere ----
 
 
-def _remote(address: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
+def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     try:
         files, path = addresses.filesystem(address, prepare.hosts)
         ending = Path(bare(address)).suffix.lower()
@@ -256,10 +257,20 @@ def _remote(address: str, prepare: Prepare, leave_out: Path | None) -> Inputs:
     except Exception as error:  # each filesystem's library has exceptions of its own
         message = addresses.cause(error) or (error if isinstance(error, VideoError) else reason(error, address))
         raise UserError(f"cannot read input {masked(address)} ({message})") from None
+    if isinstance(leave_out, Place):
+        found = _without(found, address.partition("://")[0].lower(), path.rstrip("/"), leave_out)
     rows = _told_apart(list(_remote_rows(files, path, found, prepare.frames_fps)))
     texts = sum(suffix(row) == ".txt" for row in rows)
     notes = (f"{texts} .txt files there are not read as captions: a manifest can hold them",) if texts else ()
     return Inputs(f"{kind} on {address.partition('://')[0]}", rows, notes)
+
+
+def _without(found: dict[str, dict[str, Any]], protocol: str, root: str, output: Place) -> dict[str, dict[str, Any]]:
+    """A listing of what lies below `root` without what lies in the output; one of a folder of the output in full."""
+    inside = f"{output.root}/"
+    if output.system.type_name != {"gs": "gcs"}.get(protocol, protocol) or root.startswith(inside):
+        return found
+    return {path: known for path, known in found.items() if not path.startswith(inside)}
 
 
 def _remote_rows(files, root: str, found: dict[str, dict[str, Any]], frames_fps: float) -> Iterator[Source]:

@@ -20,6 +20,8 @@ from entprog.masking import bare, has_credentials, masked, one_line, query
 if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
 
+PROBE = ".probe-"
+"""Beginning of the names of files by which it is tried whether a folder can be written."""
 BUFFER_BYTES = 8 << 20
 """Of a file that is read from start to end: an answer each."""
 GIVE_UP_S = 20
@@ -39,7 +41,8 @@ def at(where: "str | Where", what: str) -> "Where":
     Raises UserError for an address of no known kind.
     """
     if isinstance(where, str) and "://" in where:
-        return Place.at(where, what)
+        place = Place.at(where, what)
+        return place.local or place  # file:// names a folder of this machine
     return where if isinstance(where, Place) else Path(where)
 
 
@@ -96,7 +99,7 @@ class Place:
 
     def check(self, what: str = "checkpoints") -> None:
         """Write a file and remove it. Raises UserError where that fails: before a run, not after hours of it."""
-        probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
+        probe = f"{self.root}/{PROBE}{uuid.uuid4().hex[:8]}"
         try:
             self.make()
             with self.system.open_output_stream(probe) as stream:
@@ -154,10 +157,6 @@ class Place:
     def resolve(self) -> "Place":
         """Itself: an address is the same in every folder."""
         return self
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.root).stem
 
     def exists(self) -> bool:
         """Raises OSError."""

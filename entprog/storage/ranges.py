@@ -28,6 +28,8 @@ class Ranged(io.RawIOBase):
     def readinto(self, into) -> int:
         view = memoryview(into).cast("B")
         count = max(min(len(view), self.size - self.at), 0)
+        if not count:
+            return 0
         for begin, content in self.held:
             if begin <= self.at and self.at + count <= begin + len(content):
                 view[:count] = memoryview(content)[self.at - begin : self.at - begin + count]

@@ -190,6 +190,7 @@ def motions_from_shards(
     if dataset.shape != shape:
         raise UserError(f"shards {folder} hold clips of {dataset.shape}, the checkpoint makes {shape}: prepare anew")
     datasets.verify(dataset, "size")
+    dataset = replace(dataset, folder=storage.at(str(folder), "shards"))  # clips are waited for longer than checks
     if wanted:
         known = {name: place for part in dataset.splits for name, place in _clip_ids(dataset, part).items()}
         for name in wanted:

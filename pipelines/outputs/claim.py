@@ -14,7 +14,7 @@ from typing import Any
 
 from entprog import files, masking
 from entprog.errors import UserError
-from entprog.storage import Place, Where
+from entprog.storage import PROBE, Place, Where
 
 MARK = "entprog-job.json"
 SHOWN = 3
@@ -32,7 +32,7 @@ def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool
     """
     another = "choose another --output"
     try:
-        there = sorted(path.name for path in output.iterdir())
+        there = _names(output)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -88,11 +88,19 @@ def release(output: Where, made: Sequence[Path]) -> None:
 
     made: folders, innermost first, that were not there before this command: they go too if they are empty.
     """
-    if output.is_dir() and [path.name for path in output.iterdir()] == [MARK]:
+    if output.is_dir() and _names(output) == [MARK]:
         (output / MARK).unlink()
         with contextlib.suppress(OSError):  # somebody else's file may have come into one meanwhile
             for folder in made:
                 folder.rmdir()
+            if isinstance(output, Place) and "/" in output.root:  # not a bucket itself
+                output.rmdir()  # what stands for a folder that a file was removed from
+
+
+def _names(output: Where) -> list[str]:
+    """What is in a folder, without what a check that was killed has left in a bucket. Raises OSError."""
+    names = sorted(path.name for path in output.iterdir())
+    return [name for name in names if not (isinstance(output, Place) and name.startswith(PROBE))]
 
 
 def missing(output: Where) -> list[Path]:

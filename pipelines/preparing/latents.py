@@ -21,7 +21,7 @@ from entprog.config import ClipShape, Encoding
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
-from entprog.storage import Where
+from entprog.storage import Place, Where
 from pipelines import cli
 from pipelines.cluster import failures, joining, launch
 from pipelines.outputs import claim
@@ -104,8 +104,10 @@ class Work:
         """With the finished files of earlier attempts."""
         folder = latents.folder_of(dataset, estimate.key)
         pieces = latents.pieces(dataset, estimate.clip_bytes)
-        with shards.at_once(folder) as apply:
-            files = dict(zip(pieces, apply(functools.partial(latents.written, folder), pieces), strict=True))
+        files = _finished(dataset, estimate.key, pieces) if isinstance(folder, Place) else None
+        if files is None:
+            with shards.at_once(folder) as apply:
+                files = dict(zip(pieces, apply(functools.partial(latents.written, folder), pieces), strict=True))
         return cls(dataset, estimate, files, sum(piece.clips for piece, file in files.items() if file))
 
     @property
@@ -127,6 +129,21 @@ class Work:
         """Every file is there."""
         about = {"shape": self.estimate.shape.model_dump(), "family": family, "device": self.estimate.device}
         latents.finish(self.folder, self.estimate.shapes, list(self.files.values()), about)
+
+
+def _finished(
+    dataset: shards.Dataset, key: str, pieces: Sequence[latents.Piece]
+) -> dict[latents.Piece, latents.Written] | None:
+    """The files of a finished cache in a bucket, by their sizes alone: all its bytes may be too many to fetch. None
+    where there is no such cache."""
+    try:
+        cache = latents.find(dataset, key)
+        if cache is None:
+            return None
+        latents.verify(cache, "size")
+    except latents.DamagedLatentsError:
+        return None
+    return {file.piece: file for file in cache.files} if [file.piece for file in cache.files] == [*pieces] else None
 
 
 def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:

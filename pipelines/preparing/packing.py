@@ -60,12 +60,14 @@ def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
 
 
 def read_part(parts: Where, key: str) -> Row | None:
-    """A finished part's record, or None if it is not there as it was written."""
+    """A finished part's record, or None if it is not there as it was written. Raises `shards.UnreachableError` where a
+    bucket does not answer."""
     try:
         record = json.loads((parts / f"{key}.json").read_text())
         if record["clips"] and not _is_whole(parts / f"{key}.parquet", record["sha256"]):
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        shards.answered(parts / f"{key}.json", error)
         return None
     return record
 
@@ -267,10 +269,12 @@ def remove_parts(parts: Where) -> None:
 
 
 def _packed(receipt: Where, shard: Where, plan: str) -> Row | None:
-    """A shard that an attempt killed later has finished: what it wrote down, if the file is still that."""
+    """A shard that an attempt killed later has finished: what it wrote down, if the file is still that. Raises
+    `shards.UnreachableError` where a bucket does not answer."""
     try:
         entry = json.loads(receipt.read_text())
         whole = entry["plan"] == config.digest(plan) and _is_whole(shard, entry["info"]["sha256"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        shards.answered(receipt, error)
         return None
     return entry["info"] if whole else None

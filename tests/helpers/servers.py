@@ -82,6 +82,29 @@ def s3():
 
 
 @contextmanager
+def refusing():
+    """An S3 on loopback that answers nothing but that it may not be asked: its address."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
 def counting(endpoint):
     """What reads from an S3 at another address on loopback, and the bytes of objects that were read so far, in a list
     of numbers."""
