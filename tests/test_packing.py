@@ -111,18 +111,18 @@ def test_a_finished_shard_is_not_written_again_and_a_damaged_one_is(tmp_path):
     shards.write_shard(tmp_path / "parts", "k.parquet", (clip(i, shape) for i in range(20)), shape)
     clips = [(f"a.mp4#{i}", "a.mp4", "k", i) for i in range(3, 17)]
     row = {"plan": json.dumps({"file": "train/00000.parquet", "split": "train", "points": 33, "clips": clips})}
-    first = packing.pack(row, str(tmp_path), shape)
+    first = packing.pack(row, tmp_path, shape)
     shard = tmp_path / "train" / "00000.parquet"
     written, whole = shard.stat().st_mtime_ns, shard.read_bytes()
-    assert packing.pack(row, str(tmp_path), shape) == first and shard.stat().st_mtime_ns == written
+    assert packing.pack(row, tmp_path, shape) == first and shard.stat().st_mtime_ns == written
     shard.write_bytes(whole[:-50])
-    assert packing.pack(row, str(tmp_path), shape) == first and shard.read_bytes() == whole
+    assert packing.pack(row, tmp_path, shape) == first and shard.read_bytes() == whole
     fewer = {"plan": json.dumps({"file": "train/00000.parquet", "split": "train", "points": 33, "clips": clips[:5]})}
-    assert packing.pack(fewer, str(tmp_path), shape)["clips"] == 5
+    assert packing.pack(fewer, tmp_path, shape)["clips"] == 5
     assert [row["video"] for row in shards.read_rows(shard, range(5))] == [bytes([i]) for i in range(3, 8)]
     with pytest.raises(shards.DamagedShardError):
         (tmp_path / "parts" / "k.parquet").write_bytes(b"")
-        packing.pack(row, str(tmp_path), shape)
+        packing.pack(row, tmp_path, shape)
 
 
 def test_clips_without_face_and_hands_are_counted():

@@ -100,7 +100,7 @@ def test_a_dataset_of_both_keeps_all_points_and_gives_each_its_own_back(folder, 
     shape, infos = ClipShape(**SHAPE), {}
     for count in (points, 33):
         plan = {"file": f"train/{count}.parquet", "split": "train", "points": count, "clips": clips}
-        entry = packing.pack({"plan": json.dumps(plan)}, str(tmp_path), shape)
+        entry = packing.pack({"plan": json.dumps(plan)}, tmp_path, shape)
         infos[count] = shards.ShardInfo(**{name: entry[name] for name in ("file", "clips", "bytes", "sha256")})
     for count, info in infos.items():
         dataset = shards.write_dataset(tmp_path, shape, {"train": [info], "held_out": []}, {}, count)

@@ -7,13 +7,14 @@ not sharded as it is.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from entprog.blocks import Block
@@ -30,13 +31,24 @@ def shard(network: nn.Module, found: Iterable[Block], replicas: int = 1) -> None
     all ranks.
     Every rank must hold the same whole weights when it calls this, or none of them any memory (`entprog.models.parts`).
     """
-    mesh = None
-    if replicas > 1:
-        kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
-        mesh = init_device_mesh(kind, (replicas, shares(replicas)), mesh_dim_names=("replica", "share"))
     for block in found:
-        fully_shard(block.module, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block.module, mesh=_mesh(replicas), reshard_after_forward=True)
+    fully_shard(network, mesh=_mesh(replicas), reshard_after_forward=True)
+
+
+def begin(replicas: int) -> None:
+    """What ranks make together, made before anything can go wrong on one of them alone. Every rank calls it."""
+    _mesh(replicas)
+    agree.wait_for_all()
+
+
+@functools.cache
+def _mesh(replicas: int) -> DeviceMesh | None:
+    """The groups of ranks that hold a copy each; None: all ranks hold one."""
+    if replicas == 1:
+        return None
+    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    return init_device_mesh(kind, (replicas, shares(replicas)), mesh_dim_names=("replica", "share"))
 
 
 def shares(replicas: int) -> int:

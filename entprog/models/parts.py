@@ -40,7 +40,10 @@ def of_base(
     if any(path.suffix != slices.SUFFIX for path in files):
         return None
     place = Place.at(files[0].parent)
-    reader = slices.Reader(place, slices.chunks(place, [path.name for path in files]))
+    try:
+        reader = slices.Reader(place, slices.chunks(place, [path.name for path in files]))
+    except slices.BAD:  # a header that is damaged, or names a type of its own: who reads it whole says so
+        return None
     kept = {name: about.size for name, about in reader.metadata.state_dict_metadata.items()}
     from accelerate import init_empty_weights
 
@@ -54,7 +57,8 @@ def of_base(
     narrow = torch.zeros(has)
     if widened.shape != has:
         tensors[f"{layer}.weight"] = narrow
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with slices.bare():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     if widened.shape != has:  # a small layer, which every rank reads whole
         new = torch.zeros(widened.shape)
         new[:, : has[1]] = narrow

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,20 @@ THREADS = 8
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 # Of bytes that are copied from and never written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+
+BAD = (ValueError, KeyError, AssertionError)
+"""What reading a file raises that does not hold what it should."""
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """What torch wraps inside is raised itself: the first of the failures that is no bad file, else the first."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if not isinstance(cause, BAD)), causes[0]) from None
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
         named = {(f"ema/{n}" if f"ema/{n}" in kept else f"network/{n}"): tensor for n, tensor in parameters.items()}
         if odd := [full for full, tensor in named.items() if full not in kept or kept[full].size != tensor.shape]:
             raise UserError(f"checkpoint {place} is of another network: {odd[0].partition('/')[2]} does not fit")
-        with _bare():
+        with slices.bare():
             dcp.load(named, storage_reader=reader, no_dist=True)
 
 
@@ -261,24 +261,12 @@ def _told(damaged: Callable[[str], str]):
         yield
     except UserError:
         raise
-    except BAD as error:
+    except slices.BAD as error:
         raise UserError(damaged(type(error).__name__)) from None
-
-
-@contextmanager
-def _bare():
-    """What torch wraps inside is raised itself: the first of the failures that is no bad file, else the first."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        raise next((cause for cause in causes if not isinstance(cause, BAD)), causes[0]) from None
 
 
 FAILURES = (OSError, MemoryError)
 """For want of space, memory, disk or network."""
-BAD = (ValueError, KeyError, AssertionError)
-"""What reading a file raises that does not hold what it should."""
 
 
 def _reason(error: OSError | MemoryError) -> str:
@@ -357,7 +345,7 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
         raise KeyError(min(missing))
 
     def read() -> None:
-        with _bare():
+        with slices.bare():
             dcp.load(wanted, storage_reader=reader, no_dist=True)
 
     if sharded:

@@ -130,8 +130,10 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     import ray.train
     import ray.train.torch
 
+    experiment = config.build(settings["experiment"])
+    if experiment.train.parallel == "fsdp":
+        fsdp.begin(experiment.train.replicas)
     with _mistakes_of_all():  # passes of a sharded network come after it, in which ranks wait for each other
-        experiment = config.build(settings["experiment"])
         if experiment.data.text == "empty":  # every clip has it already: there is none to drop
             experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
         device = ray.train.torch.get_device()
