@@ -1,6 +1,6 @@
 """Seconds from `python -m pipelines.train` to its first step, now and at a commit before: what a person waits for.
 
-    python -m benchmarks.startup                  # against bdc13cc, four turns of each: about five minutes on two cores
+    python -m benchmarks.startup                  # against bdc13cc, four turns of each: ten minutes on two cores
 
 Both sides train on the same shards, on the CPU, from the same bases: `small` has next to no weights, `large` a third of
 a billion in float32 (1.3 GB). In turns, each with the working tree of its commit and an output folder of its own.
@@ -78,7 +78,7 @@ def rows_of(base: str, before: str, turns: dict[str, list[tuple[float, float]]])
     for side, took in turns.items():
         seconds, cpu = zip(*took, strict=True)
         ratios = [a[0] / b[0] for a, b in zip(took, turns["before"], strict=True)]
-        row = {"base": base, "side": side, "commit": before if side == "before" else common.source()}
+        row = {"base": base, "side": side, "commit": before if side == "before" else cli.commit()}
         row |= {
             "seconds": round(statistics.median(seconds), 2),
             "spread_s": [round(min(seconds), 2), round(max(seconds), 2)],
