@@ -4,6 +4,7 @@ The inputs that blocks hand on, of which each keeps its own, can wait in host me
 what is kept (Wan 14B: 0.8 GB a block at 75,000 tokens). Those that all blocks share stay on the device.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,8 @@ class CheckpointedForward:
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        if self.module is None:
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         leaves, layout = tree_flatten((args, kwargs))
         places = self._places(args, kwargs)
         if not places or not self._has_a_graph(leaves):
@@ -96,7 +99,7 @@ class _Away:
     def _taken_away(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.device.type != "cuda":
             return [tensor.detach().clone() for tensor in tensors]
-        side = _side_stream(self.device)
+        side = _beside(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # while the block computes
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
@@ -107,10 +110,6 @@ class _Away:
         return host
 
 
-_SIDE: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _SIDE:
-        _SIDE[device] = torch.cuda.Stream(device)
-    return _SIDE[device]
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -307,9 +307,9 @@ class _Fit:
                 reducer.begin()
             part.backward()
             loss += part.detach().double()
-        mine_s = self.now() - begun - waited_s
+        passes_s = self.now() - begun - waited_s
         reducer.finish()
-        self.pace = agree.pace(mine_s, self.device)
+        self.pace = agree.pace(passes_s, self.device)
         limit = train.gradient_clip or math.inf
         norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
         my_loss, norm = torch.stack([loss, norm.detach().double()]).tolist()
@@ -320,9 +320,9 @@ class _Fit:
             if train.ema_decay:
                 optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
-        mine_s = self.now() - begun - waited_s
+        update_s = self.now() - begun - waited_s  # before its memory is counted
         fed, self.reported = self.spent().since(self.reported), self.spent()
-        mine = [mine_s, waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
+        mine = [update_s, waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
         seconds, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(mine, self.device)
         state.step += 1
         state.position += self.clips_per_step(self.freeze.plan)

@@ -81,22 +81,15 @@ def s3():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
 @contextmanager
-def refusing():
-    """An S3 on loopback that answers nothing but that it may not be asked: its address."""
-
-    class Refusing(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+def answering(handler):
+    """A server on loopback: its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -105,12 +98,28 @@ def refusing():
 
 
 @contextmanager
+def refusing():
+    """An S3 on loopback that answers nothing but that it may not be asked: its address."""
+
+    class Refusing(Quiet):
+        def do_GET(self):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    with answering(Refusing) as address:
+        yield address
+
+
+@contextmanager
 def counting(endpoint):
     """What reads from an S3 at another address on loopback, and the bytes of objects that were read so far, in a list
     of numbers."""
     read = []
 
-    class Between(http.server.BaseHTTPRequestHandler):
+    class Between(Quiet):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
@@ -131,15 +140,8 @@ def counting(endpoint):
 
         do_HEAD = do_GET  # noqa: N815
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Between) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", read
-        finally:
-            server.shutdown()
+    with answering(Between) as address:
+        yield address, read
 
 
 @contextmanager
@@ -148,7 +150,7 @@ def metadata(action, quiet=2):
     find no notice, later ones that `action` is due."""
     looks = []
 
-    class Service(http.server.BaseHTTPRequestHandler):
+    class Service(Quiet):
         def do_PUT(self):
             right = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
             self._answer(200 if right else 400, "a-token")
@@ -165,12 +167,5 @@ def metadata(action, quiet=2):
             self.end_headers()
             self.wfile.write(text.encode())
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/latest"
-        finally:
-            server.shutdown()
+    with answering(Service) as address:
+        yield f"{address}/latest"
