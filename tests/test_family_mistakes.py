@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers import transformer_hunyuan_video as diffusers_blocks
 
 from entprog import blocks
-from entprog.models import hunyuan_video, sources
+from entprog.models import hunyuan_video, loading
 from entprog.models.geometry import Geometry
 from entprog.models.hunyuan_video import HunyuanVideoDenoiser
 from helpers import suite
@@ -94,7 +94,7 @@ def planted(request, monkeypatch):
 @pytest.mark.parametrize("planted", SEEN_BY, indirect=True)
 def test_the_suite_sees_a_planted_mistake(planted, tmp_path):
     cls, expected = SEEN_BY[planted]
-    denoiser = sources.load(cls, settings(NAME))
+    denoiser = loading.load(cls, settings(NAME))
     case = suite.Case(NAME, denoiser, latents(range(2)), tmp_path)
     slow = suite.latents_are_those_of_the_pipeline.__name__
     checks = suite.CHECKS if slow in expected or not expected else suite.OF_A_NETWORK
@@ -110,7 +110,7 @@ def fails(check, case):
 
 
 def test_a_forgotten_block_is_named():
-    denoiser, batch = sources.load(HunyuanVideoDenoiser, settings(NAME)), latents(range(2))
+    denoiser, batch = loading.load(HunyuanVideoDenoiser, settings(NAME)), latents(range(2))
     kind = diffusers_blocks.HunyuanVideoSingleTransformerBlock
     own, before = blocks.bypass.dispatch(kind), predict(denoiser, batch).detach()
     try:

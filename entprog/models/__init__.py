@@ -14,7 +14,7 @@
                                                   what encodes clips as it does, without the network's weights
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
 Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
-`inspect`, `files`, `load` and `encoder` for it.
+`inspect` and `files` for it, `loading` has `load` and `encoder`.
 """
 
 import importlib

@@ -19,7 +19,7 @@ from torch import nn
 from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Diffusion
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
@@ -115,5 +115,5 @@ def _fitted(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, in
 
 inspect = partial(sources.inspect, CogVideoXDenoiser)
 files = partial(sources.files, CogVideoXDenoiser)
-load = partial(sources.load, CogVideoXDenoiser)
-encoder = partial(sources.encoder, CogVideoXDenoiser)
+load = partial(loading.load, CogVideoXDenoiser)
+encoder = partial(loading.encoder, CogVideoXDenoiser)

@@ -230,7 +230,7 @@ class VideoDenoiser:
 
     @property
     def device(self) -> torch.device:
-        """The network's, or its VAE's where only that has weights (`sources.encoder`)."""
+        """The network's, or its VAE's where only that has weights (`loading.encoder`)."""
         module = self.vae if self.vae is not None and next(self.network.parameters()).is_meta else self.network
         return next(module.parameters()).device
 

@@ -25,7 +25,7 @@ from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
 
@@ -110,5 +110,5 @@ class HunyuanVideoDenoiser(VideoDenoiser):
 
 inspect = partial(sources.inspect, HunyuanVideoDenoiser)
 files = partial(sources.files, HunyuanVideoDenoiser)
-load = partial(sources.load, HunyuanVideoDenoiser)
-encoder = partial(sources.encoder, HunyuanVideoDenoiser)
+load = partial(loading.load, HunyuanVideoDenoiser)
+encoder = partial(loading.encoder, HunyuanVideoDenoiser)

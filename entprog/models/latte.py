@@ -20,7 +20,7 @@ from torch import nn
 from entprog import blocks, config
 from entprog.diffusion.processes import Diffusion
 from entprog.errors import UserError
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models import units as units  # registers its block class
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -111,5 +111,5 @@ def _own_tokens(text: torch.Tensor, frames: int) -> torch.Tensor | None:
 
 inspect = partial(sources.inspect, LatteDenoiser)
 files = partial(sources.files, LatteDenoiser)
-load = partial(sources.load, LatteDenoiser)
-encoder = partial(sources.encoder, LatteDenoiser)
+load = partial(loading.load, LatteDenoiser)
+encoder = partial(loading.encoder, LatteDenoiser)

@@ -17,7 +17,7 @@ from torch import nn
 from entprog import blocks, config
 from entprog.diffusion.processes import Diffusion
 from entprog.errors import UserError
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models import units as units  # registers its block classes
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -90,5 +90,5 @@ class MotionUnetDenoiser(VideoDenoiser):
 
 inspect = partial(sources.inspect, MotionUnetDenoiser)
 files = partial(sources.files, MotionUnetDenoiser)
-load = partial(sources.load, MotionUnetDenoiser)
-encoder = partial(sources.encoder, MotionUnetDenoiser)
+load = partial(loading.load, MotionUnetDenoiser)
+encoder = partial(loading.encoder, MotionUnetDenoiser)

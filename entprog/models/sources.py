@@ -1,10 +1,10 @@
-"""From settings to a denoiser: what can be known of a base before its weights are read, then the weights."""
+"""What can be known of a base, or of a new network, before its weights are read (`loading`)."""
 
 import contextlib
 import inspect as python_inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape, close_to
 from entprog.diffusion.processes import Process
-from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, experts, folders, inputs, parts, places, texts, vaes, whole
+from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -306,152 +305,6 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         out[folders.PROMPT] = prompt
     if settings.adapter:
         out |= {f"adapter/{path.name}": path for path in adapters.files(settings.adapter, "model.adapter")}
-    return out
-
-
-def load(
-    cls: type[VideoDenoiser],
-    settings: config.Model,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    prepare: Callable[[nn.Module], None] = lambda network: None,
-    *,
-    sharded: int = 0,
-) -> VideoDenoiser:
-    """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks, with its
-    adapter merged into it.
-
-    seed: of a new network's weights; torch's own random state is left as it was. prepare: what to do with the network
-    on the host, before the device has to hold it. sharded: copies of the network that all ranks hold together: each has
-    a part of every weight (`fsdp.shard`), and loads no more than that; but single files, pickles, and bases whose
-    weights have other names are loaded whole on the host of each rank and then split. 0: each holds the whole.
-    Raises UserError as `inspect` does, and for weights that are missing or do not fit.
-    """
-    source = inspect(cls, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _in_parts(cls, settings, source, device, sharded) if sharded else None
-    if network is None:
-        network = _whole(cls, settings, source, seed)
-        if sharded:
-            fsdp.shard(network, blocks(network), sharded)
-    if settings.adapter:
-        adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
-    prepare(network)
-    denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
-    denoiser.check_type()
-    return denoiser
-
-
-def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, seed: int) -> nn.Module:
-    """The network on the host, its input layer widened."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if settings.weights:
-            file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
-            network = folders.from_single_file(cls.NETWORK, file, source.part, "model.weights")
-            network.register_to_config(_name_or_path=settings.base)
-        elif source.part is not None:
-            network = folders.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
-            network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
-        else:
-            network = cls.NETWORK.from_config(source.network.config)
-            cls.initialise(network)
-            network.eval()  # as from_pretrained gives it
-    if len(source.splits) > 1:
-        inputs.widen(network, cls.INPUT, source.splits)
-    return network
-
-
-def _in_parts(
-    cls: type[VideoDenoiser], settings: config.Model, source: Source, device: str | torch.device, replicas: int
-) -> nn.Module | None:
-    """The network, its input layer widened, of which this rank has its part alone; None: it has to be loaded whole."""
-    if settings.weights:
-        return None
-    if source.part is None:
-        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas)
-    found = folders.weights(source.part, "model.base", settings.trust_pickle)
-    files = [path for path in found.files if path.suffix != ".json"]
-    try:
-        network = parts.of_base(cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas)
-    except OSError as error:
-        raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None
-    if network is not None:
-        network.register_to_config(_name_or_path=settings.base)
-    return network
-
-
-def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torch.device = "cpu") -> VideoDenoiser:
-    """What encodes clips and conditions as `load`'s denoiser does: its network, on the meta device, has a configuration
-    and no weights, which are neither fetched nor read. Raises UserError as `load` does, but for the network's weights.
-    """
-    source = inspect(cls, settings, weights=False)
-    if len(source.splits) > 1:
-        inputs.widen(source.network, cls.INPUT, source.splits)
-    for name, part in cls.encodes_with(source.network.config, source.native).items():
-        folder = inspect(cls, settings).part  # with its weights, fetched and looked at
-        part.load_state_dict(folders.part_of_network(folder, name, "model.base"))
-        source.network.set_submodule(name, part)
-    return _with_parts(cls, settings, source, source.network, device)
-
-
-def _with_parts(
-    cls: type[VideoDenoiser], settings: config.Model, source: Source, network: nn.Module, device: str | torch.device
-) -> VideoDenoiser:
-    """A network's denoiser, with its VAE and all else that it needs on a device."""
-    vae = None
-    if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
-        vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
-        vae.register_to_config(_name_or_path=settings.base if settings.vae == "auto" else settings.vae)
-        vae.requires_grad_(False).eval().to(device)
-    shape = source.about.get("shape")
-    provenance = {"base": settings.base, "init": settings.init}
-    provenance |= {name: given for name in ("weights", "adapter") if (given := getattr(settings, name))}
-    if source.about:
-        provenance["of_base"] = source.about.get("provenance")
-    denoiser = cls(
-        network=network,
-        vae=vae,
-        conditions=source.conditions,
-        process=source.process,
-        skeleton=source.skeleton,
-        points=source.points,
-        last=source.last,
-        native=source.native,
-        expert=source.expert,
-        origins=_origins(cls, settings, source, vae),
-        base_index=whole.index_of(source.root),
-        autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
-        vae_autocast=None if settings.vae_dtype == "float32" else getattr(torch, settings.vae_dtype),
-        shape=ClipShape(**shape) if shape else None,
-        provenance=provenance,
-        **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
-    )
-    return cls.completed(denoiser, source.more)
-
-
-def _origins(
-    cls: type[VideoDenoiser], settings: config.Model, source: Source, vae: nn.Module | None
-) -> dict[str, whole.Origin]:
-    """Where the parts come from that no one trains."""
-    root, about, vae_folder = source.root, source.about, source.vae_folder
-    out = whole.encoders(settings.base, root, about)
-    if source.expert is not None:
-        name = experts.FOLDERS[experts.OTHER[source.expert.name]]
-        where = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)
-        ours = bool(about) and name not in about.get("elsewhere", {}) and where.place.revision is None
-        out[name] = replace(where, trained=ours)
-    for name in source.more.keys() - out.keys():  # of a base without an index
-        out[name] = whole.origin(str(settings.base), root, name, *cls.MORE[name], about)
-    if vae is not None:
-        kind, given = type(vae).__name__, settings.base if settings.vae == "auto" else settings.vae
-        inside = vae_folder.name == "vae"
-        place = vae_folder.parent if inside else vae_folder
-        if (kept := about.get("elsewhere", {}).get("vae")) and settings.vae == "auto":
-            out["vae"] = whole.Origin(folders.Elsewhere(**kept), vae_folder)
-        else:
-            out["vae"] = whole.origin(given, place, "vae" if inside else "", "diffusers", kind, {})
     return out
 
 

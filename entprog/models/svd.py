@@ -19,7 +19,7 @@ from torch import nn
 from entprog import blocks, config
 from entprog.diffusion.processes import Edm
 from entprog.errors import UserError
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models import units as units  # registers its block classes
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -108,5 +108,5 @@ class SvdDenoiser(VideoDenoiser):
 
 inspect = partial(sources.inspect, SvdDenoiser)
 files = partial(sources.files, SvdDenoiser)
-load = partial(sources.load, SvdDenoiser)
-encoder = partial(sources.encoder, SvdDenoiser)
+load = partial(loading.load, SvdDenoiser)
+encoder = partial(loading.encoder, SvdDenoiser)

@@ -45,7 +45,7 @@ from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles
 from entprog.media.faces import Faces
-from entprog.models import inputs, sources, texts, whole
+from entprog.models import inputs, loading, sources, texts, whole
 from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
 
@@ -344,5 +344,5 @@ def image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
 
 inspect = partial(sources.inspect, WanDenoiser)
 files = partial(sources.files, WanDenoiser)
-load = partial(sources.load, WanDenoiser)
-encoder = partial(sources.encoder, WanDenoiser)
+load = partial(loading.load, WanDenoiser)
+encoder = partial(loading.encoder, WanDenoiser)

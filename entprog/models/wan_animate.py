@@ -32,7 +32,7 @@ from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.media import styles
 from entprog.media.faces import Faces, cut
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
 from entprog.models.wan import IMAGE_PARTS, image_parts
@@ -205,5 +205,5 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
 
 inspect = partial(sources.inspect, WanAnimateDenoiser)
 files = partial(sources.files, WanAnimateDenoiser)
-load = partial(sources.load, WanAnimateDenoiser)
-encoder = partial(sources.encoder, WanAnimateDenoiser)
+load = partial(loading.load, WanAnimateDenoiser)
+encoder = partial(loading.encoder, WanAnimateDenoiser)

@@ -23,7 +23,7 @@ from entprog import config
 from entprog.blocks import bypass
 from entprog.errors import UserError
 from entprog.media import styles
-from entprog.models import sources, texts
+from entprog.models import loading, sources, texts
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
 
@@ -106,5 +106,5 @@ def _mask(latents: torch.Tensor) -> tuple[int, ...]:
 
 inspect = partial(sources.inspect, WanVaceDenoiser)
 files = partial(sources.files, WanVaceDenoiser)
-load = partial(sources.load, WanVaceDenoiser)
-encoder = partial(sources.encoder, WanVaceDenoiser)
+load = partial(loading.load, WanVaceDenoiser)
+encoder = partial(loading.encoder, WanVaceDenoiser)

@@ -22,7 +22,7 @@ from entprog.training.fit import DivergedError
 
 def load(experiment: Experiment, device: torch.device) -> Denoiser:
     """The network to be trained, with adapters if it is trained through any, every block frozen: the device never holds
-    all of it in float32. Sharded, no rank ever holds all of it (`sources.load` says of which it does)."""
+    all of it in float32. Sharded, no rank ever holds all of it (`loading.load` says of which it does)."""
 
     def prepare(network: nn.Module) -> None:
         _adapt(network, experiment)

@@ -14,7 +14,7 @@ from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.media.skeleton import draw
-from entprog.models import sources
+from entprog.models import loading
 from helpers.families import TINY, clips
 
 STEPS = 4
@@ -38,7 +38,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
     published = {**cls.SCHEDULER, **({"shift": tiny["shift"]} if "shift" in tiny else {})}
     cls.PROCESS.of(published).scheduler().save_pretrained(folder / "scheduler")
     own = {"family": tiny["family"], "base": str(folder), "skeleton": "limbs"}
-    denoiser = sources.load(cls, Model(conditions=conditions, **own))
+    denoiser = loading.load(cls, Model(conditions=conditions, **own))
     fields = ("text", *denoiser.FIXED) if name != "svd" else ()
     texts = {field: torch.randn_like(getattr(denoiser, field)) for field in fields}
     return replace(denoiser, **texts), network, vae
