@@ -386,7 +386,10 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
 def _said(title: str, came: Mapping[str, Any]) -> list[str]:
     """What came of one subject's runs."""
     before, pose = came["before"], came["pose"]
-    lines = [f"{title}: before, held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the height off the wanted pose"]
+    lines = [
+        f"{title}: before, held-out loss {before:.3f}, drawn {pose[BEFORE]:.3f} of the height off the wanted pose "
+        f"(the true clip: {pose['truth']:.3f})"
+    ]
     for name, one in came["arms"].items():
         change = one["held_out_loss"] / before - 1
         nearer = "nearer" if one["pose"] < pose[BEFORE] / NEARER else "no nearer"

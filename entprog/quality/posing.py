@@ -69,20 +69,22 @@ def part_values(wanted: np.ndarray, seen: np.ndarray, height: int, width: int) -
     return out
 
 
-CHANGED = 24.0
+CHANGED = 16.0
 """Levels of 0..255 by which a pixel differs from the reference image before it counts as drawn."""
 BODY = 0.07
 """How far a body reaches from its skeleton, over the picture's height."""
 
 
 def drawn_distance(reference: np.ndarray, own: np.ndarray, results: np.ndarray, wanted: np.ndarray) -> float:
-    """How far from the wanted skeleton a clip draws what its reference image does not show, over the picture's height.
+    """How far what a clip draws, beside what its reference image shows, and the wanted skeleton are from each other,
+    over the picture's height: 0..1, smaller is better; what random drawing gives depends on the motion.
 
     For pictures that are too small for a pose network, in front of a background that stands still. reference uint8
     [H, W, 3] shows the person in the pose `own` [33 or 133, 3]; results uint8 [F, H, W, 3]; wanted [F, 33 or 133, 3].
-    Counted are the pixels that differ from the reference image, outside the body there (what it uncovers is no
-    drawing), each by how much it differs; 1 where there are none. Smaller is better; what random drawing gives depends
-    on the motion.
+    The larger of two means, as in the modified Hausdorff distance (Dubuisson and Jain 1994): how far outside the wanted
+    body what is drawn lies, weighted by how much it differs from the reference image; and how far the next drawn pixel
+    is from each pixel of the wanted limbs. What lies in the reference image's own body counts in neither: what it
+    uncovers is no drawing.
     """
     height, width = reference.shape[:2]
     change = torch.from_numpy(np.abs(results.astype(np.float32) - reference).mean(-1))
@@ -90,6 +92,17 @@ def drawn_distance(reference: np.ndarray, own: np.ndarray, results: np.ndarray, 
     away, there = (
         skeleton.distance(torch.from_numpy(wholebody.body(p)).float(), height, width) for p in (wanted, own[None])
     )
-    weight = (change - CHANGED).clamp_min(0) * (there > BODY * height)
+    free = there > BODY * height
+    weight = (change - CHANGED).clamp_min(0) * free
     outside = (away.clamp(max=height) - BODY * height).clamp_min(0) / height
-    return float((weight * outside).sum() / weight.sum()) if weight.sum() > 0 else 1.0
+    extra = float((weight * outside).sum() / weight.sum()) if weight.sum() > 0 else 1.0
+    frames = zip((away < 1) & free, (change > CHANGED) & free, strict=True)
+    gaps = torch.cat([_gaps(limbs, drawn) for limbs, drawn in frames]).clamp(max=height) / height
+    return max(extra, float(gaps.mean())) if len(gaps) else extra
+
+
+def _gaps(limbs: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Distance in pixels of every pixel of `limbs` from the nearest one of `drawn`, infinite where there is none: both
+    bool [H, W]; float [pixels of limbs]."""
+    points, others = limbs.nonzero().float(), drawn.nonzero().float()
+    return torch.cdist(points, others).amin(1) if len(others) else torch.full((len(points),), torch.inf)
