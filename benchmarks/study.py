@@ -9,14 +9,15 @@ Makes the clips (benchmarks.mocap; real ones by pipelines.prepare), pre-trains a
 tunes every arm's learning rate and batch with the same share of the budget, and trains every arm with every seed to
 the same budget.
 Each of these is a unit with a record of its own under WORK; finished ones are never done again. Leaves
-benchmarks/results/study_SCALE.json, docs/study.md and docs/study/*.png.
+benchmarks/results/study_SCALE.json, docs/study.md and docs/study/*.png. That file keeps the records: where WORK is
+gone, a sitting makes clips and base anew and adds to what the file holds.
 """
 
 import fcntl
 import json
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from pipelines.outputs import claim
 
 WAIT_S = 2.0
 """Between two looks for a unit that can be done."""
+SAME_BASE = 1e-3
+"""Relative difference of held-out loss up to which a base made anew is the same: other processors round otherwise."""
 
 app = cli.app("The study: Ent-Prog against its controls at equal cost.")
 
@@ -65,8 +68,9 @@ def main(
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("torch sees no GPU here: --scale cpu, or --device cpu")
         torch.set_num_threads(threads)
-        bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device))
         name = f"study_{scale}"
+        kept = earlier(name).get("records", {})
+        bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device), kept)
         if dry_run:
             explain(bench)
             return
@@ -97,6 +101,7 @@ def units(scale: Scale) -> list[Unit]:
             out += [
                 Unit(kind="tune", task=task, arm=arm, seed=scale.tune_seed, rate=rate, batch=batch)
                 for arm in arms
+                if ARMS[arm].tuned_as is None
                 for rate in scale.rates
                 for batch in scale.batches
             ]
@@ -129,56 +134,88 @@ def clips(bench: Bench, target: str) -> dict[str, Any]:
         return prepare.run(str(assets.demo_videos(bench.work / "videos")), bench.shards(target), settings)
 
 
+PREPARED = {
+    "budget": lambda own, other: own == other,
+    "base": lambda own, other: TASKS[own].family == TASKS[other].family,
+    "clips": lambda own, other: TASKS[own].target == TASKS[other].target,
+}
+"""Kinds of units that others need → whether what one task made serves another. Each needs those after it."""
+
+
 @dataclass(frozen=True)
 class Done:
     """Finished units' records."""
 
     records: dict[Unit, dict[str, Any]]
     left: list[Unit]
+    """What is still to be done here: also what has a record, but left clips or a base in a folder that is gone."""
 
     def of(self, kind: str, task: str, arm: str | None = None) -> dict[Unit, dict[str, Any]]:
         """The records of one kind and task, and arm if given."""
         return {u: r for u, r in self.records.items() if (u.kind, u.task) == (kind, task) and arm in (None, u.arm)}
 
     def is_ready(self, scale: Scale, unit: Unit) -> bool:
-        """Whether what a unit needs is there: its base, its budget, its learning rate and batch."""
-        if unit.kind == "clips":
+        """Whether what a unit needs is there: its clips, its base, its budget, its learning rate and batch."""
+        kinds = list(PREPARED)
+        needed = kinds[kinds.index(unit.kind) + 1 :] if unit.kind in PREPARED else kinds
+        here = [u for u in self.records if u not in self.left]
+        if not all(any(u.kind == kind and PREPARED[kind](u.task, unit.task) for u in here) for kind in needed):
+            return False
+        if unit.kind not in ("run", "hindsight"):
             return True
-        of = TASKS[unit.task]
-        ready = any(u.kind == "clips" and TASKS[u.task].target == of.target for u in self.records)
-        if unit.kind == "base":
-            return ready
-        ready = ready and any(u.kind == "base" and TASKS[u.task].family == of.family for u in self.records)
-        if unit.kind in ("tune", "run", "hindsight"):
-            ready = ready and bool(self.of("budget", unit.task))
-        if unit.kind in ("run", "hindsight"):
-            tried = len(self.of("tune", _tuned_on(scale, unit), unit.arm))
-            ready = ready and tried == len(scale.rates) * len(scale.batches)
-        return ready
+        task, arm = _tuned_on(scale, unit)
+        ran, tried = self.of("run", task, arm), self.of("tune", task, arm)
+        return bool(ran) or len(tried) == len(scale.rates) * len(scale.batches)
 
     def tuned(self, scale: Scale, unit: Unit) -> tuple[float, int]:
-        """The learning rate (before its arm's factor) and the batch that a unit trains with: its own, or the best that
-        were tried."""
+        """The learning rate (before its arm's factor) and the batch that a unit trains with: its own, that of the
+        arm's earlier runs, or the best that were tried."""
         if unit.kind not in ("run", "hindsight"):
             return unit.rate or scale.rates[0], unit.batch or scale.batch_size
-        found = self.of("tune", _tuned_on(scale, unit), unit.arm)
-        tried = {(u.rate, u.batch): r["held_out_loss"] for u, r in found.items()}
+        task, arm = _tuned_on(scale, unit)
+        if ran := list(self.of("run", task, arm).values()):
+            return ran[0]["rate"] / ARMS[arm].rate_factor, ran[0]["batch"]
+        tried = {(u.rate, u.batch): r["held_out_loss"] for u, r in self.of("tune", task, arm).items()}
         return min(tried, key=lambda each: math.inf if tried[each] is None else tried[each])  # None: not finite
 
     def budget(self, unit: Unit) -> float:
         """Of a run of its task, in the clock; 0 where it is not known yet."""
         return next((record["budget"] for record in self.of("budget", unit.task).values()), 0.0)
 
+    def asked(self, only: Collection[str]) -> list[Unit]:
+        """What is left of some arms, with what that needs."""
+        tuned = {*only, *(ARMS[arm].tuned_as for arm in only)}
+        arms = {"tune": tuned, **dict.fromkeys(PREPARED, ())}
+        found = {unit for unit in self.left if unit.arm in arms.get(unit.kind, only)}
+        for kind, serves in PREPARED.items():
+            found |= {u for u in self.left if u.kind == kind and any(serves(u.task, o.task) for o in found)}
+        return [unit for unit in self.left if unit in found]
 
-def _tuned_on(scale: Scale, unit: Unit) -> str:
-    return unit.task if TASKS[unit.task].tuned else scale.tasks[0]
+
+def _tuned_on(scale: Scale, unit: Unit) -> tuple[str, str]:
+    """The task and the arm whose tuning counts for a unit."""
+    return unit.task if TASKS[unit.task].tuned else scale.tasks[0], ARMS[unit.arm].tuned_as or unit.arm
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """The result file as earlier sittings left it; empty before the first."""
+    path = common.RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read(bench: Bench) -> Done:
     """What is finished so far."""
     wanted = units(bench.scale)
-    found = {unit: json.loads(path.read_text()) for unit in wanted if (path := bench.work / unit.file).exists()}
-    return Done(found, [unit for unit in wanted if unit not in found])
+    here = {unit: json.loads(path.read_text()) for unit in wanted if (path := bench.work / unit.file).exists()}
+    found = {unit: bench.kept[unit.file] for unit in wanted if unit.file in bench.kept} | here
+    has_run = {(unit.task, unit.arm) for unit in found if unit.kind == "run"}
+
+    def is_left(unit: Unit) -> bool:
+        if unit.kind in ("clips", "base"):
+            return unit not in here
+        return unit not in found and not (unit.kind == "tune" and (unit.task, unit.arm) in has_run)
+
+    return Done({unit: found[unit] for unit in wanted if unit in found}, [unit for unit in wanted if is_left(unit)])
 
 
 @contextmanager
@@ -210,7 +247,7 @@ def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARM
         shown = bar.add_task("study", total=len(units(bench.scale)))
         while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
             bar.update(shown, completed=len(done.records))
-            mine = [unit for unit in done.left if unit.arm in only]
+            mine = done.asked(only)
             if not mine:
                 break
             unit = next((u for u in mine if done.is_ready(bench.scale, u) and do(bench, u, done)), None)
@@ -236,8 +273,20 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
             record = clips(bench, TASKS[unit.task].target)
         else:
             record = work(bench, unit, done.budget(unit), *done.tuned(bench.scale, unit))
+        if unit.kind == "base":
+            check_same(record, bench.kept.get(unit.file, record))
         files.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
         return True
+
+
+def check_same(base: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises UserError for a base made anew that is not the one that earlier sittings' runs began from."""
+    now, then = base["held_out_loss"], before["held_out_loss"]
+    if not math.isclose(now, then, rel_tol=SAME_BASE):
+        raise UserError(
+            f"the base made anew has a held-out loss of {now:.5f}, the one of the result file's runs {then:.5f}: they "
+            "cannot be compared; take the older --work folder, or move the result file away and begin again"
+        )
 
 
 def explain(bench: Bench) -> None:
@@ -257,17 +306,21 @@ def explain(bench: Bench) -> None:
 def write(name: str, bench: Bench, scale: str, done: Done) -> Path:
     """The result file, out of the records."""
     figures, more = study_figures.summary(bench.scale, done.records)
+    left = sum(unit not in done.records for unit in done.left)
     if not figures:
-        raise UserError(f"nothing to report yet: {len(done.left)} units are left, none of them a finished run")
+        raise UserError(f"nothing to report yet: {left} units are left, none of them a finished run")
+    before = earlier(name)
+    for part in ("cei", "tuning", "tuning_batches"):  # a file of before records were kept has figures alone
+        more[part] = config.merge(before.get(part, {}), more[part])
     path = common.write(
         name,
         figures,
         device=bench.device,
         repeats=len(bench.scale.seeds),
-        more={"scale": scale, "units_left": len(done.left), **more},
+        more={"scale": scale, "units_left": left, **more, "records": {u.file: r for u, r in done.records.items()}},
     )
     common.show("The study", [{k: row[k] for k in study_figures.SHOWN} for row in figures])
-    cli.console.print(f"Wrote {path}" + (f"; {len(done.left)} units are left" if done.left else ""))
+    cli.console.print(f"Wrote {path}" + (f"; {left} units are left" if left else ""))
     return path
 
 

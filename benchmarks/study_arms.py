@@ -17,6 +17,10 @@ class Arm:
     """Over the scale's own."""
     rate_factor: float = 1.0
     """Its learning rates are the scale's times this: adapters want larger ones."""
+    tuned_as: str | None = None
+    """The arm whose learning rate and batch it takes; None: it tunes its own."""
+    routed: float | None = None
+    """Share of the tokens that frozen blocks see until the last stage (`benchmarks.study_routing`); None: all."""
 
 
 PAPER = {
@@ -55,6 +59,7 @@ def _table(*rows: Mapping[str, Any], **others: Any) -> dict[str, Any]:
     return {"schedule": {"kind": "progressive", "table": list(rows), **others}}
 
 
+ROTATING = _table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT})
 ARMS = {
     "full": Arm(title="full training", settings={"schedule": {"kind": "full"}}),
     "paper": Arm(title="Ent-Prog as in the paper", settings=PAPER),
@@ -79,7 +84,7 @@ ARMS = {
     ),
     "rotating": Arm(
         title="half resolution for two thirds, a quarter of the blocks by lot",
-        settings=_table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT}),
+        settings=ROTATING,
     ),
     "rotating_weighted": Arm(
         title="… by lot in proportion to CEI",
@@ -87,6 +92,15 @@ ARMS = {
             {"until": 0.67, **HALF, **BY_LOT, "choose": "weighted"}, {"until": 1, **BY_LOT, "choose": "weighted"}
         )
         | ABSOLUTE,
+    ),
+    "rotating_routed": Arm(
+        title="… frozen blocks see half of the tokens while clips are small",
+        settings=ROTATING,
+        tuned_as="rotating",
+        routed=0.5,
+    ),
+    "rotating_routed_quarter": Arm(
+        title="… frozen blocks see a quarter of them", settings=ROTATING, tuned_as="rotating", routed=0.25
     ),
     "rotation": Arm(title="a quarter of the blocks by lot, whole clips", settings=_table({"until": 1, **BY_LOT})),
     "search": Arm(

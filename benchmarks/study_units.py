@@ -7,8 +7,8 @@ that all start from, the budget that all have, and the learning rate that tuning
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.study_arms import TASKS, Scale, experiment, pretraining
+from benchmarks import study_routing
+from benchmarks.study_arms import ARMS, TASKS, Scale, experiment, pretraining
 from entprog import config, models
 from entprog.blocks import Block, blocks
 from entprog.config import ClipShape, Experiment
@@ -92,6 +93,8 @@ class Bench:
     scale: Scale
     work: Path
     device: torch.device
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Records that the result file holds of earlier sittings, by their files, whose folder may be gone."""
 
     def base(self, family: str) -> str:
         return str(self.work / "bases" / family)
@@ -293,6 +296,9 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
     began = time.perf_counter()
     cpu = time.process_time()
     run = opened(bench, wanted, goods.train, goods.search, unit.seed)
+    if routed := ARMS[unit.arm].routed:
+        stages = len(plans.rows(wanted.schedule))
+        study_routing.route(run.found, routed, unit.seed, lambda: run.state.stage < stages - 1)
     cpu_s = (run.table is not None and time.process_time() - cpu) or 0.0
     judged = _to(goods.tune if tuning else goods.test, bench.device)
     marks = budget * np.arange(1, scale.points + 1) / scale.points

@@ -11,17 +11,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import common, study, study_figures, study_page
+from benchmarks import common, study, study_figures, study_page, study_routing
 from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
 from benchmarks.study_units import Bench, Unit, material, work
 from entprog import config, files
 from entprog.blocks import blocks
 from entprog.data import shards
+from entprog.diffusion import losses
+from entprog.errors import UserError
 from entprog.media import h264
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
-from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
 from pipelines.training import expectation
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +150,63 @@ def test_search_tuning_and_judging_see_disjoint_clips(bench):
             assert not any(torch.equal(a, b) for a in one for b in other)
 
 
+def routed_pass(share=None, stage_routes=True, trained=("blocks.1", "blocks.4")):
+    """(tokens that each block sees in a training pass, its loss and gradients, the loss that evaluation sees)."""
+    wanted = tiny_experiment()
+    denoiser, batch = tiny_denoiser(wanted), latents([0, 1])
+    found, seen = blocks(denoiser.network), {}
+    if share:
+        study_routing.route(found, share, 3, lambda: stage_routes)
+    for block in found:
+
+        def note(module, args, name=block.name):
+            seen.setdefault(name, args[0].shape[1])
+
+        block.module.norm1.register_forward_pre_hook(note)
+    freeze = Freeze(denoiser, found, wanted)
+    freeze.put(plans.of_set(trained, [block.name for block in found], "residual", wanted.data.shape))
+    loss = losses.training_loss(denoiser, batch, wanted.train)
+    loss.backward()
+    gradients = {n: p.grad for n, p in denoiser.network.named_parameters() if p.grad is not None}
+    return seen, {"loss": loss.detach(), **gradients}, losses.held_out_loss(denoiser, [batch], 2, 0)
+
+
+def test_frozen_blocks_see_a_share_of_the_tokens_in_training_alone():
+    seen, plain, judged = routed_pass()
+    tokens = seen["blocks.0"]
+    for same in ({"share": 1.0}, {"share": 0.5, "stage_routes": False}):  # every token; the last stage
+        everywhere, got, judged_so = routed_pass(**same)
+        assert everywhere == seen and judged_so == judged and got.keys() == plain.keys()
+        assert all(torch.equal(got[name], plain[name]) for name in plain), same
+    seen, got, judged_so = routed_pass(0.5)
+    assert {name for name, count in seen.items() if count == tokens} == {"blocks.1", "blocks.4"}
+    assert {count for name, count in seen.items() if name not in ("blocks.1", "blocks.4")} == {tokens // 2}
+    assert judged_so == judged and not torch.equal(got["loss"], plain["loss"])
+    assert got.keys() == plain.keys() and all(value.isfinite().all() for value in got.values())
+
+
+def test_tokens_that_a_block_does_not_see_take_its_bypass():
+    wanted = tiny_experiment()
+    denoiser = tiny_denoiser(wanted)
+    found = blocks(denoiser.network)
+    block = found[0].module
+    study_routing.route(found, 0.25, 0, lambda: True)
+    Freeze(denoiser, found, wanted).put(plans.of_set(["blocks.5"], [b.name for b in found], "residual", SHAPE))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 16, 32, generator=draw, requires_grad=True)
+    text, temb = torch.randn(2, 4, 32, generator=draw), torch.randn(2, 6, 32, generator=draw)
+    rotary = tuple(torch.randn(1, 16, 1, 16, generator=draw) for _ in range(2))
+    out = block(tokens, text, temb, rotary)
+    places = [place for place in range(16) if not torch.equal(out[:, place], tokens[:, place])]
+    assert len(places) == 4
+    with torch.no_grad():
+        alone = block(tokens[:, places], text, temb, tuple(part[:, places] for part in rotary))
+    assert torch.equal(out[:, places], alone)
+    weights = torch.randn(out.shape, generator=draw)
+    (out * weights).sum().backward()
+    assert torch.equal(tokens.grad, weights)  # gradient crosses it on the bypass, whoever was seen
+
+
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_every_arm_of_every_scale_is_an_experiment(scale):
     for task in scale.tasks:
@@ -239,6 +298,44 @@ def test_the_page_says_what_the_numbers_say(records, tmp_path):
         assert (
             f"study/cpu_{picture}.png" in page and (tmp_path / "docs" / "study" / f"cpu_{picture}.png").stat().st_size
         )
+
+
+def test_a_sitting_adds_to_a_result_file_whose_folder_is_gone(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study_figures, "RESAMPLES", 50)
+    first = study.Done(records, [])
+    bench = Bench(CPU, tmp_path / "first", torch.device("cpu"))
+    path = study.write("study_cpu", bench, "cpu", first)
+    told = json.loads(path.read_text())
+    assert told["records"].keys() == {unit.file for unit in records}
+    told["tuning"] = {"wan_rendered": {"full": {"0.001": 0.3}}}  # of records that were lost
+    path.write_text(json.dumps(told))
+
+    bench = Bench(CPU, tmp_path / "second", torch.device("cpu"), study.earlier("study_cpu")["records"])
+    done = study.read(bench)
+    assert done.records == records
+    kinds = [unit.kind for unit in done.asked(["paper"])]
+    assert kinds[:4] == ["clips", "base", "budget", "run"] and "tune" not in kinds  # the rate is known
+    assert {unit.task for unit in done.asked(["lisa"])} == {"wan_rendered"}  # real clips are none of its business
+    runs = [unit for unit in done.asked(["paper"]) if unit.kind == "run" and unit.task == "wan_rendered"]
+    assert [unit.seed for unit in runs] == [3, 4]
+    assert not done.is_ready(CPU, runs[0]) and done.tuned(CPU, runs[0]) == (1e-3, 4)
+    routed = [unit for unit in done.asked(["rotating_routed"]) if unit.kind == "tune"]
+    assert len(routed) == 12 and {unit.arm for unit in routed} == {"rotating"}
+    for kind, record in (("clips", {}), ("budget", {"budget": 2.0}), ("run", run_record(0.3))):
+        unit = dataclasses.replace(runs[0], kind=kind, **({} if kind == "run" else {"arm": "full", "seed": 0}))
+        files.write_json(bench.work / unit.file, {"commit": "d", **record})
+    done = study.read(bench)
+    assert not done.is_ready(CPU, runs[1]), "no base here"
+    base = dataclasses.replace(runs[0], kind="base", arm="full", seed=0)
+    files.write_json(bench.work / base.file, records[base])
+    assert study.read(bench).is_ready(CPU, runs[1])
+    added = json.loads(study.write("study_cpu", bench, "cpu", study.read(bench)).read_text())
+    assert added["arms"]["paper"]["seeds"] == [0, 1, 2] and added["tuning"] == told["tuning"]
+    new = {runs[0].file, *(f"units/wan_rendered/{kind}/full-seed0.json" for kind in ("clips", "budget"))}
+    assert added["records"].keys() == told["records"].keys() | new
+    with pytest.raises(UserError, match="cannot be compared"):
+        study.check_same({"held_out_loss": 0.21}, {"held_out_loss": 0.20})
 
 
 def test_a_limit_is_told_of_long_runs_that_choose_blocks():
