@@ -316,9 +316,9 @@ def held_out_motion(name: str, pose: np.ndarray, video: np.ndarray, folder: Path
     return HeldOut(motions.Motion(name, video[middle], pose, video), pose[middle], reference, poses)
 
 
-def drawn(checkpoint: Path, held_out: HeldOut, folder: Path, name: str) -> dict[str, Any]:
-    """The record of the held-out motion as a checkpoint draws it (pipelines.generate)."""
-    settings = config.Generation(generate=config.Generate(seconds=math.inf, steps=STEPS, shift=SHIFT))
+def drawn(checkpoint: Path, held_out: HeldOut, folder: Path, name: str, **how: Any) -> dict[str, Any]:
+    """The record of the held-out motion as a checkpoint draws it (pipelines.generate). how: further settings of it."""
+    settings = config.Generation(generate=config.Generate(seconds=math.inf, steps=STEPS, shift=SHIFT, **how))
     options = {"reference": held_out.reference, "pose": held_out.pose}
     return generate.run(checkpoint, folder / "generated" / name, settings, **options)["clips"][0]
 

@@ -21,6 +21,7 @@ from benchmarks import (
     common,
     gpu_check,
     gpu_parts,
+    guidance,
     memory,
     scaling,
     scaling_forecast,
@@ -553,3 +554,38 @@ def test_stream_ratios_are_taken_within_rounds():
     }  # fmt: skip
     assert rows["decord2"]["over_pyav"] == 2.0 and rows["decord2"]["over_dataloader"] == 5.0
     assert rows["torchcodec"]["frames_per_s"] is None and rows["torchcodec"]["note"] == "ImportError: no"
+
+
+# ---- guidance
+
+
+def test_arms_of_guidance_differ_in_what_is_dropped_alone_and_means_are_over_their_seeds(tmp_path):
+    cells = guidance.cells(2)
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * 7
+    settings = {cell.arm: config.settings(guidance.experiment(cell, 30, tmp_path)) for cell in cells}
+    first, other = settings["drop-0.1-seed-0"], settings["drop-0-seed-0"]
+    apart = {"train.drop.pose", "train.drop.reference", "tracking.run_name"}
+    assert {name for name, value in first.items() if value != other[name]} == apart
+    assert first["train.steps"] == 30 and first["train.seconds"] is None and first["train.drop.pose"] == 0.1
+    numbers = dict.fromkeys(guidance.JUDGED, 0.0)
+    rows = [
+        {"drop": cell.drop, "seed": cell.seed, **cell.how, **numbers, "psnr": 10.0 * cell.pose + cell.seed}
+        for cell in cells
+    ]
+    means = guidance.means(rows)
+    assert len(means) == 2 * 7 and all(row["seeds"] == 2 for row in means)
+    assert all(row["psnr"] == 10 * row["pose_guidance"] + 0.5 for row in means)
+
+
+@pytest.mark.slow
+def test_guidance(results, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(guidance, "STRENGTHS", (1.0, 2.0))
+    given = ["--steps", "2", "--seeds", "1", "--work", str(tmp_path / "work")]
+    outcome = CliRunner().invoke(guidance.app, given, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    record = json.loads((results / "guidance.json").read_text())
+    assert len(record["figures"]) == len(record["means"]) == 2 * 3
+    assert len({row["psnr"] for row in record["figures"]}) == 2 * 3 and "commit" in record
+    assert all(row["steps"] == 2 and 0 <= row["pose_distance"] <= 1 for row in record["figures"])
+    monkeypatch.setattr(guidance, "row", None)  # all of them are there
+    assert CliRunner().invoke(guidance.app, given, catch_exceptions=False).exit_code == 0

@@ -245,6 +245,7 @@ def place(tmp_path_factory):
     real_clips.write(place / "shards", rows, SHAPE)
     bases.two_experts(place / "two", first_frame=False)
     bases.image_to_video(place / "one", clip=False)
+    bases.two_experts(place / "seeing", first_frame=True)
     bases.vace(place / "vace")
     changed(load(Model(base=str(place / "two"), expert="high")), 0).save(place / "tuned", shape=SHAPE)
 
@@ -312,6 +313,37 @@ def test_a_dry_run_of_both_shows_both(place):
     assert done.exit_code == 0, done.output
     line = " ".join(done.output.split())
     assert "Expert high (transformer/)" in line and "Expert low (transformer_2/)" in line
+
+
+PHASES = {
+    "high": {"expert": "high", "skeleton": "dwpose"},
+    "low": {"expert": "low", "skeleton": "limbs"},
+    "again": {"expert": "high", "skeleton": "dwpose"},
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "of", "said"),
+    [
+        ("two", {"high": {}, "low": {}}, r"phase low: model\.skeleton=limbs, and phase high leaves a model of dwpose"),
+        ("two", {"high": {"conditions": "[reference]"}, "low": {}}, ""),
+        ("two", {"high": {"conditions": "[reference]"}, "low": {}, "again": {}}, r"phase again: .* whose low expert"),
+        ("seeing", {"high": {"skeleton": "null", "last_frame": True}, "low": {"skeleton": "null"}}, ""),
+        (
+            "seeing",
+            {"high": {"skeleton": "null"}, "low": {"skeleton": "null", "last_frame": True}},
+            r"phase low: model\.last_frame=true, and phase high leaves a model of false, .* model\.last_frame=false",
+        ),
+    ],
+)
+def test_experts_of_phases_that_are_shown_other_things_are_refused_before_anything_starts(place, base, of, said):
+    values = {
+        f"phases.{name}.model.{key}": value for name, own in of.items() for key, value in (PHASES[name] | own).items()
+    }
+    done = command(place, base, {}, *(word for key, value in values.items() for word in ("--set", f"{key}={value}")))
+    line = " ".join(done.output.split())
+    assert done.exit_code == (2 if said else 0), line
+    assert re.search(said, line), line
 
 
 def test_both_is_not_one_network(made):

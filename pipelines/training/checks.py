@@ -1,5 +1,6 @@
 """What a training is, and whether it can be: checked before Ray, MLflow or a GPU is touched."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from entprog.data import shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.media import styles, wholebody
-from entprog.models import adapters, captions, fingerprints, lora, sources
+from entprog.models import adapters, captions, experts, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place
@@ -96,7 +97,36 @@ def parts(experiment: Experiment, output: Path) -> Parts:
             out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))
         except UserError as error:
             raise UserError(f"phase {name}: {error}") from None
+    _shown_alike(found)
     return out
+
+
+def _shown_alike(phases: Mapping[str, Experiment]) -> None:
+    """Raises UserError where a base's two experts would be shown poses, or the last frame, otherwise than each other:
+    of a folder that is there `sources.inspect` does, the one that a phase starts from is not there yet."""
+    first, before = next(iter(phases.values())), ""
+    source = models.family(first.model.family).inspect(first.model)
+    if source.expert is None:
+        return
+    expert, skeleton, last = source.expert.name, source.skeleton, source.last
+    saw = {experts.OTHER[expert]: source.expert.conditions}
+    for name, phase in phases.items():
+        own, expert = phase.model, phase.model.expert or expert
+        other = experts.OTHER[expert]
+        for condition, setting, wanted, shown in (
+            ("pose", "skeleton", own.skeleton, skeleton),
+            ("reference", "last_frame", own.last_frame, last),
+        ):
+            if before and wanted not in (None, shown) and condition in saw[other]:
+                value = str(shown).lower()
+                raise UserError(
+                    f"phase {name}: model.{setting}={str(wanted).lower()}, and phase {before} leaves a model of "
+                    f"{value}, whose {other} expert sees the {condition} too: both are shown the same, set "
+                    f"model.{setting}={value} in both"
+                )
+        skeleton = skeleton if own.skeleton is None else own.skeleton
+        last = last if own.last_frame is None else own.last_frame
+        saw[expert], before = own.conditions, name
 
 
 def stand_in(phase: Experiment, first: Experiment) -> config.Model:
