@@ -131,8 +131,10 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         f"(clock {schedule.clock})."
     )
     source = models.family(experiment.model.family).inspect(model, experiment.data.shape)
-    eligible = plans.eligible(blocks(source.network), schedule.blocks)
+    found = blocks(source.network)
+    eligible = plans.eligible(found, schedule.blocks)
     said = (
+        outline.chosen(schedule, len(eligible), len(found)),
         outline.texts(experiment, dataset, model),
         outline.withheld(experiment, source),
         outline.timesteps(experiment),

@@ -91,7 +91,8 @@ def test_blocks_are_found_once_and_in_the_order_in_which_they_run(tiny):
     for hook in hooks:
         hook.remove()
     assert [block.name for block in found] == ran and len(set(ran)) == len(hooks)
-    assert {block.kind for block in found} == ({"spatial", "temporal"} if name in APART else {"both"})
+    kinds = {"spatial", "temporal"} if name in APART else {"both", "control"} if name == "wan_vace" else {"both"}
+    assert {block.kind for block in found} == kinds
     for block in found:
         assert (block.kind == "temporal") == any(word in block.name for word in ("temporal", "motion")), block.name
 

@@ -263,6 +263,7 @@ def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+CONTROL = ("--set", "schedule.blocks=control")
 WRONG = {
     "not said which": ("two", {}, "two has two networks, one for much noise and one for little: set model.expert to"),
     "one network": ("one", {"expert": "low"}, "model.expert=low: .*one has one network, no transformer_2/"),
@@ -275,6 +276,7 @@ WRONG = {
         "tuned", {"expert": "low", "conditions": "[reference]"},
         "the high expert of .*tuned sees reference, pose; add pose to model.conditions",
     ),
+    "no control branch": ("one", {}, "schedule.blocks=control: this network has no control branch .VACE bases,"),
     "no word for it": ("two", {"expert": "middle"}, "setting model.expert: .*given 'middle'"),
 }  # fmt: skip
 
@@ -291,7 +293,7 @@ def command(place, base, settings, *more):
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_one_line(place, wrong):
     base, settings, said = WRONG[wrong]
-    done = command(place, base, settings)
+    done = command(place, base, settings, *(CONTROL if "control" in wrong else ()))
     line = " ".join(done.output.split())
     assert done.exit_code == 2 and line.startswith("error: ") and "Traceback" not in line, done.output
     assert re.search(said, line), line
@@ -344,6 +346,13 @@ def test_experts_of_phases_that_are_shown_other_things_are_refused_before_anythi
     line = " ".join(done.output.split())
     assert done.exit_code == (2 if said else 0), line
     assert re.search(said, line), line
+
+
+def test_a_dry_run_says_how_many_blocks_are_of_the_control_branch(place):
+    done = command(place, "vace", {"family": "wan_vace"}, *CONTROL, "--set", "schedule.kind=full")
+    assert done.exit_code == 0, done.output
+    line = " ".join(done.output.split())
+    assert "Blocks that may be trained: 2 of 5 (schedule.blocks=control)." in line, line
 
 
 def test_both_is_not_one_network(made):

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from entprog import config, models
+from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Generate, Model
-from entprog.diffusion import dropping, sampling
+from entprog.diffusion import dropping, losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
@@ -20,6 +21,8 @@ from entprog.media.skeleton import draw
 from entprog.models import adapters
 from entprog.models.reference_frame import _fixed_noise
 from entprog.models.wan_vace import inspect, load
+from entprog.schedule import plans
+from entprog.schedule.freezing import Freeze
 from helpers import bases
 from helpers.families import clips
 from helpers.networks import tiny_experiment
@@ -123,6 +126,19 @@ def test_the_reference_s_frame_is_where_the_clip_is(made):
     (ours,) = calls(denoiser.network, lambda: denoiser.predict(encoded.clean, times, dropped))
     control = ours["control_hidden_states"]
     assert not control[:, 4:8].any() and torch.equal(control[:, :4, :1], encoded.conditions["reference"][:, :, :1])
+
+
+def test_the_control_branch_alone_is_trained(made):
+    denoiser = load(Model(family="wan_vace", base=str(made[1])))
+    found = blocks(denoiser.network)
+    names = plans.eligible(found, "control")
+    assert names == [name for name in (block.name for block in found) if name.startswith("vace_blocks.")] and names
+    experiment = tiny_experiment(schedule={"blocks": "control", "outside": "never"})
+    Freeze(denoiser, found, experiment).put(plans.full(names, SHAPE))
+    losses.training_loss(denoiser, denoiser.encode(clips(1, SHAPE)), experiment.train).backward()
+    reached = {name for name, parameter in denoiser.network.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in denoiser.network.named_parameters() if name.startswith("vace_blocks.")}
+    assert all(block.proj_out.weight.grad.any() for block in denoiser.network.vace_blocks)
 
 
 WRONG = [

@@ -26,7 +26,7 @@ from entprog.blocks.swap import Swap, chosen
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
 
-Kind = Literal["spatial", "temporal", "both"]
+Kind = Literal["spatial", "temporal", "both", "control"]
 COMPILES = (2, 12)
 """First torch whose compiled code may be used where frozen weights are stored in another type."""
 
@@ -38,7 +38,8 @@ class Block:
     name: str
     module: nn.Module
     kind: Kind = "both"
-    """Whether it mixes positions within a frame, frames at one position, or both."""
+    """Whether it mixes positions within a frame, frames at one position, or both; `control`: both, in a branch beside
+    the network's own blocks, which what is to be followed enters through."""
 
 
 @functools.singledispatch

@@ -101,9 +101,10 @@ class Schedule(Part):
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False
     """Candidates never shrink from one stage to the next."""
-    blocks: Literal["all", "spatial", "temporal"] = "all"
-    """Which blocks may be trained: all, those that mix positions within a frame, or those that mix frames; a network
-    without any of that kind trains all."""
+    blocks: Literal["all", "spatial", "temporal", "control"] = "all"
+    """Which blocks may be trained: all; those that mix positions within a frame, or those that mix frames (a network
+    without any of that kind trains all); or those of a VACE base's control branch, as its makers fine-tune it (another
+    base is refused)."""
     outside: Literal["always", "conditions", "never"] = "always"
     """Parameters outside blocks: all trained, only the condition input layer, or none."""
     clock: Literal["seconds", "flops"] = "seconds"

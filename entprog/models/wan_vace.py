@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 
 from entprog import config
-from entprog.blocks import bypass
+from entprog.blocks import Kind, bypass, kind
 from entprog.errors import UserError
 from entprog.media import styles
 from entprog.models import loading, sources, texts
@@ -38,6 +38,11 @@ def _(module: WanVACETransformerBlock, hidden_states, encoder_hidden_states, con
         control_hidden_states = module.proj_in(control_hidden_states) + hidden_states
     nothing = control_hidden_states * 0  # a gradient of zero, so that what is trained before the block always has one
     return nothing, control_hidden_states
+
+
+@kind.register
+def _(network: WanVACETransformer3DModel, name: str) -> Kind:
+    return "control" if name.startswith("vace_blocks.") else "both"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,16 @@ class Plan(Record):
         return len(self.trainable)
 
 
-def eligible(found: Sequence[Block], which: Literal["all", "spatial", "temporal"]) -> list[str]:
-    """Names of the blocks that may be trained (`schedule.blocks`); all where none is of that kind."""
-    return [block.name for block in found if which in ("all", block.kind)] or [block.name for block in found]
+def eligible(found: Sequence[Block], which: Literal["all", "spatial", "temporal", "control"]) -> list[str]:
+    """Names of the blocks that may be trained (`schedule.blocks`); all where none is spatial, or temporal. Raises
+    UserError where there is no control branch."""
+    some = [block.name for block in found if which in ("all", block.kind)]
+    if which == "control" and not some:
+        raise UserError(
+            "schedule.blocks=control: this network has no control branch (VACE bases, model.family=wan_vace, have "
+            "one): leave it out"
+        )
+    return some or [block.name for block in found]
 
 
 def full(names: Sequence[str], shape: ClipShape) -> Plan:

@@ -54,7 +54,9 @@ def check(experiment: Experiment) -> shards.Dataset:
     shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
-    if (wanted := experiment.model.swap_blocks) > (there := len(blocks(source.network))):
+    found = blocks(source.network)
+    plans.eligible(found, experiment.schedule.blocks)
+    if (wanted := experiment.model.swap_blocks) > (there := len(found)):
         raise UserError(f"model.swap_blocks is {wanted}, the network has {there} blocks: give {there} or fewer")
     if data.text != "fixed":
         captions.source(experiment.model)
@@ -75,7 +77,7 @@ def check(experiment: Experiment) -> shards.Dataset:
 
         previews.meter(wanted, data.shape, experiment.train.preview_clips, dataset.points)
     if experiment.train.lora:
-        lora.check(source.network, blocks(source.network), experiment.train.lora)
+        lora.check(source.network, found, experiment.train.lora)
         if given := experiment.model.adapter:
             started = adapters.read(given, "model.adapter")
             adapters.check_goes_on(started, experiment.train.lora, "model.adapter")

@@ -1,7 +1,7 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
 from entprog import models
-from entprog.config import Experiment, Model, Row, Timesteps
+from entprog.config import Experiment, Model, Row, Schedule, Timesteps
 from entprog.data.shards import SPLITS, Dataset
 from entprog.media import styles, wholebody
 from entprog.models import captions
@@ -35,6 +35,13 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
         )
         begun = row.until
     return out
+
+
+def chosen(schedule: Schedule, eligible: int, blocks: int) -> str | None:
+    """How many of the network's blocks may be trained, in words; None where no kind of them is asked for."""
+    if schedule.blocks == "all":
+        return None
+    return f"Blocks that may be trained: {eligible} of {blocks} (schedule.blocks={schedule.blocks})."
 
 
 def withheld(experiment: Experiment, source: Source) -> str | None:
