@@ -4,9 +4,9 @@
 
 The demo's base is fine-tuned on the demo's rendered person by plain training, for as many steps as the demo takes, once
 with a share of the clips shown without pose, and as large a share without reference (`train.drop`), and once with all
-conditions always. Each draws the held-out motions by several strengths of guidance: of both conditions alike, and of
-the pose alone. `evaluate` judges the held-out clips; `pose_distance` is the demo's, of the whole held-out motion: how
-far from the wanted skeleton what is drawn lies, over the picture's height.
+conditions always. Each draws the held-out clips by several strengths of guidance, of both conditions alike and of the
+pose alone, which are measured as `evaluate` does; `pose_distance` is the demo's, of the whole held-out motion: how far
+from the wanted skeleton what is drawn lies, over the picture's height.
 
 Leaves benchmarks/results/guidance.json after every strength: a row each, and their means over seeds. The same command
 again goes on where it stopped.
@@ -19,14 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmarks import common
 from entprog import config, files
 from entprog.media import h264
 from entprog.quality import posing
-from pipelines import cli, demo, evaluate, train
+from entprog.quality.metrics import Meter
+from pipelines import cli, demo, generate, train
 from pipelines.cluster import launch
+from pipelines.generating import motions
 from pipelines.outputs import claim
 
 app = cli.app("What guidance does to networks trained with conditions dropped, and without.")
@@ -35,6 +38,8 @@ RATES = (0.1, 0.0)
 """Shares of training clips without pose, and without reference, of the two arms; presets of published bases: 0.1."""
 STRENGTHS = (1.0, 1.5, 2.0, 3.0)
 METRICS = ("psnr", "ssim", "stlpips")
+CLIPS = 8
+"""Held-out clips: all that there are."""
 JUDGED = (*METRICS, "pose_distance")
 GROUP = ("drop", "reference_guidance", "pose_guidance")
 """Columns that rows of the same means share."""
@@ -102,13 +107,14 @@ def run(work: Path, steps: int, seeds: int, *, verbose: bool) -> list[dict[str, 
     """Every cell's row, those of an earlier call as they were; on the connected Ray cluster."""
     shards, kept = work / "person" / "shards", work / "rows.json"
     rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
-    commit, todo = _commit(work), cells(seeds)
+    commit, todo, meter = _commit(work), cells(seeds), Meter(METRICS, config.Evaluate())
     demo.copy_person(shards)
     demo.encode([experiment(cell, steps, work) for cell in todo], [work / "person"], verbose=verbose)
     held_out = demo.rendered_motion(work / "person")
     for cell in todo:
         if cell.name not in rows:
-            rows[cell.name] = row(cell, train.run(experiment(cell, steps, work), work / cell.arm), held_out, work)
+            trained = train.run(experiment(cell, steps, work), work / cell.arm)
+            rows[cell.name] = row(cell, trained, held_out, meter, work)
             files.write_json(kept, rows)
         done = [rows[one.name] for one in todo if one.name in rows]
         common.write("guidance", done, device="cpu", repeats=seeds, more={"commit": commit, "means": means(done)})
@@ -123,20 +129,28 @@ def _commit(work: Path) -> str:
     return kept.read_text()
 
 
-def row(cell: Cell, trained: dict[str, Any], held_out: demo.HeldOut, work: Path) -> dict[str, Any]:
+def row(cell: Cell, trained: dict[str, Any], held_out: demo.HeldOut, meter: Meter, work: Path) -> dict[str, Any]:
     """A cell's clips, judged. trained: the result of its training."""
-    sampling = {"steps": demo.STEPS, "shift": demo.SHIFT, **cell.how}
-    settings = config.Evaluation(
-        evaluate=config.Evaluate(metrics=METRICS, bootstrap=0), generate=config.Generate(**sampling)
-    )
-    folder = work / "evaluated" / cell.name
-    judged = evaluate.run(evaluate.plan(work / cell.arm, work / "person" / "shards", folder, settings), folder)
-    clip = demo.drawn(work / cell.arm, held_out, work, cell.name, **cell.how)
-    frames = h264.decode_rgb(Path(clip["result"]).read_bytes())
-    motion = held_out.motion
-    away = posing.drawn_distance(motion.reference, held_out.own, frames, motion.pose[: len(frames)])
+    how = {"steps": demo.STEPS, "shift": demo.SHIFT, "count": CLIPS, **cell.how}
+    settings, shards = config.Generation(generate=config.Generate(**how)), work / "person" / "shards"
+    made = generate.run(work / cell.arm, work / "clips" / cell.name, settings, shards=shards)["clips"]
+    shape = experiment(cell, 1, work).data.shape
+    wanted = motions.motions_from_shards(shards, None, "held_out", settings, shape)
+    measured = [
+        meter.measure(frames(clip), motion.video, motion.reference, motion.pose).values
+        for clip, motion in zip(made, wanted, strict=True)
+    ]
+    figures = {name: statistics.mean(one[name] for one in measured) for name in METRICS}
+    moved = frames(demo.drawn(work / cell.arm, held_out, work, cell.name, **cell.how))
+    of = held_out.motion
+    figures["pose_distance"] = posing.drawn_distance(of.reference, held_out.own, moved, of.pose[: len(moved)])
     about = {name: trained[name] for name in ("steps", "seconds", "held_out_loss")}
-    return {"drop": cell.drop, "seed": cell.seed, **cell.how, **judged["figures"], "pose_distance": away, **about}
+    return {"drop": cell.drop, "seed": cell.seed, **cell.how, **figures, **about}
+
+
+def frames(clip: dict[str, Any]) -> np.ndarray:
+    """A generated clip, uint8 RGB [F, H, W, 3], by its record."""
+    return h264.decode_rgb(Path(clip["result"]).read_bytes())
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
