@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def ratio(of: Measured, to: Measured, clock: str = "seconds") -> tuple[float, fl
     """
     ratios = [a / b for a, b in zip(getattr(of, clock), getattr(to, clock), strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def cpu_seconds(pid: int | None = None) -> float:
+    """What a process (None: this one) and all that it started have taken, those that have ended too."""
+    import psutil  # a bare image, where parts of gpu_check run, may have none
+
+    total, parent = 0.0, psutil.Process(pid)
+    for process in (parent, *parent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
 
 
 def default_device() -> str:

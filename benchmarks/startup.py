@@ -14,12 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
-import psutil
 import torch
 import typer
 
@@ -114,18 +112,9 @@ def first_step(tree: Path, shards: Path, base: Path, output: Path) -> tuple[floa
                 process.kill()
                 raise SystemExit(f"{' '.join(command)}: no first step\n{log.read_text()[-2000:]}")
             time.sleep(0.01)
-        seconds, cpu = time.perf_counter() - began, cpu_seconds(process.pid)
+        seconds, cpu = time.perf_counter() - began, common.cpu_seconds(process.pid)
         process.wait(PATIENCE_S)
     return seconds, cpu
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process and all that it started have taken, those that have ended too."""
-    total, parent = 0.0, psutil.Process(pid)
-    for process in (parent, *parent.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])
-    return total
 
 
 def git(*arguments: str) -> None:

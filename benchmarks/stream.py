@@ -17,6 +17,9 @@ The others read what a person has without preparing shards: each clip an mp4 as 
 and all, and no need to look for it in a longer video.
 Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert on the CPU, as most training code does,
 and so do decord2 and torchcodec: their ratios are to the `_rgb` arms. Leaves benchmarks/results/stream.json.
+
+Beside frames per second stand the CPU seconds that a frame takes of all processes of an arrangement together, Ray's
+own too. Other work on the machine moves them far less; where cores never wait, both say the same.
 """
 
 import functools
@@ -59,8 +62,11 @@ WARM_UP_S = 0.3
 RUN_IN_S = 2.0
 """How long a reader reads before its frames are counted."""
 SHOWN = (
-    "arrangement", "cores", "frames_per_s", "spread", "over_pyav", "over_pyav_shards", "over_dataloader", "note",
+    "arrangement", "cores", "frames_per_s", "over_pyav", "over_pyav_shards", "over_dataloader", "cpu_us_per_frame",
+    "by_cpu_over_pyav", "by_cpu_over_pyav_shards", "note",
 )  # fmt: skip
+Turn = tuple[float, float]
+"""Frames per second, and CPU seconds per frame."""
 Decode = Callable[[str], int]
 """A clip's file → frames decoded."""
 
@@ -90,29 +96,36 @@ def main(
     cli.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
 
 
-def rows_of(size: str, cores: int, found: dict[str, list[float] | str]) -> list[dict[str, Any]]:
-    """A row an arrangement. found: its frames/s in every round, or why it is not there."""
+def rows_of(size: str, cores: int, found: dict[str, list[Turn] | str]) -> list[dict[str, Any]]:
+    """A row an arrangement. found: its turns, one a round, or why it is not there."""
 
-    def over(name: str, base: str) -> float | None:
-        """Median ratio within rounds."""
+    def over(name: str, base: str, by_cpu: bool = False) -> float | None:
+        """Median ratio within rounds: of frames/s, or of frames per CPU second."""
         if base not in found or isinstance(found[name], str):
             return None
-        return round(statistics.median(a / b for a, b in zip(found[name], found[base], strict=True)), 3)
+        pairs = zip(found[name], found[base], strict=True)
+        return round(statistics.median(b[1] / a[1] if by_cpu else a[0] / b[0] for a, b in pairs), 3)
 
-    return [
-        {
+    def row(name: str) -> dict[str, Any]:
+        absent = isinstance(found[name], str)
+        rates, cpu = ((), ()) if absent else zip(*found[name], strict=True)
+        plain = "pyav" + pixels(name)
+        return {
             "size": size,
             "arrangement": name,
             "cores": cores,
-            "frames_per_s": None if isinstance(rates, str) else round(statistics.median(rates), 1),
-            "spread": None if isinstance(rates, str) else [round(min(rates), 1), round(max(rates), 1)],
-            "over_pyav": over(name, "pyav" + pixels(name)),
+            "frames_per_s": None if absent else round(statistics.median(rates), 1),
+            "spread": None if absent else [round(min(rates), 1), round(max(rates), 1)],
+            "over_pyav": over(name, plain),
             "over_pyav_shards": over(name, "pyav_shards"),
             "over_dataloader": over(name, "dataloader" + pixels(name)),
-            "note": rates if isinstance(rates, str) else "",
+            "cpu_us_per_frame": None if absent else round(statistics.median(cpu) * 1e6, 1),
+            "by_cpu_over_pyav": over(name, plain, by_cpu=True),
+            "by_cpu_over_pyav_shards": over(name, "pyav_shards", by_cpu=True),
+            "note": found[name] if absent else "",
         }
-        for name, rates in found.items()
-    ]
+
+    return [row(name) for name in found]
 
 
 def pixels(arrangement: str) -> str:
@@ -176,7 +189,7 @@ def write_plain(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def turns() -> None:
-    """Program of the measuring process: arguments are the folder and the task; prints {arm: frames/s or why not}."""
+    """Program of the measuring process: arguments are the folder and the task; prints {arm: turns or why not}."""
     folder, task = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.sched_setaffinity(0, task["cores"])
     cores, (shape, batch_size) = len(task["cores"]), SIZES[task["size"]]
@@ -189,7 +202,7 @@ def turns() -> None:
     plain |= {"pyav_shards": (decode_pyav, own), "decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
     with get_context("spawn").Pool(cores, _start) as pool, cli.ray_cluster(cores + 2):
-        arms: dict[str, Callable[[float], float]] = {}
+        arms: dict[str, Callable[[float], Turn]] = {}
         for name, (decode, what) in plain.items():
             arms[name] = partial(plain_rate, pool, decode, what, cores)
         for name, decode in loaders.items():
@@ -203,7 +216,7 @@ def turns() -> None:
                 if isinstance(found.get(name), str) or (not number and name not in plain):
                     continue
                 try:
-                    rate = arm(task["seconds"] if number else WARM_UP_S)
+                    turn = arm(task["seconds"] if number else WARM_UP_S)
                 except Exception as error:
                     if name not in ("decord2", "torchcodec"):
                         raise
@@ -211,7 +224,7 @@ def turns() -> None:
                     continue
                 found.setdefault(name, [])
                 if number:
-                    found[name].append(rate)
+                    found[name].append(turn)
     print(json.dumps(found))
 
 
@@ -221,19 +234,21 @@ def _start() -> None:
     torch.set_num_threads(1)
 
 
-def plain_rate(pool, decode: Decode, files: list[str], processes: int, seconds: float) -> float:
-    """Frames/s of that many processes, each decoding file after file for that long."""
+def plain_rate(pool, decode: Decode, files: list[str], processes: int, seconds: float) -> Turn:
+    """Of that many processes, each decoding file after file for that long."""
     started = time.perf_counter()
-    frames = pool.map(partial(_decode_for, decode, files, seconds), range(processes), chunksize=1)
-    return sum(frames) / (time.perf_counter() - started)
+    each = pool.map(partial(_decode_for, decode, files, seconds), range(processes), chunksize=1)
+    frames, cpu_s = map(sum, zip(*each, strict=True))
+    return frames / (time.perf_counter() - started), cpu_s / frames
 
 
-def _decode_for(decode: Decode, files: list[str], seconds: float, first: int) -> int:
-    frames, number, until = 0, first, time.perf_counter() + seconds
+def _decode_for(decode: Decode, files: list[str], seconds: float, first: int) -> tuple[int, float]:
+    """(frames, CPU seconds)."""
+    frames, number, until, cpu_s = 0, first, time.perf_counter() + seconds, time.process_time()
     while time.perf_counter() < until:
         frames += len(decode(files[number % len(files)]))
         number += 1
-    return frames
+    return frames, time.process_time() - cpu_s
 
 
 class _Files:
@@ -251,8 +266,8 @@ class _Files:
         return torch.from_numpy(self.decode(self.files[i % len(self.files)]))
 
 
-def loader_rate(decode, files, batch_size: int, workers: int, frames: int, seconds: float) -> float:
-    """Frames/s at the reader of a DataLoader."""
+def loader_rate(decode, files, batch_size: int, workers: int, frames: int, seconds: float) -> Turn:
+    """At the reader of a DataLoader."""
     from torch.utils.data import DataLoader, SequentialSampler
 
     data = _Files(decode, files)
@@ -264,8 +279,8 @@ def loader_rate(decode, files, batch_size: int, workers: int, frames: int, secon
 
 def stream_rate(
     dataset: shards.Dataset, shape: ClipShape, batch_size: int, cores: int, where: str, seconds: float
-) -> float:
-    """Frames/s at the reader of our stream."""
+) -> Turn:
+    """At the reader of our stream."""
     stream = feed.stream(dataset, "train", shape, batch_size, cpus=cores, where=where)
     try:
         return _reader_rate(stream, batch_size * shape.frames, seconds)
@@ -273,19 +288,20 @@ def stream_rate(
         stream.close()
 
 
-def _reader_rate(batches, frames: int, seconds: float) -> float:
+def _reader_rate(batches, frames: int, seconds: float) -> Turn:
     """Once it runs: processes that were started for it are then no part of it, those started later are. What was
     decoded ahead meanwhile is made up for by what is at the end."""
     next(batches)
     started = time.perf_counter()
     while time.perf_counter() - started < RUN_IN_S:
         next(batches)
-    started = time.perf_counter()
+    started, cpu_s = time.perf_counter(), common.cpu_seconds()
     count = 0
     while time.perf_counter() - started < seconds:
         next(batches)
         count += 1
-    return count * frames / (time.perf_counter() - started)
+    count *= frames
+    return count / (time.perf_counter() - started), (common.cpu_seconds() - cpu_s) / count
 
 
 # ---- the decoders: a clip's file → uint8 array, a frame a row ----

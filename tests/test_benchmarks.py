@@ -541,16 +541,19 @@ def test_stream_decoders_give_the_same_frames(tmp_path, monkeypatch):
 
 
 def test_stream_ratios_are_taken_within_rounds():
-    found = {
+    rates = {
         "pyav": [100.0, 200.0, 400.0], "pyav_rgb": [50.0, 50.0, 50.0], "dataloader": [80.0, 80.0, 80.0],
         "pyav_shards": [50.0, 50.0, 50.0], "dataloader_rgb": [20.0, 20.0, 20.0],
         "stream": [90.0, 100.0, 360.0], "decord2": [100.0, 100.0, 100.0],
-        "torchcodec": "ImportError: no",
     }  # fmt: skip
+    cpu_s = {"stream": 4e-5, "pyav_shards": 1e-5}
+    turns = {name: [(rate, cpu_s.get(name, 2e-5)) for rate in each] for name, each in rates.items()}
+    found = turns | {"torchcodec": "ImportError: no"}
     rows = {row["arrangement"]: row for row in stream.rows_of("256x256", 2, found)}
     assert rows["stream"] == {
         "size": "256x256", "arrangement": "stream", "cores": 2, "frames_per_s": 100.0, "spread": [90.0, 360.0],
-        "over_pyav": 0.9, "over_pyav_shards": 2.0, "over_dataloader": 1.25, "note": "",
+        "over_pyav": 0.9, "over_pyav_shards": 2.0, "over_dataloader": 1.25, "cpu_us_per_frame": 40.0,
+        "by_cpu_over_pyav": 0.5, "by_cpu_over_pyav_shards": 0.25, "note": "",
     }  # fmt: skip
     assert rows["decord2"]["over_pyav"] == 2.0 and rows["decord2"]["over_dataloader"] == 5.0
     assert rows["torchcodec"]["frames_per_s"] is None and rows["torchcodec"]["note"] == "ImportError: no"

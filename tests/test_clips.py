@@ -18,7 +18,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.media import assets, color, h264, video
-from helpers import hostile, real_clips
+from helpers import hostile, processes, real_clips
 from pipelines.cluster import stalls
 from pipelines.stream import feed
 from pipelines.training import checks
@@ -336,9 +336,17 @@ def test_tasks_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeyp
     next(stream)
     due, before = 2 * feed.TASKS_AHEAD + 2, -1
     while before != (before := len(list(decoded.iterdir()))) and before <= due:
+        cpu_s, began = split_cpu_s(), time.monotonic()
         time.sleep(2)
+    busy = (split_cpu_s() - cpu_s) / (time.monotonic() - began)
     stream.close()
     assert before <= due, "an execution has 256 tasks: the reader does not hold them back"
+    assert busy < 0.5, "of a core: while it waits for room its executor rests"
+
+
+def split_cpu_s() -> float:
+    """CPU seconds of the actors that execute for streams."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes.running("ray::SplitCoordinator"))
 
 
 def test_decoding_threads_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeypatch):

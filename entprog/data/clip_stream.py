@@ -110,21 +110,30 @@ def poses(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int) -
     return read(dataset, split, clips, ("pose",))["pose"][:, wanted.start : wanted.stop]
 
 
+def _fresh(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
 def decoded(
-    stored: Arrays, dataset: shards.Dataset, split: str, frames: int | None = None, apply: Callable[..., Iterable] = map
+    stored: Arrays,
+    dataset: shards.Dataset,
+    split: str,
+    frames: int | None = None,
+    apply: Callable[..., Iterable] = map,
+    room: Callable[[tuple[int, ...]], np.ndarray] = _fresh,
 ) -> Arrays:
     """What `read` gave, decoded: `video` uint8 [B, F, H*3/2, W] planes, `reference` uint8 [B, H, W, 3] RGB, `pose`
     float32 [B, F, 33 or 133, 3].
 
     frames: F, those in the middle of each clip; the others are not decoded. None: all. apply: a pool's `map`, to
-    decode several clips at once.
+    decode several clips at once. room: gives the uint8 arrays of a shape that `video` and `reference` are written to.
     Raises DamagedShardError naming the shard and the row of a clip that cannot be decoded.
     """
     shape, count = dataset.shape, len(stored["clip"])
     wanted = middle(shape.frames, frames or shape.frames)
     out = {
-        "video": np.empty((count, len(wanted), shape.height * 3 // 2, shape.width), np.uint8),
-        "reference": np.empty((count, shape.height, shape.width, 3), np.uint8),
+        "video": room((count, len(wanted), shape.height * 3 // 2, shape.width)),
+        "reference": room((count, shape.height, shape.width, 3)),
         "pose": stored["pose"][:, wanted.start : wanted.stop],
     }
 
@@ -139,9 +148,19 @@ def decoded(
     return out
 
 
-def decode(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int | None = None) -> Arrays:
+def decode(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int | None = None, room=_fresh) -> Arrays:
     """Clips of a split by their number, decoded here: `decoded` of `read`."""
-    return decoded(read(dataset, split, clips), dataset, split, frames)
+    return decoded(read(dataset, split, clips), dataset, split, frames, room=room)
+
+
+@functools.lru_cache(maxsize=2)
+def reused(shape: tuple[int, ...]) -> np.ndarray:
+    """`room` for a process that is done with a batch before it decodes the next: always the same, of two shapes.
+
+    Arrays of more than 32 MB are new memory from the system every time, and touching that for the first time may cost
+    as much as decoding into it.
+    """
+    return _fresh(shape)
 
 
 def _ends(dataset: shards.Dataset, split: str) -> np.ndarray:

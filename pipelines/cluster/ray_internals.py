@@ -4,6 +4,7 @@ An upgrade may change any of them without notice: `tests/test_internals.py` and 
 `pyproject.toml` bounds Ray's version until they pass.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +40,30 @@ def resources_that_may_come() -> dict[str, float]:
     import ray
 
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+
+
+STEP_S = 0.02
+"""Least time between two steps of an executor of Ray Data that is `unhurried`."""
+
+
+def unhurried(context) -> None:
+    """Executors of a dataset with this DataContext take a step every STEP_S at most.
+
+    One that has to wait for room, for its reader or in the object store, otherwise asks for it without pause, which
+    keeps a core busy.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Rest(ExecutionCallback):
+        def __init__(self):
+            self.next = 0.0
+
+        def on_execution_step(self, executor):
+            now = time.monotonic()
+            time.sleep(max(self.next - now, 0.0))
+            self.next = max(self.next, now) + STEP_S
+
+    context.custom_execution_callback_classes.append(Rest)
 
 
 def draining_nodes() -> set[str]:

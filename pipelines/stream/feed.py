@@ -25,7 +25,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clip_stream import Arrays, Read, Stream
 from entprog.errors import UserError
-from pipelines.cluster import failures
+from pipelines.cluster import failures, ray_internals
 
 TASK_BYTES = 32 << 20
 FRAMES_TASK_BYTES = 128 << 20
@@ -33,11 +33,9 @@ TASK_BATCHES = 32
 """A task makes several batches while they fit in TASK_BYTES (frames: in FRAMES_TASK_BYTES), at most this many: starting
 a task of Ray has its price, and one of few frames is soon over."""
 TASKS = 16
-"""Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends, and sleeps: one
-that has to wait for room asks for it without pause, which keeps a core busy."""
+"""Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends."""
 BEGUN_AT = 0.8
-"""Part of an execution's batches after which the next one starts, which takes a second or two. While two are there,
-Ray's executors keep a core busy."""
+"""Part of an execution's batches after which the next one starts, which takes a second or two."""
 TASKS_HELD_BACK = 256
 """Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
 TASKS_AHEAD = 8
@@ -102,7 +100,7 @@ def stream(
     order = Order(dataset.clips(split), batch_size, rank, world, start_position, seed, batches or world)
     collate = functools.partial(clip_stream.to_clips, device=device)
     if where == "cluster":
-        read = functools.partial(clip_stream.decode, located, split, frames=frames)
+        read = functools.partial(clip_stream.decode, located, split, frames=frames, room=clip_stream.reused)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
         return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD, FRAMES_TASK_BYTES))
     read = functools.partial(clip_stream.read, located, split)
@@ -248,10 +246,11 @@ def _execute(
     context = read.context  # this dataset's own copy
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's clips stay one block
+    ray_internals.unhurried(context)
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus, object_store_memory=ahead_bytes)
-    # A split of one: the executor runs in an actor of its own. In this process its busy loop would hold Python's lock
-    # while the network trains, and slow every step on a CPU down.
+    # A split of one: the executor runs in an actor of its own. In this process it would hold Python's lock while the
+    # network trains, and slow every step on a CPU down.
     (split,) = read.streaming_split(1, equal=False)
     batches = iter(
         split.iter_torch_batches(
