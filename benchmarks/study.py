@@ -28,7 +28,7 @@ import typer
 
 from benchmarks import common, mocap, study_figures, study_page
 from benchmarks.study_arms import ARMS, FEW, SCALES, SEARCHED, TASKS, Scale
-from benchmarks.study_units import Bench, Unit, work
+from benchmarks.study_units import Bench, Unit, without_seconds, work
 from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets
@@ -57,6 +57,9 @@ def main(
     only: Annotated[
         str | None, typer.Option(help="Arms, with commas between them: others wait for another sitting.")
     ] = None,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Others work on this machine: records keep FLOPs and no seconds.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write documents and charts, from the JSON.")] = False,
     dry_run: cli.DryRun = False,
 ) -> None:
@@ -69,8 +72,10 @@ def main(
             raise UserError("torch sees no GPU here: --scale cpu, or --device cpu")
         torch.set_num_threads(threads)
         name = f"study_{scale}"
+        if busy and SCALES[scale].clock == "seconds":
+            raise UserError(f"--busy: the clock of the scale {scale} is seconds, which others' work changes")
         kept = earlier(name).get("records", {})
-        bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device), kept)
+        bench = Bench(SCALES[scale], work_folder or Path(f"out/study-{scale}"), torch.device(device), kept, busy)
         if dry_run:
             explain(bench)
             return
@@ -275,7 +280,8 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
             record = work(bench, unit, done.budget(unit), *done.tuned(bench.scale, unit))
         if unit.kind == "base":
             check_same(record, bench.kept.get(unit.file, record))
-        files.write_json(path, {"commit": cli.commit(), "unit_s": time.time() - begun, **record})
+        record = {"commit": cli.commit(), "unit_s": time.time() - begun, **record}
+        files.write_json(path, without_seconds(record) if bench.busy else record)
         return True
 
 

@@ -107,8 +107,8 @@ def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_step
         "time_to_full_loss_ratio_cpu": over_seeds(
             [sooner(r["curve"], full[s]["curve"], "cpu_s") for s, r in mine.items()]
         ),
-        "seconds": float(np.median([record["seconds"] for record in records])),
-        "cpu_seconds": float(np.median([record["cpu_s"] for record in records])),
+        "seconds": _median([record["seconds"] for record in records]),
+        "cpu_seconds": _median([record["cpu_s"] for record in records]),
         "steps": float(np.median([record["steps"] for record in records])),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
         "memory_over_full": float(
@@ -120,6 +120,11 @@ def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_step
         "quality": _quality(records),
         "curves": [record["curve"] for record in records],
     }
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    """None where a machine was busy, so that not all were kept."""
+    return None if None in seconds else float(np.median(seconds))
 
 
 def _quality(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -171,10 +176,10 @@ def sooner(curve: Curve, full: Curve, name: str) -> float:
     """Full training's time to its final loss ÷ the arm's, all its costs paid: above 1 the arm is sooner.
 
     Where the arm never gets there, both are timed at the lowest loss that the arm reached; 0 if it never improved, and
-    NaN where full training did not: there is nothing to time.
+    NaN where full training did not: there is nothing to time; or where seconds were not kept.
     """
     target = full[-1]["loss"]
-    if target >= full[0]["loss"]:
+    if target >= full[0]["loss"] or any(point[name] is None for point in (*curve, *full)):
         return math.nan
     if not reached(curve, full):
         target = min(point["loss"] for point in curve)

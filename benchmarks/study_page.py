@@ -1,13 +1,13 @@
 """docs/study.md and its charts: from the study's result files, and nothing else."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import study_figures
+from benchmarks import study_charts, study_figures
+from benchmarks.study_arms import ARMS
 from benchmarks.study_figures import spread
-from pipelines import charts
 
 ROOT = Path(__file__).parents[1]
 FRAME = Path(__file__).with_suffix(".md")
@@ -26,8 +26,6 @@ PAPER = (
     ("TikTok", "no CEI", "285.94", ".270", "", "1.95"),
 )
 """The paper's own: data, training, FVD, LPIPS, GB, times as fast."""
-HIGHLIGHTED = ("full", "paper", "progressive", "rotating", "past_linear", "past", "lisa")
-"""Arms of the first chart."""
 
 
 def leave(results: Path, docs: Path = ROOT / "docs") -> Path | None:
@@ -120,12 +118,14 @@ def section(scale: str, record: Mapping[str, Any], folder: Path) -> str:
     tuned = edges(record["tuning"], "Learning rates") + edges(record.get("tuning_batches", {}), "Batches")
     lines.append(verdict(arms) + tuned)
     lines.append("### Fine-tuning on rendered people, new motions and bodies (Wan's shape)\n\n" + table(arms))
-    loss_chart(arms, record["clock"], folder / f"{scale}_loss.png")
-    ratio_chart(arms, folder / f"{scale}_ratio.png")
+    study_charts.loss_chart(arms, record["clock"], folder / f"{scale}_loss.png")
+    study_charts.ratio_chart(arms, folder / f"{scale}_ratio.png")
     lines.append(
         f"![held-out loss of some arms over the budget](study/{scale}_loss.png)\n\n"
         f"![how much sooner than full training each arm reached its loss](study/{scale}_ratio.png)"
     )
+    if compared := beside_own(arms):
+        lines.append(compared)
     for name, others in record["tasks"].items():
         lines.append(f"### {TASKS_IN_WORDS.get(name, name)}\n\n" + table(others))
     lines.append(scores(record["cei"], folder / f"{scale}_cei.png", scale))
@@ -139,7 +139,7 @@ def _short(commit: str) -> str:
     return commit[:8] + ("+" if commit.endswith("+") else "")
 
 
-TOLD = ("paper", "progressive", "rotating", "past")
+TOLD = ("paper", "progressive", "rotating", "rotating_routed", "past")
 """Arms that the page describes in sentences."""
 
 
@@ -191,7 +191,7 @@ def in_words(arm: Mapping[str, Any]) -> str:
         found = "too few seeds to tell"
     elif ratio["low"] > 1:
         found = "sooner than full training in every resample"
-        if arm["time_to_full_loss_ratio_cpu"]["median"] < 1:
+        if (arm["time_to_full_loss_ratio_cpu"]["median"] or 1) < 1:
             found += " by the clock, and later by CPU time"
     elif ratio["high"] < 1:
         found = "later than full training in every resample: plain training wins"
@@ -219,7 +219,7 @@ def table(arms: Mapping[str, Any]) -> str:
             "steps": f"{arm['steps']:.0f}",
             "memory": f"{arm['memory_over_full']:.2f}",
             "overhead": f"{arm['overhead']:.0%}",
-            "CPU s": f"{arm['cpu_seconds'] / full['cpu_seconds']:.2f}",
+            "CPU s": _over(arm["cpu_seconds"], full["cpu_seconds"]),
             "rate": f"{arm['learning_rate']:.0e}",
             **({"batch": arm["batch_size"]} if "batch_size" in full else {}),
             **{name: f"{arm['quality'][name]['mean']:.3g}" for name in metrics},
@@ -232,9 +232,44 @@ def table(arms: Mapping[str, Any]) -> str:
         + "\n\nLoss: mean over seeds, on clips that neither searches nor tuning saw. − full's, × as soon: median over "
         f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak over full training's. "
         "–: full training ended no lower than it began, so that there is nothing to time. "
-        "Overhead: share of the budget that search and scoring took. CPU s: over full training's, for the same budget. "
+        "Overhead: share of the budget that search and scoring took. CPU s: over full training's, for the same budget "
+        "(–: others worked on the machine, so that no seconds were kept). "
         f"Cards: {cards}."
     )
+
+
+def _over(seconds: float | None, full: float | None) -> str:
+    return "–" if None in (seconds, full) else f"{seconds / full:.2f}"
+
+
+def beside_own(arms: Mapping[str, Any]) -> str:
+    """Arms that took another one's rate and batch, seed by seed beside it; empty where there is none."""
+    pairs = [(arm, arms.get(ARMS[name].tuned_as)) for name, arm in arms.items() if name in ARMS]
+    rows = [_beside(arm, other) for arm, other in pairs if other]
+    if not rows:
+        return ""
+    return (
+        "Arms that took another arm's rate and batch, beside it: values are one a seed, in brackets the other arm's "
+        "with the same seed.\n\n" + _markdown(rows)
+    )
+
+
+def _beside(arm: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    places = [other["seeds"].index(seed) for seed in arm["seeds"]]
+
+    def each(of: Callable[[Mapping[str, Any]], Sequence[float]], digits: str) -> str:
+        return f"{_each(of(arm), digits)} ({_each([of(other)[place] for place in places], digits)})"
+
+    against = [(curve, other["curves"][place]) for curve, place in zip(arm["curves"], places, strict=True)]
+    return {
+        "arm": arm["title"].removeprefix("… "),
+        "seeds": ", ".join(map(str, arm["seeds"])),
+        "× as soon as full training": each(lambda of: of["time_to_full_loss_ratio"]["by_seed"], ".2f"),
+        "× as soon as the other at its final loss": _each([study_figures.sooner(*both, "spent") for both in against]),
+        "loss": each(lambda of: of["held_out_losses"], ".4f"),
+        "steps": each(lambda of: [curve[-1]["step"] for curve in of["curves"]], ".0f"),
+        **{name: each(lambda of, name=name: of["quality"][name]["by_seed"], ".3g") for name in arm["quality"]},
+    }
 
 
 TAUS = {
@@ -249,7 +284,7 @@ def scores(found: Mapping[str, Any], path: Path, scale: str) -> str:
     """CEI against the loss increase on skip."""
     if not found:
         return ""
-    cei_chart(found, path)
+    study_charts.cei_chart(found, path)
     rows = [
         {
             "network, clips": name.replace("_", ", "),
@@ -338,56 +373,6 @@ def beside_paper(arms: Mapping[str, Any]) -> str:
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-# ---- charts ----
-
-
-def loss_chart(arms: Mapping[str, Any], clock: str, path: Path) -> Path:
-    """Held-out loss over the budget, mean over seeds, with each seed faintly."""
-    figure, axes = charts.figure_and_axes(1, 1, (8, 4.5))
-    shown = [name for name in HIGHLIGHTED if name in arms]
-    for color, name in zip(charts.LINES, shown, strict=False):
-        curves = arms[name]["curves"]
-        for number, curve in enumerate(curves):
-            axes.plot(
-                [point["spent"] for point in curve], [point["loss"] for point in curve], color=color, alpha=0.6,
-                linewidth=1.2, label=arms[name]["title"] if number == 0 else None,
-            )  # fmt: skip
-    axes.set_xlabel({"flops": "charged FLOPs", "seconds": "charged seconds"}[clock])
-    axes.set_ylabel("held-out loss, a line a seed")
-    axes.legend(frameon=False, fontsize=8)
-    return charts.save(figure, path)
-
-
-def ratio_chart(arms: Mapping[str, Any], path: Path) -> Path:
-    """How much sooner each arm is at full training's loss, with intervals and each seed's value."""
-    names = [name for name in arms if name != "full"]
-    figure, axes = charts.figure_and_axes(1, 1, (8, 1.5 + charts.ROW_INCHES * len(names)))
-    for place, name in enumerate(names):
-        ratio = arms[name]["time_to_full_loss_ratio"]
-        axes.plot([ratio["low"], ratio["high"]], [place, place], color=charts.BLUE, linewidth=2)
-        axes.plot(ratio["by_seed"], [place] * len(ratio["by_seed"]), "o", color=charts.ORANGE, markersize=4)
-        axes.plot([ratio["median"]], [place], "s", color=charts.BLUE, markersize=6)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [arms[name]["title"] for name in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("times as soon as full training at its final loss (dots: seeds)")
-    return charts.save(figure, path)
-
-
-def cei_chart(found: Mapping[str, Any], path: Path) -> Path:
-    """π over the loss increase on skip, a panel a network."""
-    figure, panels = charts.figure_and_axes(1, len(found), (4.2 * len(found), 3.6))
-    for axes, (name, of) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
-        axes.plot(of["pi"], of["loss_increase"], "o", color=charts.BLUE, markersize=5)
-        for number, point in enumerate(zip(of["pi"], of["loss_increase"], strict=True)):
-            axes.annotate(str(number), point, textcoords="offset points", xytext=(4, 3), fontsize=8)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_title(f"{name}: block numbers", fontsize=9)
-        axes.set_xlabel("π")
-        axes.set_ylabel("loss increase on skip")
-    return charts.save(figure, path)
 
 
 TASKS_IN_WORDS = {

@@ -95,6 +95,8 @@ class Bench:
     device: torch.device
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Records that the result file holds of earlier sittings, by their files, whose folder may be gone."""
+    busy: bool = False
+    """Whether others work on the machine, so that seconds say nothing."""
 
     def base(self, family: str) -> str:
         return str(self.work / "bases" / family)
@@ -365,6 +367,15 @@ def _in_short(decision) -> dict[str, Any]:
             for plan, e in zip(decision.candidates, decision.efficiencies, strict=False)
         ],
     }
+
+
+SECONDS = ("unit_s", "wall_s", "cpu_s", "seconds")
+
+
+def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a unit, and its curve, with None for all seconds."""
+    bare = {**record, **{name: None for name in SECONDS if name in record}}
+    return bare | {"curve": [without_seconds(point) for point in record["curve"]]} if "curve" in record else bare
 
 
 # ---- hindsight ----

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import common, study, study_figures, study_page, study_routing
 from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
-from benchmarks.study_units import Bench, Unit, material, work
+from benchmarks.study_units import Bench, Unit, material, without_seconds, work
 from entprog import config, files
 from entprog.blocks import blocks
 from entprog.data import shards
@@ -226,7 +226,12 @@ def test_the_gpu_scale_is_as_large_as_it_says():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [(["--scale", "gpuu"], "did you mean gpu?"), (["--only", "lissa"], "did you mean lisa?")]
+    ("wrong", "message"),
+    [
+        (["--scale", "gpuu"], "did you mean gpu?"),
+        (["--only", "lissa"], "did you mean lisa?"),
+        (["--scale", "gpu", "--device", "cpu", "--busy"], "is seconds"),
+    ],
 )
 def test_a_wrong_name_is_one_line(capsys, tmp_path, wrong, message):
     outcome = CliRunner().invoke(study.app, ["--scale", "smoke", "--work", str(tmp_path), *wrong])
@@ -298,6 +303,21 @@ def test_the_page_says_what_the_numbers_say(records, tmp_path):
         assert (
             f"study/cpu_{picture}.png" in page and (tmp_path / "docs" / "study" / f"cpu_{picture}.png").stat().st_size
         )
+
+
+def test_an_arm_is_shown_beside_the_one_whose_rate_it_took_and_without_seconds_of_a_busy_machine(records):
+    for seed in range(3):
+        own, other = (Unit(kind="run", task="wan_rendered", arm=a, seed=seed) for a in ("rotating_routed", "rotating"))
+        records[other] = run_record(0.3 + 0.01 * seed)
+        if seed:
+            records[own] = without_seconds(run_record(0.35 + 0.01 * seed))
+    arms = study_figures.summary(CPU, records)[1]["arms"]
+    assert arms["rotating_routed"]["seeds"] == [1, 2] and arms["rotating_routed"]["cpu_seconds"] is None
+    line = study_page.beside_own(arms).splitlines()[-1]
+    assert "| 1, 2 |" in line and "| 0.3600, 0.3700 (0.3100, 0.3200) |" in line
+    (row,) = [line for line in study_page.table(arms).splitlines() if "half of the tokens" in line]
+    assert row.count("| – |") == 2 and "half of the tokens" in study_page.verdict(arms)
+    assert "half of the tokens" not in study_page.beside_own({"full": arms["full"], "rotating": arms["rotating"]})
 
 
 def test_a_sitting_adds_to_a_result_file_whose_folder_is_gone(records, tmp_path, monkeypatch):
