@@ -34,7 +34,7 @@ from entprog.quality import posing
 from entprog.schedule import plans
 from pipelines import charts, cli, compare, generate, prepare, score, train
 from pipelines.cluster import launch
-from pipelines.generating import motions, rendering
+from pipelines.generating import driving, motions, rendering
 from pipelines.outputs import claim
 from pipelines.preparing import latents as caching
 from pipelines.tracking.store import how_to_open, tracking_uri
@@ -290,7 +290,7 @@ def loss_before(experiment: config.Experiment) -> float:
 
 def real_motion(output: Path, shape: config.ClipShape) -> HeldOut:
     """All of HELD_OUT."""
-    pose, video = motions.driving_clip(output / "videos" / HELD_OUT, shape, config.Prepare(), most=math.inf)
+    pose, video = driving.clip(output / "videos" / HELD_OUT, shape, config.Prepare(), most=math.inf)
     return held_out_motion(Path(HELD_OUT).stem, pose, video, output / "real")
 
 

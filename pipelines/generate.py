@@ -22,7 +22,7 @@ from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
 from entprog.masking import bare
 from pipelines import cli
-from pipelines.generating import checkpoints, motions, protocol, retargeting
+from pipelines.generating import checkpoints, driving, motions, protocol, replacing, retargeting
 from pipelines.generating.checkpoints import Checkpoint
 from pipelines.outputs import claim
 
@@ -32,6 +32,9 @@ FREE = ("generate.batch_size", "generate.gpus", "generate.max_bytes")
 """Of them those that a resumed command may change."""
 ADDED = {"generate.text": None, "generate.text_encoder": None, "prepare.pose": Prepare().pose}
 """Of them those that outputs of earlier versions do not name, and what these were made with."""
+
+SCENE = 2
+"""Videos beside the motion's where a person is replaced: mask and background."""
 
 app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
 
@@ -48,6 +51,13 @@ def main(
     ] = None,
     last: Annotated[
         Path | None, typer.Option(help="Picture of the last frame, of networks that see it (model.last_frame).")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Put the person into the driving video: a video that is white where (Wan-Animate)."),
+    ] = None,
+    background: Annotated[
+        Path | None, typer.Option(help="With --mask: the video to put the person into [the driving video].")
     ] = None,
     pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz or .npy, or a folder of them.")] = None,
     video: Annotated[Path | None, typer.Option(help="Driving video of one person, or a folder of them.")] = None,
@@ -90,7 +100,7 @@ def main(
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
-        given |= {"without": without, "retarget": retarget, "last": last}
+        given |= {"without": without, "retarget": retarget, "last": last, "mask": mask, "background": background}
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
         return run(checkpoint, output, chosen, dry_run=dry_run, **given)
 
@@ -111,6 +121,8 @@ def run(
     without: str | None = None,
     retarget: bool = False,
     last: Path | None = None,
+    mask: Path | None = None,
+    background: Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Generate and write the clips; returns the figures of result.json: `videos` (side by side), `clips` (one record
@@ -120,7 +132,8 @@ def run(
     Exactly one of pose, video and shards says how the person moves; `reference` says who it is (with shards: instead
     of each clip's own). Each may be a folder: every motion is made with every reference. retarget: motions take the
     proportions of their references (`entprog.media.retarget`). last: the last frame of every clip, for networks that
-    see it (of shards' clips their own, where it is not given). Raises UserError for anything wrong with them, and for
+    see it (of shards' clips their own, where it is not given). mask, background: of a video that the person is put into
+    (`pipelines.generating.replacing`). Raises UserError for anything wrong with them, and for
     an output that holds clips of another checkpoint or other settings.
     """
     settings, output = settings or Generation(), Path(output)
@@ -131,6 +144,7 @@ def run(
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
     if last is not None and not found.last:
         raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
+    scene = replacing.scene(mask, background, found, pose or video, video is not None)
     how = protocol.how_sampled(found, settings.generate)
     if video is not None or retarget:
         settings = motions.estimating(settings, found)
@@ -138,7 +152,8 @@ def run(
     identity = {"weights of --checkpoint": how["checkpoint"], "--without": without}
     identity |= {f"--{name}": path and _named(path) for name, path in asked.items()}
     identity |= {"--clip": list(clip or ()), "--split": split, **({"--retarget": True} if retarget else {})}
-    identity |= {"--last": str(Path(last).resolve())} if last is not None else {}
+    beside = {"--last": last, "--mask": mask, "--background": background}
+    identity |= {name: str(Path(path).resolve()) for name, path in beside.items() if path is not None}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
         del identity[name]
@@ -153,7 +168,7 @@ def run(
             who = motions.reference_image(reference, shape, settings.prepare)
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
-        made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget)
+        made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget, scene)
     if last is not None:
         end = motions.reference_image(last, shape, settings.prepare, "--last")
         made = [replace(motion, last=end) for motion in made]
@@ -195,14 +210,21 @@ def _flat(settings: Generation) -> dict[str, Any]:
 
 
 def _from_files(
-    reference: Path, pose: Path | None, video: Path | None, settings: Generation, shape: ClipShape, retarget: bool
+    reference: Path,
+    pose: Path | None,
+    video: Path | None,
+    settings: Generation,
+    shape: ClipShape,
+    retarget: bool,
+    scene: replacing.Scene | None,
 ) -> tuple[list[motions.Motion], dict[str, str], list[np.ndarray]]:
     """Every pose sequence or driving video with every reference picture, what was left out, and to retarget motions the
     pose of each one's reference."""
     start_s, crop = settings.generate.start_s, settings.prepare
     wanted, room = motions.wanted_frames(settings.generate, shape), motions.Room(settings.generate, shape)
     pictures, others = motions.files(reference, motions.PICTURES, "--reference")
-    own = {}
+    own, around = {}, {}
+    span = {"shape": shape, "crop": crop, "start_s": start_s}
 
     def pictured(path: Path) -> np.ndarray:
         if retarget:
@@ -215,11 +237,18 @@ def _from_files(
         own = motions.Room(settings.generate, shape)
         points = motions.read_pose(path, shape, crop, start_s, own.limited(wanted, path))
         own.take(len(points), wanted, path)
+        if scene is not None:
+            room.check(SCENE * len(points), str(scene.mask))
+            around.update(scene.around(points, None, None, **span))
         return points, None
 
     def driven(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        points, frames = motions.driving_clip(path, shape, crop, start_s, room.limited(wanted, path))
+        followed = driving.followed(path, most=room.limited(wanted, path), **span)
+        points, frames = followed.pose, driving.cut_out(path, followed, **span)
         room.take(len(points), wanted, path)
+        if scene is not None:
+            room.check(SCENE * len(points), str(scene.mask))
+            around.update(scene.around(points, followed, frames, **span))
         return points, frames
 
     given, endings, option, read = (
@@ -230,7 +259,8 @@ def _from_files(
     called = motions.names(clips)
     moving = [(called[path], *clip) for path, clip in clips.items()]
     of_each = [own[path] for _ in moving for path in who] if retarget else []
-    return motions.pairs(who, moving), others | more | without | bad, of_each
+    made = [replace(motion, **around) for motion in motions.pairs(who, moving)]
+    return made, others | more | without | bad, of_each
 
 
 def _named(path: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
 
+import gc
 import runpy
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import UMT5EncoderModel
 
 from entprog import config, models
 from entprog.blocks import blocks
@@ -189,6 +191,25 @@ def test_each_text_is_encoded_once_and_kept_without_its_padding(base, dataset, m
     batch = latents([0, 1])
     assert empty.beside(batch, "train", np.array([0, 1])) is batch
     assert torch.equal(empty.of("")["text"], first.of("")["text"])
+
+
+def test_of_the_encoder_nothing_is_left_once_texts_are_there(base, tmp_path, monkeypatch):
+    """Before training, for which it may be too large to lie beside the network."""
+    rows = [[{**real_clips.row("cam01", split, 0.0, SHAPE), "caption": split}] for split in ("train", "held_out")]
+    fresh = real_clips.write(tmp_path, {"train": rows[:1], "held_out": rows[1:]}, SHAPE)
+    before, seen = captions._write, []
+
+    def write(*given):
+        seen.append(loaded())
+        before(*given)
+
+    def loaded():
+        return sum(isinstance(thing, UMT5EncoderModel) for thing in gc.get_objects())
+
+    monkeypatch.setattr(captions, "_write", write)
+    others = loaded()
+    captions.prepared(wan(base), fresh, "caption")
+    assert seen and min(seen) == others + 1 and loaded() == others
 
 
 def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):

@@ -21,7 +21,7 @@ from entprog.media import assets, drawing, h264, retarget, video
 from entprog.models.wan import load
 from helpers import bases, encoders, wholebodies
 from pipelines import generate
-from pipelines.generating import checkpoints, motions, rendering, retargeting
+from pipelines.generating import checkpoints, driving, motions, rendering, retargeting
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -336,7 +336,7 @@ def test_driving_video_and_picture_of_a_real_person(made, tmp_path):
     frames, _ = video.read_frames(assets.clip("cam04"), [0.5])
     Image.fromarray(frames[0]).save(tmp_path / "person.jpg")
     crop = Generation().prepare
-    points, cut = motions.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=0.2)
+    points, cut = driving.clip(assets.clip("cam01"), SHAPE, crop, start_s=0.2)
     assert points.shape == (5, 33, 3) and cut.shape == (5, 48, 32, 3)
     seen = points[..., 2] > 0.5
     assert seen.mean() > 0.7 and (points[seen][:, :2] > 0).all() and (points[seen][:, :2] < 1).all()
@@ -461,9 +461,9 @@ def test_wrong_input_is_one_clear_line(wrong, tmp_path, given, message):
 def test_video_with_nobody_or_too_short(made):
     crop = Generation().prepare
     with pytest.raises(UserError, match="nobody was found"):
-        motions.driving_clip(assets.clip("no_face"), SHAPE, crop)
+        driving.clip(assets.clip("no_face"), SHAPE, crop)
     with pytest.raises(UserError, match="a clip has 5"):
-        motions.driving_clip(assets.clip("cam01"), SHAPE, crop, start_s=1.5)
+        driving.clip(assets.clip("cam01"), SHAPE, crop, start_s=1.5)
 
 
 def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):

@@ -14,7 +14,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from helpers import families, real_clips
-from pipelines.generating import judging, motions, rendering
+from pipelines.generating import driving, judging, motions, rendering
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
 CROP = Generation().prepare
@@ -54,12 +54,12 @@ def test_several_people_are_told(tmp_path, capsys):
     h264.write(tmp_path / "both.mp4", both, fps=10)
     h264.write(tmp_path / "one.mp4", people[0], fps=10)
     Image.fromarray(both[0]).save(tmp_path / "both.png")
-    points, cut = motions.driving_clip(tmp_path / "both.mp4", SHAPE, CROP)
+    points, cut = driving.clip(tmp_path / "both.mp4", SHAPE, CROP)
     assert points.shape == (5, 33, 3) and cut.shape == (5, 48, 32, 3)
     assert "several people are in" in capsys.readouterr().out
     motions.reference_image(tmp_path / "both.png", SHAPE, CROP)
     assert "several people are in" in capsys.readouterr().out
-    motions.driving_clip(tmp_path / "one.mp4", SHAPE, CROP)
+    driving.clip(tmp_path / "one.mp4", SHAPE, CROP)
     assert "several" not in capsys.readouterr().out
 
 
@@ -90,7 +90,7 @@ def test_small_files_that_unpack_to_much_are_refused(tmp_path):
         motions.read_pose(tmp_path / "long.npz", SHAPE, small)
     h264.write(tmp_path / "wide.mp4", [np.zeros((800, 800, 3), np.uint8)] * 5, fps=10)
     with pytest.raises(UserError, match=r"--video: .*500000 pixels|--video: .*larger than is read"):
-        motions.driving_clip(tmp_path / "wide.mp4", SHAPE, small)
+        driving.clip(tmp_path / "wide.mp4", SHAPE, small)
 
 
 def test_two_frames_a_year_apart_are_no_driving_video(tmp_path):
@@ -103,7 +103,7 @@ def test_two_frames_a_year_apart_are_no_driving_video(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with pytest.raises(UserError, match=r"--video: .*(stands still|not read)"):
-        motions.driving_clip(tmp_path / "year.mkv", SHAPE, CROP, most=float("inf"))
+        driving.clip(tmp_path / "year.mkv", SHAPE, CROP, most=float("inf"))
 
 
 def test_a_pose_sequence_as_npz_and_as_npy(tmp_path):

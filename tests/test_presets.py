@@ -15,6 +15,15 @@ def test_every_preset_of_a_published_checkpoint_is_tested():
     assert {name for name, values in experiments.items() if values.get("model", {}).get("base")} == PUBLISHED.keys()
 
 
+def test_a_tenth_of_the_clips_is_shown_without_a_condition_by_published_bases_alone():
+    shares = {
+        name: cli.settings(config.Experiment, name, None, None).train.drop for name in config.presets(cli.PRESETS)
+    }
+    fine_tuning = {*PUBLISHED, "finetune", "paper"}
+    assert all(set(vars(shares[name]).values()) == {0.1} for name in fine_tuning)
+    assert all(set(vars(drop).values()) == {0} for name, drop in shares.items() if name not in fine_tuning)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_fits_the_published_network(name):
     experiment = cli.settings(config.Experiment, name, None, None)

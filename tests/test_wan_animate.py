@@ -74,8 +74,18 @@ def face_video(batch):
     return torch.stack(out)
 
 
+def around(seed=0):
+    """A video that a person is put into, uint8 [1, F, 64, 64, 3], and where, bool [1, F, 64, 64]."""
+    rng = np.random.default_rng(seed)
+    person = np.zeros((1, SHAPE.frames, 64, 64), bool)
+    for frame in range(SHAPE.frames):
+        person[0, frame, 7:50, 3 * frame : 3 * frame + 21] = True
+    return (torch.from_numpy(a) for a in (rng.integers(0, 256, (*person.shape, 3), dtype=np.uint8), person))
+
+
 @torch.no_grad()
-def test_inputs_at_training_are_those_of_the_pipeline(made, monkeypatch):
+@pytest.mark.parametrize("mode", ["animate", "replace"])
+def test_inputs_are_those_of_the_pipeline(made, monkeypatch, mode):
     """Latents, mask, image tokens, pose; of the faces what the motion encoder says, so the prediction is its own."""
     pipe, _ = made
     draw = drawing.draw
@@ -83,14 +93,19 @@ def test_inputs_at_training_are_those_of_the_pipeline(made, monkeypatch):
     denoiser, batch = load(base(made)), batch_of(1)
     assert denoiser.native and denoiser.skeleton == "wan_animate"
     encoded = denoiser.encode(batch)
+    more = {}
+    if mode == "replace":
+        video, person = around()
+        encoded.conditions["background"] = denoiser.background(video, person)
+        more = {"background_video": [Image.fromarray(frame) for frame in video[0].numpy()], "mode": mode}
+        more["mask_video"] = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in person[0].numpy()]
     noise = noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
     first = noise_like(torch.empty(1, 4, 1, 8, 8), torch.tensor([0]), 0)
-    told = []
     (told,) = calls(pipe.transformer, lambda: pipe(
         Image.fromarray(batch.reference[0].numpy()), pictures(drawing.draw(batch.pose, 64, 64, "wan_animate")[0]),
         pictures(face_video(batch)), height=64, width=64, segment_frame_length=9, num_inference_steps=1,
         guidance_scale=1.0, latents=torch.cat([first, noise], dim=2), prompt_embeds=torch.zeros(1, 512, 8),
-        output_type="latent",
+        output_type="latent", **more,
     ))  # fmt: skip
     t = denoiser.process.t(told["timestep"].float())
     (ours,) = calls(denoiser.network, lambda: denoiser.predict(noise, t, encoded.conditions))
@@ -103,6 +118,35 @@ def test_inputs_at_training_are_those_of_the_pipeline(made, monkeypatch):
     assert not torch.allclose(blank, got, atol=1e-2), "faces are to make a difference here"
     (bare,) = pipe.transformer(**told | {"face_pixel_values": torch.full_like(told["face_pixel_values"], -1)})
     torch.testing.assert_close(blank, bare[:, :, 1:], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_background_is_never_withheld_and_the_saved_pipeline_takes_it(made, tmp_path):
+    denoiser, batch = load(base(made)), batch_of(1)
+    video, person = around()
+    encoded = denoiser.encode(batch).conditions | {"background": denoiser.background(video, person)}
+    assert dropping.named(encoded) == ("reference", "pose")
+    assert torch.equal(dropping.without(encoded, [])["background"], encoded["background"])
+    assert not dropping.without(encoded, [])["reference"].any()
+    size = (1, *denoiser.latent_shape(SHAPE))
+    settings = Generate(steps=2, seed=5, reference_guidance=2.0, pose_guidance=3.0)
+    ours = sampling.sample(denoiser, encoded, size, settings, [0])
+    assert sampling.sample(denoiser, encoded, size, settings, [0], window=2).isfinite().all()
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = noise_like(torch.empty(size), torch.tensor([0]), 5)
+    run = {"latents": noise, "num_inference_steps": 2, "output_type": "latent"}
+    run |= {"reference_guidance": 2.0, "pose_guidance": 3.0}
+    cut, _ = faces.cut(faces.Faces(yuv420_to_rgb(batch.video), batch.pose), 16)
+    given = (batch.reference[0], drawing.draw(batch.pose[0], 64, 64, "wan_animate"))
+    theirs = pipe(*given, face=cut[0], background=video[0], mask=person[0], **run).frames
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(pipe(*given, face=cut[0], **run).frames, ours, atol=1e-3)
+    with pytest.raises(ValueError, match="belong together"):
+        pipe(*given, face=cut[0], background=video[0], **run)
 
 
 @torch.no_grad()

@@ -72,6 +72,10 @@ class Denoiser(Protocol):
         """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]; last, as
         the reference: the last frame, and faces: where they are, of networks that see that."""
 
+    def background(self, video: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+        """The condition `background`, of networks that put a person into a video (`model.family=wan_animate`): video
+        uint8 [B, F, H, W, 3] and, bool [B, F, H, W], where in it the person is to be."""
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].
 

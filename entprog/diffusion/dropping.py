@@ -16,6 +16,10 @@ BELONGS = {"image": "reference", "pooled": "text", "face": "pose"}
 """Conditions that are there exactly where another one is: image tokens of the reference, a caption's pooled text, what
 a face does beside the pose."""
 
+ALWAYS = ("text", "background")
+"""Conditions that guidance never withholds: a text is what both of its predictions are of, and so is what lies around a
+person that is replaced."""
+
 
 def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:
     """The batch with each condition withheld from a share of its clips, independently of the other conditions.
@@ -42,12 +46,12 @@ def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latent
 
 
 def without(conditions: dict[str, torch.Tensor], shown: Collection[str]) -> dict[str, torch.Tensor]:
-    """The conditions as they are seen where only those named in `shown` are given, and the text: the others are zeros,
-    as in `dropped`."""
-    kept = {name for name in conditions if BELONGS.get(name, name) in (*shown, "text")}
+    """The conditions as they are seen where only those named in `shown` are given, and those of ALWAYS: the others are
+    zeros, as in `dropped`."""
+    kept = {name for name in conditions if BELONGS.get(name, name) in (*shown, *ALWAYS)}
     return {name: value if name in kept else torch.zeros_like(value) for name, value in conditions.items()}
 
 
 def named(conditions: dict[str, torch.Tensor]) -> tuple[str, ...]:
     """The conditions that guidance has a strength for."""
-    return tuple(name for name in conditions if name not in ("text", *BELONGS))
+    return tuple(name for name in conditions if name not in (*ALWAYS, *BELONGS))

@@ -61,6 +61,8 @@ class VideoDenoiser:
     """Folders of the base that TEXT_PIPELINE encodes them with."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
+    REPLACES: ClassVar[bool] = False
+    """Whether its published networks have a place for a video that a person is put into (condition `background`)."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
     """How poses are drawn for its published networks, which have seen no others; `limbs` where they have seen none."""
     FIXED: ClassVar[dict[str, str]] = {}

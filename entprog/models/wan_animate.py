@@ -2,7 +2,7 @@
 
 The reference is a latent frame of its own before the clip's, marked as given; the drawn pose has a patch embedding of
 its own (`entprog.models.reference_frame`). Nothing is widened. As in diffusers' pipeline for its mode "animate", first
-segment.
+segment; with the condition `background`, which `generate` alone has, for its mode "replace".
 
 Faces are cut out of the clip where its pose has their points (`entprog.media.faces`), and what the network's motion
 encoder, which is never trained, says of them is the condition `face`: it is dropped with the pose. A frame without a
@@ -61,6 +61,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
 
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
+    REPLACES = True
     SKELETON = styles.WAN_ANIMATE
     MORE: ClassVar[dict[str, tuple[str, str]]] = IMAGE_PARTS
 
@@ -116,6 +117,20 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
             out["face"] = self._motion(faces, *pose.shape[:2])
         return out
 
+    @torch.no_grad()
+    def background(self, video: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+        """What is given of a clip whose person is replaced, [B, 4 + C, F', H', W']: for each of a latent frame's frames
+        1 where it is to be kept, and the video's latents.
+
+        video uint8 [B, F, H, W, 3]; person bool [B, F, H, W]: where the person is to be. The first latent frame stands
+        for one frame, four times."""
+        pixels = video.to(self.device).movedim(-1, 1).float() / 127.5 - 1
+        spatial = self._geometry.spatial
+        kept = (~person.to(self.device)[:, :, ::spatial, ::spatial]).float()
+        kept = torch.cat([kept[:, :1].expand(-1, TEMPORAL - 1, -1, -1), kept], dim=1)
+        kept = kept.unflatten(1, (-1, TEMPORAL)).transpose(1, 2)
+        return torch.cat([kept, self.latents(pixels)], dim=1)
+
     def _motion(self, faces: Faces | None, clips: int, frames: int) -> torch.Tensor:
         """What faces do, [B, 4 (width + 1), F', 1, 1]: of each of a latent frame's frames the encoder's vector and 1;
         zeros where no face is seen, and before the first frame, which has a latent frame of its own."""
@@ -136,9 +151,11 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         reference, pose = conditions["reference"][:, :, :1], conditions["pose"]
         latents = self.led(noisy, reference, t)
-        given = torch.cat([reference, self.nothing(noisy)], dim=2)
-        mask = torch.zeros_like(latents[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
-        mask[:, :, 0] = 1
+        around = conditions.get("background")
+        if around is None:
+            around = torch.cat([noisy.new_zeros(1).expand(_mask(noisy)), self.nothing(noisy)], dim=1)
+        first = torch.cat([noisy.new_ones(1).expand(_mask(reference)), reference], dim=1)
+        given = torch.cat([first, around], dim=2)
         frames = TEMPORAL * (noisy.shape[2] - 1) + 1
         faces, encode = noisy.new_zeros(len(noisy), 1, frames, 1, 1), self._no_motion
         if "face" in conditions:  # its encoder has seen them: each is a number among what that said
@@ -150,7 +167,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
             images = self.image.repeat(len(noisy), 1, 1)
         with self.in_its_type(), replaced({self.network.motion_encoder: encode}):
             (velocity,) = self.network(
-                hidden_states=torch.cat([latents, mask, given], dim=1),
+                hidden_states=torch.cat([latents, given], dim=1),
                 timestep=self.process.timestep(t),
                 encoder_hidden_states=texts.spread(conditions.get("text", self.text), len(noisy)),
                 encoder_hidden_states_image=images,
@@ -201,6 +218,11 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         motion = {name: value.clone() for name, value in network.motion_encoder.state_dict().items()}
         super().initialise(network)
         network.motion_encoder.load_state_dict(motion)
+
+
+def _mask(latents: torch.Tensor) -> tuple[int, ...]:
+    """Size of the mask beside latents [B, C, F', H', W']."""
+    return len(latents), MASK_CHANNELS, *latents.shape[2:]
 
 
 inspect = partial(sources.inspect, WanAnimateDenoiser)

@@ -33,6 +33,14 @@ class Checkpoint:
         """Whether it sees the clip's last frame."""
         return self.about.get("last_frame", False)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether it has a place for a video that a person is put into."""
+        from entprog import models
+
+        able = models.family(self.about["family"]).load.args[0].REPLACES
+        return able and bool(self.about.get("native")) and self.about["vae"]
+
     def faceless(self, motions) -> str:
         """What it is shown no face in, in words; empty where it sees one in every motion, or none at all."""
         without = sum(len(motion.pose[0]) != wholebody.POINTS or motion.video is None for motion in motions)

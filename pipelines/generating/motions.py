@@ -3,9 +3,8 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.names import plain
-from entprog.preparing import cutting, inputs, windows
+from entprog.preparing import inputs
 from pipelines import cli
+from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
 
 VIDEOS = inputs.SUFFIXES
@@ -53,16 +53,25 @@ class Motion:
     last: np.ndarray | None = None
     """uint8 RGB [H, W, 3]: the last frame that is asked for. None: the truth's, where that is there."""
 
+    background: np.ndarray | None = None
+    """uint8 RGB [F, H, W, 3]: the video that the person is put into. None: there is none."""
+    person: np.ndarray | None = None
+    """bool [F, H, W]: where in it; None without it."""
+
     @property
     def last_frame(self) -> np.ndarray | None:
         """What a network sees that is shown the last frame; None: nothing says it."""
         truth = self.video is not None and self.video_title == TRUTH
         return self.video[-1] if self.last is None and truth else self.last
 
+    @property
+    def _scene(self) -> tuple[np.ndarray | None, ...]:
+        return self.background, self.person
+
     def digest(self) -> str:
         """Hash of everything that decides what the clip shows."""
         found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
-        for array in (self.reference, self.pose, self.video, self.driver, self.last):
+        for array in (self.reference, self.pose, self.video, self.driver, self.last, *self._scene):
             if array is not None:
                 found.update(repr(array.shape).encode())
                 found.update(np.ascontiguousarray(array).data)
@@ -119,7 +128,8 @@ class Room:
         """Count what was read; a motion that may go on after it is named."""
         if frames == self.left < wanted:
             seconds = frames / self.shape.fps
-            _warn(f"{path}: cut to {frames} frames ({seconds:g} s), the most for generate.max_bytes={self.max_bytes}")
+            most = f"the most for generate.max_bytes={self.max_bytes}"
+            driving.warn(f"{path}: cut to {frames} frames ({seconds:g} s), {most}")
         self.left -= frames
 
 
@@ -269,62 +279,6 @@ def read_pose(
     return points[posefile.nearest_rows(chosen, shape.fps, rate).clip(max=len(points) - 1)].astype(np.float32)
 
 
-def driving_clip(
-    path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, most: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The person in a video: (pose float32 [F, 33 or 133, 3] in the crop, its frames uint8 RGB [F, H, W, 3]).
-
-    F: of the clip's length, or up to `most`. One crop for the whole clip, as `pipelines.prepare` makes it, around the
-    foremost of several people. Raises UserError if there is no such clip in it, or if it is over `crop`'s limits.
-    """
-    bounds = limits.of(crop)
-    end_s = start_s + ((most or shape.frames) - 0.5) / shape.fps
-    span = {"fps": shape.fps, "start_s": start_s, "end_s": end_s}
-    try:
-        info = videos.probe(path, bounds)
-        read = partial(videos.iter_frames, path, **span, limits=bounds, order=videos.field_order(path, bounds))
-        estimator, several = poses.estimator(crop), []
-        # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
-        track = estimator.track(_watched(estimator, (frame for _, frame in read(quick=True)), several))
-        if len(track) < shape.frames:
-            raise UserError(
-                f"--video: {path} has {len(track)} frames from {start_s:g} s on at {shape.fps:g} fps, "
-                f"a clip has {shape.frames}"
-            )
-        found = poses.found(track)
-        box = person_box(track, info.height, info.width, shape, crop) if found.any() else None
-        if box is None:
-            raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
-        if not found.all():
-            _warn(f"the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
-        if np.mean(several) >= cutting.PEOPLE_SHARE:
-            _warn(f"several people are in {path}: the foremost is followed")
-        cut, count = np.empty((len(track), shape.height, shape.width, 3), np.uint8), 0
-        for _, frame in read(crop=box, size=(shape.height, shape.width)):
-            cut[min(count, len(cut) - 1)] = frame
-            count += 1
-    except videos.VideoError as error:
-        raise UserError(f"--video: {error}") from None
-    except MemoryError:
-        raise UserError(f"--video: {path} does not fit into memory: take less of it with --seconds") from None
-    if count != len(track):
-        raise UserError(f"--video: {path} was changed while it was read")
-    return windows.to_crop(track, box, info.height, info.width), cut
-
-
-def _watched(estimator, frames: Iterable[np.ndarray], several: list[bool]) -> Iterator[np.ndarray]:
-    """The frames; whether the detector, asked anew, sees several people in each goes into `several`."""
-    for i, frame in enumerate(frames):
-        # Every other frame is enough to tell, and half the cost.
-        several.append(_several(estimator, frame) if i % 2 == 0 else several[-1])
-        yield frame
-
-
-def _several(estimator, frame: np.ndarray) -> bool:
-    people = estimator.detect(frame)
-    return sum(person.radius >= cutting.PEOPLE_SIZE * people[0].radius for person in people) > 1
-
-
 def read_picture(path: Path, crop: Prepare, option: str = "--reference") -> np.ndarray:
     """A picture that an option names, as it is: uint8 RGB [H, W, 3]. Raises UserError if it is none, or larger than the
     limits."""
@@ -348,22 +302,13 @@ def reference_image(path: Path, shape: ClipShape, crop: Prepare, option: str = "
         return picture
     estimator = poses.estimator(crop)
     track = estimator.track([picture])
-    box = person_box(track, height, width, shape, crop) if poses.found(track).any() else None
+    box = driving.person_box(track, height, width, shape, crop) if poses.found(track).any() else None
     if box is None:
-        _warn(f"nobody was found in {path}: its middle is taken")
+        driving.warn(f"nobody was found in {path}: its middle is taken")
         high = min(height, round(width * shape.height / shape.width))
         wide = min(width, round(height * shape.width / shape.height))
         box = ((width - wide) // 2, (height - high) // 2, wide, high)
-    elif _several(estimator, picture):
-        _warn(f"several people are in {path}: the foremost is taken")
+    elif driving.several_in(estimator, picture):
+        driving.warn(f"several people are in {path}: the foremost is taken")
     left, top, wide, high = box
     return videos.scale(picture[top : top + high, left : left + wide], (shape.height, shape.width))
-
-
-def _warn(message: str) -> None:
-    cli.console.print(f"warning: {message}")
-
-
-def person_box(track: np.ndarray, height: int, width: int, shape: ClipShape, crop: Prepare) -> windows.Box | None:
-    """What is cut out around the person of a track [F, 33 or 133, 3] for clips of a shape; None: no visible point."""
-    return windows.person_box(track, height, width, shape.width / shape.height, crop.margin, crop.point_visibility)

@@ -44,6 +44,9 @@ def make(
     given = [_stacked(motion.reference for motion in motions), _stacked(motion.pose for motion in motions)]
     last = _stacked(motion.last_frame for motion in motions) if denoiser.last else None
     conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.native else None)
+    if motions[0].background is not None:
+        scene = (_stacked(getattr(motion, name) for motion in motions) for name in ("background", "person"))
+        conditions["background"] = denoiser.background(*scene)
     if without:
         conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})
@@ -68,7 +71,8 @@ def _faces(motions: Sequence[Motion]) -> Faces | None:
 def fitting(denoiser: Denoiser, motion: Motion, shape: ClipShape) -> Motion:
     """The motion cut to a number of frames that the VAE's groups of frames make up."""
     frames = max(shape.frames, denoiser.whole_frames(len(motion.pose)))
-    cut = {name: part[:frames] for name in ("pose", "video", "driver") if (part := getattr(motion, name)) is not None}
+    timed = ("pose", "video", "driver", "background", "person")
+    cut = {name: part[:frames] for name in timed if (part := getattr(motion, name)) is not None}
     return replace(motion, **cut)
 
 

@@ -12,7 +12,7 @@ from entprog.media import pose as poses
 from entprog.media import retarget, wholebody
 from entprog.preparing import windows
 from pipelines import cli
-from pipelines.generating import motions
+from pipelines.generating import driving, motions
 from pipelines.generating.motions import Motion
 
 SHOWN = 8
@@ -32,7 +32,7 @@ def own_pose(path: Path, shape: ClipShape, crop: Prepare) -> np.ndarray:
     height, width = picture.shape[:2]
     track, box = poses.estimator(crop).track([picture]), (0, 0, width, height)
     if poses.found(track).all() and (height, width) != (shape.height, shape.width):
-        box = motions.person_box(track, height, width, shape, crop)
+        box = driving.person_box(track, height, width, shape, crop)
     if not poses.found(track).all() or box is None:
         raise UserError(_nobody(str(path)))
     return windows.to_crop(track, box, height, width)[0]

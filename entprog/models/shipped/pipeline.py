@@ -155,6 +155,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         last=None,
         face=None,
         pooled_prompt_embeds=None,
+        background=None,
+        mask=None,
     ):
         """One clip.
 
@@ -165,6 +167,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         mask leaves out.
         last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
         as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
+        background, mask: as many frames of a video that the person is put into, and of where: pictures in black and
+        white, or bool [F, H, W], of networks of Wan-Animate.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
         if last is not None and self.config.form != LAST_FRAME:
@@ -198,6 +202,10 @@ class ReferencePosePipeline(DiffusionPipeline):
             side = self.transformer.motion_encoder.size
             faces = torch.nn.functional.interpolate(pixels(face)[0].transpose(0, 1), (side, side), mode="bilinear")
             shown["face"] = faces.transpose(0, 1)[None].to(device)
+        if background is not None or mask is not None:
+            if self.config.form != FACES or background is None or mask is None:
+                raise ValueError("background and mask belong together, and to networks of Wan-Animate")
+            shown["background"] = self.around(pixels(background).to(device), where(mask).to(device))
         if takes_tokens(self.config.form, self.transformer):
             shown["image"] = torch.cat([self.tokens(end) for end in ends], dim=1)
         if self.config.form in FIRST_FRAMES:
@@ -239,7 +247,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             prediction = torch.zeros_like(latents)
             for kept, share in passes.items():
                 visible = {
-                    name: v if BELONGS.get(name, name) in kept else v * 0 + NOTHING.get(name, 0)
+                    name: v if BELONGS.get(name, name) in (*kept, "background") else v * 0 + NOTHING.get(name, 0)
                     for name, v in shown.items()
                 }
                 prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
@@ -268,10 +276,11 @@ class ReferencePosePipeline(DiffusionPipeline):
             if unused:  # an image-to-video base's own image, as if none was given
                 inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
         dtype, family = network.dtype, self.config.family
-        text = text | {name: shown[name] for name in BELONGS if name in shown}
+        text = text | {name: shown[name] for name in (*BELONGS, "background") if name in shown}
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
         if family == "wan_animate":
-            return self.wan_animate(*inputs, timestep, text[PROMPT], text.get("image"), text.get("face")).float()
+            more = [text.get(name) for name in ("image", "face", "background")]
+            return self.wan_animate(*inputs, timestep, text[PROMPT], *more).float()
         if family == "wan_vace":
             noisy, *reference, pose = inputs
             return self.wan_vace(network, noisy, pose, timestep, text[PROMPT], *reference).float()
@@ -282,19 +291,28 @@ class ReferencePosePipeline(DiffusionPipeline):
         out = call[family](network, torch.cat(inputs, dim=1), timestep, text[PROMPT], text)
         return free * out[:, : latents.shape[1]].float()  # Latte may have channels for a learned variance after them
 
-    def wan_animate(self, noisy, reference, pose, timestep, text, image=None, face=None):
+    def around(self, video, person):
+        """What is given of a video [1, 3, F, H, W] whose person, bool [F, H, W], is replaced: a mask of what is kept,
+        four frames to a latent one, of which the first counts four times, and latents."""
+        spatial = self.config.compression[1]
+        kept = (~person[:, ::spatial, ::spatial]).float()
+        kept = torch.cat([kept[:1].expand(3, -1, -1), kept]).unflatten(0, (-1, 4)).transpose(0, 1)
+        return torch.cat([kept[None], self.encode(video)], dim=1)
+
+    def wan_animate(self, noisy, reference, pose, timestep, text, image=None, face=None, background=None):
         """The reference is a frame of its own before the clip's, noised along with it; a face that is not there is -1
         everywhere."""
         network, reference = self.network, reference[:, :, :1]
         latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
-        given = torch.cat([reference, self.nothing(noisy)], dim=2)
-        mask = torch.zeros_like(latents[:, :1]).repeat(1, 4, 1, 1, 1)
-        mask[:, :, 0] = 1
+        if background is None:
+            background = torch.cat([noisy.new_zeros(1, 4, *noisy.shape[2:]), self.nothing(noisy)], dim=1)
+        first = torch.cat([torch.ones_like(reference[:, :1]).repeat(1, 4, 1, 1, 1), reference], dim=1)
+        given = torch.cat([first, background], dim=2)
         side = network.motion_encoder.size
         if face is None:
             face = noisy.new_full((1, 3, 4 * (noisy.shape[2] - 1) + 1, side, side), -1.0)
         (velocity,) = network(
-            hidden_states=torch.cat([latents, mask, given], dim=1),
+            hidden_states=torch.cat([latents, given], dim=1),
             timestep=timestep,
             encoder_hidden_states=text,
             encoder_hidden_states_image=no_image(network.config).to(noisy) if image is None else image,
@@ -565,6 +583,13 @@ def pixels(given):
     if video.ndim == 3:
         video = video[None]
     return video.transpose(0, 1)[None].float()
+
+
+def where(mask):
+    """Pictures in black and white, or bool [F, H, W] → bool [F, H, W], True where they are white."""
+    if isinstance(mask, list | tuple):
+        return torch.from_numpy(np.stack([np.asarray(frame.convert("L")) for frame in mask])) >= 128
+    return torch.as_tensor(mask).bool()
 
 
 def shaped(video, output_type):
