@@ -385,7 +385,7 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     else:
         memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
         try:
-            with local.closed() as private:
+            with local.closed() as private, local.alone(heard=dashboard or verbose):
                 ray.init(
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, cpus),

@@ -21,15 +21,14 @@ from entprog.schedule import plans
 from entprog.storage import Place, Where
 from entprog.training import checkpoint
 from pipelines import cli
-from pipelines.cluster import launch, stalls
+from pipelines.cluster import launch, ray_internals, stalls
 from pipelines.outputs import claim
-from pipelines.tracking import registry, stages
-from pipelines.tracking.store import tracking_uri
+from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
 from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
-from pipelines.training.startup import Startup, import_beside
+from pipelines.training.startup import Startup
 
 app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
@@ -80,7 +79,7 @@ def main(
         cli.check_tables(tables)
         parts = claimed(experiment, output)
         clock.over("checks")
-        import_beside("mlflow")  # whose seconds pass while Ray's processes start
+        startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
             return run(experiment, output, parts=parts, tables=tables, clock=clock)
@@ -181,6 +180,7 @@ def run(
         deliver_pending(output)
         cli.console.print(f"Already finished: {output} (another --output for a new run).")
         return json.loads(finished.read_text())["result"]
+    ray_internals.begin_data_actors()
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     if line := outline.poses(dataset, source):
@@ -193,7 +193,7 @@ def run(
         checkpoint.check_owner(place, key)
     if experiment.in_fp8 and not gpus:
         fp8.check_device(torch.device("cpu"))
-    uri, weights = tracking_uri(), fingerprints.base(experiment.model)
+    uri, weights = store.tracking_uri(), fingerprints.base(experiment.model)
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
@@ -220,7 +220,7 @@ def run(
     }
     startup_s: dict[str, float] = {}
     try:
-        with Display(experiment) as display, stalls.watched(lambda line: on_item({"warning": line})) as store:
+        with Display(experiment) as display, stalls.watched(lambda line: on_item({"warning": line})) as watch:
 
             def on_item(item: dict[str, Any]) -> None:
                 if "warning" in item:
@@ -248,10 +248,10 @@ def run(
         }
         encodes = source.vae is not None and result["stalls"]["encode_s"] > 0  # not from cached latents
         message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, encodes)
-        result |= {"advice": message, **store.figures()}
+        result |= {"advice": message, **watch.figures()}
         model_card.write(output / "model", experiment.name, experiment, result)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
-        tracker.summary(report.final(result) | result["stalls"] | store.figures())
+        tracker.summary(report.final(result) | result["stalls"] | watch.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})
         if name := experiment.tracking.model_name:
             version = registry.register(tracker, name, output / "model", experiment.data.shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from ray import cloudpickle
+from ray._private.node import Node
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.torch import config as torch_backend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -82,6 +83,17 @@ print(*sorted({{"torch", "diffusers", "mlflow"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
+
+
+def test_a_ray_that_nobody_looks_at_starts_without_what_is_to_be_looked_at():
+    head = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
+    assert all(f"self.{name}(" in head for name in ray_internals.UNHEARD)
+    before = dict(vars(Node))
+    with ray_internals.quietly():
+        changed = {name for name, value in vars(Node).items() if value is not before[name]}
+        assert changed == set(ray_internals.UNHEARD)
+        assert Node.start_api_server(None, include_dashboard=False, raise_on_failure=False) is None
+    assert dict(vars(Node)) == before
 
 
 def test_ray_train_says_that_its_workers_found_no_room():

@@ -29,6 +29,7 @@ from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import Server
 from pipelines import cli, score, train
+from pipelines.cluster import ray_internals
 from pipelines.tracking import store as mlflow_store
 from pipelines.training import steplog
 
@@ -93,6 +94,16 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     shown = steplog.lines_of(output / steplog.PREVIEWS)
     assert [line["step"] for line in shown] == [8, 16] and (output / "previews" / "index.html").is_file()
     assert all((output / video).is_file() for line in shown for video in line["videos"])
+
+
+def test_actors_that_nothing_needs_are_not_started_and_those_to_come_are_begun_early(local_ray):
+    trainer = ray_internals.torch_trainer()(print)
+    plain = super(type(trainer), trainer)._create_default_callbacks()
+    left_out = {type(each) for each in plain} - {type(each) for each in trainer._create_default_callbacks()}
+    assert {each.__name__ for each in left_out} == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    ray_internals.begin_data_actors()
+    there = {each["name"] for each in local_ray.util.list_named_actors(all_namespaces=True)}
+    assert {"AutoscalingCoordinator", "datasets_stats_actor"} <= there
 
 
 def test_mlflow_has_the_run(undisturbed, place):

@@ -184,6 +184,9 @@ def _located(path: str | None) -> str | None:
 def training(settings: dict[str, Any]) -> None:
     """What workers run that train."""
     with pipelines.importing():  # here: their controller unpickles this function, and needs no network for it
+        from pipelines.stream import feed
+
+        feed.begin()
         from pipelines.training import worker
 
     worker.train(settings)
@@ -280,11 +283,10 @@ def _attempt(
 ) -> Exception | None:
     """One group of workers from its start to its end; why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipelines.cluster import stopping
 
-    trainer = TorchTrainer(
+    trainer = ray_internals.torch_trainer()(
         worker,
         train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
         torch_config=ray_internals.torch_config("nccl" if gpus else "gloo", prepare=stopping.listen),

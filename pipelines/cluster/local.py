@@ -6,7 +6,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from entprog.errors import UserError
@@ -24,6 +24,12 @@ def closed() -> Iterator[dict[str, str]]:
     _own(folder, 0o700, "name a folder of yours in RAY_TMPDIR")
     with ray_internals.on_loopback():
         yield {"_temp_dir": str(folder / "ray")}  # in a folder of ours: Ray opens its own to everyone
+
+
+def alone(*, heard: bool) -> AbstractContextManager[None]:
+    """A Ray that starts inside the block has those processes alone that work needs, unless a person is to hear of it:
+    by a dashboard, or what its processes say."""
+    return nullcontext() if heard else ray_internals.quietly()
 
 
 def token() -> Path | None:

@@ -154,6 +154,63 @@ def torch_config(backend: str, prepare: Callable[[], None]):
     return Config()
 
 
+UNHEARD = ("start_monitor", "start_api_server", "start_log_monitor")
+"""What starts processes of a head's that nobody hears: of its autoscaler, its dashboard and those who follow logs."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A Ray that starts inside the block starts none of UNHEARD: two seconds of CPU, for the half of which `ray.init`
+    waits. Where Ray names them otherwise, it starts them."""
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in UNHEARD if hasattr(Node, name)}
+    for name in before:
+        setattr(Node, name, lambda self, **_: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
+
+
+def torch_trainer():
+    """Ray Train's TorchTrainer without two actors that it has for what does not happen here, a second and a half of CPU
+    each: one shares out data sets, which workers open themselves; the other gives back what a controller that was
+    killed had reserved. For a driver `launch` does that; trials of a sweep, which share a job, keep it."""
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self):
+            unused = unused_callbacks()
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+    return Trainer
+
+
+def unused_callbacks() -> tuple[type, ...]:
+    """Classes of the callbacks that start those actors; () where Ray names them otherwise."""
+    with suppress(ImportError):
+        from ray.train.v2._internal.callbacks import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+        return (DatasetsCallback, PlacementGroupCleanerCallback) if is_driver() else (DatasetsCallback,)
+    return ()
+
+
+def begin_data_actors() -> None:
+    """Have Ray start two actors now which Ray Train and Ray Data ask for later, one after the other, and wait for: the
+    one that they tell what they need, and the one of Ray Data's statistics. Nothing where Ray names them otherwise."""
+    with suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        get_or_create_autoscaling_coordinator()
+        get_or_create_stats_actor()
+
+
 LEAVE_S = 30.0
 """How long ranks may take to leave their process group."""
 

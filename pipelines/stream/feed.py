@@ -163,6 +163,19 @@ def _read_latents(cache: latents.Cache, poses: Callable[[np.ndarray], np.ndarray
     return latents.read(cache, clips) | ({} if poses is None else {"pose": poses(clips)})
 
 
+def begin() -> None:
+    """Have Ray start the process of this reader's tasks, with all that they import, while the reader gets ready."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_begin).remote()
+
+
+def _begin() -> None:
+    import ray.data  # noqa: F401  this module is there already
+
+
 def _batches(
     read: Read,
     collate: Callable[[Arrays], object],

@@ -71,6 +71,14 @@ def connect(uri: str):
         return MlflowClient(tracking_uri=uri)
 
 
+def make_ready() -> None:
+    """Import MLflow and make a SQLite store that is not there yet, its tables too: three seconds, in a thread beside
+    what else is to be done first. Raises what `connect` raises."""
+    uri = tracking_uri()
+    with alone(uri):
+        connect(uri)
+
+
 @contextlib.contextmanager
 def alone(uri: str) -> Iterator[None]:
     """One process at a time: two that create a SQLite store at once destroy each other's migration."""

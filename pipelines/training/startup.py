@@ -1,10 +1,11 @@
 """Seconds from a command to its first step, by part: what a person waits for before anything is learnt."""
 
-import importlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 
@@ -29,9 +30,17 @@ class Startup:
         self.marks.append((part, time.time()))
 
 
-def import_beside(module: str) -> None:
-    """Import a module in a thread. Who needs it before that is done waits for the rest of it."""
-    threading.Thread(target=importlib.import_module, args=(module,), name=f"import {module}", daemon=True).start()
+def beside(work: Callable[[], Any]) -> threading.Thread:
+    """Do in a thread what is done anyway, and sooner by then: who needs it meanwhile waits for the rest of it, and who
+    comes after one that failed tells of it."""
+
+    def doing() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=doing, name="beside", daemon=True)
+    thread.start()
+    return thread
 
 
 def seconds(begun: float, marks: Sequence[Mark], waited_s: float) -> dict[str, float]:
