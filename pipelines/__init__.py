@@ -1,5 +1,6 @@
 """Jobs that a person submits to a Ray cluster, one verb a file."""
 
+import atexit
 import gc
 import os
 import sys
@@ -29,6 +30,9 @@ def imported() -> None:
         gc.freeze()
         gc.enable()
 
+
+# Python looks for garbage among all that is there once more when it ends: a second or more after torch and diffusers.
+atexit.register(gc.freeze)
 
 if sys.argv[:1] == ["-m"]:  # as Python has it while `python -m pipelines.VERB` imports this, before the verb
     gc.disable()  # until `cli.run`

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import subprocess
 import sys
 import threading
 
@@ -64,6 +65,12 @@ def test_garbage_is_looked_for_again_after_imports_that_fail():
         assert not gc.isenabled()
         importlib.import_module("pipelines.nothing_of_this_name")
     assert gc.isenabled()
+
+
+def test_garbage_is_not_looked_for_when_a_process_ends():
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import pipelines"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000
 
 
 def test_a_package_imported_by_others_leaves_garbage_alone(monkeypatch):
