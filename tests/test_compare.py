@@ -21,6 +21,7 @@ from entprog import config
 from entprog.errors import UserError
 from entprog.media import h264
 from entprog.training import curves
+from helpers import stores
 from helpers.networks import tiny_experiment
 from helpers.runs import Run
 from pipelines import charts, compare
@@ -86,7 +87,7 @@ def store(tmp_path_factory):
     """Two groups of two seeds that can be compared, in a store of their own: {name: run id}."""
     folder = tmp_path_factory.mktemp("compare")
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     ids = {}
     for kind in ("full", "entprog"):
         for seed in (0, 1):

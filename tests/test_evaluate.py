@@ -17,6 +17,7 @@ from entprog.errors import UserError
 from entprog.models.wan import load
 from entprog.quality.card import unlike
 from entprog.quality.metrics import Meter
+from helpers import stores
 from pipelines import cli, evaluate, generate
 from pipelines.generating import judging, motions
 from pipelines.tracking.store import connect, tracking_uri
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", stores.made(tmp_path))
 
 
 def how(**generate) -> Evaluation:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from entprog import models
 from entprog.config import ClipShape
 from entprog.media import h264
+from helpers import stores
 from helpers.families import TINY
 from helpers.real_clips import row, write
 from pipelines import compare, evaluate, generate, train
@@ -34,7 +35,7 @@ def place(tmp_path_factory, local_ray):
     """A working folder with MLflow's store and shards of real clips in it."""
     folder = tmp_path_factory.mktemp("families")
     before = Path.cwd()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     os.chdir(folder)
     splits = {"train": [[row("cam01", "train", start_s, SHAPE) for start_s in (0.0, 0.3)]]}
     splits["held_out"] = [[row("cam04", "held_out", start_s, SHAPE) for start_s in (0.0, 0.3)]]

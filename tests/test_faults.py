@@ -21,6 +21,7 @@ from ray.util import placement_group, placement_group_table
 from entprog import config
 from entprog.errors import UserError
 from entprog.training import checkpoint
+from helpers import stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
@@ -92,7 +93,7 @@ class Nodes:
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     before, cwd = dict(os.environ), Path.cwd()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for the nodes' workers
     os.chdir(folder)
     nodes = Nodes()

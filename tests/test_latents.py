@@ -23,7 +23,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.models import fingerprints
-from helpers import families, real_clips
+from helpers import families, real_clips, stores
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY
 from pipelines import prepare, train
@@ -310,7 +310,7 @@ def test_a_long_run_without_a_cache_is_told_what_encoding_costs(settings, said):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, local_ray):
     folder = tmp_path_factory.mktemp("latents")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     yield folder
     del os.environ["MLFLOW_TRACKING_URI"]
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from entprog import config
 from entprog.errors import UserError
 from entprog.schedule import plans
-from helpers import real_clips
+from helpers import real_clips, stores
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run
@@ -47,7 +47,7 @@ SETTINGS = {
 def place(tmp_path_factory):
     """A working folder with MLflow's store and shards of two real videos."""
     folder = tmp_path_factory.mktemp("phases")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     before = Path.cwd()
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))

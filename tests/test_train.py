@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from entprog import config
 from entprog.models import whole as whole_folder
 from entprog.training import checkpoint
+from helpers import stores
 from helpers.commands import SETTINGS, Command, when_at
 from helpers.people import two_people
 from helpers.processes import running
@@ -40,7 +41,7 @@ WIDE = {"COLUMNS": "400"}
 def place(tmp_path_factory, local_ray):
     """A working folder with MLflow's store in it."""
     folder = tmp_path_factory.mktemp("train")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     before = Path.cwd()
     os.chdir(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from entprog import config
 from entprog.errors import UserError
+from helpers import stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from pipelines import train, tune
@@ -35,7 +36,7 @@ TRIALS = {
 def place(tmp_path_factory, local_ray):
     """A working folder with MLflow's store, settings and shards in it."""
     folder = tmp_path_factory.mktemp("tune")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = stores.made(folder)
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     before = Path.cwd()
     os.chdir(folder)
