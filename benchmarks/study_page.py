@@ -145,15 +145,16 @@ TOLD = ("paper", "progressive", "rotating", "rotating_routed", "past")
 
 def verdict(arms: Mapping[str, Any]) -> str:
     """What the numbers say, in sentences made of them."""
-    said = [f"**{arms[name]['title']}**: {in_words(arms[name])}." for name in TOLD if name in arms]
     losses = {name: arm["held_out_loss"] for name, arm in arms.items()}
     titles = {name: arm["title"].removeprefix("… ") for name, arm in arms.items()}
-    others = [name for name in arms if name != "full"]
+    said = [f"**{titles[name]}**: {in_words(arms[name])}." for name in TOLD if name in arms]
+    others = [name for name, arm in arms.items() if name != "full" and len(arm["seeds"]) >= FEWEST_SEEDS]
     if others:
         best = min(others, key=losses.get)
         said.append(
-            f"Lowest mean loss of all arms but full training: {titles[best]}, {losses[best]:.4f} against "
-            f"{losses['full']:.4f}{'' if losses[best] < losses['full'] else ': no arm beat plain training'}."
+            f"Lowest mean loss of all arms but full training with {FEWEST_SEEDS} seeds or more: {titles[best]}, "
+            f"{losses[best]:.4f} against {losses['full']:.4f}"
+            f"{'' if losses[best] < losses['full'] else ': no arm beat plain training'}."
         )
     changes = [name for name in arms if name.startswith("past_")]
     if "past" in arms and changes:
@@ -268,7 +269,7 @@ def _beside(arm: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
         "× as soon as the other at its final loss": _each([study_figures.sooner(*both, "spent") for both in against]),
         "loss": each(lambda of: of["held_out_losses"], ".4f"),
         "steps": each(lambda of: [curve[-1]["step"] for curve in of["curves"]], ".0f"),
-        **{name: each(lambda of, name=name: of["quality"][name]["by_seed"], ".3g") for name in arm["quality"]},
+        **{name: each(lambda of, name=name: of["quality"][name]["by_seed"], ".4g") for name in arm["quality"]},
     }
 
 

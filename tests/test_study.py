@@ -316,7 +316,10 @@ def test_an_arm_is_shown_beside_the_one_whose_rate_it_took_and_without_seconds_o
     line = study_page.beside_own(arms).splitlines()[-1]
     assert "| 1, 2 |" in line and "| 0.3600, 0.3700 (0.3100, 0.3200) |" in line
     (row,) = [line for line in study_page.table(arms).splitlines() if "half of the tokens" in line]
-    assert row.count("| – |") == 2 and "half of the tokens" in study_page.verdict(arms)
+    assert row.count("| – |") == 2
+    told = study_page.verdict({**arms, "rotating_routed": {**arms["rotating_routed"], "held_out_loss": 0.1}})
+    assert "half of the tokens while clips are small**: " in told
+    assert "3 seeds or more: half resolution for two thirds" in told  # two seeds are no mean of three
     assert "half of the tokens" not in study_page.beside_own({"full": arms["full"], "rotating": arms["rotating"]})
 
 
