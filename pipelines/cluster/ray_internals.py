@@ -42,7 +42,7 @@ def resources_that_may_come() -> dict[str, float]:
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
-STEP_S = 0.02
+STEP_S = 0.05
 """Least time between two steps of an executor of Ray Data that is `unhurried`."""
 
 

@@ -39,8 +39,8 @@ BEGUN_AT = 0.8
 TASKS_HELD_BACK = 256
 """Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
 TASKS_AHEAD = 8
-"""Tasks' worth of frames that may wait for the reader. Without this limit Ray Data goes on until half of the object
-store is full, and takes the cores that training needs."""
+"""Tasks' worth of frames that may be decoded ahead of the reader, unless twice as many tasks as run at once are more.
+Without this limit Ray Data goes on until half of the object store is full, and takes the cores that training needs."""
 STORE_SHARE = 0.3
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 READING_CPUS = 1.0
@@ -102,7 +102,8 @@ def stream(
     if where == "cluster":
         read = functools.partial(clip_stream.decode, located, split, frames=frames, room=clip_stream.reused)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, TASKS_AHEAD, FRAMES_TASK_BYTES))
+        ahead = min(max(TASKS_AHEAD, 2 * math.ceil(cpus)), TASKS_HELD_BACK // 2)
+        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, ahead, FRAMES_TASK_BYTES))
     read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
 
