@@ -334,8 +334,11 @@ def _ranks(rank, world, folder, base, sound):
         with pytest.raises(UserError, match="cannot load the text encoder"):
             captions.prepared(settings, shards.read_dataset(folder / "shards"), "empty")
     else:
+        hashed, of = [], fingerprints.file
+        fingerprints.file = lambda path: hashed.append(path) or of(path)  # in a process of the test's own
         found = captions.prepared(wan(base), shards.read_dataset(folder / "shards"), "caption")
         assert all(found.of(text)["text"].any() for text in ("", *SAID, *HELD_OUT))
+        assert bool(hashed) == (rank == 0), "files of gigabytes"
     leave()
 
 
@@ -354,8 +357,25 @@ def test_what_others_have_written_meanwhile_decides_no_share(base, dataset, tmp_
     copy = shards.read_dataset(tmp_path / "shards")
     for rank in (0, 1):
         monkeypatch.setattr(captions.agree, "world", lambda rank=rank: (rank, 2))
-        found = captions._share(wan(base), copy, captions._of_splits(copy, "caption"), "cpu", lambda *_: None)
+        of_splits = captions._of_splits(copy, "caption")
+        found = captions._share(wan(base), copy, of_splits, captions.source(wan(base)).key, "cpu", lambda *_: None)
     assert not captions.missing(captions.wanted(copy, "caption"), found.folder)
+
+
+def test_a_text_is_read_once_and_the_oldest_make_room(base, dataset, tmp_path, monkeypatch):
+    whole = captions.prepared(wan(base), dataset, "caption")
+    shutil.copytree(whole.folder, tmp_path / "KEY")
+    texts = replace(whole, folder=tmp_path / "KEY")
+    first, second = captions.wanted(dataset, "caption")[:2]
+    files = [texts.folder / captions._file(text) for text in (first, second)]
+    monkeypatch.setattr(captions, "_KEPT", captions._Kept())
+    monkeypatch.setattr(captions, "KEPT_BYTES", sum(captions._bytes(load_file(path)) for path in files) - 1)
+    due = texts.of(first)["text"]
+    files[0].unlink()
+    assert torch.equal(texts.of(first)["text"], due)
+    texts.of(second)
+    with pytest.raises(UserError, match="damaged text"):
+        texts.of(first)
 
 
 def test_runs_of_different_text_encoders_are_judged_apart(base, dataset, tmp_path):

@@ -8,9 +8,10 @@ KEY is a hash of all that embeddings depend on: the files of encoders and tokeni
 number of tokens that the network takes. Encoders are loaded only while something is left to encode.
 """
 
-import functools
 import hashlib
 import inspect as python_inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 
 from entprog import config, files, models
 from entprog.config import digest
@@ -38,8 +39,8 @@ FORMAT = "entprog-texts-1"
 FOLDER = "texts"
 AT_ONCE = 8
 """Texts encoded at once: what a kill may cost."""
-KEPT = 64
-"""Texts of a bucket that a process keeps: of 512 tokens of 4096 numbers each has 4 MB."""
+KEPT_BYTES = 512 << 20
+"""Texts that a process keeps in memory, those that were shown last: of 512 tokens of 4096 numbers each has 4 MB."""
 ENCODERS = ("CLIPTextModel", "LlamaModel", "T5EncoderModel", "UMT5EncoderModel")
 """Classes of transformers that a base's text encoder may be of."""
 
@@ -59,8 +60,9 @@ class Source:
         return digest(self.key, self.family.text_tokens(network))
 
 
-def source(settings: config.Model) -> Source:
-    """The text encoder that a family's captions are meant for. Nothing is loaded.
+def source(settings: config.Model, key: str | None = None) -> Source:
+    """The text encoder that a family's captions are meant for. Nothing is loaded. key: where somebody has hashed its
+    files already.
 
     Raises UserError, in one line, for a family without captions, and for what is missing.
     """
@@ -81,9 +83,13 @@ def source(settings: config.Model) -> Source:
     for part, folder in parts.items():
         if part.startswith("text_encoder"):
             _kind(folder)
+    return Source(family, parts, key or _key(family, parts))
+
+
+def _key(family: type[VideoDenoiser], parts: dict[str, Path]) -> str:
     read = sorted(path for folder in parts.values() for path in folder.iterdir() if path.is_file())
     hashes = {f"{path.parent.name}/{path.name}": fingerprints.file(path) for path in read}
-    return Source(family, parts, digest(FORMAT, family.TEXT_PIPELINE, hashes))
+    return digest(FORMAT, family.TEXT_PIPELINE, hashes)
 
 
 def of_clips(dataset: "shards.Dataset", split: str) -> list[str]:
@@ -151,7 +157,7 @@ class Texts:
         a file that is damaged, OSError where a bucket does not answer."""
         path = self.folder / _file(text)
         try:
-            stored = load_file(path) if isinstance(path, Path) else _away(path)
+            stored = _KEPT.of(path)
             fields = {field: stored[name].float()[None] for field, name in self.names.items()}
             return fields | {"text": texts.padded(fields["text"], self.tokens)}
         except (OSError, SafetensorError, KeyError) as error:
@@ -176,10 +182,36 @@ class Texts:
         return replace(batch, conditions={**batch.conditions, **rows})
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _away(path: "Where") -> dict[str, torch.Tensor]:
-    """A text's tensors out of a bucket, as stored: the same few texts are shown again and again."""
-    return load(path.read_bytes())
+class _Kept:
+    """Texts' tensors, as stored, up to KEPT_BYTES: no step reads again what an earlier one has read."""
+
+    def __init__(self):
+        self.tensors: OrderedDict[Where, dict[str, torch.Tensor]] = OrderedDict()
+        self.bytes = 0
+        self.one = threading.Lock()
+
+    def of(self, path: "Where") -> dict[str, torch.Tensor]:
+        """Raises OSError or SafetensorError."""
+        with self.one:
+            if (known := self.tensors.get(path)) is not None:
+                self.tensors.move_to_end(path)
+                return known
+        found = load(path.read_bytes())
+        with self.one:
+            if path not in self.tensors:
+                self.bytes += _bytes(found)
+            self.tensors[path] = found
+            while self.bytes > KEPT_BYTES:
+                _, oldest = self.tensors.popitem(last=False)
+                self.bytes -= _bytes(oldest)
+        return found
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+_KEPT = _Kept()
 
 
 def prepared(
@@ -194,10 +226,11 @@ def prepared(
     mode: of `data.text`, not `fixed`. Raises UserError as `source`, `wanted` and `encoder` do, on every rank where one
     of them cannot go on.
     """
-    captions = agree.of_first(lambda: _of_splits(dataset, mode))  # the clips of a bucket may be very many
+    # Rank 0 looks for all: the clips of a bucket may be very many, and the encoder's files have gigabytes.
+    captions, key = agree.of_first(lambda: (_of_splits(dataset, mode), source(settings).key))
     texts_of_clips, mistake = None, None
     try:
-        texts_of_clips = _share(settings, dataset, captions, device, progress)
+        texts_of_clips = _share(settings, dataset, captions, key, device, progress)
     except UserError as error:
         mistake = str(error)
     mistakes = [line for line in agree.gathered(mistake) if line]  # waits for all
@@ -210,11 +243,12 @@ def _share(
     settings: config.Model,
     dataset: "shards.Dataset",
     captions: dict[str, list[str]],
+    key: str,
     device: torch.device | str,
     progress: Callable[[int, int], None],
 ) -> Texts:
-    """Encode this rank's share of what is not encoded yet."""
-    found, rank, world = source(settings), *agree.world()
+    """Encode this rank's share of what is not encoded yet. key: of the encoder's files."""
+    found, rank, world = source(settings, key), *agree.world()
     network = models.family(settings.family).inspect(settings).network.config
     folder = folder_of(dataset, found.key_for(network))
     due = _distinct(captions, dataset)[rank::world]  # what others have written by now decides no share
