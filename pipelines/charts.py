@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entprog import files
+from entprog.storage import Where
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#E4E4E4"
 LINES = (BLUE, "#D55E00", GREEN, "#CC79A7", ORANGE, "#56B4E9", "#000000")
@@ -31,7 +31,7 @@ KINDS = {
 """`priority.kind` in words."""
 
 
-def cei_chart(table: Mapping[str, Any], path: Path) -> Path:
+def cei_chart(table: Mapping[str, Any], path: Where) -> Where:
     """A score table (`ScoreTable.as_json`) → block scores with their 95 % intervals, loss increase on skip beside.
 
     Blocks in the network's order from the top. For CEI the score is π, and each bar carries the block's place by π and
@@ -106,7 +106,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Path, blocks: Sequence[str] | None = None) -> Path:
+def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Where, blocks: Sequence[str] | None = None) -> Where:
     """Step records (steps.jsonl) → which blocks were trained when, over charged seconds.
 
     blocks: the network's block names in order. None: those that were ever trained, in natural order.
@@ -187,7 +187,7 @@ def draw_shapes(axes, spans: Sequence[tuple[float, float, float, str]], ink: str
     axes.set_ylabel("pixels", fontsize=8)
 
 
-def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Path) -> Path:
+def loss_chart(arms: Mapping[str, Sequence[tuple[float, int, float]]], path: Where) -> Where:
     """{arm: [(charged seconds, step, held-out loss)]} → held-out loss against seconds and against steps."""
     figure, axes = figure_and_axes(1, 2, (9.5, 3.8), sharey=True)
     for panel, place, label in zip(axes, (0, 1), ("charged seconds", "steps"), strict=True):
@@ -219,8 +219,7 @@ def figure_and_axes(rows: int, columns: int, size_inches: tuple[float, float], *
     return figure, axes
 
 
-def save(figure, path: Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def save(figure, path: Where) -> Where:
+    with files.whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format=path.name.rpartition(".")[2])
     return path

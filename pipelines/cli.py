@@ -58,7 +58,7 @@ BUCKETS = ("s3:/", "gs:/", "gcs:/")
 
 
 def folder(help: str):
-    """An option that names a folder in which files are appended to, as none in a bucket can be."""
+    """An option that names a folder of a job that writes to disks alone."""
     return typer.Option(help=help, callback=_in_no_bucket)
 
 
@@ -66,8 +66,8 @@ def _in_no_bucket(option: typer.CallbackParam, given: Path | None) -> Path | Non
     if given is not None and str(given).startswith(BUCKETS):
         complain(
             "error",
-            f"--{option.name} {given}: a bucket may hold prepare's output, score tables (--tables) and checkpoints "
-            "(train.checkpoints); give a folder that all nodes see",
+            f"--{option.name} {given}: prepare, train, score, generate and compare write to a bucket, this job does "
+            "not: give a folder that all nodes see",
         )
         raise typer.Exit(2)
     return given
@@ -117,18 +117,42 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
     return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
 
 
-def tables_of(output: Path, given: str | Where | None) -> Where:
+def tables_of(output: Where, given: str | Where | None) -> Where:
     """Where a job's score tables are kept. On a cluster what is not named lies in its output: a folder of the machine
-    that drives is none of the one that scores."""
+    that drives is none of the one that scores. So does that of an output in a bucket, which may be resumed anywhere. Of
+    a bucket that can be read alone the tables are copied there, and new ones join them. Raises UserError as
+    `check_tables` does."""
     from pipelines.cluster import joining
 
-    return storage.at(given or (output / "cei" if joining.address() else TABLES), "score tables")
+    inside = output / "cei"
+    where = storage.at(given or (inside if isinstance(output, Place) or joining.address() else TABLES), "score tables")
+    if not isinstance(where, Place) or (there := _only_read(where)) is None:
+        return where
+    console.print(f"score tables in {where} can be read alone: copied to {inside}, where new ones are kept")
+    for name in there:
+        with files.whole(inside / name) as scratch:
+            scratch.write_bytes((where / name).read_bytes())
+    return inside
 
 
 def check_tables(given: str | None) -> None:
-    """Raises UserError for a bucket that score tables cannot be written to: before scoring, not after hours of it."""
+    """Raises UserError for a bucket that score tables can neither be written to nor read from: before scoring, not
+    after hours of it."""
     if given is not None and isinstance(where := storage.at(storage.quickly(given), "score tables"), Place):
-        where.check("score tables")
+        _only_read(where)
+
+
+def _only_read(tables: Place) -> list[str] | None:
+    """The tables in a bucket that cannot be written; None for one that can be. Raises UserError for one that cannot and
+    has none."""
+    try:
+        tables.check("score tables")
+    except UserError:
+        with contextlib.suppress(OSError):
+            if there := [name for name in tables.files() if name.endswith(".json")]:
+                return there
+        raise
+    return None
 
 
 def app(help: str) -> typer.Typer:
@@ -211,16 +235,22 @@ def run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]]
         record |= {"status": "failed", "error": masking.reason(error, most=2000)}
         status = 1
         trace = masking.masked(traceback.format_exc())
-        mine = folder is not None and claim.is_of(folder, job)
-        if mine:
-            (folder / "error.log").write_text(plain(trace, keep="\n\t"))
-        if verbose or not mine:
+        kept = False
+        with contextlib.suppress(OSError):  # a bucket may be away, or a disk full
+            if folder is not None and claim.is_of(folder, job):
+                (folder / "error.log").write_text(plain(trace, keep="\n\t"))
+                kept = True
+        if verbose or not kept:
             errors.print(trace)
-        where = f" (trace: {folder / 'error.log'})" if mine else ""
+        where = f" (trace: {folder / 'error.log'})" if kept else ""
         complain("failed", record["error"][:300] + where)
     record["seconds"] = round(time.time() - started, 3)
-    if folder is not None and claim.is_of(folder, job):
-        files.write_json(folder / "result.json", masking.masked_in(record))
+    try:
+        if folder is not None and claim.is_of(folder, job):
+            files.write_json(folder / "result.json", masking.masked_in(record))
+    except OSError as error:
+        complain("failed", f"{folder / 'result.json'} could not be written: {masking.one_line(error)}")
+        status = 1
     if status:
         raise typer.Exit(status)
 

@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from entprog import storage
 from entprog.config import Comparison
 from entprog.errors import UserError
 from entprog.masking import masked
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
@@ -36,7 +37,7 @@ def main(
         str | None,
         typer.Option(metavar="ID,NAME,…", help="Only these runs: ids, names, or a sweep's run for all its trials."),
     ] = None,
-    output: Annotated[Path, cli.folder("Folder of the page.")] = Path("out/compare"),
+    output: Annotated[str, typer.Option(help="Folder of the page, also s3:// or gs://.")] = "out/compare",
     target_loss: Annotated[
         float | None, typer.Option(help="Held-out loss whose reaching is timed [the baseline's] (compare.target_loss).")
     ] = None,
@@ -62,14 +63,15 @@ def main(
         own = {"target_loss": target_loss, "baseline": baseline}
         wanted = [word.strip() for word in (runs or "").split(",") if word.strip()]
         chosen = cli.settings(Comparison, None, config_file, set_, compare=own)
-        return run(experiment, output, chosen, wanted=wanted, force=force, dry_run=dry_run)
+        folder = cli.output_of(output)
+        return run(experiment, folder, chosen, wanted=wanted, force=force, dry_run=dry_run)
 
     cli.run("compare", None if dry_run else output, work, verbose=verbose)
 
 
 def run(
     experiment: str,
-    output: Path,
+    output: str | Where,
     settings: Comparison | None = None,
     *,
     wanted: Sequence[str] = (),
@@ -80,7 +82,7 @@ def run(
 
     wanted: run ids and names, none for all of the experiment. Raises UserError if the runs are unlike and not `force`.
     """
-    chosen, output = (settings or Comparison()).compare, Path(output)
+    chosen, output = (settings or Comparison()).compare, storage.at(output, "the output")
     # A page is drawn anew from the store: to what target, and against which baseline, may change in the same output.
     identity = {"--experiment": experiment, "--runs": sorted(wanted)}
     claim.check(output, "compare", identity)
@@ -106,7 +108,7 @@ def run(
         html = page.render(verdict, unlike, evaluations, clips, previews, facts)
     claim.take(output, "compare", identity)
     path = output / "comparison.html"
-    path.write_text(html, encoding="utf-8")
+    path.write_bytes(html.encode())
     _show(verdict, unlike, path)
     return figures(verdict, unlike) | {"page": str(path)}
 
@@ -152,7 +154,7 @@ def _run(training: Training, group: Group) -> dict[str, Any]:
     return about | {"seed": training.seed, "counts": training.counts} | known
 
 
-def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:
+def _explain(found: Sequence[Group], output: Where) -> dict[str, Any]:
     rows = [
         (group.label, ", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)) for group in found
     ]
@@ -161,7 +163,7 @@ def _explain(found: Sequence[Group], output: Path) -> dict[str, Any]:
     return {}
 
 
-def _show(verdict: Verdict, unlike: Sequence[Difference], path: Path) -> None:
+def _show(verdict: Verdict, unlike: Sequence[Difference], path: Where) -> None:
     table = page.summary(verdict)
     names, labels = [name for name, _ in table["columns"]], [row["key"]["label"] for row in table["rows"]]
     cells = [row["cells"] for row in table["rows"]]

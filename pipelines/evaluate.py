@@ -50,7 +50,9 @@ HelpSettings = cli.help_settings(Evaluation, also=_explain_metrics)
 @app.command()
 def main(
     shards: Annotated[str, typer.Option(help="Folder of pipelines.prepare: references, poses and true clips.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder that pipelines.train wrote.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder that pipelines.train wrote, also s3:// or gs://.")
+    ] = None,
     generated: Annotated[
         Path | None,
         typer.Option(help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files."),

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from entprog import config
+from entprog import config, storage
 from entprog.config import ClipShape, Generation, Prepare
 from entprog.errors import UserError
 from entprog.masking import bare
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.generating import checkpoints, driving, motions, protocol, replacing, retargeting
 from pipelines.generating.checkpoints import Checkpoint
@@ -41,10 +42,15 @@ app = cli.app("Generate clips from a checkpoint, a reference image and a motion.
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it), also s3:// or gs://.")
+    ],
     output: Annotated[
-        Path,
-        cli.folder("Folder for the videos, sheet.png and result.json; the same command again resumes it."),
+        str,
+        typer.Option(
+            help="Folder for the videos, sheet.png and result.json, also s3:// or gs://; the same command again "
+            "resumes it."
+        ),
     ],
     reference: Annotated[
         Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")
@@ -102,14 +108,14 @@ def main(
         given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
         given |= {"without": without, "retarget": retarget, "last": last, "mask": mask, "background": background}
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
-        return run(checkpoint, output, chosen, dry_run=dry_run, **given)
+        return run(checkpoint, cli.output_of(output), chosen, dry_run=dry_run, **given)
 
     cli.run("generate", None if dry_run else output, work, verbose=verbose)
 
 
 def run(
     checkpoint: Path | str,
-    output: Path,
+    output: str | Where,
     settings: Generation | None = None,
     *,
     reference: Path | None = None,
@@ -136,7 +142,7 @@ def run(
     (`pipelines.generating.replacing`). Raises UserError for anything wrong with them, and for
     an output that holds clips of another checkpoint or other settings.
     """
-    settings, output = settings or Generation(), Path(output)
+    settings, output = settings or Generation(), storage.at(output, "the output")
     _check_options(reference, pose, video, shards, clip, split)
     found = checkpoints.find(str(checkpoint), settings.generate)
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
@@ -202,7 +208,8 @@ def run(
     if retarget:
         shown["preview"] = str(retargeting.preview(driving, made, own, output / "retarget.png"))
         cli.console.print(f"Retargeted motions beside the driving ones: {shown['preview']}")
-    return _generate(found, made, output, settings, how) | {"left_out": left_out, **shown}
+    given = {"checkpoint": bare(str(checkpoint))} if "://" in str(checkpoint) else {}  # not where it was fetched to
+    return _generate(found, made, output, settings, how) | {"left_out": left_out, **given, **shown}
 
 
 def _flat(settings: Generation) -> dict[str, Any]:
@@ -285,7 +292,7 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
 def _generate(
     checkpoint: Checkpoint,
     made: list[motions.Motion],
-    output: Path,
+    output: Where,
     settings: Generation,
     how: dict[str, Any],
 ) -> dict[str, Any]:

@@ -27,7 +27,9 @@ app = cli.app("Put a trained pipeline where others find it: a folder, a bucket, 
 
 @app.command()
 def main(
-    checkpoint: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it), also s3:// or gs://.")
+    ],
     to: Annotated[str, typer.Option(help="A folder, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or hf://OWNER/NAME.")],
     step: Annotated[
         int | None, typer.Option(min=1, help="With the weights of the checkpoint after this step, not the last ones.")
@@ -61,7 +63,8 @@ def run(
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, root, about)
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-        folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step)
+        kept = None if step is None else _checkpoints(checkpoint, root)
+        folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step, kept)
         sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         total = sum(sizes.values())
         done = "Would publish" if dry_run else "Published"
@@ -110,14 +113,26 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in there)
 
 
+def _checkpoints(checkpoint: str, root: Path) -> str:
+    """The folder of a training's checkpoints. root: of its model, in the cache where it is a bucket's."""
+    from entprog.storage import Place, address
+
+    if "://" not in checkpoint:
+        return str(root.resolve().parent / "checkpoints")
+    given = Place.at(checkpoint)
+    run = given.parent if given.name == root.name else given
+    return address(run / "checkpoints")
+
+
 def _title(checkpoint: str) -> str:
     """What a person calls the folder of a training, or a repository of the hub."""
-    folder = Path(checkpoint).expanduser().resolve()
+    folder = Path(bare(checkpoint)).expanduser().resolve()
     return folder.parent.name if folder.name == "model" else folder.name
 
 
-def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step: int | None) -> Path:
-    """A copy with all that can be made of the rest, and perhaps the weights of an earlier step."""
+def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step: int | None, kept: str | None) -> Path:
+    """A copy with all that can be made of the rest, and perhaps the weights of an earlier step. kept: the training's
+    checkpoints."""
     from entprog import config, models
     from entprog.models import folders, whole
     from entprog.training import checkpoint
@@ -127,7 +142,7 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step:
         chosen = config.Model(family=about["family"], base=str(root), conditions=tuple(about["conditions"]))
         denoiser = models.family(about["family"]).load(chosen)
         if step is not None:
-            checkpoint.load_weights(root.resolve().parent / "checkpoints", f"step-{step:08d}", denoiser.network)
+            checkpoint.load_weights(kept, f"step-{step:08d}", denoiser.network)
         origin = about["provenance"]  # the training's: this folder is not its base
         for part in filter(None, (denoiser.network, denoiser.vae)):
             part.register_to_config(_name_or_path=origin.get("base") or "")

@@ -5,7 +5,6 @@
 Training does this by itself when its table is missing; the job is for looking at the blocks first.
 """
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +31,7 @@ def main(
         str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Diffusers folder, or hub name (model.base).")] = None,
-    output: Annotated[Path, cli.folder("Folder for the table and its chart.")] = Path("out/score"),
+    output: Annotated[str, typer.Option(help="Folder for the table and its chart, also s3:// or gs://.")] = "out/score",
     tables: cli.Tables = None,
     draws_until_stable: Annotated[
         float | None,
@@ -63,12 +62,13 @@ def main(
             model={"base": base},
             priority={"until_stable": draws_until_stable},
         )
+        folder = cli.output_of(output)
         if dry_run:
-            return explain(experiment, output)
+            return explain(experiment, folder)
         cli.check_tables(tables)
-        claimed(experiment, output)
+        claimed(experiment, folder)
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(experiment, output, tables=tables, is_claimed=True)
+            return run(experiment, folder, tables=tables, is_claimed=True)
 
     cli.run("score", None if dry_run else output, work, verbose=verbose)
 
@@ -81,12 +81,12 @@ def identity(experiment: Experiment, dataset: datasets.Dataset) -> dict[str, Any
     return mine | {name: value for name, value in of_training.items() if name.startswith(("weights of", "clips of"))}
 
 
-def claimed(experiment: Experiment, output: Path) -> None:
+def claimed(experiment: Experiment, output: Where) -> None:
     """Check all that can be known before anything starts, and make the output this job's. Raises UserError."""
     claim.take(output, "score", identity(experiment, checks.check(experiment)))
 
 
-def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
+def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     dataset = checks.check(experiment)
     claim.check(output, "score", identity(experiment, dataset))
@@ -105,7 +105,7 @@ def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
 
 
 def run(
-    experiment: Experiment, output: Path, *, tables: str | Where | None = None, is_claimed: bool = False
+    experiment: Experiment, output: Where, *, tables: str | Where | None = None, is_claimed: bool = False
 ) -> dict[str, Any]:
     """Score on the connected Ray cluster; the job's figures. is_claimed: `claimed` was called already."""
     if not is_claimed:

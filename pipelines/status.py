@@ -4,7 +4,6 @@ python -m pipelines.status out/run --follow
 """
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from rich.table import Table
 import pipelines
 from entprog.errors import UserError
 from entprog.masking import reason
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.training import standing
 
@@ -22,21 +22,22 @@ app = cli.app("Show where a training stands, from its files alone: while it runs
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Argument(help="The --output of a train command.")],
+    output: Annotated[str, typer.Argument(help="The --output of a train command, also s3:// or gs://.")],
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the training ends, or Ctrl-C.")] = False,
     every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks with --follow.")] = 2.0,
 ) -> None:
     """Show step, time left, losses, trained blocks, where time goes and what went wrong. Changes nothing."""
     pipelines.imported()
     try:
-        state, table = _look(output)
+        where = cli.output_of(output)
+        state, table = _look(where)
         if not follow:
             cli.console.print(table)
             return
         with Live(table, console=cli.console, auto_refresh=False) as live:
             while state in ("running", "silent"):
                 time.sleep(every_s)
-                state, table = _look(output)
+                state, table = _look(where)
                 live.update(table, refresh=True)
     except UserError as error:
         cli.complain("error", str(error))
@@ -45,7 +46,7 @@ def main(
         raise typer.Exit(0) from None
 
 
-def _look(output: Path) -> tuple[str, Table]:
+def _look(output: Where) -> tuple[str, Table]:
     """(state, what is shown). Raises UserError for a folder that is no training's, or whose files are damaged."""
     try:
         seen = standing.read(output)

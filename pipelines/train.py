@@ -3,10 +3,10 @@
 python -m pipelines.train --preset demo --shards out/demo/real/shards --base pipelines/demo_base --output out/run
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -48,7 +48,9 @@ def main(
         str | None,
         typer.Option(help="Memory per device, like 24GB: only plans that fit (schedule.memory_budget_bytes)."),
     ] = None,
-    output: Annotated[Path, cli.folder("Folder of the run; the same command again resumes it.")] = Path("out/train"),
+    output: Annotated[
+        str, typer.Option(help="Folder of the run, also s3:// or gs://; the same command again resumes it.")
+    ] = "out/train",
     tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
@@ -74,27 +76,28 @@ def main(
             model={"base": base},
             schedule={"kind": schedule, "memory_budget_bytes": memory_budget},
         )
+        folder = cli.output_of(output)
         if dry_run:
-            return explain(experiment, output)
+            return explain(experiment, folder)
         cli.check_tables(tables)
-        parts = claimed(experiment, output)
+        parts = claimed(experiment, folder)
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
-            return run(experiment, output, parts=parts, tables=tables, clock=clock)
+            return run(experiment, folder, parts=parts, tables=tables, clock=clock)
 
     cli.run("train", None if dry_run else output, work, verbose=verbose)
 
 
-def claimed(experiment: Experiment, output: Path) -> Parts:
+def claimed(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, checked, in an output that is this training's from now on. Raises UserError."""
     parts = checks.parts(experiment, output)
     claim.take(output, "train", checks.whole_identity(parts))
     return parts
 
 
-def explain(experiment: Experiment, output: Path) -> dict[str, Any]:
+def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
     claim.check(output, "train", checks.whole_identity(parts))
@@ -152,7 +155,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
 
 def run(
     experiment: Experiment,
-    output: Path,
+    output: Where,
     *,
     parts: Parts | None = None,
     tables: str | Where | None = None,
@@ -212,7 +215,7 @@ def run(
     )
     clock.over("tracking")
     settings = {
-        "output": str(output.resolve()),
+        "output": storage.address(output.resolve()),
         "tables": storage.address(tables.resolve()),
         "identity": key,
         "weights": weights,
@@ -233,7 +236,8 @@ def run(
                 if "about" in item:
                     tracker.tags(item["about"])
                 if "decision" in item.get("step", ()):
-                    stages.log(tracker, steplog.steps_of(output))
+                    with contextlib.suppress(OSError):  # a bucket that is away: the end makes up for it
+                        stages.log(tracker, steplog.steps_of(output))
                 listen(item)
 
             result = launch.run_workers(launch.training, settings, experiment, output / "ray", on_item)
@@ -258,7 +262,8 @@ def run(
             result["registered"] = version and f"models:/{name}/{version}"
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        stages.log(tracker, steplog.steps_of(output), status)
+        with contextlib.suppress(OSError):  # what went wrong first is what is said
+            stages.log(tracker, steplog.steps_of(output), status)
         tracker.end(status)
         raise
     stages.log(tracker, steps, "FINISHED")

@@ -25,7 +25,8 @@ from entprog.preparing import addresses, inputs, ledger
 from entprog.scoring import cache
 from helpers import real_clips, servers
 from helpers.networks import TINY, tiny_denoiser, tiny_experiment
-from pipelines import cli, compare, demo, evaluate, generate, prepare, score, train, tune
+from helpers.servers import address
+from pipelines import cli, compare, demo, evaluate, generate, prepare, publish, score, status, train, tune
 from pipelines.generating import judging, motions
 from pipelines.outputs import claim
 from pipelines.preparing import additions, packing
@@ -40,13 +41,6 @@ def s3():
     with servers.s3() as endpoint:
         storage.Place.at(address(endpoint, "data")).system.create_dir("data")
         yield endpoint
-
-
-def address(endpoint, folder):
-    return (
-        f"s3://{folder}?scheme=http&endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
-        "&allow_bucket_creation=true"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +338,27 @@ def test_dry_runs_read_the_bucket(job, bucket, tmp_path):
 AWAY = "s3://data/none?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
 
 
+WORDS = (
+    [train, *MODEL, "--set", "train.steps=2", "--output"], [score, *MODEL, "--output"], [compare, "--output"],
+    [generate, "--checkpoint", "out", "--output"], [generate, "--output", "out", "--shards", "x", "--checkpoint"],
+    [publish, "--to", "out", "--checkpoint"], [status],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_bucket_that_refuses_is_one_line(words, gone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(*words, gone.address)
+    assert code == 2 and said.count("\n") == 1 and not list(tmp_path.iterdir()), said
+    assert said.startswith(("error: cannot look at ", "error: --checkpoint: ")) and " s3://data/none" in said, said
+
+
 @pytest.mark.parametrize("words", [[prepare, "--input", ".", "--output"], [train, "--tables"]])
 def test_an_output_in_a_bucket_that_does_not_answer_is_one_line(words, s3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said = run(*words, AWAY)
     assert code == 2 and said.count("\n") == 1 and not list(tmp_path.iterdir()), said
-    assert said.startswith("error: cannot look at ") and " s3://data/none: " in said, said
+    assert said.startswith(("error: cannot look at ", "error: --checkpoint: ")) and " s3://data/none" in said, said
 
 
 @pytest.mark.parametrize("job", [train, score, tune])
@@ -375,19 +384,25 @@ def test_a_check_is_given_up_soon_and_the_work_is_not(monkeypatch):
     assert asked == ["gs://anonymous@bucket/x?retry_limit_seconds=20"]
 
 
-@pytest.mark.parametrize("when", ["asked for", "refused"])
+@pytest.mark.parametrize("when", ["asked for", "refused", "done"])
 def test_a_command_ends_as_it_should_while_its_bucket_does_not_answer(when, gone, monkeypatch, capfd):
     def interrupted(given):
         raise KeyboardInterrupt
 
     def refused():
-        raise UserError("no such base")
+        if when == "refused":
+            raise UserError("no such base")
+        return {}
 
     if when == "asked for":
         monkeypatch.setattr(cli, "output_of", interrupted)
     with pytest.raises(typer.Exit) as ended:
         cli.run("prepare", AWAY if when == "asked for" else gone, refused)
     said = capfd.readouterr().err
+    if when == "done":
+        assert ended.value.exit_code == 1 and said.startswith("failed: s3://data/none/result.json could not be written")
+        assert said.count("\n") == 1
+        return
     assert (ended.value.exit_code, said) == ((1, "") if when == "asked for" else (2, "error: no such base\n"))
 
 
@@ -445,6 +460,19 @@ def test_a_score_table_is_made_once_and_found_in_the_bucket(s3, local):
     assert found.seconds == 77.0 and found.as_json() == made.as_json() | {"seconds": 77.0}
 
 
+def test_tables_that_can_be_read_alone_are_copied(s3, tmp_path, capfd):
+    (storage.Place.at(address(s3, "data/kept")) / "KEY.json").write_bytes(b"{}")
+    with servers.counting(s3) as (reading, _):  # which takes no PUT
+        where = address(reading, "data/kept")
+        cli.check_tables(where)
+        folder = cli.tables_of(tmp_path / "out", where)
+        with pytest.raises(UserError, match="score tables cannot be written to s3://data/empty-one"):
+            cli.check_tables(address(reading, "data/empty-one"))
+    assert folder == tmp_path / "out" / "cei" and (folder / "KEY.json").read_bytes() == b"{}"
+    assert f"can be read alone: copied to {folder}" in capfd.readouterr().out
+    assert cli.tables_of(tmp_path, address(s3, "data/kept")) == storage.Place.at(address(s3, "data/kept"))
+
+
 BAD = {
     "no dataset": ("s3://data/none?{}", "s3://data/none is not a finished dataset"),
     "no bucket": ("s3://never-made/none?{}", "s3://never-made/none"),
@@ -465,11 +493,11 @@ def test_an_address_that_cannot_be_read_is_one_line_before_anything_starts(job, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("job", [compare, demo, evaluate, generate, score, train, tune])
+@pytest.mark.parametrize("job", [demo, evaluate, tune])
 def test_what_no_bucket_can_hold_is_refused_in_one_line(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said = run(job, "--output", "s3://data/run")
-    assert code == 2 and said.count("\n") == 1 and "--output s3:/data/run: a bucket may hold" in said, said
+    assert code == 2 and said.count("\n") == 1 and "--output s3:/data/run: prepare, train," in said, said
     assert not list(tmp_path.iterdir())
 
 

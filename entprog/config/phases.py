@@ -2,17 +2,17 @@
 experts of a base is two phases, `high` and `low`."""
 
 import re
-from pathlib import Path
 
 from entprog.config.experiment import Experiment
 from entprog.config.reading import build, merge
 from entprog.errors import UserError
+from entprog.storage import Where, address
 
 START = ("base", "init", "weights", "adapter")
 """Settings that only the first phase of a training may give."""
 
 
-def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:
+def phases(experiment: Experiment, output: Where) -> dict[str, Experiment]:
     """Name → experiment of every phase, in order; each but the first starts from `output/NAME/model` of the one before.
 
     Raises UserError for a wrong setting, a name that is no folder's, a phase with a base of its own, or one that drops
@@ -36,7 +36,7 @@ def phases(experiment: Experiment, output: Path) -> dict[str, Experiment]:
             values = merge(values, {"train": {"checkpoints": f"{experiment.train.checkpoints.rstrip('/')}/{name}"}})
         if out:
             before = next(reversed(out))
-            start = {"base": str(output / before / "model"), "init": {}, "weights": None, "adapter": None}
+            start = {"base": address(output / before / "model"), "init": {}, "weights": None, "adapter": None}
             if values["data"]["text"] != "fixed":  # encoders are not saved with weights
                 start["text_encoder"] = values["model"]["text_encoder"] or experiment.model.base
             values = merge(values, {"model": start})

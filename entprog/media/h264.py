@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
-from pathlib import Path
 
 import av
 import numpy as np
@@ -21,6 +20,7 @@ from entprog.media.errors import VideoError
 from entprog.media.limits import LIMITS
 from entprog.media.showing import EXACT
 from entprog.media.video import BT709, decoded_frames, opened
+from entprog.storage import Where
 
 EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pixels, not of every second one
 CRF = 16
@@ -42,12 +42,11 @@ def encode(frames: np.ndarray, fps: float, crf: int = 18, gop: int = 8, tune: st
     return out.getvalue()
 
 
-def write(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = CRF) -> Path:
+def write(path: Where, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = CRF) -> Where:
     """Write frames (uint8 RGB [F, H, W, 3], or an iterable of [H, W, 3]) for people to watch: plays while it loads.
 
     Odd sizes are padded to even ones by repeating the last row or column. Atomic.
     """
-    path = Path(path)
     with files.whole(path) as scratch:
         _mux(f"file:{scratch}", (_even(frame) for frame in frames), fps, crf, gop=round(2 * fps) or 1, tune=None)
     return path

@@ -1,7 +1,6 @@
 """Pictures for people: contact sheets and videos side by side."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from entprog import files
 from entprog.media import drawing
+from entprog.storage import Where
 
 GAP = 6
 """Pixels between frames."""
@@ -26,8 +26,8 @@ def spread(count: int, columns: int = COLUMNS) -> list[int]:
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = COLUMNS, frame_height: int = 192
-) -> Path:
+    rows: Sequence[tuple[str, np.ndarray]], path: Where, columns: int = COLUMNS, frame_height: int = 192
+) -> Where:
     """Write a PNG: a row per (label, uint8 RGB [F, H, W, 3]), at most `columns` frames spread evenly over the clip.
 
     Frames are scaled to `frame_height`, label above. Atomic.

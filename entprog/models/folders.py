@@ -11,7 +11,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.masking import one_line
+from entprog.masking import bare, one_line
+from entprog.media import assets
+from entprog.storage import Where, address, at, fetched, quickly
 
 FORMAT = "entprog-model-1"
 ABOUT = "entprog.json"
@@ -38,6 +40,8 @@ BESIDE = ("vae/", "scheduler/")
 """A pipeline's other folders that every family reads."""
 STEM = "diffusion_pytorch_model"
 """How diffusers begins the names of files of weights."""
+RECORDS = ("mlflow_run.json", "result.json")
+"""Of the job whose output holds a checkpoint: they are fetched with it."""
 PARTS = (STEM, *(f"{name}/" for name in (*NETWORKS, SECOND)), *BESIDE)
 """How the names of files begin that are fetched of a base on the hub."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
@@ -103,7 +107,8 @@ def locate(
     revision: str | None = None,
     parts: Sequence[str] = PARTS,
 ) -> Path:
-    """The folder of a checkpoint, given or fetched from the hub (safetensors and JSON; `.bin` only where trusted).
+    """The folder of a checkpoint, given or fetched from the hub or a bucket (safetensors and JSON; `.bin` only where
+    trusted).
 
     revision, parts: of what is fetched: a commit, and the beginnings of the files' names.
 
@@ -112,12 +117,7 @@ def locate(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        above = folder.resolve().parent
-        if folder.resolve().name in NETWORKS and any((above / f).is_file() for f in (ABOUT, INDEX)):
-            return above
-        inside = folder / "model"
-        networks = any(part(folder, name) for name in NETWORKS)
-        return inside if (inside / ABOUT).is_file() and not networks else folder
+        return _meant(folder)
     if folder.is_file():
         raise UserError(
             f"{setting}: {name} is a file, wanted is a folder in diffusers' format: give a single file of a network's "
@@ -130,6 +130,16 @@ def locate(
     return _fetched(name, setting, patterns, revision)
 
 
+def _meant(folder: Where) -> Where:
+    """The checkpoint that a folder is, belongs to, or holds as a train job's output."""
+    above = folder.resolve().parent
+    if folder.resolve().name in NETWORKS and any((above / f).is_file() for f in (ABOUT, INDEX)):
+        return above
+    inside = folder / "model"
+    networks = any(part(folder, name) for name in NETWORKS)
+    return inside if (inside / ABOUT).is_file() and not networks else folder
+
+
 def hub_errors() -> tuple[type[BaseException], ...]:
     """What the hub's client raises where the hub refuses or does not answer. The errors of the HTTP library beneath it
     are OSErrors in some of its versions, in others they are not."""
@@ -139,7 +149,10 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 
 
 def _fetched(name: str, setting: str, patterns: list[str], revision: str | None = None) -> Path:
-    """The folder of a hub name, the files of it that the patterns name. Raises UserError, naming `setting`."""
+    """The folder of a hub name, or of an address in a bucket, the files of it that the patterns name. Raises UserError,
+    naming `setting`."""
+    if "://" in name:
+        return _of_bucket(name, setting, patterns)
     folder = Path(name).expanduser()
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
@@ -151,6 +164,25 @@ def _fetched(name: str, setting: str, patterns: list[str], revision: str | None 
     except hub_errors() as error:
         reason = one_line(str(error).strip().partition("\n")[0], most=160)
         raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
+
+
+def _of_bucket(name: str, setting: str, patterns: list[str]) -> Path:
+    """A copy of a folder in a bucket, kept in the cache as it lies there: `model` in a folder with the records of the
+    job that left it. What has not changed since is not fetched again. Raises UserError, naming `setting`."""
+    try:
+        if not at(quickly(name), setting).exists():
+            raise FileNotFoundError
+        folder = _meant(at(name, setting))
+        kept = assets.cache_folder() / "fetched" / config.digest(address(folder.parent))
+        fetched(folder, patterns, kept / folder.name)
+        for record in RECORDS if folder.name == "model" else ():
+            with suppress(FileNotFoundError):
+                (folder.parent / record).get(kept / record)
+        return kept / folder.name
+    except FileNotFoundError:
+        raise UserError(f"{setting}: no such folder: {bare(name)}") from None
+    except OSError as error:
+        raise UserError(f"{setting}: {bare(name)} could not be fetched: {one_line(error, name)}") from None
 
 
 def located_text(name: str, setting: str, parts: Sequence[str], revision: str | None = None) -> Path:
@@ -171,12 +203,12 @@ def missing_text(root: Path, parts: Sequence[str]) -> str:
     return " and ".join(lost)
 
 
-def part(root: Path, name: str) -> Path | None:
+def part(root: Where, name: str) -> Where | None:
     """A pipeline's part (`transformer`, `unet`, `vae`), or the folder itself where it is one; None if neither is."""
     return next((folder for folder in (root / name, root) if (folder / "config.json").is_file()), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Where) -> dict[str, Any]:
     """A JSON object. Raises UserError if it is not one."""
     try:
         values = json.loads(path.read_text())
@@ -187,9 +219,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def saved(folder: str | Path) -> dict[str, Any]:
+def saved(folder: str | Where) -> dict[str, Any]:
     """A saved checkpoint's `entprog.json`; {} for a foreign one. Raises UserError if it is damaged."""
-    path = Path(folder) / ABOUT
+    path = at(folder, "the checkpoint") / ABOUT
     if not path.is_file():
         return {}
     about = read_json(path)

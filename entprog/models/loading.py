@@ -11,7 +11,7 @@ from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.distributed import fsdp
 from entprog.errors import UserError
-from entprog.masking import one_line
+from entprog.masking import bare, one_line
 from entprog.models import adapters, experts, folders, inputs, parts, whole
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.sources import Source, inspect
@@ -58,10 +58,10 @@ def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, see
         if settings.weights:
             file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
             network = folders.from_single_file(cls.NETWORK, file, source.part, "model.weights")
-            network.register_to_config(_name_or_path=settings.base)
+            network.register_to_config(_name_or_path=_said(settings.base))
         elif source.part is not None:
             network = folders.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
-            network.register_to_config(_name_or_path=settings.base)  # not this machine's cache
+            network.register_to_config(_name_or_path=_said(settings.base))  # not this machine's cache
         else:
             network = cls.NETWORK.from_config(source.network.config)
             cls.initialise(network)
@@ -86,7 +86,7 @@ def _in_parts(
     except OSError as error:
         raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None
     if network is not None:
-        network.register_to_config(_name_or_path=settings.base)
+        network.register_to_config(_name_or_path=_said(settings.base))
     return network
 
 
@@ -111,10 +111,10 @@ def _with_parts(
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
-        vae.register_to_config(_name_or_path=settings.base if settings.vae == "auto" else settings.vae)
+        vae.register_to_config(_name_or_path=_said(settings.base if settings.vae == "auto" else settings.vae))
         vae.requires_grad_(False).eval().to(device)
     shape = source.about.get("shape")
-    provenance = {"base": settings.base, "init": settings.init}
+    provenance = {"base": _said(settings.base), "init": settings.init}
     provenance |= {name: given for name in ("weights", "adapter") if (given := getattr(settings, name))}
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
@@ -139,6 +139,11 @@ def _with_parts(
     return cls.completed(denoiser, source.more)
 
 
+def _said(name: str | None) -> str | None:
+    """Where something came from, as it is saved: of an address in a bucket without the settings of its client."""
+    return bare(name) if name and "://" in name else name
+
+
 def _origins(
     cls: type[VideoDenoiser], settings: config.Model, source: Source, vae: nn.Module | None
 ) -> dict[str, whole.Origin]:
@@ -149,7 +154,7 @@ def _origins(
         name = experts.FOLDERS[experts.OTHER[source.expert.name]]
         where = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)
         ours = bool(about) and name not in about.get("elsewhere", {}) and where.place.revision is None
-        out[name] = replace(where, trained=ours)
+        out[name] = replace(where, trained=ours or where.trained)
     for name in source.more.keys() - out.keys():  # of a base without an index
         out[name] = whole.origin(str(settings.base), root, name, *cls.MORE[name], about)
     if vae is not None:

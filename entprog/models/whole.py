@@ -19,6 +19,7 @@ from entprog.masking import one_line
 from entprog.media import drawing
 from entprog.models import folders
 from entprog.models.folders import Elsewhere
+from entprog.storage import Where
 
 Save = Literal["whole", "light"]
 ENCODERS = (
@@ -51,7 +52,7 @@ class Origin:
     folder: Path | None
     """On this machine, with weights that are copied; None: nothing like that is here."""
     trained: bool = False
-    """Whether it may have been trained here: it is copied then, for nothing else keeps it."""
+    """Whether it may have been trained here, or lies in a bucket, which diffusers does not read: it is copied."""
 
 
 def origin(given: str, root: Path, subfolder: str, library: str, kind: str, about: Mapping[str, Any]) -> Origin:
@@ -66,7 +67,7 @@ def origin(given: str, root: Path, subfolder: str, library: str, kind: str, abou
     place = Elsewhere(
         name=name, revision=root.name if cached else None, subfolder=subfolder, library=library, kind=kind
     )
-    return Origin(place, _loadable(folder, subfolder))
+    return Origin(place, _loadable(folder, subfolder), "://" in given)
 
 
 def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> dict[str, Origin]:
@@ -93,7 +94,7 @@ def _loadable(folder: Path, part: str) -> Path | None:
     return None
 
 
-def index_of(root: Path | None) -> dict[str, Any]:
+def index_of(root: Where | None) -> dict[str, Any]:
     """A folder's model_index.json; {} if it has none. Raises UserError if it is damaged."""
     path = root and root / folders.INDEX
     return folders.read_json(path) if path and path.is_file() else {}

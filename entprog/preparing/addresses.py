@@ -14,6 +14,7 @@ from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
 from entprog.masking import has_credentials, masked
+from entprog.storage import Place
 
 PROTOCOLS = ("http", "https", "s3", "gs")
 """Those that are read, beside files of this machine."""
@@ -105,6 +106,15 @@ def _bucket(protocol: str, bucket: str):
     class Bucket(ArrowFSWrapper):
         def unstrip_protocol(self, name: str) -> str:
             return f"{protocol}://{name if bucket == root else name.replace(root, bucket, 1)}"
+
+        def ls(self, path: str, detail: bool = False, **options):
+            entries = super().ls(path, detail=True, **options)
+            if protocol == "gs":  # whose client lists no folder that is one by the names of files alone
+                path = self._strip_protocol(path).rstrip("/")
+                entries = [entry for entry in entries if entry["name"] != path or entry["type"] != "directory"]
+                more = {f"{path}/{name}" for name in Place(system, path).folders()} - {each["name"] for each in entries}
+                entries += [{"name": name, "size": None, "type": "directory", "mtime": None} for name in sorted(more)]
+            return entries if detail else [entry["name"] for entry in entries]
 
     soon = "?retry_limit_seconds=20" if protocol == "gs" else ""  # Google's client tries for a quarter of an hour
     system, root = fs.FileSystem.from_uri(f"{protocol}://{bucket}{soon}")

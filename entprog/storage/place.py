@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -135,17 +135,23 @@ class Place:
         return f"{before}{quote(self.root)}{'?' + after if after else ''}" if before else self.root
 
     def __str__(self) -> str:
-        return self.root if self.local else f"{self.system.type_name}://{self.root}"
+        return self.root if self.local else f"{self.form[0].partition(':')[0] or self.system.type_name}://{self.root}"
 
     def folders(self) -> list[str]:
         """Names of the folders in it."""
-        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
-        return sorted(info.base_name for info in inside if info.type == _arrow().FileType.Directory)
+        return sorted(name for name, size in self._inside().items() if size is None)
 
     def files(self) -> dict[str, int]:
         """{name: bytes} of the files in it."""
+        return {name: size for name, size in self._inside().items() if size is not None}
+
+    def _inside(self) -> dict[str, int | None]:
+        """{name: bytes, None of a folder} of what is in it; nothing where it is not there. Raises OSError."""
+        if self.system.type_name == "gcs":  # whose client lists no folder that is one by the names of files alone
+            parts = ((name.partition("/"), size) for name, size in self.below().items())
+            return {first: None if rest else size for (first, _, rest), size in parts}
         inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
-        return {info.base_name: info.size for info in inside if info.type == _arrow().FileType.File}
+        return {info.base_name: info.size if info.type == _arrow().FileType.File else None for info in inside}
 
     def size(self, name: str) -> int:
         """Bytes of a file of it. Raises OSError."""
@@ -163,15 +169,19 @@ class Place:
         return self.system.get_file_info(self.root).type != _arrow().FileType.NotFound
 
     def is_dir(self) -> bool:
+        """Raises OSError."""
         return self.system.get_file_info(self.root).type == _arrow().FileType.Directory
+
+    def is_file(self) -> bool:
+        """Raises OSError."""
+        return self.system.get_file_info(self.root).type == _arrow().FileType.File
 
     def mkdir(self, **_) -> None:
         """Nothing: a bucket's folders are there with the first file in them."""
 
     def iterdir(self) -> Iterator["Place"]:
         """What is in it; nothing where it is not there. Raises OSError."""
-        inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
-        return (self / info.base_name for info in inside)
+        return (self / name for name in self._inside())
 
     def glob(self, pattern: str) -> Iterator["Place"]:
         """Files and folders in it whose names fit."""
@@ -209,8 +219,7 @@ class Place:
         """Remove the folder that it is; OSError if something is in it."""
         if any(True for _ in self.iterdir()):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
-        if self.exists():
-            self.system.delete_dir(self.root)
+        self.remove()
 
     def replace(self, target: "Place") -> "Place":
         """Move the file that it is to `target`, over what is there: a copy that is whole or not there, then removed."""
@@ -223,6 +232,22 @@ class Place:
         _arrow().copy_files(
             str(path), self.root, source_filesystem=_arrow().LocalFileSystem(), destination_filesystem=self.system
         )
+
+    def get(self, path: Path) -> None:
+        """The file that it is as a local one, which gets its time of change; left as it is where it has that and the
+        size already. Raises OSError."""
+        info = self.system.get_file_info(self.root)
+        if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (info.size, info.mtime_ns):
+            return
+        with files.whole(path) as scratch:
+            _arrow().copy_files(
+                self.root,
+                str(scratch),
+                source_filesystem=self.system,
+                destination_filesystem=_arrow().LocalFileSystem(),
+            )
+            if info.mtime_ns is not None:
+                os.utime(scratch, ns=(info.mtime_ns, info.mtime_ns))
 
     # ---- as neither is ----
 
@@ -266,7 +291,8 @@ class Place:
         if self.local:
             shutil.rmtree(self.local, ignore_errors=True)
         elif self.system.get_file_info(self.root).type != _arrow().FileType.NotFound:
-            self.system.delete_dir(self.root)
+            with suppress(FileNotFoundError):  # Google's: of what stands for the folder alone, when all in it has gone
+                self.system.delete_dir(self.root)
 
     def delete(self, name: str) -> None:
         """A file of it."""

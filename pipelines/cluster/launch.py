@@ -16,7 +16,7 @@ import pipelines
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
-from entprog.storage import Place
+from entprog.storage import Place, Where
 from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 from pipelines.cluster.room import CPUS_FOR_DATA
@@ -204,7 +204,7 @@ def run_workers(
     worker: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
     experiment: Experiment,
-    storage: Path,
+    storage: Where,
     on_item: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Run `worker(settings)` on every worker of a TorchTrainer; `on_item` gets rank 0's posts; returns the last item.
@@ -264,7 +264,7 @@ def run_workers(
 
 
 @contextmanager
-def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Path):
+def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Where):
     """A group that is smaller than it should be is told when it can grow."""
     import ray
 
@@ -279,7 +279,7 @@ def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Pa
 
 
 def _attempt(
-    worker, settings: dict[str, Any], experiment: Experiment, workers: int, gpus: bool, storage: Path
+    worker, settings: dict[str, Any], experiment: Experiment, workers: int, gpus: bool, storage: Where
 ) -> Exception | None:
     """One group of workers from its start to its end; why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -294,7 +294,7 @@ def _attempt(
         run_config=RunConfig(
             # A name of its own: Ray must not look for state under it; we resume from our own checkpoints.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
-            storage_path=str(storage.resolve()),
+            **_ray_storage(storage),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # `run_workers` tries again
         ),
     )
@@ -308,6 +308,13 @@ def _attempt(
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind, which fails once it is done
     return None
+
+
+def _ray_storage(folder: Where) -> dict[str, Any]:
+    """Where Ray Train keeps what it needs of a group of workers."""
+    if isinstance(folder, Place):
+        return {"storage_path": folder.root, "storage_filesystem": folder.system}
+    return {"storage_path": str(folder.resolve())}
 
 
 def poll_s(workers: int) -> float:

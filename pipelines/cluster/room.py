@@ -11,9 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from entprog.errors import UserError
+from entprog.storage import Where
 from pipelines.cluster import joining, ray_internals
 
 SETTLE_S = 5.0
@@ -41,7 +41,7 @@ def workers(
     *,
     settle_s: float = SETTLE_S,
     stop: threading.Event | None = None,
-    run: Path | None = None,
+    run: Where | None = None,
 ) -> int:
     """Workers, `least` to `most`, that can be placed now beside Ray Data.
 
@@ -67,7 +67,7 @@ def wait(
     *,
     settle_s: float = SETTLE_S,
     stop: threading.Event | None = None,
-    run: Path | None = None,
+    run: Where | None = None,
 ) -> int:
     """How many of the wanted bundles can be placed now, the first `least` of them or more; waits, and says so, as
     `workers` does.
@@ -142,7 +142,7 @@ def growing(
     begun: threading.Event,
     after_s: float,
     grow: Callable[[], None],
-    run: Path | None = None,
+    run: Where | None = None,
 ) -> Iterator[None]:
     """While the block lasts: once, `after_s` or more after `begun`, call `grow` when there is room for one more.
 
@@ -175,7 +175,7 @@ def growing(
             thread.join()
 
 
-def forget(folder: Path) -> None:
+def forget(folder: Where) -> None:
     """Give back what runs of this job in a folder, or below it, asked for and left behind.
 
     What a process asks for ends with its job, not with itself: a trial that was killed while it waited would hold CPUs
@@ -192,7 +192,7 @@ def forget(folder: Path) -> None:
 
 
 @contextmanager
-def _wanted(wishes: Sequence[list[Bundle]], run: Path | None) -> Iterator[list]:
+def _wanted(wishes: Sequence[list[Bundle]], run: Where | None) -> Iterator[list]:
     """Placement groups of these bundles, for as long as the block lasts; of a run, with its folder in their names."""
     from ray.util.placement_group import placement_group, remove_placement_group
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from entprog import files
@@ -15,6 +14,7 @@ from entprog.models import fingerprints
 from entprog.preparing.cutting import FILES
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter
+from entprog.storage import Where
 from pipelines.generating import checkpoints
 from pipelines.generating.checkpoints import Checkpoint
 
@@ -43,12 +43,12 @@ def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[
     return how_sampled(maker, settings.generate) | whose
 
 
-def how_given(folder: Path) -> dict[str, Any]:
+def how_given(folder: Where) -> dict[str, Any]:
     """What a folder of clips says of how they were made; {} if nothing."""
     return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
-def leave(folder: Path, made: dict[str, Any]) -> None:
+def leave(folder: Where, made: dict[str, Any]) -> None:
     """Say in a folder how its clips are made."""
     files.write_json(folder / FILE, made)
 
@@ -96,7 +96,7 @@ def details(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: 
     return f"{within}wanted pose by {' and '.join(made_by or [prepared.get('pose', 'blazepose')])}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Where) -> dict[str, Any]:
     """A JSON object; {} for other JSON. Raises UserError if it cannot be read."""
     try:
         found = json.loads(path.read_text())

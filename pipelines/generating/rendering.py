@@ -5,13 +5,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from entprog import config, files
+from entprog import config, files, storage
 from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
 from entprog.diffusion import dropping, sampling
@@ -19,6 +18,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, drawing, h264, sheet, styles
 from entprog.media import video as videos
 from entprog.media.faces import Faces
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.generating.motions import Motion
 
@@ -80,11 +80,11 @@ def render(
     load: Callable[[], Denoiser],
     motions: Sequence[Motion],
     shape: ClipShape,
-    output: Path,
+    output: Where,
     settings: Generate,
     without: str | None = None,
     key: str | None = None,
-) -> tuple[list[dict[str, Any]], Path]:
+) -> tuple[list[dict[str, Any]], Where]:
     """Sample every motion and write it: a record each (`clip`, `video` side by side, `result` alone), contact sheet.
 
     Pose and truth lie beside the result on their own too, for other runs' results to be shown with. load: gives the
@@ -135,13 +135,13 @@ class Files:
     """What is left of one clip: NAME.mp4 side by side, NAME_pose.mp4 and others alone; NAME.json once it is whole,
     where that is of use."""
 
-    folder: Path
+    folder: Where
     number: int
     motion: Motion
     identity: str | None
     """Hash of everything that decides what the clip looks like; None: a clip that is made anew each time."""
 
-    def path(self, end: str) -> Path:
+    def path(self, end: str) -> Where:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.motion.name)[:80]
         return self.folder / f"{self.number:03d}_{name}{end}"
 
@@ -194,9 +194,10 @@ class Files:
         return json.loads(self.path(".json").read_text())
 
 
-def _glance(path: Path) -> np.ndarray:
+def _glance(path: Where) -> np.ndarray:
     """The frames of a clip that a contact sheet has room for."""
-    frames = [frame for _, frame in videos.iter_frames(path)]
+    with storage.local_copy(path) as file:
+        frames = [frame for _, frame in videos.iter_frames(file)]
     return np.stack([frames[i] for i in sheet.spread(len(frames))])
 
 

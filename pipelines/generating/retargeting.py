@@ -11,6 +11,7 @@ from entprog.errors import UserError
 from entprog.media import pose as poses
 from entprog.media import retarget, wholebody
 from entprog.preparing import windows
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.generating import driving, motions
 from pipelines.generating.motions import Motion
@@ -71,7 +72,7 @@ def retargeted(made: Sequence[Motion], own: Sequence[np.ndarray]) -> list[Motion
     return out
 
 
-def preview(before: Sequence[Motion], after: Sequence[Motion], own: Sequence[np.ndarray], path: Path) -> Path:
+def preview(before: Sequence[Motion], after: Sequence[Motion], own: Sequence[np.ndarray], path: Where) -> Where:
     """A picture of some motions: the reference with its pose, then frames with the driving pose and the new one."""
     from entprog.media import sheet  # here: it draws with torch, and wrong arguments are told at once
 

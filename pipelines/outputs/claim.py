@@ -77,7 +77,10 @@ def writable(folder: Where) -> None:
 
 
 def is_of(output: Where, job: str) -> bool:
-    """Whether the folder carries the job's mark, of whatever identity; a damaged mark is nobody's."""
+    """Whether the folder carries the job's mark, of whatever identity; a damaged mark is nobody's. Raises OSError where
+    a bucket does not answer."""
+    if isinstance(output, Place) and not (output / MARK).exists():
+        return False
     with contextlib.suppress(UserError):
         return _read(output)["job"] == job
     return False

@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from entprog import storage
 from entprog.config import ClipShape
 from entprog.masking import reason
+from entprog.storage import Where
 from pipelines.tracking.tracker import VERSIONS, Tracker
 
 SERVED = Path(__file__).with_name("mlflow_model.py")
 
 
 def register(
-    tracker: Tracker, name: str, folder: Path, shape: ClipShape, warn: Callable[[str], None] = warnings.warn
+    tracker: Tracker, name: str, folder: Where, shape: ClipShape, warn: Callable[[str], None] = warnings.warn
 ) -> str | None:
     """Log the checkpoint to the run as a model and make it the newest version of `name`; that version's number.
 
@@ -29,13 +31,14 @@ def register(
         points = drawing.points(about.get("skeleton", styles.LIMBS))
         packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
         mlflow.set_tracking_uri(tracker.uri)
-        with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False), warnings.catch_warnings():
+        run = mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False)
+        with run, warnings.catch_warnings(), storage.local_copy(folder) as checkpoint:
             # Counsel on type hints and examples, for lack of which it has a signature; MLflow undoes a filter of ours.
             warnings.showwarning = lambda *args, **options: None
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(SERVED),
-                artifacts={"checkpoint": str(folder)},
+                artifacts={"checkpoint": str(checkpoint)},
                 signature=signature(shape, points, about.get("last_frame", False)),
                 pip_requirements=packages,
                 registered_model_name=name,

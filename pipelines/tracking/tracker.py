@@ -5,6 +5,7 @@ Points are delivered by a thread, in batches, and kept while MLflow does not ans
 OUTPUT/mlflow_pending.jsonl until somebody delivers it: a restarted worker, the driver at the end, `deliver_pending`.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -13,12 +14,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from entprog import files
+from entprog import files, storage
 from entprog.errors import UserError
 from entprog.masking import masked, reason
+from entprog.storage import Where
 from pipelines.tracking.store import (
     alone,
     connect,
@@ -46,9 +47,9 @@ VERSIONS = ("torch", "ray", "diffusers", "mlflow")
 class Tracker:
     """Logs to one MLflow run. Metrics never block and never fail; all else tries for a bounded time, then warns."""
 
-    def __init__(self, uri: str, run_id: str, output: Path, warn: Callable[[str], None] = warnings.warn):
+    def __init__(self, uri: str, run_id: str, output: str | Where, warn: Callable[[str], None] = warnings.warn):
         self.run_id = run_id
-        self.uri, self._output, self._warn = uri, Path(output), warn
+        self.uri, self._output, self._warn = uri, storage.at(output, "the output"), warn
         self._points: list[Point] = []  # not delivered yet
         self._kept = False  # the file of undelivered points is there, and ours to remove
         self._told_not_finite: set[str] = set()
@@ -61,7 +62,7 @@ class Tracker:
 
     @staticmethod
     def start(
-        output: Path,
+        output: Where,
         experiment: str,
         run_name: str,
         *,
@@ -76,7 +77,7 @@ class Tracker:
         Raises UserError if MLflow does not answer.
         """
         uri, experiment, run_name = tracking_uri(), masked(experiment), masked(run_name)
-        record = Path(output) / RUN_FILE
+        record = output / RUN_FILE
         known = json.loads(record.read_text())["run_id"] if record.exists() else None
         try:
             with alone(uri):
@@ -98,12 +99,12 @@ class Tracker:
 
     def handle(self) -> dict[str, str]:
         """What `attach` needs; goes to another process."""
-        return {"uri": self.uri, "run_id": self.run_id, "output": str(self._output.resolve())}
+        return {"uri": self.uri, "run_id": self.run_id, "output": storage.address(self._output.resolve())}
 
     @staticmethod
     def attach(handle: Mapping[str, str], warn: Callable[[str], None] = warnings.warn) -> "Tracker":
         """In a worker: log to a run that the driver started. Returns at once; `close` it, the driver ends the run."""
-        tracker = Tracker(handle["uri"], handle["run_id"], Path(handle["output"]), warn)
+        tracker = Tracker(handle["uri"], handle["run_id"], handle["output"], warn)
         tracker._adopt_pending()
         return tracker
 
@@ -161,15 +162,15 @@ class Tracker:
 
         self._patiently(write, f"the nested run {name} is not complete")
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
+    def artifact(self, path: Where, folder: str | None = None) -> None:
         """Keep a file, or a folder with all that is in it, with the run."""
-        path = Path(path)
 
         def upload(client):
-            if path.is_dir():
-                client.log_artifacts(self.run_id, str(path), folder or path.name)
-            else:
-                client.log_artifact(self.run_id, str(path), folder)
+            with storage.local_copy(path) as file:
+                if file.is_dir():
+                    client.log_artifacts(self.run_id, str(file), folder or file.name)
+                else:
+                    client.log_artifact(self.run_id, str(file), folder)
 
         self._patiently(upload, f"artifact {path} was not uploaded")
 
@@ -206,7 +207,7 @@ class Tracker:
     # ---- inside ----
 
     @property
-    def _pending(self) -> Path:
+    def _pending(self) -> Where:
         return self._output / PENDING_FILE
 
     def _client(self):
@@ -292,7 +293,8 @@ class Tracker:
             with self._change:
                 del self._points[: len(batch)]
                 if not self._points and self._kept:
-                    self._pending.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # delivered once more they change nothing
+                        self._pending.unlink(missing_ok=True)
                     self._kept = False
                 self._change.notify_all()
 
@@ -308,9 +310,14 @@ class Tracker:
 
     def _adopt_pending(self) -> None:
         """Take over what another tracker of this run left behind."""
-        if self._pending.exists():
+        try:
+            left = _read_points(self._pending) if self._pending.exists() else []
+        except OSError as error:
+            self._warn(f"cannot read MLflow points in {self._pending}: {reason(error)}")
+            return
+        if left:
             with self._change:
-                self._points = [*_read_points(self._pending), *self._points]
+                self._points = [*left, *self._points]
                 self._kept = True
             self._wake()
 
@@ -322,16 +329,21 @@ class Tracker:
             files.write_text(self._pending, "".join(map(_line, self._points)))
             self._kept = True
         except OSError as error:
-            self._warn(f"cannot keep MLflow points in {self._pending}: {error.strerror}")
+            self._warn(f"cannot keep MLflow points in {self._pending}: {reason(error)}")
 
 
-def deliver_pending(output: Path, warn: Callable[[str], None] = warnings.warn) -> bool:
+def deliver_pending(output: Where, warn: Callable[[str], None] = warnings.warn) -> bool:
     """Deliver points that a run which is over could not; whether none are left."""
-    record, pending = Path(output) / RUN_FILE, Path(output) / PENDING_FILE
+    record, pending = output / RUN_FILE, output / PENDING_FILE
     if not pending.exists():
         return True
     tracker = Tracker.attach(
-        {"uri": tracking_uri(), "run_id": json.loads(record.read_text())["run_id"], "output": str(output)}, warn
+        {
+            "uri": tracking_uri(),
+            "run_id": json.loads(record.read_text())["run_id"],
+            "output": storage.address(output),
+        },
+        warn,
     )
     tracker.close()
     return not pending.exists()
@@ -343,9 +355,8 @@ def _line(point: Point) -> str:
     return files.strict_json([name, value if math.isfinite(value) else str(value), at_ms, step]) + "\n"
 
 
-def _read_points(path: Path) -> list[Point]:
-    with path.open() as file:
-        rows = [json.loads(line) for line in file]
+def _read_points(path: Where) -> list[Point]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [(name, float(value), at_ms, step) for name, value, at_ms, step in rows]
 
 

@@ -1,7 +1,6 @@
 """What a training is, and whether it can be: checked before Ray, MLflow or a GPU is touched."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from entprog.media import styles, wholebody
 from entprog.models import adapters, captions, experts, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
-from entprog.storage import Place
+from entprog.storage import Place, Where
 
 SHOWN = ("model.skeleton", "model.last_frame")
 """Settings that are younger than what they set, which a base or an adapter may say too."""
@@ -84,7 +83,7 @@ def check(experiment: Experiment) -> shards.Dataset:
     return dataset
 
 
-def parts(experiment: Experiment, output: Path) -> Parts:
+def parts(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, each part checked as far as can be before the one before it has run. Raises UserError."""
     if not experiment.parts:
         return {"": (experiment, check(experiment))}

@@ -10,9 +10,10 @@ import yaml
 from entprog import files
 from entprog.config import Experiment
 from entprog.errors import UserError
-from entprog.masking import masked
+from entprog.masking import bare, masked
 from entprog.models import folders, whole
 from entprog.names import plain
+from entprog.storage import Where
 
 UNKNOWN = "not stated in its folder"
 
@@ -71,7 +72,7 @@ POINTS = {
 
 
 def write(
-    folder: Path, title: str, experiment: Experiment | None = None, result: Mapping[str, Any] | None = None
+    folder: Where, title: str, experiment: Experiment | None = None, result: Mapping[str, Any] | None = None
 ) -> None:
     """Leave the card in a saved folder. experiment, result: of the training, where they are known."""
     about = folders.saved(folder)
@@ -82,7 +83,7 @@ def write(
 def card(
     about: Mapping[str, Any],
     licence: Mapping[str, str],
-    folder: Path,
+    folder: Where,
     title: str,
     experiment: Experiment | None,
     result: Mapping[str, Any],
@@ -118,7 +119,10 @@ def card(
 
 
 def _base(base: str | None) -> str:
-    return "new weights" if base is None else f"a folder of the machine that trained, `{plain(Path(base).name)}`"
+    if base is None:
+        return "new weights"
+    where = "in a bucket" if "://" in base else "of the machine that trained"
+    return f"a folder {where}, `{plain(Path(bare(base)).name)}`"
 
 
 def _figures(experiment: Experiment | None, result: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops",
 
 def run(
     experiment: Experiment,
-    output: Path,
+    output: Where,
     train: Callable[..., dict[str, Any]],
     *,
     tables: Where,
@@ -32,7 +32,7 @@ def run(
 ) -> dict[str, Any]:
     """Train every phase on the connected Ray cluster; returns the figures of result.json.
 
-    train: `train.run`. The last phase's model is OUTPUT/model too.
+    train: `train.run`. The last phase's model is OUTPUT/model too, but in a bucket.
     """
     parts = config.phases(experiment, output)
     for phase in parts.values():
@@ -67,8 +67,8 @@ def run(
             for step in steplog.steps_of(output / name):  # what was told to a driver that was killed; the rest is there
                 tell(step)
             tracker.metrics(done["steps"], {f"phase/{name}_held_out_loss": results[name]["held_out_loss"]})
-        result = together(results) | {"mlflow_run_id": tracker.run_id, "model": str(output / "model")}
-        _point_at(output / "model", output / next(reversed(parts)) / "model")
+        model = _model(output, next(reversed(parts)))
+        result = together(results) | {"mlflow_run_id": tracker.run_id, "model": str(model)}
         names = ("held_out_loss", "seconds", "search_seconds", "score_seconds", "flops", "peak_memory_bytes", "steps")
         tracker.summary({name: result[name] for name in names})
         status = "FINISHED"
@@ -77,7 +77,7 @@ def run(
         raise
     finally:
         tracker.end(status)
-    _show(results, result, output)
+    _show(results, result, model)
     return result
 
 
@@ -113,21 +113,26 @@ def _teller(tracker: Tracker, phase: int, steps: int, seconds: float) -> Callabl
     return tell
 
 
-def _point_at(link: Path, model: Path) -> None:
-    """OUTPUT/model stands for the last phase's, which may be large: a link, relative, so that OUTPUT can be moved."""
+def _model(output: Where, last: str) -> Where:
+    """OUTPUT/model stands for the last phase's, which may be large: a link, relative, so that OUTPUT can be moved. In a
+    bucket, which has no links, it is the last phase's itself."""
+    model, link = output / last / "model", output / "model"
+    if not isinstance(link, Path):
+        return model
     if link.is_symlink():
         link.unlink()
-    link.symlink_to(model.relative_to(link.parent), target_is_directory=True)
+    link.symlink_to(model.relative_to(output), target_is_directory=True)
+    return link
 
 
-def _show(results: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], output: Path) -> None:
+def _show(results: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], model: Where) -> None:
     rows = [
         (name, r["steps"], r["held_out_loss"], r["seconds"], ", ".join(str(m) for m in _trained(r)))
         for name, r in results.items()
     ]
     columns = ("phase", "steps", "held-out loss", "charged seconds", "trained blocks by stage")
     cli.show("Phases (each judged on its own clips and conditions)", rows, columns)
-    cli.console.print(f"Model: {output / 'model'}, after {result['seconds']:.1f} charged seconds in all")
+    cli.console.print(f"Model: {model}, after {result['seconds']:.1f} charged seconds in all")
 
 
 def _trained(result: Mapping[str, Any]) -> list[int]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from entprog import files
+from entprog import files, storage
 from entprog.blocks import full_weights
 from entprog.config import ClipShape, Evaluate, Generate
 from entprog.data.clips import Latents
@@ -30,6 +30,7 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import reason
 from entprog.media import h264
+from entprog.storage import Where
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.training import steplog
@@ -47,7 +48,7 @@ class Previews:
     denoiser: Denoiser
     motions: Sequence[Motion]
     shape: ClipShape
-    output: Path
+    output: Where
     settings: Generate
     keep: Callable[[Path, str], None]
     """Keep a file with the run in MLflow, in a folder of that name."""
@@ -77,20 +78,21 @@ class Previews:
             self.warn(f"the preview after step {step} failed: {reason(error)}; training goes on")
 
     def _draw(self, step: int, charged_s: float) -> None:
-        folder = self.output / "previews" / f"step-{step:08d}"
-        records, sheet = rendering.render(lambda: self.denoiser, self.motions, self.shape, folder, self.settings)
-        videos = [Path(record["video"]) for record in records]
-        entry = {
-            "step": step,
-            "charged_s": charged_s,
-            "time": time.time(),
-            "motions": [record["clip"] for record in records],
-            "videos": [str(video.relative_to(self.output)) for video in videos],
-            "figures": self._measured(records),
-        }
-        self.log(step, {f"preview/{name}": value for name, value in entry["figures"].items()})
-        for path in (*videos, *(Path(record["result"]) for record in records), sheet):
-            self.keep(path, f"previews/{folder.name}")
+        where = self.output / "previews" / f"step-{step:08d}"
+        with storage.scratch_for(where) as folder:
+            records, sheet = rendering.render(lambda: self.denoiser, self.motions, self.shape, folder, self.settings)
+            videos = [Path(record["video"]) for record in records]
+            entry = {
+                "step": step,
+                "charged_s": charged_s,
+                "time": time.time(),
+                "motions": [record["clip"] for record in records],
+                "videos": [f"previews/{where.name}/{video.relative_to(folder).as_posix()}" for video in videos],
+                "figures": self._measured(records),
+            }
+            self.log(step, {f"preview/{name}": value for name, value in entry["figures"].items()})
+            for path in (*videos, *(Path(record["result"]) for record in records), sheet):
+                self.keep(path, f"previews/{where.name}")
         leave(self.output, entry)
 
     def _measured(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -123,12 +125,12 @@ def meter(names: Sequence[str], shape: ClipShape, clips: int, points: int) -> "M
         raise UserError(f"train.preview_metrics: {error}") from None
 
 
-def leave(output: Path, entry: Mapping[str, Any]) -> None:
+def leave(output: Where, entry: Mapping[str, Any]) -> None:
     """Add a preview to the list and to the page; those of the same step or later, of a run that was cut short, go."""
     path = output / steplog.PREVIEWS
     entries = [each for each in steplog.lines_of(path) if each["step"] < entry["step"]] + [dict(entry)]
     files.write_text(path, "".join(files.strict_json(each) + "\n" for each in entries))
-    files.write_text(path.with_name("index.html"), page(entries, output.resolve().name))
+    files.write_text(path.parent / "index.html", page(entries, output.resolve().name))
 
 
 def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:

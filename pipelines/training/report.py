@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from entprog import files
+from entprog import files, storage
 from entprog.data import shards
+from entprog.storage import Where
 from pipelines import charts, cli
 from pipelines.cluster import stalls
 from pipelines.tracking.store import how_to_open
@@ -39,7 +40,9 @@ def final(result: dict[str, Any]) -> dict[str, float]:
     return {name: result[name] for name in names} | ({} if paid is None else {"break_even_step": paid})
 
 
-def leave_charts(output: Path, steps: list[dict], blocks: list[str], tracker: Tracker, dataset: shards.Dataset) -> None:
+def leave_charts(
+    output: Where, steps: list[dict], blocks: list[str], tracker: Tracker, dataset: shards.Dataset
+) -> None:
     """Draw the charts, and keep them and the samples with the MLflow run. blocks: names, in the network's order."""
     left = [charts.schedule_chart(steps, output / "schedule.png", blocks)]
     if (output / "cei.json").exists():
@@ -47,14 +50,14 @@ def leave_charts(output: Path, steps: list[dict], blocks: list[str], tracker: Tr
         left += [output / "cei.json"]
     held_out = [(s["charged_s"], s["step"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     left += [charts.loss_chart({"held-out loss": held_out}, output / "loss.png"), output / "steps.jsonl"]
-    sheet = [dataset.folder / "contact_sheet.png"] if isinstance(dataset.folder, Path) else []
     files.write_json(output / "decisions.json", [s["decision"] for s in steps if "decision" in s])
-    left += [output / "decisions.json", *sorted((output / "samples").rglob("*.*"))]
+    left += [output / "decisions.json", *(output / "samples" / name for name in storage.below(output / "samples"))]
+    sheet = [dataset.folder / "contact_sheet.png"] if isinstance(dataset.folder, Path) else []
     for file in [*left, *(path for path in sheet if path.exists())]:
         tracker.artifact(file)
 
 
-def show(result: dict[str, Any], output: Path, uri: str) -> None:
+def show(result: dict[str, Any], output: Where, uri: str) -> None:
     """Print the headline figures."""
     cli.show(
         "Training",

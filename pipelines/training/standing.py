@@ -5,11 +5,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from entprog import files
 from entprog.errors import UserError
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import stalls
 from pipelines.training import steplog
@@ -50,7 +50,7 @@ class Standing:
         return [s["held_out_loss"] for s in self.steps if s["held_out_loss"] is not None]
 
 
-def read(output: Path, now_s: float | None = None) -> Standing:
+def read(output: Where, now_s: float | None = None) -> Standing:
     """The standing of the training in a folder. Raises UserError if there is none."""
     if not (output / "steps.jsonl").exists() and not (output / "cei.json").exists():
         raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
@@ -73,7 +73,7 @@ def read(output: Path, now_s: float | None = None) -> Standing:
     return Standing(state, steps, share, left_s, age_s, trouble, told, shown, now_s)
 
 
-def _budgets(output: Path) -> dict[str, float]:
+def _budgets(output: Where) -> dict[str, float]:
     """The budget of the run by the entry that counts towards it, from the folder's mark."""
     try:
         settings = json.loads((output / "entprog-job.json").read_text())["identity"]
@@ -102,9 +102,9 @@ def _pace_s(steps: Sequence[dict[str, Any]]) -> float | None:
     return (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1) if len(recent) > 1 else None
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Where) -> str:
     try:
-        lines = path.read_text(errors="replace").strip().splitlines()
+        lines = path.read_bytes().decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
     return lines[-1].strip() if lines else ""

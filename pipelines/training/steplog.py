@@ -5,51 +5,136 @@ Light to import, for those that only read them.
 
 import contextlib
 import json
+import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from entprog import files
-from entprog.masking import masked
+from entprog import files, storage
+from entprog.masking import masked, one_line
+from entprog.storage import Where
 
 WARNINGS = "warnings.jsonl"
 PREVIEWS = "previews/previews.jsonl"
+SENT_EVERY_S = 10.0
+"""To a bucket, in which a file is written whole: less often where that takes more than a part of the time,"""
+SENT_SHARE = 0.05
+"""namely this one."""
 
 
-def steps_of(output: Path) -> list[dict[str, Any]]:
+def steps_of(output: Where) -> list[dict[str, Any]]:
     """The records of a run's steps so far; the last line may be half written."""
     return lines_of(output / "steps.jsonl")
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def lines_of(path: Where) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines; none where there is no file. Raises ValueError for a damaged one."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def warn(output: Path, line: str) -> None:
-    """Keep a warning; a disk that is full is one already."""
-    record = {"time": time.time(), "warning": masked(line)}
-    with contextlib.suppress(OSError), (output / WARNINGS).open("a") as file:
-        file.write(files.strict_json(record) + "\n")
+def warn(output: Where, line: str) -> None:
+    """Keep a warning; a disk that is full, or a bucket that is away, is one already."""
+    text = files.strict_json({"time": time.time(), "warning": masked(line)}) + "\n"
+    path = output / WARNINGS
+    with contextlib.suppress(OSError):
+        if isinstance(path, Path):
+            with path.open("a") as file:
+                file.write(text)
+        else:  # few lines
+            path.write_text((path.read_text() if path.exists() else "") + text)
 
 
 class StepLog:
-    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are cut off and written anew."""
+    """OUTPUT/steps.jsonl: one line a step. On a resume, lines after the checkpoint are cut off and written anew.
 
-    def __init__(self, path: Path, done: int):
-        """done: steps of the run so far; what was logged of them is left as it is."""
-        self.file = path.open("a+b")
+    In a bucket the file is written anew by a thread, every SENT_EVERY_S or less often, and by `keep`. The thread ends
+    with a `with`, which keeps the log once more where it ends by an exception.
+    """
+
+    def __init__(self, path: Where, done: int, warn: Callable[[str], None] = lambda line: None):
+        """done: steps of the run so far; what was logged of them is left as it is. warn: gets what went wrong with a
+        bucket. Raises OSError."""
+        self.file = path.open("a+b") if isinstance(path, Path) else _copy(path)
         self.file.seek(0)
-        self.file.truncate(sum(len(line) for line in _before(self.file, done)))
+        self.file.seek(self.file.truncate(sum(len(line) for line in _before(self.file, done))))
+        self.sender = None if isinstance(path, Path) else _Sender(Path(self.file.name), path, warn)
 
     def add(self, record: dict[str, Any]) -> None:
         self.file.write(files.strict_json(record).encode() + b"\n")
         self.file.flush()
 
+    def keep(self) -> None:
+        """What was added so far must not be lost with this machine. A bucket that does not answer is a warning."""
+        if self.sender:
+            self.sender.tried()
+
     def close(self) -> None:
+        """Keep what was added. Raises OSError where a bucket does not take it."""
+        if self.sender:
+            self.sender.stop()
+            self.sender.send()
         self.file.close()
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if self.sender:
+            self.sender.stop()  # whoever goes on may have begun already
+        if kind is not None:
+            self.keep()
+
+
+class _Sender:
+    """Brings a file of this machine to a bucket again and again."""
+
+    def __init__(self, file: Path, path: storage.Place, warn: Callable[[str], None]):
+        self.file, self.warn, self.failing = file, warn, False
+        self.path = storage.at(storage.quickly(path.address), "the output")
+        self.one = threading.RLock()
+        self.stopped = threading.Event()
+        threading.Thread(target=self._go_on, name=f"send {path.name}", daemon=True).start()
+
+    def send(self) -> float:
+        """Seconds that it took. Raises OSError."""
+        with self.one:
+            begun = time.monotonic()
+            self.path.put(self.file)
+            return time.monotonic() - begun
+
+    def tried(self) -> float:
+        """As `send`; of failures in a row the first is a warning."""
+        with self.one:
+            try:
+                took_s, failed = self.send(), False
+            except OSError as error:
+                took_s, failed = 0.0, True
+                if not self.failing:
+                    again = f"tried again every {SENT_EVERY_S:.0f} s"
+                    self.warn(f"{self.path} is not up to date: {one_line(error)}; {again}")
+            self.failing = failed
+            return took_s
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _go_on(self) -> None:
+        wait_s = 0.0  # lines after the checkpoint are no longer shown
+        while not self.stopped.wait(wait_s):
+            wait_s = max(SENT_EVERY_S, self.tried() / SENT_SHARE)
+
+
+def _copy(path: storage.Place) -> Any:
+    """The file in a bucket as one of this machine, which goes when it is closed; an empty one where there is none."""
+    file = tempfile.NamedTemporaryFile("w+b", prefix="entprog-")  # noqa: SIM115 - as long as the log
+    if path.exists():
+        with path.open() as there:
+            shutil.copyfileobj(there, file)
+    return file
 
 
 def _before(lines: Iterable[bytes], done: int) -> Iterator[bytes]:

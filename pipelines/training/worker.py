@@ -3,9 +3,8 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import reason
-from entprog.models import captions, fingerprints, saving
+from entprog.models import captions, fingerprints, folders, saving
 from entprog.schedule import plans
 from entprog.schedule.state import RunState
 from entprog.scoring import cache, cei
 from entprog.scoring.tables import ScoreTable
+from entprog.storage import Where
 from entprog.training import checkpoint
 from entprog.training.fit import DivergedError, fit, start
 from entprog.training.steps import Step
@@ -211,7 +211,7 @@ def scores(setup: Setup, settings: dict[str, Any]) -> ScoreTable:
 
 def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     experiment, denoiser = setup.experiment, setup.denoiser
-    output = Path(settings["output"])
+    output = storage.at(settings["output"], "the output")
     rank, _ = agree.world()
     table = scores(setup, settings) if experiment.schedule.needs_scores else None
     state = start(denoiser.network, experiment)
@@ -219,7 +219,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     saver = _take_up(setup, settings, state, warn)
     notices = Notices(settings["board"], setup.device)
     dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
-    log = steplog.StepLog(output / "steps.jsonl", state.step) if rank == 0 else None
+    log = steplog.StepLog(output / "steps.jsonl", state.step, warn) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
         scored = {"entprog.scores": table.key} if table else {}
@@ -235,7 +235,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     setup.clock.over("checkpoint")
     decode_cpus = launch.decode_cpus(experiment)
     data = setup.dataset, denoiser, setup.device, decode_cpus, setup.caches, setup.texts
-    with closing(Batches(experiment, *data)) as batches:
+    with closing(Batches(experiment, *data)) as batches, log or nullcontext():
         rescored = table is not None and experiment.priority.rescore
         conditions = cache.clips(denoiser, setup.dataset, experiment, setup.texts) if rescored else ()
         given = batches, setup.held_out, setup.sample, table, experiment, state, conditions, setup.held_out_draws
@@ -246,6 +246,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 record = figures.as_record(step)
                 log.add(record)
                 tracker.metrics(step.step, figures.metrics(step))
+                if step.decision is not None:
+                    log.keep()  # who listens reads the stage before
                 if step.held_out_loss is not None:
                     tracker.flush()  # who listens may end the run on this loss
                 started = {}
@@ -264,9 +266,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 previews.show(step.step, step.charged_s, state.ema)
             notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
-                saver.save(denoiser.network, state)
                 if rank == 0:
+                    log.keep()
                     tracker.flush()
+                saver.save(denoiser.network, state)
             if notice:
                 saver.wait()
                 if notice == MACHINE_ENDS:
@@ -287,14 +290,16 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     shift = _sampling_shift(setup)
     if rank == 0:  # alone: nobody waits for it, but for who has parts of a sharded network
         if experiment.train.lora:
-            networks.leave_adapter(denoiser, experiment, output / "adapter", setup.dataset.points)
+            with storage.scratch_for(output / "adapter") as folder:
+                networks.leave_adapter(denoiser, experiment, folder, setup.dataset.points)
             denoiser = networks.merged(denoiser, experiment, settings["weights"])
         kept = {"parts": experiment.train.save, "points": setup.dataset.points}
-        denoiser.save(output / "model", shape=experiment.data.shape, shift=shift, **kept)
+        with storage.scratch_for(output / "model", last=folders.ABOUT) as folder:
+            denoiser.save(folder, shape=experiment.data.shape, shift=shift, **kept)
     else:
         saving.lend(denoiser.network)
     if experiment.train.samples:
-        draw = functools.partial(_leave_samples, setup, output / "samples", shift)
+        draw = functools.partial(_leave_samples, setup, output, shift)
         fsdp.led(denoiser.network, draw, lambda: idle_pass(setup.denoiser, setup.sample))
     if rank == 0:
         log.close()
@@ -315,7 +320,7 @@ def _saved_though_it_diverges(steps: Iterator[Step], saver: checkpoint.Saver) ->
 def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Callable[[str], None]) -> checkpoint.Saver:
     """Load the newest complete checkpoint, if any, into network and state; returns what saves the next ones."""
     train = setup.experiment.train
-    folder = train.checkpoints or str(Path(settings["output"]) / "checkpoints")
+    folder = train.checkpoints or storage.address(storage.at(settings["output"], "the output") / "checkpoints")
     if agree.world()[0] == 0:
         for name in checkpoint.damaged(folder):
             warn(f"checkpoint {name} in {folder} was cut short: not used")
@@ -327,14 +332,15 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
     return checkpoint.Saver(folder, settings["identity"], train.keep_checkpoints, warn)
 
 
-def _leave_samples(setup: Setup, folder: Path, shift: float | None) -> None:
+def _leave_samples(setup: Setup, output: Where, shift: float | None) -> None:
     """A look at what was learned: held-out motions by the final weights. What goes wrong is a warning."""
     data, count = setup.experiment.data, setup.experiment.train.samples
     settings = config.Generate(batch_size=data.batch_size, shift=shift)
     try:
         if not fsdp.is_sharded(setup.denoiser.network):
             setup.denoiser.network.to(setup.device)
-        rendering.render(lambda: setup.denoiser, _held_out_motions(setup, count), data.shape, folder, settings)
+        with storage.scratch_for(output / "samples") as folder:
+            rendering.render(lambda: setup.denoiser, _held_out_motions(setup, count), data.shape, folder, settings)
     except Exception as error:  # memory, disk, codec: the model is saved already
         setup.post({"warning": f"the samples failed: {reason(error)}; generate makes them of the saved model"})
 
@@ -348,7 +354,7 @@ def _held_out_motions(setup: Setup, count: int) -> list[Motion]:
 
 
 def _previews(
-    setup: Setup, output: Path, tracker: Tracker | None, warn: Callable[[str], None]
+    setup: Setup, output: Where, tracker: Tracker | None, warn: Callable[[str], None]
 ) -> previewing.Previews | None:
     """Those that are asked for; None: none. Every rank draws the same motions, or waits for who does."""
     experiment = setup.experiment

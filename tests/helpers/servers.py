@@ -66,19 +66,50 @@ def s3():
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        _wait_for(port)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def address(endpoint, folder):
+    """A folder (BUCKET/FOLDER) of an S3 on loopback."""
+    return (
+        f"s3://{folder}?scheme=http&endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
+        "&allow_bucket_creation=true"
+    )
+
+
+@contextmanager
+def gs(bucket):
+    """Google's Cloud Storage on loopback with one empty bucket: what makes the address of a folder in it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--in-memory", "--default-bucket", bucket]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        options = f"scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=5"
+        yield lambda folder: f"gs://anonymous@{bucket}/{folder}?{options}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(port):
+    """Until something listens there."""
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class Quiet(http.server.BaseHTTPRequestHandler):
@@ -115,8 +146,8 @@ def refusing():
 
 @contextmanager
 def counting(endpoint):
-    """What reads from an S3 at another address on loopback, and the bytes of objects that were read so far, in a list
-    of numbers."""
+    """What reads from an S3 at another address on loopback, and writes nothing there; the bytes of objects that were
+    read so far, in a list of numbers."""
     read = []
 
     class Between(Quiet):
@@ -138,7 +169,13 @@ def counting(endpoint):
             self.wfile.write(body)
             asked.close()
 
-        do_HEAD = do_GET  # noqa: N815
+        def do_PUT(self):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")  # whatever is in the request stays unread
+            self.end_headers()
+
+        do_HEAD, do_POST = do_GET, do_PUT  # noqa: N815
 
     with answering(Between) as address:
         yield address, read
