@@ -76,7 +76,9 @@ def main(
 def identity(experiment: Experiment, dataset: datasets.Dataset) -> dict[str, Any]:
     """By name all that decides the scores."""
     of_training = checks.deciding(experiment, dataset)
-    parts = ("model", "priority", "data.shape", "data.batch_size", "train.seed")
+    parts = ("model", "priority", "data.shape", "data.batch_size", "data.text", "schedule.frozen_precision")
+    parts += ("train.seed", "train.lora", "train.timesteps", "train.timesteps_mean", "train.timesteps_spread")
+    parts += ("train.timestep_shift", "train.min_snr")
     mine = {name: value for name, value in of_training.items() if config.is_part_of(name, parts)}
     return mine | {name: value for name, value in of_training.items() if name.startswith(("weights of", "clips of"))}
 
@@ -111,7 +113,11 @@ def run(
     if not is_claimed:
         claimed(experiment, output)
     folder = cli.tables_of(output, tables)
-    settings = {"tables": storage.address(folder.resolve()), "weights": fingerprints.base(experiment.model)}
+    settings = {
+        "tables": storage.address(folder.resolve()),
+        "weights": fingerprints.base(experiment.model),
+        "data": datasets.read_dataset(experiment.data.shards).fingerprint,
+    }
     with cli.console.status("scoring blocks") as status:
 
         def on_item(item: dict[str, Any]) -> None:

@@ -219,6 +219,7 @@ def run(
         "tables": storage.address(tables.resolve()),
         "identity": key,
         "weights": weights,
+        "data": dataset.fingerprint,
         "tracking": tracker.handle(),
     }
     startup_s: dict[str, float] = {}

@@ -31,7 +31,10 @@ from pipelines.tracking import store as store_of_runs
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import figures
 
-LIKE = {"entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "entprog.device": "cpu"}
+LIKE = {
+    "entprog.data": "d1", "entprog.held_out": "h1", "entprog.base": "b1", "entprog.device": "cpu",
+    "entprog.latents": "cached",
+}  # fmt: skip
 CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}
 
 
@@ -241,6 +244,7 @@ UNLIKE = {
     "held-out set": {"entprog.held_out": "h2"},
     "base": {"entprog.base": "b2"},
     "device": {"entprog.device": "another"},
+    "latents": {"entprog.latents": "encoded at every step"},
 }
 
 
@@ -267,6 +271,14 @@ def test_unlike_runs_are_refused_field_by_field(unlike, field, tmp_path):
         (tag, value), *_ = UNLIKE[field].items()
         assert f"{field} differs" in said and LIKE[tag] in said and value in said and field in said
     assert not (tmp_path / "comparison.html").exists()
+
+
+def test_more_workers_are_no_method_s_gain(store, tmp_path):
+    """The same clips a step, in less time."""
+    for name, workers in (("alone", 1), ("eight", 8)):
+        train(tmp_path / name, name, "workers", train={"steps": 3, "workers": workers, "accumulate": 8 // workers})
+    status, said = invoke("--experiment", "workers", "--output", tmp_path / "out")
+    assert status == 2 and "train.workers 8 in eight" in said and "train.accumulate 8 in alone" in said, said
 
 
 def test_force_goes_on_and_says_so(unlike, tmp_path):
@@ -309,6 +321,20 @@ def test_dry_run_writes_nothing(store, tmp_path):
 
 
 # ---- what is shown and does not count ----
+
+
+def test_what_a_resume_went_back_behind_is_no_part_of_the_run(store, tmp_path):
+    """A first attempt came to step 20, and was resumed from an earlier one on a slower machine."""
+    run_id = train(tmp_path / "run", "run", "resumed", schedule={"kind": "full"})
+    for name in ("charged_s", "held_out_loss"):
+        for step, when in ((11, 1), (20, 2)):
+            store_of_runs.connect(store_of_runs.tracking_uri()).log_metric(
+                run_id, name, 1e-3, timestamp=when, step=step
+            )
+    status, said = invoke("--experiment", "resumed", "--output", tmp_path / "out")
+    assert status == 0, said
+    (group,) = json.loads((tmp_path / "out" / "result.json").read_text())["groups"]
+    assert group["steps"] == 12 and group["loss"]["value"] > 1e-3
 
 
 def test_runs_without_an_end_are_shown_and_do_not_count(store, tmp_path):
@@ -469,6 +495,18 @@ def test_the_headline_is_true(pairs, said):
     assert re.search(said, words.headline(found)), words.headline(found)
     if len(pairs) == 1:
         assert found.best.ratio.low is None and any("One seed has no interval" in line for line in words.remarks(found))
+
+
+def test_a_seed_that_was_run_again_counts_once():
+    pairs = [(10, 5), (12, 6.5), (9, 4)]
+    plain, ours = [training("full", 0, straight(a), "full") for a, _ in pairs], [(0, b) for _, b in pairs]
+    again = verdict.judge(groups.grouped([*plain, *(training("ours", s, straight(b)) for s, b in ours)]), None, 0.95)
+    assert again.best.ratio.seeds == 1 and again.best.ratio.low is None and again.best.loss.seeds == 1
+    assert "in one seed, which tells nothing about chance" in words.headline(again)
+    more = judged([*pairs, (11, 5.2)])
+    twice = [training("full", 0, straight(10), "full"), training("ours", 0, straight(5))]
+    runs = [run for each in (more.baseline, more.best) for run in each.group.runs] + twice
+    assert verdict.judge(groups.grouped(runs), None, 0.95).best.ratio == more.best.ratio
 
 
 def test_a_group_that_does_not_get_there_is_not_called_sooner():

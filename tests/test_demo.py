@@ -97,7 +97,7 @@ def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(demo.fingerprints, "base", lambda model: "base")
     seed = {"held_out_loss": 0.2, "seconds": 75.0, "pose": 0.01}
     came = {
-        "before": 0.3, "arms": dict.fromkeys(demo.ARMS, seed), "pose": {"before": 0.05},
+        "before": 0.3, "arms": dict.fromkeys(demo.ARMS, seed), "pose": {"before": 0.05, "truth": 0.002},
         "compared": {"headline": "sooner"}, "page": "page.html",
     }  # fmt: skip
     result = came | {

@@ -3,6 +3,7 @@
 A new family is one file in `entprog/models/`, one entry in `TINY` and what its pipeline makes of it (`helpers.parity`).
 """
 
+import random
 from dataclasses import replace
 
 import diffusers
@@ -17,6 +18,9 @@ from entprog.data.clips import Clips, Latents
 from entprog.diffusion import losses, sampling
 from entprog.errors import UserError
 from entprog.models import inputs
+from entprog.schedule.freezing import Freeze
+from entprog.schedule.plans import Plan
+from entprog.schedule.prices import Prices
 from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
@@ -193,6 +197,24 @@ def test_costs_are_foreseen(tiny, backward):
     finally:
         blocks.unfreeze(denoiser.network, found, names, outside)
         denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_plans_of_one_likeness_cost_the_same(tiny, backward):
+    """Draws of as many blocks are counted once where that is all there is to count: counted apart, they agree."""
+    name, denoiser, batch, found = tiny
+    experiment = tiny_experiment(model=settings(name).model_dump())
+    counts, draw = {}, random.Random(0)
+    for _ in range(6):
+        prices = Prices(denoiser, found, batch, Freeze(denoiser, found, experiment), experiment, {})
+        drawn = {block.name for block in draw.sample(found, 2)}
+        plan = Plan(trainable=tuple(b.name for b in found if b.name in drawn), backward=backward, shape=SHAPE)
+        counts.setdefault(prices.likeness(plan), []).append(prices.counted(plan))
+    for alike in counts.values():
+        assert all(count == alike[0] for count in alike), alike
+    assert len(counts) < 6 or backward == "exact" or name in APART
+    blocks.unfreeze(denoiser.network, found, [b.name for b in found], denoiser.outside()["conditions"])
+    denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NATIVE])

@@ -143,6 +143,23 @@ def test_every_share_of_the_budget_is_reported_once_in_order(curve, of):
         assert report["held_out_loss"] == curves.at(curve[: first + 1], report["tick"] * 100 / of)
 
 
+def test_a_search_that_goes_on_hears_again_what_a_trial_had_reported(tmp_path):
+    """Its scheduler is a new one, which would take the next share for the trial's first."""
+    before, after = [], []
+    ticks = trial.Ticks(90.0, 9, before.append)
+    log = steplog.StepLog(tmp_path / "steps.jsonl", 0)
+    for number in range(1, 6):
+        step = {"step": number, "charged_s": 10.0 * number, "held_out_loss": 1 / number}
+        log.add(step)
+        ticks.on_item({"step": step})
+    log.close()
+    again = trial.Ticks(90.0, 9, after.append)
+    again.resume(tmp_path)
+    assert after == before and [tick["tick"] for tick in after] == [1, 2, 3, 4, 5]
+    again.on_item({"step": {"step": 6, "charged_s": 60.0, "held_out_loss": 0.1}})
+    assert [tick["tick"] for tick in after] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [([0.3, 0.2], None), ([0.3, math.nan], "not finite after 60 s"), ([math.inf], "not finite after 30 s")],

@@ -115,6 +115,22 @@ def test_resume_equals_no_interruption_under_every_setting(tmp_path, stop_at, fr
     assert second.state.begun == whole.state.begun and second.state.saved_cost == whole.state.saved_cost
 
 
+def test_a_block_s_warm_up_goes_on_where_counting_left_its_plan_in_force(tmp_path):
+    """The search waits for the warm-up, and what it begins with is the plan that was counted last."""
+    experiment = tiny_experiment(
+        train={"steps": 15, "held_out_every": 4, "warmup_steps": 3, "block_warmup_steps": 3, "ema_decay": 0.9},
+        schedule={"stages": 3, "backward": ["residual", "exact"], "search_share": 0.9, "outside": "never"},
+    )
+    whole = Run(experiment)
+    for step in whole.steps():
+        if step.step == 2:
+            checkpoint.save(tmp_path, whole.denoiser.network, whole.state, "id", keep=1)
+            assert whole.state.begun == dict.fromkeys(step.plan.trainable, 0)
+    again = Run(experiment, tmp_path)
+    assert list(again.steps())[-1].step == 15 and again.state.begun == whole.state.begun
+    assert all(torch.equal(tensor, again.weights()[name]) for name, tensor in whole.weights().items())
+
+
 def test_a_search_that_finds_full_training_best_is_never_far_behind(monkeypatch):
     """At equal FLOPs less its search and scoring, Ent-Prog that goes on with m = L is where plain training is."""
     plain = Run(tiny_experiment(train={"steps": 60, "held_out_every": 1}, schedule={"kind": "full"}))

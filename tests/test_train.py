@@ -107,6 +107,14 @@ def test_actors_that_nothing_needs_are_not_started_and_those_to_come_are_begun_e
     assert {"AutoscalingCoordinator", "datasets_stats_actor"} <= there
 
 
+def test_a_run_that_diverged_leaves_no_model_however_often_it_is_tried(place, shards):
+    wild = {"steps": 2, "learning_rate": 1e30, "checkpoint_every": 1}
+    for _ in range(2):  # the second time there is no step left to take
+        with pytest.raises(RuntimeError, match="the held-out loss after step 2 is nan: no model is saved"):
+            train.run(experiment(shards, train=wild, schedule={"kind": "full"}), place / "diverged")
+    assert not (place / "diverged" / "model").exists() and not (place / "diverged" / "finished.json").exists()
+
+
 def test_mlflow_has_the_run(undisturbed, place):
     result, _ = undisturbed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])

@@ -250,6 +250,36 @@ def test_runs_of_other_seeds_are_measured_alike():
     assert first(data={"held_out_seed": 1}) != pytest.approx(first(), rel=1e-6)
 
 
+def test_moving_moments_from_draw_to_draw_is_charged(monkeypatch):
+    from entprog.training import fit as fit_module
+    from entprog.training import optimizer
+
+    late, follow = [0.0], optimizer.follow
+
+    def slowly(*given):
+        late[0] += 1000.0
+        follow(*given)
+
+    monkeypatch.setattr(optimizer, "follow", slowly)
+    monkeypatch.setattr(fit_module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    row = {"until": 1, "share": 0.34, "choose": "random", "redraw_every": 2, "backward": "residual"}
+    run = Run(tiny_experiment(train={"steps": 6}, schedule={"kind": "progressive", "table": [row]}))
+    steps = list(run.steps())
+    assert len({step.plan for step in steps}) == 3
+    assert late[0] <= run.state.seconds.train < late[0] + 1000.0 and max(step.seconds for step in steps) < 1000.0
+
+
+def test_an_evaluation_costs_the_clips_that_are_there():
+    """Four, of as many as are asked for."""
+
+    def searched(asked):
+        run = Run(tiny_experiment(data={"held_out_clips": asked}, train={"steps": 6}, schedule={"search_clips": 64}))
+        list(run.steps())
+        return run.state.flops.search
+
+    assert searched(64) == searched(4) > 0
+
+
 def test_counting_a_plan_is_no_part_of_its_first_update(monkeypatch):
     from entprog.schedule.prices import Prices
     from entprog.training import fit as fit_module
@@ -257,7 +287,7 @@ def test_counting_a_plan_is_no_part_of_its_first_update(monkeypatch):
     late, counted = [0.0], Prices.counted
 
     def slowly(prices, plan):
-        late[0] += 1000.0 * (plan not in prices.counts)
+        late[0] += 1000.0 * (prices.likeness(plan) not in prices.counts)
         return counted(prices, plan)
 
     monkeypatch.setattr(Prices, "counted", slowly)

@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import pipelines
+from entprog.errors import UserError
 from entprog.models import folders
 from entprog.models.finite import not_finite_in
 from entprog.schedule.state import RunState
@@ -18,6 +21,15 @@ from helpers.runs import Run, Trained
 from pipelines import cli, generate
 from pipelines.cluster import launch
 from pipelines.training import figures, networks, steplog, worker
+from pipelines.training.startup import Startup
+
+
+def test_clips_that_came_while_a_run_is_under_way_end_it():
+    """Workers that start again would train on others, and be judged by others."""
+    shards = Path(pipelines.__file__).parent / "demo_person"
+    settings = {"experiment": tiny_experiment(data={"shards": str(shards)}).model_dump(), "data": "of before"}
+    with pytest.raises(UserError, match="has got other clips since this command began"):
+        worker._open(settings, lambda item: None, Startup())
 
 
 def lines(path):

@@ -1,6 +1,6 @@
 """What a plan's step costs: FLOPs and bytes, counted on the real network with one clip."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from entprog import optimizers
-from entprog.blocks import is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes, unpacking_bytes
+from entprog.blocks import Block, is_checkpointed, own_forward, packed_bytes, room_bytes, twin_bytes, unpacking_bytes
 from entprog.config import OptimizerKind
 from entprog.distributed import fsdp
 
@@ -80,6 +80,28 @@ def flop_counter():
 def tensors_in(*values: Any) -> list[torch.Tensor]:
     """The tensors in nested arguments."""
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def forms(found: Sequence[Block], forward: Callable[[], Any]) -> dict[str, tuple]:
+    """What decides a block's costs, by the block's name: its class, its weights' shapes, and the shapes of what one
+    forward pass gives it. Blocks of equal form cost the same."""
+    given: dict[str, list[torch.Size]] = {}
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given.setdefault(name, [tensor.shape for tensor in tensors_in(args, kwargs)])
+
+        return hook
+
+    hooks = [block.module.register_forward_pre_hook(note(block.name), with_kwargs=True) for block in found]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = {block.name: [(name, p.shape) for name, p in block.module.named_parameters()] for block in found}
+    return {b.name: (type(b.module), tuple(weights[b.name]), tuple(given.get(b.name, ()))) for b in found}
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -1,6 +1,7 @@
 """What plans cost in a run: counted on the network, foreseen by the cost model, in the schedule's clock."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -31,9 +32,11 @@ class Prices:
         experiment: Experiment,
         models: dict[ClipShape, CostModel],
         averages: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        held_out_clips: int | None = None,
     ):
         """sample: clips of `data.shape`. models: of the run's state, so that they are measured once; as many blocks
-        wait in them as the experiment says, which a resume may change. averages: of the run's state, by parameter."""
+        wait in them as the experiment says, which a resume may change. averages: of the run's state, by parameter.
+        held_out_clips: that there are, on all ranks; None: as many as the experiment asks for."""
         self.denoiser = denoiser
         self.found = list(found)
         self.sample = sample
@@ -41,9 +44,15 @@ class Prices:
         self.experiment = experiment
         self.models = models
         self.averages = averages
+        there = experiment.data.held_out_clips if held_out_clips is None else held_out_clips
+        self.search_clips = min(experiment.schedule.search_clips, there)
+        """Clips of a search evaluation."""
         for known, model in models.items():
             models[known] = replace(model, swap_blocks=experiment.model.swap_blocks)
-        self.counts: dict[Plan, counting.Cost] = {}
+        self.counts: dict[Hashable, counting.Cost] = {}
+        """By `likeness`."""
+        self.forms: dict[ClipShape, dict[str, tuple]] = {}
+        """Of blocks, by their names (`counting.forms`)."""
         shape = experiment.data.shape
         self.full = plans.full(plans.eligible(self.found, experiment.schedule.blocks), shape)
         """Plain training: every block that may be trained."""
@@ -52,17 +61,32 @@ class Prices:
         self.by_seconds = experiment.schedule.clock == "seconds"
 
     def counted(self, plan: Plan) -> counting.Cost:
-        """Counted on the real network with one clip."""
-        if plan not in self.counts:
-            clip = self.sample_of(plan.shape, 1)
+        """Counted on the real network with one clip; once for all plans that cost the same, as draws of blocks do."""
+        if (known := self.likeness(plan)) not in self.counts:
             with self.freeze.trying(plan):
-                self.counts[plan] = counting.count(
+                self.counts[known] = counting.count(
                     self.denoiser.network,
                     self.freeze.trained,
-                    lambda: losses.training_loss(self.denoiser, clip, self.experiment.train),
+                    lambda: self.loss(self.sample_of(plan.shape, 1)),
                     self.experiment.train.optimizer,
                 )
-        return self.counts[plan]
+        return self.counts[known]
+
+    def likeness(self, plan: Plan) -> Hashable:
+        """Equal for plans of equal cost: those that train as many blocks of each form and, where the exact gradient
+        crosses all that comes after, begin at the same place. Which blocks wait on the host is up to their order."""
+        if self.experiment.model.swap_blocks:
+            return plan
+        if plan.shape not in self.forms:
+            clip = self.sample_of(plan.shape, 1)
+            self.forms[plan.shape] = counting.forms(self.found, lambda: self.loss(clip))
+        forms = self.forms[plan.shape]
+        first = [block.name for block in self.found].index(plan.trainable[0]) if plan.backward == "exact" else None
+        trained = Counter(forms[name] for name in plan.trainable)
+        return plan.shape, plan.backward, first, frozenset(trained.items())
+
+    def loss(self, clip: Latents) -> torch.Tensor:
+        return losses.training_loss(self.denoiser, clip, self.experiment.train)
 
     def step_flops(self, plan: Plan) -> float:
         """FLOPs of one update, all ranks."""
@@ -72,11 +96,7 @@ class Prices:
 
     def evaluation_flops(self) -> float:
         """One search evaluation: a forward pass per clip, a third of what training every block takes."""
-        return (
-            self.counted(self.whole).flops
-            / 3
-            * min(self.experiment.schedule.search_clips, self.experiment.data.held_out_clips)
-        )
+        return self.counted(self.whole).flops / 3 * self.search_clips
 
     def model(self, shape: ClipShape) -> CostModel:
         """The cost model for a rank's batch of clips of a shape; FLOPs are counted on one clip, seconds on them all."""
@@ -88,7 +108,7 @@ class Prices:
                     self.denoiser.network,
                     self.found,
                     self.freeze.outside,
-                    lambda: losses.training_loss(self.denoiser, batch, train),
+                    lambda: self.loss(batch),
                     clips=len(batch.position),
                     seconds=self.by_seconds,
                     checkpointing=self.experiment.model.gradient_checkpointing,

@@ -120,7 +120,9 @@ class _Fit:
         agree.agree("the blocks' priorities", priority)
         agree.agree("where the run stands", state.as_json())
         self.freeze = Freeze(denoiser, self.found, experiment)
-        self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema)
+        last = max((int(batch.position.max()) for batch in held_out), default=-1)
+        clips = int(agree.largest_of([last + 1], self.device)[0])
+        self.prices = Prices(denoiser, self.found, sample, self.freeze, experiment, state.models, state.ema, clips)
         self.search = Search(self.names, state.priority or priority, self.prices, experiment, state)
         self.reducer, self.reduced = Reducer([]), []
         """Averages the gradients of what is trained; idle where weights are sharded. And the list of that."""
@@ -182,12 +184,12 @@ class _Fit:
                 self.rescore(stage)
             started = self.now()
             decision = self.search.begin(stage)
-            if decision is not None:
-                self.carry_out(decision)
             if schedule.kind == "entprog":  # counting and timing candidates is part of the search
                 elapsed = agree.slowest(self.now() - started, self.device)
                 self.charge("search", elapsed, 0.0)
                 state.search_cost += self.in_clock(elapsed, 0.0)
+            if decision is not None:
+                self.carry_out(decision)
 
     def rescore(self, stage: int) -> None:
         """Rank the blocks by the weights as they are now; charged as scoring."""
@@ -213,11 +215,12 @@ class _Fit:
         self.news = decision
 
     def train_plan(self, plan: Plan) -> None:
-        """Freeze what a plan leaves out, its optimizer state with it."""
-        state = self.state
+        """Freeze what a plan leaves out, its optimizer state with it, which is charged: it may be gigabytes to move."""
+        state, started = self.state, self.now()
         self.put_in_force(plan)
         state.begun = {name: step for name, step in state.begun.items() if name in plan.trainable}
         optimizer.follow(state.optimizer, self.freeze.trained, self.experiment.train.frozen_state)
+        self.charge("train", agree.slowest(self.now() - started, self.device), 0.0)
 
     # -- steps
 
@@ -373,10 +376,10 @@ class _Fit:
 
     def put_in_force(self, plan: Plan) -> bool:
         """Whether that changed anything."""
+        for name in plan.trainable:  # also of a plan that counting has left in force
+            self.state.begun.setdefault(name, self.state.step)
         if not self.freeze.put(plan):
             return False
-        for name in plan.trainable:
-            self.state.begun.setdefault(name, self.state.step)
         # A block may have been frozen for stages: its moments have to be where it is before the next update.
         optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
         if self.device.type == "cuda":

@@ -29,11 +29,26 @@ def _held_out(run: Training) -> str:
     return run.tags.get("entprog.held_out", f"{clips} clips × {draws} draws of seed {seed}")
 
 
+SPEED = (
+    "train.workers", "train.accumulate", "train.parallel", "train.replicas", "data.decode", "data.decode_cpus",
+    "model.swap_blocks",
+)  # fmt: skip
+"""Settings that change nothing but the seconds of a step: not what a method gains."""
+
+
+def _ran(run: Training) -> str:
+    settings = {**DEFAULTS, **run.settings}
+    said = [f"{name} {text(settings[name])}" for name in SPEED if settings[name] != DEFAULTS[name]]
+    return ", ".join(said) or "one worker"
+
+
 FIELDS: dict[str, Callable[[Training], str]] = {
     "data": lambda run: run.tags.get("entprog.data", UNKNOWN),
     "held-out set": _held_out,
     "base": lambda run: run.tags.get("entprog.base", UNKNOWN),
     "device": lambda run: run.tags.get("entprog.device", UNKNOWN),
+    "way of running": _ran,
+    "latents": lambda run: run.tags.get("entprog.latents", UNKNOWN),
 }
 """What runs must have in common to be compared."""
 

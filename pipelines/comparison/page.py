@@ -14,7 +14,7 @@ from entprog.names import plain
 from pipelines.comparison import drawings, samples, tables, words
 from pipelines.comparison.groups import Difference, Group, text
 from pipelines.comparison.runs import Training
-from pipelines.comparison.verdict import Estimate, Judged, Verdict, mean_of
+from pipelines.comparison.verdict import Estimate, Judged, Verdict, over_seeds
 
 FOLDER = Path(__file__).parent / "page"
 PARETO_METRICS = 3
@@ -192,15 +192,13 @@ def quality(groups: Sequence[Group], evaluations: Mapping[str, Mapping[str, Any]
     for place, group in enumerate(groups):
         cells = []
         for metric in metrics:
-            found = [
-                evaluations[run.run_id]["figures"].get(metric) for run in group.counted if run.run_id in evaluations
-            ]
-            found = [figure for figure in found if figure is not None]
+            having = [r for r in group.counted if metric in evaluations.get(r.run_id, {"figures": {}})["figures"]]
+            found = [evaluations[run.run_id]["figures"][metric] for run in having]
             if len(found) == 1 and found[0].get("low") is not None:
                 value, low, high = (f"{found[0][key]:.4g}" for key in ("value", "low", "high"))
                 cells.append(f"{value} ({low} to {high} over clips)")
             else:
-                cells.append(words.interval(mean_of([figure["value"] for figure in found], confidence)))
+                cells.append(words.interval(over_seeds(having, [figure["value"] for figure in found], confidence)))
         rows.append({"key": _key(group, place), "cells": cells})
     better = {
         name: e["cards"][figure["card"]].get("better")

@@ -326,11 +326,16 @@ def _previews(client, run_id: str) -> dict[int, tuple[str, ...]]:
 
 
 def _by_step(client, run_id: str, metric: str, known: dict[str, float]) -> dict[int, Any]:
-    """A metric's points by step; of a step that a resumed run repeated the later one."""
+    """A metric's points by step, without those that a resume went back behind: from the step it went on at, its own
+    count alone."""
     if metric not in known:
         return {}
-    history = sorted(client.get_metric_history(run_id, metric), key=lambda m: m.timestamp)
-    return {m.step: m for m in history}
+    kept = []
+    for point in sorted(client.get_metric_history(run_id, metric), key=lambda m: (m.timestamp, m.step)):
+        while kept and kept[-1].step >= point.step:
+            kept.pop()
+        kept.append(point)
+    return {point.step: point for point in kept}
 
 
 def _figures(metrics: dict[str, float], charged: dict[int, Any], curve: Sequence[Point]) -> dict[str, float]:

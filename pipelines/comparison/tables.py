@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.comparison.verdict import Estimate, Verdict, mean_of
+from pipelines.comparison.verdict import Estimate, Verdict, over_seeds
 
 LOPSIDED = ("speed-up", "seconds to target")
 """Columns whose intervals are of logarithms."""
@@ -27,12 +27,11 @@ def estimates(verdict: Verdict, evaluations: Mapping[str, Mapping[str, Any]]) ->
         "peak memory, bytes": [_alone(j.peak_memory_bytes, len(j.group.counted)) for j in judged],
     }
     for metric in dict.fromkeys(name for e in evaluations.values() for name in e["figures"]):
-        found = [
-            [evaluations[r.run_id]["figures"].get(metric) for r in j.group.counted if r.run_id in evaluations]
-            for j in judged
-        ]
-        values = [[figure["value"] for figure in figures if figure is not None] for figures in found]
-        columns[metric] = [mean_of(v, verdict.confidence) for v in values]
+        columns[metric] = []
+        for j in judged:
+            having = [r for r in j.group.counted if metric in evaluations.get(r.run_id, {"figures": {}})["figures"]]
+            values = [evaluations[run.run_id]["figures"][metric]["value"] for run in having]
+            columns[metric].append(over_seeds(having, values, verdict.confidence))
     return columns
 
 

@@ -151,12 +151,12 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
         difference = difference_of(_by_seed(runs, here), _by_seed(baseline.counted, base_here), level)
     return Judged(
         group=group,
-        loss=mean_of([run.curve[-1].loss for run in runs], confidence),
-        equal_seconds_loss=mean_of(here, confidence),
+        loss=over_seeds(runs, [run.curve[-1].loss for run in runs], confidence),
+        equal_seconds_loss=over_seeds(runs, here, confidence),
         loss_difference=difference,
         reached=reached,
-        seconds_to_target=typical_of(seconds, confidence) if whole else None,
-        steps_to_target=typical_of(steps, confidence) if whole else None,
+        seconds_to_target=_typical(runs, seconds, confidence) if whole else None,
+        steps_to_target=_typical(runs, steps, confidence) if whole else None,
         ratio=ratio,
         ratio_at_most=at_most,
         break_even_s=None if is_baseline else break_even(runs, baseline.counted),
@@ -215,11 +215,21 @@ BySeed = list[tuple[int, float]]
 
 
 def _by_seed(runs: Sequence[Training], values: Sequence[float]) -> BySeed:
-    return sorted((run.seed, value) for run, value in zip(runs, values, strict=True))
+    """The values by seed, each seed once: of one that was run several times the mean, for that tells of chance no more
+    than one run does."""
+    of: dict[int, list[float]] = {}
+    for run, value in zip(runs, values, strict=True):
+        of.setdefault(run.seed, []).append(value)
+    return sorted((seed, float(np.mean(several))) for seed, several in of.items())
+
+
+def over_seeds(runs: Sequence[Training], values: Sequence[float], confidence: float) -> Estimate | None:
+    """Mean over the runs' seeds with Student's t interval; None for no values."""
+    return mean_of([value for _, value in _by_seed(runs, values)], confidence)
 
 
 def mean_of(values: Sequence[float], confidence: float) -> Estimate | None:
-    """Mean over runs with Student's t interval; None for no values."""
+    """Mean with Student's t interval; None for no values."""
     if not values:
         return None
     if len(values) == 1:
@@ -230,17 +240,17 @@ def mean_of(values: Sequence[float], confidence: float) -> Estimate | None:
     return Estimate(mean, low, high, len(values))
 
 
-def typical_of(values: Sequence[float], confidence: float) -> Estimate | None:
-    """Geometric mean over runs, with Student's t interval on the logarithms: for times, which no interval may take
-    below zero."""
-    return _exp(mean_of([math.log(v) for v in values], confidence))
+def _typical(runs: Sequence[Training], values: Sequence[float], confidence: float) -> Estimate | None:
+    """Geometric mean over the runs' seeds, with Student's t interval on the logarithms: for times, which no interval
+    may take below zero."""
+    return _exp(over_seeds(runs, [math.log(v) for v in values], confidence))
 
 
 def difference_of(a: BySeed, b: BySeed, confidence: float) -> Estimate:
-    """Mean of a minus mean of b: paired by seed where both have the same ones, each once; else Welch's."""
+    """Mean of a minus mean of b, each seed once: paired where both have the same ones, else Welch's."""
     seeds_a, seeds_b = [seed for seed, _ in a], [seed for seed, _ in b]
     x, y = np.array([v for _, v in a]), np.array([v for _, v in b])
-    paired = seeds_a == seeds_b and len(set(seeds_a)) == len(seeds_a)
+    paired = seeds_a == seeds_b
     value, seeds = float(x.mean() - y.mean()), min(len(x), len(y))
     if seeds < 2:
         return Estimate(value, None, None, seeds)

@@ -214,23 +214,33 @@ class Ticks:
     reported: int = 0
 
     def resume(self, training: Path) -> None:
-        """Take over what a training that goes on had measured before."""
+        """Take over what a training that goes on had measured before, and report it again: a search that goes on knows
+        nothing of it, and would compare this trial's later losses with others' earlier ones."""
         path = training / "steps.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         steps = [json.loads(line) for line in lines if line.endswith("\n")]
         self.curve = [(s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
-        self.reported = int(self.curve[-1][0] / self.budget_s * self.of) if self.curve else 0
+        self.reported = 0
+        self.tell()
 
     def on_item(self, item: Mapping[str, Any]) -> None:
-        """An item that rank 0 posts. Nothing is reported of the last share: the trial's own last report is that."""
+        """An item that rank 0 posts."""
         step = item.get("step")
         if step is None or step["held_out_loss"] is None:
             return
         self.curve = [point for point in self.curve if point[0] < step["charged_s"]]
         self.curve.append((step["charged_s"], step["held_out_loss"]))
-        while self.reported + 1 < self.of and self.curve[-1][0] >= (self.reported + 1) * self.budget_s / self.of:
+        self.tell()
+
+    def tell(self) -> None:
+        """Report the shares that are over. Nothing of the last one: the trial's own last report is that."""
+        while self.reported + 1 < self.of:
+            share_s = (self.reported + 1) * self.budget_s / self.of
+            charged_s = next((point[0] for point in self.curve if point[0] >= share_s), None)
+            if charged_s is None:
+                return
             self.reported += 1
-            loss = curves.at(self.curve, self.reported * self.budget_s / self.of)
+            loss = curves.at(self.curve, share_s)
             if not math.isfinite(loss):
                 loss = math.inf  # compared as the worst
-            self.report({"tick": self.reported, "held_out_loss": loss, "charged_s": step["charged_s"]})
+            self.report({"tick": self.reported, "held_out_loss": loss, "charged_s": charged_s})

@@ -15,6 +15,7 @@ from entprog.config import ClipShape, Experiment
 from entprog.cost import counting
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
+from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.idle import idle_pass
 from entprog.diffusion.processes import Flow
@@ -134,6 +135,12 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     if experiment.train.parallel == "fsdp":
         fsdp.begin(experiment.train.replicas)
     with _mistakes_of_all():  # passes of a sharded network come after it, in which ranks wait for each other
+        dataset = shards.read_dataset(experiment.data.shards)
+        if dataset.fingerprint != settings["data"]:
+            raise UserError(
+                f"data.shards: {experiment.data.shards} has got other clips since this command began: the positions of "
+                "the run's clips, and which are held out, would change under way; give a copy as it was, or begin anew"
+            )
         if experiment.data.text == "empty":  # every clip has it already: there is none to drop
             experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
         device = ray.train.torch.get_device()
@@ -142,7 +149,6 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
             torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
         if experiment.in_fp8:
             fp8.check_device(device)
-        dataset = shards.read_dataset(experiment.data.shards)
         texts = None
         if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
 
@@ -223,7 +229,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
         scored = {"entprog.scores": table.key} if table else {}
-        setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **scored}})
+        shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
+        encoded = "cached" if all(shape in setup.caches for shape in shapes) else "encoded at every step"
+        encoded = {"entprog.latents": "pixels" if denoiser.vae is None else encoded}
+        setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **encoded, **scored}})
         if experiment.tracking.system_every_s:
             system_metrics.watch(tracker, experiment.tracking.system_every_s, lambda: state.step)
     for line in table.warnings(experiment.priority.sign) if table else ():
@@ -231,7 +240,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0 and table is not None:
         files.write_json(output / "cei.json", table.as_json())
     previews = _previews(setup, output, tracker, warn)
-    final_loss, starting = 0.0, True
+    final_loss, starting = None, True
     setup.clock.over("checkpoint")
     decode_cpus = launch.decode_cpus(experiment)
     data = setup.dataset, denoiser, setup.device, decode_cpus, setup.caches, setup.texts
@@ -283,6 +292,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             "train.seconds (train.flops), or lower priority.conditions × priority.draws"
         )
     saver.close()
+    if final_loss is None:  # its last step was taken before this start: what it came to is measured again
+        law, spare = experiment.timesteps, setup.sample
+        how = experiment.data.held_out_draws, experiment.data.held_out_seed, law, setup.held_out_draws, spare
+        final_loss = losses.held_out_loss(denoiser, setup.held_out, *how)
     if not math.isfinite(final_loss):
         raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
     setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
