@@ -160,7 +160,8 @@ def test_a_registered_model_makes_clips(uri, tmp_path):
     tracker = begin(tmp_path)
     assert registry.register(tracker, "dancer", tmp_path / "model", SHAPE, warn=pytest.fail) == "1"
     warned = []
-    assert registry.register(tracker, "dancer", tmp_path / "nothing", SHAPE, warn=warned.append) is None
+    assert registry.register(tracker, "other", tmp_path / "nothing", SHAPE, warn=warned.append) is None
+    assert registry.register(tracker, "dancer", tmp_path / "model", SHAPE, warn=pytest.fail) == "1", "once a run"
     assert len(warned) == 1 and "\n" not in warned[0]
     tracker.end("FINISHED")
     model = mlflow.pyfunc.load_model("models:/dancer/1")

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from entprog import files
@@ -42,15 +43,17 @@ def table(
     priority = experiment.priority
     key = _key(denoiser, dataset, experiment, weights, texts)
     kept = folder / f"{key}.json"
-    rank = agree.world()[0]
+    rank, world = agree.world()
     with _alone(kept) if rank == 0 else nullcontext():  # trials that start together want the same table
         # Rank 0 alone looks, so that ranks cannot differ in what they find.
         known = agree.of_first(lambda: json.loads(kept.read_text()) if kept.exists() else None)
         if known is not None:
-            return replace(ScoreTable.from_json(known), kind=priority.kind)  # CEI and its reverse share a table
+            found = ScoreTable.from_json(known)
+            seconds = found.seconds * found.ranks / world  # as it would take these ranks
+            return replace(found, kind=priority.kind, seconds=seconds, ranks=world)  # CEI and its reverse share a table
         conditions, train = clips(denoiser, dataset, experiment, texts), experiment.train
         how = {"key": key, "seed": train.seed, "law": experiment.timesteps, "progress": progress}
-        made = priorities.score(denoiser, blocks, conditions, priority, **how)
+        made = replace(priorities.score(denoiser, blocks, conditions, priority, **how), ranks=world)
         if rank == 0:
             files.write_json(kept, made.as_json())
     return made
@@ -96,7 +99,8 @@ def clips(
 def _key(
     denoiser: Denoiser, dataset: shards.Dataset, experiment: Experiment, weights: str, texts: Texts | None = None
 ) -> str:
-    """Hash of all that a table depends on: the VAE and the text as well as the network."""
+    """Hash of all that a table depends on: the VAE and the text as well as the network; and the kind of device, by
+    which draws differ, and what a run is charged for the table."""
     model, shape, train, law = experiment.model, experiment.data.shape, experiment.train, experiment.timesteps
     rest = [model.family, str(denoiser.process), model.conditions, model.dtype, str(shape)]
     rest += [train.seed, law.shift, *([model.vae_dtype] if model.vae_dtype != "float32" else [])]
@@ -106,6 +110,8 @@ def _key(
     rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then
     rest += [experiment.data.text, texts.folder.name] if texts else []
     rest += ["last frame"] * denoiser.last + ["native"] * denoiser.native
+    device = next(denoiser.network.parameters()).device
+    rest += [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)
 
 

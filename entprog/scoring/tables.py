@@ -82,6 +82,8 @@ class ScoreTable(Record):
     """Kendall's τ of the `signed` and of the `absolute` ranking to the loss increase on skip."""
     seconds: float = 0.0
     """Time the scoring took (slowest rank)."""
+    ranks: int = 1
+    """Ranks that shared it out among them."""
     flops: int = 0
     """Counted FLOPs of the scoring by one rank alone: what ranks do over again for each other is not in them."""
     per_condition: tuple[tuple[float, ...], ...] = field(default=(), repr=False)

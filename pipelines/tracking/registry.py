@@ -31,6 +31,9 @@ def register(
         points = drawing.points(about.get("skeleton", styles.LIMBS))
         packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
         mlflow.set_tracking_uri(tracker.uri)
+        for known in mlflow.MlflowClient(tracker.uri).search_model_versions(f"run_id = '{tracker.run_id}'"):
+            if known.name == name:  # by a command that was killed before it had written that down
+                return str(known.version)
         run = mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False)
         with run, warnings.catch_warnings(), storage.local_copy(folder) as checkpoint:
             # Counsel on type hints and examples, for lack of which it has a signature; MLflow undoes a filter of ours.
