@@ -210,10 +210,15 @@ def output_of(given: str, what: str = "output") -> Where:
 def run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]], *, verbose: bool = False) -> None:
     """Do the work; leave `output/result.json` with its figures; end the process with the right exit status.
 
-    `work` claims the output and returns the job's own figures. With `output` None (a dry run), or one that was not
-    claimed, nothing is written.
+    Nobody else works in the output meanwhile. `work` claims the output and returns the job's own figures. With `output`
+    None (a dry run), or one that was not claimed, nothing is written.
     """
     pipelines.imported()
+    with claim.alone():
+        _run(job, output, work, verbose=verbose)
+
+
+def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]], *, verbose: bool) -> None:
     started, made = time.time(), []
     record = {"job": job, "status": "done", "command": command(), "commit": commit()}
     folder = None if isinstance(output, str) else output  # an address is one once it has answered

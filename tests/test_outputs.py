@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import importlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -146,6 +148,24 @@ def test_a_folder_of_somebody_else_is_left_as_it_is(job, dry_run, inputs, place)
     said = refused(job, *inputs[job], "--output", place / "out", *(["--dry-run"] if dry_run else []))
     assert str(place / "out") in said and "choose another --output" in said and "checkpoints" in said
     assert everything(place) == before and not ray.is_initialized()
+
+
+def test_two_commands_are_not_at_work_in_one_folder(inputs, place):
+    """The second one, of whatever process, is refused; a lock of one that was killed holds nobody up."""
+    output = place / "out"
+    assert run("train", *inputs["train"], "--output", output).exit_code == 1, "stopped where Ray would start"
+    path = str(output / claim.LOCK)
+    hold = f"import filelock; lock = filelock.FileLock({path!r}); lock.acquire(); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        before = everything(place)
+        assert "another command is at work in" in refused("train", *inputs["train"], "--output", output)
+        assert everything(place) == before
+    finally:
+        other.kill()
+        other.wait()
+    assert run("train", *inputs["train"], "--output", output).exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model", ".hidden"])

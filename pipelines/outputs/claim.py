@@ -2,26 +2,47 @@
 
 The mark, OUTPUT/entprog-job.json, names the job and its *identity*: all that decides what the job leaves there. The
 same job of the same identity goes on in the folder; everything else is refused before anything was touched, so that no
-job ever replaces or removes what a person, or another job, has put there.
+job ever replaces or removes what a person, or another job, has put there. While a command works in a folder it holds
+OUTPUT/.entprog.lock, so that the same command, begun twice, does not work there twice at once.
 """
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from entprog import files, masking
 from entprog.errors import UserError
 from entprog.storage import PROBE, Place, Where
 
 MARK = "entprog-job.json"
+LOCK = ".entprog.lock"
 SHOWN = 3
 """Names, or settings, that a refusal shows."""
 SHOWN_CHARACTERS = 60
 """Of each value."""
 ABSENT = "not set"
+
+_holding: ContextVar[ExitStack | None] = ContextVar("_holding", default=None)
+"""Where `alone` keeps the locks of the folders that were taken inside it."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process holds every folder of a disk that it takes: another command is refused there. Locks end with
+    the process, however it ends. (Trials of a sweep, which Ray starts again, go without: the sweep holds theirs.)"""
+    with ExitStack() as locks:
+        before = _holding.set(locks)
+        try:
+            yield
+        finally:
+            _holding.reset(before)
 
 
 def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
@@ -60,7 +81,24 @@ def take(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool 
     """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
     check(output, job, identity, earlier=earlier)
     writable(output)
+    _hold(output)
     files.write_json(output / MARK, {"job": job, "identity": masking.masked_in(identity)})
+
+
+def _hold(output: Where) -> None:
+    """Raises UserError where another command works. Storage without locks, as a bucket is, tells nobody of another."""
+    locks = _holding.get()
+    if locks is None or isinstance(output, Place):
+        return
+    lock = FileLock(output / LOCK, timeout=0, is_singleton=True)  # one for all that this process does in a folder
+    try:
+        locks.enter_context(lock)
+    except Timeout:
+        raise UserError(
+            f"another command is at work in {output}: wait for its end (`entprog status {output}`), or end it"
+        ) from None
+    except (NotImplementedError, OSError):
+        return
 
 
 def writable(folder: Where) -> None:
@@ -93,6 +131,8 @@ def release(output: Where, made: Sequence[Path]) -> None:
     """
     if output.is_dir() and _names(output) == [MARK]:
         (output / MARK).unlink()
+        if isinstance(output, Path):
+            (output / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody else's file may have come into one meanwhile
             for folder in made:
                 folder.rmdir()
@@ -101,8 +141,9 @@ def release(output: Where, made: Sequence[Path]) -> None:
 
 
 def _names(output: Where) -> list[str]:
-    """What is in a folder, without what a check that was killed has left in a bucket. Raises OSError."""
-    names = sorted(path.name for path in output.iterdir())
+    """What is in a folder, without the lock, and without what a check that was killed has left in a bucket. Raises
+    OSError."""
+    names = sorted(path.name for path in output.iterdir() if path.name != LOCK)
     return [name for name in names if not (isinstance(output, Place) and name.startswith(PROBE))]
 
 
