@@ -273,7 +273,8 @@ def test_an_evaluation_costs_the_clips_that_are_there():
     """Four, of as many as are asked for."""
 
     def searched(asked):
-        run = Run(tiny_experiment(data={"held_out_clips": asked}, train={"steps": 6}, schedule={"search_clips": 64}))
+        schedule = {"search_clips": 64, "search_share": 0.9}
+        run = Run(tiny_experiment(data={"held_out_clips": asked}, train={"steps": 12}, schedule=schedule))
         list(run.steps())
         return run.state.flops.search
 
