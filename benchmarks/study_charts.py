@@ -39,7 +39,7 @@ def ratio_chart(arms: Mapping[str, Any], path: Path) -> Path:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), [arms[name]["title"] for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel("times as soon as full training at its final loss (dots: seeds)")
+    axes.set_xlabel("times as soon at full training's loss (dots: seeds)")
     return charts.save(figure, path)
 
 
