@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A scratch path beside `path` to write to; it takes the place of `path` when the block ends without an exception.
 
-    A reader never sees half a file, and two writers never share a scratch file. The folder is made. A path of a bucket
-    (`storage.Place`) gets its content when the block ends.
+    A reader never sees half a file, not even after a power cut, and two writers never share a scratch file, on whatever
+    machines. The folder is made. A path of a bucket (`storage.Place`) gets its content when the block ends.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="entprog-") as folder:
@@ -26,9 +27,11 @@ def whole(path: Path) -> Iterator[Path]:
             path.put(scratch)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield scratch
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -197,3 +197,12 @@ def test_figures_of_seeds():
     assert said["held_out_loss_std"] == pytest.approx(math.sqrt(0.5))
     assert trial.summary(results[:1])["held_out_loss_std"] is None
     assert trial.objective("seconds_to_target", said, 10.0) == 20.0
+
+
+def test_two_writers_of_one_file_share_no_scratch_file(tmp_path):
+    """Not even those whose processes have one number, in containers that share a disk: the last one's text is whole."""
+    path = tmp_path / "a.json"
+    with files.whole(path) as mine, files.whole(path) as other:
+        mine.write_text("mine")
+        other.write_text("other")
+    assert path.read_text() == "mine" and [each.name for each in tmp_path.iterdir()] == ["a.json"]

@@ -30,7 +30,7 @@ from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import Server
 from pipelines import cli, score, train
-from pipelines.cluster import ray_internals
+from pipelines.cluster import message_board, ray_internals
 from pipelines.tracking import store as mlflow_store
 from pipelines.training import steplog
 
@@ -105,6 +105,22 @@ def test_actors_that_nothing_needs_are_not_started_and_those_to_come_are_begun_e
     ray_internals.begin_data_actors()
     there = {each["name"] for each in local_ray.util.list_named_actors(all_namespaces=True)}
     assert {"AutoscalingCoordinator", "datasets_stats_actor"} <= there
+
+
+def test_a_last_word_is_heard_though_what_came_before_it_cannot_be_handed_on(local_ray):
+    def full(item):
+        raise OSError("no space left on device")
+
+    listener = message_board.Listener(full)
+    try:
+        listener._done.set()
+        listener._thread.join()
+        local_ray.get([listener.board.post.remote(item) for item in ({"warning": "a"}, {"result": {"steps": 3}})])
+        with pytest.raises(OSError, match="no space"):
+            listener.read()
+        assert listener.last == {"result": {"steps": 3}}
+    finally:
+        listener.close()
 
 
 def test_a_run_that_diverged_leaves_no_model_however_often_it_is_tried(place, shards):

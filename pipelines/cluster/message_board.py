@@ -91,9 +91,12 @@ class Listener:
         import ray
 
         with self._reading:
-            for item in ray.get(self.board.take.remote()):
+            items = ray.get(self.board.take.remote())
+            for item in items:  # first: they are taken off the board, and handing on may fail
                 if item.keys() & set(LAST_WORDS):
                     self.last |= item
+            for item in items:
+                if item.keys() & set(LAST_WORDS):
                     continue
                 if "step" in item:
                     self.step = max(self.step, item["step"]["step"])
