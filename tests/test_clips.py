@@ -235,6 +235,16 @@ def test_only_the_middle_frames_are_decoded_and_are_those_of_the_whole_clip(data
     assert_equal([few], [cut])
 
 
+def test_a_task_decodes_into_the_memory_of_the_one_before(dataset):
+    found = [
+        clip_stream.decode(dataset, "train", clips, room=clip_stream.reused) for clips in np.arange(6).reshape(2, 3)
+    ]
+    due = clip_stream.decode(dataset, "train", np.arange(3, 6))
+    for name in ("video", "reference"):
+        assert np.shares_memory(found[0][name], found[1][name])
+        assert np.array_equal(found[1][name], due[name])
+
+
 def test_processes_that_need_no_network_load_none():
     """Each would need seconds and 200 MB for it: decode tasks, the board, and what the controller unpickles of ours."""
     program = """

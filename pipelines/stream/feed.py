@@ -30,8 +30,8 @@ from pipelines.cluster import failures, ray_internals
 TASK_BYTES = 32 << 20
 FRAMES_TASK_BYTES = 128 << 20
 TASK_BATCHES = 32
-"""A task makes several batches while they fit in TASK_BYTES (frames: in FRAMES_TASK_BYTES), at most this many: starting
-a task of Ray has its price, and one of few frames is soon over."""
+"""A task makes several batches while they fit in TASK_BYTES (frames: in FRAMES_TASK_BYTES, which its process keeps for
+the next task), at most this many: starting a task of Ray has its price, and one of few frames is soon over."""
 TASKS = 16
 """Tasks in one execution of Ray Data whose clips may all wait for the reader. Its executor then ends."""
 BEGUN_AT = 0.8
