@@ -21,7 +21,7 @@ from entprog.schedule import plans
 from entprog.storage import Place, Where
 from entprog.training import checkpoint
 from pipelines import cli
-from pipelines.cluster import launch, ray_internals, stalls
+from pipelines.cluster import launch, stalls
 from pipelines.outputs import claim
 from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
@@ -183,7 +183,6 @@ def run(
         deliver_pending(output)
         cli.console.print(f"Already finished: {output} (another --output for a new run).")
         return json.loads(finished.read_text())["result"]
-    ray_internals.begin_data_actors()
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     if line := outline.poses(dataset, source):

@@ -102,7 +102,8 @@ def test_actors_that_nothing_needs_are_not_started_and_those_to_come_are_begun_e
     plain = super(type(trainer), trainer)._create_default_callbacks()
     left_out = {type(each) for each in plain} - {type(each) for each in trainer._create_default_callbacks()}
     assert {each.__name__ for each in left_out} == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
-    ray_internals.begin_data_actors()
+    ray_internals.begin_coordinator()
+    ray_internals.begin_statistics()
     there = {each["name"] for each in local_ray.util.list_named_actors(all_namespaces=True)}
     assert {"AutoscalingCoordinator", "datasets_stats_actor"} <= there
 

@@ -221,6 +221,7 @@ def run_workers(
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)
+    ray_internals.begin_coordinator()
     train, tries, furthest = experiment.train, experiment.train.max_failures, 0
     run = storage.resolve()
     room.forget(run)  # of a trial whose process was lost

@@ -198,16 +198,23 @@ def unused_callbacks() -> tuple[type, ...]:
     return ()
 
 
-def begin_data_actors() -> None:
-    """Have Ray start two actors now which Ray Train and Ray Data ask for later, one after the other, and wait for: the
-    one that they tell what they need, and the one of Ray Data's statistics. Nothing where Ray names them otherwise."""
+def begin_coordinator() -> None:
+    """Have Ray start the actor now that Ray Train's controller tells what it needs, and waits for, before it asks for
+    workers. Nothing where Ray names it otherwise."""
     with suppress(ImportError):
         from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
             get_or_create_autoscaling_coordinator,
         )
-        from ray.data._internal.stats import get_or_create_stats_actor
 
         get_or_create_autoscaling_coordinator()
+
+
+def begin_statistics() -> None:
+    """Have Ray start the actor of Ray Data's statistics now, for which every execution waits. Nothing where Ray names
+    it otherwise."""
+    with suppress(ImportError):
+        from ray.data._internal.stats import get_or_create_stats_actor
+
         get_or_create_stats_actor()
 
 

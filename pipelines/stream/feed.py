@@ -165,12 +165,14 @@ def _read_latents(cache: latents.Cache, poses: Callable[[np.ndarray], np.ndarray
 
 
 def begin() -> None:
-    """Have Ray start the process of this reader's tasks, with all that they import, while the reader gets ready."""
+    """Have Ray start now what a first batch waits for, while its reader gets ready: the process of its tasks, with all
+    that they import, and the actor of Ray Data's statistics."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_begin).remote()
+    ray_internals.begin_statistics()
 
 
 def _begin() -> None:
