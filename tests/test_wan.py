@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from entprog import blocks
 from entprog.config import ClipShape, Model
@@ -325,7 +325,7 @@ def _edit(path, **values):
         ({"base": "{}/good", "vae": "{}/other/transformer"}, "needs AutoencoderKLWan"),
         ({"base": "{}/good", "conditions": ["pose"]}, "trained with reference, pose; add reference"),
         ({"base": "{}/good", "init": {"num_layers": 2}}, "both given"),
-        ({"base": "{}/wrong_shape"}, "cannot load WanTransformer3DModel"),
+        ({"base": "{}/wrong_shape"}, r"has shape \[.*by its config.json it should have"),
         ({"base": "{}/good", "prompt_embeds": "{}/none.safetensors"}, "prompt_embeds: cannot read"),
         ({}, "no network: set model.base"),
         ({"init": {"num_layer": 2}}, "model.init.num_layer .did you mean num_layers"),
@@ -339,11 +339,34 @@ def test_wrong_settings_give_one_clear_line(folders, settings, message):
     given = {k: v.format(folders) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises(UserError, match=message) as error:
         load(Model(**given))
-    if "WanTransformer3DModel in" not in str(error.value) and "cannot load" not in message:
-        # all but weights that do not fit is seen before weights are read
-        with pytest.raises(UserError, match=message):
-            inspect(Model(**given))
+    with pytest.raises(UserError, match=message):  # before weights are read
+        inspect(Model(**given))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pieces", [1, 2], ids=["one file", "an index"])
+def test_weights_are_held_against_config_json_before_they_are_read(pieces, tmp_path):
+    new().save(tmp_path / "good")
+    folder = tmp_path / "good" / "transformer"
+    network = WanTransformer3DModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    network.save_pretrained(folder, max_shard_size="5KB" if pieces == 2 else "5GB")
+    whole = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    assert (len(whole) > 1) == (pieces == 2)
+    inspect(Model(base=str(tmp_path / "good")))
+    path, tensors = next(iter(whole.items()))
+    other = next(iter(tensors))
+    for changed, message in (
+        ({name: tensor for name, tensor in tensors.items() if name != other}, "1 weights are missing from"),
+        ({**tensors, "blocks.9.bias": tensors[other].clone()}, "1 weights have no place in"),
+        ({**tensors, other: tensors[other][..., None].clone()}, f"{other} in .* has shape"),
+    ):
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            inspect(Model(base=str(tmp_path / "good")))
+    for passed in ("blocks.0.attn2.norm_added_q.weight", "old.proj_attn.weight"):  # diffusers passes over, or renames
+        save_file({**tensors, passed: tensors[other].clone()}, path, metadata={"format": "pt"})
+        inspect(Model(base=str(tmp_path / "good")))
 
 
 def test_hub_name_that_cannot_be_reached(monkeypatch):

@@ -34,7 +34,7 @@ for _name in ("diffusers.quantizers.torchao", "torchao", "torch.utils._pytree"):
 
 def families() -> list[str]:
     """Names of the families there are."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if hasattr(_family(m.name), "CLASS")]
+    return [m.name for m in pkgutil.iter_modules(__path__) if {"CLASS", "load"} <= vars(_family(m.name)).keys()]
 
 
 def family(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ import logging as python_logging
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from diffusers.utils import logging
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from entprog import config
 from entprog.errors import UserError
@@ -44,6 +45,8 @@ RECORDS = ("mlflow_run.json", "result.json")
 """Of the job whose output holds a checkpoint: they are fetched with it."""
 PARTS = (STEM, *(f"{name}/" for name in (*NETWORKS, SECOND)), *BESIDE)
 """How the names of files begin that are fetched of a base on the hub."""
+OLDER = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
+"""How older names of weights end, which diffusers changes as it reads them."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
 """Variants of the same weights, the most exact first; others come after them."""
 
@@ -309,6 +312,35 @@ def _check_file(path: Path, setting: str, trust_pickle: bool) -> None:
         raise UserError(f"{setting}: cannot read {path}: {one_line(error)}") from None
 
 
+def check_fits(network: nn.Module, found: Weights, setting: str) -> None:
+    """Raises UserError unless a network's weights are in its files, in its shapes, and no others; of safetensors, whose
+    headers alone are read. network: on the meta device. What has older names, diffusers renames (`pretrained`)."""
+    shapes: dict[str, list[int]] = {}
+    for path in found.files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    if not shapes or any(OLDER.search(name) for name in shapes):
+        return
+    wanted, ignored = network.state_dict(), getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unexpected = [name for name in shapes.keys() - wanted if not any(re.search(each, name) for each in ignored)]
+    _check_names(type(network), found.files[0].parent, setting, wanted.keys() - shapes, unexpected)
+    for name, tensor in wanted.items():
+        if shapes[name] != list(tensor.shape):
+            raise UserError(
+                f"{setting}: {name} in {found.files[0].parent} has shape {shapes[name]}, by its config.json it should "
+                f"have {list(tensor.shape)}: copy or fetch config.json and weights again, from one place"
+            )
+
+
+def _check_names(cls: type, folder: Path, setting: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    for wrong, problem in ((missing, "are missing from"), (unexpected, "have no place in")):
+        if wrong:
+            raise UserError(
+                f"{setting}: {len(wrong)} weights {problem} the {cls.__name__} in {folder}, e.g. {min(wrong)}"
+            )
+
+
 def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False):
     """A diffusers model of a folder, in float32. Raises UserError unless every weight is there and fits."""
     found = weights(folder, setting, trust_pickle)
@@ -324,15 +356,12 @@ def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = one_line(_first_cause(error))
+        said, _, _ = str(_first_cause(error)).partition(" If you want to instead")  # what one who programs might pass
+        reason = one_line(said or _first_cause(error))
         raise UserError(f"{setting}: cannot load {cls.__name__} from {folder}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
-    for keys, problem in (("missing_keys", "are missing from"), ("unexpected_keys", "have no place in")):
-        if wrong := info[keys]:
-            raise UserError(
-                f"{setting}: {len(wrong)} weights {problem} the {cls.__name__} in {folder}, e.g. {min(wrong)}"
-            )
+    _check_names(cls, folder, setting, info["missing_keys"], info["unexpected_keys"])
     return model
 
 

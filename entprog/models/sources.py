@@ -95,19 +95,22 @@ def inspect(
     vae = None
     if vae_folder is not None:
         vae = _vae(cls, vae_folder, setting)
-        folders.weights(vae_folder, setting, settings.trust_pickle)
+        folders.check_fits(vae, folders.weights(vae_folder, setting, settings.trust_pickle), setting)
     channels = 3 if vae is None else vaes.channels(vae)
+    own_weights = None
     if part:
         if weights and settings.weights:
             _check_single_file(cls, settings.weights)
         elif weights:
-            folders.weights(part, "model.base", settings.trust_pickle)
+            own_weights = folders.weights(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
         cls.check_values(values, str(settings.base))
     else:
         values = _new_configuration(cls, settings, channels)
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
     cls.check_network(network.config)
+    if own_weights is not None:
+        folders.check_fits(network, own_weights, "model.base")
     blocks(network)
     experts_of = about.get("experts", {})
     if channels not in cls.predicted(network.config):
@@ -186,7 +189,9 @@ def _expert(
             f"model.base: {folder} has no plain safetensors, which the {other} expert is saved and sampled from: "
             "save it anew with save_pretrained"
         )
-    network = _on_meta(cls.NETWORK, folders.read_json(folder / "config.json"), "model.base").config
+    network = _on_meta(cls.NETWORK, folders.read_json(folder / "config.json"), "model.base")
+    folders.check_fits(network, found, "model.base")
+    network = network.config
     kept = about.get("experts", {}).get(other, {})
     seen = tuple(kept.get("conditions", cls.other_sees(network, channels, conditions)))
     if lost := [one for one in seen if one not in conditions]:
