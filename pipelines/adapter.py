@@ -96,7 +96,7 @@ def extract(
     def work() -> dict[str, Any]:
         from entprog import config, models
         from entprog.blocks import blocks
-        from entprog.models import adapters, experts, folders
+        from entprog.models import adapters, experts, finite, folders
 
         identity = {"before": before, "after": after, "rank": rank, **({"expert": str(expert)} if expert else {})}
         claim.check(output, "adapter", identity)
@@ -110,8 +110,10 @@ def extract(
         kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
         points = {"points": saved["points"]} if "points" in saved else {}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
-        for side in sides:
-            kind.inspect(side)
+        for option, side in zip(("--before", "--after"), sides, strict=True):
+            part = kind.inspect(side).part
+            if name := finite.not_finite_in(part):
+                raise UserError(f"{option}: {part} is no trained network: {name} is not finite")
         if extracted := kept["expert"]:
             other = experts.OTHER[extracted]
             cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")

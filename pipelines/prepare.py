@@ -155,6 +155,8 @@ def look(given: str | Path, output: Where, settings: Preparation) -> Work:
     """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
     found = inputs.find(given, settings.prepare, output)
     before = additions.read(output)
+    if before is None and (gone := inputs.all_gone(found)):
+        raise UserError(gone)
     claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
     held = named(files, settings.prepare.held_out)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,6 +284,14 @@ def test_commands(saved, tmp_path):
         experiment().model.model_copy(update={"base": str(base), "init": {}, "adapter": str(tmp_path / "out/adapter")})
     )
     torch.testing.assert_close(prediction(again), prediction(denoiser), rtol=1e-4, atol=1e-5)
+    weights = Path(result["model"]) / "transformer" / f"{folders.STEM}.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    for last in ([], ["--dry-run"]):
+        done = CliRunner().invoke(job.app, [*options[:5], "--output", str(tmp_path / "nan"), *last])
+        assert done.exit_code == 2 and "--after: " in done.output and "is not finite" in done.output
+        assert not (tmp_path / "nan").exists()
     same = CliRunner().invoke(job.app, [*options[:3], "--after", str(base), "--output", str(tmp_path / "none")])
     assert same.exit_code == 2 and "nothing to adapt" in same.output and not (tmp_path / "none").exists()
 

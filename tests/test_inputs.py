@@ -59,6 +59,13 @@ def test_a_folder_has_videos_folders_of_images_and_the_rest(folder):
     assert names(inputs.find(folder, TV, leave_out=folder / "a")) == ["00001/images", "00001/poster.png", "notes.md"]
 
 
+def test_what_cannot_be_meant_is_one_line(folder):
+    with pytest.raises(UserError, match=r"notes.md is no video by its name"):
+        inputs.find(folder / "notes.md")
+    with pytest.raises(UserError, match="input and output are the same folder"):
+        inputs.find(folder, leave_out=folder / "a" / "..")
+
+
 def test_a_glob(folder):
     assert names(inputs.find(f"{folder}/*/*.mp4")) == ["a/cam01.mp4"]
     found = inputs.find(f"{folder}/**/i*")
@@ -225,6 +232,7 @@ def test_a_rate_that_never_ends_is_refused(fps):
         ("path,caption\na.mp4\n", "cannot read manifest"),
         ("", "cannot read manifest"),
         ("path,caption, Caption\na.mp4,x,y\n", "two columns of one name"),
+        ("path,caption,path\na.mp4,x,b.mp4\n", "two columns of one name"),
         ('path,caption\na.mp4,"x\n', "cannot read manifest"),
     ],
 )

@@ -9,11 +9,11 @@ from entprog.errors import UserError
 class ClipShape(Part):
     """Shape of one clip in pixels, the unit that shards hold and batches are made of."""
 
-    frames: int = Field(default=8, ge=1)
+    frames: int = Field(default=8, ge=1, le=10_000)
     """Frames in a clip."""
-    height: int = Field(default=96, ge=16, multiple_of=2)
+    height: int = Field(default=96, ge=16, le=16_384, multiple_of=2)
     """Height in pixels (even: H.264 4:2:0)."""
-    width: int = Field(default=64, ge=16, multiple_of=2)
+    width: int = Field(default=64, ge=16, le=16_384, multiple_of=2)
     """Width in pixels (even)."""
     fps: float = Field(default=12.0, gt=0, le=1000)
     """Frames per second."""

@@ -81,6 +81,19 @@ def is_video(row: Source) -> bool:
     return bool(row["frames_fps"]) or suffix(row) in SUFFIXES
 
 
+def all_gone(found: Inputs) -> str | None:
+    """In words that nothing which a manifest or a list names is there; None: something is, or lies elsewhere."""
+    paths = [os.fsdecode(row["path"]) for row in found.rows]
+    if found.kind not in ("manifest", "video list") or any(map(addresses.is_remote, paths)):
+        return None
+    if any(row["stamp"] for row in found.rows):
+        return None
+    return (
+        f"none of the {len(paths)} files that the {found.kind} names is there, such as {plain(paths[0])}: paths are "
+        "meant from its own folder"
+    )
+
+
 def suffix(row: Source) -> str:
     """Ending of a source's name, in small letters."""
     path = os.fsdecode(row["path"])
@@ -107,6 +120,8 @@ def _row(file: str, path: str, **known: Any) -> Source:
 def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     path, fps = Path(text), prepare.frames_fps
     if path.is_dir():
+        if isinstance(leave_out, Path) and leave_out.resolve() == path.resolve():
+            raise UserError(f"input and output are the same folder, {text}: give another --output")
         rows = list(_walk(path, fps, leave_out))
         kind = "frame folder" if len(rows) == 1 and rows[0]["frames_fps"] else "folder"
         return _captioned(Inputs(kind, rows, _tables_among(rows)))
@@ -114,6 +129,11 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         if path.suffix.lower() in (*manifest.TABLES, *manifest.LISTS):
             found = _manifest(path, text, str(path.parent), prepare)
             return _captioned(found) if path.suffix.lower() in manifest.LISTS else found
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(
+                f"input {text} is no video by its name: give --input a folder, a glob, a manifest, a list of videos or "
+                f"a video ({', '.join(sorted(SUFFIXES))})"
+            )
         return _captioned(Inputs("video", [_file(path.name, path)]))
     if glob.has_magic(text):
         root = Path(*Path(text).parts[: next(i for i, p in enumerate(Path(text).parts) if glob.has_magic(p))])

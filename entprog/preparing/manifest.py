@@ -75,6 +75,7 @@ def _csv(text: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, Any]]:
     header = next(lines, None)
     if not header:
         raise ValueError("it is empty")
+    _check_columns(header)
     for cells in lines:
         if cells and len(cells) != len(header):
             raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
@@ -104,6 +105,7 @@ def _jsonl(text: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path, most: Limits) -> list[dict[str, Any]]:
     table = limits.table(path, limits=most)
+    _check_columns(table.column_names)
     for field in table.schema:
         plain = field.type.value_type if pa.types.is_list(field.type) else field.type
         if pa.types.is_nested(plain) or pa.types.is_dictionary(plain):  # of a few bytes that may stand for many
@@ -113,10 +115,19 @@ def _parquet(path: Path, most: Limits) -> list[dict[str, Any]]:
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     """A row under its columns' plain names."""
-    out = {str(column).strip().lower(): value for column, value in row.items()}
-    if len(out) < len(row):
-        raise ValueError(f"two columns of one name among {', '.join(map(str, row))}")
-    return out
+    _check_columns(row)
+    return {_plain(column): value for column, value in row.items()}
+
+
+def _check_columns(names: Iterable[Any]) -> None:
+    """Raises ValueError for two columns of one name."""
+    names = list(names)
+    if len({*map(_plain, names)}) < len(names):
+        raise ValueError(f"two columns of one name among {', '.join(map(str, names))}")
+
+
+def _plain(column: Any) -> str:
+    return str(column).strip().lower()
 
 
 def _entry(row: dict[str, Any], where: str) -> Entry:

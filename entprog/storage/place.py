@@ -93,6 +93,8 @@ class Place:
         except (ValueError, OSError) as error:
             reason = one_line(error, where)
             raise UserError(f"{bare(where)} is no place for {what}: {reason}; use a folder, s3:// or gs://") from None
+        if not root.strip("/") and not isinstance(system, _arrow().LocalFileSystem):
+            raise UserError(f"{bare(where)} names no bucket for {what}: give s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
         scheme, _, rest = where.partition("://")
         user = "anonymous@" if rest.startswith("anonymous@") else ""
         return Place(system, root.rstrip("/"), (f"{scheme}://{user}", query(where)))
