@@ -46,7 +46,15 @@ def masked_in(value: Any) -> Any:
 def one_line(what: object, *addresses: str, most: int = 200) -> str:
     """An exception or a text as one masked line, cut to `most` characters; an exception without words is its name."""
     text = " ".join(str(what).split()) or (type(what).__name__ if isinstance(what, BaseException) else "")
-    return masked(text, *addresses)[:most]
+    return cut(masked(text, *addresses), most)
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a text, at most so many characters, that ends with a word and `…` where there is more."""
+    if len(text) <= most:
+        return text
+    words, _, _ = text[: most - 1].rpartition(" ")
+    return f"{words if len(words) > most // 2 else text[: most - 1]}…"
 
 
 def reason(error: BaseException, *addresses: str, most: int = 300) -> str:

@@ -148,6 +148,9 @@ def run(
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
+    if "pose" not in found.conditions and (pose is not None or settings.generate.pose_guidance != 1):
+        which = "--pose" if pose is not None else "--pose-guidance"
+        raise UserError(f"{which}: {checkpoint} sees no pose; its conditions: {sees}")
     if last is not None and not found.last:
         raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
     scene = replacing.scene(mask, background, found, pose or video, video is not None)

@@ -405,6 +405,7 @@ def test_dry_run_writes_nothing_and_help_explains(made, tmp_path):
 def wrong(made):
     """Files that must not be taken, beside the good ones."""
     load(Model(init=NETWORK, vae="none")).save(made / "shapeless")
+    load(Model(init=NETWORK, vae="none", conditions=("reference",))).save(made / "poseless", shape=SHAPE)
     (made / "empty").mkdir()
     (made / "text.mp4").write_text("no video")
     (made / "text.png").write_text("no picture")
@@ -438,6 +439,7 @@ PICTURE = {"reference": "{}/me.png"}
         ({"shards": "{}/shards", "split": "test"}, "no clips in split 'test' .*held_out .2 clips"),
         ({"shards": "{}/shards", "clip": ["square 1.mp4"]}, "no clip 'square 1.mp4' .*did you mean square 1.mp4#000"),
         ({"pose": "{}/nowhere.npz", **PICTURE}, "--pose: no such file"),
+        ({"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE}, "--pose: .* sees no pose; .*: reference"),
         ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
         ({"pose": "{}/pickled.npz", **PICTURE}, "--pose: .*Python objects, which are never unpickled"),
         ({"pose": "{}/short.npz", **PICTURE}, "has 2 frames, a clip from 0 s on needs 5"),

@@ -117,6 +117,7 @@ def test_a_pose_sequence_as_npz_and_as_npy(tmp_path):
 @pytest.mark.parametrize(("rate", "rows"), [(30, 30), (5, 5), (12.5, 14), (10, 9)])
 def test_a_pose_sequence_of_another_rate_is_brought_to_the_clip_s(rate, rows, tmp_path):
     points = np.zeros((rows, 33, 3)) + np.arange(rows)[:, None, None] / 100
+    points[..., 2] = 1
     np.savez(tmp_path / "a.npz", pose=points, fps=rate)
     found = motions.read_pose(tmp_path / "a.npz", SHAPE, CROP, start_s=0.2, most=float("inf"))
     at = 0.2 + np.arange(len(found)) / SHAPE.fps
@@ -126,6 +127,17 @@ def test_a_pose_sequence_of_another_rate_is_brought_to_the_clip_s(rate, rows, tm
     assert len(motions.read_pose(tmp_path / "a.npz", SHAPE, CROP)) == SHAPE.frames
     with pytest.raises(UserError, match=rf"has {len(found) + 2} frames, a clip from 9 s on needs"):
         motions.read_pose(tmp_path / "a.npz", SHAPE, CROP, start_s=9)
+
+
+@pytest.mark.parametrize("shown", [(np.nan, np.nan, np.nan), (np.nan, np.nan, 1.0), (0.5, 0.5, 0.0)])
+def test_a_pose_sequence_that_shows_nobody_is_refused(shown, tmp_path):
+    points = np.zeros((9, 33, 3)) + shown
+    np.save(tmp_path / "a.npy", points)
+    with pytest.raises(UserError, match=r"--pose: .*a\.npy shows nobody in 5 frames"):
+        motions.read_pose(tmp_path / "a.npy", SHAPE, CROP)
+    points[4, 0] = 0.5, 0.5, 1
+    np.save(tmp_path / "a.npy", points)
+    assert len(motions.read_pose(tmp_path / "a.npy", SHAPE, CROP)) == 5
 
 
 @pytest.mark.parametrize("wrong", [{"fps": 0.0}, {"fps": "ten"}, {"pose": np.ones((9, 133, 3)) * 480}])

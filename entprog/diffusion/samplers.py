@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils import logging
 
 from entprog.config import close_to
 from entprog.diffusion.processes import Diffusion, Edm, Process
@@ -43,7 +44,14 @@ def sampler(process: Process, name: str | None, shift: float | None = None) -> S
 
 def samplers(process: Process) -> list[str]:
     """Names of the diffusers classes that fit a process."""
-    return [name for name in dir(diffusers) if name.endswith("Scheduler") and _fits(process, getattr(diffusers, name))]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what diffusers would say of those that do not fit
+    try:
+        return [
+            name for name in dir(diffusers) if name.endswith("Scheduler") and _fits(process, getattr(diffusers, name))
+        ]
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _fits(process: Process, kind: Any) -> bool:

@@ -276,7 +276,12 @@ def read_pose(
             f"(at {shape.fps:g} fps)"
         )
     chosen = np.arange(first, min(total, first + int(min(most or shape.frames, total))))
-    return points[posefile.nearest_rows(chosen, shape.fps, rate).clip(max=len(points) - 1)].astype(np.float32)
+    shown = points[posefile.nearest_rows(chosen, shape.fps, rate).clip(max=len(points) - 1)].astype(np.float32)
+    if not ((shown[..., 2] >= wholebody.SURE) & np.isfinite(shown).all(-1)).any():
+        raise UserError(
+            f"--pose: {path} shows nobody in {len(shown)} frames from {start_s:g} s on: no point is visible"
+        )
+    return shown
 
 
 def read_picture(path: Path, crop: Prepare, option: str = "--reference") -> np.ndarray:
