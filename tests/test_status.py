@@ -1,10 +1,13 @@
 """Where a training stands, from its files alone."""
 
 import json
+import os
+import time
 
 import pytest
 from typer.testing import CliRunner
 
+from entprog.errors import UserError
 from pipelines import status
 from pipelines.training import standing, steplog
 
@@ -74,7 +77,34 @@ def test_a_half_written_line_and_losses_that_are_not_finite_are_no_error(tmp_pat
 
 
 def test_before_the_first_step(tmp_path):
-    assert dict(standing.rows(standing.read(training(tmp_path, []), NOW_S)))["state"] == "running"
+    folder = training(tmp_path, [], **{"train.steps": 40})
+    (folder / "steps.jsonl").unlink()
+    assert dict(standing.rows(standing.read(folder)))["state"] == "running"
+    assert standing.read(folder, time.time() + 500).state == "silent"
+
+
+def test_a_training_in_phases_says_where_they_are(tmp_path):
+    folder = training(tmp_path, [], phases=["look", "pose"])
+    (folder / "steps.jsonl").unlink()
+    with pytest.raises(UserError, match=f"in phases.* give {folder / 'look'}"):
+        standing.read(folder)
+
+
+@pytest.mark.parametrize("follow", [[], ["--follow"]])
+@pytest.mark.parametrize(
+    ("status_is", "shown"),
+    [("refused", "refused: no room"), ("failed", "failed, no step for"), ("interrupted", "failed")],
+)
+def test_an_attempt_that_ended_before_its_first_step_does_not_run(follow, status_is, shown, tmp_path):
+    folder = training(tmp_path, [], **{"train.steps": 40})
+    record = {"status": status_is, "error": "no room"}
+    (folder / "result.json").write_text(json.dumps(record))
+    done = CliRunner().invoke(status.app, [*follow, str(folder)])
+    assert (
+        done.exit_code == 0 and shown in done.output and "no room" in done.output and "workers start" not in done.output
+    )
+    os.utime(folder / "entprog-job.json", (time.time() + 9, time.time() + 9))  # the same command goes on
+    assert standing.read(folder).state == "running"
 
 
 @pytest.mark.parametrize(

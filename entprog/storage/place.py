@@ -155,6 +155,11 @@ class Place:
         inside = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
         return {info.base_name: info.size if info.type == _arrow().FileType.File else None for info in inside}
 
+    def written_ns(self) -> dict[str, int]:
+        """Names of what lies directly in the folder → when it was written; 0 where the store does not say."""
+        found = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
+        return {info.base_name: info.mtime_ns or 0 for info in found}
+
     def size(self, name: str) -> int:
         """Bytes of a file of it. Raises OSError."""
         with (self / name).ranges() as file:

@@ -12,6 +12,7 @@ from entprog.errors import UserError
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import stalls
+from pipelines.outputs import claim
 from pipelines.training import steplog
 
 SILENT_S = 120.0
@@ -27,17 +28,17 @@ BARS = "▁▂▃▄▅▆▇█"
 class Standing:
     """A training at one moment."""
 
-    state: Literal["running", "silent", "finished", "failed"]
+    state: Literal["running", "silent", "finished", "failed", "refused"]
     steps: list[dict[str, Any]]
     """The lines of steps.jsonl."""
     share: float | None
     """Part of the budget that is spent, 0..1; None where the budget is not known."""
     left_s: float | None
     """Wall seconds until the end at the recent pace; None where it cannot be foretold."""
-    age_s: float | None
-    """Seconds since the last step; None before the first."""
+    age_s: float
+    """Seconds since the last step; before the first since anything was written there."""
     trouble: str
-    """The last line of error.log, or ''."""
+    """What ended it before its end, as result.json or the last line of error.log says it, or ''."""
     warnings: list[dict[str, Any]]
     """The lines of warnings.jsonl."""
     previews: list[dict[str, Any]]
@@ -52,20 +53,29 @@ class Standing:
 
 def read(output: Where, now_s: float | None = None) -> Standing:
     """The standing of the training in a folder. Raises UserError if there is none."""
-    if not (output / "steps.jsonl").exists() and not (output / "cei.json").exists():
-        raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
+    if not any((output / name).exists() for name in ("steps.jsonl", "cei.json")):
+        if not claim.is_of(output, "train"):
+            raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
+        if phases := _identity(output).get("phases"):
+            raise UserError(
+                f"{output} holds a training in phases, each in a folder of its own: give {output / phases[0]}"
+            )
     now_s = time.time() if now_s is None else now_s
     steps = steplog.steps_of(output)
-    last = steps[-1] if steps else None
-    age_s = max(now_s - last["time"], 0.0) if last else None
-    trouble = _last_line(output / "error.log")
+    written_ns = _written_ns(output)
+    newest_s = max(written_ns.values(), default=0) / 1e9
+    age_s = max(now_s - (steps[-1]["time"] if steps else newest_s), 0.0)
+    ended, why = _ended(output, written_ns)
+    trouble = why or _last_line(output / "error.log")
     finished = (output / "finished.json").exists()  # after its last step a run still saves its network
     share, left_s = (1.0, 0.0) if finished else _ahead(steps, _budgets(output))
     pace_s = _pace_s(steps)
-    state: Literal["running", "silent", "finished", "failed"]
+    state: Literal["running", "silent", "finished", "failed", "refused"]
     if finished:
         state = "finished"
-    elif age_s is not None and age_s > max(SILENT_S, 5 * (pace_s or 0.0)):
+    elif ended:
+        state = "refused" if ended == "refused" else "failed"
+    elif age_s > max(SILENT_S, 5 * (pace_s or 0.0)):
         state = "failed" if trouble else "silent"
     else:
         state = "running"
@@ -73,12 +83,36 @@ def read(output: Where, now_s: float | None = None) -> Standing:
     return Standing(state, steps, share, left_s, age_s, trouble, told, shown, now_s)
 
 
-def _budgets(output: Where) -> dict[str, float]:
-    """The budget of the run by the entry that counts towards it, from the folder's mark."""
+def _written_ns(output: Where) -> dict[str, int]:
+    """Names of what lies in the folder → when it was written."""
+    if isinstance(output, Path):
+        return {path.name: path.lstat().st_mtime_ns for path in output.iterdir()}
+    return output.written_ns()
+
+
+def _ended(output: Where, written_ns: dict[str, int]) -> tuple[str, str]:
+    """(how the last attempt ended before its end: failed, interrupted, refused; why), as result.json says; empty where
+    it does not say so, or the folder was claimed by another attempt since."""
     try:
-        settings = json.loads((output / "entprog-job.json").read_text())["identity"]
+        if written_ns["result.json"] < written_ns[claim.MARK]:
+            return "", ""
+        record = json.loads((output / "result.json").read_text())
+        return (record["status"], record["error"]) if record["status"] != "done" else ("", "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", ""
+
+
+def _identity(output: Where) -> dict[str, Any]:
+    """What the folder's mark says that the training is; {} without one."""
+    try:
+        return json.loads((output / claim.MARK).read_text())["identity"]
     except (OSError, ValueError, KeyError):
         return {}
+
+
+def _budgets(output: Where) -> dict[str, float]:
+    """The budget of the run by the entry that counts towards it, from the folder's mark."""
+    settings = _identity(output)
     return {entry: float(settings[name]) for name, entry in BUDGETS.items() if settings.get(name)}
 
 
@@ -126,7 +160,8 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     """The standing as (figure, value) for people."""
     out = [("state", _state(standing))]
     if not standing.steps:
-        return [*out, ("step", "none yet: workers start, or blocks are scored"), *_told(standing)]
+        doing = ": workers start, or blocks are scored" if standing.state in ("running", "silent") else ""
+        return [*out, ("step", f"none yet{doing}"), *_told(standing)]
     last, steps = standing.steps[-1], standing.steps
     share = "" if standing.share is None else f", {standing.share:.0%} of the budget"
     out.append(("step", f"{last['step']}{share}, {last['charged_s']:.0f} charged seconds"))
@@ -188,9 +223,11 @@ def compact(names: Sequence[str]) -> str:
 
 
 def _state(standing: Standing) -> str:
-    if standing.state in ("running", "finished") or standing.age_s is None:
+    if standing.state in ("running", "finished"):
         return standing.state
     trouble = f": {standing.trouble}" if standing.trouble else ""
+    if standing.state == "refused":
+        return f"refused{trouble}"
     return f"{standing.state}, no step for {cli.duration(standing.age_s)}{trouble} (the same command resumes it)"
 
 
