@@ -1,6 +1,6 @@
 """The demo's base: a small network that draws people, pre-trained on rendered people.
 
-    pip install 'entprog[study]'
+    pip install '.[study]'
     nice -n 10 python -m benchmarks.demo_base --seconds 3600        # one process, one thread; a kill costs a minute
 
 First a VAE (benchmarks.demo_vae), of rendered frames, of the demo's training clips and of drawn poses. On pixels a

@@ -1,6 +1,6 @@
 """One rendered person in one room, who the demo's base learns to pose: clips that come with the project.
 
-    pip install 'entprog[study]'
+    pip install '.[study]'
     python -m benchmarks.demo_person                                # a minute on one core
 
 Minutes of fine-tuning teach a network of two million parameters no pose from real clips. They do teach it one figure
@@ -21,7 +21,7 @@ from benchmarks.mannequin import HINGES, LEFT, RIGHT, SPHERICAL, Body, Camera, S
 from entprog import config
 from entprog.config import ClipShape
 from entprog.data import shards
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.media import video
 from pipelines import cli, demo
 
@@ -64,7 +64,7 @@ def main(
 
     def work() -> dict[str, Any]:
         if importlib.util.find_spec("pybullet") is None:
-            raise UserError("rendering motion capture needs pybullet: pip install 'entprog[study]'")
+            raise UserError(f"rendering motion capture needs pybullet: {install('study')}")
         if output.exists():
             raise UserError(f"{output} exists: delete it, or choose another --output")
         if dry_run:

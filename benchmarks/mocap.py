@@ -1,6 +1,6 @@
 """Rendered people with exact pose: motion capture → shards, by Ray Data. What the study trains on.
 
-    pip install 'entprog[study]'
+    pip install '.[study]'
     python -m benchmarks.mocap --output out/mocap                   # 2,000 source and 512 target clips; < 5 minutes
     python -m benchmarks.mocap --output out/mocap --frames 16 --height 128 --width 96 --source 20000 --target 4000
 
@@ -26,7 +26,7 @@ from benchmarks.mannequin import Camera, Stage, at, motion, random_body
 from entprog import files
 from entprog.config import ClipShape, digest
 from entprog.data import shards
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.media import h264, sheet, video
 from pipelines import cli
 from pipelines.outputs import claim
@@ -86,7 +86,7 @@ def main(
 def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, seed: int) -> dict[str, Any]:
     """Render one dataset on the connected Ray; figures of it. Raises UserError without pybullet."""
     if importlib.util.find_spec("pybullet") is None:
-        raise UserError("rendering motion capture needs pybullet: pip install 'entprog[study]'")
+        raise UserError(f"rendering motion capture needs pybullet: {install('study')}")
     settings = {"prepare": {"crf": CRF, "pose": "exact"}, "mocap": {"seed": seed, "train": train, "held_out": held_out}}
     mark, mine = folder / "mocap.json", {**settings, "shape": shape.model_dump()}
     known = shards.read_dataset(folder) if (folder / "dataset.json").exists() else None

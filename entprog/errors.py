@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     Every job prints it without a stack trace and exits with status 2.
     """
+
+
+def install(extra: str) -> str:
+    """How an extra of this package is installed, which no index has, in words for a message."""
+    return f"pip install '.[{extra}]' in the checkout, or pip install 'WHEEL[{extra}]'"

@@ -5,6 +5,7 @@ Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no s
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -155,9 +157,29 @@ def _only_read(tables: Place) -> list[str] | None:
     return None
 
 
+class Command(typer.core.TyperCommand):
+    """A command of which no option is given nothing, as a shell makes of a variable that is not set: a path would be
+    the current folder. A text may be empty."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        for before, given in itertools.pairwise(["", *args]):
+            option, equals, value = given.partition("=") if given.startswith("--") else (before, "=", given)
+            if equals and not value and option != "--text":
+                complain("error", f"{option if option.startswith('-') else 'an argument'} is empty: give it a value")
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """A command line whose commands are each a `Command`."""
+
+    def command(self, name: str | None = None, **options):
+        return super().command(name, **{"cls": Command, **options})
+
+
 def app(help: str) -> typer.Typer:
     """A command line of one job."""
-    return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    return App(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 def settings(
@@ -248,7 +270,7 @@ def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]
         if verbose or not kept:
             errors.print(trace)
         where = f" (trace: {folder / 'error.log'})" if kept else ""
-        complain("failed", record["error"][:300] + where)
+        complain("failed", masking.cut(record["error"], 300) + where)
     record["seconds"] = round(time.time() - started, 3)
     try:
         if folder is not None and claim.is_of(folder, job):
@@ -307,10 +329,15 @@ def duration(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
 
 
+WHOLE_NAME = 36
+"""Characters of a name in a table's first column that stay on one line, however narrow the terminal is."""
+
+
 def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
     """A small table of final figures on the terminal."""
     table = Table(*columns, title=title, title_justify="left")
     table.columns[0].overflow = "fold"  # names of blocks and files: all of them, on as many lines as that takes
+    table.columns[0].min_width = min(WHOLE_NAME, max((len(str(row[0])) for row in rows), default=0))
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from entprog import config, files, models, storage
+from entprog import config, files, masking, models, storage
 from entprog.blocks import blocks, fp8
 from entprog.config import Experiment
 from entprog.data import shards
+from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.schedule import plans
 from entprog.storage import Place, Where
@@ -145,6 +146,8 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     for line in said:
         if line:
             cli.console.print(line)
+    for line in outline.notes(experiment, dataset, source):
+        cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
     for line in (footprint.copying(experiment, source), footprint.advice(experiment, source)):
@@ -185,8 +188,9 @@ def run(
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
-    if line := outline.poses(dataset, source):
-        cli.console.print(line)
+    for line in (outline.poses(dataset, source), *outline.notes(experiment, dataset, source)):
+        if line:
+            cli.console.print(line)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
     launch.check_tracking(experiment)
     if experiment.train.checkpoints:
@@ -265,6 +269,9 @@ def run(
         with contextlib.suppress(OSError):  # what went wrong first is what is said
             stages.log(tracker, steplog.steps_of(output), status)
         tracker.end(status)
+        if isinstance(error, UserError):  # what a command leaves that fails or is interrupted, it leaves itself
+            record = {"job": "train", "status": "refused", "error": str(error), "mlflow_run_id": tracker.run_id}
+            files.write_json(output / "result.json", masking.masked_in(record))
         raise
     stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")

@@ -137,5 +137,5 @@ def test_it_is_refused_where_it_has_no_place(monkeypatch):
     with pytest.raises(UserError, match="A100"):
         fp8.check_device(torch.device("cuda"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'entprog\[fp8\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[fp8\]'"):
         fp8.check_installed()

@@ -426,11 +426,16 @@ def test_mistakes_are_one_line(rows, base, denoiser, tmp_path):
         "data": {"shards": str(dataset.folder), "shape": SHAPE.model_dump(), "batch_size": 1, "latents": "require"},
         "train": {"steps": 1}, "schedule": {"kind": "full"},
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"hold no latents of 5 frames .*prepare --latents"):
-        batches.caches(config.build(settings), dataset, denoiser)
+    with pytest.raises(UserError, match=r"hold no latents: .*prepare --latents"):
+        checks.check(config.build(settings))
+    (dataset.folder / "latents" / "of another VAE").mkdir(parents=True)
+    for look in (checks.check, lambda of: batches.caches(of, dataset, denoiser)):  # before Ray, and by the workers
+        with pytest.raises(UserError, match=r"hold no latents of 5 frames .*prepare --latents"):
+            look(config.build(settings))
     auto, message = config.build(config.merge(settings, {"data": {"latents": "auto"}})), []
     assert batches.caches(auto, dataset, denoiser, message.append) == {} and not message
     cache = cached(dataset, denoiser)
+    assert checks.check(config.build(settings)) == dataset
     assert batches.caches(auto, dataset, denoiser, message.append) == {SHAPE: cache} and not message
     (cache.folder / "latents.json").unlink()  # as after a kill
     assert batches.caches(auto, dataset, denoiser, message.append) == {} and "not finished" in message[0]

@@ -111,7 +111,7 @@ def test_body_box():
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'entprog\[pose\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[pose\]'"):
         pose.PoseEstimator()
 
 

@@ -49,7 +49,7 @@ def test_the_same_person_is_followed_past_a_larger_one():
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rtmlib", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'entprog\[rtmlib\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[rtmlib\]'"):
         pose.estimator(config.Prepare(pose="rtmlib"))
 
 

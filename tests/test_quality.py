@@ -372,7 +372,7 @@ def test_faces_and_hands_need_their_points_and_the_extra(monkeypatch):
     with pytest.raises(UserError, match=r"hand_distance needs wanted poses of 133 points, .* these shards have 33"):
         choose(("hand_distance",), shape, 4, 33)
     monkeypatch.setitem(sys.modules, "rtmlib", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'entprog\[rtmlib\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[rtmlib\]'"):
         Meter(("hand_distance",), Evaluate())
 
 

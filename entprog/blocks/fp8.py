@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 
 MULTIPLE = 16
 """fp8 kernels want sizes that are multiples of this; other layers stay as they are."""
@@ -76,7 +76,7 @@ def nbytes(module: nn.Module) -> int:
 def check_installed() -> None:
     """Raises UserError without torchao."""
     if importlib.util.find_spec("torchao") is None:
-        raise UserError("schedule.frozen_precision=fp8 needs torchao: pip install 'entprog[fp8]', or set it to auto")
+        raise UserError(f"schedule.frozen_precision=fp8 needs torchao: {install('fp8')}, or set it to auto")
 
 
 def check_device(device: torch.device) -> None:

@@ -206,7 +206,9 @@ def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
         if first["type"] == "extra_forbidden":
             raise UserError(f"unknown setting {name}{close_to(name, known)}") from None
         if first["type"] == "missing" and name == "train":
-            raise UserError("a run needs an end: set train.steps or train.seconds") from None
+            raise UserError(
+                "a run needs an end: set train.steps or train.seconds, as in --set train.steps=1000"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error" and "." not in name:
             raise UserError(message) from None

@@ -162,7 +162,7 @@ class Train(Part):
     @model_validator(mode="after")
     def _has_an_end(self):
         if self.steps is None and self.seconds is None and self.flops is None:
-            raise ValueError("a run needs an end: set train.steps or train.seconds")
+            raise ValueError("a run needs an end: set train.steps or train.seconds, as in --set train.steps=1000")
         if self.timesteps != "logit_normal" and self.timesteps_mean != 0:
             raise ValueError(f"train.timesteps_mean is of logit_normal, given train.timesteps={self.timesteps}")
         if self.timesteps == "uniform" and self.timesteps_spread is not None:

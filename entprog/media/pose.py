@@ -7,13 +7,16 @@ next frame, so that the detector runs only when the person is lost, and now and 
 No smoothing over time: what is drawn is what was seen.
 """
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
 from entprog.config import Prepare
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.media import assets, wholebody
 from entprog.media.person import POINTS, Person, nobody, prominent_first
 
@@ -37,6 +40,20 @@ MARGIN = 1.25
 """Side of the square cut out for the landmark network, over the circle's diameter."""
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the networks' C++ writes to standard error by itself, past Python; errors are raised."""
+    sys.stderr.flush()
+    mine = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(mine, 2)
+        os.close(mine)
+
+
 class PoseEstimator:
     """Detector and landmark network, loaded once. Not picklable: create it where it works.
 
@@ -50,15 +67,16 @@ class PoseEstimator:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
-            raise UserError("pose estimation needs ai-edge-litert: pip install 'entprog[pose]'") from None
+            raise UserError(f"pose estimation needs ai-edge-litert: {install('pose')}") from None
 
         def load(name: str):
             interpreter = Interpreter(str(assets.network(name)), num_threads=threads)
             interpreter.allocate_tensors()
             return interpreter
 
-        self._detector = load("pose_detection")
-        self._landmarks = load("pose_landmark_full")
+        with _silent():
+            self._detector = load("pose_detection")
+            self._landmarks = load("pose_landmark_full")
         self._anchors = _anchors()
 
     def detect(self, frame: np.ndarray) -> list[Person]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.masking import one_line
 from entprog.media import wholebody
 from entprog.media.person import Person, followed, nobody, of_box, prominent_first
@@ -34,8 +34,7 @@ class RtmEstimator:
             from rtmlib import Wholebody
         except ImportError:
             raise UserError(
-                "whole-body poses (prepare.pose=rtmlib, hand_distance, face_distance) need rtmlib: "
-                "pip install 'entprog[rtmlib]'"
+                f"whole-body poses (prepare.pose=rtmlib, hand_distance, face_distance) need rtmlib: {install('rtmlib')}"
             ) from None
         try:
             with redirect_stdout(sys.stderr):  # it tells what it loads

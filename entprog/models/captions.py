@@ -26,7 +26,7 @@ from entprog import config, files, models
 from entprog.config import digest
 from entprog.data.clips import Latents
 from entprog.distributed import agree
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.masking import one_line
 from entprog.models import fingerprints, folders, texts
 from entprog.models.denoising import VideoDenoiser
@@ -330,7 +330,7 @@ def _kind(encoder: Path) -> str:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError("texts are encoded by transformers, which is not there: pip install 'entprog[text]'") from None
+        raise UserError(f"texts are encoded by transformers, which is not there: {install('text')}") from None
     names = folders.read_json(encoder / "config.json").get("architectures") or ["of unknown class"]
     if names[0] not in ENCODERS:
         raise UserError(f"text encoder {encoder} is a {names[0]}: known are {', '.join(ENCODERS)}")

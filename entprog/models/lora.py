@@ -16,14 +16,14 @@ from torch import nn
 
 from entprog.blocks import ADAPTER, Block, blocks, in_full
 from entprog.config import Lora
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.models import adapters
 
 
 def check(network: nn.Module, found: Iterable[Block], settings: Lora) -> None:
     """Raises UserError without peft, or for a target that no linear layer of a block is."""
     if importlib.util.find_spec("peft") is None:
-        raise UserError("train.lora needs peft: pip install 'entprog[lora]', or set train.lora=null")
+        raise UserError(f"train.lora needs peft: {install('lora')}, or set train.lora=null")
     linear = [n for block in found for n, m in block.module.named_modules() if isinstance(m, nn.Linear)]
     for target in settings.targets:
         if not any(re.fullmatch(_ending(target), name) for name in linear):

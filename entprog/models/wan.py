@@ -41,7 +41,7 @@ from torch.nn import functional
 from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.masking import one_line
 from entprog.media import styles
 from entprog.media.faces import Faces
@@ -333,7 +333,7 @@ def image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
     try:
         from transformers import CLIPImageProcessor, CLIPVisionModel
     except ImportError:
-        raise UserError("image tokens need transformers: pip install 'entprog[text]'") from None
+        raise UserError(f"image tokens need transformers: {install('text')}") from None
     encoder, processor = (parts[name] for name in IMAGE_PARTS)
     try:
         seeing = CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 
 BLOCK = 256
 MOMENTS = 2 * (1 + 4 / BLOCK) / 4
@@ -55,6 +55,4 @@ def joined(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_installed() -> None:
     """Raises UserError without torchao."""
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(
-            "train.optimizer=adamw_8bit needs torchao: pip install 'entprog[fp8]', or set it to adamw_bf16 or adamw"
-        )
+        raise UserError(f"train.optimizer=adamw_8bit needs torchao: {install('fp8')}, or set it to adamw_bf16 or adamw")

@@ -11,7 +11,7 @@ import torch
 
 from entprog import files
 from entprog.config import ClipShape, Evaluate, close_to
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.media import assets, wholebody
 from entprog.media.pose import PoseEstimator
 from entprog.media.rtm import RtmEstimator
@@ -125,7 +125,7 @@ class Meter:
         if self._sees_poses:  # known now, though the estimator is made by the first clip
             assets.network("pose_landmark_full")
             if importlib.util.find_spec("ai_edge_litert") is None:
-                raise UserError("pose metrics need ai-edge-litert: pip install 'entprog[pose]'")
+                raise UserError(f"pose metrics need ai-edge-litert: {install('pose')}")
         self._whole_bodies = None
         if "rtmw" in wanted:
             self._whole_bodies = RtmEstimator(torch.device(device).type)

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from entprog import files
 from entprog.config import Evaluate
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.masking import one_line
 from entprog.media import assets
 from entprog.quality import confined, efficientnet, perceptual, resnet3d, transnet
 
 FRAMES_AT_ONCE = 16
 I3D_SIZE, I3D_FRAMES = 224, 10
-CANONICAL = "pip install 'entprog[canonical]' where torchvision loads"
+CANONICAL = f"{install('canonical')} where torchvision loads"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _library_i3d(path: Path | None) -> nn.Module:
         from cdfvd.third_party.i3d.utils import load_i3d_model
     except ImportError as error:
         raise UserError(
-            f"metric fvd needs cd-fvd ({_line(error)}): pip install 'entprog[canonical]', or give a TorchScript I3D as "
+            f"metric fvd needs cd-fvd ({_line(error)}): {install('canonical')}, or give a TorchScript I3D as "
             "evaluate.i3d=FILE"
         ) from None
     if path is not None:

@@ -156,8 +156,8 @@ class Place:
         return {info.base_name: info.size if info.type == _arrow().FileType.File else None for info in inside}
 
     def written_ns(self) -> dict[str, int]:
-        """Names of what lies directly in the folder → when it was written; 0 where the store does not say."""
-        found = self.system.get_file_info(_arrow().FileSelector(self.root, allow_not_found=True))
+        """Names of files in it → when they were written; 0 where the store does not say. Raises OSError."""
+        found = self.system.get_file_info([f"{self.root}/{name}" for name in self.files()])
         return {info.base_name: info.mtime_ns or 0 for info in found}
 
     def size(self, name: str) -> int:

@@ -55,26 +55,26 @@ def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool
     try:
         there = _names(output)
     except FileNotFoundError:
+        _check_above(output)
         return
     except OSError as error:
-        reason = error.strerror or masking.one_line(error)
-        raise UserError(f"cannot write to output folder {output}: {reason}; {another}") from None
+        raise _unwritable(output, error) from None
     if not set(there) - {MARK}:  # a mark alone is of a command that was refused before it did anything
         return
     if MARK not in there:
         if earlier:
             return
         raise UserError(
-            f"{output} holds files that are not of a {job} job ({_some(there)}): {another}, a new or an empty one"
+            f"{output} holds files that are not of {_a(job)} job ({_some(there)}): {another}, a new or an empty one"
         )
     known = _read(output)
     if known["job"] != job:
-        raise UserError(f"{output} is the output of a {known['job']} job: {another} for {job}")
+        raise UserError(f"{output} is the output of {_a(known['job'])} job: {another} for {job}")
     now, before = masking.masked_in(json.loads(files.strict_json(identity))), masking.masked_in(known["identity"])
     differing = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
     if differing:
         message = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
-        raise UserError(f"{output} holds a {job} job of other settings ({message}): {another}")
+        raise UserError(f"{output} holds {_a(job)} job of other settings ({message}): {another}")
 
 
 def take(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
@@ -111,7 +111,33 @@ def writable(folder: Where) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to output folder {folder}: {error.strerror}; choose another --output") from None
+        raise _unwritable(folder, error) from None
+
+
+def _check_above(output: Where) -> None:
+    """Raises UserError for a folder that is not there and cannot be made: where nothing can be written above it. What
+    is tried leaves nothing."""
+    if isinstance(output, Place):
+        return
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error) from None
+
+
+def _unwritable(output: Where, error: OSError) -> UserError:
+    reason = error.strerror or masking.one_line(error)
+    return UserError(f"cannot write to output folder {output}: {reason}; choose another --output")
+
+
+def check_outside(output: Where, inputs: Mapping[str, str | None]) -> None:
+    """Raises UserError for an output that lies in a folder that the job reads. inputs: by setting."""
+    folders = {setting: Path(given).expanduser() for setting, given in inputs.items() if given}
+    for setting, folder in folders.items():
+        if isinstance(output, Path) and folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{output} lies in {setting}, {folder}, which is only read: choose another --output")
 
 
 def is_of(output: Where, job: str) -> bool:
@@ -164,6 +190,10 @@ def _read(output: Where) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = masking.reason(error, most=100)
     raise UserError(f"{path} is damaged ({reason}): choose another --output")
+
+
+def _a(job: str) -> str:
+    return f"{'an' if job[0] in 'aeiou' else 'a'} {job}"
 
 
 def _some(items: Sequence[str], between: str = ", ") -> str:

@@ -8,7 +8,7 @@ import torch
 from entprog import config, models, storage
 from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import Experiment
-from entprog.data import shards
+from entprog.data import latents, shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
 from entprog.media import styles, wholebody
@@ -16,6 +16,9 @@ from entprog.models import adapters, captions, experts, fingerprints, lora, sour
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place, Where
+from pipelines.outputs import claim
+from pipelines.stream import batches
+from pipelines.training import footprint
 
 SHOWN = ("model.skeleton", "model.last_frame")
 """Settings that are younger than what they set, which a base or an adapter may say too."""
@@ -80,11 +83,29 @@ def check(experiment: Experiment) -> shards.Dataset:
         if given := experiment.model.adapter:
             started = adapters.read(given, "model.adapter")
             adapters.check_goes_on(started, experiment.train.lora, "model.adapter")
+    if data.latents == "require":
+        _check_latents(experiment, dataset)
+    footprint.check_budget(experiment, source)
     return dataset
+
+
+def _check_latents(experiment: Experiment, dataset: shards.Dataset) -> None:
+    """Raises UserError where latents that a run requires are not there: as the workers do, by the VAE's weights."""
+    if (dataset.folder / latents.FOLDER).exists():
+        denoiser = models.family(experiment.model.family).encoder(experiment.model)
+        quick = {"data": experiment.data.model_copy(update={"verify": "size"})}  # rank 0 reads every byte
+        batches.caches(experiment.model_copy(update=quick), dataset, denoiser)
+    else:
+        raise UserError(
+            f"data.latents=require, but shards {dataset.folder} hold no latents: make them with "
+            "python -m pipelines.prepare --latents, or use data.latents=auto"
+        )
 
 
 def parts(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, each part checked as far as can be before the one before it has run. Raises UserError."""
+    inputs = {"data.shards": experiment.data.shards, "model.base": experiment.model.base}
+    claim.check_outside(output, inputs)
     if not experiment.parts:
         return {"": (experiment, check(experiment))}
     found = config.phases(experiment, output)

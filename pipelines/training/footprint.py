@@ -63,6 +63,13 @@ def advice(experiment: Experiment, source: Source) -> str | None:
         "weights, gradients, moments and averages" if experiment.train.ema_decay else "weights, gradients and moments"
     )
     said = f"{whose} {written(budget)}, {parts} alone are up to {written(needed)}"
+    proposed = _proposal(experiment, source, budget)
+    return f"{said}: {proposed}." if proposed else f"{said}: smaller shares of the blocks take less."
+
+
+def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None:
+    """Settings with which every stage's weights, gradients, moments and averages are within a budget, in words; None:
+    none of `smaller` is enough."""
     values, given = experiment.model_dump(), config.settings(experiment)
     for change in smaller(len(blocks(source.network))):
         kept = {"train.lora"} if experiment.train.lora else set()
@@ -77,8 +84,22 @@ def advice(experiment: Experiment, source: Source) -> str | None:
             continue
         if less <= budget:
             words = " and ".join(f"{name}={value or '{}'}" for name, value in new.items())
-            return f"{said}: with {words} they would be {written(less)}."
-    return f"{said}: smaller shares of the blocks take less."
+            return f"with {words} they would be {written(less)}"
+    return None
+
+
+def check_budget(experiment: Experiment, source: Source) -> None:
+    """Raises UserError where `schedule.memory_budget_bytes` is less than weights, gradients and moments of the smallest
+    plan that a stage may have: what clips take comes on top, and is measured once they are there."""
+    budget = experiment.schedule.memory_budget_bytes
+    if budget is None:
+        return
+    needed = max(held.weights + held.gradients + held.moments for held in stages(experiment, source, smallest=True))
+    if needed > budget:
+        raise UserError(
+            f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan "
+            f"alone are {written(needed)}; {_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
+        )
 
 
 def card_bytes() -> int | None:
@@ -97,16 +118,20 @@ def largest(experiment: Experiment, source: Source) -> int:
     return max(stage.device + stage.unpacking for stage in stages(experiment, source))
 
 
-def stages(experiment: Experiment, source: Source) -> list[Held]:
-    """What every stage holds at most: with the largest blocks that it may train, and the most of them."""
+def stages(experiment: Experiment, source: Source, *, smallest: bool = False) -> list[Held]:
+    """What every stage holds at most: with the largest blocks that it may train, and the most of them. smallest: at
+    least, with the smallest and the fewest."""
     network, found = source.network, blocks(source.network)
     if experiment.train.lora and not any(ADAPTER in name for name, _ in network.named_parameters()):
         lora.add(network, found, experiment.train.lora, experiment.train.seed)
     sizes = {block.name: sum(p.numel() for p in block.module.parameters()) for block in found}
     names = sorted(plans.eligible(found, experiment.schedule.blocks), key=lambda name: -sizes[name])
     free = outside(source, experiment)
+    if smallest:
+        names.reverse()
+    many = least if smallest else most
     return [
-        held(network, found, names[: most(experiment, row, len(names))], free, experiment, ever=names)
+        held(network, found, names[: many(experiment, row, len(names))], free, experiment, ever=names)
         for row in plans.rows(experiment.schedule)
     ]
 
@@ -116,6 +141,11 @@ def most(experiment: Experiment, row: Row, blocks: int) -> int:
     schedule = experiment.schedule
     share = {"entprog": max(schedule.candidates), "badam": 1 / blocks}.get(schedule.kind, row.share)
     return plans.count(share, blocks)
+
+
+def least(experiment: Experiment, row: Row, blocks: int) -> int:
+    """Blocks that a stage trains at least: a search may come to a single one."""
+    return 1 if experiment.schedule.kind == "entprog" else most(experiment, row, blocks)
 
 
 def written(size: int) -> str:

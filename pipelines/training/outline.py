@@ -46,11 +46,36 @@ def chosen(schedule: Schedule, eligible: int, blocks: int) -> str | None:
 
 def withheld(experiment: Experiment, source: Source) -> str | None:
     """Which conditions some clips are shown without, in words; None where clips are always whole."""
-    model, drop, text = experiment.model, experiment.train.drop, experiment.data.text
-    said = text == "caption" or (text == "fixed" and bool(source.tensors["text"].any()))  # nothing is left of no text
-    there = (*(["text"] if said else []), *model.conditions)
+    model, drop = experiment.model, experiment.train.drop
+    there = (*(["text"] if _has_text(experiment, source) else []), *model.conditions)
     shares = [f"{name} of {share:.3g}" for name, share in drop if share and name in there]
     return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
+
+
+def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]:
+    """Settings that will not do what they say, each in words."""
+    data, train, out = experiment.data, experiment.train, []
+    there, clips = dataset.clips("train"), data.batch_size * train.workers * train.accumulate
+    if clips > there:
+        out.append(f"a step takes {clips} clips, the shards have {there} to train on: some come twice in a step")
+    if data.held_out_clips > (held_out := dataset.clips("held_out")):
+        out.append(
+            f"data.held_out_clips is {data.held_out_clips}, the shards hold out {held_out}: all of them are used"
+        )
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        out.append(
+            f"train.warmup_steps is {train.warmup_steps}, the run ends after {train.steps} steps: the learning rate "
+            "never comes to train.learning_rate"
+        )
+    if train.drop.text and not _has_text(experiment, source):
+        out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
+    return [f"Note: {line}." for line in out]
+
+
+def _has_text(experiment: Experiment, source: Source) -> bool:
+    """Whether clips are shown a text of which something is left to withhold."""
+    text = experiment.data.text
+    return text == "caption" or (text == "fixed" and bool(source.tensors["text"].any()))
 
 
 def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:

@@ -1,0 +1,101 @@
+"""What a command can know to be wrong before it starts, it refuses or notes then, in `--dry-run` too."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from helpers import real_clips
+from helpers.commands import SETTINGS
+from helpers.people import CLIPS
+from pipelines import cli, prepare, status, train
+
+WIDE = {"COLUMNS": "400"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with shards of four clips and the settings of a short training."""
+    folder = tmp_path_factory.mktemp("given")
+    rows = {
+        split: [[real_clips.row(name, split, start_s, CLIPS) for start_s in (0.0, 0.4)]]
+        for name, split in (("cam01", "train"), ("cam04", "held_out"))
+    }
+    real_clips.write(folder / "shards", rows, CLIPS)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    monkeypatch.setattr(cli, "ray_cluster", None)
+
+
+def refused(app, *words) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], env=WIDE)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.exit_code == 2 and len(lines) == 1, done.output
+    return lines[0]
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory-budget", "1KB"], "weights, gradients and moments of the smallest plan alone are"),
+        (["--set", "data.latents=require"], "hold no latents: make them with"),
+        (["--output", "/proc/entprog/run"], "cannot write to output folder /proc/entprog/run"),
+        (["--output", "{}/shards/run"], "lies in data.shards"),
+        (["--output", ""], "--output is empty"),
+        (["--output="], "--output is empty"),
+        (["--set", "model.family=whole"], "unknown model.family 'whole'"),
+    ],
+)
+def test_a_training_that_cannot_be(words, message, dry_run, given, tmp_path):
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", *dry_run]
+    line = refused(train.app, *command, *(word.format(given) for word in words))
+    assert message in line and not (tmp_path / "out").exists() and not (given / "shards" / "run").exists()
+    assert message != "unknown model.family 'whole'" or "whole" not in line.partition("there are:")[2]
+
+
+def test_latents_of_another_network_are_not_what_is_required(given, tmp_path):
+    (given / "shards" / "latents").mkdir()
+    try:
+        command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out"]
+        assert "it has no VAE" in refused(train.app, *command, "--set", "data.latents=require")
+    finally:
+        (given / "shards" / "latents").rmdir()
+
+
+def test_settings_that_will_not_do_what_they_say_are_noted(given, tmp_path):
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", "--dry-run"]
+    command += ["--set", "data.held_out_clips=2"]
+    odd = ["data.batch_size=999", "data.held_out_clips=99", "train.warmup_steps=16", "train.drop.text=0.1"]
+    more = [word for setting in odd for word in ("--set", setting)]
+    for words, number in (([], 0), (more, 4)):
+        done = CliRunner().invoke(train.app, [str(word) for word in (*command, *words)], env=WIDE)
+        assert done.exit_code == 0, done.output
+        assert sum(line.startswith("Note: ") for line in done.output.splitlines()) == number, done.output
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "", "--output", "out"], "--input is empty"),
+        (["--input", ".", "--output", "."], "input and output are the same folder"),
+        (["--input", "gone.csv", "--output", "out"], "none of the 1 files that the manifest names is there"),
+        (["--input", "notes.md", "--output", "out"], "notes.md is no video by its name"),
+        (["--input", ".", "--output", "s3://"], "s3:// names no bucket"),
+        (["--input", ".", "--output", "out", "--frames", "99999999"], "data.shape.frames"),
+    ],
+)
+def test_clips_that_cannot_be_prepared(words, message, dry_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone.csv").write_text("path\nnowhere.mp4\n")
+    (tmp_path / "notes.md").write_text("no video")
+    assert message in refused(prepare.app, *words, *dry_run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone.csv", "notes.md"]
+
+
+def test_an_empty_argument_is_not_the_current_folder():
+    assert "an argument is empty" in refused(status.app, "")
