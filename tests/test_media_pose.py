@@ -1,5 +1,6 @@
 """BlazePose on real people, and on nobody."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -107,6 +108,13 @@ def test_body_box():
     points[0, 0], points[1, 5], points[1, 6] = (0.2, 0.3, 1), (0.4, 1.5, 0.9), (0.1, 0.1, 0.2)
     points[0, 9] = (np.nan, np.nan, 0)
     assert pose.body_box(points) == pytest.approx((0.2, 0.3, 0.4, 1.0))
+
+
+def test_the_networks_say_nothing_by_themselves():
+    """In a process of its own: they would say it once."""
+    program = "from entprog.media import pose; pose.PoseEstimator()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
