@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from entprog.errors import UserError
+from entprog.storage import Place
 from pipelines import status
 from pipelines.training import standing, steplog
 
@@ -99,12 +100,13 @@ def test_an_attempt_that_ended_before_its_first_step_does_not_run(follow, status
     folder = training(tmp_path, [], **{"train.steps": 40})
     record = {"status": status_is, "error": "no room"}
     (folder / "result.json").write_text(json.dumps(record))
+    assert standing.read(Place.at(str(folder))).trouble == "no room"
     done = CliRunner().invoke(status.app, [*follow, str(folder)])
     assert (
         done.exit_code == 0 and shown in done.output and "no room" in done.output and "workers start" not in done.output
     )
     os.utime(folder / "entprog-job.json", (time.time() + 9, time.time() + 9))  # the same command goes on
-    assert standing.read(folder).state == "running"
+    assert standing.read(folder).state == standing.read(Place.at(str(folder))).state == "running"
 
 
 @pytest.mark.parametrize(
