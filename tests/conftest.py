@@ -23,6 +23,7 @@ from helpers.networks import tiny_denoiser, tiny_experiment
 torch.set_num_threads(1)
 LONGEST = (
     *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
+    "test_bucket_runs.py",
     *("test_evaluate.py", "test_prepare.py", "test_prepare_more.py", "test_clips.py"),
     *("test_faults.py", "test_secrets.py", "test_hostile.py"),
     *("test_family_forms.py", "test_whole.py", "test_benchmarks.py", "test_generate.py"),

@@ -1,6 +1,7 @@
 """Runs whose output lies in a bucket: nothing of them is on a disk, so any machine goes on with them."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def finished(command, tmp_path_factory):
         assert not list(Path().rglob("*"))
     with working_in(root / "second") as empty:
         said = run(train, *words)
-        assert "Resumed from the checkpoint after step 4" in said
+        # The one after step 4 may have been under way, and is then named and not used.
+        assert re.search("Resumed from the checkpoint after step [24]", said), said
         assert not list(empty.rglob("*"))
     return output
 
@@ -224,8 +226,10 @@ def steps_in(folder):
 
 def test_the_log_of_steps_is_as_far_as_the_checkpoint(s3):
     place = storage.Place.at(servers.address(s3, "runs/log"))
-    logged(place, 1, 5).keep()
+    log = logged(place, 1, 5)
+    log.keep()
     assert steps_in(place) == [1, 2, 3, 4, 5]
+    log.close()
     with pytest.raises(ZeroDivisionError), logged(place, 4, 6):
         1 / 0  # noqa: B018 - what ends a run
     assert steps_in(place) == [1, 2, 3, 4, 5, 6], "lines after the checkpoint were cut off"

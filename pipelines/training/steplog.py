@@ -97,7 +97,8 @@ class _Sender:
         self.path = storage.at(storage.quickly(path.address), "the output")
         self.one = threading.RLock()
         self.stopped = threading.Event()
-        threading.Thread(target=self._go_on, name=f"send {path.name}", daemon=True).start()
+        self.thread = threading.Thread(target=self._go_on, name=f"send {path.name}", daemon=True)
+        self.thread.start()
 
     def send(self) -> float:
         """Seconds that it took. Raises OSError."""
@@ -121,6 +122,7 @@ class _Sender:
 
     def stop(self) -> None:
         self.stopped.set()
+        self.thread.join()
 
     def _go_on(self) -> None:
         wait_s = 0.0  # lines after the checkpoint are no longer shown
