@@ -1,6 +1,6 @@
 """What guidance does to a network that was trained with conditions dropped, and to one that never was.
 
-    python -m benchmarks.guidance                    # two seeds: about half an hour on two cores
+    python -m benchmarks.guidance                    # two seeds
 
 The demo's base is fine-tuned on the demo's rendered person by plain training, for as many steps as the demo takes, once
 with a share of the clips shown without pose, and as large a share without reference (`train.drop`), and once with all
