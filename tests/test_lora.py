@@ -119,8 +119,6 @@ def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):
 
 
 def test_a_target_that_is_no_layer_is_refused_with_those_there_are(experiment):
-    with pytest.raises(UserError, match=r"train\.parallel=fsdp"):
-        tiny_experiment(train={"lora": {"rank": 4}, "parallel": "fsdp"})
     wrong = tiny_experiment(train={"lora": {"targets": ["to_q", "query"]}})
     with pytest.raises(UserError, match=r"ends in query; there are: .*ffn\.net\.2.*to_q"):
         adapted(wrong)

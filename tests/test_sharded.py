@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from entprog.schedule.freezing import Freeze
 from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
+from helpers import bases
 from helpers.families import NAMES, load, settings
 from helpers.memory import Peak
 from helpers.networks import SHAPE, TINY, batches, latents, tiny_denoiser, tiny_experiment
@@ -133,6 +135,29 @@ def test_loading_never_takes_more_than_a_rank_keeps_and_a_block(tmp_path):
             assert held <= live and peak < weights / 2 + block, (name, peak / weights)
 
 
+def _unreadable_rank(rank, world, folder):
+    join(rank, world, folder, timeout_s=300)
+    base = folder / ("damaged" if rank == 1 else "whole")
+    model = Model(family="wan_animate", base=str(base))
+    try:
+        loaded(model, 1)
+    except UserError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    leave()
+
+
+def test_a_base_that_one_rank_cannot_read_is_told_on_all_of_them(tmp_path):
+    """Wan-Animate's ranks bring its motion encoder together while they load."""
+    bases.animate(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    run_ranks(_unreadable_rank, 2, tmp_path)
+    for rank in range(2):
+        line = (tmp_path / f"{rank}.txt").read_text()
+        assert line.startswith("model.base: ") and str(tmp_path / "damaged") in line and "\n" not in line
+
+
 # ---- before, during and after training
 
 
@@ -167,7 +192,7 @@ def priced(denoiser, found, experiment):
     return out
 
 
-def sampled(denoiser):
+def sampled(denoiser, found):
     """Drawn by rank 0, after a try that failed between two passes."""
     one = latents([1])
     size = (1, *denoiser.latent_shape(SHAPE))
@@ -181,8 +206,8 @@ def sampled(denoiser):
         return sampling.sample(denoiser, one.conditions, size, config.Generate(steps=3), [0])
 
     along = functools.partial(idle_pass, denoiser, latents([0]))
-    fsdp.led(denoiser.network, failing, along)
-    drawn = fsdp.led(denoiser.network, draw, along)
+    fsdp.led(denoiser.network, found, failing, along)
+    drawn = fsdp.led(denoiser.network, found, draw, along)
     fsdp.in_parts(denoiser.network)
     return drawn
 
@@ -228,7 +253,7 @@ def whole_run(experiment, rank, world, folder):
     with fsdp.noting_whole(network) as noted, Together(noted) as together:
         steps = list(fit(denoiser, found, *given))
     out["together"] = together.bytes
-    drawn = sampled(denoiser)
+    drawn = sampled(denoiser, found)
     final = networks.final(denoiser, experiment, state)
     tensors = {name: fsdp.whole(tensor).clone() for name, tensor in network.state_dict().items()}
     with Peak() as peak:

@@ -21,6 +21,7 @@ from entprog.blocks.block import (
     let_wait,
     make_twin,
     movable_bytes,
+    never_trained,
     own_forward,
     replaced,
     skipped,
@@ -36,7 +37,7 @@ from entprog.blocks.block import (
 from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.overlooking import overlooked
-from entprog.blocks.stored import ADAPTER, HALF, keep_rounded
+from entprog.blocks.stored import ADAPTER, HALF, keep_rounded, leave_out, round_frozen
 
 __all__ = [
     "ADAPTER",
@@ -59,14 +60,17 @@ __all__ = [
     "is_checkpointed",
     "keep_rounded",
     "kind",
+    "leave_out",
     "let_wait",
     "make_twin",
     "movable_bytes",
+    "never_trained",
     "overlooked",
     "own_forward",
     "packed_bytes",
     "replaced",
     "room_bytes",
+    "round_frozen",
     "skipped",
     "store_frozen",
     "swap_of",

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from entprog.blocks import fp8
 from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing
 from entprog.blocks.packed import Form
-from entprog.blocks.stored import ADAPTER, Stored, is_adapted
+from entprog.blocks.stored import ADAPTER, Stored, is_adapted, layer_weights
 from entprog.blocks.swap import Swap, chosen
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
@@ -243,6 +243,12 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     """What of a block is trained when it is: its adapters, if it has any, or all its parameters."""
     adapters = [parameter for name, parameter in module.named_parameters() if ADAPTER in name]
     return adapters or list(module.parameters())
+
+
+def never_trained(network: nn.Module) -> set[str]:
+    """Names of the weights that adapters adapt. A checkpoint may lack them: whoever loads the network has them."""
+    adapted = (block for block in blocks(network) if is_adapted(block.module))
+    return {f"{block.name}.{name}" for block in adapted for name, _ in layer_weights(block.module)}
 
 
 def train_block(module: nn.Module, trained: bool) -> None:

@@ -11,8 +11,9 @@ Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`),
 that are never trained, such as those under low-rank adapters, are in no state: whoever loads the network has them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from entprog.blocks import packed
 from entprog.blocks.held import Held, HeldLinear
 from entprog.blocks.packed import Form
 from entprog.blocks.swap import Swap, Waiting
+
+if TYPE_CHECKING:
+    from entprog.blocks.block import Block
 
 HALF = torch.bfloat16
 LAYERS = (nn.Linear, HeldLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,6 +52,33 @@ def keep_rounded(
             parameter.data = parameter.data.to(HALF)
     if swap and some:
         swap.wait(some)
+
+
+def round_frozen(found: Iterable["Block"]) -> None:
+    """Freeze blocks, and hold in bfloat16 what autocast rounds anyway of what their adapters adapt; the float32 bits
+    go. The blocks may have no memory yet."""
+    for block in found:
+        block.module.requires_grad_(False)
+        keep_rounded(block.module)
+
+
+def leave_out(found: Iterable["Block"]) -> None:
+    """Leave out of blocks' state what `round_frozen` rounded: whoever loads the network has it in full."""
+    for block in found:
+        _leave_out(block.module, [name for name, _ in layer_weights(block.module)])
+
+
+def _leave_out(module: nn.Module, names: Sequence[str]) -> None:
+    def shown(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        for name in names:
+            state.pop(prefix + name, None)
+
+    def given(module: nn.Module, state: dict, prefix: str, *others) -> None:
+        for name in names:
+            state[prefix + name] = module.get_parameter(name).detach()
+
+    module.register_state_dict_post_hook(shown)
+    module.register_load_state_dict_pre_hook(given)
 
 
 @dataclass

@@ -168,21 +168,18 @@ class Experiment(Part):
             raise ValueError("train.flops ends runs that count them: set schedule.clock=flops")
         return self
 
-    @model_validator(mode="after")
-    def _whole_weights(self):
-        if self.train.parallel == "fsdp" and (self.train.lora or self.in_fp8):
-            which = "train.lora" if self.train.lora else "schedule.frozen_precision=fp8"
-            raise ValueError(
-                f"{which} needs every worker to hold whole weights: train.parallel=fsdp does not go with it"
-            )
-        return self
-
     @property
     def stores_frozen(self) -> bool:
         """Whether frozen weights are stored in bfloat16 or less: where something is ever frozen."""
         schedule = self.schedule
         half = self.model.dtype == "bfloat16" and self.train.parallel == "ddp" and schedule.frozen_precision != "full"
         return half and (schedule.kind != "full" or self.train.lora is not None or schedule.blocks != "all")
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether what adapters adapt is split over workers in bfloat16: nothing keeps its float32 bits meanwhile."""
+        half = self.model.dtype == "bfloat16" and self.schedule.frozen_precision != "full"
+        return half and self.train.parallel == "fsdp" and self.train.lora is not None
 
     @property
     def frozen_form(self) -> Literal["bfloat16", "fp8", "nf4"]:

@@ -47,15 +47,17 @@ def held(
 ) -> Held:
     """What a plan that trains the named blocks and `outside` holds. network: may be on the meta device; what it trains
     at present does not matter. ever: blocks that may have been trained before."""
-    parameters, stored, form = set(outside), experiment.stores_frozen, experiment.frozen_form
-    spared, host, movable, unpacking = 0, 0, {}, 0
+    parameters, form, rounded = set(outside), experiment.frozen_form, experiment.rounds_base
+    whole, host, movable, unpacking = {}, 0, {}, 0
     for block in found:
         own = set(trainable(block.module)) if block.name in trained else set()
         parameters |= own
-        sizes = frozen_sizes(block.module, own, form) if stored else {}
-        spared += sum(4 * p.numel() - size for p, (size, _) in sizes.items())
+        sizes = frozen_sizes(block.module, own, form) if experiment.stores_frozen or rounded else {}
+        spared = sum(4 * p.numel() - size for p, (size, _) in sizes.items())
+        whole[block.name] = 4 * sum(p.numel() for p in block.module.parameters()) - spared
         packed_alone = form != "bfloat16" and is_adapted(block.module)
-        host += sum(4 * p.numel() for p, (_, is_matrix) in sizes.items() if not (is_matrix and packed_alone))
+        if not rounded:
+            host += sum(4 * p.numel() for p, (_, is_matrix) in sizes.items() if not (is_matrix and packed_alone))
         shapes = [p.shape for p, (_, is_matrix) in sizes.items() if is_matrix and packed.fits(p.shape, form)]
         unpacking = max([unpacking, *(packed.unpacking_bytes(shape, form) for shape in shapes)])
         movable[block.name] = sum(size for size, is_matrix in sizes.values() if is_matrix)
@@ -63,14 +65,14 @@ def held(
     gradients = 4 * sum(p.numel() for p in parameters)
     before = {p for block in found if block.name in ever for p in trainable(block.module)}
     averages = 4 * sum(p.numel() for p in parameters | before) if experiment.train.ema_decay else 0
-    whole = 4 * sum(p.numel() for p in network.parameters())
+    inside = {p for block in found for p in block.module.parameters()}
+    beside = 4 * sum(p.numel() for p in network.parameters() if p not in inside)
     shares = experiment.train.workers // experiment.train.replicas if experiment.train.parallel == "fsdp" else 1
     if experiment.train.parallel == "fsdp":
-        each = [4 * sum(p.numel() for p in block.module.parameters()) for block in found]
-        unpacking = whole - sum(each) + 2 * max(each)
+        unpacking = beside + 2 * max(whole.values())
     crossed = "exact" in experiment.schedule.backwards or any(is_adapted(block.module) for block in found)
     return Held(
-        weights=-(-(whole - spared - sum(waiting) + rooms_bytes(waiting)) // shares),
+        weights=-(-(beside + sum(whole.values()) - sum(waiting) + rooms_bytes(waiting)) // shares),
         gradients=-(-gradients // shares),
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
         host=host + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),

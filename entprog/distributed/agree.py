@@ -3,7 +3,8 @@
 import functools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from entprog.config import digest
+from entprog.errors import UserError
 
 T = TypeVar("T")
 
@@ -119,6 +121,21 @@ def of_first(make: Callable[[], T]) -> T:
     if made[1] is not None:
         raise made[1]
     return made[0]
+
+
+@contextmanager
+def mistakes_of_all(but: type[UserError] | tuple[type[UserError], ...] = ()) -> Iterator[None]:
+    """A person's mistake (UserError) that one rank meets inside is raised on every rank, once all of them have come to
+    the end. but: kinds that are no mistakes, and end their own rank at once."""
+    mistake = None
+    try:
+        yield
+    except but:
+        raise
+    except UserError as error:
+        mistake = str(error)
+    if mistakes := [line for line in gathered(mistake) if line]:
+        raise UserError(mistakes[0])
 
 
 def filled_by_first(tensors: Iterable[torch.Tensor], fill: Callable[[], None]) -> None:

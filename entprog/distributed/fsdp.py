@@ -8,18 +8,19 @@ not sharded as it is.
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from entprog.blocks import Block
+from entprog.blocks import Block, replaced
 from entprog.config import Backward
 from entprog.distributed import agree
+from entprog.masking import reason
 
 T = TypeVar("T")
 
@@ -118,39 +119,115 @@ def noting_whole(network: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]
             hook.remove()
 
 
-def led(network: nn.Module, work: Callable[[], T], along: Callable[[], None]) -> T | None:
+class PassError(RuntimeError):
+    """A pass of a sharded network failed on a rank: its message names the rank and what went wrong there."""
+
+
+def led(network: nn.Module, found: Sequence[Block], work: Callable[[], T], along: Callable[[], None]) -> T | None:
     """What rank 0 makes of a network that it may call as often as it likes; None on the others, which bring their parts
     of a sharded network's weights for each of its passes. Every rank calls it.
 
-    along: a pass through the network, of whatever inputs. work may raise what it likes, between two passes.
-    Raises RuntimeError where it ended within one.
+    found: the network's blocks in execution order; along: a pass through the network, of whatever inputs.
+    A pass in which a rank fails, for want of memory say, goes on as far as other ranks need it, and is a PassError to
+    `work`, which may raise what it likes. Raises RuntimeError where that cannot be done.
     """
     rank, ranks = agree.world()
     if not is_sharded(network) or ranks == 1:
         return work() if rank == 0 else None
-    if rank != 0:
-        while agree.of_first(lambda: None):
-            along()
-        return None
-    inside = False
-
-    def begins(*_) -> None:
-        nonlocal inside
-        inside = agree.of_first(lambda: True)
-
-    def ends(*_) -> None:
-        nonlocal inside
-        inside = False
-
-    hooks = network.register_forward_pre_hook(begins, prepend=True), network.register_forward_hook(ends)
+    passing = _Pass(network, found)
     try:
-        return work()
+        if rank != 0:
+            while agree.of_first(lambda: None):
+                passing.begin()
+                passing.attempt(along)
+                with suppress(PassError):  # which rank 0 has, too
+                    passing.end()
+            return None
+
+        def begins(*_) -> None:
+            agree.of_first(lambda: True)
+            passing.begin()
+            if passing.failure:
+                passing.end()
+
+        hooks = (
+            network.register_forward_pre_hook(begins, prepend=True),
+            network.register_forward_hook(lambda *_: passing.end()),
+        )
+        try:
+            return work()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if passing.under_way:  # of which the rest does not come: this rank has to end, that the others do
+                raise RuntimeError("a pass of a sharded network was cut short, in which the other ranks wait")
+            agree.of_first(lambda: False)
     finally:
-        for hook in hooks:
-            hook.remove()
-        if inside:  # of which the rest does not come: this rank has to end, that the others do
-            raise RuntimeError("a pass of a sharded network was cut short, in which the other ranks wait")
-        agree.of_first(lambda: False)
+        passing.close()
+
+
+class _Pass:
+    """This rank's part in one pass after another of a sharded network. Where a pass fails here, what is left of it is
+    gone through without computing: the other ranks wait in it for this rank's parts of the weights."""
+
+    def __init__(self, network: nn.Module, found: Sequence[Block]):
+        self.network, self.parts = network, [network, *(block.module for block in found)]
+        self.brought: set[nn.Module] = set()
+        """Parts whose weights this pass has brought together."""
+        self.under_way = False
+        self.failure: str | None = None
+        """What went wrong in this pass on this rank."""
+        own = network.forward
+        self.guarded = ExitStack()
+        # Inside the network's own hooks, which leave it as it has to be for the next pass.
+        forward = functools.partial(self.attempt, own)
+        self.guarded.enter_context(replaced({network: forward}))
+        for part in self.parts:  # after the part's own hook, which brings its weights together
+            hook = part.register_forward_pre_hook(lambda part, _: self.brought.add(part))
+            self.guarded.callback(hook.remove)
+
+    def begin(self) -> None:
+        """Every rank begins a pass. What lies outside blocks is brought together at once: where that fails the network
+        has not been called yet."""
+        self.under_way, self.failure = True, None
+        self.brought.clear()
+        self.attempt(self.network.unshard)
+        self.brought.add(self.network)
+
+    def attempt(self, work: Callable[..., Any], *args, **kwargs) -> Any:
+        """What work gives; None once something has failed."""
+        if self.failure:
+            return None
+        try:
+            return work(*args, **kwargs)
+        except Exception as error:
+            self.failure = self.failure or reason(error)
+        self._bring_the_rest()  # by now what the pass had made is let go of
+        return None
+
+    def end(self) -> None:
+        """Every rank has come to the end of a pass. Raises PassError on all of them if it failed on any."""
+        if agree.total([float(self.failure is not None)])[0]:
+            rank, line = next((rank, line) for rank, line in enumerate(agree.gathered(self.failure)) if line)
+            if not hasattr(self.network, "reset_iter_state"):
+                raise RuntimeError(
+                    f"torch {torch.__version__} does not go on after a failed pass (rank {rank}: {line})"
+                )
+            self.network.reset_iter_state()  # on every rank: they prefetch by what they remember of passes
+            self.under_way = False
+            raise PassError(f"on rank {rank}: {line}")
+        self.under_way = False
+
+    def close(self) -> None:
+        self.guarded.close()
+
+    def _bring_the_rest(self) -> None:
+        in_parts(self.network)
+        for part in self.parts:
+            if part not in self.brought:
+                part.unshard()
+                part.reshard()
+                self.brought.add(part)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,12 @@
                                                   UserError for whatever can be known to be wrong without weights;
                                                   weights: whether there are to be any of the network
     files(settings: config.Model)                 what `load` reads, by part and name
-    load(settings: config.Model, device="cpu", seed=0, prepare=..., *, sharded=0) -> Denoiser
-                                                  the base (or a new network from `init`), its input layer widened
-                                                  with zeros for conditions it lacks, `prepare(network)` called before
-                                                  it goes to the device; sharded: copies that all ranks hold together,
-                                                  each a part; UserError for a wrong folder
+    load(settings: config.Model, device="cpu", seed=0, prepare=..., *, adapt=..., sharded=0)
+                                                  -> Denoiser: the base (or a new network from `init`), its input layer
+                                                  widened with zeros for conditions it lacks; `adapt(network)` called
+                                                  before it is split, `prepare(network)` before it goes to the device;
+                                                  sharded: copies that all ranks hold together, each a part; UserError
+                                                  for a wrong folder
     encoder(settings: config.Model, device="cpu") -> Denoiser
                                                   what encodes clips as it does, without the network's weights
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.

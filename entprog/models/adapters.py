@@ -310,7 +310,8 @@ def go_on(adapter: Adapter, network: nn.Module, settings: Lora, setting: str) ->
         raise UserError(f"{setting}: {other} is adapted by only one of the adapter and train.lora.targets")
     for name, pair in adapter.pairs.items():
         for kind, tensor in (("A", pair.down), ("B", pair.up)):
-            parameters[f"{name}.lora_{kind}.default.weight"].copy_(tensor)
+            parameter = parameters[f"{name}.lora_{kind}.default.weight"]
+            fsdp.held(parameter).copy_(fsdp.part_of(tensor, parameter))
 
 
 def check_goes_on(adapter: Adapter, settings: Lora, setting: str) -> None:

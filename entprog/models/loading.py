@@ -1,6 +1,7 @@
 """A base's or a new network's weights into a denoiser, whole or each rank its part, by what `sources.inspect` found."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from entprog import config
 from entprog.blocks import blocks
 from entprog.config import ClipShape
-from entprog.distributed import fsdp
+from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import bare, one_line
 from entprog.models import adapters, experts, folders, inputs, parts, whole
@@ -24,28 +25,37 @@ def load(
     seed: int = 0,
     prepare: Callable[[nn.Module], None] = lambda network: None,
     *,
+    adapt: Callable[[nn.Module], None] = lambda network: None,
     sharded: int = 0,
 ) -> VideoDenoiser:
     """The base, or a new network from `model.init`, its input layer widened for the conditions it lacks, with its
     adapter merged into it.
 
-    seed: of a new network's weights; torch's own random state is left as it was. prepare: what to do with the network
-    on the host, before the device has to hold it. sharded: copies of the network that all ranks hold together: each has
-    a part of every weight (`fsdp.shard`), and loads no more than that; but single files, pickles, and bases whose
-    weights have other names are loaded whole on the host of each rank and then split. 0: each holds the whole.
-    Raises UserError as `inspect` does, and for weights that are missing or do not fit.
+    seed: of a new network's weights; torch's own random state is left as it was. adapt: adds to blocks what they are
+    trained through, and may change the type of what is not trained; the network is not split yet, and may have no
+    memory. prepare: what to do with the network on the host, before the device has to hold it. sharded: copies of the
+    network that all ranks hold together: each has a part of every weight (`fsdp.shard`), and loads no more than that;
+    but single files, pickles, and bases whose weights have other names are loaded whole on the host of each rank and
+    then split. 0: each holds the whole.
+    Raises UserError as `inspect` does, and for weights that are missing or do not fit; sharded, on all ranks,
+    whichever of them met it.
     """
-    source = inspect(cls, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _in_parts(cls, settings, source, device, sharded) if sharded else None
-    if network is None:
-        network = _whole(cls, settings, source, seed)
+    # Told on every rank before one of them brings weights together, for which it needs the others.
+    with agree.mistakes_of_all() if sharded else nullcontext():
+        source = inspect(cls, settings)
+        network = None
         if sharded:
-            fsdp.shard(network, blocks(network), sharded)
-    if settings.adapter:
-        adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
-    prepare(network)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = _in_parts(cls, settings, source, device, sharded, adapt)
+        if network is None:
+            network = _whole(cls, settings, source, seed)
+            adapt(network)
+            if sharded:
+                fsdp.shard(network, blocks(network), sharded)
+        if settings.adapter:
+            adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
+        prepare(network)
     denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
     denoiser.check_type()
     return denoiser
@@ -72,17 +82,24 @@ def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, see
 
 
 def _in_parts(
-    cls: type[VideoDenoiser], settings: config.Model, source: Source, device: str | torch.device, replicas: int
+    cls: type[VideoDenoiser],
+    settings: config.Model,
+    source: Source,
+    device: str | torch.device,
+    replicas: int,
+    adapt: Callable[[nn.Module], None],
 ) -> nn.Module | None:
     """The network, its input layer widened, of which this rank has its part alone; None: it has to be loaded whole."""
     if settings.weights:
         return None
     if source.part is None:
-        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas)
+        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas, adapt)
     found = folders.weights(source.part, "model.base", settings.trust_pickle)
     files = [path for path in found.files if path.suffix != ".json"]
     try:
-        network = parts.of_base(cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas)
+        network = parts.of_base(
+            cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas, adapt
+        )
     except OSError as error:
         raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None
     if network is not None:

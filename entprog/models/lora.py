@@ -6,7 +6,8 @@ Every block gets adapters; which of them train is the plan's to say, as it is of
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from entprog.blocks import ADAPTER, Block, blocks, in_full
 from entprog.config import Lora
+from entprog.distributed import agree, fsdp
 from entprog.errors import UserError, install
 from entprog.models import adapters
 
@@ -47,6 +49,20 @@ def add(network: nn.Module, found: Iterable[Block], settings: Lora, seed: int) -
         inject_adapter_in_model(_config(settings, wanted), network)
 
 
+@contextmanager
+def as_if_there(network: nn.Module) -> Iterator[None]:
+    """Linear layers without memory have a weight of a single number inside: peft puts adapters where their layer is."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear) and module.weight.is_meta]
+    weights = [layer.weight for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = nn.Parameter(torch.zeros(1, dtype=weight.dtype).expand(weight.shape))
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
+
+
 def save(
     network: nn.Module,
     settings: Lora,
@@ -56,7 +72,8 @@ def save(
     about: Mapping[str, Any] | None = None,
     brought: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write the adapters, and what was trained `outside`, as `adapters.write` does.
+    """Write the adapters, and what was trained `outside`, as `adapters.write` does. Of a sharded network every rank
+    calls it, and rank 0 writes.
 
     part: the network's folder in a pipeline. about: `family`, `conditions`, `base` and `shape`, kept beside. brought:
     whole weights of the adapter that it went on from, kept where the network does not have its own.
@@ -65,24 +82,39 @@ def save(
     halves = {name.replace(".default", ""): tensor for tensor, name in names.items() if ADAPTER in name}
     layers = dict.fromkeys(name.partition(ADAPTER)[0] for name in halves)
     pairs = {
-        layer: adapters.Pair(*(halves[f"{layer}{ADAPTER}{half}.weight"] for half in "AB"), settings.alpha)
+        layer: adapters.Pair(*(fsdp.whole(halves[f"{layer}{ADAPTER}{half}.weight"]) for half in "AB"), settings.alpha)
         for layer in layers
     }
     weights = network.state_dict()  # in float32, whatever blocks store
-    rest = {adapters.plain_name(names[parameter]): weights[names[parameter]] for parameter in outside}
-    adapters.write(folder, adapters.Adapter(pairs, {**brought, **rest}, about or {}), part)
+    kept = {names[parameter] for parameter in outside}
+    # In one order on every rank.
+    rest = {adapters.plain_name(name): fsdp.whole(weights[name]) for name in names.values() if name in kept}
+    if agree.world()[0] == 0:
+        adapters.write(folder, adapters.Adapter(pairs, {**brought, **rest}, about or {}), part)
 
 
 def merge(network: nn.Module) -> None:
-    """Add every adapter to the weight it adapts and take it away: the network is of its own class again."""
+    """Add every adapter to the weight it adapts and take it away: the network is of its own class again. Of a sharded
+    network every rank calls it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for block in blocks(network):
         with in_full(block.module):
             for name, module in list(block.module.named_modules()):
                 if isinstance(module, BaseTunerLayer):
-                    module.merge()
+                    if fsdp.is_sharded(network):
+                        _add_rows(module)
+                    else:
+                        module.merge()
                     block.module.set_submodule(name, module.get_base_layer())
+
+
+@torch.no_grad()
+def _add_rows(layer: nn.Module) -> None:
+    """Add an adapter to a weight of which every rank has some rows: those that it has of B, too."""
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    own = fsdp.held(layer.get_base_layer().weight)
+    own += (fsdp.held(up) @ fsdp.whole(down) * layer.scaling["default"]).to(own)
 
 
 def _ending(target: str) -> str:

@@ -5,7 +5,7 @@ base each rank reads the rows that are its own from the safetensors files; the w
 tensor after another, in the order and with the bits in which one process draws them, and each rank keeps its rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from entprog.blocks import blocks
 from entprog.distributed import fsdp
-from entprog.models import inputs
+from entprog.models import adapters, inputs
 from entprog.storage import Place, slices
 
 
@@ -29,12 +29,13 @@ def of_base(
     splits: Sequence[int],
     device: str | torch.device,
     replicas: int,
+    adapt: Callable[[nn.Module], None] = lambda network: None,
 ) -> nn.Module | None:
     """The network of a base, split over the ranks. None: its files are no safetensors, or hold other names or shapes
     than the network has, so that it has to be read whole.
 
     files: with the weights, all in one folder; layer: that takes the network's inputs; splits: its channels in groups,
-    those that the base lacks with zero weights; replicas: as of `fsdp.shard`.
+    those that the base lacks with zero weights; replicas: as of `fsdp.shard`; adapt: as of `loading.load`.
     Raises OSError where a file cannot be read.
     """
     if any(path.suffix != slices.SUFFIX for path in files):
@@ -51,8 +52,9 @@ def of_base(
         network = kind.from_config(configuration)
     if kept != {name: tensor.shape for name, tensor in network.state_dict().items()}:
         return None
-    _split(network.eval(), layer, splits, device, replicas)
-    tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    _split(network.eval(), layer, splits, device, replicas, adapt)
+    weights = {adapters.plain_name(name): tensor.detach() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor for name, tensor in weights.items() if name in kept}
     widened, has = tensors[f"{layer}.weight"], kept[f"{layer}.weight"]
     narrow = torch.zeros(has)
     if widened.shape != has:
@@ -72,11 +74,12 @@ def drawn(
     initialise: Callable[[nn.Module], None],
     device: str | torch.device,
     replicas: int,
+    adapt: Callable[[nn.Module], None] = lambda network: None,
 ) -> nn.Module | None:
     """A new network, split over the ranks, with the weights that torch's random state gives to one that is made whole.
     None: its weights are made in a way that has to have several of them whole; the random state is another one then.
 
-    initialise: as of a denoiser; replicas: as of `fsdp.shard`.
+    initialise: as of a denoiser; replicas: as of `fsdp.shard`; adapt: as of `loading.load`.
     """
     from accelerate import init_empty_weights  # here: of networks that are whole nothing needs it
 
@@ -87,8 +90,8 @@ def drawn(
     names = {counting.numbers.get(id(p.untyped_storage())): name for name, p in network.named_parameters()}
     if None in names or len(names) < sum(1 for _ in network.parameters()):
         return None
-    _split(network.eval(), "", (), device, replicas)
-    parameters = dict(network.named_parameters())
+    _split(network.eval(), "", (), device, replicas, adapt)
+    parameters = {adapters.plain_name(name): parameter for name, parameter in network.named_parameters()}
     own = {number: fsdp.held(parameters[name].detach()) for number, name in names.items()}
     part, of = fsdp.place(replicas)
     drawing = _Drawing(own, lambda whole: fsdp.rows(whole, part, of))
@@ -107,15 +110,30 @@ def drawn(
     return network
 
 
-def _split(network: nn.Module, layer: str, splits: Sequence[int], device: str | torch.device, replicas: int) -> None:
+def _split(
+    network: nn.Module,
+    layer: str,
+    splits: Sequence[int],
+    device: str | torch.device,
+    replicas: int,
+    adapt: Callable[[nn.Module], None],
+) -> None:
     """Split a network that has no memory, and give each rank's part its own; what the parts hold is to be filled in."""
     if len(splits) > 1:
         inputs.widen(network, layer, splits)
+    adapt(network)
     fsdp.shard(network, blocks(network), replicas)
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    held = {name: fsdp.held(tensor) for name, tensor in _tensors(network)}
+    there = {name: tensor.clone() for name, tensor in held.items() if not tensor.is_meta}
     network.to_empty(device=device)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(buffers[name])
+    for name, tensor in _tensors(network):
+        if name in there:
+            fsdp.held(tensor).copy_(there[name])
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((name, parameter.detach()) for name, parameter in network.named_parameters())
+    yield from network.named_buffers()
 
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
-from entprog.distributed import fsdp
+from entprog.distributed import agree, fsdp
 from entprog.models import folders
 from entprog.storage import Place, slices, tensors
 
@@ -63,6 +63,8 @@ def _files(weights: dict[str, torch.Tensor], max_file_bytes: int) -> dict[str, l
 
 
 def _whole(weights: dict[str, torch.Tensor], names: list[str]) -> Iterator[torch.Tensor]:
-    """Those tensors, whole, one after another."""
+    """Those tensors, whole, one after another. No rank asks for the next one before all have the last: the others would
+    be ahead of the one that writes by all that is left, and give up on it after their group's time-out."""
     for name in names:
+        agree.wait_for_all()
         yield fsdp.whole(weights[name])

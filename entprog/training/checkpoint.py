@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog import optimizers
+from entprog.blocks import never_trained
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
@@ -329,7 +330,9 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
     kept = reader.metadata.state_dict_metadata
     parameters = dict(network.named_parameters())
     weights = network.state_dict()
+    as_loaded = {f"network/{name}" for name in never_trained(network)}
     wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
+    wanted = {name: tensor for name, tensor in wanted.items() if name in kept or name not in as_loaded}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     sharded = fsdp.is_sharded(network)
     host = None if sharded else torch.device("cpu")  # those of all blocks may be many

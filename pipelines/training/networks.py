@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from entprog import models
-from entprog.blocks import blocks, let_wait, store_frozen
+from entprog.blocks import blocks, leave_out, let_wait, round_frozen, store_frozen
 from entprog.config import Experiment
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import agree
+from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models import adapters, fingerprints, lora
 from entprog.models.finite import not_finite
@@ -25,28 +25,43 @@ def load(experiment: Experiment, device: torch.device) -> Denoiser:
     all of it in float32. Sharded, no rank ever holds all of it (`loading.load` says of which it does)."""
 
     def prepare(network: nn.Module) -> None:
-        _adapt(network, experiment)
         if experiment.stores_frozen:
             store_frozen(blocks(network), experiment.frozen_form, device)
             let_wait(blocks(network), experiment.model.swap_blocks, device)
+        if experiment.rounds_base:
+            leave_out(blocks(network))
 
-    return _loaded(experiment, device, prepare)
+    return _loaded(experiment, device, prepare, rounded=experiment.rounds_base)
 
 
-def _loaded(experiment: Experiment, device: str | torch.device, prepare: Callable[[nn.Module], None]) -> Denoiser:
-    model = experiment.model
-    if experiment.train.lora and model.adapter:  # then an adapter to start from is not merged: it goes on
+def _loaded(
+    experiment: Experiment,
+    device: str | torch.device,
+    prepare: Callable[[nn.Module], None] = lambda network: None,
+    *,
+    rounded: bool = False,
+) -> Denoiser:
+    model, settings = experiment.model, experiment.train.lora
+    if settings and model.adapter:  # then an adapter to start from is not merged: it goes on
         source = models.family(model.family).inspect(model)  # as the adapter has seen clips
         model = model.model_copy(update={"adapter": None, "skeleton": source.skeleton, "last_frame": source.last})
+
+    def adapt(network: nn.Module) -> None:
+        if settings:
+            with lora.as_if_there(network):
+                lora.add(network, blocks(network), settings, experiment.train.seed)
+        if rounded:
+            round_frozen(blocks(network))
+
+    def prepared(network: nn.Module) -> None:
+        if settings and experiment.model.adapter:
+            started = adapters.read(experiment.model.adapter, "model.adapter")
+            adapters.go_on(started, network, settings, "model.adapter")
+        prepare(network)
+
     sharded = experiment.train.replicas if experiment.train.parallel == "fsdp" else 0
-    return models.family(model.family).load(model, device, experiment.train.seed, prepare, sharded=sharded)
-
-
-def _adapt(network: nn.Module, experiment: Experiment) -> None:
-    if settings := experiment.train.lora:
-        lora.add(network, blocks(network), settings, experiment.train.seed)
-        if given := experiment.model.adapter:
-            adapters.go_on(adapters.read(given, "model.adapter"), network, settings, "model.adapter")
+    family = models.family(model.family)
+    return family.load(model, device, experiment.train.seed, prepared, adapt=adapt, sharded=sharded)
 
 
 def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denoiser:
@@ -62,20 +77,22 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
 
 
 def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser:
-    """The denoiser with its adapters merged into its weights; where the device holds those packed, into the base's own,
-    which are read again, on the host.
+    """The denoiser with its adapters merged into its weights; where the device holds those packed, or rounded alone,
+    into the base's own, which are read again: on the host, or sharded.
 
-    weights: `fingerprints.base` of what the training started from. Raises UserError if that is no longer there.
+    weights: `fingerprints.base` of what the training started from. Of a sharded network every rank calls it. Raises
+    UserError if that is no longer there.
     """
     network = denoiser.network
-    if experiment.frozen_form != "bfloat16":
-        if fingerprints.base(experiment.model) != weights:
+    if experiment.frozen_form != "bfloat16" or experiment.rounds_base:
+        made = lambda: fingerprints.base(experiment.model)  # noqa: E731
+        if (agree.of_first(made) if fsdp.is_sharded(network) else made()) != weights:
             raise UserError(
                 f"model.base: {experiment.model.base} changed while it was trained, so no model is saved: merge the "
                 "adapter that was (adapter/ in the output) into the weights it was trained on, with `adapter merge`"
             )
-        plain = _loaded(experiment, "cpu", lambda network: _adapt(network, experiment)).network
-        plain.load_state_dict(network.state_dict(), strict=False)  # all but what is packed
+        plain = _loaded(experiment, denoiser.device if experiment.rounds_base else "cpu").network
+        plain.load_state_dict(network.state_dict(), strict=False)  # all but what the base has in full
         network = plain
     lora.merge(network)
     return replace(denoiser, network=network)
@@ -83,7 +100,7 @@ def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser
 
 def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, points: int) -> None:
     """All that tells the network from its base, also what an adapter that it started from brought. points: of the poses
-    that it was trained on."""
+    that it was trained on. Of a sharded network every rank calls it."""
     whole, brought = {*outside(denoiser, experiment)}, {}
     if given := experiment.model.adapter:
         brought = adapters.read(given, "model.adapter").outside
@@ -102,4 +119,5 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)
-    denoiser.save_text(folder)
+    if agree.world()[0] == 0:
+        denoiser.save_text(folder)

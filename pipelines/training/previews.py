@@ -3,8 +3,11 @@
 OUTPUT/previews/
   step-00000200/     videos/ and sheet.png, as `generate` leaves them; with the run in MLflow too
   previews.jsonl     a line a preview
+  unfinished.json    while one is drawn, and after one that ended its workers: its step
   index.html         all of them, step by step
-Nothing that training computes depends on them: they draw from generators of their own, between two steps.
+Nothing that training computes depends on them: they draw from generators of their own, between two steps. None of them
+ends a run: one that fails is a warning, one that runs out of memory is the last one, and one that ends its workers all
+the same, or is cut short with them, is not drawn again when they are back.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +25,7 @@ import torch
 from torch import nn
 
 from entprog import files, storage
-from entprog.blocks import full_weights
+from entprog.blocks import Block, full_weights
 from entprog.config import ClipShape, Evaluate, Generate
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
@@ -39,6 +43,11 @@ if TYPE_CHECKING:
     from entprog.quality.metrics import Meter
 
 PAGE = Path(__file__).with_name("previews.html")
+UNFINISHED = "previews/unfinished.json"
+MOST_UNFINISHED = 2
+"""So many previews of a run that ended their workers are the last ones."""
+NO_ROOM = (MemoryError, torch.OutOfMemoryError, fsdp.PassError)
+"""What later previews would most likely run into again."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +68,38 @@ class Previews:
     """Measures what was drawn; None: nothing does."""
     log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     """Keep figures of a step with the run in MLflow."""
+    blocks: Sequence[Block] = ()
+    """In execution order, where the network is sharded."""
     spare: Latents | None = None
     """Any batch, where the network is sharded."""
+    left_out: Sequence[int] = ()
+    """Steps whose previews are not drawn (`unfinished`)."""
 
-    def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> None:
+    def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> bool:
         """Draw every motion with the weights as they are after this step, or with their averages where there are any;
-        every rank calls it. What goes wrong is a warning."""
-        network = self.denoiser.network
+        every rank calls it. What goes wrong is a warning. Returns whether there is room for later ones."""
+        if step in self.left_out:
+            return True
+        first, network = agree.world()[0] == 0, self.denoiser.network
+        if first:
+            _note_unfinished(self.output, [*self.left_out, step])
         with averaged(network, ema), undisturbed(network, self.compiled):
-            fsdp.led(network, lambda: self._tried(step, charged_s), lambda: idle_pass(self.denoiser, self.spare))
+            along = partial(idle_pass, self.denoiser, self.spare)
+            fits = fsdp.led(network, self.blocks, lambda: self._tried(step, charged_s), along)
             fsdp.in_parts(network)
-        agree.wait_for_all()  # no rank's next step pays for it
+        if first:
+            _note_unfinished(self.output, self.left_out)
+        return agree.of_first(lambda: fits)  # no rank's next step pays for it
 
-    def _tried(self, step: int, charged_s: float) -> None:
+    def _tried(self, step: int, charged_s: float) -> bool:
+        fits, goes_on = True, "training goes on"
         try:
             self._draw(step, charged_s)
         except Exception as error:  # memory, disk, codec: a look must not cost the run
-            self.warn(f"the preview after step {step} failed: {reason(error)}; training goes on")
+            if isinstance(error, NO_ROOM):
+                fits, goes_on = False, "training goes on without previews"
+            self.warn(f"the preview after step {step} failed: {reason(error)}; {goes_on}")
+        return fits
 
     def _draw(self, step: int, charged_s: float) -> None:
         where = self.output / "previews" / f"step-{step:08d}"
@@ -123,6 +147,33 @@ def meter(names: Sequence[str], shape: ClipShape, clips: int, points: int) -> "M
         return Meter(chosen, Evaluate())
     except UserError as error:
         raise UserError(f"train.preview_metrics: {error}") from None
+
+
+def unfinished(output: Where) -> list[int]:
+    """Steps whose previews ended the workers that drew them, or were cut short with them, in order."""
+    try:
+        return sorted(map(int, json.loads((output / UNFINISHED).read_text())["steps"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def told(output: Where, steps: Sequence[int]) -> str:
+    """What to tell a person of unfinished previews."""
+    again = f"delete {output / UNFINISHED} to have them again"
+    if len(steps) < MOST_UNFINISHED:
+        return (
+            f"the preview after step {steps[0]} ended its workers, or was cut short with them: it is left out; {again}"
+        )
+    which = ", ".join(map(str, steps))
+    return f"previews after steps {which} ended their workers, or were cut short with them: no more are drawn; {again}"
+
+
+def _note_unfinished(output: Where, steps: Sequence[int]) -> None:
+    with contextlib.suppress(OSError):  # a full disk: it is not known then should this preview end the process
+        if steps:
+            files.write_json(output / UNFINISHED, {"steps": list(steps)})
+        else:
+            (output / UNFINISHED).unlink(missing_ok=True)
 
 
 def leave(output: Where, entry: Mapping[str, Any]) -> None:

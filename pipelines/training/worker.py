@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
             board.post.remote(item)
 
     try:
-        with _mistakes_of_all():
+        with agree.mistakes_of_all(but=shards.UnreachableError):
             setup = _open(settings, post, clock)
     except shards.UnreachableError:  # no mistake: another try may be luckier
         raise
@@ -113,20 +113,6 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
         ray.get(board.post.remote(result))
 
 
-@contextmanager
-def _mistakes_of_all() -> Iterator[None]:
-    """A person's mistake that one rank meets inside is raised on every rank, once all of them have come to the end."""
-    mistake = None
-    try:
-        yield
-    except shards.UnreachableError:
-        raise
-    except UserError as error:
-        mistake = str(error)
-    if mistakes := [line for line in agree.gathered(mistake) if line]:
-        raise UserError(mistakes[0])
-
-
 def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clock: Startup) -> Setup:
     import ray.train
     import ray.train.torch
@@ -134,7 +120,8 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     experiment = config.build(settings["experiment"])
     if experiment.train.parallel == "fsdp":
         fsdp.begin(experiment.train.replicas)
-    with _mistakes_of_all():  # passes of a sharded network come after it, in which ranks wait for each other
+    # Passes of a sharded network come after it, in which ranks wait for each other.
+    with agree.mistakes_of_all(but=shards.UnreachableError):
         dataset = shards.read_dataset(experiment.data.shards)
         if dataset.fingerprint != settings["data"]:
             raise UserError(
@@ -271,8 +258,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 )
             if step.last:
                 final_loss = step.held_out_loss
-            if previews is not None and step.step % experiment.train.preview_every == 0:
-                previews.show(step.step, step.charged_s, state.ema)
+            looked_at = previews is not None and step.step % experiment.train.preview_every == 0
+            if looked_at and not previews.show(step.step, step.charged_s, state.ema):
+                previews = None
             notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:
                 if rank == 0:
@@ -301,11 +289,12 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
     denoiser = setup.denoiser
     shift = _sampling_shift(setup)
-    if rank == 0:  # alone: nobody waits for it, but for who has parts of a sharded network
-        if experiment.train.lora:
-            with storage.scratch_for(output / "adapter") as folder:
-                networks.leave_adapter(denoiser, experiment, folder, setup.dataset.points)
-            denoiser = networks.merged(denoiser, experiment, settings["weights"])
+    # Rank 0 works alone: nobody waits for it, but for who has parts of a sharded network.
+    if experiment.train.lora and (rank == 0 or fsdp.is_sharded(denoiser.network)):
+        with storage.scratch_for(output / "adapter") if rank == 0 else nullcontext() as folder:
+            networks.leave_adapter(denoiser, experiment, folder, setup.dataset.points)
+        denoiser = networks.merged(denoiser, experiment, settings["weights"])
+    if rank == 0:
         kept = {"parts": experiment.train.save, "points": setup.dataset.points}
         with storage.scratch_for(output / "model", last=folders.ABOUT) as folder:
             denoiser.save(folder, shape=experiment.data.shape, shift=shift, **kept)
@@ -313,7 +302,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         saving.lend(denoiser.network)
     if experiment.train.samples:
         draw = functools.partial(_leave_samples, setup, output, shift)
-        fsdp.led(denoiser.network, draw, lambda: idle_pass(setup.denoiser, setup.sample))
+        fsdp.led(setup.denoiser.network, setup.blocks, draw, lambda: idle_pass(setup.denoiser, setup.sample))
     if rank == 0:
         log.close()
         tracker.close()
@@ -373,6 +362,11 @@ def _previews(
     experiment = setup.experiment
     if not experiment.train.preview_every:
         return None
+    left_out = agree.of_first(lambda: previewing.unfinished(output))
+    if left_out:
+        warn(previewing.told(output, left_out))
+    if len(left_out) >= previewing.MOST_UNFINISHED:
+        return None
     data = experiment.data
     settings = config.Generate(batch_size=data.batch_size, shift=_sampling_shift(setup))
     motions = _held_out_motions(setup, experiment.train.preview_clips) if tracker else []
@@ -383,8 +377,8 @@ def _previews(
         log = {"log": tracker.metrics}
     compiled = experiment.model.compile_blocks
     return previewing.Previews(
-        setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled, spare=setup.sample, **measures,
-        **log,
+        setup.denoiser, motions, data.shape, output, settings, keep, warn, compiled, blocks=setup.blocks,
+        spare=setup.sample, left_out=left_out, **measures, **log,
     )  # fmt: skip
 
 
