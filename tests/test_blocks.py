@@ -74,7 +74,7 @@ def test_unfreeze_refuses_a_name_that_is_no_block(denoiser, found):
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
-@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host", "keep_attention"])
 def test_forward_bits_do_not_depend_on_what_is_trained(denoiser, found, backward, checkpointing):
     with torch.no_grad():
         before = predict(denoiser)
@@ -82,7 +82,7 @@ def test_forward_bits_do_not_depend_on_what_is_trained(denoiser, found, backward
     assert torch.equal(predict(denoiser).detach(), before)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host", "keep_attention"])
 def test_exact_gradient_of_trained_blocks_is_full_trainings(denoiser, found, checkpointing):
     predict(denoiser).square().mean().backward()
     expected = {n: p.grad.clone() for n, p in denoiser.network.named_parameters() if p.grad is not None}
@@ -113,7 +113,7 @@ def test_what_waits_on_the_host_is_freed_until_the_backward_pass(denoiser, found
     assert all(alive[True]) and not any(alive["on_host"])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
+@pytest.mark.parametrize("checkpointing", [False, True, "on_host", "keep_attention"])
 def test_residual_gradient_is_the_formulas(denoiser, found, checkpointing):
     """Reference: y = x + (f(x) - x).detach() written into the network by hand."""
     trained = ["blocks.1", "blocks.4"]

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entprog.blocks import blocks, unfreeze
 from entprog.cost import counting, measuring
@@ -47,8 +48,13 @@ def sets(names):
     return [*some[::5], some[-1]]
 
 
-@pytest.mark.parametrize("outside", ["always", "conditions", "never"])
-@pytest.mark.parametrize("checkpointing", [False, True, "on_host"])
+@pytest.mark.parametrize(
+    ("outside", "checkpointing"),
+    [
+        *itertools.product(["always", "conditions", "never"], [False, True, "on_host"]),
+        ("always", "keep_attention"),
+    ],
+)
 @pytest.mark.parametrize("backward", ["exact", "residual"])
 def test_predictions_are_the_counts(outside, checkpointing, backward):
     tiny = Tiny(outside, checkpointing)
@@ -183,6 +189,35 @@ def test_what_waits_on_the_host_is_not_counted_but_for_one_block():
     of_one = left.recomputed_bytes - kept.recomputed_bytes
     assert kept.saved_bytes - left.saved_bytes == of_one * len(here.names) > 0
     assert left.flops == kept.flops
+
+
+def test_kept_attention_is_counted_and_not_computed_again():
+    """Of self-attention alone: its forward is a step's FLOPs less, its output with what its backward needs is kept."""
+    networks = [Tiny(checkpointing=how) for how in (False, True, "keep_attention")]
+    plain, again, kept = (tiny.count(tiny.names, "exact") for tiny in networks)
+    (queries, heads, width), blocks = attention_of(networks[0]), len(networks[0].names)
+    assert again.flops - kept.flops == blocks * 4 * heads * queries**2 * width
+    output_and_sums = 4 * heads * queries * (width + 1)
+    assert kept.saved_bytes - again.saved_bytes == blocks * output_and_sums
+    assert again.recomputed_bytes - kept.recomputed_bytes == output_and_sums
+    assert plain.flops < kept.flops
+
+
+def attention_of(tiny):
+    """(tokens, heads, width of a head) of the self-attention of a network's blocks."""
+    seen = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "attention" in function.name() and args[0].shape == args[1].shape:
+                seen.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with Shapes(), torch.no_grad():
+        tiny.loss()
+    _, heads, tokens, width = seen[0]
+    assert set(seen) == {seen[0]}
+    return tokens, heads, width
 
 
 def test_every_step_and_decision_carries_what_was_foreseen():

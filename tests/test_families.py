@@ -159,9 +159,11 @@ def test_gradients_of_trained_blocks_are_right_and_others_have_none(tiny, backwa
         else:
             assert torch.equal(now, plain)
         got = gradients(denoiser, batch)
-        blocks.unfreeze(denoiser.network, found, trained, outside, backward, "on_host")
-        for n, gradient in gradients(denoiser, batch).items():
-            torch.testing.assert_close(gradient, got[n], rtol=1e-5, atol=1e-7, msg=lambda m, n=n: f"on host, {n}: {m}")
+        for how in ("on_host", "keep_attention"):
+            blocks.unfreeze(denoiser.network, found, trained, outside, backward, how)
+            for n, gradient in gradients(denoiser, batch).items():
+                close = {"rtol": 1e-5, "atol": 1e-7}
+                torch.testing.assert_close(gradient, got[n], **close, msg=lambda m, n=n, how=how: f"{how}, {n}: {m}")
         if backward == "exact":
             blocks.unfreeze(denoiser.network, found, [b.name for b in found], outside)
             everything = gradients(denoiser, batch)

@@ -27,7 +27,7 @@ from helpers.families import clips
 from helpers.networks import tiny_experiment
 from helpers.recording import calls
 from pipelines import train
-from pipelines.training import outline
+from pipelines.training import footprint, outline
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 UNIPC = "UniPCMultistepScheduler"
@@ -232,6 +232,19 @@ def test_a_dry_run_says_the_expert(made):
     assert said == (
         f"Expert low (transformer_2/): timesteps 0 to 0.9 alone. The other one, {sees}, samples above them."
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parallel", "where"), [("float32", "ddp", "or host"), ("bfloat16", "fsdp", "beside")]
+)
+def test_a_dry_run_says_what_the_other_one_takes(made, dtype, parallel, where):
+    model = {"init": {}, "base": str(made[1]), "vae": "auto", "expert": "low", "dtype": dtype}
+    experiment = tiny_experiment(model=model, train={"parallel": parallel})
+    denoiser = load(experiment.model)
+    held = sum(p.nbytes for p in denoiser.expert.other(denoiser).network.parameters())
+    said = footprint.other_expert(experiment, inspect(experiment.model))
+    assert f"whole: {footprint.written(held)} on its device" in said and where in said
+    assert footprint.other_expert(tiny_experiment(model=model, train={"samples": 0}), inspect(experiment.model)) is None
 
 
 # ---- bad input

@@ -161,7 +161,7 @@ def along_bypass(module: nn.Module, *args, **kwargs):
 def checkpointed(module: nn.Module, how: Checkpointing) -> CheckpointedForward:
     """A block's own forward under gradient checkpointing."""
     waits = {"module": module, "bypass": bypass} if how == "on_host" else {}
-    return CheckpointedForward(own_forward(module), **waits)
+    return CheckpointedForward(own_forward(module), **waits, keeps_attention=how == "keep_attention")
 
 
 def is_checkpointed(module: nn.Module) -> bool:

@@ -2,20 +2,57 @@
 
 The inputs that blocks hand on, of which each keeps its own, can wait in host memory: of a long clip they are most of
 what is kept (Wan 14B: 0.8 GB a block at 75,000 tokens). Those that all blocks share stay on the device.
+
+Or self-attention's output is kept beside the inputs: it is as large as one of them, and of a long clip most of what
+would be computed again.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Checkpointing = bool | Literal["on_host"]
-"""Whether activations are recomputed in the backward pass; "on_host": and blocks' inputs wait on the host for it."""
+Checkpointing = bool | Literal["on_host", "keep_attention"]
+"""Whether activations are recomputed in the backward pass; "on_host": and blocks' inputs wait on the host for it;
+"keep_attention": all but self-attention's output."""
+KERNELS = (
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)  # fmt: skip
+"""What torch's attention runs, each in one piece; where it runs none of them attention is recomputed like all else."""
+ATTENTION = {getattr(torch.ops.aten, name).default for name in KERNELS if hasattr(torch.ops.aten, name)}
+
+
+def _is_kept(operation: Any, args: Sequence) -> bool:
+    """Whether an operation is attention that costs as much for each number it gives as self-attention does: over as
+    many keys as queries [..., tokens, width]."""
+    return operation in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
+
+
+def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Keeping(TorchDispatchMode):
+    """Notes what a block's own forward, run inside, gives that is kept beside its inputs."""
+
+    def __init__(self, keeps_attention: bool):
+        super().__init__()
+        self.keeps_attention = keeps_attention
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if self.keeps_attention and _is_kept(function, args):
+            self.tensors += [leaf.detach() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        return out
 
 
 @dataclass(frozen=True)
@@ -26,12 +63,16 @@ class CheckpointedForward:
     module: nn.Module | None = None
     """The block, where the inputs that its bypass hands on as they are wait on the host. None: all stay."""
     bypass: Callable | None = None
+    keeps_attention: bool = False
     known: list[tuple[Any, list[int]]] = field(default_factory=list)
     """(how arguments are laid out, which of them wait), of those that were met: asked once, not at every step."""
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        if self.keeps_attention:
+            contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+            return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         if self.module is None:
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         leaves, layout = tree_flatten((args, kwargs))
@@ -49,6 +90,9 @@ class CheckpointedForward:
             return self.original(*again, **named)
 
         return checkpoint(run, *here, use_reentrant=False)
+
+    def keeping(self) -> Keeping:
+        return Keeping(self.keeps_attention)
 
     def away(self, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         """Those of the block's arguments that wait on the host."""

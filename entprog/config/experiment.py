@@ -233,6 +233,15 @@ class Experiment(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _attention_can_be_kept(self):
+        if self.model.gradient_checkpointing == "keep_attention" and self.model.compile_blocks:
+            raise ValueError(
+                "model.gradient_checkpointing=keep_attention looks at each operation of a block, which "
+                "model.compile_blocks runs as one: set it to true, or leave model.compile_blocks out"
+            )
+        return self
+
     @property
     def in_fp8(self) -> bool:
         """Whether frozen blocks run in fp8."""

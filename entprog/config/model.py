@@ -56,9 +56,11 @@ class Model(Part):
     own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass; weights and optimizer state stay in float32."""
-    gradient_checkpointing: bool | Literal["on_host"] = False
+    gradient_checkpointing: bool | Literal["on_host", "keep_attention"] = False
     """Recompute trained blocks' activations in the backward pass. `on_host`: and what each block was given waits in
-    host memory meanwhile: the same bits, in less memory on the device, for two copies a block."""
+    host memory meanwhile: the same bits, in less memory on the device, for two copies a block. `keep_attention`: but
+    self-attention's output is kept, of long clips most of what would be computed again: the same bits, in less time,
+    for as much memory as blocks' inputs take."""
     compile_blocks: bool = False
     """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
     swap_blocks: int = Field(default=0, ge=0)

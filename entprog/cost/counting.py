@@ -27,7 +27,7 @@ class Cost:
     """Forward and backward of one clip."""
     saved_bytes: int
     """Activations kept for the backward pass of one clip on the device; with gradient checkpointing, the inputs of its
-    blocks."""
+    blocks, and attention's outputs where these are kept."""
     recomputed_bytes: int
     """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
     weight_bytes: int
@@ -129,15 +129,19 @@ def saving(weights: Collection[int], brought: Collection[int] = ()):
 
 class _Checkpointed:
     """What gradient checkpointing keeps, which no hook of autograd's sees: the inputs of every recomputed block, but
-    for those that wait on the host; and what the recomputation of the largest one brings back."""
+    for those that wait on the host, and what else it keeps; and what the recomputation of the largest one brings
+    back."""
 
     def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounterMode):
         self.weights, self.counter = weights, counter
         self.inputs: dict[int, int] = {}
         self.recomputed_bytes = 0
         self.extra_flops = 0
-        self.kinds: set[tuple] = set()
-        """Of blocks that were recomputed once: the counter keeps what it saw until it is left, so not all are."""
+        self.kept_bytes = 0
+        """Beside inputs."""
+        self.kinds: dict[tuple, int] = {}
+        """Of blocks that were recomputed once → what is kept of one: the counter keeps what it saw until it is left, so
+        not all are."""
         self.hooks = [
             module.register_forward_hook(self.note, with_kwargs=True)
             for module in network.modules()
@@ -152,15 +156,23 @@ class _Checkpointed:
         self.inputs |= {address: size for address, size in inputs.items() if address not in away}
         tensors = (*tensors_in(args, kwargs), *module.parameters())
         kind = type(module), *((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
-        if kind in self.kinds:
-            return
-        self.kinds.add(kind)
+        if kind not in self.kinds:
+            self.kinds[kind] = self.recompute(module, args, kwargs, {*self.weights, *inputs}, away)
+        self.kept_bytes += self.kinds[kind]
+
+    def recompute(self, module: nn.Module, args, kwargs, known: set[int], away: dict[int, int]) -> int:
+        """Bytes that are kept of a block beside its inputs. known: addresses that do not count; away: its inputs that
+        wait on the host."""
         before = self.counter.get_total_flops()
-        with fsdp.together(module), saving({*self.weights, *storages(module.parameters()), *inputs}) as saved:
-            kept = own_forward(module)(*args, **kwargs)
-            del kept
+        keeping = module.forward.keeping()
+        with fsdp.together(module), keeping, saving({*known, *storages(module.parameters())}) as saved:
+            output = own_forward(module)(*args, **kwargs)
+            del output
         self.extra_flops += self.counter.get_total_flops() - before
-        self.recomputed_bytes = max(self.recomputed_bytes, sum(saved.values()) + sum(away.values()))
+        kept = storages(keeping.tensors)
+        again = sum(size for address, size in saved.items() if address not in kept)
+        self.recomputed_bytes = max(self.recomputed_bytes, again + sum(away.values()))
+        return sum(kept.values())
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -190,7 +202,7 @@ def count(
     gradient_bytes = sum(fsdp.held(p).nbytes for p in trained)
     return Cost(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
-        saved_bytes=sum((saved | checkpointed.inputs).values()),
+        saved_bytes=sum((saved | checkpointed.inputs).values()) + checkpointed.kept_bytes,
         recomputed_bytes=checkpointed.recomputed_bytes,
         weight_bytes=sum(fsdp.held(p).nbytes for p in network.parameters())
         + packed_bytes(network)

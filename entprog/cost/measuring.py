@@ -1,5 +1,6 @@
 """Measures a network's cost model: every kind of block once, inside one forward pass, with the inputs it gets there."""
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -178,7 +179,8 @@ class Probe:
             blocks.train_block(module, trained)
             shared = counting.storages(t for i, t in enumerate(tensors) if i not in stream)
             given, named = leaves(wanted)
-            with torch.enable_grad(), counting.saving(self.weights) as saved:
+            keeping = body.keeping() if self.checkpointing else contextlib.nullcontext()
+            with torch.enable_grad(), keeping, counting.saving(self.weights) as saved:
                 output = own(*given, **named)
             del output
             seen = {address: size for address, size in shared.items() if self.checkpointing or address in saved}
@@ -187,9 +189,11 @@ class Probe:
             if not self.checkpointing:
                 return inside, 0, bool(seen)
             inputs = counting.storages(tensors[i] for i in stream)
-            away = sum(counting.storages(body.away(args, kwargs)).values())
-            again = sum(size for address, size in saved.items() if address not in shared.keys() | inputs.keys())
-            return sum(inputs.values()) - away, again + away, bool(seen)
+            away, beside = (counting.storages(some) for some in (body.away(args, kwargs), keeping.tensors))
+            here = shared.keys() | inputs.keys() | beside.keys()
+            again = sum(size for address, size in saved.items() if address not in here)
+            brought = sum(away.values())
+            return sum(inputs.values()) + sum(beside.values()) - brought, again + brought, bool(seen)
 
         own = blocks.own_forward(module)
         body = blocks.checkpointed(module, self.checkpointing) if self.checkpointing else own

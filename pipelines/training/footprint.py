@@ -11,7 +11,7 @@ import torch
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
 from entprog.config import Experiment, Row
-from entprog.cost.holding import Held, held
+from entprog.cost.holding import Held, frozen_sizes, held
 from entprog.errors import UserError
 from entprog.models import lora
 from entprog.models.sources import Source
@@ -111,6 +111,24 @@ def copying(experiment: Experiment, source: Source) -> str | None:
     """What blocks that wait on the host cost, in words; None where none do."""
     copied = max(stage.copied for stage in stages(experiment, source))
     return f"Blocks that wait on the host: up to {written(copied)} are copied to the device a step." if copied else None
+
+
+def other_expert(experiment: Experiment, source: Source) -> str | None:
+    """What a base's other network takes on the first worker while pictures are drawn, in words; None where there is
+    none, or nothing is drawn."""
+    if source.expert is None or not (experiment.train.samples or experiment.train.preview_every):
+        return None
+    own = (p for name, p in source.network.named_parameters() if ADAPTER not in name)
+    full = 4 * sum(p.numel() for p in own)
+    spared = 0
+    if experiment.model.dtype == "bfloat16":
+        sizes = [frozen_sizes(block.module, (), experiment.frozen_form) for block in blocks(source.network)]
+        spared = sum(4 * p.numel() - size for of_block in sizes for p, (size, _) in of_block.items())
+    where = "its device, beside its share of this one," if experiment.train.parallel == "fsdp" else "its device or host"
+    return (
+        f"While pictures are drawn the first worker holds the other expert, whole: {written(full - spared)} on {where} "
+        f"and {written(full)} on its host while that is read."
+    )
 
 
 def largest(experiment: Experiment, source: Source) -> int:
