@@ -150,8 +150,8 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
-    of_source = footprint.copying, footprint.other_expert, footprint.advice
-    for line in (say(experiment, source) for say in of_source):
+    said = [say(experiment, source) for say in (footprint.copying, footprint.other_expert, footprint.advice)]
+    for line in (*said, footprint.host_advice(experiment, source, footprint.machine_bytes())):
         if line:
             cli.console.print(line)
     expectation.tell(experiment, model)

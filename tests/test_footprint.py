@@ -151,6 +151,20 @@ def test_what_is_foreseen_of_packed_and_waiting_blocks_is_held(precision, adapte
     assert sum(m.nbytes for m in masters) + waiting_bytes(network) <= foreseen.host
 
 
+def test_a_machine_with_too_little_memory_is_told():
+    two, source_ = settings(train={"workers": 2}), source(settings())
+    needed = 2 * max(stage.host for stage in footprint.stages(two, source_))
+    assert needed and footprint.host_advice(two, source_, needed) is None
+    assert footprint.host_advice(two, source_, None) is None, "workers of a cluster are elsewhere"
+    said = footprint.host_advice(two, source_, needed - 1)
+    assert f"2 worker(s) hold up to {footprint.written(needed // 2)} each" in said
+    assert "schedule.frozen_precision=full" in said
+    full = settings(train={"workers": 2}, schedule={"frozen_precision": "full"})
+    assert footprint.host_advice(full, source_, 1) is None
+    waiting = settings(model={"swap_blocks": 3})
+    assert "model.swap_blocks" in footprint.host_advice(waiting, source(waiting), 1)
+
+
 def test_the_table_of_a_dry_run():
     rows = footprint.rows(settings(), source(settings()))
     assert [len(row) for row in rows] == [len(footprint.COLUMNS)] * 2 and rows[1][-1] == "0 MB"

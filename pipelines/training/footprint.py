@@ -6,6 +6,7 @@ fit.
 
 from typing import Any
 
+import psutil
 import torch
 
 from entprog import config
@@ -17,6 +18,7 @@ from entprog.models import lora
 from entprog.models.sources import Source
 from entprog.schedule import plans
 from entprog.schedule.freezing import outside
+from pipelines.cluster import joining
 
 COLUMNS = ("stage", "weights", "gradients", "moments", "averages", "together", "weights on the host, at most")
 WAITING = 0.75
@@ -100,6 +102,29 @@ def check_budget(experiment: Experiment, source: Source) -> None:
             f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan "
             f"alone are {written(needed)}; {_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
         )
+
+
+def host_advice(experiment: Experiment, source: Source, there: int | None) -> str | None:
+    """What to set where the workers of this machine would hold more on their host than that has; None where it has
+    enough. there: bytes of the machine's memory; None: the workers may be elsewhere."""
+    each = max(stage.host for stage in stages(experiment, source))
+    needed = each * experiment.train.workers
+    if there is None or needed <= there:
+        return None
+    way_out = (
+        "fewer blocks that wait (model.swap_blocks)"
+        if experiment.model.swap_blocks
+        else ("schedule.frozen_precision=full, which keeps them on the device")
+    )
+    return (
+        f"This machine has {written(there)} of memory, on the host {experiment.train.workers} worker(s) hold up to "
+        f"{written(each)} each of frozen layers' weights: fewer workers a machine, or {way_out}."
+    )
+
+
+def machine_bytes() -> int | None:
+    """Memory of the machine that all workers run on; None where a cluster is joined."""
+    return None if joining.address() else psutil.virtual_memory().total
 
 
 def card_bytes() -> int | None:
