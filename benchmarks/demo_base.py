@@ -37,6 +37,7 @@ from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from pipelines import cli, demo
+from pipelines.cluster import session
 from pipelines.generating import rendering
 from pipelines.outputs import claim
 
@@ -155,7 +156,7 @@ def divided(experiment: Experiment, seconds: float, output: Path) -> tuple[Part,
 
 def clips(shape: ClipShape, output: Path, rendered: int, held_out: int, *, verbose: bool) -> Material:
     """Make the clips that are not there yet, and decode them all."""
-    with cli.ray_cluster(2, verbose=verbose):
+    with session.ray_cluster(2, verbose=verbose):
         mocap.run(output / "rendered", "varied", rendered, held_out, shape, 0)
         demo.prepared(output, shape, verbose=verbose)
     dataset, real = shards.read_dataset(output / "rendered"), shards.read_dataset(output / "real" / "shards")

@@ -29,6 +29,7 @@ from entprog.data import shards
 from entprog.errors import UserError, install
 from entprog.media import h264, sheet, video
 from pipelines import cli
+from pipelines.cluster import session
 from pipelines.outputs import claim
 
 app = cli.app("Render motion capture into shards of clips with exact pose.")
@@ -77,7 +78,7 @@ def main(
             cli.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
             return {}
         claim.take(output, "mocap", {"counts": counts, "shape": str(shape), "seed": seed})
-        with cli.ray_cluster(1, verbose=verbose):
+        with session.ray_cluster(1, verbose=verbose):
             return {name: run(output / name, name, *each, shape, seed) for name, each in counts.items()}
 
     cli.run("mocap", None if dry_run else output, work, verbose=verbose)

@@ -46,6 +46,7 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.media import assets, h264, video
 from pipelines import cli
+from pipelines.cluster import session
 from pipelines.stream import feed
 
 app = cli.app("Frames per second of the training stream, against plain decoding on the same cores.")
@@ -201,7 +202,7 @@ def turns() -> None:
     plain = {"pyav": (decode_pyav, files), "pyav_rgb": (decode_pyav_rgb, files), "decode": (decode_shard, in_shards)}
     plain |= {"pyav_shards": (decode_pyav, own), "decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
-    with get_context("spawn").Pool(cores, _start) as pool, cli.ray_cluster(cores + 2):
+    with get_context("spawn").Pool(cores, _start) as pool, session.ray_cluster(cores + 2):
         arms: dict[str, Callable[[float], Turn]] = {}
         for name, (decode, what) in plain.items():
             arms[name] = partial(plain_rate, pool, decode, what, cores)

@@ -33,6 +33,7 @@ from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets
 from pipelines import cli, prepare
+from pipelines.cluster import session
 from pipelines.outputs import claim
 
 WAIT_S = 2.0
@@ -127,7 +128,7 @@ def units(scale: Scale) -> list[Unit]:
 def clips(bench: Bench, target: str) -> dict[str, Any]:
     """Render or prepare a target's clips, with the source's. Raises UserError where a package or asset is missing."""
     scale = bench.scale
-    with cli.ray_cluster(2):
+    with session.ray_cluster(2):
         if target == "rendered":
             counts = {"source": scale.source_clips, "target": scale.target_clips}
             return {

@@ -22,7 +22,7 @@ from entprog import config
 from entprog.config import ClipShape
 from entprog.data import shards
 from pipelines import cli, train
-from pipelines.cluster import launch
+from pipelines.cluster import launch, session
 from pipelines.stream import feed
 from pipelines.training import steplog
 
@@ -45,7 +45,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/mlflow.db"
         dataset = stream.write_clips(Path(scratch, "shards"), SHAPE, held_out=4)
-        with cli.ray_cluster(launch.LOCAL_CPUS):
+        with session.ray_cluster(launch.LOCAL_CPUS):
             turns = [(number, decode) for number in range(repeats) for decode in ("worker", "cluster")]
             figures = [
                 training(dataset, Path(scratch, f"{decode}-{number}"), steps, decode) for number, decode in turns

@@ -1,4 +1,4 @@
-"""What every job has in common: its options, its result file, its exit status, its Ray.
+"""What every job has in common: its options, its result file, its exit status.
 
 Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no stack trace).
 """
@@ -29,8 +29,7 @@ import pipelines
 from entprog import config, files, masking, storage
 from entprog.errors import UserError
 from entprog.names import plain
-from entprog.storage import Place, Where
-from pipelines.cluster import local
+from entprog.storage import Where
 from pipelines.outputs import claim
 
 W = TypeVar("W", bound=config.Part)
@@ -117,44 +116,6 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
 
     help_text = "Explain every setting, with its default."
     return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
-
-
-def tables_of(output: Where, given: str | Where | None) -> Where:
-    """Where a job's score tables are kept. On a cluster what is not named lies in its output: a folder of the machine
-    that drives is none of the one that scores. So does that of an output in a bucket, which may be resumed anywhere. Of
-    a bucket that can be read alone the tables are copied there, and new ones join them. Raises UserError as
-    `check_tables` does."""
-    from pipelines.cluster import joining
-
-    inside = output / "cei"
-    where = storage.at(given or (inside if isinstance(output, Place) or joining.address() else TABLES), "score tables")
-    if not isinstance(where, Place) or (there := _only_read(where)) is None:
-        return where
-    console.print(f"score tables in {where} can be read alone: copied to {inside}, where new ones are kept")
-    for name in there:
-        with files.whole(inside / name) as scratch:
-            scratch.write_bytes((where / name).read_bytes())
-    return inside
-
-
-def check_tables(given: str | None) -> None:
-    """Raises UserError for a bucket that score tables can neither be written to nor read from: before scoring, not
-    after hours of it."""
-    if given is not None and isinstance(where := storage.at(storage.quickly(given), "score tables"), Place):
-        _only_read(where)
-
-
-def _only_read(tables: Place) -> list[str] | None:
-    """The tables in a bucket that cannot be written; None for one that can be. Raises UserError for one that cannot and
-    has none."""
-    try:
-        tables.check("score tables")
-    except UserError:
-        with contextlib.suppress(OSError):
-            if there := [name for name in tables.files() if name.endswith(".json")]:
-                return there
-        raise
-    return None
 
 
 class Command(typer.core.TyperCommand):
@@ -414,63 +375,3 @@ def stderr_into(path: Where, *, verbose: bool = False):
             path.write_text(masking.masked(here.read_text(errors="replace")))
         if scratch is not None:
             scratch.cleanup()
-
-
-@contextmanager
-def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
-    """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
-
-    Raises UserError where no cluster answers, or a local one cannot start for the length of its folder's name.
-
-    A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
-    both wait for ever. It is closed to the network and to the machine's other users. dashboard: a local one's; what
-    frees the resources of trials that Ray Tune ends lives in it. If this process has joined a Ray already, that one is
-    used and left running.
-    """
-    import logging
-
-    from pipelines.cluster import joining
-
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # ours (message_board) saves before it restarts
-    import ray
-    from ray.data import DataContext
-
-    if ray.is_initialized():
-        yield ray
-        return
-    quiet = {} if verbose else {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := joining.address():
-        joining.check(address)
-        ray.init(address=address, **quiet)
-    else:
-        memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
-        try:
-            with local.closed() as private, local.alone(heard=dashboard or verbose):
-                ray.init(
-                    address="local",
-                    num_cpus=max(os.cpu_count() or 1, cpus),
-                    object_store_memory=memory,
-                    include_dashboard=dashboard,
-                    **private,
-                    **quiet,
-                )
-        except OSError as error:
-            if "AF_UNIX" not in str(error):
-                raise
-            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
-            raise UserError(
-                f"the folder for temporary files has too long a name for Ray's sockets, which may have 107 bytes: "
-                f"{folder}; set RAY_TMPDIR to a shorter one, like /tmp"
-            ) from None
-    DataContext.get_current().enable_progress_bars = verbose
-    if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        for handler in logging.getLogger("ray.data").handlers:  # its file keeps everything
-            if type(handler).__name__ == "PlainRayHandler":
-                handler.setLevel(logging.CRITICAL)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

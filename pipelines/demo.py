@@ -33,7 +33,7 @@ from entprog.models import fingerprints
 from entprog.quality import posing
 from entprog.schedule import plans
 from pipelines import charts, cli, compare, generate, prepare, score, train
-from pipelines.cluster import launch
+from pipelines.cluster import launch, session
 from pipelines.generating import driving, motions, rendering
 from pipelines.outputs import claim
 from pipelines.preparing import latents as caching
@@ -60,6 +60,9 @@ SEARCH = "entprog"
 BEFORE = "before"
 STEPS, SHIFT = 12, 3.0
 """Of the sampler: a network that has learned for minutes is cleaner in few steps, most of them on noise."""
+POSE_GUIDANCE = 2.0
+"""Of networks that were trained with the pose withheld from a tenth of the clips (preset `demo`): so they draw nearer
+to the pose, and sharper (docs/schedules.md)."""
 COLUMNS = 8
 """Frames of a motion in the picture."""
 GIF_FRAME_MS, GIF_HEIGHT = 125, 144
@@ -165,7 +168,7 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == identity:
         return _tell(known["result"])
     tables = output / "cei"
-    with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+    with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, one.data.shape, verbose=verbose)
         copy_person(output / "person" / "shards")
@@ -221,7 +224,8 @@ def outcome(
     folder, motion, before = output / subject, held_out.motion, loss_before(experiments[0])
     first = {experiment.schedule.kind: experiment for experiment in experiments if experiment.train.seed == 0}
     checkpoints = {BEFORE: BASE} | {name: place(folder, experiment) for name, experiment in first.items()}
-    made = {name: drawn(checkpoint, held_out, folder, name) for name, checkpoint in checkpoints.items()}
+    guided = {name: {} if name == BEFORE else {"pose_guidance": POSE_GUIDANCE} for name in checkpoints}
+    made = {name: drawn(one, held_out, folder, name, **guided[name]) for name, one in checkpoints.items()}
     clips = {name: h264.decode_rgb(Path(clip["result"]).read_bytes()) for name, clip in made.items()}
     length = len(clips[BEFORE])  # the VAE takes frames in groups
     motion = replace(motion, pose=motion.pose[:length], video=motion.video[:length])

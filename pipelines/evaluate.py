@@ -25,7 +25,7 @@ from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
 from pipelines import cli
-from pipelines.cluster import launch
+from pipelines.cluster import launch, session
 from pipelines.generating import checkpoints, judging, motions, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
@@ -88,7 +88,7 @@ def main(
         if dry_run:
             return explain(task)
         claim.take(output, "evaluate", task.identity)
-        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(task, output, verbose=verbose)
 
     cli.run("evaluate", None if dry_run else output, work, verbose=verbose)

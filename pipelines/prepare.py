@@ -27,7 +27,7 @@ from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source
 from entprog.storage import Where
 from pipelines import cli
-from pipelines.cluster import room
+from pipelines.cluster import room, session
 from pipelines.outputs import claim
 from pipelines.preparing import additions, packing, progress
 
@@ -242,7 +242,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
                     tally.count(file, record["ledger"][0]["reason"])
             if needs_estimator(left):
                 pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
-            with cli.ray_cluster(cpus=2, verbose=verbose) as ray:
+            with session.ray_cluster(cpus=2, verbose=verbose) as ray:
                 parts.mkdir(exist_ok=True)
                 _cut_all(ray, left, parts, keys, settings, tally)
                 written, lines, points, made_by = _pack(ray, work, output, parts, keys, settings)

@@ -17,8 +17,9 @@ from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
 from entprog.storage import Where
 from pipelines import charts, cli
-from pipelines.cluster import launch
+from pipelines.cluster import launch, session
 from pipelines.outputs import claim
+from pipelines.outputs import tables as score_tables
 from pipelines.training import checks
 
 app = cli.app("Score the blocks of a network by Conditional Entropy Inflation.")
@@ -65,9 +66,9 @@ def main(
         folder = cli.output_of(output)
         if dry_run:
             return explain(experiment, folder)
-        cli.check_tables(tables)
+        score_tables.check(tables)
         claimed(experiment, folder)
-        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             return run(experiment, folder, tables=tables, is_claimed=True)
 
     cli.run("score", None if dry_run else output, work, verbose=verbose)
@@ -112,7 +113,7 @@ def run(
     """Score on the connected Ray cluster; the job's figures. is_claimed: `claimed` was called already."""
     if not is_claimed:
         claimed(experiment, output)
-    folder = cli.tables_of(output, tables)
+    folder = score_tables.place(output, tables)
     settings = {
         "tables": storage.address(folder.resolve()),
         "weights": fingerprints.base(experiment.model),

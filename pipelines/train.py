@@ -22,8 +22,9 @@ from entprog.schedule import plans
 from entprog.storage import Place, Where
 from entprog.training import checkpoint
 from pipelines import cli
-from pipelines.cluster import launch, stalls
+from pipelines.cluster import launch, session, stalls
 from pipelines.outputs import claim
+from pipelines.outputs import tables as score_tables
 from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
 from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
@@ -80,11 +81,11 @@ def main(
         folder = cli.output_of(output)
         if dry_run:
             return explain(experiment, folder)
-        cli.check_tables(tables)
+        score_tables.check(tables)
         parts = claimed(experiment, folder)
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
-        with cli.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
             return run(experiment, folder, parts=parts, tables=tables, clock=clock)
 
@@ -171,13 +172,13 @@ def run(
     """Train on the connected Ray cluster; returns the figures of result.json.
 
     parts: what `claimed` returned, if it was called already. tables: where score tables are kept and looked for, None:
-    as `cli.tables_of` says.
+    as `score_tables.place` says.
     parent: MLflow run under which this one is nested; tags: of the run, beside its own. listen: gets all that rank 0
     posts, in the order in which it happened. clock: of the command, where it began before this call.
     """
     started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
-    tables = cli.tables_of(output, tables)
+    tables = score_tables.place(output, tables)
     if experiment.parts:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()

@@ -24,8 +24,9 @@ from entprog.names import cell
 from entprog.schedule import plans
 from entprog.storage import Where
 from pipelines import cli
-from pipelines.cluster import joining, launch, room
+from pipelines.cluster import joining, launch, room, session
 from pipelines.outputs import claim
+from pipelines.outputs import tables as score_tables
 from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
@@ -95,9 +96,9 @@ def main(
         found = spaces.read(space)
         if dry_run:
             return explain(wanted, found, output)
-        cli.check_tables(tables)
+        score_tables.check(tables)
         claimed(wanted, found, output)
-        with cli.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
+        with session.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
             return run(wanted, found, output, tables=tables, verbose=verbose, is_claimed=True)
 
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
@@ -149,7 +150,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
     """Resources of the cluster that a run would use, once what it waits for is there, or of a local Ray as it would be
     started."""
     if joining.address():
-        with cli.ray_cluster(launch.LOCAL_CPUS) as ray:
+        with session.ray_cluster(launch.LOCAL_CPUS) as ray:
             now = ray.cluster_resources()
         gpus = experiment.train.gpus == "yes" or (experiment.train.gpus == "auto" and now.get("GPU", 0) > 0)
         return now | {k: max(now.get(k, 0), least) for k, least in sweep.needs(experiment, settings, gpus).items()}
@@ -233,7 +234,7 @@ def run(
         experiment=shared,
         tune=settings.model_dump(mode="json"),
         output=str(output.resolve()),
-        tables=storage.address(cli.tables_of(output, tables).resolve()),
+        tables=storage.address(score_tables.place(output, tables).resolve()),
         tracking_uri=tracking_uri(),
         cluster=cluster(),
         sweep_run_id=tracker.run_id,

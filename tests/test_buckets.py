@@ -29,6 +29,7 @@ from helpers.servers import address
 from pipelines import cli, compare, demo, evaluate, generate, prepare, publish, score, status, train, tune
 from pipelines.generating import judging, motions
 from pipelines.outputs import claim
+from pipelines.outputs import tables as score_tables
 from pipelines.preparing import additions, packing
 from pipelines.preparing import latents as encoding
 from pipelines.stream import feed
@@ -464,13 +465,13 @@ def test_tables_that_can_be_read_alone_are_copied(s3, tmp_path, capfd):
     (storage.Place.at(address(s3, "data/kept")) / "KEY.json").write_bytes(b"{}")
     with servers.counting(s3) as (reading, _):  # which takes no PUT
         where = address(reading, "data/kept")
-        cli.check_tables(where)
-        folder = cli.tables_of(tmp_path / "out", where)
+        score_tables.check(where)
+        folder = score_tables.place(tmp_path / "out", where)
         with pytest.raises(UserError, match="score tables cannot be written to s3://data/empty-one"):
-            cli.check_tables(address(reading, "data/empty-one"))
+            score_tables.check(address(reading, "data/empty-one"))
     assert folder == tmp_path / "out" / "cei" and (folder / "KEY.json").read_bytes() == b"{}"
     assert f"can be read alone: copied to {folder}" in capfd.readouterr().out
-    assert cli.tables_of(tmp_path, address(s3, "data/kept")) == storage.Place.at(address(s3, "data/kept"))
+    assert score_tables.place(tmp_path, address(s3, "data/kept")) == storage.Place.at(address(s3, "data/kept"))
 
 
 BAD = {

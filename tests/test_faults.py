@@ -27,7 +27,7 @@ from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import metadata
 from pipelines import cli, train, tune
-from pipelines.cluster import joining, launch, ray_internals, room, spot
+from pipelines.cluster import joining, launch, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
 from pipelines.sweeping import sweep, trial
 
@@ -99,7 +99,7 @@ def place(tmp_path_factory):
     nodes = Nodes()
     try:
         os.environ["RAY_ADDRESS"] = nodes.cluster.address
-        with cli.ray_cluster(4):
+        with session.ray_cluster(4):
             yield folder, nodes
     finally:
         nodes.cluster.shutdown()

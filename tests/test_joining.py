@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from entprog.errors import UserError
-from pipelines import cli
-from pipelines.cluster import joining
+from pipelines.cluster import joining, session
 
 
 @contextlib.contextmanager
@@ -36,7 +35,7 @@ def listening(answer: bytes | None):
 
 def refused(monkeypatch, address, match):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match=match) as error, cli.ray_cluster(1):
+    with pytest.raises(UserError, match=match) as error, session.ray_cluster(1):
         pass
     assert "\n" not in str(error.value) and address in str(error.value)
 
@@ -79,7 +78,7 @@ def test_a_folder_too_long_for_sockets_is_a_line(monkeypatch, tmp_path):
     long.mkdir(parents=True)
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)  # what this process has found out before
-    with pytest.raises(UserError, match=r"too long a name .*set RAY_TMPDIR") as error, cli.ray_cluster(1):
+    with pytest.raises(UserError, match=r"too long a name .*set RAY_TMPDIR") as error, session.ray_cluster(1):
         pass
     assert "\n" not in str(error.value) and str(long) in str(error.value)
     assert not [p for p in psutil.Process().children(recursive=True) if str(long) in " ".join(p.cmdline())]

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from pipelines import cli
-from pipelines.cluster import local
+from pipelines.cluster import local, session
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def refused(capsys) -> str:
     """The one line with which a job ends before it starts a Ray."""
 
     def work():
-        with cli.ray_cluster(2):
+        with session.ray_cluster(2):
             raise AssertionError("a Ray was started")
 
     with pytest.raises(typer.Exit) as ended:

@@ -26,6 +26,7 @@ from helpers import real_clips
 from helpers.commands import SETTINGS
 from helpers.people import CLIPS
 from pipelines import cli
+from pipelines.cluster import session
 from pipelines.outputs import claim
 from pipelines.preparing import packing
 from pipelines.sweeping import state
@@ -103,7 +104,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cli, "ray_cluster", interrupted)
+    monkeypatch.setattr(session, "ray_cluster", interrupted)
     return tmp_path
 
 
@@ -243,7 +244,7 @@ def test_a_command_that_is_refused_later_leaves_nothing(job, there, inputs, plac
     def away(*_, **__):
         raise UserError("no Ray cluster answers")
 
-    monkeypatch.setattr(cli, "ray_cluster", away)
+    monkeypatch.setattr(session, "ray_cluster", away)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     output = place / "deep" / "er" / "out"
     if there:

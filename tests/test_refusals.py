@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from helpers import real_clips
 from helpers.commands import SETTINGS
 from helpers.people import CLIPS
-from pipelines import cli, prepare, status, train
+from pipelines import prepare, status, train
+from pipelines.cluster import session
 
 WIDE = {"COLUMNS": "400"}
 
@@ -27,7 +28,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
-    monkeypatch.setattr(cli, "ray_cluster", None)
+    monkeypatch.setattr(session, "ray_cluster", None)
 
 
 def refused(app, *words) -> str:

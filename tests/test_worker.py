@@ -20,6 +20,7 @@ from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, Trained
 from pipelines import cli, generate
 from pipelines.cluster import launch
+from pipelines.outputs import tables as score_tables
 from pipelines.training import figures, networks, steplog, worker
 from pipelines.training.startup import Startup
 
@@ -190,10 +191,10 @@ def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsew
 def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):
     for none in (None, "", "local"):
         monkeypatch.setenv("RAY_ADDRESS", none) if none is not None else monkeypatch.delenv("RAY_ADDRESS", False)
-        assert cli.tables_of(tmp_path, None) == cli.TABLES
+        assert score_tables.place(tmp_path, None) == cli.TABLES
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert cli.tables_of(tmp_path, None) == tmp_path / "cei"
-    assert cli.tables_of(tmp_path, tmp_path / "own") == tmp_path / "own"
+    assert score_tables.place(tmp_path, None) == tmp_path / "cei"
+    assert score_tables.place(tmp_path, tmp_path / "own") == tmp_path / "own"
 
 
 @pytest.mark.parametrize(("cpus", "workers", "each"), [(48, 4, 11.0), (4, 1, 3.0), (3, 2, 1.0), (0, 4, 1.0)])

@@ -23,7 +23,7 @@ from entprog.errors import UserError
 from entprog.schedule import plans
 from entprog.storage import Place, Where
 from pipelines import cli
-from pipelines.cluster import failures, joining, launch
+from pipelines.cluster import failures, joining, launch, session
 from pipelines.outputs import claim
 from pipelines.preparing import packing, progress
 
@@ -160,7 +160,10 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
         asked += [(dataset, shape) for shape in check_model(encoding, dataset.shape)]
         shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
-    with cli.stderr_into(folders[0] / "latents.log", verbose=verbose), cli.ray_cluster(cpus=3, verbose=verbose) as ray:
+    with (
+        cli.stderr_into(folders[0] / "latents.log", verbose=verbose),
+        session.ray_cluster(cpus=3, verbose=verbose) as ray,
+    ):
         gpus = launch.gpus_there(encoding.latents.gpus, "latents.gpus", cli.console.print, CPUS)
         if not gpus and encoding.latents.gpus == "auto" and joining.address():
             cli.console.print("the cluster has no GPU now: one CPU encodes; latents.gpus=yes waits for a GPU")
