@@ -496,7 +496,10 @@ TESTED = {
     "the trainer's controller dies": (ONE_AFTER_ANOTHER,),
     "the driver or the head dies": ("test_train.test_sigkill_of_the_driver_then_the_same_command",),
     "the disk is full": (ONE_AFTER_ANOTHER, "test_checkpoint.test_a_full_disk_is_told_and_the_run_goes_on"),
-    "the bucket of checkpoints is away": ("test_checkpoint.test_a_bucket_that_is_away_is_told_and_training_goes_on",),
+    "the bucket of checkpoints, or of the output, is away": (
+        "test_checkpoint.test_a_bucket_that_is_away_is_told_and_training_goes_on",
+        "test_bucket_runs.test_a_log_that_a_bucket_does_not_take_is_a_warning_once_and_an_error_at_the_end",
+    ),
     "a checkpoint was cut short": (
         "test_checkpoint.test_a_checkpoint_cut_short_is_not_used_the_one_before_is",
         "test_worker.test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken_up",
@@ -514,6 +517,9 @@ TESTED = {
     "weights are not finite": (
         "test_checkpoint.test_what_is_not_finite_is_not_saved_and_takes_no_good_checkpoints_place",
         "test_worker.test_a_network_that_is_not_finite_is_no_result",
+    ),
+    "a preview runs out of memory on a worker": (
+        "test_sharded_previews.test_a_preview_that_fails_on_one_rank_is_a_warning_and_training_computes_the_same",
     ),
     "MLflow does not answer": (STRAINED,),
     "Ray's object store is full": (STRAINED,),

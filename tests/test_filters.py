@@ -1,7 +1,6 @@
 """Shot cuts, people, motion, sharpness: each filter on real clips that it is about."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entprog import config
+from entprog import config, files
 from entprog.data import shards
 from entprog.media import assets, h264, video
 from entprog.preparing import attempts, cutting, inputs, probing, shots, windows
@@ -64,10 +63,11 @@ def test_a_splice_of_two_real_videos_is_cut_there(outcome):
     assert np.frombuffer(outcome["plain"][0]["cuts"], np.int32).tolist() == []
 
 
-def test_a_full_disk_ends_the_job_and_is_no_verdict(outcome, tmp_path):
+def test_a_full_disk_ends_the_job_and_is_no_verdict(outcome, tmp_path, monkeypatch):
     settings = config.build({"data": {"shape": SHAPE}}, config.Preparation)
     row, *_ = outcome["plain"]
-    (tmp_path / f".plain.parquet.{os.getpid()}.tmp").symlink_to("/dev/full")  # where the part is written first
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "mine")
+    (tmp_path / ".plain.parquet.mine.tmp").symlink_to("/dev/full")  # where the part is written first
     with pytest.raises(attempts.MachineError, match="No space left"):
         cutting.cut(row, settings, tmp_path)
     assert not (tmp_path / "plain.json").exists(), "a source that could not be written is not done"

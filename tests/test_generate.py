@@ -369,6 +369,7 @@ def test_a_motion_takes_the_proportions_of_who_is_to_move(made, tmp_path):
     nobody = command(*given, "--reference", made / "me.png", "--output", tmp_path / "none", expected=2)
     assert nobody.count("\n") == 1 and "--retarget: nobody was found in" in nobody and not (tmp_path / "none").exists()
     hidden = driving * np.float32([1, 1, 0])
+    hidden[:, 0, 2] = 1  # a nose alone
     np.savez(tmp_path / "long.npz", pose=hidden)
     blind = command(*given, "--reference", tmp_path / "person.png", "--output", tmp_path / "none", expected=2)
     assert "show no limb that is visible in both" in blind

@@ -151,14 +151,14 @@ def test_moments_follow_the_freeze(kind):
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, tmp_path):
     from pipelines import train
 
-    given = ["--set", "train.steps=1", "--shards", str(tmp_path), "--output", str(tmp_path / "out")]
+    given = ["--set", "train.steps=1", "--shards", str(tmp_path / "shards"), "--output", str(tmp_path / "out")]
     wrong = CliRunner().invoke(train.app, [*given, "--set", "train.optimizer=adam"])
     assert wrong.exit_code == 2 and "train.optimizer" in wrong.output and "adamw_bf16" in wrong.output
     with pytest.raises(UserError, match=r"train\.parallel=fsdp does not go"):
         settings("adamw_8bit", train={"parallel": "fsdp"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     lacking = CliRunner().invoke(train.app, [*given, "--set", "train.optimizer=adamw_8bit"])
-    assert lacking.exit_code == 2 and "entprog[fp8]" in lacking.output and "Traceback" not in lacking.output
+    assert lacking.exit_code == 2 and ".[fp8]" in lacking.output and "Traceback" not in lacking.output
     with pytest.raises(UserError, match="adamw_bf16"):
         eight_bit.check_installed()
     assert not (tmp_path / "out").exists()

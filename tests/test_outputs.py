@@ -161,9 +161,9 @@ def test_two_commands_are_not_at_work_in_one_folder(inputs, place):
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        before = everything(place)
+        before = everything(output)
         assert "another command is at work in" in refused("train", *inputs["train"], "--output", output)
-        assert everything(place) == before
+        assert everything(output) == before
     finally:
         other.kill()
         other.wait()

@@ -420,7 +420,7 @@ def test_more_workers_than_the_cluster_has(base_command):
 
 def test_a_bucket_that_does_not_answer(base_command):
     nobody = "gs://anonymous@bucket/run?scheme=http&endpoint_override=127.0.0.1:1&retry_limit_seconds=1"
-    assert "cannot be written to gcs://bucket/run" in refused(*base_command, "--set", f"train.checkpoints={nobody}")
+    assert "cannot be written to gs://bucket/run" in refused(*base_command, "--set", f"train.checkpoints={nobody}")
     assert "bucket name" in refused(*base_command, "--set", "train.checkpoints=gs:///run")
 
 

@@ -288,7 +288,7 @@ def test_counting_a_plan_is_no_part_of_its_first_update(monkeypatch):
     late, counted = [0.0], Prices.counted
 
     def slowly(prices, plan):
-        late[0] += 1000.0 * (prices.likeness(plan) not in prices.counts)
+        late[0] += 1000.0 * (plan not in prices.counts)
         return counted(prices, plan)
 
     monkeypatch.setattr(Prices, "counted", slowly)

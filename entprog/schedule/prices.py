@@ -49,8 +49,7 @@ class Prices:
         """Clips of a search evaluation."""
         for known, model in models.items():
             models[known] = replace(model, swap_blocks=experiment.model.swap_blocks)
-        self.counts: dict[Hashable, counting.Cost] = {}
-        """By `likeness`."""
+        self.counts: dict[Plan, counting.Cost] = {}
         self.forms: dict[ClipShape, dict[str, tuple]] = {}
         """Of blocks, by their names (`counting.forms`)."""
         shape = experiment.data.shape
@@ -62,15 +61,24 @@ class Prices:
 
     def counted(self, plan: Plan) -> counting.Cost:
         """Counted on the real network with one clip; once for all plans that cost the same, as draws of blocks do."""
-        if (known := self.likeness(plan)) not in self.counts:
+        if plan not in self.counts:
+            alike = next((other for other in self.counts if self.are_alike(plan, other)), None)
+            if alike is not None:
+                self.counts[plan] = self.counts[alike]
+                return self.counts[plan]
             with self.freeze.trying(plan):
-                self.counts[known] = counting.count(
+                self.counts[plan] = counting.count(
                     self.denoiser.network,
                     self.freeze.trained,
                     lambda: self.loss(self.sample_of(plan.shape, 1)),
                     self.experiment.train.optimizer,
                 )
-        return self.counts[known]
+        return self.counts[plan]
+
+    def are_alike(self, plan: Plan, other: Plan) -> bool:
+        """Whether two plans cost the same; a forward pass for each clip shape in which two might."""
+        same = (plan.shape, plan.backward, plan.m) == (other.shape, other.backward, other.m)
+        return same and self.likeness(plan) == self.likeness(other)
 
     def likeness(self, plan: Plan) -> Hashable:
         """Equal for plans of equal cost: those that train as many blocks of each form and, where the exact gradient
