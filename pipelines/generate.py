@@ -148,9 +148,8 @@ def run(
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
-    if "pose" not in found.conditions and (pose is not None or settings.generate.pose_guidance != 1):
-        which = "--pose" if pose is not None else "--pose-guidance"
-        raise UserError(f"{which}: {checkpoint} sees no pose; its conditions: {sees}")
+    if "pose" not in found.conditions and settings.generate.pose_guidance != 1:
+        raise UserError(f"--pose-guidance: {checkpoint} sees no pose; its conditions: {sees}")
     if last is not None and not found.last:
         raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
     scene = replacing.scene(mask, background, found, pose or video, video is not None)
@@ -184,6 +183,10 @@ def run(
     if found.last and any(motion.last_frame is None for motion in made):
         raise UserError(
             f"{checkpoint} was trained with the last frame of each clip: give --last PICTURE, how it is to end"
+        )
+    if "pose" not in found.conditions:
+        cli.console.print(
+            f"{checkpoint} sees no pose (its conditions: {sees}): of the motions it takes the length alone"
         )
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from entprog.config import ClipShape, Generation, Model
+from entprog.config import ClipShape, Generate, Generation, Model
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, drawing, h264, retarget, video
@@ -422,6 +422,7 @@ def wrong(made):
 
 
 PICTURE = {"reference": "{}/me.png"}
+GUIDED = Generation(generate=Generate(pose_guidance=2.0))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +441,10 @@ PICTURE = {"reference": "{}/me.png"}
         ({"shards": "{}/shards", "split": "test"}, "no clips in split 'test' .*held_out .2 clips"),
         ({"shards": "{}/shards", "clip": ["square 1.mp4"]}, "no clip 'square 1.mp4' .*did you mean square 1.mp4#000"),
         ({"pose": "{}/nowhere.npz", **PICTURE}, "--pose: no such file"),
-        ({"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE}, "--pose: .* sees no pose; .*: reference"),
+        (
+            {"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE, "settings": GUIDED},
+            "--pose-guidance: .* sees no pose; .*: reference",
+        ),
         ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
         ({"pose": "{}/pickled.npz", **PICTURE}, "--pose: .*Python objects, which are never unpickled"),
         ({"pose": "{}/short.npz", **PICTURE}, "has 2 frames, a clip from 0 s on needs 5"),
