@@ -465,6 +465,12 @@ def test_wrong_input_is_one_clear_line(wrong, tmp_path, given, message):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_sees_no_pose_draws_a_motion_s_length_and_says_so(wrong, tmp_path):
+    given = ["--checkpoint", wrong / "poseless", "--pose", wrong / "poses.npz", "--reference", wrong / "me.png"]
+    said = command(*given, "--steps", 1, "--output", tmp_path / "out")
+    assert "sees no pose" in said and len(list((tmp_path / "out" / "videos").glob("*_result.mp4"))) == 1
+
+
 def test_video_with_nobody_or_too_short(made):
     crop = Generation().prepare
     with pytest.raises(UserError, match="nobody was found"):
