@@ -18,6 +18,7 @@ import yaml
 
 from entprog import config, models, storage
 from entprog.config import Sweep
+from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.names import cell
@@ -238,6 +239,7 @@ def run(
         tracking_uri=tracking_uri(),
         cluster=cluster(),
         sweep_run_id=tracker.run_id,
+        data=datasets.read_dataset(experiment.data.shards).fingerprint,
     )
     first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
     try:

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ray import tune
 import pipelines.tune
 from entprog import config, files
 from entprog.training import curves
+from helpers.networks import tiny_experiment
 from pipelines.sweeping import findings, trial
 from pipelines.training import steplog
 
@@ -158,6 +160,19 @@ def test_a_search_that_goes_on_hears_again_what_a_trial_had_reported(tmp_path):
     assert after == before and [tick["tick"] for tick in after] == [1, 2, 3, 4, 5]
     again.on_item({"step": {"step": 6, "charged_s": 60.0, "held_out_loss": 0.1}})
     assert [tick["tick"] for tick in after] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("before", ["of fewer clips", ""])
+def test_a_trial_on_other_clips_than_the_sweep_began_with_has_failed(before, tmp_path):
+    place = Path(pipelines.tune.__file__).parent / "demo_person"
+    experiment = tiny_experiment(data={"shards": str(place)}).model_dump(mode="json")
+    about = {"tables": "", "tracking_uri": "", "cluster": "local", "sweep_run_id": ""}
+    spec = trial.Spec(experiment=experiment, tune=config.Tune().model_dump(mode="json"), output=str(tmp_path),
+                      data=before, **about)  # fmt: skip
+    assert trial.run({}, spec, "a", pytest.fail)["held_out_loss"] == math.inf
+    row = pipelines.tune._row(tmp_path, "a", "TERMINATED")
+    assert row["status"] == "failed" and "has got other clips since this sweep began" in row["reason"]
+    assert [path.name for path in trial.folder_of(tmp_path, "a").iterdir()] == [trial.RECORD], "nothing was begun"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 from entprog import config, files, masking
 from entprog.config import Experiment
+from entprog.data import shards
 from entprog.errors import UserError
 from entprog.training import curves
 
@@ -41,6 +42,8 @@ class Spec:
     cluster: str
     """The cluster as RAY_ADDRESS names it, from whatever node of it; "local": a Ray of this machine alone."""
     sweep_run_id: str
+    data: str
+    """Fingerprint of the clips that all trials are trained on and judged by."""
 
 
 def folder_of(output: Path, trial_id: str) -> Path:
@@ -88,6 +91,11 @@ def run(
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
         experiment = spaces.applied(experiment, values)
+        if shards.read_dataset(experiment.data.shards).fingerprint != spec.data:
+            raise UserError(
+                f"data.shards: {experiment.data.shards} has got other clips since this sweep began, and trials on "
+                "unlike clips cannot be compared: give a copy as it was, or begin anew"
+            )
         if settings.seeds > 1:
             tracker = _group(spec, experiment, trial_id, folder, values)
             parent = tracker.run_id
