@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from torch.overrides import TorchFunctionMode
 
 from entprog import blocks, models
 from entprog.config import ClipShape, Generate, Priority
@@ -381,7 +382,23 @@ def test_half_precision_and_checkpointing(tiny):
         blocks.unfreeze(half.network, found, [found[1].name], half.outside()["conditions"], backward, True)
         got = gradients(half, batch)
         assert got and all(g.isfinite().all() for g in got.values())
-    assert predict(half, batch).dtype == torch.float32
+    with NormTypes() as seen:
+        assert predict(half, batch).dtype == torch.float32
+    assert bool(seen.given) == (name in ("wan", "wan_vace", "wan_animate")) and all(a == b for a, b in seen.given)
+
+
+class NormTypes(TorchFunctionMode):
+    """Notes the types of every RMS norm's input and weight: of two types, torch has no fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") == "rms_norm":
+            input, weight = args[0], (kwargs or {}).get("weight", args[-2])
+            self.given.append((input.dtype, weight.dtype))
+        return function(*args, **(kwargs or {}))
 
 
 WRONG = [

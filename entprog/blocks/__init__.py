@@ -36,6 +36,7 @@ from entprog.blocks.block import (
 )
 from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
+from entprog.blocks.norms import match_norms
 from entprog.blocks.overlooking import overlooked
 from entprog.blocks.stored import ADAPTER, HALF, keep_rounded, leave_out, round_frozen
 
@@ -63,6 +64,7 @@ __all__ = [
     "leave_out",
     "let_wait",
     "make_twin",
+    "match_norms",
     "movable_bytes",
     "never_trained",
     "overlooked",

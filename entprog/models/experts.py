@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from entprog import config
-from entprog.blocks import HALF, blocks, form_of, keep_rounded, swap_of
+from entprog.blocks import HALF, blocks, form_of, keep_rounded, match_norms, swap_of
 from entprog.blocks.swap import Swap, spread
 from entprog.distributed import fsdp
 from entprog.errors import UserError
@@ -60,6 +60,7 @@ class Expert:
             network.requires_grad_(False).eval()
             if denoiser.autocast == HALF:
                 _hold(network, denoiser)
+                match_norms(network)
             self.loaded["network"] = network
         return replace(denoiser, network=self.loaded["network"], conditions=self.conditions, expert=None)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from entprog import config
-from entprog.blocks import blocks
+from entprog.blocks import blocks, match_norms
 from entprog.config import ClipShape
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
@@ -56,6 +56,8 @@ def load(
         if settings.adapter:
             adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
         prepare(network)
+        if settings.dtype != "float32":
+            match_norms(network)
     denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
     denoiser.check_type()
     return denoiser
