@@ -151,8 +151,11 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
-    said = [say(experiment, source) for say in (footprint.copying, footprint.other_expert, footprint.advice)]
-    for line in (*said, footprint.host_advice(experiment, source, footprint.machine_bytes())):
+    telling = (footprint.copying, footprint.inputs, footprint.other_expert, footprint.advice)
+    for line in (
+        *(say(experiment, source) for say in telling),
+        footprint.host_advice(experiment, source, footprint.machine_bytes()),
+    ):
         if line:
             cli.console.print(line)
     expectation.tell(experiment, model)

@@ -25,7 +25,7 @@ from helpers import stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import two_people
 from helpers.processes import running
-from helpers.servers import metadata
+from helpers.servers import Server, metadata
 from pipelines import cli, train, tune
 from pipelines.cluster import joining, launch, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
@@ -517,9 +517,13 @@ def test_a_file_is_no_store_for_runs_on_several_machines(nodes, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, monkeypatch):
-    """It waits for longer than Ray Train would, starts once with all its workers, and counts CPUs where they are."""
+def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, tmp_path, monkeypatch):
+    """It waits for longer than Ray Train would, starts once with all its workers, and counts CPUs where they are. Where
+    they are to be is not known: MLflow's store must be a server."""
     nodes.are()
+    server = Server(stores.made(tmp_path), tmp_path / "server.log")
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
     monkeypatch.setattr(room, "REMIND_S", 1.0)
     really, quicker = room.workers, iter([2])
@@ -532,7 +536,11 @@ def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, monkeypatch
             nodes.add(joins.pop(0))
 
     settings = {"schedule": {"kind": "full"}, "train": {"steps": 4, "gpus": "no", "min_workers": 1, "max_failures": 0}}
-    result, message = run("cold", listen, **settings)
+    server.wait()
+    try:
+        result, message = run("cold", listen, **settings)
+    finally:
+        server.kill()
     assert [item["workers"] for item in message if "workers" in item] == [2]
     waiting = [item["waiting"] for item in message if "waiting" in item]
     assert waiting[0] == "another job took the room first: waiting again"
@@ -583,8 +591,8 @@ def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     folder, _ = place
     plain = {"schedule": {"kind": "full"}, "train": {"steps": 200, "checkpoint_every": 5}}
     one = config.merge(plain, {"train": {"workers": 1, "accumulate": 2, "steps": 40}})
-    alone, _ = run("alone", **one)
     nodes.are(4, 1)
+    alone, _ = run("alone", **one)
     watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(4)))
     result, message = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
     worlds = [item["workers"] for item in message if "workers" in item]

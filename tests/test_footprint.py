@@ -1,17 +1,20 @@
 """What a run holds of a device's memory whatever its clips are: foreseen from shapes, held in fact."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 
 from entprog import config, models
-from entprog.blocks import blocks, packed_bytes, room_bytes, swap_of, unpacking_bytes, variants, waiting_bytes
+from entprog.blocks import blocks, packed_bytes, room_bytes, swap_of, unfreeze, unpacking_bytes, variants, waiting_bytes
 from entprog.blocks.held import all_held
+from entprog.cost import counting
 from entprog.diffusion.losses import training_loss
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import of_set
 from entprog.training import optimizer
+from helpers import families
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
 from pipelines.training import footprint
 
@@ -149,6 +152,30 @@ def test_what_is_foreseen_of_packed_and_waiting_blocks_is_held(precision, adapte
     assert foreseen.host - unpinned.host == rounded - sum(sizes)
     masters = [m for b in found for m in variants(b.module).stored.masters.values() if m is not None]
     assert sum(m.nbytes for m in masters) + waiting_bytes(network) <= foreseen.host
+
+
+def test_what_blocks_are_given_is_foreseen_where_it_waits():
+    """As much as counting finds to have left the device; a U-Net's blocks differ."""
+    experiment = settings(model={"gradient_checkpointing": "on_host", "dtype": "float32"}, train={"gpus": "no"})
+    counted = []
+    for how in (True, "on_host"):
+        denoiser = tiny_denoiser(experiment)
+        found = blocks(denoiser.network)
+        trained = unfreeze(denoiser.network, found, [block.name for block in found], [], "exact", how)
+        loss = partial(training_loss, denoiser, latents([0], ()), experiment.train)
+        counted.append(counting.count(denoiser.network, trained, loss).saved_bytes)
+    one = footprint.inputs_bytes(experiment, source(experiment))
+    assert one == experiment.data.batch_size * (counted[0] - counted[1]) > 0
+    assert footprint.written(one) in footprint.inputs(experiment, source(experiment))
+    plain = settings()
+    assert footprint.inputs(plain, source(plain)) is None
+    needed = 2 * (one + max(stage.host for stage in footprint.stages(experiment, source(experiment))))
+    two = settings(model={"gradient_checkpointing": "on_host", "dtype": "float32"}, train={"gpus": "no", "workers": 2})
+    assert footprint.host_advice(two, source(two), needed) is None
+    assert "and blocks' inputs" in footprint.host_advice(two, source(two), needed - 1)
+    of_svd = {"family": "svd", "init": families.TINY["svd"]["init"], "vae": "none", "gradient_checkpointing": "on_host"}
+    unet = config.build({"model": of_svd, "train": {"steps": 1}})
+    assert "not foreseen" in footprint.inputs(unet, models.family("svd").inspect(unet.model))
 
 
 def test_a_machine_with_too_little_memory_is_told():

@@ -48,6 +48,14 @@ class Geometry:
         """Clip shape → F', H', W'."""
         return self.latent_frames(shape.frames), shape.height // self.spatial, shape.width // self.spatial
 
+    def stream(self, layer: nn.Module, shape: ClipShape) -> tuple[int, int] | None:
+        """Tokens of a clip and their width, as a transformer's blocks hand them on, text not among them. layer: cuts
+        latents into patches. None: blocks hand on other things, as a U-Net's do."""
+        patch = math.prod(getattr(layer, "stride", ()))
+        if patch == 1 or patch != math.prod(self.patch):
+            return None
+        return math.prod(self.latents(shape)) // patch, layer.out_channels
+
     def check(self, shape: ClipShape, given: bool = False) -> None:
         """Raises UserError if clips of this shape do not fit. given: whether their first latent frame is."""
         if (shape.frames - 1) % self.step:

@@ -5,6 +5,7 @@ import inspect as python_inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class Source:
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
     """As a denoiser's, of the network here."""
+    stream: Callable[[ClipShape], tuple[int, int] | None]
+    """Tokens of a clip and their width, as blocks hand them on; None: they hand on other things."""
 
 
 def inspect(
@@ -120,8 +123,9 @@ def inspect(
     own, index = about | experts_of.get(name, {}), whole.index_of(root)
     conditions, splits = cls.planned_inputs(network.config, own, channels, settings, index)
     form = cls.form_of(splits, channels, conditions)
+    geometry = cls.geometry(network.config, vae)
     if shape is not None:
-        cls.geometry(network.config, vae).check(shape, given=form == GIVEN_FRAME)
+        geometry.check(shape, given=form == GIVEN_FRAME)
     of_adapter: Mapping[str, Any] = {}
     if settings.adapter:
         adapter = adapters.read(settings.adapter, "model.adapter")
@@ -148,6 +152,7 @@ def inspect(
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
         skeleton, points, last, native, expert, outside,
+        partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ What the clips take comes on top: a run with `schedule.memory_budget_bytes` meas
 fit.
 """
 
+import math
 from typing import Any
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
+from entprog.blocks.swap import pinned_bytes
 from entprog.config import Experiment, Row
 from entprog.cost.holding import Held, frozen_sizes, held
 from entprog.errors import UserError
@@ -107,10 +109,11 @@ def check_budget(experiment: Experiment, source: Source) -> None:
 def host_advice(experiment: Experiment, source: Source, there: int | None) -> str | None:
     """What to set where the workers of this machine would hold more on their host than that has; None where it has
     enough. there: bytes of the machine's memory; None: the workers may be elsewhere."""
-    each = max(stage.host for stage in stages(experiment, source))
+    each = max(stage.host for stage in stages(experiment, source)) + (inputs_bytes(experiment, source) or 0)
     needed = each * experiment.train.workers
     if there is None or needed <= there:
         return None
+    held = "frozen layers' weights" + (", and blocks' inputs" if inputs_bytes(experiment, source) else "")
     way_out = (
         "fewer blocks that wait (model.swap_blocks)"
         if experiment.model.swap_blocks
@@ -118,8 +121,30 @@ def host_advice(experiment: Experiment, source: Source, there: int | None) -> st
     )
     return (
         f"This machine has {written(there)} of memory, on the host {experiment.train.workers} worker(s) hold up to "
-        f"{written(each)} each of frozen layers' weights: fewer workers a machine, or {way_out}."
+        f"{written(each)} each of {held}: fewer workers a machine, or {way_out}."
     )
+
+
+def inputs_bytes(experiment: Experiment, source: Source) -> int | None:
+    """What a worker's host holds of blocks' inputs with `model.gradient_checkpointing=on_host`, at most: every block's,
+    of the largest clips. 0 without it; None where blocks differ in what they are given, as a U-Net's do."""
+    if experiment.model.gradient_checkpointing != "on_host":
+        return 0
+    size, largest = 2 if experiment.model.dtype == "bfloat16" else 4, 0
+    for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
+        stream = source.stream(shape)
+        if stream is None:
+            return None
+        largest = max(largest, experiment.batch_size_at(shape) * math.prod(stream) * size)
+    return len(blocks(source.network)) * (largest if experiment.train.gpus == "no" else pinned_bytes(largest))
+
+
+def inputs(experiment: Experiment, source: Source) -> str | None:
+    """What blocks' inputs take on the host, in words; None where they do not wait there."""
+    needed = inputs_bytes(experiment, source)
+    if needed is None:
+        return "What blocks are given waits on the host: how much is not foreseen for this network."
+    return f"What blocks are given waits on the host: up to {written(needed)} a worker." if needed else None
 
 
 def machine_bytes() -> int | None:
