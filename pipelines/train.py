@@ -95,14 +95,14 @@ def main(
 def claimed(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, checked, in an output that is this training's from now on. Raises UserError."""
     parts = checks.parts(experiment, output)
-    claim.take(output, "train", checks.whole_identity(parts))
+    claim.take(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
     return parts
 
 
 def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
-    claim.check(output, "train", checks.whole_identity(parts))
+    claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
     cli.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
     first = next(iter(parts.values()))[0]
     for name, (part, dataset) in parts.items():

@@ -236,6 +236,52 @@ def test_phases_are_part_of_what_a_training_is(inputs, place):
     assert run("train", *inputs["train"], *phases(5), "--output", output, "--dry-run").exit_code == 0
 
 
+REFUSED = {
+    "result.json": '{"job": "train", "status": "refused", "error": "clip 7 is damaged"}', "mlflow_run.json": "{}",
+    "warnings.jsonl": "{}", "steps.jsonl": "", "cei/KEY.json": "{}",
+}  # fmt: skip
+"""What workers leave that refuse what they are to train on."""
+WORTH = {
+    "a step": {"steps.jsonl": "{}\n"},
+    "a checkpoint, half written": {"checkpoints/step-00000002/part-00001-of-00002.safetensors": "x"},
+    "a phase": {"high/steps.jsonl": "{}\n"},
+    "a file of mine": {"notes.txt": "x"},
+    "not refused": {"result.json": '{"job": "train", "status": "interrupted"}'},
+}
+
+
+def leave(output, texts):
+    for name, text in texts.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(text)
+
+
+def test_of_a_training_that_its_workers_refused_the_corrected_command_takes_the_place(inputs, place):
+    """It has trained nothing: what it has left goes, but for tables of scores."""
+    output, corrected = place / "out", [*inputs["train"], "--set", "train.learning_rate=0.5"]
+    assert run("train", *inputs["train"], "--output", output).exit_code == 1, "up to Ray"
+    leave(output, REFUSED)
+    (output / "checkpoints").mkdir()
+    before = everything(place)
+    assert run("train", *corrected, "--output", output, "--dry-run").exit_code == 0 and everything(place) == before
+    done = run("train", *corrected, "--output", output)
+    assert done.exit_code == 1 and json.loads((output / "result.json").read_text())["status"] == "interrupted"
+    left = {"entprog-job.json", "result.json", "steps.jsonl", "cei", "checkpoints", claim.LOCK}
+    assert set(names(output)) == left and (output / "cei" / "KEY.json").exists()
+    assert "learning_rate was 0.5, now 0.001" in refused("train", *inputs["train"], "--output", output), "its own now"
+
+
+@pytest.mark.parametrize("worth", WORTH)
+def test_of_a_training_that_has_trained_nothing_is_taken(worth, inputs, place):
+    output, corrected = place / "out", [*inputs["train"], "--set", "train.learning_rate=0.5"]
+    assert run("train", *inputs["train"], "--output", output).exit_code == 1, "up to Ray"
+    leave(output, REFUSED | WORTH[worth])
+    before = everything(place)
+    for dry_run in ([], ["--dry-run"]):
+        assert "holds a train job of other settings" in refused("train", *corrected, "--output", output, *dry_run)
+        assert everything(place) == before
+
+
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("job", [*WITH_RAY, "generate"])
 def test_a_command_that_is_refused_later_leaves_nothing(job, there, inputs, place, monkeypatch):

@@ -1,8 +1,9 @@
 """Folders and files on a disk or behind s3:// and gs://, read in the parts that are needed."""
 
-from entprog.storage.copies import below, fetched, local_copy, scratch_for
+from entprog.storage.copies import below, fetched, local_copy, remove, scratch_for
 from entprog.storage.place import PROBE, Place, Where, address, at, inside, quickly
 
 __all__ = [
-    "PROBE", "Place", "Where", "address", "at", "below", "fetched", "inside", "local_copy", "quickly", "scratch_for",
+    "PROBE", "Place", "Where", "address", "at", "below", "fetched", "inside", "local_copy", "quickly", "remove",
+    "scratch_for",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -52,6 +52,12 @@ def scratch_for(folder: Where, last: str = "") -> Iterator[Path]:
         yield path
         for name in sorted(below(path), key=lambda name: name == last):
             (folder / name).put(path / name)
+
+
+def remove(folder: Where) -> None:
+    """A folder and all in it, if it is there. What cannot be removed stays."""
+    with suppress(OSError):
+        (folder if isinstance(folder, Place) else Place.at(folder)).remove()
 
 
 def fetched(place: Place, patterns: Sequence[str], into: Path) -> None:

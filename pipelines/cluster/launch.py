@@ -16,7 +16,7 @@ import pipelines
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
-from entprog.storage import Place, Where
+from entprog.storage import Place, Where, remove
 from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 from pipelines.cluster.room import CPUS_FOR_DATA
@@ -260,6 +260,9 @@ def run_workers(
                     raise RuntimeError(reason) from failure
                 tries -= 1
                 on_item({"warning": f"{reason}: starting the workers again, from the newest checkpoint"})
+    except UserError:
+        remove(run)  # Ray's own, from which nobody goes on: it would keep a corrected command out
+        raise
     finally:
         listener.close()
 

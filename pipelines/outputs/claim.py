@@ -17,11 +17,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from entprog import files, masking
+from entprog import files, masking, storage
 from entprog.errors import UserError
 from entprog.storage import PROBE, Place, Where
 
 MARK = "entprog-job.json"
+RESULT = "result.json"
 LOCK = ".entprog.lock"
 SHOWN = 3
 """Names, or settings, that a refusal shows."""
@@ -45,11 +46,15 @@ def alone() -> Iterator[None]:
             _holding.reset(before)
 
 
-def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+def check(
+    output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False, idle: Mapping[str, bool] = {}
+) -> None:
     """Raises UserError unless `output` is new, empty, or this job's with this identity. Changes nothing.
 
     identity: {setting, or what else decides: JSON value}. earlier: the job has recognised an unmarked folder by records
-    of its own, which a version without marks wrote.
+    of its own, which a version without marks wrote. idle: {name of what the job leaves before it has done any work:
+    whether that goes with the command that left it}. A job that was refused, and has left nothing beside that, is in
+    nobody's way: its command, corrected, may take the folder.
     """
     another = "choose another --output"
     try:
@@ -70,19 +75,57 @@ def check(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool
     known = _read(output)
     if known["job"] != job:
         raise UserError(f"{output} is the output of {_a(known['job'])} job: {another} for {job}")
-    now, before = masking.masked_in(json.loads(files.strict_json(identity))), masking.masked_in(known["identity"])
-    differing = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
-    if differing:
-        message = _some([f"{name} was {_shown(before, name)}, now {_shown(now, name)}" for name in differing], "; ")
+    differing = _differing(output, identity)
+    if differing and not _was_idle(output, idle):
+        message = _some([f"{name} was {before}, now {now}" for name, (before, now) in differing.items()], "; ")
         raise UserError(f"{output} holds {_a(job)} job of other settings ({message}): {another}")
 
 
-def take(output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False) -> None:
+def _differing(output: Where, identity: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{what decides: (as the mark has it, now)} of all that is not the same, as a refusal shows it."""
+    now = masking.masked_in(json.loads(files.strict_json(identity)))
+    before = masking.masked_in(_read(output)["identity"])
+    names = [name for name in {**now, **before} if now.get(name, ABSENT) != before.get(name, ABSENT)]
+    return {name: (_shown(before, name), _shown(now, name)) for name in names}
+
+
+def take(
+    output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False, idle: Mapping[str, bool] = {}
+) -> None:
     """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
-    check(output, job, identity, earlier=earlier)
+    check(output, job, identity, earlier=earlier, idle=idle)
     writable(output)
     _hold(output)
+    check(output, job, identity, earlier=earlier, idle=idle)  # who held it a moment ago may have begun to work
+    if _was_idle(output, idle) and _differing(output, identity):
+        for name in (RESULT, *(name for name, goes in idle.items() if goes)):
+            _remove(output / name)
     files.write_json(output / MARK, {"job": job, "identity": masking.masked_in(identity)})
+
+
+def _was_idle(output: Where, idle: Mapping[str, bool]) -> bool:
+    """Whether a job was refused that has left no more than it does before it has done any work. Empty files and
+    folders are nothing."""
+    try:
+        refused = idle and json.loads((output / RESULT).read_text())["status"] == "refused"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if isinstance(output, Place):
+        filled = {name.partition("/")[0] for name, size in output.below().items() if size}
+    else:
+        filled = {path.relative_to(output).parts[0] for path in output.rglob("*") if _is_something(path)}
+    return bool(refused) and filled <= {MARK, LOCK, RESULT, *idle}
+
+
+def _is_something(path: Path) -> bool:
+    return path.is_symlink() or (not path.is_dir() and path.stat().st_size > 0)
+
+
+def _remove(path: Where) -> None:
+    if path.is_dir():
+        storage.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _hold(output: Where) -> None:

@@ -22,6 +22,11 @@ from pipelines.training import footprint
 
 SHOWN = ("model.skeleton", "model.last_frame")
 """Settings that are younger than what they set, which a base or an adapter may say too."""
+IDLE = {
+    name: name != "cei"  # tables, which are found by what they are of, whoever made them
+    for name in ("mlflow_run.json", "mlflow_pending.jsonl", "warnings.jsonl", "error.log", "ray", "cei.json", "cei")
+}
+"""What a training leaves before its first step, and whether it goes with its command (`claim.check`)."""
 Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""
 
