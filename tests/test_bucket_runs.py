@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from entprog import config, models, storage
-from entprog.models import folders
+from entprog.models import weight_files
 from entprog.training import checkpoint
 from helpers import servers
 from helpers.commands import SETTINGS
@@ -187,7 +187,7 @@ def test_a_step_of_it_is_published(command, finished, cached, tmp_path):
 def test_its_model_is_a_base(command, finished, cached, tmp_path):
     model = config.Model(base=command[0][5], vae="none", conditions=("reference", "pose"))
     found = models.family("wan").load(model)
-    trained = folders.weights(cached.rglob("transformer").__next__(), "x")
+    trained = weight_files.of(cached.rglob("transformer").__next__(), "x")
     assert found.network.config.in_channels == 9 and trained.safetensors
 
 

@@ -15,7 +15,7 @@ from entprog.data import shards
 from entprog.diffusion import sampling
 from entprog.distributed import fsdp
 from entprog.errors import UserError
-from entprog.models import adapters, experts, fingerprints, folders, lora
+from entprog.models import adapters, experts, fingerprints, folders, lora, weight_files
 from entprog.models.wan import inspect, load
 from helpers import bases, real_clips
 from helpers.families import clips
@@ -75,7 +75,7 @@ def test_the_other_one_is_held_as_autocast_rounds_it(base, name):
     network = half.expert.other(half).network
     layers = [p for block in blocks(network) for p in block.module.parameters() if p.ndim == 2]
     assert layers and {p.dtype for p in layers} == {torch.bfloat16}
-    full.expert.loaded["network"] = folders.pretrained(full.NETWORK, base / PARTS[experts.OTHER[name]], "it")
+    full.expert.loaded["network"] = weight_files.pretrained(full.NETWORK, base / PARTS[experts.OTHER[name]], "it")
     assert torch.equal(sampled(half), sampled(full)), "equal to the bit"
     plain = two(base, name)
     assert {p.dtype for p in plain.expert.other(plain).network.parameters()} == {torch.float32}

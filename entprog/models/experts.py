@@ -19,7 +19,7 @@ from entprog.blocks import HALF, blocks, form_of, keep_rounded, match_norms, swa
 from entprog.blocks.swap import Swap, spread
 from entprog.distributed import fsdp
 from entprog.errors import UserError
-from entprog.models import folders, inputs, whole
+from entprog.models import folders, inputs, weight_files, whole
 
 if TYPE_CHECKING:
     from entprog.models.denoising import VideoDenoiser
@@ -54,7 +54,7 @@ class Expert:
         or as frozen blocks of the one that is trained are; as many of them wait on the host. It is saved from its
         folder."""
         if not self.loaded:
-            network = folders.pretrained(denoiser.NETWORK, self.folder, "model.base")
+            network = weight_files.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
                 inputs.widen(network, denoiser.INPUT, self.splits)
             network.requires_grad_(False).eval()

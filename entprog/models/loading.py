@@ -13,7 +13,7 @@ from entprog.config import ClipShape
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import bare, one_line
-from entprog.models import adapters, experts, folders, inputs, parts, whole
+from entprog.models import adapters, experts, folders, inputs, parts, weight_files, whole
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.sources import Source, inspect
 
@@ -68,11 +68,11 @@ def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if settings.weights:
-            file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
-            network = folders.from_single_file(cls.NETWORK, file, source.part, "model.weights")
+            file = weight_files.check_single_file(cls.NETWORK, settings.weights, "model.weights")
+            network = weight_files.from_single_file(cls.NETWORK, file, source.part, "model.weights")
             network.register_to_config(_name_or_path=_said(settings.base))
         elif source.part is not None:
-            network = folders.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
+            network = weight_files.pretrained(cls.NETWORK, source.part, "model.base", settings.trust_pickle)
             network.register_to_config(_name_or_path=_said(settings.base))  # not this machine's cache
         else:
             network = cls.NETWORK.from_config(source.network.config)
@@ -96,7 +96,7 @@ def _in_parts(
         return None
     if source.part is None:
         return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas, adapt)
-    found = folders.weights(source.part, "model.base", settings.trust_pickle)
+    found = weight_files.of(source.part, "model.base", settings.trust_pickle)
     files = [path for path in found.files if path.suffix != ".json"]
     try:
         network = parts.of_base(
@@ -118,7 +118,7 @@ def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torc
         inputs.widen(source.network, cls.INPUT, source.splits)
     for name, part in cls.encodes_with(source.network.config, source.native).items():
         folder = inspect(cls, settings).part  # with its weights, fetched and looked at
-        part.load_state_dict(folders.part_of_network(folder, name, "model.base"))
+        part.load_state_dict(weight_files.part_of_network(folder, name, "model.base"))
         source.network.set_submodule(name, part)
     return _with_parts(cls, settings, source, source.network, device)
 
@@ -129,7 +129,7 @@ def _with_parts(
     """A network's denoiser, with its VAE and all else that it needs on a device."""
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
-        vae = folders.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
+        vae = weight_files.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
         vae.register_to_config(_name_or_path=_said(settings.base if settings.vae == "auto" else settings.vae))
         vae.requires_grad_(False).eval().to(device)
     shape = source.about.get("shape")

@@ -20,7 +20,7 @@ from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, whole
+from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, weight_files, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -98,14 +98,14 @@ def inspect(
     vae = None
     if vae_folder is not None:
         vae = _vae(cls, vae_folder, setting)
-        folders.check_fits(vae, folders.weights(vae_folder, setting, settings.trust_pickle), setting)
+        weight_files.check_fits(vae, weight_files.of(vae_folder, setting, settings.trust_pickle), setting)
     channels = 3 if vae is None else vaes.channels(vae)
     own_weights = None
     if part:
         if weights and settings.weights:
             _check_single_file(cls, settings.weights)
         elif weights:
-            own_weights = folders.weights(part, "model.base", settings.trust_pickle)
+            own_weights = weight_files.of(part, "model.base", settings.trust_pickle)
         values = folders.read_json(part / "config.json")
         cls.check_values(values, str(settings.base))
     else:
@@ -113,7 +113,7 @@ def inspect(
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
     cls.check_network(network.config)
     if own_weights is not None:
-        folders.check_fits(network, own_weights, "model.base")
+        weight_files.check_fits(network, own_weights, "model.base")
     blocks(network)
     experts_of = about.get("experts", {})
     if channels not in cls.predicted(network.config):
@@ -188,14 +188,14 @@ def _expert(
     poses or the last frame otherwise."""
     other = experts.OTHER[name]
     folder = places.network(cls, settings, root, about, other)
-    found = folders.weights(folder, "model.base", settings.trust_pickle)
+    found = weight_files.of(folder, "model.base", settings.trust_pickle)
     if found.variant or not found.safetensors:
         raise UserError(
             f"model.base: {folder} has no plain safetensors, which the {other} expert is saved and sampled from: "
             "save it anew with save_pretrained"
         )
     network = _on_meta(cls.NETWORK, folders.read_json(folder / "config.json"), "model.base")
-    folders.check_fits(network, found, "model.base")
+    weight_files.check_fits(network, found, "model.base")
     network = network.config
     kept = about.get("experts", {}).get(other, {})
     seen = tuple(kept.get("conditions", cls.other_sees(network, channels, conditions)))
@@ -230,7 +230,7 @@ def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
             f"model.weights: {given} is MimicMotion's, whose PoseNet ({len(posenet)} weights) no family has: here the "
             "pose enters family svd through input channels; take its UNet alone, in diffusers' format, as model.base"
         )
-    folders.check_single_file(cls.NETWORK, given, "model.weights")
+    weight_files.check_single_file(cls.NETWORK, given, "model.weights")
 
 
 def _check_adapter(
@@ -283,7 +283,7 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
     out: dict[str, Path] = {}
 
     def network(name: str, folder: Path, setting: str) -> None:
-        for path in (folder / "config.json", *folders.weights(folder, setting, settings.trust_pickle).files):
+        for path in (folder / "config.json", *weight_files.of(folder, setting, settings.trust_pickle).files):
             out[f"{name}/{path.name}"] = path
 
     root = places.base(cls, settings)
@@ -294,7 +294,7 @@ def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:
         if name:
             network("other network", places.network(cls, settings, root, about, experts.OTHER[name]), "model.base")
         if settings.weights:
-            file = folders.check_single_file(cls.NETWORK, settings.weights, "model.weights")
+            file = weight_files.check_single_file(cls.NETWORK, settings.weights, "model.weights")
             out |= {"network/config.json": part / "config.json", "network/weights.safetensors": file}
         else:
             network("network", part, "model.base")
