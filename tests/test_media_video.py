@@ -5,7 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from fractions import Fraction
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from entprog.media import assets, h264, video
+from entprog.media import assets, h264, samples, video
 from entprog.media.video import VideoError
 
 
@@ -180,6 +182,37 @@ def test_planes_are_those_of_the_decoder(frames):
     assert raised.value.reason == "corrupt"
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_clips_frames_are_found_as_the_demuxer_finds_them(frames, large):
+    images = np.random.default_rng(0).integers(0, 256, (3, 640, 640, 3), dtype=np.uint8) if large else frames[:9]
+    mp4 = h264.encode(images, 12, crf=1, gop=4)
+    assert len(mp4) > 1 << 20 or not large  # more than one chunk of the file
+    found = samples.of(mp4)
+    with av.open(io.BytesIO(mp4)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        assert found.extradata == bytes(stream.codec_context.extradata)
+    assert [mp4[a:b] for a, b in pairwise(found.begins)] == [bytes(packet) for packet in packets]
+    assert found.keys.tolist() == [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    assert [found.key(i) for i in range(len(found))] == [i // 4 * 4 for i in range(len(images))]
+
+
+def test_other_files_are_left_to_the_demuxer(frames, tmp_path):
+    """They have frames out of order, or at no constant rate, or are cut by an edit list, or hold sound too."""
+    for times, reordered in (([0, 40, 80], 2), ([0, 40, 400], 0)):
+        path = write(tmp_path / "a.mp4", frames[:3], times, bf=reordered)
+        assert samples.of(path.read_bytes()) is None and video.probe(path).frames == 3
+    assert samples.of(assets.clip("no_face").read_bytes()) is None
+    assert samples.of(b"") is None
+
+
+def test_a_clip_damaged_in_a_frame_is_no_clip(frames):
+    mp4 = h264.encode(frames[:6], 12)
+    begin, end = samples.of(mp4).begins[3:5]
+    with pytest.raises(VideoError, match=r"damaged after 0\.17 s"):
+        h264.decode_yuv(mp4[: begin + 8] + bytes(end - begin - 8) + mp4[end:])
+
+
 def test_a_clip_that_claims_more_than_it_holds_takes_no_memory(frames):
     """Two frames of 4096 by 4096, or a header that says two thousand million frames."""
     large = h264.encode(np.zeros((2, 4096, 4096, 3), np.uint8), 12)
@@ -287,6 +320,19 @@ def test_damage_raises_nothing_else(keep, at, damage):
             assert error.reason in video.REASONS
         else:
             assert keep
+
+
+@settings(max_examples=150, deadline=None)
+@given(at=st.integers(0, len(SMALL) - 1), damage=st.binary(min_size=1, max_size=4))
+def test_damage_gives_no_other_pixels_without_a_demuxer(at, damage):
+    content = SMALL[:at] + damage + SMALL[at + len(damage) :]
+    try:
+        found = h264.decode_yuv(content)
+    except VideoError:
+        return
+    with pytest.MonkeyPatch.context() as patch, suppress(VideoError):
+        patch.setattr(samples, "of", lambda mp4: None)
+        np.testing.assert_array_equal(found, h264.decode_yuv(content))
 
 
 def test_a_key_frame_that_an_edit_list_cuts_away_still_begins_what_follows():

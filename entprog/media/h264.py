@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from entprog import files
-from entprog.media import showing
+from entprog.media import samples, showing
 from entprog.media.errors import VideoError
 from entprog.media.limits import LIMITS
 from entprog.media.showing import EXACT
@@ -105,11 +105,49 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Iterator[tuple[int, av.VideoFrame, int]]:
-    """(place in the result, frame, number of frames in all) of a clip that `encode` made.
+    """(place in the result, frame, number of frames in all) of a clip that `encode` made; where one turns out to be
+    damaged, or not as `encode` makes them, those given so far are given again.
 
     size: height and width that are due; FFmpeg decodes no frame that is larger, but for the padding of its own.
     """
     pixels = LIMITS.max_pixels if size is None else (size[0] + _PADDING) * (size[1] + _PADDING)
+    stored = samples.of(mp4)
+    if stored is not None:
+        try:
+            yield from _decoded(mp4, stored, range(len(stored)) if wanted is None else wanted, pixels)
+            return
+        except (av.error.FFmpegError, MemoryError, VideoError):
+            pass  # the demuxer says what is wrong, or reads it all the same
+    yield from _demuxed(mp4, wanted, pixels)
+
+
+def _decoded(
+    mp4: bytes, stored: samples.Samples, wanted: range, pixels: int
+) -> Iterator[tuple[int, av.VideoFrame, int]]:
+    """`_clip` without a demuxer."""
+    if not wanted:
+        return
+    last, at = wanted[-1], stored.key(wanted[0])
+    if last >= len(stored):
+        raise VideoError("corrupt", f"only {len(stored)} frames")
+    decoder = av.CodecContext.create("h264", "r")
+    decoder.thread_count, decoder.extradata, decoder.options = 1, stored.extradata, {"max_pixels": str(pixels)}
+    begins, content = stored.begins.tolist(), memoryview(mp4)
+    packets = (av.Packet(content[begins[i] : begins[i + 1]]) for i in range(at, last + 1))
+    for packet in chain(packets, [None]):
+        for frame in decoder.decode(packet):
+            if frame.is_corrupt:
+                raise VideoError("corrupt", f"frame {at} is damaged")
+            if at in wanted:
+                _check(frame)
+                yield wanted.index(at), frame, len(wanted)
+            at += 1
+    if at <= last:
+        raise VideoError("corrupt", f"only {at} frames")
+
+
+def _demuxed(mp4: bytes, wanted: range | None, pixels: int) -> Iterator[tuple[int, av.VideoFrame, int]]:
+    """`_clip` of any container."""
     limits = replace(LIMITS, max_pixels=pixels, max_gap_s=math.inf, max_duration_s=math.inf)
     with opened(mp4, limits) as (container, stream):
         wanted = range(stream.frames) if wanted is None else wanted
@@ -119,21 +157,23 @@ def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Ite
         if wanted and wanted[0] and 0 < rate < 1e4:
             container.seek(round(wanted[0] / rate / float(stream.time_base)), stream=stream)  # key frame at or before
         for shown in decoded_frames(mp4, container, stream, limits, stream.start_time or 0):
-            frame = shown.frame
             if given == len(wanted):
                 return
             if round(shown.time_s * rate) != wanted[given]:
                 continue
-            if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
-                raise VideoError(
-                    "corrupt", f"not an even-sized 4:2:0 clip: {frame.width}x{frame.height} {frame.format.name}"
-                )
-            if (frame.colorspace, frame.color_range) != (BT709, ColorRange.MPEG):
-                raise VideoError("corrupt", "not a clip in BT.709 limited range")
-            yield given, frame, len(wanted)
+            _check(shown.frame)
+            yield given, shown.frame, len(wanted)
             given += 1
         if given < len(wanted):
             raise VideoError("corrupt", f"{len(mp4)} bytes: only {given} of {len(wanted)} frames")
+
+
+def _check(frame: av.VideoFrame) -> None:
+    """Raises VideoError unless it is as `encode` makes them."""
+    if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
+        raise VideoError("corrupt", f"not an even-sized 4:2:0 clip: {frame.width}x{frame.height} {frame.format.name}")
+    if (frame.colorspace, frame.color_range) != (BT709, ColorRange.MPEG):
+        raise VideoError("corrupt", "not a clip in BT.709 limited range")
 
 
 def _even(image: np.ndarray) -> np.ndarray:
