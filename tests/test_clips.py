@@ -344,7 +344,7 @@ def test_tasks_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeyp
     monkeypatch.setattr(feed, "_task", task)
     stream = ray_stream(dataset, cpus=2, where="cluster")
     next(stream)
-    due, before = 2 * feed.TASKS_AHEAD + 2, -1
+    due, before = feed._to_decode(2).ahead + 2, -1
     while before != (before := len(list(decoded.iterdir()))) and before <= due:
         cpu_s, began = split_cpu_s(), time.monotonic()
         time.sleep(2)

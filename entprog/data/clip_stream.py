@@ -9,6 +9,7 @@ other workers, and no state of an iterator has to be saved.
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ from entprog.media import h264, video
 
 # torch and entprog.clips are imported where tensors are made: decode tasks run in processes of their own that never
 # need them, and importing torch would cost each of them seconds.
+
+# Of arrays from the object store, which nobody writes to.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 COLUMNS = ("reference", "pose", "video")
 Arrays = dict[str, np.ndarray]
@@ -211,23 +215,28 @@ def _same_shape(found: np.ndarray, due: np.ndarray) -> np.ndarray:
 
 
 def to_clips(batch: Arrays, device="cpu"):
-    """Arrays of `decode` plus `position` → Clips on a device (position stays on the CPU)."""
+    """Arrays of `decode` plus `position` → Clips on a device (position stays on the CPU).
+
+    On a CPU the pixels are those of the arrays, also where these are read-only, as arrays from the object store are:
+    whatever is computed begins by making other numbers of them, and nobody may write to them.
+    """
     import torch
 
     from entprog.data.clips import Clips
 
-    video, reference, pose = (to_device(batch[name], device) for name in ("video", "reference", "pose"))
-    return Clips(video, reference, pose, torch.tensor(batch["position"]))
+    video, reference = (to_device(batch[name], device, share=True) for name in ("video", "reference"))
+    return Clips(video, reference, to_device(batch["pose"], device), torch.tensor(batch["position"]))
 
 
-def to_device(array: np.ndarray, device="cpu"):
-    """The array as a tensor on the device; copied where it is read-only, as arrays from the object store are."""
+def to_device(array: np.ndarray, device="cpu", share: bool = False):
+    """The array as a tensor on the device; on a CPU over the same memory, but a copy of what is read-only, unless it
+    is to be shared."""
     import torch
 
-    value = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+    value = torch.from_numpy(array)
     device = torch.device(device)
     if device.type != "cuda":
-        return value.to(device)
+        return (value if share or array.flags.writeable else value.clone()).to(device)
     # A stream of its own: on the default one the copy would wait for the step that is being computed.
     with torch.cuda.stream(_copying(device)):
         copied = value.pin_memory().to(device, non_blocking=True)

@@ -28,7 +28,7 @@ from entprog.errors import UserError
 from pipelines.cluster import failures, ray_internals
 
 TASK_BYTES = 32 << 20
-FRAMES_TASK_BYTES = 128 << 20
+FRAMES_TASK_BYTES = 256 << 20
 TASK_BATCHES = 32
 """A task makes several batches while they fit in TASK_BYTES (frames: in FRAMES_TASK_BYTES, which its process keeps for
 the next task), at most this many: starting a task of Ray has its price, and one of few frames is soon over."""
@@ -38,10 +38,10 @@ BEGUN_AT = 0.8
 """Part of an execution's batches after which the next one starts, which takes a second or two."""
 TASKS_HELD_BACK = 256
 """Tasks in one execution that makes frames, far more than there is memory for: its executor has to wait for room."""
-TASKS_AHEAD = 8
-"""Tasks' worth of frames that may be decoded ahead of the reader, unless twice as many tasks as run at once are more.
-Without this limit Ray Data goes on until half of the object store is full, and takes the cores that training needs."""
-STORE_SHARE = 0.3
+TASKS_PER_CPU = 1.5
+"""Tasks that make frames at once, for each CPU that they may take. Ray Data looks for what has ended and starts what
+follows every tenth of a second: without a task more, a CPU has nothing to do meanwhile."""
+STORE_SHARE = 0.4
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 READING_CPUS = 1.0
 """For tasks that read what is stored: one at a time keeps ahead of the reader, and each more is a process to start."""
@@ -67,6 +67,38 @@ class Order:
     seed: int
     batches: int
     """Batches of an update, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one execution of Ray Data may take."""
+
+    tasks: int
+    """In all."""
+    task_bytes: int
+    """Most that a task makes, unless a batch is more."""
+    cpus: float
+    at_once: int
+    """Tasks that run at the same time, and share these CPUs."""
+    ahead: int
+    """Tasks whose clips may wait for the reader, those that run among them; as many as there are: no limit."""
+
+    @property
+    def cpus_each(self) -> float:
+        """Of a task, in the ten-thousandths that Ray counts, rounded so that as many fit as are to run at once."""
+        return math.floor(1e4 * self.cpus / self.at_once) / 1e4
+
+
+def _to_read(cpus: float) -> Work:
+    return Work(TASKS, TASK_BYTES, min(READING_CPUS, cpus), at_once=1, ahead=TASKS)
+
+
+def _to_decode(cpus: float) -> Work:
+    """Without a limit Ray Data goes on until half of the object store is full, and takes the cores that training
+    needs."""
+    at_once = math.ceil(TASKS_PER_CPU * cpus)
+    ahead = min(at_once + math.ceil(cpus) + 1, TASKS_HELD_BACK // 2)
+    return Work(TASKS_HELD_BACK, FRAMES_TASK_BYTES, cpus, at_once, ahead)
 
 
 def stream(
@@ -102,8 +134,7 @@ def stream(
     if where == "cluster":
         read = functools.partial(clip_stream.decode, located, split, frames=frames, room=clip_stream.reused)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
-        ahead = min(max(TASKS_AHEAD, 2 * math.ceil(cpus)), TASKS_HELD_BACK // 2)
-        return Stream(_batches(read, collate, order, clip_bytes, cpus, TASKS_HELD_BACK, ahead, FRAMES_TASK_BYTES))
+        return Stream(_batches(read, collate, order, clip_bytes, _to_decode(cpus)))
     read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
 
@@ -111,7 +142,7 @@ def stream(
         decoded = clip_stream.decoded(stored, located, split, frames, apply)
         return clip_stream.timed(collate, {**decoded, "position": stored["position"]})
 
-    stored = _batches(read, _as_it_is, order, stored_bytes, min(READING_CPUS, cpus), TASKS, TASKS)
+    stored = _batches(read, _as_it_is, order, stored_bytes, _to_read(cpus))
     return Stream(_decoded(stored, decode, math.ceil(cpus), batch_size))
 
 
@@ -157,7 +188,7 @@ def latent_stream(
     to_device = functools.partial(clip_stream.to_device, device=device)
     collate = functools.partial(latents.to_latents, shapes=here.shapes, to_device=to_device)
     read = functools.partial(_read_latents, here, poses)
-    return Stream(_batches(read, collate, order, here.clip_bytes, min(READING_CPUS, cpus), TASKS, TASKS))
+    return Stream(_batches(read, collate, order, here.clip_bytes, _to_read(cpus)))
 
 
 def _read_latents(cache: latents.Cache, poses: Callable[[np.ndarray], np.ndarray] | None, clips: np.ndarray) -> Arrays:
@@ -179,31 +210,21 @@ def _begin() -> None:
     import ray.data  # noqa: F401  this module is there already
 
 
-def _batches(
-    read: Read,
-    collate: Callable[[Arrays], object],
-    order: Order,
-    clip_bytes: float,
-    cpus: float,
-    tasks: int,
-    tasks_ahead: int,
-    most_bytes: int = TASK_BYTES,
-) -> Iterator:
-    """(batch, seconds to collate it) without end, by executions of `tasks` of `most_bytes` each; `tasks_ahead` of one
-    may wait for the reader."""
+def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip_bytes: float, work: Work) -> Iterator:
+    """(batch, seconds to collate it) without end, by executions of Ray Data."""
     import ray
 
     store_bytes = STORE_SHARE * ray.cluster_resources().get("object_store_memory", math.inf) / order.world
-    task_bytes = min(most_bytes, store_bytes / (2 * tasks_ahead))  # two executions overlap
+    task_bytes = min(work.task_bytes, store_bytes / (2 * work.ahead))  # two executions overlap
     batches = int(min(max(task_bytes // (clip_bytes * order.batch_size), 1), TASK_BATCHES))
     rows = batches * order.batch_size
-    ahead_bytes = min(tasks_ahead * rows * clip_bytes, store_bytes) if tasks_ahead < tasks else None
-    task = functools.partial(_task, read=read, order=order)
+    ahead_bytes = min(work.ahead * rows * clip_bytes, store_bytes) if work.ahead < work.tasks else None
+    task, tasks = functools.partial(_task, read=read, order=order), work.tasks
 
     def execution(number: int) -> Iterator:
         """The clips of one execution of Ray Data, in order."""
         inputs = [{"first": i * rows, "count": rows} for i in range(number * tasks, (number + 1) * tasks)]
-        return _execute(task, inputs, order.batch_size, ahead_bytes, cpus, collate)
+        return _execute(task, inputs, order.batch_size, ahead_bytes, work, collate)
 
     # The thread waits for Ray alone: starting takes a second or two.
     starter = ThreadPoolExecutor(1, "next-execution")
@@ -246,7 +267,7 @@ def _task(rows: Arrays, read: Read, order: Order) -> Arrays:
 
 
 def _execute(
-    task, tasks: list[dict[str, int]], batch_size: int, ahead_bytes: float | None, cpus: float, collate
+    task, tasks: list[dict[str, int]], batch_size: int, ahead_bytes: float | None, work: Work, collate
 ) -> Iterator[tuple[object, float]]:
     import ray.data
     from ray.data import ExecutionResources
@@ -257,14 +278,16 @@ def _execute(
             return clip_stream.timed(collate, batch)
 
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        task, batch_size=None, num_cpus=min(1.0, cpus)
+        task, batch_size=None, num_cpus=work.cpus_each
     )
     context = read.context  # this dataset's own copy
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's clips stay one block
     ray_internals.unhurried(context)
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus, object_store_memory=ahead_bytes)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=work.cpus, object_store_memory=ahead_bytes
+    )
     # A split of one: the executor runs in an actor of its own. In this process it would hold Python's lock while the
     # network trains, and slow every step on a CPU down.
     (split,) = read.streaming_split(1, equal=False)
