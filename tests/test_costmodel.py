@@ -260,6 +260,23 @@ def counted_flops(run, plan):
     return Prices(run.denoiser, run.found, latents([0]), freeze, run.experiment, {}).step_flops(plan)
 
 
+@pytest.mark.parametrize(
+    "parts", [{"model": {"gradient_checkpointing": True}}, {"train": {"lora": {"rank": 2, "alpha": 2}}}]
+)
+def test_an_evaluation_is_a_forward_pass_whatever_the_backward_pass_computes(parts):
+    from entprog.schedule.freezing import Freeze
+    from entprog.schedule.prices import Prices
+    from pipelines.training import networks
+
+    experiment = tiny_experiment(**parts)
+    denoiser = networks.load(experiment, torch.device("cpu"))
+    found = blocks(denoiser.network)
+    with torch.no_grad(), counting.flop_counter() as forward:
+        training_loss(denoiser, latents([0]), experiment.train)
+    prices = Prices(denoiser, found, latents([0]), Freeze(denoiser, found, experiment), experiment, {})
+    assert prices.evaluation_flops() == forward.get_total_flops() * prices.search_clips > 0
+
+
 def test_a_memory_budget_decides_what_is_tried():
     from helpers.runs import Run
 

@@ -13,7 +13,7 @@ from entprog.diffusion.losses import training_loss
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import of_set
-from entprog.training import optimizer
+from entprog.training import averages, optimizer
 from helpers import families
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
 from pipelines.training import footprint
@@ -69,7 +69,7 @@ def test_averages_of_all_that_was_trained_are_foreseen(adapters):
     stages = footprint.stages(experiment, source(experiment))
     for chosen in (names[:2], names[2:4], names[4:]):
         freeze.put(of_set(chosen, names, "exact", SHAPE))
-        optimizer.update_ema(averaged, denoiser.network, 0.9)
+        averages.update(averaged, denoiser.network, 0.9)
     held = sum(tensor.nbytes for tensor in averaged.values())
     assert [stage.averages for stage in stages] == [held] * 2 and held > stages[0].gradients
     plain = footprint.stages(settings(train={"lora": adapters}, schedule=schedule), source(experiment))

@@ -21,7 +21,7 @@ from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
 from entprog.models import adapters, fingerprints, lora
-from entprog.training import checkpoint
+from entprog.training import averages, checkpoint
 from helpers.families import NAMES, load, ordered, predict
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
@@ -368,13 +368,14 @@ def test_a_preview_shows_averages_and_leaves_everything_as_it_was(settings):
     for step in run.steps():
         if step.step == 7 or step.last:
             break
-    network, ema = run.denoiser.network, run.state.ema
+    network, ema, gaps = run.denoiser.network, run.state.ema, run.state.ema_gaps
     before = run.weights()
-    with previews.averaged(network, ema):
+    now = {name: averages.as_of_now(ema[name], before[name], averages.gap_of(name, gaps)) for name in ema}
+    with previews.averaged(network, ema, gaps):
         inside = network.state_dict()
         drawn = [name for name in ema if network.get_parameter(name).dtype == torch.float32]
         drawn += [name for name in ema if not network.get_parameter(name).numel()]
-        assert drawn and all(torch.equal(inside[name], ema[name]) for name in drawn)
+        assert drawn and all(torch.equal(inside[name], now[name]) for name in drawn)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
 
 

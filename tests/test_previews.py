@@ -61,7 +61,7 @@ def test_training_computes_the_same_to_the_bit(parts, tmp_path, monkeypatch):
     for step in watched.steps():
         got.append(comparable(step))
         if step.step % 3 == 0:
-            look.show(step.step, step.charged_s, watched.state.ema)
+            look.show(step.step, step.charged_s, watched.state.ema, watched.state.ema_gaps)
     assert got == expected
     for name, tensor in plain.weights().items():
         assert torch.equal(tensor, watched.weights()[name]), name
@@ -73,7 +73,7 @@ def test_what_is_drawn_is_what_the_averages_draw(tmp_path):
     run, kept = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 4})), []
     list(run.steps())
     look = looking(run, tmp_path, kept=kept)
-    look.show(4, 1.5, run.state.ema)
+    look.show(4, 1.5, run.state.ema, run.state.ema_gaps)
     (entry,) = steplog.lines_of(tmp_path / steplog.PREVIEWS)
     shown = h264.decode_rgb((tmp_path / entry["videos"][0].replace(".mp4", "_result.mp4")).read_bytes())
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_metrics_are_those_of_the_clips_beside_them(tmp_path):
     seen = [replace(m, video=random.integers(0, 255, (2, 16, 16, 3), np.uint8)) for m in motions()]
     meter = previews.meter(("psnr", "ssim"), SHAPE, 2, 33)
     look = replace(looking(run, tmp_path), motions=seen, meter=meter, log=lambda step, values: logged.update(values))
-    look.show(2, 1.0, {})
+    look.show(2, 1.0, {}, {})
     (entry,) = steplog.lines_of(tmp_path / steplog.PREVIEWS)
     drawn = [h264.decode_rgb((tmp_path / v.replace(".mp4", "_result.mp4")).read_bytes()) for v in entry["videos"]]
     each = [
@@ -130,7 +130,7 @@ def test_the_page_plays_them_in_order_and_a_motions_name_is_a_text(tmp_path):
     run = Run(tiny_experiment(train={"steps": 2}))
     look = looking(run, tmp_path)
     for step in (10, 20, 30, 20):  # resumed from before the third
-        look.show(step, step / 2, {})
+        look.show(step, step / 2, {}, {})
     page = (tmp_path / "previews" / "index.html").read_text()
     (content,) = re.findall(r'<script type="application/json" id="previews">(.*?)</script>', page, re.S)
     entries = json.loads(content)
@@ -152,7 +152,7 @@ def test_a_failure_is_a_warning_and_weights_come_back(fault, tmp_path):
         (tmp_path / "previews").write_text("in the way")
     if fault == "tracking":
         object.__setattr__(look, "keep", lambda path, folder: 1 / 0)
-    look.show(3, 1.0, run.state.ema)
+    look.show(3, 1.0, run.state.ema, run.state.ema_gaps)
     assert len(warnings) == 1 and warnings[0].startswith("the preview after step 3 failed: ")
     for name, tensor in before.items():
         assert torch.equal(tensor, run.weights()[name]), name

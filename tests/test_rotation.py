@@ -158,6 +158,22 @@ def test_blocks_that_were_scored_again_are_drawn_by_the_new_scores_after_a_resum
     assert got == expected[14:]
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_later_draw_that_does_not_fit_the_memory_is_refused_before_the_first_step(decay):
+    """Gradient crosses more blocks where an early one is drawn; averages of blocks that were drawn before stay."""
+
+    def with_budget(budget):
+        row = {"until": 1, "share": 0.34, "choose": "random", "redraw_every": 2}
+        schedule = {"kind": "progressive", "table": [row], "outside": "never", "memory_budget_bytes": budget}
+        run = Run(tiny_experiment(train={"steps": 7, "ema_decay": decay}, schedule=schedule))
+        return [step.predicted_memory_bytes for step in run.steps()]
+
+    needs = with_budget(10**9)
+    assert needs[0] < max(needs) and with_budget(max(needs)) == needs
+    with pytest.raises(UserError, match="no plan fits"):
+        with_budget(max(needs) - 1)
+
+
 def test_a_row_that_does_not_fit_the_memory_is_refused_before_the_first_step():
     table = [{"until": 0.5, "share": 0.34, "frames": 1, "choose": "random"}, {"until": 1}]
     small = tiny_experiment(schedule={**ROTATING, "tokens": "fewer", "table": table})

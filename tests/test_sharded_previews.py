@@ -82,11 +82,11 @@ def _failing_rank(rank, world, folder):
             spare=latents([0]),
         )  # fmt: skip
         if step.step > len(FAULTS):
-            seen.append(look.show(step.step, 0.0, state.ema))
+            seen.append(look.show(step.step, 0.0, state.ema, state.ema_gaps))
             return
         where, place = FAULTS[step.step - 1]
         with failing(look, place) if rank == where else contextlib.nullcontext(look) as look:
-            seen.append(look.show(step.step, 0.0, state.ema))
+            seen.append(look.show(step.step, 0.0, state.ema, state.ema_gaps))
 
     watched, plain = trained(rank, world, show), trained(rank, world, lambda *_: None)
     (folder / f"{rank}.json").write_text(json.dumps([seen, warnings, watched, plain]))
@@ -123,7 +123,7 @@ def _torn_rank(rank, world, folder):
         denoiser.network.blocks[2].unshard = out_of_memory
         denoiser.network.blocks[1].attn1.to_q.register_forward_pre_hook(out_of_memory)
     with contextlib.suppress(RuntimeError):
-        look.show(7, 0.0, {})
+        look.show(7, 0.0, {}, {})
         (folder / f"{rank} went on").touch()
 
 
@@ -139,8 +139,8 @@ def test_one_that_ends_its_workers_is_not_drawn_again(tmp_path):
         tiny_denoiser(experiment), motions(1), SHAPE, tmp_path, Generate(steps=2), lambda *_: None, pytest.fail,
         left_out=previews.unfinished(tmp_path),
     )  # fmt: skip
-    assert look.show(7, 0.0, {}) and not (tmp_path / steplog.PREVIEWS).exists()
-    assert look.show(9, 0.0, {})
+    assert look.show(7, 0.0, {}, {}) and not (tmp_path / steplog.PREVIEWS).exists()
+    assert look.show(9, 0.0, {}, {})
     assert [line["step"] for line in steplog.lines_of(tmp_path / steplog.PREVIEWS)] == [9]
     assert previews.unfinished(tmp_path) == [7], "still not drawn"
     assert "steps 7, 9 ended their workers" in previews.told(tmp_path, [7, 9])

@@ -37,7 +37,9 @@ def test_frozen_parameters_never_move(backward):
 @functools.cache
 def uninterrupted():
     """(experiment, steps, run)"""
-    experiment = tiny_experiment(train={"ema_decay": 0.9})
+    experiment = tiny_experiment(
+        train={"ema_decay": 0.9}, model={"gradient_checkpointing": True}, schedule={"memory_budget_bytes": 10**9}
+    )
     whole = Run(experiment)
     return experiment, [comparable(step) for step in whole.steps()], whole
 

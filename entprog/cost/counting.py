@@ -25,6 +25,8 @@ class Cost:
 
     flops: int
     """Forward and backward of one clip."""
+    forward_flops: int
+    """Of them the forward pass."""
     saved_bytes: int
     """Activations kept for the backward pass of one clip on the device; with gradient checkpointing, the inputs of its
     blocks, and attention's outputs where these are kept."""
@@ -195,6 +197,7 @@ def count(
         with saving(weights, brought) as saved:
             loss = loss_of_one_clip()
         checkpointed.remove()
+        forward_flops = counter.get_total_flops() - checkpointed.extra_flops
         if trained:
             loss.backward()
     for parameter, gradient in zip(trained, gradients, strict=True):
@@ -202,6 +205,7 @@ def count(
     gradient_bytes = sum(fsdp.held(p).nbytes for p in trained)
     return Cost(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
+        forward_flops=forward_flops,
         saved_bytes=sum((saved | checkpointed.inputs).values()) + checkpointed.kept_bytes,
         recomputed_bytes=checkpointed.recomputed_bytes,
         weight_bytes=sum(fsdp.held(p).nbytes for p in network.parameters())

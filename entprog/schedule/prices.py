@@ -1,7 +1,7 @@
 """What plans cost in a run: counted on the network, foreseen by the cost model, in the schedule's clock."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -103,8 +103,8 @@ class Prices:
         return float(self.counted(plan).step_flops(clips))
 
     def evaluation_flops(self) -> float:
-        """One search evaluation: a forward pass per clip, a third of what training every block takes."""
-        return self.counted(self.whole).flops / 3 * self.search_clips
+        """One search evaluation: a forward pass per clip."""
+        return float(self.counted(self.whole).forward_flops * self.search_clips)
 
     def model(self, shape: ClipShape) -> CostModel:
         """The cost model for a rank's batch of clips of a shape; FLOPs are counted on one clip, seconds on them all."""
@@ -139,13 +139,16 @@ class Prices:
         flops = self.evaluation_flops()
         return flops * self.step(self.full) / self.step_flops(self.full) if self.by_seconds else flops
 
-    def memory(self, plan: Plan) -> int:
-        """Predicted peak bytes of an update on one device."""
+    def memory(self, plan: Plan, before: Collection[str] | None = None) -> int:
+        """Predicted peak bytes of an update on one device. before: blocks that have been trained by then; None: those
+        that have averages now."""
         model = self.model(plan.shape)
         trained = model.trained_bytes(plan.trainable)
-        averaged = trained if self.experiment.train.ema_decay else 0
-        others = averaged + self.kept_bytes(plan) + self.under_way_bytes(trained)
-        return model.memory(plan.trainable, plan.backward) + others
+        averaged = 0
+        if self.experiment.train.ema_decay:
+            others = None if before is None else model.trained_bytes({*before, *plan.trainable}) - trained
+            averaged = trained + (self.kept_bytes(plan) if others is None else others)
+        return model.memory(plan.trainable, plan.backward) + averaged + self.under_way_bytes(trained)
 
     def under_way_bytes(self, trained_bytes: int) -> int:
         """What gradients on their way to other workers take beside themselves."""

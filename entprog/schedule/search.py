@@ -1,7 +1,7 @@
 """The search at a stage's start: which plans are tried, for how long, and the decision (Ent-Prog §3.4)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from entprog.config import Experiment
@@ -11,6 +11,9 @@ from entprog.schedule.efficiency import Decision, Trial
 from entprog.schedule.plans import Plan
 from entprog.schedule.prices import Prices
 from entprog.schedule.state import RunState
+
+MOST_DRAWS = 1000
+"""So many draws of a row's blocks are foreseen: what none of them needs, hardly a later one does."""
 
 
 class Search:
@@ -58,13 +61,28 @@ class Search:
         return None if self.another_round() else self.decide()
 
     def check_memory(self) -> None:
-        """Raises UserError if a stage of a schedule without a search does not fit the memory budget: now, not once it
-        is that stage's turn."""
-        schedule, shape, seed = self.schedule, self.experiment.data.shape, self.experiment.train.seed
-        for stage in range(len(plans.rows(schedule))):
-            plan = plans.fixed(self.names, self.priority, schedule, shape, stage, seed=seed)
-            if plan is not None:
-                plans.fitting([plan], self.prices.memory, schedule.memory_budget_bytes)
+        """Raises UserError if a plan of a schedule without a search does not fit the memory budget: now, not once it is
+        that plan's turn. Of a row that draws blocks anew that is every draw that `train.steps` leaves room for, up to
+        MOST_DRAWS; each with the averages that the plans before it leave."""
+        if self.schedule.kind == "entprog" or self.schedule.memory_budget_bytes is None:
+            return
+        needs, before = {}, set()
+        for plan in self.foreseen():
+            needs[plan] = self.prices.memory(plan, before)
+            before.update(plan.trainable)
+        most = max(needs, key=needs.get)
+        plans.fitting([most], needs.get, self.schedule.memory_budget_bytes)
+
+    def foreseen(self) -> Iterator[Plan]:
+        """The plans of a schedule without a search, in their order."""
+        schedule, shape, train = self.schedule, self.experiment.data.shape, self.experiment.train
+        begun = 0.0
+        for stage, row in enumerate(plans.rows(schedule)):
+            steps = (row.until - begun) * (train.steps or math.inf) if row.redraw_every else 1
+            draws = math.ceil(min(steps / (row.redraw_every or 1), MOST_DRAWS))
+            for draw in range(draws):
+                yield plans.fixed(self.names, self.priority, schedule, shape, stage, draw, train.seed)
+            begun = row.until
 
     def redraw(self) -> bool:
         """Draw the stage's blocks anew if it is time (`Row.redraw_every`); whether it was."""

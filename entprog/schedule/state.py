@@ -47,7 +47,9 @@ class RunState:
 
     optimizer: torch.optim.Optimizer
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name → averaged weight of every parameter trained so far."""
+    """Name → averaged weight of every parameter trained so far; of a frozen block as it was when the block froze."""
+    ema_gaps: dict[str, float] = field(default_factory=dict)
+    """Block trained so far → how much of the way from its weights to its averages is left (`training.averages`)."""
     step: int = 0
     """Updates done, skipped ones included."""
     skipped: int = 0

@@ -31,6 +31,7 @@ from entprog.errors import UserError
 from entprog.models.finite import not_finite
 from entprog.schedule.state import RunState
 from entprog.storage import Place, slices
+from entprog.training import averages
 
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8,}")
@@ -235,15 +236,19 @@ def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
         there = ", ".join(found(folder)) or "none"
         raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {there}")
     with _told(lambda kind: f"checkpoint {place} is damaged ({kind})"):
-        chunks = _chunks(place, place.read_json(STATE)["files"])
-        reader = slices.Reader(place, chunks)
+        values = place.read_json(STATE)
+        reader = slices.Reader(place, _chunks(place, values["files"]))
         kept = reader.metadata.state_dict_metadata
         parameters = network.state_dict()
         named = {(f"ema/{n}" if f"ema/{n}" in kept else f"network/{n}"): tensor for n, tensor in parameters.items()}
         if odd := [full for full, tensor in named.items() if full not in kept or kept[full].size != tensor.shape]:
             raise UserError(f"checkpoint {place} is of another network: {odd[0].partition('/')[2]} does not fit")
+        gaps = {n: averages.gap_of(n, values.get("ema_gaps", {})) for n in parameters if f"ema/{n}" in named}
+        behind = {n: torch.zeros_like(parameters[n]) for n, gap in gaps.items() if gap < 1}
         with slices.bare():
-            dcp.load(named, storage_reader=reader, no_dist=True)
+            dcp.load(named | {f"network/{n}": own for n, own in behind.items()}, storage_reader=reader, no_dist=True)
+        for n, own in behind.items():
+            parameters[n].copy_(averages.as_of_now(parameters[n], own, gaps[n]))
 
 
 def _chunks(place: Place, promised: dict[str, int]) -> slices.Chunks:

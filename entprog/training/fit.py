@@ -29,7 +29,7 @@ from entprog.schedule.search import Search
 from entprog.schedule.state import RunState
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable, drift
-from entprog.training import optimizer
+from entprog.training import averages, optimizer
 from entprog.training.steps import Step, Update
 
 Batches = Callable[[ClipShape, int], Iterator[Latents]]
@@ -321,7 +321,8 @@ class _Fit:
         if not skipped:
             state.optimizer.step()
             if train.ema_decay:
-                optimizer.update_ema(state.ema, self.denoiser.network, train.ema_decay)
+                averages.update(state.ema, self.denoiser.network, train.ema_decay)
+                averages.widen(state.ema_gaps, self.freeze.plan.trainable, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
         update_s = self.now() - begun - waited_s  # before its memory is counted
         fed, self.reported = self.spent().since(self.reported), self.spent()
@@ -382,6 +383,7 @@ class _Fit:
             return False
         # A block may have been frozen for stages: its moments have to be where it is before the next update.
         optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
+        averages.catch_up(self.state.ema, self.state.ema_gaps, self.denoiser.network, plan.trainable)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         return True

@@ -1,4 +1,4 @@
-"""Optimizer and EMA state that follow the freeze."""
+"""Optimizer state that follows the freeze."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -83,15 +83,3 @@ def state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Bytes of optimizer state on a device."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     return sum(fsdp.held(part).nbytes for t in tensors if t.device == device for part in parts(t).values())
-
-
-@torch.no_grad()
-def update_ema(ema: dict[str, torch.Tensor], network: nn.Module, decay: float) -> None:
-    """Move the average of every trained parameter towards its weight; starts at the weight where there is none."""
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name in ema:
-            ema[name].lerp_(parameter, 1 - decay)
-        else:
-            ema[name] = parameter.detach().clone()

@@ -17,6 +17,7 @@ from entprog.models import adapters, fingerprints, lora
 from entprog.models.finite import not_finite
 from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
+from entprog.training import averages
 from entprog.training.fit import DivergedError
 
 
@@ -69,7 +70,9 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
 
     Raises DivergedError on every rank if it is not finite.
     """
-    denoiser.network.load_state_dict(state.ema, strict=False)
+    weights = denoiser.network.state_dict()
+    now = {n: averages.as_of_now(ema, weights[n], averages.gap_of(n, state.ema_gaps)) for n, ema in state.ema.items()}
+    denoiser.network.load_state_dict(now, strict=False)
     odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
     if odd:
         raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")

@@ -35,6 +35,7 @@ from entprog.errors import UserError
 from entprog.masking import reason
 from entprog.media import h264
 from entprog.storage import Where
+from entprog.training import averages
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.training import steplog
@@ -75,15 +76,16 @@ class Previews:
     left_out: Sequence[int] = ()
     """Steps whose previews are not drawn (`unfinished`)."""
 
-    def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor]) -> bool:
-        """Draw every motion with the weights as they are after this step, or with their averages where there are any;
-        every rank calls it. What goes wrong is a warning. Returns whether there is room for later ones."""
+    def show(self, step: int, charged_s: float, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> bool:
+        """Draw every motion with the weights as they are after this step, or with their averages where there are any
+        (gaps: `RunState.ema_gaps`); every rank calls it. What goes wrong is a warning. Returns whether there is room
+        for later ones."""
         if step in self.left_out:
             return True
         first, network = agree.world()[0] == 0, self.denoiser.network
         if first:
             _note_unfinished(self.output, [*self.left_out, step])
-        with averaged(network, ema), undisturbed(network, self.compiled):
+        with averaged(network, ema, gaps), undisturbed(network, self.compiled):
             along = partial(idle_pass, self.denoiser, self.spare)
             fits = fsdp.led(network, self.blocks, lambda: self._tried(step, charged_s), along)
             fsdp.in_parts(network)
@@ -201,21 +203,24 @@ def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 @contextlib.contextmanager
-def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> Iterator[None]:
     """Averaged weights for the length of a block, then the very weights that were there."""
     named = [(name, fsdp.held(parameter)) for name, parameter in network.named_parameters() if name in ema]
     elsewhere = {name: ema[name] for name, weight in named if not weight.numel()}  # packed, or waiting on the host
-    swapped = [(weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
+    swapped = [(name, weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
     with torch.no_grad():
-        before = [weight.to("cpu", copy=True) for weight, _ in swapped]
+        before = [weight.to("cpu", copy=True) for _, weight, _ in swapped]
         own_elsewhere = full_weights(network, elsewhere)
         try:
-            for weight, average in swapped:
-                weight.copy_(average)
+            for name, weight, average in swapped:
+                weight.copy_(averages.as_of_now(average, weight, averages.gap_of(name, gaps)))
+            for name, average in elsewhere.items():
+                own = own_elsewhere.get(name, average)
+                elsewhere[name] = averages.as_of_now(average, own, averages.gap_of(name, gaps))
             network.load_state_dict(elsewhere, strict=False)
             yield
         finally:
-            for (weight, _), own in zip(swapped, before, strict=True):
+            for (_, weight, _), own in zip(swapped, before, strict=True):
                 weight.copy_(own)
             network.load_state_dict(own_elsewhere, strict=False)
 

@@ -259,7 +259,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             if step.last:
                 final_loss = step.held_out_loss
             looked_at = previews is not None and step.step % experiment.train.preview_every == 0
-            if looked_at and not previews.show(step.step, step.charged_s, state.ema):
+            if looked_at and not previews.show(step.step, step.charged_s, state.ema, state.ema_gaps):
                 previews = None
             notice = GOES_ON if step.last else notices.newest()
             if step.last or notice or step.step % experiment.train.checkpoint_every == 0:

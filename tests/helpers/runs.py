@@ -4,9 +4,8 @@ from entprog.blocks import blocks
 from entprog.diffusion import losses
 from entprog.distributed import fsdp
 from entprog.scoring import cei
-from entprog.training import checkpoint
+from entprog.training import averages, checkpoint
 from entprog.training.fit import fit, start
-from entprog.training.optimizer import update_ema
 from helpers.networks import TINY, batches, latents, tiny_denoiser, tiny_experiment
 
 
@@ -59,7 +58,7 @@ class Trained:
         losses.training_loss(self.denoiser, latents([0, 1]), self.experiment.train).backward()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.state.ema, self.network, 0.9)
+        averages.update(self.state.ema, self.network, 0.9)
         self.state.step += 1
 
     def tensors(self):

@@ -1,0 +1,74 @@
+"""Averages of weights (`train.ema_decay`): those of every update, whichever blocks a plan leaves frozen."""
+
+import pytest
+import torch
+
+from entprog.training import averages, checkpoint
+from helpers.networks import tiny_denoiser, tiny_experiment
+from helpers.runs import Run
+from pipelines.training import networks, previews
+
+DECAY = 0.8
+TABLE = [{"until": 1.0, "share": 0.34, "choose": "random", "redraw_every": 4}]
+
+
+def rotating():
+    """Two of six blocks at a time, by lot, so that some were trained last long before the end."""
+    return tiny_experiment(
+        train={"steps": 16, "ema_decay": DECAY, "held_out_every": 16},
+        schedule={"kind": "progressive", "table": TABLE},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a rotating run at its end, its averages by the formula, its checkpoints)"""
+    run, expected, folder = Run(rotating()), {}, tmp_path_factory.mktemp("checkpoints")
+    for step in run.steps():
+        for name, weight in run.denoiser.network.named_parameters():
+            if name in run.state.ema:
+                before = expected.get(name, weight.detach())
+                expected[name] = DECAY * before + (1 - DECAY) * weight.detach()
+        if step.step in (7, 16):
+            checkpoint.save(folder, run.denoiser.network, run.state, "id", keep=2)
+    return run, expected, folder
+
+
+def assert_close(network, expected):
+    for name, weight in network.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_drawn_published_and_saved_is_the_average_of_every_update(trained):
+    run, expected, folder = trained
+    network, state = run.denoiser.network, run.state
+    behind = [name for name in state.ema if not torch.allclose(state.ema[name], expected[name], rtol=1e-5, atol=1e-6)]
+    assert behind and min(state.ema_gaps.values()) < DECAY**4, "blocks stand still for longer than a draw"
+    weights = run.weights()
+    with previews.averaged(network, state.ema, state.ema_gaps):
+        assert_close(network, expected)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())
+    published = tiny_denoiser(run.experiment, seed=1).network
+    checkpoint.load_weights(folder, "step-00000016", published)
+    assert_close(published, expected)
+    saved = Run(run.experiment, folder)
+    assert_close(networks.final(saved.denoiser, saved.experiment, saved.state).network, expected)
+
+
+def test_a_resumed_run_has_the_same_averages_to_the_bit(trained, tmp_path):
+    run, _, folder = trained
+    (folder / "step-00000007").rename(tmp_path / "step-00000007")
+    again = Run(run.experiment, tmp_path)
+    assert again.state.step == 7 and again.state.ema_gaps
+    list(again.steps())
+    assert again.state.ema_gaps == run.state.ema_gaps
+    assert all(torch.equal(average, run.state.ema[name]) for name, average in again.state.ema.items())
+
+
+def test_a_trained_block_has_no_gap():
+    gaps = {}
+    averages.widen(gaps, ["blocks.1"], DECAY)
+    averages.widen(gaps, ["blocks.2", "blocks.10"], DECAY)
+    assert gaps == {"blocks.1": DECAY, "blocks.2": 1.0, "blocks.10": 1.0}
+    assert [averages.gap_of(name, gaps) for name in ("blocks.1.a", "blocks.10.a", "proj_out")] == [DECAY, 1.0, 1.0]
