@@ -1,5 +1,6 @@
 """prepare on real clips through the real command: every file and clip accounted for, resumed after a kill."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,6 +34,22 @@ def command(*arguments) -> list[str]:
 
 def run(*arguments):
     return CliRunner().invoke(prepare.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+@contextlib.contextmanager
+def said_by_libraries():
+    """What C++ libraries write to this process's standard error meanwhile, in a list of lines once it is over."""
+    lines: list[str] = []
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            lines += [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -91,13 +109,15 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def prepared(videos, tmp_path_factory):
+def prepared(videos, tmp_path_factory, local_ray):
     """(output folder, hashes of the input before)."""
     output = tmp_path_factory.mktemp("prepared")
     before = hashes(videos)
-    done = subprocess.run(command("--input", videos, "--output", output, *ARGUMENTS), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with said_by_libraries() as noise:
+        done = run("--input", videos, "--output", output, *ARGUMENTS)
+    assert done.exit_code == 0, done.output
     assert "rejected: corrupt" in done.stdout and not done.stderr.strip(), done.stderr
+    assert not noise, noise
     return output, before
 
 

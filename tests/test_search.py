@@ -11,7 +11,7 @@ from entprog import blocks
 from entprog.schedule import efficiency
 from entprog.schedule.efficiency import Efficiency, overlap
 from entprog.training import checkpoint, optimizer
-from helpers.networks import tiny_experiment
+from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run, comparable
 
 WIDE = {
@@ -171,10 +171,11 @@ def test_the_break_even_step_is_where_savings_have_paid():
 
 
 def test_compiled_blocks_train_alike(monkeypatch):
-    # Inductor, the default, gives the same but takes minutes to compile on two cores.
+    # Inductor, the default, gives the same but takes minutes to compile on two cores; each block takes half a second.
     monkeypatch.setattr(blocks, "compile_blocks", functools.partial(blocks.compile_blocks, backend="aot_eager"))
     settings = {"train": {"steps": 8}, "schedule": {"backward": "residual", "search_steps": 1, "stages": 1}}
-    plain, compiled = Run(tiny_experiment(**settings)), Run(tiny_experiment(**settings, model={"compile_blocks": True}))
+    few = {"init": {**TINY, "num_layers": 3}}
+    plain, compiled = (Run(tiny_experiment(**settings, model=few | {"compile_blocks": each})) for each in (False, True))
     for a, b in zip(plain.steps(), compiled.steps(), strict=True):
         assert a.plan == b.plan and a.loss == pytest.approx(b.loss, rel=1e-4), a.step
 

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import weakref
 
 import pytest
 import torch
@@ -125,15 +126,18 @@ def test_ranks_share_conditions_draws_and_blocks_and_get_the_bits_of_one(tmp_pat
 
 def test_sums_of_a_shared_condition_are_let_go_when_they_are_complete(monkeypatch):
     """As large as a prediction for every block: those of one condition at a time."""
-    held = []
-    join_ = cei._Moments.join
+    alive, held = weakref.WeakSet(), []
+    begin, join_ = cei._Moments.__init__, cei._Moments.join
+
+    def begun(self, *given, **options):
+        begin(self, *given, **options)
+        alive.add(self)
 
     def joined(self, later):
-        import gc
-
         join_(self, later)
-        held.append(sum(isinstance(each, cei._Moments) and each.n > 0 for each in gc.get_objects()))
+        held.append(sum(each.n > 0 for each in alive))
 
+    monkeypatch.setattr(cei._Moments, "__init__", begun)
     monkeypatch.setattr(cei._Moments, "join", joined)
     denoiser = tiny_denoiser(tiny_experiment())
     batches = [latents([number]) for number in range(3)]
