@@ -41,6 +41,15 @@ def test_every_orientation_is_turned_upright(kind, orientation):
     assert got.shape == UPRIGHT.shape and np.abs(got - UPRIGHT).max() <= (2 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("direction", [(0, 1), (1, 0)])
+def test_a_picture_is_written_as_it_is_and_small(direction):
+    """By differences to the pixel that it resembles."""
+    lines = np.random.default_rng(0).integers(0, 256, (61, 1, 3), dtype=np.uint8).repeat(61, 1).transpose(*direction, 2)
+    written = pictures.png(lines)
+    assert np.array_equal(Image.open(io.BytesIO(written), formats=["PNG"]), lines)
+    assert written == pictures.png(lines.copy()) and len(written) < 1000
+
+
 def test_numbered_pictures_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

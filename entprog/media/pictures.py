@@ -1,8 +1,10 @@
 """One way to open a picture from outside: measured before it is decoded, upright, opaque, 8 bits a channel."""
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -78,3 +80,19 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
         band = np.ascontiguousarray(rgba[top : top + _BAND_ROWS])
         out[top : top + len(band)] = np.asarray(opaque(Image.fromarray(band)))
     return out
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 RGB [H, W, 3] as a PNG that is quick to read: the smaller one of two whose pixels are differences to the
+    pixel on the left, or above. What writers choose as a rule, a guess from three neighbours, is two per cent smaller
+    to a per cent larger, and takes up to twice as long to undo. Equal pictures give equal bytes."""
+    return min((_png(image, differences) for differences in ("sub", "up")), key=len)
+
+
+def _png(image: np.ndarray, differences: str) -> bytes:
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = image.shape[:2]
+    encoder.pix_fmt, encoder.time_base, encoder.thread_count = "rgb24", Fraction(1), 1
+    encoder.options = {"pred": differences, "compression_level": "6"}
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])

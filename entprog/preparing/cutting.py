@@ -5,7 +5,6 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 """
 
 import hashlib
-import io
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from entprog import files
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.media import footage, h264, limits, pose, posefile, video, wholebody
+from entprog.media.pictures import png
 from entprog.media.video import VideoError
 from entprog.preparing import ledger, shots, windows
 from entprog.preparing.attempts import MachineError
@@ -261,7 +260,7 @@ def _extract(
                 if not window.reason:
                     window.video = h264.encode(clip, shape.fps, crf=prepare.crf)
         for window in reference_at.pop(i, ()):
-            window.reference = _png(_crop(frame, window.reference_box, size))
+            window.reference = png(_crop(frame, window.reference_box, size))
         while waiting and waiting[0].reference and (waiting[0].video or waiting[0].reason):
             yield waiting.popleft()
         if i == last:
@@ -273,12 +272,6 @@ def _extract(
 def _crop(frame: np.ndarray, box: windows.Box, size: tuple[int, int]) -> np.ndarray:
     left, top, width, height = box
     return video.scale(frame[top : top + height, left : left + width], size)
-
-
-def _png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return out.getvalue()
 
 
 def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any]:
