@@ -11,7 +11,8 @@ take turns over the same frames of real video, each with as many decoding thread
 - `pyav`: plain processes that decode, count and throw away. Nothing is sent: no reader ever gets this;
 - `dataloader`: torch's DataLoader with PyAV in its workers, batches sent to the reader;
 - `decord2`, `torchcodec`: the libraries' own readers, in plain processes as `pyav`, where they are installed;
-- `pyav_shards`: as `pyav`, of the shards' own clips, whose encoding (entprog.media.h264) is chosen to decode fast.
+- `pyav_shards`: as `pyav`, of the shards' own clips, whose encoding (entprog.media.h264) is chosen to decode fast;
+- `pyav_whole`: as `pyav_shards`, and each clip's reference image: all that the stream decodes.
 
 The others read what a person has without preparing shards: each clip an mp4 as x264 makes it by default, one key frame
 and all, and no need to look for it in a longer video.
@@ -19,11 +20,12 @@ Planes are YUV 4:2:0, what the stream sends to the device; `_rgb` arms convert o
 and so do decord2 and torchcodec: their ratios are to the `_rgb` arms. Leaves benchmarks/results/stream.json.
 
 Beside frames per second stand the CPU seconds that a frame takes of all processes of an arrangement together, Ray's
-own too. Other work on the machine moves them far less; where cores never wait, both say the same.
+own too. Other work on the machine moves them far less; where cores never wait, both say the same. Ray's processes run
+at the priority of the others here: at the one that Ray gives them (RAY_worker_niceness, 15) whatever else the machine
+does would be done first.
 """
 
 import functools
-import io
 import json
 import os
 import statistics
@@ -39,12 +41,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from PIL import Image
 
 from benchmarks import common
 from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
-from entprog.media import assets, h264, video
+from entprog.media import assets, h264, pictures, video
 from pipelines import cli
 from pipelines.cluster import session
 from pipelines.stream import feed
@@ -63,8 +64,8 @@ WARM_UP_S = 0.3
 RUN_IN_S = 2.0
 """How long a reader reads before its frames are counted."""
 SHOWN = (
-    "arrangement", "cores", "frames_per_s", "over_pyav", "over_pyav_shards", "over_dataloader", "cpu_us_per_frame",
-    "by_cpu_over_pyav", "by_cpu_over_pyav_shards", "note",
+    "arrangement", "cores", "frames_per_s", "over_pyav", "over_pyav_shards", "over_pyav_whole", "over_dataloader",
+    "cpu_us_per_frame", "by_cpu_over_pyav", "by_cpu_over_pyav_shards", "by_cpu_over_pyav_whole", "note",
 )  # fmt: skip
 Turn = tuple[float, float]
 """Frames per second, and CPU seconds per frame."""
@@ -119,10 +120,12 @@ def rows_of(size: str, cores: int, found: dict[str, list[Turn] | str]) -> list[d
             "spread": None if absent else [round(min(rates), 1), round(max(rates), 1)],
             "over_pyav": over(name, plain),
             "over_pyav_shards": over(name, "pyav_shards"),
+            "over_pyav_whole": over(name, "pyav_whole"),
             "over_dataloader": over(name, "dataloader" + pixels(name)),
             "cpu_us_per_frame": None if absent else round(statistics.median(cpu) * 1e6, 1),
             "by_cpu_over_pyav": over(name, plain, by_cpu=True),
             "by_cpu_over_pyav_shards": over(name, "pyav_shards", by_cpu=True),
+            "by_cpu_over_pyav_whole": over(name, "pyav_whole", by_cpu=True),
             "note": found[name] if absent else "",
         }
 
@@ -136,7 +139,7 @@ def pixels(arrangement: str) -> str:
 
 def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dataset:
     """Clips of a real video as shards, the last `held_out` of them held out, and in files/ as one mp4 each, NAME.mp4 by
-    x264's defaults and NAME.clip as the shards have it."""
+    x264's defaults and NAME.clip as the shards have it, with NAME.png, its reference."""
     rows = []
     for i in range(CLIPS):
         start_s = 0.02 * i
@@ -147,19 +150,18 @@ def write_clips(folder: Path, shape: ClipShape, held_out: int = 0) -> shards.Dat
         file.parent.mkdir(parents=True, exist_ok=True)
         write_plain(file, frames, shape.fps)
         file.with_suffix(".clip").write_bytes(rows[-1]["video"])
+        file.with_suffix(".png").write_bytes(rows[-1]["reference"])
     return write_rows(folder, rows, shape, held_out)
 
 
 def row_of(clip_id: str, frames: np.ndarray, shape: ClipShape, start_s: float = 0.0) -> dict[str, Any]:
     """A shard's row of frames uint8 RGB [F, H, W, 3], whose first one is the reference; the pose is all zeros."""
-    png = io.BytesIO()
-    Image.fromarray(frames[0]).save(png, "PNG")
     size = {"height": shape.height, "width": shape.width}
     return {
         "clip_id": clip_id, "source": clip_id.partition("#")[0], "source_sha256": "0" * 64, "split": "train",
         "caption": "", "start_s": start_s, "fps": shape.fps, "frames": shape.frames, **size,
         **{f"source_{k}": v for k, v in size.items()}, **{f"crop_{k}": v for k, v in size.items()},
-        "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": png.getvalue(),
+        "crop_left": 0, "crop_top": 0, "visibility": 1.0, "reference_s": start_s, "reference": pictures.png(frames[0]),
         "pose": np.zeros((shape.frames, shards.POINTS, 3), np.float32), "video": h264.encode(frames, shape.fps),
     }  # fmt: skip
 
@@ -193,6 +195,7 @@ def turns() -> None:
     """Program of the measuring process: arguments are the folder and the task; prints {arm: turns or why not}."""
     folder, task = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.sched_setaffinity(0, task["cores"])
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
     cores, (shape, batch_size) = len(task["cores"]), SIZES[task["size"]]
     folder = folder / task["size"]
     files = sorted(str(path) for path in (folder / "files").glob("*.mp4"))
@@ -200,7 +203,8 @@ def turns() -> None:
     found: dict[str, Any] = {}
     in_shards = [f"{folder}:{i}" for i in range(CLIPS)]
     plain = {"pyav": (decode_pyav, files), "pyav_rgb": (decode_pyav_rgb, files), "decode": (decode_shard, in_shards)}
-    plain |= {"pyav_shards": (decode_pyav, own), "decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
+    plain |= {"pyav_shards": (decode_pyav, own), "pyav_whole": (decode_whole, own)}
+    plain |= {"decord2": (decode_decord, files), "torchcodec": (decode_codec, files)}
     loaders = {"dataloader": decode_pyav, "dataloader_rgb": decode_pyav_rgb}
     with get_context("spawn").Pool(cores, _start) as pool, session.ray_cluster(cores + 2):
         arms: dict[str, Callable[[float], Turn]] = {}
@@ -320,6 +324,15 @@ def decode_pyav(file: str, format: str = "yuv420p") -> np.ndarray:
                 out = np.empty((container.streams.video[0].frames, *image.shape), np.uint8)
             out[i] = image
     return out
+
+
+def decode_whole(file: str) -> np.ndarray:
+    """file: a shard's clip, beside its reference."""
+    import av
+
+    with av.open(str(Path(file).with_suffix(".png"))) as container:
+        next(container.decode(video=0)).to_ndarray(format="rgb24")
+    return decode_pyav(file)
 
 
 def decode_shard(place: str) -> np.ndarray:

@@ -534,6 +534,7 @@ def test_stream_decoders_give_the_same_frames(tmp_path, monkeypatch):
         planes = stream.decode_pyav(file.replace(".mp4", ".clip"))
         assert planes.shape == (6, 96, 48)
         assert np.array_equal(planes, stream.decode_shard(f"{tmp_path}:{i}"))
+        assert np.array_equal(planes, stream.decode_whole(file.replace(".mp4", ".clip")))
         plain = stream.decode_pyav(file)
         luma = [part[:, :64].astype(float) for part in (planes, plain)]
         assert plain.shape == planes.shape and np.abs(luma[0] - luma[1]).mean() < 8, "the same frames, encoded apart"
@@ -552,8 +553,9 @@ def test_stream_ratios_are_taken_within_rounds():
     rows = {row["arrangement"]: row for row in stream.rows_of("256x256", 2, found)}
     assert rows["stream"] == {
         "size": "256x256", "arrangement": "stream", "cores": 2, "frames_per_s": 100.0, "spread": [90.0, 360.0],
-        "over_pyav": 0.9, "over_pyav_shards": 2.0, "over_dataloader": 1.25, "cpu_us_per_frame": 40.0,
-        "by_cpu_over_pyav": 0.5, "by_cpu_over_pyav_shards": 0.25, "note": "",
+        "over_pyav": 0.9, "over_pyav_shards": 2.0, "over_pyav_whole": None, "over_dataloader": 1.25,
+        "cpu_us_per_frame": 40.0, "by_cpu_over_pyav": 0.5, "by_cpu_over_pyav_shards": 0.25,
+        "by_cpu_over_pyav_whole": None, "note": "",
     }  # fmt: skip
     assert rows["decord2"]["over_pyav"] == 2.0 and rows["decord2"]["over_dataloader"] == 5.0
     assert rows["torchcodec"]["frames_per_s"] is None and rows["torchcodec"]["note"] == "ImportError: no"

@@ -41,7 +41,9 @@ TASKS_HELD_BACK = 256
 TASKS_PER_CPU = 1.5
 """Tasks that make frames at once, for each CPU that they may take. Ray Data looks for what has ended and starts what
 follows every tenth of a second: without a task more, a CPU has nothing to do meanwhile."""
-STORE_SHARE = 0.4
+READERS_TASKS = 3
+"""Tasks whose clips are with the reader, or next, and fill the store while others wait or are made."""
+STORE_SHARE = 0.5
 """Part of the object store that all ranks' waiting clips may fill: beyond it Ray spills to disk and back."""
 READING_CPUS = 1.0
 """For tasks that read what is stored: one at a time keeps ahead of the reader, and each more is a process to start."""
@@ -97,7 +99,7 @@ def _to_decode(cpus: float) -> Work:
     """Without a limit Ray Data goes on until half of the object store is full, and takes the cores that training
     needs."""
     at_once = math.ceil(TASKS_PER_CPU * cpus)
-    ahead = min(at_once + math.ceil(cpus) + 1, TASKS_HELD_BACK // 2)
+    ahead = min(at_once + math.ceil(cpus) + READERS_TASKS, TASKS_HELD_BACK // 2)
     return Work(TASKS_HELD_BACK, FRAMES_TASK_BYTES, cpus, at_once, ahead)
 
 
