@@ -52,11 +52,11 @@ def merge(
         if expert and said and expert != said:
             raise UserError(f"--expert: {adapter} was trained for the {said} expert, given {expert}: leave it out")
         about = {**saved, **found.about} if found.about else saved
-        text, shape = Path(adapter).expanduser() / folders.PROMPT, about.get("shape")
+        shape = about.get("shape")
         chosen = config.Model(
             family=family or about.get("family", "wan"), base=base, adapter=adapter,
             expert=str(expert) if expert else said,
-            conditions=tuple(about.get("conditions", ())), prompt_embeds=str(text) if text.is_file() else None,
+            conditions=tuple(about.get("conditions", ())),
         )  # fmt: skip
         kind = models.family(chosen.family)
         if not chosen.expert and kind.load.args[0].EXPERTS and experts.are_in(root, saved):
@@ -108,7 +108,7 @@ def extract(
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
         kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
-        points = {"points": saved["points"]} if "points" in saved else {}
+        more = {name: saved[name] for name in ("points", "native", "shape") if saved.get(name)}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for option, side in zip(("--before", "--after"), sides, strict=True):
             part = kind.inspect(side).part
@@ -122,11 +122,12 @@ def extract(
             return {}
         claim.take(output, "adapter", identity)
         base, tuned = (kind.load(side) for side in sides)
-        about = {name: value for name, value in kept.items() if value is not None} | {"base": before} | points
+        about = {name: value for name, value in kept.items() if value is not None} | {"base": before} | more
         found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
         if not found.pairs:
             raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")
         adapters.write(output / "adapter", found, tuned.PART)
+        tuned.save_text(output / "adapter")
         cli.console.print(
             f"Extracted {len(found.pairs)} layers at rank {rank}, without {lost:.1%} of their change; "
             f"{len(found.outside)} other weights that changed are whole beside them: {output / 'adapter'}"

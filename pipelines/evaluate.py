@@ -156,7 +156,8 @@ def plan(
         identity["--generated"] = str(folder.resolve())
     else:
         identity |= {"weights of --checkpoint": made["checkpoint"]}
-        identity |= {name: made[name] for name in ("sampler", "steps", "guidance", "seed", "dtype")}
+        sampled = ("sampler", "steps", "guidance", "seed", "dtype", "text", "text encoder")
+        identity |= {name: made[name] for name in sampled if name in made}
     claim.check(Path(output), "evaluate", identity)
     names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points)
     run_id = _mlflow_run(maker, run_id)
@@ -175,12 +176,26 @@ def explain(task: Task) -> dict[str, Any]:
         f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
     )
     if task.maker is not None:
-        _tell_layout(task)
+        _tell_shown(task)
     return {"settings": config.flat(task.settings.model_dump(mode="json"))}
 
 
-def _tell_layout(task: Task) -> None:
-    """Print what the shards' poses show the network that it was not trained on, if anything."""
+def _tell_shown(task: Task) -> None:
+    """Print what clips are shown that is not what training showed, if anything: poses of other points, and one text
+    where clips have captions of their own."""
+    from entprog import models
+    from entprog.models import captions
+
+    cls = models.family(task.maker.about["family"]).load.args[0]
+    if (
+        task.settings.generate.text is None
+        and cls.TEXT_PIPELINE
+        and any(captions.of_clips(task.dataset, task.settings.evaluate.split))
+    ):
+        cli.console.print(
+            "Captions of the clips are not shown to the network: every clip is made with the text that lies with the "
+            "checkpoint (generate.text gives another one)"
+        )
     if unlike := task.maker.unlike(task.dataset.points):
         cli.console.print(f"{task.dataset.folder}: {unlike}")
 
@@ -197,7 +212,7 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         cli.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
-        _tell_layout(task)
+        _tell_shown(task)
         protocol.leave(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:
@@ -206,6 +221,7 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
+    rows = {place.clip_id: rows[place.clip_id] for place in task.places}  # they came as they were ready
     figures, unmeasured = _figures(rows, names, settings)
     cards = {name: _card(task, name) for name in figures}
     evaluation = {

@@ -210,6 +210,9 @@ def run(
         return {"settings": _flat(settings)}
     claim.take(output, "generate", identity)
     how |= {"overlap": settings.generate.overlap, "without": without}
+    instead = {"reference": reference, "proportions": retarget or None, "last frame": last}
+    if shards is not None and any(instead.values()):
+        how["instead of the split's"] = [name for name, given in instead.items() if given]
     shown = {}
     if retarget:
         shown["preview"] = str(retargeting.preview(driving, made, own, output / "retarget.png"))

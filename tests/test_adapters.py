@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,12 +278,20 @@ def test_commands(saved, tmp_path):
     merged = folders.saved(tmp_path / "with text" / "model")
     assert merged["shape"] == SHAPE.model_dump()
     assert torch.equal(load_file(tmp_path / "with text" / "model" / folders.PROMPT)["prompt_embeds"], text)
+    after = Path(result["model"])
+    about = json.loads((after / folders.ABOUT).read_text())
+    (after / folders.ABOUT).write_text(json.dumps(about | {"native": True, "shape": SHAPE.model_dump()}))
+    save_file({"prompt_embeds": text}, after / folders.PROMPT)
     options = ["extract", "--before", str(base), "--after", result["model"], "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(job.app, [*options, "--rank", "4"])
     assert done.exit_code == 0 and "without 0.0% of their change" in done.output, done.output
     again = models.family("wan").load(
         experiment().model.model_copy(update={"base": str(base), "init": {}, "adapter": str(tmp_path / "out/adapter")})
     )
+    assert torch.equal(again.text[0], text), "an adapter's own text is shown, whoever loads it"
+    kept = json.loads((tmp_path / "out/adapter" / adapters.ABOUT).read_text())
+    assert kept["native"] and kept["shape"] == SHAPE.model_dump()
+    again = replace(again, text=denoiser.text)
     torch.testing.assert_close(prediction(again), prediction(denoiser), rtol=1e-4, atol=1e-5)
     weights = Path(result["model"]) / "transformer" / f"{folders.STEM}.safetensors"
     tensors = load_file(weights)

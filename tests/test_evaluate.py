@@ -17,9 +17,10 @@ from entprog.errors import UserError
 from entprog.models.wan import load
 from entprog.quality.card import unlike
 from entprog.quality.metrics import Meter
-from helpers import stores
+from helpers import encoders, stores
 from pipelines import cli, evaluate, generate
 from pipelines.generating import judging, motions
+from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from tests.test_generate import SHAPE, row
@@ -71,6 +72,18 @@ def test_shards_of_a_layout_that_the_network_has_not_seen_are_said(made, tmp_pat
         assert ("poses of 33 points draw the body alone" in done.output) == (points == 133)
 
 
+def test_captions_that_are_not_shown_are_said(made, tmp_path):
+    held_out = shards.write_shard(tmp_path / "shards", "held_out/0.parquet", [row(0) | {"caption": "a walk"}], SHAPE)
+    shards.write_dataset(tmp_path / "shards", SHAPE, {"train": [], "held_out": [held_out]}, {})
+    for folder, more in ((made, ()), (tmp_path, ()), (tmp_path, ("--set", "generate.text=x"))):
+        given = ["--checkpoint", made / "run", "--shards", folder / "shards", "--output", tmp_path / "out", *more]
+        encoders.encoder(tmp_path / "encoders", width=NETWORK["text_dim"])
+        given += ["--set", f"generate.text_encoder={tmp_path / 'encoders'}", "--dry-run"]
+        done = CliRunner().invoke(evaluate.app, [*map(str, given)], env={"COLUMNS": "400"})
+        assert done.exit_code == 0, done.output
+        assert ("Captions of the clips are not shown" in done.output) == (folder == tmp_path and not more)
+
+
 def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ray, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     chosen = Evaluation.model_validate({**FAST, "evaluate": {**FAST["evaluate"], "metrics": []}})
@@ -92,7 +105,7 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ra
 
 
 def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_training_s_run(
-    made, local_ray, tmp_path, store
+    made, local_ray, tmp_path, store, monkeypatch
 ):
     run = shutil.copytree(made / "run", tmp_path / "run")
     tracker = Tracker.start(run, "test", "training", params={}, tags={})
@@ -140,12 +153,39 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     assert "evaluation.json" in {f.path for f in client.list_artifacts(tracker.run_id)}
     assert client.get_run(tracker.run_id).data.metrics["evaluation/ssim"] == pytest.approx(result["figures"]["ssim"])
 
+    # In whatever order clips are judged: the same intervals.
+    judge = judging.judge
+    monkeypatch.setattr(judging, "judge", lambda *given: dict(reversed(judge(*given).items())))
+    evaluated(run / "model", made / "shards", out, every)
+    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+
     # Clips made in another way are not mixed with these.
     with pytest.raises(UserError, match=r"\(steps was 2, now 3\): choose another --output"):
         evaluated(run / "model", made / "shards", out, how(steps=3))
 
 
+def test_clips_of_another_text_are_not_judged_as_these(made, tmp_path):
+    encoders.encoder(tmp_path / "encoders", width=NETWORK["text_dim"])
+    out, texts = tmp_path / "out", {"text_encoder": str(tmp_path / "encoders")}
+    one = evaluate.plan(made / "run", made / "shards", out, how(text="a man walks", **texts))
+    claim.take(out, "evaluate", one.identity)
+    evaluate.protocol.leave(out / "generated", one.made)
+    with pytest.raises(UserError, match=r"\(text was a man walks, now a woman dances\): choose another --output"):
+        evaluate.plan(made / "run", made / "shards", out, how(text="a woman dances", **texts))
+    (given,) = truth_as_generated(made, tmp_path / "clips").glob("square%202*")
+    plain = evaluate.plan(made / "run", made / "shards", tmp_path / "plain", how())
+    half = evaluate.plan(made / "run", made / "shards", tmp_path / "half", how(dtype="bfloat16"))
+    cards = [
+        evaluate.protocol.card("psnr", t.meter, t.settings, t.dataset, 3, t.made, given) for t in (one, plain, half)
+    ]
+    assert [card.details for card in cards] == ['text "a man walks"', "", "network in bfloat16"]
+
+
 def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
+    dataset = shards.read_dataset(made / "shards")
+    named = motions.motions_from_shards(made / "shards", ["square 2.mp4#000000"], "held_out", how(), SHAPE)
+    assert named[0].place == judging.places(dataset, "held_out", None, tmp_path)[2].number == 2, "the same noise"
+
     def work():
         chosen = config.build({"generate": {"steps": 1, "count": 3, "pose_guidance": 2.0}}, config.Generation)
         return generate.run(made / "run", tmp_path / "made", chosen, shards=made / "shards")

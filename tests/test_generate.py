@@ -21,7 +21,7 @@ from entprog.media import assets, drawing, h264, retarget, video
 from entprog.models.wan import load
 from helpers import bases, encoders, wholebodies
 from pipelines import generate
-from pipelines.generating import checkpoints, driving, motions, rendering, retargeting
+from pipelines.generating import checkpoints, driving, motions, protocol, rendering, retargeting
 from tests.test_wan import NETWORK
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=12)
@@ -330,6 +330,8 @@ def test_one_named_clip_with_another_reference(made, tmp_path):
     paths = {"shards": made / "shards", "clip": ["square 2.mp4#000000"], "reference": made / "me.png"}
     result = generate.run(made / "run", tmp_path, Generation.model_validate({"generate": {"steps": 1}}), **paths)
     assert [record["clip"] for record in result["clips"]] == ["square 2.mp4#000000"]
+    made_by = json.loads((tmp_path / protocol.FILE).read_text())
+    assert protocol.shown(made_by) == ["not the split's own: reference"]
 
 
 def test_driving_video_and_picture_of_a_real_person(made, tmp_path):

@@ -181,6 +181,9 @@ def test_what_encodes_clips_alone_says_the_same(made):
     changed = load(base(made))
     changed.motion_encoder.conv_in.weight.mul_(1.1)
     assert cache.key(changed, "wan_animate", SHAPE) != cache.key(whole, "wan_animate", SHAPE)
+    changed = load(base(made))
+    changed.image_processor.image_mean = [0.4, 0.4, 0.4]
+    assert cache.key(changed, "wan_animate", SHAPE) != cache.key(whole, "wan_animate", SHAPE)
 
 
 @torch.no_grad()

@@ -366,7 +366,7 @@ def test_parts_and_cards_say_where_poses_come_from(folder, tmp_path):
     ]
 
     def said(name, made_by, pose="blazepose"):
-        return protocol.details(name, config.Evaluation(), {"pose": pose}, made_by)
+        return protocol.judged(name, config.Evaluation(), {"pose": pose}, made_by)
 
     for name in ("pck", "hand_distance"):
         assert said(name, [cutting.FILES], "rtmlib").endswith("wanted pose by files beside the videos")

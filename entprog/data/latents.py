@@ -134,7 +134,17 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     form = [denoiser.form] if denoiser.form else []
     form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
     form += styles.version(denoiser.skeleton) if "pose" in denoiser.conditions else []
+    form += _processing(getattr(denoiser, "image_processor", None))
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
+
+
+def _processing(processor) -> list[dict[str, Any]]:
+    """How pictures are brought to what an image encoder sees, where that is not as published bases have it."""
+    if processor is None:
+        return []
+    own, usual = ({k: v for k, v in each.to_dict().items() if v is not None} for each in (processor, type(processor)()))
+    differing = {name: own.get(name) for name in {*own, *usual} if own.get(name) != usual.get(name)}
+    return [differing] if differing else []
 
 
 def _configuration(module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ NAME = "prompt_embeds"
 
 
 def embeddings(settings: config.Model, root: Path | None, width: int, tokens: int = 1) -> torch.Tensor:
-    """`model.prompt_embeds`, or those kept beside the base, or zeros: float32 [1, tokens, width].
+    """`model.prompt_embeds`, or those kept beside adapter or base, or zeros: float32 [1, tokens, width].
 
     Attention over equal tokens alone does not depend on how many they are: where text has an attention of its own, one
     zero token does what many would. Raises UserError for a file that is wrong.
@@ -38,10 +38,12 @@ def fixed(settings: config.Model, root: Path | None, name: str, width: int) -> t
 
 
 def file_of(settings: config.Model, root: Path | None) -> Path | None:
-    """The file of `model.prompt_embeds`, or the one beside the base; None: zeros."""
+    """The file of `model.prompt_embeds`, or the one beside the adapter or the base; None: zeros."""
     if settings.prompt_embeds:
         return Path(settings.prompt_embeds).expanduser()
-    return root / folders.PROMPT if root is not None and (root / folders.PROMPT).is_file() else None
+    trained = [Path(settings.adapter).expanduser()] if settings.adapter else []
+    beside = [folder / folders.PROMPT for folder in (*trained, *([] if root is None else [root]))]
+    return next((file for file in beside if file.is_file()), None)
 
 
 def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:

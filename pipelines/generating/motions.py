@@ -47,7 +47,7 @@ class Motion:
     """uint8 RGB [F, H, W, 3]: the clip that the pose was taken from, if there is one."""
     video_title: str = TRUTH
     place: int = 0
-    """Number among all clips of the command: with the seed it decides the noise."""
+    """Number inside its split, or among the motions of a command: with the seed it decides the noise."""
     driver: np.ndarray | None = None
     """float32 [F, 33 or 133, 3]: the pose of who is in `video`, where `pose` is another one; None: it is `pose`."""
     last: np.ndarray | None = None
@@ -195,7 +195,7 @@ def pairs(references: dict[Path, np.ndarray], driven: Iterable[tuple[str, np.nda
 def motions_from_shards(
     folder: str | Path, wanted: Sequence[str] | None, split: str, settings: Generation, shape: ClipShape
 ) -> list[Motion]:
-    """The clips named, or some of a split."""
+    """The clips named, or some of a split; each has the noise that `evaluate` gives it."""
     dataset = datasets.read_dataset(storage.quickly(str(folder)))
     if dataset.shape != shape:
         raise UserError(f"shards {folder} hold clips of {dataset.shape}, the checkpoint makes {shape}: prepare anew")
@@ -216,7 +216,8 @@ def motions_from_shards(
         index = datasets.index(dataset, split)
         places = [index[i] for i in picked]
     Room(settings.generate, shape).check(len(places) * shape.frames, f"{len(places)} clips of {folder}")
-    return [from_row(dataset.folder / file, row, shape, place) for place, (file, row) in enumerate(places)]
+    numbers = {each: number for part in dataset.splits for number, each in enumerate(datasets.index(dataset, part))}
+    return [from_row(dataset.folder / file, row, shape, numbers[file, row]) for file, row in places]
 
 
 def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int]]:

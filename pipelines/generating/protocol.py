@@ -62,6 +62,7 @@ def card(
     prepared = dataset.settings.get("prepare", {})
     crf = prepared.get("crf")
     truth = "h264" if crf is None else f"h264 crf {crf}"
+    how_judged = judged(name, settings, prepared, dataset.settings.get("poses", ()))
     result = f"{videos.probe(file).codec}{f' crf {h264.CRF}' if 'checkpoint' in made else ''}"
     return ProtocolCard(
         metric=name,
@@ -81,12 +82,25 @@ def card(
         steps=made.get("steps"),
         guidance=made.get("guidance"),
         seed=made.get("seed"),
-        details=details(name, settings, prepared, dataset.settings.get("poses", ())),
+        details=", ".join(word for word in (how_judged, *shown(made)) if word),
     )
 
 
-def details(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: Sequence[str]) -> str:
-    """made_by: where the shards' poses come from; datasets of earlier versions do not say it."""
+def shown(made: dict[str, Any]) -> list[str]:
+    """What decides a clip beside sampler, steps, guidance and seed, where it is not the usual: in words."""
+    out = []
+    if made.get("text") is not None:
+        out.append(f"text {json.dumps(made['text'], ensure_ascii=False)}")
+    if made.get("dtype", "float32") != "float32":
+        out.append(f"network in {made['dtype']}")
+    if instead := made.get("instead of the split's"):
+        out.append(f"not the split's own: {', '.join(instead)}")
+    return out
+
+
+def judged(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: Sequence[str]) -> str:
+    """What a metric's figure depends on beside its network, in words. made_by: where the shards' poses come from;
+    datasets of earlier versions do not say it."""
     if METRICS[name].network == "rtmw":
         known = made_by or ["rtmlib" if prepared.get("pose") == "rtmlib" else FILES]
         return f"wanted pose by {' and '.join(known)}"
