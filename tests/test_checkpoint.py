@@ -348,6 +348,22 @@ def test_s3(bucket):
     assert resumed(bucket).state.step == 2
 
 
+def test_what_a_bucket_does_not_take_leaves_the_checkpoint_before(s3):
+    """It cannot be written to for a while: what comes after is saved."""
+    run, message, real = Trained(layers=1), [], address(s3, "refusing/run")
+    Place.at(real).system.create_dir("refusing")
+    with servers.counting(s3) as (reading, _):  # which takes nothing
+        for where in (real, address(reading, "refusing/run"), real):
+            with closing(checkpoint.Saver(where, "id", keep=1, warn=message.append)) as saver:
+                saver.save(run.network, run.state)
+            if where != real:
+                assert checkpoint.found(real) == ["step-00000002"] and checkpoint.damaged(real) == []
+            run.update()
+    assert checkpoint.found(real) == ["step-00000004"]
+    (line,) = message
+    assert "after step 3 was not saved in s3://refusing/run" in line and "training goes on" in line
+
+
 @pytest.mark.parametrize(
     ("away", "shown", "why"),
     [

@@ -498,6 +498,7 @@ TESTED = {
     "the disk is full": (ONE_AFTER_ANOTHER, "test_checkpoint.test_a_full_disk_is_told_and_the_run_goes_on"),
     "the bucket of checkpoints, or of the output, is away": (
         "test_checkpoint.test_a_bucket_that_is_away_is_told_and_training_goes_on",
+        "test_checkpoint.test_what_a_bucket_does_not_take_leaves_the_checkpoint_before",
         "test_bucket_runs.test_a_log_that_a_bucket_does_not_take_is_a_warning_once_and_an_error_at_the_end",
     ),
     "a checkpoint was cut short": (

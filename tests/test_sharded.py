@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -232,6 +234,34 @@ class Together(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         self.bytes = max(self.bytes, sum(storage.nbytes() for storage in self.noted.values()))
         return out
+
+
+def _lending_rank(rank, world, folder):
+    join(rank, world, folder)
+    network = networks.load(tiny_experiment(train={"parallel": "fsdp", "workers": world}), torch.device("cpu")).network
+    whole, asked, ahead = fsdp.whole, itertools.count(), []
+
+    def noted(tensor):
+        number = next(asked)
+        (folder / f"{rank}-{number}").touch()
+        out = whole(tensor)
+        if rank == 0 and number < 3:  # a slow disk
+            time.sleep(0.5)
+            ahead.extend(folder.glob(f"1-{number + 1}"))
+        return out
+
+    fsdp.whole = noted
+    if rank == 0:
+        saving.save(network, folder / "transformer")
+    else:
+        saving.lend(network)
+    assert not ahead and next(asked) > 10
+    leave()
+
+
+def test_no_rank_asks_for_a_tensor_of_the_model_before_it_is_written(tmp_path):
+    """Ranks that wait in a collective for the one that writes to a slow disk give up on it in the end."""
+    run_ranks(_lending_rank, 2, tmp_path)
 
 
 def whole_run(experiment, rank, world, folder):
