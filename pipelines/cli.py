@@ -131,16 +131,20 @@ class Command(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class App(typer.Typer):
     """A command line whose commands are each a `Command`."""
 
     def command(self, name: str | None = None, **options):
-        return super().command(name, **{"cls": Command, **options})
+        return super().command(name, **{"cls": Command, "context_settings": HELP, **options})
 
 
 def app(help: str) -> typer.Typer:
     """A command line of one job."""
-    return App(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    shown = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
+    return App(help=help, add_completion=False, context_settings=HELP, **shown)
 
 
 def settings(
@@ -302,6 +306,12 @@ def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> N
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
+
+
+def show_settings(title: str, part: config.Part) -> None:
+    """A table of the settings that are not at their defaults: all of them would hide what else a dry run says."""
+    rows = list(config.changed(part).items())
+    show(f"{title}: what differs from the defaults (all settings: --help-settings)", rows, ("setting", "value"))
 
 
 def progress_bar() -> Progress:

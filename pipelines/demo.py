@@ -125,7 +125,7 @@ def main(
         (claim.check if dry_run else claim.take)(output, "demo", decides)
         if dry_run:
             last = runs["person"][-1]
-            cli.show(ARMS[names[-1]], list(config.settings(last).items()), ("setting", "value"))
+            cli.show_settings(ARMS[names[-1]], last)
             cli.console.print(
                 f"Would prepare real clips, score, train {', '.join(names)} with {seeds} seed(s) from {BASE}, "
                 f"{seconds:g} s each on a rendered person, {real_seconds:g} s each on real clips, generate and "

@@ -180,7 +180,7 @@ def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, A
     settings = inputs.trusting(settings, given)
     work = look(given, output, settings)
     rows = work.found.rows
-    cli.show("settings", list(config.flat(settings.model_dump(mode="json")).items()), ("setting", "value"))
+    cli.show_settings("Settings", settings)
     tried = [row for row in rows if inputs.is_video(row)]
     size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 

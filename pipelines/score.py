@@ -94,7 +94,7 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     dataset = checks.check(experiment)
     claim.check(output, "score", identity(experiment, dataset))
     settings = config.settings(experiment)
-    cli.show("Experiment", list(settings.items()), ("setting", "value"))
+    cli.show_settings("Experiment", experiment)
     priority = experiment.priority
     until = f", or fewer once τ between halves is {priority.until_stable:g}" if priority.until_stable else ""
     work = f"with {priority.conditions} conditions × {priority.draws} draws{until}"

@@ -103,7 +103,7 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
     claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
-    cli.show("Experiment", list(config.settings(experiment).items()), ("setting", "value"))
+    cli.show_settings("Experiment", experiment)
     first = next(iter(parts.values()))[0]
     for name, (part, dataset) in parts.items():
         if name:
@@ -121,6 +121,7 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     cli.console.print(
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
+    cli.console.print("Checked: nothing is in the way; the same command without --dry-run begins.")
     return {"settings": config.settings(experiment)}
 
 
@@ -147,8 +148,6 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     for line in said:
         if line:
             cli.console.print(line)
-    for line in outline.notes(experiment, dataset, source):
-        cli.console.print(line)
     cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
     telling = (footprint.copying, footprint.inputs, footprint.other_expert, footprint.advice)
@@ -159,6 +158,8 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         if line:
             cli.console.print(line)
     expectation.tell(experiment, model)
+    for line in outline.notes(experiment, dataset, source):
+        cli.console.print(line)
 
 
 def run(

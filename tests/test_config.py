@@ -67,9 +67,9 @@ def test_every_setting_is_explained():
         (["train.steps=yes"], "setting train.steps"),
         (["train.steps=true"], "setting train.steps"),
         (["train.steps=1.5"], "setting train.steps"),
-        (["train.learning_rate=.inf"], "setting train.learning_rate: input should be a finite number"),
-        (["train.learning_rate=inf"], "setting train.learning_rate: input should be a finite number"),
-        (["train.learning_rate=.nan"], "setting train.learning_rate: input should be a finite number"),
+        (["train.learning_rate=.inf"], "setting train.learning_rate: must be a finite number"),
+        (["train.learning_rate=inf"], "setting train.learning_rate: must be a finite number"),
+        (["train.learning_rate=.nan"], "setting train.learning_rate: must be a finite number"),
         (["schedule.candidates=[0.5, .nan]"], "setting schedule.candidates"),
         (["train.lora.alpha=.inf"], "setting train.lora"),
         (["model.init={eps: .inf}"], "setting model.init: needs finite numbers"),
@@ -78,8 +78,18 @@ def test_every_setting_is_explained():
         (["priority.timestep_range=[-3, 7]"], "two rising numbers within 0 and 1"),
         (["priority.timestep_range=[0.1, .inf]"], "setting priority.timestep_range"),
         (["schedule.memory_budget_bytes=much"], "setting schedule.memory_budget_bytes"),
-        (["schedule.memory_budget_bytes=12 elephants"], "byte unit: elephants"),
-        (["schedule.memory_budget_bytes=0GB"], "greater than 0"),
+        (["schedule.memory_budget_bytes=12 elephants"], "must be a size, as 24GB: there is no byte unit elephants"),
+        (["schedule.memory_budget_bytes=0GB"], "schedule.memory_budget_bytes: must be more than 0, given"),
+        (["train.steps=soon"], "setting train.steps: must be a whole number, given 'soon'"),
+        (["data.latents=perhaps"], "setting data.latents: must be 'auto'"),
+        (["train.drop=4"], "setting train.drop: must be a mapping of settings, given"),
+        (["train.cooldown_share=2"], "setting train.cooldown_share: must be 1 or less, given 2"),
+        (["schedule.table=[{share: 1}]"], "setting schedule.table.0.until: is missing, given {'share': 1}"),
+        (["train.lora.rank=x"], "setting train.lora.rank: must be a whole number, given 'x'"),
+        (
+            ["model.gradient_checkpointing=perhaps"],
+            "setting model.gradient_checkpointing: must be true or false or ",
+        ),
         (["phases.one.train.step=4"], "did you mean train.steps"),
         (["schedule.candidates=[0.5,2]"], "setting schedule.candidates"),
     ],
@@ -88,6 +98,15 @@ def test_wrong_settings_are_one_line(pairs, message, tmp_path):
     with pytest.raises(UserError) as error:
         config.phases(cli.settings(config.Experiment, "demo", None, pairs), tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_dry_run_shows_what_differs_from_the_defaults():
+    plain = cli.settings(config.Experiment, None, None, ["train.steps=3"])
+    assert config.changed(plain) == {"train.steps": 3}
+    pairs = ["train.steps=3", "schedule.candidates=[0.5, 1]", "train.lora.rank=4", "data.shape.fps=7", "train.seed=0"]
+    changed = config.changed(cli.settings(config.Experiment, None, None, pairs))
+    assert changed["schedule.candidates"] == [0.5, 1.0] and changed["data.shape.fps"] == 7
+    assert changed["train.lora.rank"] == 4 and "train.seed" not in changed
 
 
 WRITTEN = [

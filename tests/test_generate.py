@@ -486,4 +486,4 @@ def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):
     output = command(*given, "--set", "generate.step=3", expected=2)
     assert output.strip() == "error: unknown setting generate.step (did you mean generate.steps?)"
     output = command(*given, "--steps", 0, expected=2)
-    assert output.strip() == "error: setting generate.steps: input should be greater than or equal to 1, given 0"
+    assert output.strip() == "error: setting generate.steps: must be 1 or more, given 0"

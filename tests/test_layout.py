@@ -99,7 +99,7 @@ def test_every_module_at_the_top_of_pipelines_is_a_job():
 
 @pytest.mark.parametrize("job", ["prepare", "score", "train", "generate", "evaluate", "compare", "demo", "tune"])
 def test_every_job_takes_the_common_options(job, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["job", "--help"])
+    monkeypatch.setattr(sys, "argv", ["job", "-h"])
     monkeypatch.delitem(sys.modules, f"pipelines.{job}", raising=False)  # run as `python -m` does
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"pipelines.{job}", run_name="__main__", alter_sys=True)

@@ -438,6 +438,7 @@ def test_unwritable_output(base_command, place):
 def test_dry_run_writes_nothing(base_command, place):
     result = CliRunner().invoke(train.app, [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run"])
     assert "Stages" in result.output and "0% to " in result.output
+    assert "differs from the defaults" in result.output and "tracking.experiment" not in result.output
     assert result.exit_code == 0 and "Would train" in result.output and not (place / "dry").exists()
     assert "Poses:" not in result.output
     drawn = [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run", "--set", "model.skeleton=dwpose"]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from entprog.config import written
 from entprog.config.evaluation import Evaluation
@@ -36,6 +37,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings(experiment: Experiment) -> dict[str, Any]:
     """{dotted name: JSON value} of every setting, as MLflow and `settings_help` show them."""
     return flat(experiment.model_dump(mode="json"))
+
+
+def changed(part: Part) -> dict[str, Any]:
+    """{dotted name: JSON value} of the settings of a whole that are not at their defaults."""
+    defaults = {name: to_jsonable_python(default, fallback=str) for name, _, default, _ in settings_help(type(part))}
+    now = flat(part.model_dump(mode="json"))
+    return {name: value for name, value in now.items() if name not in defaults or value != defaults[name]}
 
 
 def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, str]]:
@@ -192,16 +200,37 @@ def only(values: Mapping[str, Any], whole: type[Part], prefix: str = "") -> dict
     return out
 
 
+WANTED = {
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "finite_number": "must be a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be a text",
+    "literal_error": "must be {expected}",
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list, as in [1, 2]"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping of settings"),
+    "missing": "is missing",
+    "byte_size": "must be a size, as 24GB",
+    "byte_size_unit": "must be a size, as 24GB: there is no byte unit {unit}",
+}
+"""What pydantic finds wrong → what a setting must be."""
+
+
 def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
     """A checked Experiment (or another whole made of parts) from nested values.
 
     Raises UserError with one line for the first wrong name (and the close match) or wrong value.
     """
     known = [name for name, *_ in settings_help(whole)]
+    suited = written.suited(values, whole)
     try:
-        return whole.model_validate(written.suited(values, whole))
+        return whole.model_validate(suited)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise UserError(f"unknown setting {name}{close_to(name, known)}") from None
@@ -209,13 +238,34 @@ def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
             raise UserError(
                 "a run needs an end: set train.steps or train.seconds, as in --set train.steps=1000"
             ) from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = _wanted(first)
         if first["type"] == "value_error" and "." not in name:
             raise UserError(message) from None
-        setting = next((k for k in known if name == k or name.startswith(k + ".")), name)
+        setting = _place(suited, first)
+        for other in others:  # of a setting that may be of several types
+            if _place(suited, other) == setting and other["type"] != "value_error":
+                message += " or " + _wanted(other).removeprefix("must be ")
         raise UserError(
             f"setting {setting}: {message[:1].lower()}{message[1:]}, given {masked(repr(first['input']))}"
         ) from None
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    """What a setting must be, in words."""
+    words = WANTED.get(error["type"])
+    return words.format_map(error.get("ctx", {})) if words else error["msg"].removeprefix("Value error, ")
+
+
+def _place(values: Any, error: Mapping[str, Any]) -> str:
+    """Dotted name of what is wrong; pydantic's place, but for the names of types that it tried there."""
+    names = []
+    for number, part in enumerate(error["loc"], 1):
+        missing = error["type"] == "missing" and number == len(error["loc"])
+        there = part in values if isinstance(values, Mapping) else isinstance(part, int)
+        if there or missing:
+            names.append(str(part))
+            values = None if missing else values[part]
+    return ".".join(names)
 
 
 def digest(*values: Any) -> str:

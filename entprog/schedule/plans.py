@@ -230,7 +230,7 @@ def labels(candidates: Sequence[Plan]) -> list[str]:
         if any(other.backward != plan.backward for other in twins):
             label += f"_{plan.backward}"
         if any(other.shape != plan.shape for other in twins):
-            label += f"_{plan.shape.frames}x{plan.shape.height}x{plan.shape.width}"
+            label += f"_{plan.shape.frames}x{plan.shape.width}x{plan.shape.height}"
         out.append(label)
     repeats = [out[:i].count(label) for i, label in enumerate(out)]
     return [f"{label}_{repeat + 1}" if repeat else label for label, repeat in zip(out, repeats, strict=True)]

@@ -8,7 +8,14 @@ from entprog.models import captions
 from entprog.models.sources import Source
 from entprog.schedule import plans
 
-COLUMNS = ("stage", "budget", "clips", "clips a step", "trained blocks", "gradient through the others")
+COLUMNS = (
+    "stage",
+    "budget",
+    "clips (frames x width x height)",
+    "clips a step",
+    "trained blocks",
+    "gradient through the others",
+)
 
 
 def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
@@ -27,7 +34,7 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
             (
                 str(number),
                 f"{begun:.0%} to {row.until:.0%}",
-                " or ".join(f"{shape.frames}x{shape.height}x{shape.width}" for shape in shapes),
+                " or ".join(f"{shape.frames}x{shape.width}x{shape.height}" for shape in shapes),
                 " or ".join(str(number) for number in dict.fromkeys(clips)),
                 trained(experiment, row, blocks),
                 "" if all_of_them else " or ".join(backwards),

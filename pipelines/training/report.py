@@ -70,7 +70,7 @@ def show(result: dict[str, Any], output: Where, uri: str) -> None:
             ("waiting for data / starting streams", _shares(result["stalls"], "wait_s", "open_s")),
             *([("encoding clips", _shares(result["stalls"], "encode_s"))] if result["stalls"]["encode_s"] else []),
             (f"peak memory ({result['peak_memory_is']})", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
-            ("break-even step (predicted)", _break_even(result["break_even"])),
+            *_break_even(result),
             ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
             ("model", str(output / "model")),
         ],
@@ -86,7 +86,10 @@ def _shares(seconds: dict[str, float], *names: str) -> str:
     return " / ".join(f"{lost.share(seconds[name]):.0%}" for name in names)
 
 
-def _break_even(found: dict[str, Any]) -> str:
-    """When what the stages saved had paid for search and scoring."""
-    actual, predicted = found["step"], found["predicted_step"]
-    return f"{'not reached' if actual is None else actual} ({'none' if predicted is None else predicted})"
+def _break_even(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """When what the stages saved had paid for search and scoring; no row where no stage was searched."""
+    if all(decision["full_step_cost"] is None for decision in result["decisions"]):
+        return []
+    actual, predicted = result["break_even"]["step"], result["break_even"]["predicted_step"]
+    reached = "not reached" if actual is None else str(actual)
+    return [("break-even step (predicted)", f"{reached} ({'none' if predicted is None else predicted})")]
