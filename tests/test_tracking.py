@@ -17,7 +17,7 @@ from entprog.models import wan
 from helpers import bases
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.servers import Server
-from pipelines.tracking import registry, tracker
+from pipelines.tracking import registry, stages, tracker
 from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.tracker import PARAM_LENGTH, Tracker
 
@@ -151,6 +151,44 @@ def test_nested_runs_are_made_once(uri, tmp_path):
     (child,) = client(uri).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
     assert (child.info.status, child.info.start_time, child.info.end_time) == ("FINISHED", 990_000, 1_000_000)
     assert child.data.params == {"m": "2"} and len(history(uri, child.info.run_id, "loss")) == 1
+
+
+def test_a_stage_whose_end_was_lost_is_the_stage_that_was_trained_again(uri, tmp_path):
+    """Killed in the second stage, resumed from a checkpoint in the first, which the clock then gives more steps."""
+
+    def steps(numbers, stage, at_s):
+        return [
+            {
+                "step": n, "stage": stage, "time": at_s + n, "seconds": 0.5, "wait_s": 0.0, "charged_s": float(n),
+                "loss": 1.0, "held_out_loss": at_s / n, "phase": "train", "trained": ["b"], "backward": "exact",
+                "shape": "2x8x8", "plan_memory_bytes": n,
+            }
+            for n in numbers
+        ]  # fmt: skip
+
+    def nested():
+        experiment = client(uri).get_run(tracker.run_id).info.experiment_id
+        found = client(uri).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+        return {run.info.run_name: run for run in found}
+
+    tracker = begin(tmp_path)
+    kept = steps(range(1, 5), 0, 100.0)
+    stages.log(tracker, [*kept, *steps(range(5, 9), 0, 100.0), *steps([9], 1, 100.0)])
+    lost = nested()
+    assert {name: run.info.status for name, run in lost.items()} == {"stage 1": "FINISHED", "stage 2": "RUNNING"}
+    stages.log(tracker, [*kept, *steps(range(5, 7), 0, 200.0)])
+    assert nested()["stage 1"].info.status == "RUNNING"
+    stages.log(tracker, [*kept, *steps(range(5, 7), 0, 200.0)], "KILLED")
+    again = [*kept, *steps(range(5, 8), 0, 300.0), *steps([8, 9], 1, 300.0)]
+    for ended in ("RUNNING", "FINISHED", "FINISHED"):
+        stages.log(tracker, again, ended)
+    tracker.end("FINISHED")
+    first, second = nested()["stage 1"], nested()["stage 2"]
+    assert first.info.status == second.info.status == "FINISHED"
+    assert first.data.metrics["stage/steps"] == 7 and first.data.metrics["held_out_loss"] == 300.0 / 7
+    assert second.info.start_time == 307_500 and second.data.metrics["stage/steps"] == 2
+    losses = history(uri, first.info.run_id, "held_out_loss")
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6, 7], "no step of a lost attempt, none twice"
 
 
 def test_a_registered_model_makes_clips(uri, tmp_path):

@@ -140,6 +140,9 @@ class Tracker:
     ) -> None:
         """A run nested under this one, made if there is none of that name; a finished one stays as it is.
 
+        One that began or ended at another time is of an attempt that was lost, or goes on: what MLflow holds of it
+        cannot be changed, so it is deleted and made anew.
+
         metrics: (name, value, seconds since 1970, step). status: RUNNING, FINISHED, FAILED or KILLED.
         """
         from mlflow.entities import Metric, Param
@@ -148,9 +151,14 @@ class Tracker:
             mine = client.get_run(self.run_id).info
             found = client.search_runs([mine.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
             run = next((run for run in found if run.info.run_name == name), None)
+            started_ms, ended_ms = int(started_s * 1000), int(ended_s * 1000)
+            ends = (None,) if status == "RUNNING" else (None, ended_ms)
+            if run and (run.info.start_time != started_ms or run.info.end_time not in ends):
+                client.delete_run(run.info.run_id)
+                run = None
             if run is None:
                 marks = {key: str(value) for key, value in tags.items()} | {"mlflow.parentRunId": self.run_id}
-                run = client.create_run(mine.experiment_id, int(started_s * 1000), marks, name)
+                run = client.create_run(mine.experiment_id, started_ms, marks, name)
             if status == "RUNNING" or run.info.status == "FINISHED":
                 return
             new = [Param(_key(k), _text(v, PARAM_LENGTH)) for k, v in params.items() if k not in run.data.params]
@@ -158,7 +166,7 @@ class Tracker:
             for first in range(0, len(metrics), POINTS_PER_BATCH):
                 part = metrics[first : first + POINTS_PER_BATCH]
                 client.log_batch(run.info.run_id, [Metric(_key(k), v, int(s * 1000), step) for k, v, s, step in part])
-            client.set_terminated(run.info.run_id, status, int(ended_s * 1000))
+            client.set_terminated(run.info.run_id, status, ended_ms)
 
         self._patiently(write, f"the nested run {name} is not complete")
 
