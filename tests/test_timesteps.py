@@ -19,9 +19,9 @@ WRONG = [
     ({"timesteps": "mode", "timesteps_mean": 0.5}, "train.timesteps_mean is of logit_normal"),
     ({"timesteps_mean": 0.5}, "train.timesteps_mean is of logit_normal, given train.timesteps=uniform"),
     ({"timesteps_spread": 0.5}, "train.timesteps_spread is of logit_normal and mode"),
-    ({"timesteps": "logit_normal", "timesteps_spread": 0}, "setting train.timesteps_spread: .*greater than 0"),
-    ({"min_snr": 0}, "setting train.min_snr: .*greater than 0"),
-    ({"timestep_shift": -1}, "setting train.timestep_shift: .*greater than 0, given -1"),
+    ({"timesteps": "logit_normal", "timesteps_spread": 0}, "setting train.timesteps_spread: .*more than 0"),
+    ({"min_snr": 0}, "setting train.min_snr: .*more than 0"),
+    ({"timestep_shift": -1}, "setting train.timestep_shift: .*more than 0 or 'auto', given -1"),
     ({"timestep_shift": "often"}, "setting train.timestep_shift: .*given 'often'"),
 ]
 
