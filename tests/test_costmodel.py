@@ -102,6 +102,7 @@ def test_nothing_of_a_measured_network_stays(work, checkpointing):
         gc.collect()
         return sum(each.nbytes for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
 
+    gc.freeze()  # what is there already would be gone through again and again
     tiny = Tiny(checkpointing=checkpointing)  # what is made once stays
     before = live_bytes()
     if work == "measured":
