@@ -109,6 +109,13 @@ def cpu_seconds(pid: int | None = None) -> float:
     return total
 
 
+def processes() -> set[int]:
+    """Ids of this process and of all that it started and that run."""
+    import psutil
+
+    return {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+
+
 def default_device() -> str:
     """A GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
