@@ -53,23 +53,24 @@ def main(
         ),
     ],
     reference: Annotated[
-        Path | None, typer.Option(help="Picture of the person to animate, or a folder of them.")
+        list[Path] | None,
+        typer.Option(help="Picture of the person to animate, or a folder of them; again: further ones (VACE)."),
     ] = None,
     last: Annotated[
         Path | None, typer.Option(help="Picture of the last frame, of networks that see it (model.last_frame).")
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(help="Put the person into the driving video: a video that is white where (Wan-Animate)."),
+        typer.Option(help="Put the person into the driving video: a video that is white where (Wan-Animate, VACE)."),
     ] = None,
     background: Annotated[
-        Path | None, typer.Option(help="With --mask: the video to put the person into [the driving video].")
+        Path | None, typer.Option(help="With --mask: the video to put the person into; unless given the driving video.")
     ] = None,
     pose: Annotated[Path | None, typer.Option(help="Pose sequence, .npz or .npy, or a folder of them.")] = None,
     video: Annotated[Path | None, typer.Option(help="Driving video of one person, or a folder of them.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder of pipelines.prepare: take motions out of it.")] = None,
     clip: Annotated[list[str] | None, typer.Option(metavar="ID", help="Clip of the shards; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="Take --count clips of this split [held_out].")] = None,
+    split: Annotated[str | None, typer.Option(help="Take --count clips of this split; unless given held_out.")] = None,
     count: Annotated[int | None, typer.Option(help="Clips of the split (generate.count).")] = None,
     start: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Start in the video or pose sequence (generate.start_s).")
@@ -105,7 +106,8 @@ def main(
     def work() -> dict[str, Any]:
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
         own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
-        given = {"reference": reference, "pose": pose, "video": video, "shards": shards, "clip": clip, "split": split}
+        given = {"reference": reference[0] if reference else None, "others": (reference or [])[1:], "pose": pose}
+        given |= {"video": video, "shards": shards, "clip": clip, "split": split}
         given |= {"without": without, "retarget": retarget, "last": last, "mask": mask, "background": background}
         chosen = cli.settings(Generation, None, config_file, set_, generate=own)
         return run(checkpoint, cli.output_of(output), chosen, dry_run=dry_run, **given)
@@ -129,6 +131,7 @@ def run(
     last: Path | None = None,
     mask: Path | None = None,
     background: Path | None = None,
+    others: Sequence[Path] = (),
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Generate and write the clips; returns the figures of result.json: `videos` (side by side), `clips` (one record
@@ -139,8 +142,8 @@ def run(
     of each clip's own). Each may be a folder: every motion is made with every reference. retarget: motions take the
     proportions of their references (`entprog.media.retarget`). last: the last frame of every clip, for networks that
     see it (of shards' clips their own, where it is not given). mask, background: of a video that the person is put into
-    (`pipelines.generating.replacing`). Raises UserError for anything wrong with them, and for
-    an output that holds clips of another checkpoint or other settings.
+    (`pipelines.generating.replacing`). others: further reference pictures, for networks that take several. Raises
+    UserError for anything wrong with them, and for an output that holds clips of another checkpoint or other settings.
     """
     settings, output = settings or Generation(), storage.at(output, "the output")
     _check_options(reference, pose, video, shards, clip, split)
@@ -152,6 +155,11 @@ def run(
         raise UserError(f"--pose-guidance: {checkpoint} sees no pose; its conditions: {sees}")
     if last is not None and not found.last:
         raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
+    if others and not found.several:
+        raise UserError(
+            f"--reference was given {1 + len(others)} times, {checkpoint} takes one picture: of a folder of pictures "
+            "each makes clips of its own; VACE networks that see a reference take several together"
+        )
     scene = replacing.scene(mask, background, found, pose or video, video is not None)
     how = protocol.how_sampled(found, settings.generate)
     if video is not None or retarget:
@@ -161,6 +169,7 @@ def run(
     identity |= {f"--{name}": path and _named(path) for name, path in asked.items()}
     identity |= {"--clip": list(clip or ()), "--split": split, **({"--retarget": True} if retarget else {})}
     beside = {"--last": last, "--mask": mask, "--background": background}
+    beside |= {f"--reference {number}": path for number, path in enumerate(others, 2)}
     identity |= {name: str(Path(path).resolve()) for name, path in beside.items() if path is not None}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
     for name in FREE:
@@ -180,6 +189,9 @@ def run(
     if last is not None:
         end = motions.reference_image(last, shape, settings.prepare, "--last")
         made = [replace(motion, last=end) for motion in made]
+    if others:
+        more = motions.other_pictures(others, shape, settings.prepare)
+        made = [replace(motion, others=more) for motion in made]
     if found.last and any(motion.last_frame is None for motion in made):
         raise UserError(
             f"{checkpoint} was trained with the last frame of each clip: give --last PICTURE, how it is to end"

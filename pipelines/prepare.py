@@ -245,12 +245,12 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
             with session.ray_cluster(cpus=2, verbose=verbose) as ray:
                 parts.mkdir(exist_ok=True)
                 _cut_all(ray, left, parts, keys, settings, tally)
-                written, lines, points, made_by = _pack(ray, work, output, parts, keys, settings)
+                written, lines, *found = _pack(ray, work, output, parts, keys, settings)
         except progress.TooManyRejectedError as error:
             path = output / "ledger.partial.parquet"
             ledger.write(path, [line for part in _records(parts, keys).values() for line in part["ledger"]])
             raise UserError(f"{error}: see {path}; what is done is kept, a larger --max-rejected goes on") from None
-    dataset = additions.finish(output, settings, lines, written, points, made_by)
+    dataset = additions.finish(output, settings, lines, written, *found)
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
     contact_sheet.of_dataset(output, dataset)
     packing.remove_parts(parts)
@@ -313,7 +313,8 @@ def _records(parts: Where, keys: dict[str, str]) -> dict[str, Row]:
 
 
 def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], settings: Preparation):
-    """(shards by split, the ledger's lines, points of a pose, where poses come from) of the whole dataset.
+    """(shards by split, the ledger's lines, points of a pose, whether clips have masks, where poses come from) of the
+    whole dataset.
 
     Raises UserError if nothing was kept at all.
     """
@@ -346,13 +347,14 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
         cli.console.print(bare)
     if points < most:
         cli.console.print(f"faces and hands of the new videos are left out: the dataset has poses of {points} points")
-    plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points)
+    masks = packing.masked(of_kept)
+    plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points, masks)
     written = packing.pack_all(ray, plans, output, settings.data.shape, listed)
     lines = sorted([*old, *new], key=lambda line: line["file"])
     files = {line["file"] for line in old if line["kind"] == "input"} | keys.keys()
     ledger.check(lines, files, sum(info.clips for infos in written.values() for info in infos))
     made_by = packing.made_by(of_kept, before.dataset.settings.get("poses", [settings.prepare.pose]) if before else ())
-    return written, lines, points, made_by
+    return written, lines, points, masks or bool(before and before.dataset.masks), made_by
 
 
 # ---- what a person sees ----

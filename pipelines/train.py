@@ -144,7 +144,7 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
         outline.withheld(experiment, source),
         outline.timesteps(experiment),
     )
-    said += (outline.expert(source), outline.poses(dataset, source))
+    said += (outline.expert(source), outline.poses(dataset, source), outline.masks(dataset, source))
     for line in said:
         if line:
             cli.console.print(line)
@@ -194,7 +194,8 @@ def run(
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
-    for line in (outline.poses(dataset, source), *outline.notes(experiment, dataset, source)):
+    said = (outline.poses(dataset, source), outline.masks(dataset, source))
+    for line in (*said, *outline.notes(experiment, dataset, source)):
         if line:
             cli.console.print(line)
     gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it

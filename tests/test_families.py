@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from entprog import blocks, models
 from entprog.config import ClipShape, Generate, Priority
 from entprog.cost import counting, measuring
-from entprog.data.clips import Clips, Latents
+from entprog.data.clips import Latents
 from entprog.diffusion import losses, sampling
 from entprog.errors import UserError
 from entprog.models import inputs
@@ -343,7 +343,7 @@ def test_a_pipeline_s_vae_is_used_as_the_pipeline_does(tmp_path, name):
     assert encoded.clean.shape == (2, *denoiser.latent_shape(shape)) and encoded.clean.is_contiguous()
     for value in encoded.conditions.values():
         assert value.shape == encoded.clean.shape and value.std() > 0
-    alone = denoiser.encode(Clips(*(value[:1] for value in vars(clips(2, shape)).values())))
+    alone = denoiser.encode(clips(2, shape).part(slice(0, 1)))
     torch.testing.assert_close(alone.clean, encoded.clean[:1], rtol=1e-3, atol=1e-4)
     video = denoiser.decode(encoded.clean)
     assert video.shape == (2, 9, 3, 32, 32) and video.abs().max() <= 1

@@ -84,20 +84,23 @@ def around(seed=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["animate", "replace"])
+@pytest.mark.parametrize("mode", ["animate", "replace", "a clip with a mask"])
 def test_inputs_are_those_of_the_pipeline(made, monkeypatch, mode):
     """Latents, mask, image tokens, pose; of the faces what the motion encoder says, so the prediction is its own."""
     pipe, _ = made
     draw = drawing.draw
     monkeypatch.setattr(drawing, "draw", lambda *given: ((draw(*given) + 1) * 127.5).round() / 127.5 - 1)
-    denoiser, batch = load(base(made)), batch_of(1)
+    denoiser, batch, more = load(base(made)), batch_of(1), {}
     assert denoiser.native and denoiser.skeleton == "wan_animate"
+    video, person = around()
+    if mode == "a clip with a mask":
+        batch = replace(batch, mask=person)
+        video = ((yuv420_to_rgb(batch.video) + 1) * 127.5).round().byte().movedim(2, -1) * ~person[..., None]
     encoded = denoiser.encode(batch)
-    more = {}
     if mode == "replace":
-        video, person = around()
-        encoded.conditions["background"] = denoiser.background(video, person)
-        more = {"background_video": [Image.fromarray(frame) for frame in video[0].numpy()], "mode": mode}
+        encoded.conditions.update(denoiser.background(video, person, batch.pose))
+    if mode != "animate":
+        more = {"background_video": [Image.fromarray(frame) for frame in video[0].numpy()], "mode": "replace"}
         more["mask_video"] = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in person[0].numpy()]
     noise = noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
     first = noise_like(torch.empty(1, 4, 1, 8, 8), torch.tensor([0]), 0)
@@ -124,7 +127,7 @@ def test_inputs_are_those_of_the_pipeline(made, monkeypatch, mode):
 def test_a_background_is_never_withheld_and_the_saved_pipeline_takes_it(made, tmp_path):
     denoiser, batch = load(base(made)), batch_of(1)
     video, person = around()
-    encoded = denoiser.encode(batch).conditions | {"background": denoiser.background(video, person)}
+    encoded = denoiser.encode(batch).conditions | denoiser.background(video, person, batch.pose)
     assert dropping.named(encoded) == ("reference", "pose")
     assert torch.equal(dropping.without(encoded, [])["background"], encoded["background"])
     assert not dropping.without(encoded, [])["reference"].any()

@@ -1,8 +1,10 @@
 """Wan VACE: the network sees at training what its diffusers pipeline shows it at inference."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,18 +18,20 @@ from entprog.diffusion import dropping, losses, sampling
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.errors import UserError
-from entprog.media import styles
+from entprog.media import h264, styles
+from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
 from entprog.models import adapters
 from entprog.models.reference_frame import _fixed_noise
 from entprog.models.wan_vace import inspect, load
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
-from helpers import bases
+from helpers import bases, wholebodies
 from helpers.families import clips
 from helpers.networks import tiny_experiment
 from helpers.recording import calls
-from pipelines import adapter, cli
+from pipelines import adapter, cli, generate
+from pipelines.generating import motions
 from pipelines.training import checks
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
@@ -234,3 +238,133 @@ def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_p
         experiment = cli.settings(config.Experiment, preset, None, None)
         assert experiment.model.skeleton is None
         assert style == models.family(experiment.model.family).load.args[0].SKELETON
+
+
+# ---- a video that is kept around the person, and several pictures ----
+
+
+def scene(count=1):
+    """A video that a person is put into, uint8 [B, F, 32, 32, 3], and where, bool [B, F, 32, 32]."""
+    person = torch.zeros(count, SHAPE.frames, 32, 32, dtype=torch.bool)
+    for frame in range(SHAPE.frames):
+        person[:, frame, 5:27, 2 + frame : 15 + frame] = True
+    video = torch.randint(0, 256, (*person.shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return video, person
+
+
+def scribbles(count):
+    """Reference pictures of the clip's size, uint8 [1, count, 32, 32, 3]."""
+    return torch.randint(0, 256, (1, count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def pictures(video):
+    """uint8 [F, H, W, 3] as PIL pictures."""
+    return [Image.fromarray(frame.numpy()) for frame in video]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [0, 2])
+def test_masks_and_several_references_are_those_of_the_pipeline(made, monkeypatch, more):
+    """The pipeline's video has the pose drawn into it where its mask is white."""
+    pipe, folder = made
+    rounded = lambda *given: (draw(*given) * 127.5 + 127.5).round() / 127.5 - 1  # noqa: E731
+    monkeypatch.setattr("entprog.media.drawing.draw", lambda pose, height, width, style: rounded(pose, height, width))
+    denoiser, batch = load(Model(family="wan_vace", base=str(folder), skeleton="limbs")), clips(1, SHAPE)
+    video, person = scene()
+    conditions = denoiser.condition(batch.reference, batch.pose) | denoiser.background(video, person, batch.pose)
+    others = scribbles(more)
+    if more:
+        conditions["reference"] = denoiser.with_others(conditions["reference"], others)
+    drawn = ((rounded(batch.pose, 32, 32)[0] + 1) * 127.5).round().byte().movedim(1, -1)
+    composed = torch.where(person[0, ..., None], drawn, video[0])
+    noise = noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
+    first = _fixed_noise(noise[:, :, : 1 + more])
+    (told,) = calls(pipe.transformer, lambda: pipe(
+        video=pictures(composed), mask=pictures(person[0, ..., None].expand(-1, -1, -1, 3).byte() * 255),
+        reference_images=pictures(torch.cat([batch.reference, others[0]])), height=32, width=32, num_frames=9,
+        num_inference_steps=1, guidance_scale=1.0, latents=torch.cat([first, noise], dim=2),
+        prompt_embeds=torch.zeros(1, 512, 8), output_type="latent",
+    ))  # fmt: skip
+    t = denoiser.process.t(told["timestep"].float())
+    (ours,) = calls(denoiser.network, lambda: denoiser.predict(noise, t, conditions))
+    assert told["hidden_states"].shape[2] == 1 + more + 3
+    for name in ("hidden_states", "control_hidden_states", "timestep"):
+        torch.testing.assert_close(ours[name], told[name].float(), rtol=1e-4, atol=1e-4)
+    assert dropping.named(conditions) == ("reference", "pose")
+    assert torch.equal(dropping.without(conditions, [])["background"], conditions["background"])
+
+
+@torch.no_grad()
+def test_a_clip_with_a_mask_is_trained_on_so_and_one_without_as_before(made):
+    denoiser, batch = load(Model(family="wan_vace", base=str(made[1]))), clips(2, SHAPE)
+    _, person = scene(2)
+    person[1] = False
+    seen = denoiser.encode(replace(batch, mask=person)).conditions
+    frames = ((yuv420_to_rgb(batch.video) + 1) * 127.5).round().byte().movedim(2, -1)
+    due = denoiser.background(frames * ~person[..., None], person, batch.pose)
+    assert all(torch.equal(seen[name], due[name]) for name in ("background", "pose"))
+    plain = denoiser.encode(batch).conditions
+    noise, t = torch.randn(2, *denoiser.latent_shape(SHAPE)), torch.tensor([0.4, 0.7])
+    ours, before = denoiser.predict(noise, t, seen), denoiser.predict(noise, t, plain)
+    torch.testing.assert_close(ours[1], before[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours[0], before[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_saved_pipeline_takes_them_too(made, tmp_path):
+    denoiser, batch = load(Model(family="wan_vace", base=str(made[1]), skeleton="limbs")), clips(1, SHAPE)
+    video, person = scene()
+    conditions = denoiser.condition(batch.reference, batch.pose) | denoiser.background(video, person, batch.pose)
+    conditions["reference"] = denoiser.with_others(conditions["reference"], scribbles(1))
+    size, settings = (1, *denoiser.latent_shape(SHAPE)), Generate(steps=2, seed=5, pose_guidance=2.0)
+    ours = sampling.sample(denoiser, conditions, size, settings, [0])
+    assert sampling.sample(denoiser, conditions, size, settings, [0], window=2).isfinite().all()
+    denoiser.save(tmp_path / "model", shape=SHAPE)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = noise_like(torch.empty(size), torch.tensor([0]), 5)
+    run = {"pose": draw(batch.pose, 32, 32)[0], "latents": noise, "num_inference_steps": 2, "pose_guidance": 2.0}
+    run |= {"background": video[0], "mask": person[0], "output_type": "latent"}
+    both = [batch.reference[0], scribbles(1)[0, 0]]
+    torch.testing.assert_close(pipe(reference=both, **run).frames, ours, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(pipe(reference=both[0], **run).frames, ours, atol=1e-3)
+
+
+def test_generate_takes_several_pictures_and_a_mask(made, tmp_path):
+    load(Model(family="wan_vace", base=str(made[1]))).save(tmp_path / "model", shape=SHAPE)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "pose.npz", pose=wholebodies.moving(9))
+    for name, size in {"me": (32, 32, 3), "wide": (16, 64, 3)}.items():
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(tmp_path / f"{name}.png")
+    video, person = scene()
+    h264.write(tmp_path / "plate.mp4", video[0].numpy(), SHAPE.fps)
+    h264.write(tmp_path / "mask.mp4", person[0, ..., None].numpy().repeat(3, -1).astype(np.uint8) * 255, SHAPE.fps)
+    own = ["--checkpoint", tmp_path / "model", "--pose", tmp_path / "pose.npz", "--steps", 1]
+    own += ["--reference", tmp_path / "me.png"]
+
+    def generated(name, *options):
+        given = [*own, *options, "--output", tmp_path / name]
+        done = CliRunner().invoke(generate.app, list(map(str, given)))
+        assert done.exit_code == 0, done.output
+        return h264.decode_rgb(next((tmp_path / name / "videos").glob("*_result.mp4")).read_bytes()).astype(int)
+
+    plain = generated("plain")
+    for name, options in {
+        "two": ("--reference", tmp_path / "wide.png"),
+        "into": ("--mask", tmp_path / "mask.mp4", "--background", tmp_path / "plate.mp4"),
+    }.items():
+        assert np.abs(generated(name, *options) - plain).mean() > 0.5, name
+    more = motions.other_pictures([tmp_path / "wide.png"], SHAPE, config.Prepare())
+    assert (more[0, :12] == 255).all() and (more[0, 20:] == 255).all() and not (more[0, 12:20] == 255).all()
+    given = [*own, "--reference", tmp_path / "none.png", "--output", tmp_path / "out"]
+    done = CliRunner().invoke(generate.app, list(map(str, given)))
+    assert done.exit_code == 2 and "--reference: no such file:" in done.output
+    lone = Model(family="wan_vace", base=str(made[1]), conditions=("pose",))
+    load(lone).save(tmp_path / "lone", shape=SHAPE)
+    with pytest.raises(UserError, match=r"--reference was given 2 times, .* takes one picture: of a folder"):
+        generate.run(
+            tmp_path / "lone", tmp_path / "out", reference=tmp_path / "me.png", others=[tmp_path / "wide.png"],
+            pose=tmp_path / "pose.npz",
+        )  # fmt: skip

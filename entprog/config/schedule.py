@@ -106,7 +106,8 @@ class Schedule(Part):
     without any of that kind trains all); or those of a VACE base's control branch, as its makers fine-tune it (another
     base is refused)."""
     outside: Literal["always", "conditions", "never"] = "always"
-    """Parameters outside blocks: all trained, only the condition input layer, or none."""
+    """Parameters outside blocks: all trained, only the layer through which conditions enter (of VACE the control's
+    embedding, not the clip's), or none."""
     clock: Literal["seconds", "flops"] = "seconds"
     """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
 

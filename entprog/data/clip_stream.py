@@ -20,7 +20,7 @@ from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import h264, video
+from entprog.media import h264, masks, video
 
 # torch and entprog.clips are imported where tensors are made: decode tasks run in processes of their own that never
 # need them, and importing torch would cost each of them seconds.
@@ -83,12 +83,19 @@ def check_shape(dataset: shards.Dataset, shape: ClipShape) -> None:
         )
 
 
-def read(dataset: shards.Dataset, split: str, clips: np.ndarray, columns: tuple[str, ...] = COLUMNS) -> Arrays:
+def columns_of(dataset: shards.Dataset) -> tuple[str, ...]:
+    """What is read of its clips."""
+    return (*COLUMNS, shards.MASK.name) if dataset.masks else COLUMNS
+
+
+def read(dataset: shards.Dataset, split: str, clips: np.ndarray, columns: tuple[str, ...] | None = None) -> Arrays:
     """Clips of a split by their number, as they are stored: `video` and `reference` object [B] of bytes, `pose` float32
-    [B, frames, 33 or 133, 3], `clip` int64 [B] the numbers. columns: of these, those that are read, `pose` among them.
+    [B, frames, 33 or 133, 3], `clip` int64 [B] the numbers, of a dataset with masks `mask` object [B], bytes or None.
+    columns: of these, those that are read, `pose` among them; None: all.
 
     Raises DamagedShardError naming the shard and the row of a clip that cannot be read.
     """
+    columns = columns or columns_of(dataset)
     pose = np.empty((len(clips), dataset.shape.frames, dataset.points, 3), np.float32)
     out = {name: pose if name == "pose" else np.empty(len(clips), object) for name in columns}
     ends = _ends(dataset, split)
@@ -127,10 +134,10 @@ def decoded(
     room: Callable[[tuple[int, ...]], np.ndarray] = _fresh,
 ) -> Arrays:
     """What `read` gave, decoded: `video` uint8 [B, F, H*3/2, W] planes, `reference` uint8 [B, H, W, 3] RGB, `pose`
-    float32 [B, F, 33 or 133, 3].
+    float32 [B, F, 33 or 133, 3], of a dataset with masks `mask` uint8 [B, F, H, W], 0 or 1, all 0 where there is none.
 
     frames: F, those in the middle of each clip; the others are not decoded. None: all. apply: a pool's `map`, to
-    decode several clips at once. room: gives the uint8 arrays of a shape that `video` and `reference` are written to.
+    decode several clips at once. room: gives the uint8 arrays of a shape that all but poses are written to.
     Raises DamagedShardError naming the shard and the row of a clip that cannot be decoded.
     """
     shape, count = dataset.shape, len(stored["clip"])
@@ -140,12 +147,18 @@ def decoded(
         "reference": room((count, shape.height, shape.width, 3)),
         "pose": stored["pose"][:, wanted.start : wanted.stop],
     }
+    if dataset.masks:
+        out["mask"] = room((count, len(wanted), shape.height, shape.width))
 
     def one(place: int) -> None:
         with _named(dataset, split, stored["clip"][place]):
             h264.decode_yuv(stored["video"][place], _only(wanted, shape.frames), out["video"][place])
             image = _decode_png(stored["reference"][place], shape.height * shape.width)
             out["reference"][place] = _same_shape(image, out["reference"][place])
+            if dataset.masks:
+                bits = stored["mask"][place]
+                whole = masks.unpacked(bits, shape.frames, shape.height, shape.width) if bits else None
+                out["mask"][place] = 0 if whole is None else whole[wanted.start : wanted.stop]
 
     for _ in apply(one, range(count)):
         pass
@@ -157,9 +170,9 @@ def decode(dataset: shards.Dataset, split: str, clips: np.ndarray, frames: int |
     return decoded(read(dataset, split, clips), dataset, split, frames, room=room)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def reused(shape: tuple[int, ...]) -> np.ndarray:
-    """`room` for a process that is done with a batch before it decodes the next: always the same, of two shapes.
+    """`room` for a process that is done with a batch before it decodes the next: always the same, of three shapes.
 
     Arrays of more than 32 MB are new memory from the system every time, and touching that for the first time may cost
     as much as decoding into it.
@@ -225,7 +238,8 @@ def to_clips(batch: Arrays, device="cpu"):
     from entprog.data.clips import Clips
 
     video, reference = (to_device(batch[name], device, share=True) for name in ("video", "reference"))
-    return Clips(video, reference, to_device(batch["pose"], device), torch.tensor(batch["position"]))
+    mask = to_device(batch["mask"], device, share=True).bool() if "mask" in batch else None
+    return Clips(video, reference, to_device(batch["pose"], device), torch.tensor(batch["position"]), mask)
 
 
 def to_device(array: np.ndarray, device="cpu", share: bool = False):

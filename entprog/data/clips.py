@@ -23,10 +23,12 @@ class Clips:
     """float32 [B, F, 33 or 133, 3] (`media.wholebody`): x, y in 0..1 of the frame, visibility 0..1."""
     position: torch.Tensor
     """int64 [B], on the CPU: each clip's place in the run's endless sequence of clips; seeds its noise and timestep."""
+    mask: torch.Tensor | None = None
+    """bool [B, F, H, W]: where the person is; nowhere in a clip whose mask is not known. None: of no clip is it."""
 
     def part(self, rows: slice) -> "Clips":
         """Some of the batch's clips."""
-        return Clips(self.video[rows], self.reference[rows], self.pose[rows], self.position[rows])
+        return Clips(*(None if value is None else value[rows] for value in vars(self).values()))
 
     def resized(self, shape: ClipShape) -> "Clips":
         """These clips at a smaller shape: the frames in their middle, and the mean over whole areas of pixels.
@@ -42,7 +44,8 @@ class Clips:
         shrink = height // shape.height
         video = _shrunk_planes(self.video[:, middle], shrink)
         reference = _shrunk(self.reference.permute(0, 3, 1, 2), shrink).permute(0, 2, 3, 1)
-        return Clips(video, reference.contiguous(), self.pose[:, middle], self.position)
+        mask = None if self.mask is None else _shrunk(255 * self.mask[:, middle].byte(), shrink) >= 128
+        return Clips(video, reference.contiguous(), self.pose[:, middle], self.position, mask)
 
 
 def _shrunk(pixels: torch.Tensor, by: int) -> torch.Tensor:

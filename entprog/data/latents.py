@@ -119,8 +119,9 @@ def encode(denoiser, clips: "Clips") -> "Latents":
     return Latents(torch.cat([part.clean for part in parts]), conditions, clips.position, clips.pose)
 
 
-def key(denoiser, family: str, shape: ClipShape) -> str:
-    """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded."""
+def key(denoiser, family: str, shape: ClipShape, masks: bool = False) -> str:
+    """Hash of all that latents depend on beside the clips. shape: of the clips that are encoded; masks: whether these
+    have any."""
     from torch import nn
 
     from entprog.data.hashing import content_hash
@@ -135,6 +136,7 @@ def key(denoiser, family: str, shape: ClipShape) -> str:
     form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
     form += styles.version(denoiser.skeleton) if "pose" in denoiser.conditions else []
     form += _processing(getattr(denoiser, "image_processor", None))
+    form += ["masks"] if masks and denoiser.replaces else []
     return digest(FORMAT, hashes, family, denoiser.conditions, shape.model_dump(), *form)
 
 

@@ -66,6 +66,9 @@ SCHEMA = pa.schema(
 )
 """Columns of one clip. In a file `pose` is a fixed-size list of frames*points*3 float32 (see `schema`)."""
 
+MASK = pa.field("mask", pa.binary())
+"""A further column of shards that hold masks: where the person is, as `media.masks.packed` says; null: not known."""
+
 _MEDIA = ("reference", "video")  # already compressed: zstd would only cost time
 _UNIQUE = ("clip_id", "pose", *_MEDIA)  # a dictionary of values that never repeat would hold everything twice
 _OTHERS = [name for name in SCHEMA.names if name not in _UNIQUE]
@@ -104,28 +107,36 @@ class Dataset:
     """Hash over split names and shard hashes: equal for equal clips, wherever the folder lies."""
     points: int = POINTS
     """Points of each pose: one of `wholebody.LAYOUTS`."""
+    masks: bool = False
+    """Whether clips of it have a mask."""
 
     def clips(self, split: str) -> int:
         """Number of clips of a split (0 if there is no such split)."""
         return sum(shard.clips for shard in self.splits.get(split, ()))
 
 
-def schema(frames: int, points: int = POINTS) -> pa.Schema:
-    """SCHEMA with `pose` as a fixed-size list for clips of that many frames."""
+def schema(frames: int, points: int = POINTS, masks: bool = False) -> pa.Schema:
+    """SCHEMA with `pose` as a fixed-size list for clips of that many frames, and with MASK where there are any."""
     place = SCHEMA.get_field_index("pose")
-    return SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * points * 3), nullable=False))
+    of = SCHEMA.set(place, pa.field("pose", pa.list_(pa.float32(), frames * points * 3), nullable=False))
+    return of.append(MASK) if masks else of
 
 
 def write_shard(
-    folder: Where, file: str, rows: Iterable[Mapping[str, Any]], shape: ClipShape, points: int = POINTS
+    folder: Where,
+    file: str,
+    rows: Iterable[Mapping[str, Any]],
+    shape: ClipShape,
+    points: int = POINTS,
+    masks: bool = False,
 ) -> ShardInfo:
     """Write clips to `folder/file`, whole or not at all; equal rows give equal bytes. Holds one row group at a time.
 
     Each row has every column of SCHEMA; `pose` is a float32 array [frames, 33 or 133, 3], which is written as `points`
-    points (`wholebody.laid_out`).
+    points (`wholebody.laid_out`). masks: whether rows may have MASK too.
     Raises ValueError for a row of another shape.
     """
-    of = schema(shape.frames, points)
+    of = schema(shape.frames, points, masks)
     path = folder / file
     clips, left = 0, iter(rows)
     with files.whole(path) as scratch:
@@ -157,7 +168,8 @@ def _flat(row: Mapping[str, Any], shape: ClipShape, points: int) -> dict[str, An
 
 def clips_per_row_group(rows: Sequence[Mapping[str, Any]]) -> int:
     """1 to CLIPS_PER_ROW_GROUP, fewer of larger clips."""
-    clip_bytes = sum(len(row[name]) for row in rows for name in _MEDIA) // max(len(rows), 1)
+    held = (*_MEDIA, MASK.name)
+    clip_bytes = sum(len(row.get(name) or b"") for row in rows for name in held) // max(len(rows), 1)
     return min(max(ROW_GROUP_BYTES // max(clip_bytes, 1), 1), CLIPS_PER_ROW_GROUP)
 
 
@@ -172,6 +184,7 @@ def write_dataset(
     splits: Mapping[str, Iterable[ShardInfo]],
     settings: Mapping[str, Any],
     points: int = POINTS,
+    masks: bool = False,
 ) -> Dataset:
     """Write `dataset.json`, the last file of a dataset: a folder without it is not one."""
     kinds = {count: kind for kind, count in wholebody.LAYOUTS.items()}
@@ -180,6 +193,7 @@ def write_dataset(
         "shape": shape.model_dump(),
         "pose": {"kind": kinds[points], "points": points, "values": ["x", "y", "visibility"]},
         "color": {"matrix": "bt709", "range": "limited", "pixels": "yuv420p"},
+        **({"mask": {"values": "bits", "one": "person"}} if masks else {}),
         "splits": {name: [asdict(shard) for shard in splits[name]] for name in SPLITS},
         "settings": dict(settings),
     }
@@ -221,7 +235,7 @@ def read_dataset(folder: str | Where) -> Dataset:
         if not storage.inside(folder, shard.file):
             raise UserError(f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}; {again} again")
     fingerprint = digest({name: [shard.sha256 for shard in shards] for name, shards in splits.items()})
-    return Dataset(folder, shape, splits, settings, fingerprint, points)
+    return Dataset(folder, shape, splits, settings, fingerprint, points, "mask" in record)
 
 
 def verify(dataset: Dataset, how: Literal["auto", "sha256", "size"] = "sha256") -> None:
@@ -295,14 +309,13 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Clips of one shard in the order asked for, reading only the row groups and columns needed.
 
-    `pose` comes as a float32 array [frames, 33 or 133, 3], media as bytes. Page checksums are verified.
-    A row group that is larger in memory than `media.limits` allows is not read. size: bytes of the shard by
-    dataset.json; one in a bucket of another size is damaged.
+    `pose` comes as a float32 array [frames, 33 or 133, 3], media as bytes, `mask` as bytes or None, of a shard without
+    masks too. columns: None: all of the file. Page checksums are verified. A row group that is larger in memory than
+    `media.limits` allows is not read. size: bytes of the shard by dataset.json; one in a bucket of another size is
+    damaged.
     Raises DamagedShardError naming the file and the row, OSError where a bucket does not answer.
     """
     wanted = list(rows)
-    names = list(columns or SCHEMA.names)
-    needed = list(dict.fromkeys([*names, *(["frames"] if "pose" in names else [])]))
     at = wanted[0] if wanted else 0
     remote = isinstance(path, Place)
     source = _ranged(path, at, size) if remote else path
@@ -313,6 +326,10 @@ def read_rows(
                 if not 0 <= at < starts[-1]:
                     raise IndexError(f"it has {starts[-1]} rows")
             places = {at: int(np.searchsorted(starts, at, side="right")) - 1 for at in wanted}
+            masked = MASK.name in file.schema_arrow.names
+            names = list(columns or [*SCHEMA.names, *([MASK.name] if masked else [])])
+            also = ["frames"] if "pose" in names else []
+            needed = [name for name in dict.fromkeys([*names, *also]) if masked or name != MASK.name]
             if remote:
                 _fetch(source, file.metadata, sorted({*places.values()}), needed)
             groups: dict[int, pa.Table] = {}
@@ -427,7 +444,8 @@ def _pool():
 
 def _rows(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
     """An Arrow table's rows, `pose` as arrays (never through Python floats)."""
-    values = {name: table.column(name).to_pylist() for name in names if name != "pose"}
+    absent = {MASK.name: [None] * len(table)} if MASK.name not in table.column_names else {}
+    values = {name: absent.get(name) or table.column(name).to_pylist() for name in names if name != "pose"}
     if "pose" in names:
         pose = table.column("pose").combine_chunks()
         frames = table.column("frames").to_pylist()[:1] or [1]

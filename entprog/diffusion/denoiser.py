@@ -62,6 +62,9 @@ class Denoiser(Protocol):
     native: bool
     """Whether it sees all that its base's pipeline shows it, faces among that."""
 
+    replaces: bool
+    """Whether it sees a video that a person is put into: the condition `background`."""
+
     def condition(
         self,
         reference: torch.Tensor,
@@ -72,9 +75,14 @@ class Denoiser(Protocol):
         """The conditions alone, as in `encode`: reference uint8 [B, H, W, 3], pose float [B, F, 33 or 133, 3]; last, as
         the reference: the last frame, and faces: where they are, of networks that see that."""
 
-    def background(self, video: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
-        """The condition `background`, of networks that put a person into a video (`model.family=wan_animate`): video
-        uint8 [B, F, H, W, 3] and, bool [B, F, H, W], where in it the person is to be."""
+    def background(self, video: torch.Tensor, person: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The condition `background`, and those that are others with it, of networks that put a person into a video
+        (`replaces`): video uint8 [B, F, H, W, 3] and, bool [B, F, H, W], where in it the person is to be, who moves by
+        the pose; of a clip where that is nowhere nothing is shown of it."""
+
+    def with_others(self, reference: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The condition `reference` with further pictures beside the first, uint8 [B, pictures, H, W, 3], of networks
+        that take several (`model.family=wan_vace`)."""
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """ε̂ of the paper in this family's parametrisation, the target of `process.pair`: float32 [B, C, F', H', W'].

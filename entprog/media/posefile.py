@@ -27,7 +27,7 @@ LARGEST_JSON = 4
 COSTS = {b"{": 256, b"[": 104, b":": 100, b",": 48}
 """Bytes in memory, about, of what begins with such a byte of JSON, or follows it: containers, and what is in them."""
 SLACK = 0.5, 0.02
-"""Seconds, and share of the video's length, by which poses may be longer or shorter than the video."""
+"""Seconds, and share of the video's length, by which poses, or a mask, may be longer or shorter than the video."""
 FAR = -1, 2
 """Places outside this, where the picture is 0..1, are pixels rather than points outside the picture."""
 HALF = 0.5
@@ -97,7 +97,7 @@ def at_frames(
             )
         return poses.points[rows], poses.crowded[rows]
     poses_s, video_s = len(poses.points) / poses.fps, frames / fps
-    if abs(poses_s - video_s) > SLACK[0] + SLACK[1] * video_s + 1 / fps:
+    if abs(poses_s - video_s) > slack_s(video_s) + 1 / fps:
         raise VideoError(
             "bad_pose",
             f"{len(poses.points)} poses at {poses.fps:g} fps are {poses_s:.2f} s, the video has {video_s:.2f} s",
@@ -108,6 +108,11 @@ def at_frames(
     points = poses.points[rows]
     points[~inside] = np.nan, np.nan, 0
     return points, poses.crowded[rows] & inside
+
+
+def slack_s(video_s: float) -> float:
+    """Seconds by which what lies beside a video of such a length may be longer or shorter."""
+    return SLACK[0] + SLACK[1] * video_s
 
 
 def nearest_rows(frames: np.ndarray, fps: float, rate: float) -> np.ndarray:

@@ -61,8 +61,8 @@ class VideoDenoiser:
     """Folders of the base that TEXT_PIPELINE encodes them with."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
-    REPLACES: ClassVar[bool] = False
-    """Whether its published networks have a place for a video that a person is put into (condition `background`)."""
+    SEVERAL: ClassVar[bool] = False
+    """Whether its networks have a place for several reference pictures."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
     """How poses are drawn for its published networks, which have seen no others; `limbs` where they have seen none."""
     FIXED: ClassVar[dict[str, str]] = {}
@@ -201,6 +201,12 @@ class VideoDenoiser:
         return False
 
     @classmethod
+    def sees_around(cls, native: bool, vae: bool) -> bool:
+        """Whether a network has a place for a video that a person is put into (condition `background`). native: as the
+        field; vae: whether it has one."""
+        return False
+
+    @classmethod
     def encodes_with(cls, network: Any, native: bool) -> dict[str, nn.Module]:
         """Parts of the network that conditions are encoded by, which are never trained, by name: new, without its
         weights. network: its diffusers configuration."""
@@ -273,6 +279,11 @@ class VideoDenoiser:
     def _geometry(self) -> Geometry:
         return self.geometry(self.network.config, self.vae)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether it sees a video that a person is put into (condition `background`)."""
+        return self.sees_around(self.native, self.vae is not None)
+
     def scheduler(self, shift: float | None = None):
         """A diffusers scheduler of the checkpoint's own process (`entprog.diffusion.processes`)."""
         return self.process.scheduler(shift)
@@ -294,10 +305,21 @@ class VideoDenoiser:
         """Clips → latents and conditions on the network's device, no gradient."""
         video = yuv420_to_rgb(clips.video.to(self.device, non_blocking=True))
         clean = self.latents(video.transpose(1, 2))
-        last = ((video[:, -1] + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1) if self.last else None
+        last = _bytes(video[:, -1]) if self.last else None
         faces = Faces(video, clips.pose) if self.native else None
         conditions = self.condition(clips.reference, clips.pose, last, faces)
+        if self.replaces and clips.mask is not None:
+            around = _bytes(video).masked_fill_(clips.mask.to(self.device)[..., None], 0)
+            conditions |= self.background(around, clips.mask, clips.pose)
         return Latents(clean, conditions, clips.position, clips.pose)
+
+    def background(self, video: torch.Tensor, person: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of networks that `replaces` is true of: as `diffusion.denoiser.Denoiser` says."""
+        raise NotImplementedError
+
+    def with_others(self, reference: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Of networks with a place for several pictures (SEVERAL): as `diffusion.denoiser.Denoiser` says."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def condition(
@@ -448,6 +470,11 @@ class VideoDenoiser:
         with torch.autocast(self.device.type, self.vae_autocast):
             encoded = vaes.encode(self.vae, video)
         return encoded.to(self.vae_autocast).float()
+
+
+def _bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """float [..., 3, H, W] in -1..1 → uint8 [..., H, W, 3]."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
 def process_of(cls: type[VideoDenoiser], root: Path | None, about: dict[str, Any]) -> Process:

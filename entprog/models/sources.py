@@ -62,6 +62,8 @@ class Source:
     """Whether it sees the clip's last frame."""
     native: bool
     """As a denoiser's."""
+    replaces: bool
+    """As a denoiser's."""
     expert: experts.Expert | None
     """Which of the base's two networks this is; None: it has one."""
     outside: Callable[[], dict[str, list[nn.Parameter]]]
@@ -151,7 +153,7 @@ def inspect(
     outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
-        skeleton, points, last, native, expert, outside,
+        skeleton, points, last, native, cls.sees_around(native, vae is not None), expert, outside,
         partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip
 

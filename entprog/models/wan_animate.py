@@ -2,7 +2,7 @@
 
 The reference is a latent frame of its own before the clip's, marked as given; the drawn pose has a patch embedding of
 its own (`entprog.models.reference_frame`). Nothing is widened. As in diffusers' pipeline for its mode "animate", first
-segment; with the condition `background`, which `generate` alone has, for its mode "replace".
+segment; with the condition `background`, of clips with a mask and of `generate --mask`, for its mode "replace".
 
 Faces are cut out of the clip where its pose has their points (`entprog.media.faces`), and what the network's motion
 encoder, which is never trained, says of them is the condition `face`: it is dropped with the pose. A frame without a
@@ -61,7 +61,6 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
 
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
-    REPLACES = True
     SKELETON = styles.WAN_ANIMATE
     MORE: ClassVar[dict[str, tuple[str, str]]] = IMAGE_PARTS
 
@@ -77,6 +76,10 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
     @classmethod
     def sees_native(cls, trained: Mapping[str, Any], published: bool) -> bool:
         return bool(trained.get("native", published))
+
+    @classmethod
+    def sees_around(cls, native: bool, vae: bool) -> bool:
+        return native and vae
 
     @classmethod
     def needs(cls, network: Any, form: str, native: bool) -> tuple[str, ...]:
@@ -118,9 +121,10 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         return out
 
     @torch.no_grad()
-    def background(self, video: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+    def background(self, video: torch.Tensor, person: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is given of a clip whose person is replaced, [B, 4 + C, F', H', W']: for each of a latent frame's frames
-        1 where it is to be kept, and the video's latents.
+        1 where it is to be kept, and the video's latents; of a clip without a person in it what the network sees where
+        nobody is replaced.
 
         video uint8 [B, F, H, W, 3]; person bool [B, F, H, W]: where the person is to be. The first latent frame stands
         for one frame, four times."""
@@ -129,7 +133,16 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         kept = (~person.to(self.device)[:, :, ::spatial, ::spatial]).float()
         kept = torch.cat([kept[:, :1].expand(-1, TEMPORAL - 1, -1, -1), kept], dim=1)
         kept = kept.unflatten(1, (-1, TEMPORAL)).transpose(1, 2)
-        return torch.cat([kept, self.latents(pixels)], dim=1)
+        around = torch.cat([kept, self.latents(pixels)], dim=1)
+        there = person.flatten(1).any(1).to(self.device)
+        if there.all():
+            return {"background": around}
+        nothing = self._nothing_around(around[:, MASK_CHANNELS:])
+        return {"background": torch.where(there.view(-1, 1, 1, 1, 1), around, nothing)}
+
+    def _nothing_around(self, like: torch.Tensor) -> torch.Tensor:
+        """The condition `background` of clips of which nothing is given; like: latents of so many such clips."""
+        return torch.cat([like.new_zeros(1).expand(_mask(like)), self.nothing(like)], dim=1)
 
     def _motion(self, faces: Faces | None, clips: int, frames: int) -> torch.Tensor:
         """What faces do, [B, 4 (width + 1), F', 1, 1]: of each of a latent frame's frames the encoder's vector and 1;
@@ -153,7 +166,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         latents = self.led(noisy, reference, t)
         around = conditions.get("background")
         if around is None:
-            around = torch.cat([noisy.new_zeros(1).expand(_mask(noisy)), self.nothing(noisy)], dim=1)
+            around = self._nothing_around(noisy)
         first = torch.cat([noisy.new_ones(1).expand(_mask(reference)), reference], dim=1)
         given = torch.cat([first, around], dim=2)
         frames = TEMPORAL * (noisy.shape[2] - 1) + 1

@@ -2,9 +2,12 @@
 controlled by a video in blocks of its own.
 
 The control video is the drawn pose, all of it to be followed (VACE's mask is white), and nothing of a video is kept: as
-`WanVACEPipeline(video=pose, reference_images=reference)` feeds its network, within 1e-4. The reference is a latent
-frame before the clip's, in the control too, where the mask is black (`entprog.models.reference_frame`); without
-`reference` in `model.conditions` there is no such frame. Nothing is widened.
+`WanVACEPipeline(video=pose, reference_images=reference)` feeds its network, within 1e-4. With the condition
+`background`, of clips with a mask and of `generate --mask`, the pose is followed where the mask is white and the video
+is kept elsewhere: the pipeline's `video` is then that with the pose drawn into it. The reference is a latent frame
+before the clip's, in the control too, where the mask is black (`entprog.models.reference_frame`); of several pictures,
+which `generate` alone gives, the first one is next to the clip, as there. Without `reference` in `model.conditions`
+there is no such frame. Nothing is widened.
 
 VACE's blocks run before the others and make what is added to some of those: without such a block nothing is, and the
 control passes by. The first takes the control in (`proj_in`), which is no part of what it adds to it.
@@ -18,18 +21,21 @@ import torch
 from diffusers import WanVACETransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
 from torch import nn
+from torch.nn.functional import interpolate
 
 from entprog import config
 from entprog.blocks import Kind, bypass, kind
 from entprog.errors import UserError
-from entprog.media import styles
+from entprog.media import drawing, styles
 from entprog.models import loading, sources, texts
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
 
 CLASS = "WanVACETransformer3DModel"
-MASK_CHANNELS = 64
-"""Channels of the control's mask: pixels that a latent stands for, 8×8 with Wan 2.1's VAE."""
+SIDE = 8
+"""Pixels, in height and width, that a latent of Wan 2.1's VAE stands for."""
+MASK_CHANNELS = SIDE * SIDE
+"""Channels of the control's mask: one for each of those."""
 
 
 @bypass.register
@@ -51,6 +57,7 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
 
     FAMILY = "wan_vace"
     NETWORK = WanVACETransformer3DModel
+    SEVERAL = True
     SKELETON = styles.DWPOSE
     EXPERTS = True
     TEXT_PIPELINE = "WanVACEPipeline"
@@ -59,11 +66,38 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
     def other_sees(cls, network: Any, channels: int, conditions: tuple[str, ...]) -> tuple[str, ...]:
         return conditions
 
+    @classmethod
+    def sees_around(cls, native: bool, vae: bool) -> bool:
+        return vae
+
+    @torch.no_grad()
+    def background(self, video: torch.Tensor, person: torch.Tensor, pose: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`background` [B, C + 64, F', H', W']: latents of what is kept of the video, grey elsewhere, and the mask; and
+        `pose`, drawn where the mask is white, grey elsewhere. The mask of a clip without a person is white all over."""
+        person = person.to(self.device)
+        person = person | ~person.flatten(1).any(1).view(-1, 1, 1, 1)
+        white = person.unsqueeze(1).float()
+        pixels = video.to(self.device).movedim(-1, 1).float() / 127.5 - 1
+        drawn = drawing.draw(pose.to(self.device), *video.shape[2:4], self.skeleton).transpose(1, 2)
+        kept, followed = self.latents(pixels * (1 - white)), self.latents(drawn * white)
+        mask = white[:, 0].unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE))  # [B, F, H', 8, W', 8]
+        mask = mask.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
+        mask = interpolate(mask, size=kept.shape[2:], mode="nearest-exact")
+        return {"background": torch.cat([kept, mask], dim=1), "pose": followed}
+
+    @torch.no_grad()
+    def with_others(self, reference: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        more = [self.latents(self._pixels(picture)).expand_as(reference) for picture in others.unbind(1)]
+        return torch.cat([reference, *more], dim=1)
+
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
-        pose, latents = conditions["pose"], noisy
-        control = torch.cat([self.nothing(noisy), pose, pose.new_ones(1).expand(_mask(pose))], dim=1)
+        pose, latents, channels = conditions["pose"], noisy, noisy.shape[1]
+        around = conditions.get("background")
+        if around is None:
+            around = torch.cat([self.nothing(noisy), pose.new_ones(1).expand(_mask(pose))], dim=1)
+        control = torch.cat([around[:, :channels], pose, around[:, channels:]], dim=1)
         if "reference" in self.conditions:
-            reference = conditions["reference"][:, :, :1]
+            reference = conditions["reference"][:, :, 0].unflatten(1, (-1, channels)).flip(1).transpose(1, 2)
             latents = self.led(noisy, reference, t)
             zeros = reference.new_zeros(1)
             first = [reference, zeros.expand_as(reference), zeros.expand(_mask(reference))]
@@ -79,11 +113,14 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
         return velocity[:, :, -noisy.shape[2] :].float()
 
     def outside(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters outside blocks as in every family; the control's embedding is of the conditions too."""
+        """Parameters outside blocks as in every family, but conditions enter through the control's embedding alone."""
         groups = super().outside()
         conditions = list(self.network.vace_patch_embedding.parameters())
-        rest = [p for p in groups["rest"] if id(p) not in {id(c) for c in conditions}]
-        return {"conditions": groups["conditions"] + conditions, "rest": rest}
+        known = {id(p) for p in conditions}
+        return {
+            "conditions": conditions,
+            "rest": [p for group in groups.values() for p in group if id(p) not in known],
+        }
 
     @classmethod
     def new_inputs(cls, channels: int, conditions: tuple[str, ...]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import accumulate, chain, count, groupby
+from itertools import accumulate, chain, count, groupby, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from entprog import files
 from entprog.config import Preparation
 from entprog.data import shards
-from entprog.media import footage, h264, limits, pose, posefile, video, wholebody
+from entprog.media import footage, h264, limits, masks, pose, posefile, video, wholebody
 from entprog.media.pictures import png
 from entprog.media.video import VideoError
 from entprog.preparing import ledger, shots, windows
@@ -130,9 +130,12 @@ class _Window:
     reference_at: int
     reference_box: windows.Box
     frames: list[np.ndarray] = field(default_factory=list)
+    people: list[np.ndarray] = field(default_factory=list)
+    """Where the person is, bool [H, W] a frame; empty where there is no mask."""
     reason: str = ""
     video: bytes = b""
     reference: bytes = b""
+    mask: bytes | None = None
 
 
 def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
@@ -145,6 +148,7 @@ def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
     record |= {"points": row.get("points", pose.POINTS), "poses": FILES if row["poses"] else settings.prepare.pose}
+    record |= {"masks": bool(row["mask"])}
     files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 
@@ -165,19 +169,18 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
                 continue
             encoded[window.start] = hashlib.sha256(window.video).hexdigest(), len(window.video)
             yield _clip(row, window, settings)
-            window.video = window.reference = b""  # written: hours of clips are not to be held
+            window.video = window.reference = window.mask = b""  # written: hours of clips are not to be held
 
     if kept:
         with opened(row, settings, heartbeats) as source:
             pictures = heartbeats(footage.pictures(source, settings.data.shape.fps))
-            of_source = clips(_extract(row, kept, pictures, settings))
+            of_source = clips(_extract(row, kept, pictures, _people(row, source, settings), settings))
             first = next(of_source, None)
             if first is not None:
                 file = f"{row['key']}.parquet"
                 try:
-                    part = shards.write_shard(
-                        parts, file, chain([first], of_source), settings.data.shape, row["points"]
-                    )
+                    its = chain([first], of_source), settings.data.shape, row["points"], bool(row["mask"])
+                    part = shards.write_shard(parts, file, *its)
                 except OSError as error:  # what the source may raise is a VideoError
                     raise MachineError(f"cannot write {parts / file}: {error}") from None
     lines = []
@@ -231,8 +234,23 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
     return kept, verdicts
 
 
+def _people(row: Tracked, source: footage.Footage, settings: Preparation) -> Iterator[np.ndarray | None]:
+    """The frames of the mask beside a source, uint8 RGB, as its own are given; None for each where there is none."""
+    if not row["mask"]:
+        return repeat(None)
+    fps, path = settings.data.shape.fps, Path(os.fsdecode(row["mask"]))
+    if posefile.stamp(path) != row["mask_stamp"]:
+        raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
+    size = row["source_height"], row["source_width"]
+    return masks.read(path, *size, row["length"] / fps, source.crop, fps, source.limits)
+
+
 def _extract(
-    row: Tracked, kept: list[_Window], pictures: Iterator[np.ndarray], settings: Preparation
+    row: Tracked,
+    kept: list[_Window],
+    pictures: Iterator[np.ndarray],
+    people: Iterator[np.ndarray | None],
+    settings: Preparation,
 ) -> Iterator[_Window]:
     """Second pass: cut the frames of all kept windows out of one decoding; judge and encode each clip when it is whole.
 
@@ -248,15 +266,21 @@ def _extract(
             video_at[i].append(window)
     last = max(*video_at, *reference_at)
     waiting = deque(kept)
-    for i, frame in enumerate(pictures):
+    for i, (frame, person) in enumerate(zip(pictures, people, strict=False)):
         if frame.shape[:2] != (row["view_height"], row["view_width"]):
             raise VideoError("corrupt", f"{row['file']}: its picture changes size at {i / shape.fps:.2f} s")
         for window in video_at.pop(i, ()):
             window.frames.append(_crop(frame, window.box, size))
+            if person is not None:
+                window.people.append(masks.white(_crop(person, window.box, size)))
             if len(window.frames) == shape.frames:
                 clip = np.stack(window.frames)
                 window.frames.clear()
                 window.reason = windows.picture_verdict(clip, prepare.min_motion, prepare.min_sharpness) or ""
+                if window.people:
+                    window.mask = masks.packed(np.stack(window.people))
+                    window.reason = window.reason or ("" if any(map(np.any, window.people)) else "bad_mask")
+                    window.people.clear()
                 if not window.reason:
                     window.video = h264.encode(clip, shape.fps, crf=prepare.crf)
         for window in reference_at.pop(i, ()):
@@ -301,6 +325,7 @@ def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any
         "reference": window.reference,
         "pose": window.points,
         "video": window.video,
+        "mask": window.mask,
     }
 
 

@@ -9,7 +9,7 @@ import os
 import stat
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
 from entprog.masking import bare, masked, query, reason
-from entprog.media import frames, limits, posefile
+from entprog.media import frames, limits, masks, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
 from entprog.preparing import addresses, fetching, manifest
@@ -58,7 +58,10 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
     text = str(given)
     if text.startswith("file://"):
         text = _local_path(text)
-    found = _remote(text, prepare, leave_out) if addresses.is_remote(text) else _posed(_local(text, prepare, leave_out))
+    if addresses.is_remote(text):
+        found = _without_masks(_remote(text, prepare, leave_out))
+    else:
+        found = _masked(_posed(_local(text, prepare, leave_out)))
     if not found.rows:
         raise UserError(f"input {found.kind} {masked(text)} has no files: give --input videos")
     return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
@@ -110,7 +113,7 @@ def _local_path(address: str) -> str:
 
 def _row(file: str, path: str, **known: Any) -> Source:
     blank = {"bytes": 0, "stamp": "", "frames_fps": 0.0, "caption": "", "split": "", "crop": ""}
-    blank |= {"poses": b"", "poses_stamp": ""}
+    blank |= {"poses": b"", "poses_stamp": "", "mask": b"", "mask_stamp": ""}
     return {"file": plain(file), "path": os.fsencode(path), **blank, **known}
 
 
@@ -180,27 +183,59 @@ def _captioned(found: Inputs) -> Inputs:
 
 def _posed(found: Inputs) -> Inputs:
     """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then."""
-    poses: dict[str, dict[str, Any]] = {}
-    taken, both = set(), []
-    for row in found.rows:
-        path = os.fsdecode(row["path"])
-        if addresses.is_remote(path) or not is_video(row):
+    rows, poses, several = _beside(found.rows, posefile.ENDINGS, "poses")
+    notes = [f"poses of {poses} videos are those of the .pose.npz and .pose.json files beside them"] if poses else []
+    if several:
+        notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
+    return Inputs(found.kind, rows, (*found.notes, *notes))
+
+
+def _masked(found: Inputs) -> Inputs:
+    """The same with the masks beside videos (NAME.mask.mp4 of NAME.mp4), which are no sources then."""
+    rows, count, several = _beside(found.rows, masks.ENDINGS, "mask")
+    notes = [f"masks of {count} videos are those of the .mask files beside them"] if count else []
+    if several:
+        first = " before ".join(masks.ENDINGS)
+        notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
+    return Inputs(found.kind, rows, (*found.notes, *notes))
+
+
+def _without_masks(found: Inputs) -> Inputs:
+    """The same without masks of videos on another machine, which are no sources either."""
+    there = {_stem(row) for row in found.rows if is_video(row)}
+    endings = tuple(map(os.fsencode, masks.ENDINGS))
+    named = [row for row in found.rows if row["path"].endswith(endings)]
+    left_out = {row["file"] for row in named if _stem(row).removesuffix(".mask") in there}
+    if not left_out:
+        return found
+    rows = [row for row in found.rows if row["file"] not in left_out]
+    note = f"{len(left_out)} masks there are not read: they are taken beside videos on this machine"
+    return Inputs(found.kind, rows, (*found.notes, note))
+
+
+def _beside(rows: Sequence[Source], endings: Sequence[str], name: str) -> tuple[list[Source], int, list[str]]:
+    """(the rows, of videos with path and stamp of the first file beside it that has one of the endings, as `name` and
+    `name_stamp`; how many have one; those that have several). Files that lie beside videos are no sources."""
+    known: dict[str, dict[str, Any]] = {}
+    taken, several = set(), []
+    for row in rows:
+        if addresses.is_remote(os.fsdecode(row["path"])) or not is_video(row):
             continue
-        name = path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
-        there = [Path(name + ending) for ending in posefile.ENDINGS]
+        there = [Path(_stem(row) + ending) for ending in endings]
         there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
         taken |= {os.fsencode(path) for path in there}
         if there:
-            poses[row["file"]] = {"poses": os.fsencode(there[0]), "poses_stamp": posefile.stamp(there[0])}
+            known[row["file"]] = {name: os.fsencode(there[0]), f"{name}_stamp": posefile.stamp(there[0])}
         if len(there) > 1:
-            both.append(row["file"])
-    rows = [{**row, **poses.get(row["file"], {})} for row in found.rows if row["path"] not in taken]
-    notes = (
-        [f"poses of {len(poses)} videos are those of the .pose.npz and .pose.json files beside them"] if poses else []
-    )
-    if both:
-        notes.append(f"{len(both)} videos have both ({both[0]}): .pose.npz is read")
-    return Inputs(found.kind, rows, (*found.notes, *notes))
+            several.append(row["file"])
+    left = [{**row, **known.get(row["file"], {})} for row in rows if row["path"] not in taken]
+    return left, sum(row["file"] in known for row in left), several
+
+
+def _stem(row: Source) -> str:
+    """What names of files beside a source begin with: its path, without the ending of a video's."""
+    path = os.fsdecode(row["path"])
+    return path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
 
 
 def _name(path: Path, root: Path) -> str:

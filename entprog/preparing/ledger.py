@@ -63,8 +63,9 @@ def line(row: Mapping[str, Any]) -> Line:
 
 def stamp(row: Source) -> str:
     """What an input is, as far as its listing tells: its own stamp and what lies beside it or a manifest says."""
-    poses = [row["poses_stamp"]] if row["poses"] else []
-    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'], *poses)}"
+    beside = [row["poses_stamp"]] if row["poses"] else []
+    beside += ["mask", row["mask_stamp"]] if row["mask"] else []
+    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'], *beside)}"
 
 
 def rejected(row: R, stage: str, reason: str, message: str) -> R:

@@ -29,6 +29,10 @@ class Source(TypedDict):
     """Path of the file beside it that holds its poses (`media.posefile`); empty: they are estimated."""
     poses_stamp: str
     """Of that file (`posefile.stamp`): hash of its content."""
+    mask: bytes
+    """Path of the file beside it that holds its mask (`media.masks`); empty: there is none."""
+    mask_stamp: str
+    """Of that file, alike."""
     key: NotRequired[str]
     """Name of its part: of the files that its stages write."""
 

@@ -29,6 +29,7 @@ REASONS = {
     "changed": "it changed while it was being prepared",
     "bad_crop": "the manifest's crop is not inside the picture",
     "bad_pose": "the file of poses beside it holds none, or none of this video",
+    "bad_mask": "the mask beside it is none, or none of this video, or shows nobody in the clip",
     "too_short": "shorter than one clip",
     "nobody": "no person was found",
     "pose_lost": "the person was found in some frames only",

@@ -38,8 +38,15 @@ class Checkpoint:
         """Whether it has a place for a video that a person is put into."""
         from entprog import models
 
-        able = models.family(self.about["family"]).load.args[0].REPLACES
-        return able and bool(self.about.get("native")) and self.about["vae"]
+        family = models.family(self.about["family"]).load.args[0]
+        return family.sees_around(self.about.get("native", False), self.about["vae"])
+
+    @property
+    def several(self) -> bool:
+        """Whether it has a place for several reference pictures."""
+        from entprog import models
+
+        return models.family(self.about["family"]).load.args[0].SEVERAL and "reference" in self.conditions
 
     def faceless(self, motions) -> str:
         """What it is shown no face in, in words; empty where it sees one in every motion, or none at all."""

@@ -15,7 +15,7 @@ from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import h264, limits, posefile, wholebody
+from entprog.media import h264, limits, masks, posefile, wholebody
 from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
@@ -57,6 +57,8 @@ class Motion:
     """uint8 RGB [F, H, W, 3]: the video that the person is put into. None: there is none."""
     person: np.ndarray | None = None
     """bool [F, H, W]: where in it; None without it."""
+    others: np.ndarray | None = None
+    """uint8 RGB [pictures, H, W, 3]: further reference pictures; None: there are none."""
 
     @property
     def last_frame(self) -> np.ndarray | None:
@@ -64,9 +66,13 @@ class Motion:
         truth = self.video is not None and self.video_title == TRUTH
         return self.video[-1] if self.last is None and truth else self.last
 
+    def replacing(self, person: np.ndarray) -> "Motion":
+        """This one, put into its own video in place of who is in it: person bool [F, H, W], where that is."""
+        return replace(self, person=person, background=np.where(person[..., None], np.uint8(0), self.video))
+
     @property
     def _scene(self) -> tuple[np.ndarray | None, ...]:
-        return self.background, self.person
+        return self.background, self.person, self.others
 
     def digest(self) -> str:
         """Hash of everything that decides what the clip shows."""
@@ -231,18 +237,21 @@ def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int
 
 
 def from_row(path: Path | storage.Place, row: int, shape: ClipShape, place: int = 0) -> Motion:
-    """One clip of a shard whose clips have this shape. Raises DamagedShardError naming shard and row."""
-    (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video"])
+    """One clip of a shard whose clips have this shape, put into its own video where it has a mask. Raises
+    DamagedShardError naming shard and row."""
+    (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video", "mask"])
     size = (shape.height, shape.width)
     try:
         reference = images.read(columns["reference"], replace(limits.LIMITS, max_pixels=shape.height * shape.width))
         frames = h264.decode_rgb(columns["video"], range(shape.frames), size)
         if reference.shape[:2] != size or len(columns["pose"]) != shape.frames:
             raise ValueError(f"its reference or its pose is not of {shape}")
+        person = columns["mask"] and masks.unpacked(columns["mask"], shape.frames, *size).astype(bool)
     except (videos.VideoError, ValueError) as error:
         why = one_line(error)
         raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {why}; prepare it again") from None
-    return Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
+    made = Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
+    return made if person is None else made.replacing(person)
 
 
 def read_pose(
@@ -294,6 +303,19 @@ def read_picture(path: Path, crop: Prepare, option: str = "--reference") -> np.n
         return images.read(path, limits.of(crop))
     except videos.VideoError as error:
         raise UserError(f"{option}: cannot read {path} as a picture: {one_line(error)}") from None
+
+
+def other_pictures(paths: Sequence[Path], shape: ClipShape, crop: Prepare) -> np.ndarray | None:
+    """Further reference pictures at the clip's size, uint8 RGB [pictures, H, W, 3], each whole and on white, as
+    WanVACEPipeline lays them; None: there are none. Raises UserError as `read_picture` does."""
+    out = np.full((len(paths), shape.height, shape.width, 3), 255, np.uint8)
+    for canvas, path in zip(out, paths, strict=True):
+        picture = read_picture(path, crop)
+        share = min(shape.height / picture.shape[0], shape.width / picture.shape[1])
+        high, wide = (max(1, int(side * share)) for side in picture.shape[:2])
+        top, left = (shape.height - high) // 2, (shape.width - wide) // 2
+        canvas[top : top + high, left : left + wide] = videos.scale(picture, (high, wide))
+    return out if len(paths) else None
 
 
 def reference_image(path: Path, shape: ClipShape, crop: Prepare, option: str = "--reference") -> np.ndarray:

@@ -39,8 +39,10 @@ def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
 
 def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[str, Any]:
     """All that decides what a checkpoint's clips of a split look like."""
-    whose = {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
-    return how_sampled(maker, settings.generate) | whose
+    made = how_sampled(maker, settings.generate)
+    if dataset.masks and maker.replaces:  # what is drawn is then no whole clip
+        made["guidance"] += ", put into clips with masks"
+    return made | {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
 
 
 def how_given(folder: Where) -> dict[str, Any]:

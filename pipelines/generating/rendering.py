@@ -30,7 +30,11 @@ def motions_of(clips: Clips, names: Sequence[str]) -> list[Motion]:
     """A batch of clips as motions whose truth is known."""
     truth = pixels(color.yuv420_to_rgb(clips.video))
     rows = zip(names, clips.reference.cpu().numpy(), clips.pose.cpu().numpy(), truth, strict=True)
-    return [Motion(*row, place=place) for place, row in enumerate(rows)]
+    made = [Motion(*row, place=place) for place, row in enumerate(rows)]
+    if clips.mask is None:
+        return made
+    people = clips.mask.cpu().numpy()
+    return [motion.replacing(person) if person.any() else motion for motion, person in zip(made, people, strict=True)]
 
 
 def make(
@@ -44,9 +48,11 @@ def make(
     given = [_stacked(motion.reference for motion in motions), _stacked(motion.pose for motion in motions)]
     last = _stacked(motion.last_frame for motion in motions) if denoiser.last else None
     conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.native else None)
-    if motions[0].background is not None:
-        scene = (_stacked(getattr(motion, name) for motion in motions) for name in ("background", "person"))
-        conditions["background"] = denoiser.background(*scene)
+    if denoiser.replaces and any(motion.background is not None for motion in motions):
+        conditions |= denoiser.background(*_scenes(motions, shape), given[1])
+    if motions[0].others is not None:
+        others = _stacked(motion.others for motion in motions)
+        conditions["reference"] = denoiser.with_others(conditions["reference"], others)
     if without:
         conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})
@@ -58,6 +64,15 @@ def make(
 
 def _stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(list(arrays)))
+
+
+def _scenes(motions: Sequence[Motion], shape: ClipShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """The videos that people are put into, uint8 [B, F, H, W, 3], and where, bool [B, F, H, W]; nowhere in those of
+    motions that have none."""
+    none = np.zeros((len(motions[0].pose), shape.height, shape.width), bool)
+    people = [none if motion.person is None else motion.person for motion in motions]
+    blank = np.broadcast_to(np.uint8(0), (*none.shape, 3))
+    return _stacked(blank if motion.background is None else motion.background for motion in motions), _stacked(people)
 
 
 def _faces(motions: Sequence[Motion]) -> Faces | None:

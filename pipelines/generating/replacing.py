@@ -8,13 +8,11 @@ import numpy as np
 
 from entprog.config import ClipShape, Prepare
 from entprog.errors import UserError
-from entprog.media import limits
+from entprog.media import limits, masks
 from entprog.media import video as videos
 from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
 
-WHITE = 128
-"""Level of 0..255 from which a mask's pixel is white."""
 ASPECT = 0.02
 """Share by which a picture's aspect may differ from the clip's where all of it is taken."""
 
@@ -34,7 +32,7 @@ class Scene:
         """`person` and `background` of a Motion with that pose. cut: what is cut out of the driving video; frames: what
         was, uint8 RGB [F, H, W, 3]; both None: poses are fractions of the whole picture. span: as of `_read`. Raises
         UserError for files that do not go with the motion."""
-        person = _read(self.mask, "--mask", len(pose), cut, **span).mean(-1) >= WHITE
+        person = masks.white(_read(self.mask, "--mask", len(pose), cut, **span))
         if not person.any():
             raise UserError(f"--mask: {self.mask} is nowhere white, where the person is to be")
         if self.background is None:
@@ -54,7 +52,7 @@ def scene(
     if not checkpoint.replaces:
         raise UserError(
             f"--mask: {checkpoint.root} has no place for a video that a person is put into: networks of Wan-Animate "
-            "(model.family=wan_animate) have"
+            "and VACE (model.family=wan_animate, wan_vace) have"
         )
     if motion is None or motion.is_dir():
         raise UserError("--mask is of one motion: give one file as --video, or as --pose")

@@ -62,15 +62,21 @@ def _is_due(output: Where, dataset: Dataset) -> bool:
 
 
 def finish(
-    output: Where, settings: Preparation, lines: Sequence[Line], written, points: int, made_by: Sequence[str]
+    output: Where,
+    settings: Preparation,
+    lines: Sequence[Line],
+    written,
+    points: int,
+    masks: bool,
+    made_by: Sequence[str],
 ) -> Dataset:
-    """Write ledger and dataset.json so that they belong together after a kill at any moment. made_by: where poses come
-    from (`packing.made_by`)."""
+    """Write ledger and dataset.json so that they belong together after a kill at any moment. masks: whether clips have
+    any; made_by: where poses come from (`packing.made_by`)."""
     coming = output / NEXT_LEDGER
     ledger.write(coming, lines)
     prepared = {"prepare": settings.prepare.model_dump(mode="json"), "ledger": files.sha256(coming)}
     prepared |= {"poses": list(made_by)}
-    dataset = shards.write_dataset(output, settings.data.shape, written, prepared, points)
+    dataset = shards.write_dataset(output, settings.data.shape, written, prepared, points, masks)
     coming.replace(output / "ledger.parquet")
     return dataset
 

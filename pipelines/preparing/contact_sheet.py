@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from entprog.data import shards
-from entprog.media import h264, sheet, video
+from entprog.media import h264, masks, sheet, video
 from entprog.storage import Where
 
 Row = dict[str, Any]
@@ -22,7 +22,8 @@ SHEET_SHARDS = 48
 
 
 def of_dataset(output: Where, dataset: shards.Dataset) -> None:
-    """Two clips of every kept source, of up to SHEET_SOURCES: the reference, then frames with the pose over them."""
+    """Two clips of every kept source, of up to SHEET_SOURCES: the reference, then frames with the pose over them, dark
+    where a mask says that the person is not."""
     files = [(name, info.file, info.clips) for name, infos in dataset.splits.items() for info in infos]
     of_source = defaultdict(list)
     for name, file, clips in _some(files, SHEET_SHARDS):
@@ -32,7 +33,7 @@ def of_dataset(output: Where, dataset: shards.Dataset) -> None:
     for source in _some(sorted(of_source), SHEET_SOURCES):
         its = of_source[source]
         for split_name, file, at in [its[i] for i in sorted({len(its) // 4, 3 * len(its) // 4})]:
-            (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s"])
+            (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s", "mask"])
             rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
     sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
 
@@ -45,6 +46,8 @@ def _some(of: Sequence[Any], count: int) -> list[Any]:
 def _strip(clip: Row) -> np.ndarray:
     """uint8 RGB [1 + n, H, W, 3], enlarged to be looked at: the reference, then frames with their pose."""
     frames = h264.decode_rgb(clip["video"])
+    if clip["mask"]:
+        frames = np.where(masks.unpacked(clip["mask"], *frames.shape[:3])[..., None], frames, frames // 3)
     reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
     some = np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))
     height, width = frames.shape[1:3]

@@ -279,7 +279,7 @@ def _decode(rows: dict[str, np.ndarray], files: Sequence[File]) -> clip_stream.A
         before += shard.clips
     numbers = before + np.arange(piece.first, piece.stop)
     clips = clip_stream.decode(dataset, latents.SPLIT, numbers)
-    return {**{name: clips[name][None] for name in clip_stream.COLUMNS}, "number": np.array([number])}
+    return {**{name: values[None] for name, values in clips.items()}, "number": np.array([number])}
 
 
 class Encode:
@@ -292,7 +292,7 @@ class Encode:
     def __call__(self, batch: clip_stream.Arrays) -> clip_stream.Arrays:
         number = int(batch["number"][0])
         file = self.files[number]
-        clips = {name: batch[name][0] for name in clip_stream.COLUMNS}
+        clips = {name: values[0] for name, values in batch.items() if name != "number"}
         rows = encoded(self.denoiser, clips, file.shape, self.device)
         written = latents.write(file.folder, file.piece, rows, halves=in_halves(self.denoiser))
         return {"number": np.array([number]), "bytes": np.array([written.bytes]), "sha256": np.array([written.sha256])}
@@ -313,7 +313,7 @@ def encoded(denoiser, batch: clip_stream.Arrays, shape: ClipShape, device) -> li
     """Clips of `clips.decode` → latents of each at a shape, as `latents.write` takes them."""
     out = []
     for i in range(len(batch["video"])):
-        one = {name: batch[name][i : i + 1] for name in clip_stream.COLUMNS} | {"position": np.array([i])}
+        one = {name: values[i : i + 1] for name, values in batch.items()} | {"position": np.array([i])}
         out.append(latents.compact(denoiser.encode(clip_stream.to_clips(one, device).resized(shape))))
     return out
 
@@ -334,7 +334,7 @@ def estimates(asked: Sequence[tuple[shards.Dataset, ClipShape]], encoding: Encod
         out.append(
             Estimate(
                 shape=shape,
-                key=latents.key(denoiser, encoding.model.family, shape),
+                key=latents.key(denoiser, encoding.model.family, shape, dataset.masks),
                 shapes={name: tuple(value.shape[1:]) for name, value in full.items()},
                 clip_bytes=sum(value.nbytes for value in latents.stored(row, in_halves(denoiser)).values()),
                 clip_s=(time.perf_counter() - started) / (count + 1),

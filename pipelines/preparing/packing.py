@@ -171,8 +171,10 @@ def shard_plans(
     clips_per_shard: int,
     first: Mapping[str, int] | None = None,
     points: int = shards.POINTS,
+    masks: bool = False,
 ) -> list[Row]:
-    """Which clips go into which shard: {file, split, points, clips: [(clip, source, part key, row in the part)]}.
+    """Which clips go into which shard: {file, split, points, clips: [(clip, source, part key, row in the part)]}, with
+    `masks` where there are any.
 
     Clips in order of source and time; a split's shards are as even as they can be, numbered from `first[split]` on.
     """
@@ -187,9 +189,8 @@ def shard_plans(
         pieces = math.ceil(len(clips) / clips_per_shard)
         edges = [round(i * len(clips) / pieces) for i in range(pieces + 1)] if pieces else []
         for i, (start, stop) in enumerate(itertools.pairwise(edges), (first or {}).get(name, 0)):
-            plans.append(
-                {"file": f"{name}/{i:05d}.parquet", "split": name, "points": points, "clips": clips[start:stop]}
-            )
+            plan = {"file": f"{name}/{i:05d}.parquet", "split": name, "points": points, "clips": clips[start:stop]}
+            plans.append(plan | ({"masks": True} if masks else {}))
     return plans
 
 
@@ -204,6 +205,11 @@ def without_parts(records: Iterable[Row | None], points: int) -> str:
     clips = [(record["clips"], points_of([record]) < points) for record in records if record]
     bare = sum(count for count, lacks in clips if lacks)
     return f"{bare} of {sum(count for count, _ in clips)} clips have no face and hands" if bare else ""
+
+
+def masked(records: Iterable[Row | None]) -> bool:
+    """Whether clips of some finished parts have masks."""
+    return any(record["clips"] and record.get("masks") for record in records if record)
 
 
 def made_by(records: Iterable[Row | None], before: Iterable[str] = ()) -> list[str]:
@@ -248,7 +254,7 @@ def pack(row: Row, folder: Where, shape: ClipShape) -> Row:
         clips += shards.read_rows(parts / f"{key}.parquet", wanted)
     files.write_json(receipt, {"plan": "begun"}, indent=None)  # what lies there from now on is this job's
     clips = [{**clip, "split": plan["split"]} for clip in clips]
-    info = shards.write_shard(folder, plan["file"], clips, shape, plan["points"])
+    info = shards.write_shard(folder, plan["file"], clips, shape, plan["points"], plan.get("masks", False))
     entry = {"split": plan["split"], "file": info.file, "clips": info.clips, "bytes": info.bytes, "sha256": info.sha256}
     files.write_json(receipt, {"plan": config.digest(row["plan"]), "info": entry}, indent=None)
     return entry

@@ -161,7 +161,7 @@ def caches(
         return found
     make = "python -m pipelines.prepare --latents"
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
-        key = latents.key(denoiser, experiment.model.family, shape)
+        key = latents.key(denoiser, experiment.model.family, shape, dataset.masks)
         cache = latents.find(dataset, key)
         if cache is not None:
             latents.verify(cache, data.verify if agree.world()[0] == 0 else "size")

@@ -136,9 +136,11 @@ def stream(
     if where == "cluster":
         read = functools.partial(clip_stream.decode, located, split, frames=frames, room=clip_stream.reused)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
+        clip_bytes += (frames or shape.frames) * shape.height * shape.width * dataset.masks
         return Stream(_batches(read, collate, order, clip_bytes, _to_decode(cpus)))
     read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
+    stored_bytes += shape.frames * shape.height * shape.width / 8 * dataset.masks  # small on the disk alone
 
     def decode(stored: Arrays, apply: Callable[..., Iterable]) -> tuple[object, float]:
         decoded = clip_stream.decoded(stored, located, split, frames, apply)

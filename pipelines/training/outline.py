@@ -144,6 +144,15 @@ def poses(dataset: Dataset, source: Source) -> str | None:
     return f"Poses: {unlike}." if unlike else None
 
 
+def masks(dataset: Dataset, source: Source) -> str | None:
+    """What a network is shown of clips with masks, in words; None where the shards hold none."""
+    if not dataset.masks:
+        return None
+    if not source.replaces:
+        return "Masks: the shards' are not shown: networks of Wan-Animate and VACE alone have a place for them."
+    return "Masks: clips that have one are shown with what lies around their person, as one that is to be replaced."
+
+
 def trained(experiment: Experiment, row: Row, blocks: int) -> str:
     """Which blocks a row trains, in words."""
     schedule, count = experiment.schedule, plans.count(row.share, blocks)

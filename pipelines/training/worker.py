@@ -150,6 +150,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
         denoiser = networks.load(experiment, device)
         if texts is not None:
             denoiser = replace(denoiser, **{field: value.to(device) for field, value in texts.of("").items()})
+        dataset = replace(dataset, masks=dataset.masks and denoiser.replaces)  # others are not read
         clock.over("weights")
         for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):
             denoiser.check(shape)

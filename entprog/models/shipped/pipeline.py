@@ -160,7 +160,8 @@ class ReferencePosePipeline(DiffusionPipeline):
     ):
         """One clip.
 
-        reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size. pose: as many
+        reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size; of VACE also a list
+        of such. pose: as many
         drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
         strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
         [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width], and zeros for tokens that its
@@ -168,12 +169,16 @@ class ReferencePosePipeline(DiffusionPipeline):
         last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
         as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
         background, mask: as many frames of a video that the person is put into, and of where: pictures in black and
-        white, or bool [F, H, W], of networks of Wan-Animate.
+        white, or bool [F, H, W], of networks of Wan-Animate and VACE.
         latents: the noise to begin with, [1, C, F', H', W']. output_type: pil, np, pt or latent.
         """
         if last is not None and self.config.form != LAST_FRAME:
             raise ValueError("this network was trained without the last frame of clips: leave last out")
         device, shown = self._execution_device, {}
+        reference, *others = reference if isinstance(reference, list | tuple) else [reference]
+        vace = self.config.family == "wan_vace"
+        if others and not vace:
+            raise ValueError("several references are of networks of VACE alone: give one")
         given = {"reference": reference, "pose": pose}
         for name in self.config.conditions:
             if given[name] is None:
@@ -195,17 +200,24 @@ class ReferencePosePipeline(DiffusionPipeline):
             first, *others = ends[:frames]
             between = picture.new_zeros(1, 3, frames - 1 - len(others), rows, columns)
             shown["reference"] = torch.cat([first, between, *others], dim=2)
+        if background is not None or mask is not None:
+            if not (vace or self.config.form == FACES) or background is None or mask is None:
+                raise ValueError("background and mask belong together, and to networks of Wan-Animate and VACE")
+            background, person = pixels(background).to(device), where(mask).to(device)
+            if vace:
+                shown["pose"] = shown["pose"] * person
         shown = {name: self.encode(video) for name, video in shown.items()}
+        if others:
+            more = [self.encode(pixels(other).to(device)) for other in others]
+            shown["reference"] = torch.cat([shown["reference"], *more], dim=1)
         if face is not None:
             if self.config.form != FACES:
                 raise ValueError("this network was trained without faces: leave face out")
             side = self.transformer.motion_encoder.size
             faces = torch.nn.functional.interpolate(pixels(face)[0].transpose(0, 1), (side, side), mode="bilinear")
             shown["face"] = faces.transpose(0, 1)[None].to(device)
-        if background is not None or mask is not None:
-            if self.config.form != FACES or background is None or mask is None:
-                raise ValueError("background and mask belong together, and to networks of Wan-Animate")
-            shown["background"] = self.around(pixels(background).to(device), where(mask).to(device))
+        if background is not None:
+            shown["background"] = (self.vace_around if vace else self.around)(background, person)
         if takes_tokens(self.config.form, self.transformer):
             shown["image"] = torch.cat([self.tokens(end) for end in ends], dim=1)
         if self.config.form in FIRST_FRAMES:
@@ -283,7 +295,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             return self.wan_animate(*inputs, timestep, text[PROMPT], *more).float()
         if family == "wan_vace":
             noisy, *reference, pose = inputs
-            return self.wan_vace(network, noisy, pose, timestep, text[PROMPT], *reference).float()
+            return self.wan_vace(network, noisy, pose, timestep, text, *reference).float()
         call = {
             "wan": wan, "cogvideox": cogvideox, "latte": latte, "svd": svd, "motion_unet": motion_unet,
             "hunyuan_video": hunyuan_video,
@@ -322,17 +334,29 @@ class ReferencePosePipeline(DiffusionPipeline):
         )
         return velocity[:, :, 1:]
 
-    def wan_vace(self, network, noisy, pose, timestep, text, reference=None):
-        """The control is the pose, of which all is to be followed; the reference is a frame before the clip's."""
-        control = torch.cat([self.nothing(noisy), pose, vace_mask(pose, 1)], dim=1)
-        latents = noisy
+    def vace_around(self, video, person):
+        """What is kept of a video [1, 3, F, H, W] whose person, bool [F, H, W], is replaced, in latents, and where the
+        pose is followed instead."""
+        side = int(VACE_MASK**0.5)
+        kept = self.encode(video * ~person)
+        mask = person.float().unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(2, 4, 0, 1, 3).flatten(0, 1)
+        mask = torch.nn.functional.interpolate(mask[None], size=kept.shape[2:], mode="nearest-exact")
+        return torch.cat([kept, mask], dim=1)
+
+    def wan_vace(self, network, noisy, pose, timestep, more, reference=None):
+        """The control is the pose, followed all over or where the mask beside a background is white; references are
+        frames before the clip's, the first one next to it."""
+        latents, around, channels = noisy, more.get("background"), noisy.shape[1]
+        if around is None:
+            around = torch.cat([self.nothing(noisy), vace_mask(pose, 1)], dim=1)
+        control = torch.cat([around[:, :channels], pose, around[:, channels:]], dim=1)
         if reference is not None:
-            reference = reference[:, :, :1]
+            reference = reference[:, :, 0].unflatten(1, (-1, channels)).flip(1).transpose(1, 2).contiguous()
             latents = torch.cat([led(reference, timestep).to(noisy), noisy], dim=2)
             first = torch.cat([reference, torch.zeros_like(reference), vace_mask(reference, 0)], dim=1)
             control = torch.cat([first, control], dim=2)
         (velocity,) = network(
-            hidden_states=latents, timestep=timestep, encoder_hidden_states=text, control_hidden_states=control,
+            hidden_states=latents, timestep=timestep, encoder_hidden_states=more[PROMPT], control_hidden_states=control,
             return_dict=False,
         )  # fmt: skip
         return velocity[:, :, -noisy.shape[2] :]
