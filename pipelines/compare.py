@@ -39,7 +39,8 @@ def main(
     ] = None,
     output: Annotated[str, typer.Option(help="Folder of the page, also s3:// or gs://.")] = "out/compare",
     target_loss: Annotated[
-        float | None, typer.Option(help="Held-out loss whose reaching is timed [the baseline's] (compare.target_loss).")
+        float | None,
+        typer.Option(help="Held-out loss whose reaching is timed; unless given the baseline's (compare.target_loss)."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Run or group that the others are compared with (compare.baseline).")

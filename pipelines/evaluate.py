@@ -63,11 +63,16 @@ def main(
     split: Annotated[str | None, typer.Option(help="Split of the shards (evaluate.split).")] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="Names, with commas between [all that need no fetched weights] (evaluate.metrics)."),
+        typer.Option(
+            help="Names, with commas between; unless given all that need no fetched weights (evaluate.metrics)."
+        ),
     ] = None,
-    clips: Annotated[int | None, typer.Option(help="Clips, spread over the split [all] (evaluate.clips).")] = None,
+    clips: Annotated[
+        int | None, typer.Option(help="Clips, spread over the split; unless given all (evaluate.clips).")
+    ] = None,
     run_id: Annotated[
-        str | None, typer.Option("--run", metavar="ID", help="MLflow run that gets the figures [the training's own].")
+        str | None,
+        typer.Option("--run", metavar="ID", help="MLflow run that gets the figures; unless given the training's own."),
     ] = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,

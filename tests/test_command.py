@@ -1,5 +1,6 @@
 """The command `entprog`: every job by its verb, quick to help, close to what was meant; and joining a cluster."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from rich.text import Text
+from typer.main import get_command
 
 from pipelines import cli
 from pipelines.command.verbs import VERBS
@@ -25,6 +28,15 @@ def entprog(*arguments, and_then="", **environment):
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_word_of_an_option_s_help_is_taken_for_markup(verb):
+    app = get_command(importlib.import_module(f"pipelines.{verb}").app)
+    for command in (app, *getattr(app, "commands", {}).values()):
+        for option in command.params:
+            said = getattr(option, "help", None) or ""
+            assert Text.from_markup(said).plain == said, option.name
 
 
 def test_every_job_has_its_verb():
