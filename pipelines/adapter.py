@@ -5,11 +5,11 @@ python -m pipelines.adapter extract --before out/base --after out/run/model --ra
 """
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from entprog import storage
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.outputs import claim
@@ -28,7 +28,7 @@ class Expert(StrEnum):
 def merge(
     adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys.")],
     base: Annotated[str, typer.Option(help="The base that it was trained on: a folder, or a hub name.")],
-    output: Annotated[Path, cli.folder("Folder of the merged pipeline, new or empty.")],
+    output: Annotated[str, typer.Option(help="Folder of the merged pipeline, new or empty, also s3:// or gs://.")],
     family: Annotated[
         str | None, typer.Option(help="Model family of the base, where the adapter does not say.")
     ] = None,
@@ -45,7 +45,8 @@ def merge(
         from entprog.models import adapters, experts, folders
 
         identity = {"merge": adapter, "base": base, **({"expert": str(expert)} if expert else {})}
-        claim.check(output, "adapter", identity)
+        folder = cli.output_of(output)
+        claim.check(folder, "adapter", identity)
         found = adapters.read(adapter, "--adapter")
         root = folders.locate(base, "--base")
         saved, said = folders.saved(root), found.about.get("expert")
@@ -69,12 +70,13 @@ def merge(
         kind.inspect(chosen)
         parts = f"{len(found.pairs)} layers and {len(found.outside)} whole weights"
         if dry_run:
-            cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {output}.")
+            cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {folder}.")
             return {}
-        claim.take(output, "adapter", identity)
-        kind.load(chosen).save(output / "model", shape=config.ClipShape(**shape) if shape else None)
-        cli.console.print(f"Merged {parts} of {adapter} into {base}: {output / 'model'}")
-        return {"model": str(output / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
+        claim.take(folder, "adapter", identity)
+        with storage.scratch_for(folder / "model", last=folders.ABOUT) as scratch:
+            kind.load(chosen).save(scratch, shape=config.ClipShape(**shape) if shape else None)
+        cli.console.print(f"Merged {parts} of {adapter} into {base}: {folder / 'model'}")
+        return {"model": str(folder / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
 
@@ -83,7 +85,7 @@ def merge(
 def extract(
     before: Annotated[str, typer.Option(help="The base: a folder, or a hub name.")],
     after: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
-    output: Annotated[Path, cli.folder("Folder of the adapter, new or empty.")],
+    output: Annotated[str, typer.Option(help="Folder of the adapter, new or empty, also s3:// or gs://.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     expert: Annotated[
         Expert | None, typer.Option(help="Which of two networks, where there are two: the one trained last.")
@@ -99,7 +101,8 @@ def extract(
         from entprog.models import adapters, experts, finite, folders
 
         identity = {"before": before, "after": after, "rank": rank, **({"expert": str(expert)} if expert else {})}
-        claim.check(output, "adapter", identity)
+        folder = cli.output_of(output)
+        claim.check(folder, "adapter", identity)
         root = folders.locate(after, "--after")
         saved = folders.saved(root)
         if not saved:
@@ -118,22 +121,23 @@ def extract(
             other = experts.OTHER[extracted]
             cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")
         if dry_run:
-            cli.console.print(f"Would extract an adapter of rank {rank} out of {after} over {before} into {output}.")
+            cli.console.print(f"Would extract an adapter of rank {rank} out of {after} over {before} into {folder}.")
             return {}
-        claim.take(output, "adapter", identity)
+        claim.take(folder, "adapter", identity)
         base, tuned = (kind.load(side) for side in sides)
         about = {name: value for name, value in kept.items() if value is not None} | {"base": before} | more
         found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
         if not found.pairs:
             raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")
-        adapters.write(output / "adapter", found, tuned.PART)
-        tuned.save_text(output / "adapter")
+        with storage.scratch_for(folder / "adapter", last=adapters.ABOUT) as scratch:
+            adapters.write(scratch, found, tuned.PART)
+            tuned.save_text(scratch)
         cli.console.print(
             f"Extracted {len(found.pairs)} layers at rank {rank}, without {lost:.1%} of their change; "
-            f"{len(found.outside)} other weights that changed are whole beside them: {output / 'adapter'}"
+            f"{len(found.outside)} other weights that changed are whole beside them: {folder / 'adapter'}"
         )
         whole = len(found.outside)
-        return {"adapter": str(output / "adapter"), "layers": len(found.pairs), "whole_weights": whole, "lost": lost}
+        return {"adapter": str(folder / "adapter"), "layers": len(found.pairs), "whole_weights": whole, "lost": lost}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
 

@@ -67,8 +67,8 @@ def _in_no_bucket(option: typer.CallbackParam, given: Path | None) -> Path | Non
     if given is not None and str(given).startswith(BUCKETS):
         complain(
             "error",
-            f"--{option.name} {given}: prepare, train, score, generate and compare write to a bucket, this job does "
-            "not: give a folder that all nodes see",
+            f"--{option.name} {given}: this job alone writes to no bucket: give a folder that all nodes see, and copy "
+            "to the bucket what it leaves",
         )
         raise typer.Exit(2)
     return given
@@ -85,7 +85,9 @@ def _that_answers(option: typer.CallbackParam, given: str | None) -> str | None:
 
 
 Preset = Annotated[str | None, typer.Option(help=f"Named experiment: {', '.join(config.presets(PRESETS))}.")]
-ConfigFile = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings, over the preset.")]
+ConfigFile = Annotated[
+    list[str] | None, typer.Option("--config", help="YAML file of settings, over the preset, also s3:// or gs://.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
 Tables = Annotated[
@@ -150,7 +152,7 @@ def app(help: str) -> typer.Typer:
 def settings(
     whole: type[W],
     preset: str | None,
-    files: Sequence[Path] | None,
+    files: Sequence[str | Where] | None,
     pairs: Sequence[str] | None,
     *,
     trains: bool = True,
@@ -164,7 +166,7 @@ def settings(
     """
     values = config.only(config.read_preset(preset, PRESETS), whole) if preset else {}
     for path in files or []:
-        values = config.merge(values, config.only(config.read_yaml(path), whole))
+        values = config.merge(values, config.only(config.read_yaml(storage.at(path, "settings")), whole))
     values = config.merge(values, _without_none(options))
     values = config.merge(values, config.parse_overrides(pairs or []))
     train = values.get("train", {})

@@ -24,6 +24,7 @@ from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import launch, session
 from pipelines.generating import checkpoints, judging, motions, protocol
@@ -54,12 +55,15 @@ def main(
         str | None, typer.Option(help="Folder that pipelines.train wrote, also s3:// or gs://.")
     ] = None,
     generated: Annotated[
-        Path | None,
-        typer.Option(help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files."),
+        str | None,
+        typer.Option(
+            help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files; also s3:// or "
+            "gs://."
+        ),
     ] = None,
-    output: Annotated[Path, cli.folder("Folder for the figures; the same command again resumes it.")] = Path(
-        "out/evaluation"
-    ),
+    output: Annotated[
+        str, typer.Option(help="Folder for the figures, also s3:// or gs://; the same command again resumes it.")
+    ] = "out/evaluation",
     split: Annotated[str | None, typer.Option(help="Split of the shards (evaluate.split).")] = None,
     metrics: Annotated[
         str | None,
@@ -89,12 +93,13 @@ def main(
     def work() -> dict[str, Any]:
         own = {"split": split, "clips": clips, "metrics": metrics and [name.strip() for name in metrics.split(",")]}
         chosen = cli.settings(Evaluation, None, config_file, set_, evaluate=own)
-        task = plan(checkpoint, shards, output, chosen, generated=generated, run_id=run_id)
+        folder, clips_in = cli.output_of(output), generated and cli.output_of(generated, "generated")
+        task = plan(checkpoint, shards, folder, chosen, generated=clips_in, run_id=run_id)
         if dry_run:
             return explain(task)
-        claim.take(output, "evaluate", task.identity)
+        claim.take(folder, "evaluate", task.identity)
         with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
-            return run(task, output, verbose=verbose)
+            return run(task, folder, verbose=verbose)
 
     cli.run("evaluate", None if dry_run else output, work, verbose=verbose)
 
@@ -107,7 +112,7 @@ class Task:
     dataset: datasets.Dataset
     maker: checkpoints.Checkpoint | None
     """Makes the clips; None: they are there."""
-    folder: Path
+    folder: Where
     """Folder of the generated clips."""
     places: list[judging.Place]
     made: dict[str, Any]
@@ -124,16 +129,17 @@ class Task:
 
     @property
     def missing(self) -> list[judging.Place]:
-        return [place for place in self.places if not Path(place.file).is_file()]
+        there = _files(self.folder)
+        return [place for place in self.places if place.clip.name not in there]
 
 
 def plan(
     checkpoint: Path | str | None,
     shards: str | Path,
-    output: Path,
+    output: Where,
     settings: Evaluation,
     *,
-    generated: Path | None = None,
+    generated: Where | None = None,
     run_id: str | None = None,
 ) -> Task:
     """What is to be done. Raises UserError for anything wrong with the checkpoint, the shards, the clips given, the
@@ -150,7 +156,7 @@ def plan(
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
     if maker is not None and maker.shape != dataset.shape:
         raise UserError(f"shards {shards} hold clips of {dataset.shape}, the checkpoint makes {maker.shape}")
-    folder = Path(generated or Path(output) / "generated")
+    folder = generated or output / "generated"
     places = judging.places(dataset, chosen.split, chosen.clips, folder)
     if maker is None:
         made, places = protocol.how_given(folder), _given(places, folder)
@@ -163,7 +169,7 @@ def plan(
         identity |= {"weights of --checkpoint": made["checkpoint"]}
         sampled = ("sampler", "steps", "guidance", "seed", "dtype", "text", "text encoder")
         identity |= {name: made[name] for name in sampled if name in made}
-    claim.check(Path(output), "evaluate", identity)
+    claim.check(output, "evaluate", identity)
     names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points)
     run_id = _mlflow_run(maker, run_id)
     meter = Meter(names, chosen)
@@ -209,7 +215,7 @@ def _protocol(made: dict[str, Any]) -> str:
     return f"{made['sampler']}, {made['steps']} steps, guidance {made['guidance']}, seed {made['seed']}"
 
 
-def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
+def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
     """Generate what is missing and judge it all on the connected Ray cluster; the job's figures."""
     claim.take(output, "evaluate", task.identity)
     settings, names, missing = task.settings, task.names, task.missing
@@ -228,7 +234,8 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
     rows = {place.clip_id: rows[place.clip_id] for place in task.places}  # they came as they were ready
     figures, unmeasured = _figures(rows, names, settings)
-    cards = {name: _card(task, name) for name in figures}
+    with storage.local_copy(task.places[0].clip) as clip:
+        cards = {name: _card(task, name, clip) for name in figures}
     evaluation = {
         "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
         "cards": {card.id: asdict(card) for card in cards.values()},
@@ -254,29 +261,42 @@ def run(task: Task, output: Path, *, verbose: bool = False) -> dict[str, Any]:
     }
 
 
-def _card(task: Task, name: str) -> ProtocolCard:
-    count, file = len(task.places), task.places[0].file
-    return protocol.card(name, task.meter, task.settings, task.dataset, count, task.made, file)
+def _card(task: Task, name: str, clip: Path) -> ProtocolCard:
+    """clip: one that was judged."""
+    return protocol.card(name, task.meter, task.settings, task.dataset, len(task.places), task.made, clip)
 
 
-def _given(todo: list[judging.Place], folder: Path) -> list[judging.Place]:
+def _files(folder: Where) -> set[str]:
+    """Names of what lies in a folder; none where it is not there. A bucket is asked once, not for each of its files."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
     """Places with the files that a folder holds for them. Raises UserError for the first clip that it lacks."""
     if not folder.is_dir():
         raise UserError(f"--generated: no such folder: {folder}")
     listed = protocol.read_json(folder / "result.json").get("clips", []) if (folder / "result.json").is_file() else []
     results = {r["clip"]: Path(r["result"]) for r in listed if isinstance(r, dict) and "result" in r}
+    own, videos = _files(folder), _files(folder / "videos")
     out = []
     for place in todo:
         # A moved folder's own files come before where its result.json once said they lie.
-        named = results.get(place.clip_id)
-        options = [Path(place.file), *([folder / "videos" / named.name, named] if named else [])]
-        path = next((option for option in options if option.is_file()), None)
+        named, path = results.get(place.clip_id), None
+        if place.clip.name in own:
+            path = place.clip
+        elif named is not None and named.name in videos:
+            path = folder / "videos" / named.name
+        elif named is not None and named.is_file():
+            path = named
         if path is None:
             raise UserError(
-                f"--generated: {folder} has no clip for {place.clip_id}: it should be {Path(place.file).name}, or be "
+                f"--generated: {folder} has no clip for {place.clip_id}: it should be {place.clip.name}, or be "
                 "listed in the result.json of pipelines.generate"
             )
-        out.append(replace(place, file=str(path.resolve())))
+        out.append(replace(place, file=storage.address(path.resolve())))
     return out
 
 
@@ -308,15 +328,15 @@ def _figures(
 def _values(row: dict[str, Any], place: judging.Place) -> dict[str, Any]:
     values = {name.removeprefix("value/"): float(v) for name, v in row.items() if name.startswith("value/")}
     known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return {"clip": place.clip_id, "file": place.file, **known}
+    return {"clip": place.clip_id, "file": str(place.clip), **known}
 
 
-def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Path) -> Path:
+def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Where) -> Where:
     """Some clips, truth over result."""
     rows = []
     for place in todo[:: -(-len(todo) // SHOWN)]:
         truth = motions.from_row(storage.at(place.shard, "shards"), place.row, shape).video
-        rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(Path(place.file), truth.shape))]
+        rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(place.clip, truth.shape))]
     return sheet.contact_sheet(rows, output / "sheet.png")
 
 
@@ -364,9 +384,9 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
     return run_id
 
 
-def _log(run_id: str, output: Path, figures: dict[str, Any]) -> None:
+def _log(run_id: str, output: Where, figures: dict[str, Any]) -> None:
     tracker = Tracker.attach(
-        {"uri": tracking_uri(), "run_id": run_id, "output": str(output)},
+        {"uri": tracking_uri(), "run_id": run_id, "output": storage.address(output)},
         warn=lambda text: cli.console.print(f"warning: {text}"),
     )
     tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})

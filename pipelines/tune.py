@@ -8,15 +8,13 @@ import csv
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from entprog import config, models, storage
+from entprog import config, files, models, storage
 from entprog.config import Sweep
 from entprog.data import shards as datasets
 from entprog.errors import UserError
@@ -63,7 +61,9 @@ def main(
         str | None, typer.Option(help="Folder written by pipelines.prepare, also s3:// or gs:// (data.shards).")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained diffusers folder, or hub name (model.base).")] = None,
-    output: Annotated[Path, cli.folder("Folder of the sweep; the same command again resumes it.")] = Path("out/sweep"),
+    output: Annotated[
+        str, typer.Option(help="Folder of the sweep, also s3:// or gs://; the same command again resumes it.")
+    ] = "out/sweep",
     tables: cli.Tables = None,
     config_file: cli.ConfigFile = None,
     set_: cli.Set = None,
@@ -95,12 +95,13 @@ def main(
             },
         )
         found = spaces.read(space)
+        folder = cli.output_of(output)
         if dry_run:
-            return explain(wanted, found, output)
+            return explain(wanted, found, folder)
         score_tables.check(tables)
-        claimed(wanted, found, output)
+        claimed(wanted, found, folder)
         with session.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
-            return run(wanted, found, output, tables=tables, verbose=verbose, is_claimed=True)
+            return run(wanted, found, folder, tables=tables, verbose=verbose, is_claimed=True)
 
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
 
@@ -139,7 +140,7 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
     return checks.deciding(experiment, dataset) | of_search | drawn
 
 
-def claimed(wanted: Sweep, space: spaces.Space, output: Path) -> None:
+def claimed(wanted: Sweep, space: spaces.Space, output: Where) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
     identity = check(wanted, space)
     claim.check(output, "tune", identity)
@@ -160,7 +161,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
     return {"CPU": max(os.cpu_count() or 1, launch.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
 
 
-def explain(wanted: Sweep, space: spaces.Space, output: Path) -> dict[str, Any]:
+def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
     claim.check(output, "tune", check(wanted, space))
     settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
@@ -188,7 +189,7 @@ def _minutes(seconds: float) -> str:
 def run(
     wanted: Sweep,
     space: spaces.Space,
-    output: Path,
+    output: Where,
     *,
     tables: str | Where | None = None,
     verbose: bool = False,
@@ -234,7 +235,7 @@ def run(
     spec = trial.Spec(
         experiment=shared,
         tune=settings.model_dump(mode="json"),
-        output=str(output.resolve()),
+        output=storage.address(output.resolve()),
         tables=storage.address(score_tables.place(output, tables).resolve()),
         tracking_uri=tracking_uri(),
         cluster=cluster(),
@@ -286,22 +287,23 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
+def _row(output: Where, trial_id: str, status: str) -> dict[str, Any]:
     """A trial as result.json has it, from what it left in its folder."""
     folder = trial.folder_of(output, trial_id)
     path = folder / trial.RECORD
     if not path.exists():
         return {"id": trial_id, "settings": {}, "status": "failed", "reason": "it never started"}
-    row = json.loads(path.read_text())
+    row = {name: value for name, value in json.loads(path.read_text()).items() if name != "reports"}
     if not _cut_short(folder):
         return row
-    steps = [step for place in sorted(folder.glob("seed-*")) for step in steplog.steps_of(place)]
+    steps = [step for place in _trainings(folder) for step in steplog.steps_of(place)]
     if status == "ERROR" or not steps:
         return row | {"status": "failed", "reason": "its process ended without a word"}
     if (diverged_s := row.get("diverged")) is not None:  # it was stopped for that, before it could say so itself
         return row | {"status": "failed", "reason": f"its held-out loss was not finite after {diverged_s:.3g} s"}
     curve = [(step["charged_s"], step["held_out_loss"]) for step in steps if step["held_out_loss"] is not None]
-    runs = [json.loads(p.read_text())["run_id"] for p in sorted(folder.glob(f"seed-*/{RUN_FILE}"))]
+    records = [place / RUN_FILE for place in _trainings(folder) if (place / RUN_FILE).exists()]
+    runs = [json.loads(record.read_text())["run_id"] for record in records]
     if not curve:
         return row | {"status": "failed", "reason": f"it was ended before a held-out loss, after {len(steps)} steps"}
     return row | {
@@ -315,30 +317,35 @@ def _row(output: Path, trial_id: str, status: str) -> dict[str, Any]:
     }
 
 
-def _cut_short(folder: Path) -> bool:
+def _trainings(folder: Where) -> list[Where]:
+    """Folders of a trial's trainings, in the order of their seeds."""
+    return sorted(folder.glob("seed-*"), key=lambda place: files.natural(place.name))
+
+
+def _cut_short(folder: Where) -> bool:
     """Whether a trial was ended by Tune, or with its process: it could not say how it ended."""
     path = folder / trial.RECORD
     return path.exists() and json.loads(path.read_text())["status"] == "running"
 
 
-def _close(folder: Path) -> None:
+def _close(folder: Where) -> None:
     """End the MLflow runs of a trial that was cut short; its checkpoints are of no more use."""
-    for place in [*sorted(folder.glob("seed-*")), folder]:
+    for place in [*_trainings(folder), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
         known = json.loads((place / RUN_FILE).read_text())
-        tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": str(place)})
+        tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": storage.address(place)})
         stages.log(tracker, steplog.steps_of(place), "KILLED")
         tracker.tags({"entprog.ended": "stopped early: not among the best at equal seconds"})
         tracker.end("KILLED")
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        storage.remove(place / "checkpoints")
 
 
 # ---- what it leaves ----
 
 
 def _leave(
-    wanted: Sweep, space: spaces.Space, rows: list[dict[str, Any]], output: Path, tracker: Tracker
+    wanted: Sweep, space: spaces.Space, rows: list[dict[str, Any]], output: Where, tracker: Tracker
 ) -> dict[str, Any]:
     settings = wanted.tune
     ranked = sorted(rows, key=lambda row: (row["status"] != "finished", row.get("held_out_loss", math.inf)))
@@ -349,15 +356,15 @@ def _leave(
     _write_table(ranked, space, output / "trials.csv")
     evidence = findings.evidence(rows, space, wanted.train.seconds, settings)
     said = findings.findings(evidence, space, best, rows, settings.seeds)
-    files = [output / "best.yaml", output / "trials.csv"]
-    files.append(charts.trials_chart(ranked, best["id"], output / "trials.png"))
+    left = [output / "best.yaml", output / "trials.csv"]
+    left.append(charts.trials_chart(ranked, best["id"], output / "trials.png"))
     if said["responses"]:
-        files.append(charts.response_chart(evidence, said["responses"], space, output / "response.png"))
+        left.append(charts.response_chart(evidence, said["responses"], space, output / "response.png"))
     if said["importance"]:
-        files.append(charts.importance_chart(said["importance"], evidence.label, output / "importance.png"))
+        left.append(charts.importance_chart(said["importance"], evidence.label, output / "importance.png"))
     if len(settings.objectives) > 1:
-        files.append(charts.pareto_chart(finished, front, settings.objectives, output / "pareto.png"))
-    for file in files:
+        left.append(charts.pareto_chart(finished, front, settings.objectives, output / "pareto.png"))
+    for file in left:
         tracker.artifact(file)
     counts = {how: sum(row["status"] == how for row in rows) for how in ("finished", "stopped", "failed")}
     tracker.summary(
@@ -374,7 +381,7 @@ def _leave(
         "seed_noise": said["seed_noise"],
         "recommendation": said["recommendation"],
         "evidence": evidence.label,
-        "charts": [str(file) for file in files if file.suffix == ".png"],
+        "charts": [str(file) for file in left if file.name.endswith(".png")],
         "mlflow_run_id": tracker.run_id,
     }
 
@@ -383,7 +390,7 @@ def _seeds(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in seed.items() if k != "curve"} for seed in row.get("seeds", ()) if "seed" in seed]
 
 
-def _write_best(wanted: Sweep, best: Mapping[str, Any], trials: int, path: Path) -> None:
+def _write_best(wanted: Sweep, best: Mapping[str, Any], trials: int, path: Where) -> None:
     """The best trial's settings as `train --config` takes them; what the sweep shared out is left as it was given."""
     experiment = spaces.applied(wanted.experiment(), best["settings"])
     spread = f" ± {best['held_out_loss_std']:.2g} over seeds" if best["held_out_loss_std"] is not None else ""
@@ -399,8 +406,8 @@ FIGURES = ("held_out_loss", "held_out_loss_std", "seconds", "search_seconds", "s
            "peak_memory_bytes", "mlflow_run_id", "reason")  # fmt: skip
 
 
-def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: Path) -> None:
-    with path.open("w", newline="") as file:
+def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: Where) -> None:
+    with files.whole(path) as scratch, scratch.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["id", "status", *space, *FIGURES])
         for row in rows:
@@ -409,7 +416,7 @@ def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: P
             table.writerow([cell(value) for value in (row["id"], row["status"], *values, *figures)])
 
 
-def _show(result: Mapping[str, Any], output: Path) -> None:
+def _show(result: Mapping[str, Any], output: Where) -> None:
     rows = [
         (
             row["id"], row["status"], _number(row.get("held_out_loss")), _number(row.get("held_out_loss_std")),

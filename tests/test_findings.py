@@ -14,7 +14,7 @@ import pipelines.tune
 from entprog import config, files
 from entprog.training import curves
 from helpers.networks import tiny_experiment
-from pipelines.sweeping import findings, trial
+from pipelines.sweeping import findings, sweep, trial
 from pipelines.training import steplog
 
 SPACE = {
@@ -160,6 +160,35 @@ def test_a_search_that_goes_on_hears_again_what_a_trial_had_reported(tmp_path):
     assert after == before and [tick["tick"] for tick in after] == [1, 2, 3, 4, 5]
     again.on_item({"step": {"step": 6, "charged_s": 60.0, "held_out_loss": 0.1}})
     assert [tick["tick"] for tick in after] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sweep_that_goes_on_judges_as_one_that_was_never_ended(tmp_path):
+    """Wherever it was ended. Some trials report again what they had reported, as those do that train
+    when it ends."""
+    chosen = config.Tune(rungs=2, reduction=2)
+    random = np.random.default_rng(0)
+    order = [name for name in "abcdefgh" for _ in range(3)]
+    losses = {name: iter([*random.random(2), math.inf]) for name in "abcdefgh"}
+    ticks = dict.fromkeys("abcdefgh", 0)
+    said = []
+    for name in random.permutation(order):
+        ticks[name] += 1
+        said.append((str(name), {"tick": ticks[name], "held_out_loss": float(next(losses[name]))}))
+
+    def judged(scheduler, results):
+        for name in "abcdefgh":  # as Ray Tune does with all trials, those that it has restored and those to come
+            scheduler.on_trial_add(None, sweep._Heard(name))
+        return [scheduler.on_trial_result(None, sweep._Heard(name), result) for name, result in results]
+
+    due = judged(sweep.scheduler(chosen), said)
+    assert {"STOP", "CONTINUE"} == set(due)
+    records = {name: {"reports": {}} for name in "abcdefgh"}
+    for number, (name, result) in enumerate(said):
+        scheduler = sweep.scheduler(chosen, trial.reports(tmp_path))
+        again = [each for each in said[:number] if each[0] in "abc"]
+        assert judged(scheduler, again + said[number:])[len(again) :] == due[number:], number
+        trial._reported(lambda tick: None, trial.folder_of(tmp_path, name), records[name], {**result, "charged_s": 1.0})
+    assert trial.reports(tmp_path) == said
 
 
 @pytest.mark.parametrize("before", ["of fewer clips", ""])

@@ -20,6 +20,7 @@ from entprog.config.sweep import Sweep
 from entprog.config.written import Plain
 from entprog.errors import UserError
 from entprog.masking import masked, one_line
+from entprog.storage import Where
 
 P = TypeVar("P", bound=Part)
 
@@ -144,7 +145,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") ->
     return out
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Where) -> dict[str, Any]:
     """A settings file: a YAML (or JSON) mapping, its unquoted scalars as they are written (`written.load`).
 
     Raises UserError if it is not one, or if a name stands in it twice.

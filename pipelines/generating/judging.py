@@ -20,6 +20,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import h264, limits
 from entprog.media import video as videos
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import failures
 from pipelines.generating import checkpoints, motions
@@ -42,7 +43,11 @@ class Place:
     number: int
     """Inside the split: seeds the clip's noise, so that it does not depend on which others are made."""
     file: str
-    """Path of the generated clip."""
+    """Path or address of the generated clip."""
+
+    @property
+    def clip(self) -> Where:
+        return storage.at(self.file, "generated clips")
 
 
 def file_name(clip_id: str) -> str:
@@ -50,7 +55,7 @@ def file_name(clip_id: str) -> str:
     return f"{quote(clip_id, safe='')}.mp4"
 
 
-def places(dataset: shards.Dataset, split: str, count: int | None, folder: Path) -> list[Place]:
+def places(dataset: shards.Dataset, split: str, count: int | None, folder: Where) -> list[Place]:
     """The clips of a split, or `count` of them spread evenly. Raises UserError for a split without clips."""
     total = dataset.clips(split)
     if not total:
@@ -64,11 +69,9 @@ def places(dataset: shards.Dataset, split: str, count: int | None, folder: Path)
         path = dataset.folder / file
         rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id"])
         ids |= {i: row["clip_id"] for i, row in zip(mine, rows, strict=True)}
-    root = dataset.folder.resolve()  # actors work in another directory
-    return [
-        Place(ids[i], storage.address(root / index[i][0]), index[i][1], i, str(folder.resolve() / file_name(ids[i])))
-        for i in picked
-    ]
+    root, made = dataset.folder.resolve(), folder.resolve()  # actors work in another directory
+    files = {i: storage.address(made / file_name(ids[i])) for i in picked}
+    return [Place(ids[i], storage.address(root / index[i][0]), index[i][1], i, files[i]) for i in picked]
 
 
 # ---- actors ----
@@ -91,7 +94,7 @@ class Generator:
         ]
         made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
         for file, frames in zip(rows["file"], made, strict=True):
-            h264.write(Path(file), frames, self._checkpoint.shape.fps)
+            h264.write(storage.at(file, "generated clips"), frames, self._checkpoint.shape.fps)
         return {"clip_id": rows["clip_id"]}
 
 
@@ -109,7 +112,7 @@ class Judge:
         found = []
         for path, row, file in zip(rows["shard"], rows["row"], rows["file"], strict=True):
             motion = motions.from_row(storage.at(path, "shards"), int(row), self._shape)
-            result = read_result(Path(file), motion.video.shape)
+            result = read_result(storage.at(file, "generated clips"), motion.video.shape)
             found.append(self._meter.measure(result, motion.video, motion.reference, motion.pose))
         out = {"clip_id": rows["clip_id"]}
         for name in found[0].values:
@@ -120,14 +123,15 @@ class Judge:
         return out
 
 
-def read_result(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def read_result(path: Where, shape: tuple[int, ...]) -> np.ndarray:
     """A generated clip: uint8 RGB [F, H, W, 3]. Raises UserError if it cannot be read or has another shape."""
     bounds = replace(limits.LIMITS, max_pixels=max(LEAST_PIXELS, shape[1] * shape[2]))
     try:
         # One more than are due is enough to tell.
-        frames = np.stack([frame for _, frame in islice(videos.iter_frames(path, limits=bounds), shape[0] + 1)])
+        with storage.local_copy(path) as file:
+            frames = np.stack([frame for _, frame in islice(videos.iter_frames(file, limits=bounds), shape[0] + 1)])
     except videos.VideoError as error:
-        raise UserError(f"generated clip cannot be read: {error}") from None
+        raise UserError(f"generated clip cannot be read: {str(error).replace(str(file), str(path))}") from None
     if frames.shape != shape:
         more = " or more" if len(frames) > shape[0] else ""
         raise UserError(f"generated clip {path} is {_size(frames.shape)}{more}, its truth {_size(shape)}")

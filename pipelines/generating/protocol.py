@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from entprog import files
@@ -56,7 +57,7 @@ def leave(folder: Where, made: dict[str, Any]) -> None:
 
 
 def card(
-    name: str, meter: Meter, settings: Evaluation, dataset: Dataset, clips: int, made: dict[str, Any], file: str
+    name: str, meter: Meter, settings: Evaluation, dataset: Dataset, clips: int, made: dict[str, Any], file: Path
 ) -> ProtocolCard:
     """The card of one metric's figure. made: of `how_made` or `how_given`; file: one of the clips."""
     network, sha256, resize = meter.judge(name)

@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray.tune.search.sample import Categorical
 
+from entprog.storage import Where
 from pipelines.charts import BLUE, GREY, LINES, ROW_INCHES, figure_and_axes, save
 from pipelines.sweeping import spaces
 from pipelines.sweeping.findings import Evidence
@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Path:
+def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Where) -> Where:
     """Every trial's held-out loss (first seed) over charged seconds; stopped ones end in a cross."""
     figure, axes = figure_and_axes(1, 1, (7.5, 4.2))
     drawn = sorted((row for row in rows if row.get("seeds")), key=lambda row: row["id"] == best)
@@ -50,7 +50,7 @@ def trials_chart(rows: Sequence[Mapping[str, Any]], best: str, path: Path) -> Pa
     return save(figure, path)
 
 
-def importance_chart(importance: Mapping[str, float], label: str, path: Path) -> Path:
+def importance_chart(importance: Mapping[str, float], label: str, path: Where) -> Where:
     """Bars, the most important setting on top."""
     figure, axes = figure_and_axes(1, 1, (7.5, 1.3 + ROW_INCHES * len(importance)))
     names = list(importance)
@@ -65,8 +65,8 @@ def importance_chart(importance: Mapping[str, float], label: str, path: Path) ->
 
 
 def response_chart(
-    evidence: Evidence, responses: Mapping[str, Mapping[str, Any]], space: Space, path: Path, columns: int = 3
-) -> Path:
+    evidence: Evidence, responses: Mapping[str, Mapping[str, Any]], space: Space, path: Where, columns: int = 3
+) -> Where:
     """A panel a setting: the trials, the mean response with its 90 % interval, the values alike the best shaded."""
     columns = min(columns, len(responses))
     lines = math.ceil(len(responses) / columns)
@@ -112,8 +112,8 @@ def response_chart(
 
 
 def pareto_chart(
-    finished: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], objectives: Sequence[str], path: Path
-) -> Path:
+    finished: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], objectives: Sequence[str], path: Where
+) -> Where:
     """The first objective against each other one; the front is named."""
     others = objectives[1:]
     figure, panels = figure_and_axes(1, len(others), (4.8 * len(others), 4), squeeze=False, sharey=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from entprog import files
 from entprog.errors import UserError
+from entprog.storage import Where
 
 RECORD = "sweep.json"
 """In OUTPUT: the sweep's id, and what each of its trials gets."""
@@ -35,7 +36,7 @@ class State:
     """Ray Tune's."""
 
 
-def begin(output: Path, share: dict[str, Any]) -> State:
+def begin(output: Where, share: dict[str, Any]) -> State:
     """A new sweep's state. Raises UserError if it could be written by others, or not at all."""
     name = secrets.token_hex(16)
     _own(home(), make=True)
@@ -44,7 +45,7 @@ def begin(output: Path, share: dict[str, Any]) -> State:
     return State(share, folder)
 
 
-def read(output: Path) -> State | None:
+def read(output: Where) -> State | None:
     """The state of the sweep that was begun in an output, None if none was. Nothing is unpickled here.
 
     Raises UserError if it was begun by somebody else or on another machine, or if somebody else could have written it.

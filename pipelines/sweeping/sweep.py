@@ -15,12 +15,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
+from entprog import storage
 from entprog.config import Experiment, Tune
 from entprog.errors import UserError
+from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import launch, room
 from pipelines.sweeping import spaces
-from pipelines.sweeping.trial import Spec, folder_of, trainable
+from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable
 
 NAME = "tune"
 """Ray Tune's own folder in that of the sweep's state."""
@@ -117,11 +119,22 @@ def searcher(settings: Tune, space: spaces.Space, first: dict[str, Any], concurr
     )
 
 
-def scheduler(settings: Tune):
-    """ASHA on held-out loss at equal shares of the charged seconds, or none."""
+@dataclass(frozen=True)
+class _Heard:
+    """All that ASHA asks of a trial."""
+
+    trial_id: str
+
+
+def scheduler(settings: Tune, before: Sequence[Report] = ()):
+    """ASHA on held-out loss at equal shares of the charged seconds, or none.
+
+    before: reports of an earlier start. Ray Tune restores its search, not its scheduler: this one judges as if it had
+    heard them itself, and what was decided on them stays decided.
+    """
     if not stops_early(settings):
         return FIFOScheduler()
-    return ASHAScheduler(
+    asha = ASHAScheduler(
         time_attr="tick",
         metric="held_out_loss",
         mode="min",
@@ -130,6 +143,14 @@ def scheduler(settings: Tune):
         reduction_factor=settings.reduction,
         stop_last_trials=False,
     )
+    heard = {name: _Heard(name) for name, _ in before}
+    for trial in heard.values():
+        asha.on_trial_add(None, trial)
+    for name, result in before:
+        asha.on_trial_result(None, heard[name], result)
+    for trial in heard.values():
+        asha.on_trial_remove(None, trial)
+    return asha
 
 
 def run(
@@ -158,7 +179,8 @@ def run(
         logging.getLogger("optuna").setLevel(logging.ERROR)
     resume = any((state / NAME).glob("experiment_state-*.json"))
     samples = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
-    with Watch(samples, settings.objectives[0], Path(spec.output)) as watch:
+    output = storage.at(spec.output, "the output")
+    with Watch(samples, settings.objectives[0], output) as watch:
         analysis = tune.run(
             tune.with_resources(trainable(spec), NEXT_TO_NOTHING),
             name=NAME,
@@ -166,7 +188,7 @@ def run(
             config=None if settings.search == "optuna" else dict(space),
             num_samples=samples,
             search_alg=searcher(settings, space, first, concurrent),
-            scheduler=scheduler(settings),
+            scheduler=scheduler(settings, reports(output) if resume else ()),
             resume_config=tune.ResumeConfig() if resume else None,
             sync_config=tune.SyncConfig(sync_period=STATE_EVERY_S),
             max_failures=settings.retries,
@@ -187,7 +209,7 @@ def run(
 class Watch(Callback):
     """The terminal: a bar, and a line whenever a trial ends. What the trial's process may have left is given back."""
 
-    def __init__(self, trials: int, objective: str, output: Path):
+    def __init__(self, trials: int, objective: str, output: Where):
         self.trials, self.objective, self.output = trials, objective, output
         self.best = math.inf
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}

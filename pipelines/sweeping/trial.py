@@ -8,20 +8,23 @@ at equal seconds, whatever the steps they took.
 import json
 import math
 import os
-import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from entprog import config, files, masking
+from entprog import config, files, masking, storage
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.errors import UserError
+from entprog.storage import Where
 from entprog.training import curves
+from pipelines.training import steplog
 
 RECORD = "trial.json"
+Report = tuple[str, dict[str, Any]]
+"""A trial's id, and what it reported to Ray Tune."""
 Point = tuple[float, float]
 """Charged seconds, held-out loss."""
 
@@ -35,7 +38,7 @@ class Spec:
     tune: dict[str, Any]
     """Settings of the search, as JSON."""
     output: str
-    """Folder of the sweep."""
+    """Folder of the sweep, or its address."""
     tables: str
     """Where score tables are kept: one for all trials."""
     tracking_uri: str
@@ -46,9 +49,9 @@ class Spec:
     """Fingerprint of the clips that all trials are trained on and judged by."""
 
 
-def folder_of(output: Path, trial_id: str) -> Path:
+def folder_of(output: Where, trial_id: str) -> Where:
     """A trial's own folder."""
-    return Path(output) / "trials" / trial_id
+    return output / "trials" / trial_id
 
 
 def trainable(spec: Spec) -> Callable[[dict[str, Any]], None]:
@@ -82,8 +85,8 @@ def run(
 
     experiment = config.build(spec.experiment)
     settings = config.build(spec.tune, config.Tune)
-    folder = folder_of(Path(spec.output), trial_id)
-    record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": []}
+    folder = folder_of(storage.at(spec.output, "the output"), trial_id)
+    record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": [], "reports": _said(folder)}
     files.write_json(folder / RECORD, record)
     ticks = Ticks(
         experiment.train.seconds, settings.reduction**settings.rungs, partial(_reported, report, folder, record)
@@ -125,7 +128,7 @@ def run(
                     f"held-out loss was not finite ({result['held_out_loss']}) after {result['steps']} steps"
                 )
             results.append(figures(result, seed, settings.target_loss))
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # it has ended: model/ is what it came to
+            storage.remove(place / "checkpoints")  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
         last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
     except UserError as error:
@@ -142,19 +145,38 @@ def run(
     return last | {"tick": ticks.of}
 
 
-def _reported(report: Callable[[dict[str, Any]], None], folder: Path, record: dict[str, Any], tick: dict[str, Any]):
-    """Report a tick. Tune may end the trial at once for a loss that is no number: its record says so beforehand, as
-    its steps cannot (JSON has no word for it)."""
+def _reported(report: Callable[[dict[str, Any]], None], folder: Where, record: dict[str, Any], tick: dict[str, Any]):
+    """Report a tick. The record has it beforehand: a sweep that goes on judges by it, and Tune may end the trial at
+    once for a loss that is no number, of which its steps cannot say so (JSON has no word for it)."""
+    said = {"held_out_loss": tick["held_out_loss"], "time": time.time()}
+    record.setdefault("reports", {}).setdefault(str(tick["tick"]), said)  # what is reported again was heard of before
     diverged = {} if math.isfinite(tick["held_out_loss"]) else {"diverged": tick["charged_s"]}
     files.write_json(folder / RECORD, record | diverged)
     report(tick)
+
+
+def reports(output: Where) -> list[Report]:
+    """What trials of a sweep have reported so far of the shares of their budgets, in the order in which they did."""
+    folders = (output / "trials").iterdir() if (output / "trials").exists() else ()
+    found = [
+        (said["time"], folder.name, int(tick), math.inf if said["held_out_loss"] is None else said["held_out_loss"])
+        for folder in folders
+        for tick, said in _said(folder).items()
+    ]
+    return [(name, {"tick": tick, "held_out_loss": loss}) for _, name, tick, loss in sorted(found)]
+
+
+def _said(folder: Where) -> dict[str, Any]:
+    """{share of the budget: {"held_out_loss", "time"}} as a trial's record has it."""
+    path = folder / RECORD
+    return json.loads(path.read_text()).get("reports", {}) if path.exists() else {}
 
 
 def _reason(error: BaseException) -> str:
     return masking.reason(error, most=500)
 
 
-def _group(spec: Spec, experiment: Experiment, trial_id: str, folder: Path, values: Mapping[str, Any]):
+def _group(spec: Spec, experiment: Experiment, trial_id: str, folder: Where, values: Mapping[str, Any]):
     """The MLflow run that holds the trainings of a trial of several seeds."""
     from pipelines.tracking.tracker import Tracker
 
@@ -221,12 +243,10 @@ class Ticks:
     curve: list[Point] = field(default_factory=list)
     reported: int = 0
 
-    def resume(self, training: Path) -> None:
-        """Take over what a training that goes on had measured before, and report it again: a search that goes on knows
-        nothing of it, and would compare this trial's later losses with others' earlier ones."""
-        path = training / "steps.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        steps = [json.loads(line) for line in lines if line.endswith("\n")]
+    def resume(self, training: Where) -> None:
+        """Take over what a training that goes on had measured before, and report it again: of what was measured, but
+        not reported, when it ended the search knows nothing."""
+        steps = steplog.steps_of(training)
         self.curve = [(s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
         self.reported = 0
         self.tell()
