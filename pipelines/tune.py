@@ -113,10 +113,20 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
         raise UserError(
             "trials are compared at equal seconds: give --seconds (train.seconds), which takes the place of train.steps"
         )
+    if experiment.parts:
+        raise UserError(
+            "a sweep is of one training, these settings have several one after another "
+            f"({', '.join(experiment.parts)}): leave out phases, or take one of a base's two experts"
+        )
     dataset = checks.check(experiment)
     family = models.family(experiment.model.family)
-    judged_by = fingerprints.held_out(experiment, dataset)
+    judged_by, latents = fingerprints.held_out(experiment, dataset), fingerprints.vae(experiment.model)
     for one in spaces.check(space, experiment):
+        if fingerprints.vae(one.model) != latents:
+            raise UserError(
+                "--space: trials are ranked by their held-out loss, and values of this space change the VAE, whose "
+                "latents it is of (model.vae, model.base): a sweep each"
+            )
         if fingerprints.held_out(one, dataset) != judged_by:
             raise UserError(
                 "--space: trials are ranked by their held-out loss, and values of this space change what that is "

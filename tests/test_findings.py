@@ -92,6 +92,26 @@ def test_stopped_trials_are_judged_where_all_have_been():
     evidence = findings.evidence(trials, SPACE, 60.0, config.Tune(rungs=2, reduction=3))
     assert "after 20 charged seconds" in evidence.label and len(evidence.losses) == 12
     assert evidence.losses[0] == pytest.approx(1.2 * trials[0]["seeds"][0]["held_out_loss"])
+    assert evidence.seeds == 1 and "of their first seed" in evidence.label, "noise is not that of means of two"
+    assert evidence.noise == pytest.approx(1.2 * findings.seed_noise(trials[:3]), rel=1e-6)
+    every = findings.evidence(rows(lambda v: 0.1), SPACE, 60.0, TUNE)
+    assert every.seeds == 2
+
+
+def test_steps_of_a_range_may_be_rounded():
+    space = {**SPACE, "train.ema_decay": tune.quniform(0, 0.4, 0.1)}
+    trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=12)
+    for number, row in enumerate(trials):
+        row["settings"]["train.ema_decay"] = 0.1 * (number % 5)
+    shares = findings.importance(findings.evidence(trials, SPACE, 60.0, TUNE), space)
+    assert shares["schedule.cei_threshold"] > shares["train.ema_decay"]
+
+
+def test_a_best_in_another_objective_is_not_called_below_the_next():
+    trials = rows(lambda v: 0.1, count=10)
+    worst = max(trials, key=lambda row: row["held_out_loss"])
+    said = findings.findings(findings.evidence(trials, SPACE, 60.0, TUNE), SPACE, worst, trials, 2)
+    assert "best in the first objective; trial" in said["recommendation"][0]
 
 
 VALUES = st.one_of(st.none(), st.integers(0, 4))

@@ -137,3 +137,12 @@ def test_the_experiments_own_values_are_a_point_of_the_space_or_none():
     space = {"schedule.stages": tune.randint(1, 5), "schedule.candidates": tune.choice(["[0.34, 1.0]", "[1.0]"])}
     assert spaces.own_values(space, BASE) == {"schedule.stages": 2, "schedule.candidates": "[0.34, 1.0]"}
     assert spaces.own_values({**space, "schedule.cei_threshold": tune.uniform(0, 1)}, BASE) == {}, "it is None"
+
+
+def test_values_of_a_range_in_steps_are_multiples():
+    domain = tune.quniform(0, 0.4, 0.1)
+    assert spaces.spread(domain, 4) == [0.0, 0.1, 0.3, 0.4] and spaces.spread(domain, 15) == [0, 0.1, 0.2, 0.3, 0.4]
+    assert all(value in (0.0, 0.1, 0.2, 0.3, 0.4) for value in spaces.spread(tune.qloguniform(0.1, 0.4, 0.1), 5))
+    name = "train.weight_decay"
+    own = [spaces.own_values({name: domain}, spaces.applied(BASE, {name: value})) for value in (0.05, 0.3)]
+    assert own == [{}, {name: 0.3}]

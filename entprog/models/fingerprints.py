@@ -14,7 +14,7 @@ from entprog.config import Experiment, Model, Timesteps, digest
 from entprog.diffusion.objectives import ALL
 from entprog.errors import UserError
 from entprog.media import assets
-from entprog.models import folders, whole
+from entprog.models import folders, weight_files, whole
 from entprog.models.denoising import GIVEN_FRAME
 
 if TYPE_CHECKING:
@@ -35,6 +35,15 @@ def base(model: Model) -> str:
     if folders.INDEX in found:
         parts[folders.INDEX] = whole.deciding(found[folders.INDEX].parent)
     return digest(parts) if model.base else f"new-{digest(model.init, parts)}"
+
+
+def vae(model: Model) -> str | None:
+    """Hash of the VAE whose latents a network works on: its weights' and its scaling's. None: pixels."""
+    folder = models.family(model.family).inspect(model, weights=False).vae_folder
+    if folder is None:
+        return None
+    found = (folder / "config.json", *weight_files.of(folder, "model.vae", model.trust_pickle).files)
+    return digest({path.name: _json(path) if path.suffix == ".json" else file(path) for path in found})
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -93,11 +102,12 @@ def file(path: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's own name."""
+    """The GPU's or the CPU's own name; of a CPU with the threads that torch has of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = f", {torch.get_num_threads()} thread(s)"
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                return f"{line.partition(':')[2].strip()}{threads}"
+    return f"{platform.processor() or platform.machine()}{threads}"

@@ -41,6 +41,10 @@ class Evidence:
     """Held-out loss of each trial, float [trials]."""
     label: str
     """What the losses are, in words."""
+    seeds: int
+    """Trainings that each of them is the mean of."""
+    noise: float | None
+    """Standard deviation of a training's such loss between seeds; None where no trial had two."""
 
 
 def pareto(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
@@ -64,19 +68,28 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
     finished = [row for row in rows if row["status"] == "finished"]
     if len(finished) >= ENOUGH or len(finished) == len([r for r in rows if r["status"] != "failed"]):
         losses = np.array([row["held_out_loss"] for row in finished])
-        return Evidence([row["settings"] for row in finished], losses, f"final held-out loss of {len(finished)} trials")
+        label = f"final held-out loss of {len(finished)} trials"
+        return Evidence([row["settings"] for row in finished], losses, label, settings.seeds, seed_noise(rows))
     alike = [row for row in rows if row["status"] in ("finished", "stopped") and row.get("seeds")]
     shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
     passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
     share = passed[-1] if passed else shares[0]
     losses = np.array([curves.at(row["seeds"][0]["curve"], share * budget_s) for row in alike])
-    label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds"
-    return Evidence([row["settings"] for row in alike], losses, label)
+    label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds, of their first seed"
+    several = [[curves.at(seed["curve"], share * budget_s) for seed in row["seeds"]] for row in finished]
+    noise = pooled([(float(np.var(of_seeds, ddof=1)), len(of_seeds) - 1) for of_seeds in several if len(of_seeds) > 1])
+    return Evidence([row["settings"] for row in alike], losses, label, 1, noise)
 
 
 def seed_noise(rows: Sequence[Row]) -> float | None:
     """Standard deviation of the loss between seeds, pooled over trials; None where no trial had two."""
-    found = [(row["held_out_loss_std"] ** 2, len(row["seeds"]) - 1) for row in rows if row.get("held_out_loss_std")]
+    return pooled(
+        [(row["held_out_loss_std"] ** 2, len(row["seeds"]) - 1) for row in rows if row.get("held_out_loss_std")]
+    )
+
+
+def pooled(found: Sequence[tuple[float, int]]) -> float | None:
+    """Standard deviation from (variance, degrees of freedom) of several samples; None for none."""
     freedom = sum(n for _, n in found)
     return math.sqrt(sum(variance * n for variance, n in found) / freedom) if freedom else None
 
@@ -94,6 +107,9 @@ def importance(evidence: Evidence, space: Space) -> dict[str, float]:
     if len(evidence.losses) < FEW or np.ptp(evidence.losses) == 0:
         return {}
     distributions = OptunaSearch.convert_search_space(space)
+    for name, of in distributions.items():
+        if isinstance(of, optuna.distributions.FloatDistribution) and of.step:  # rounding may lie beside a multiple
+            distributions[name] = optuna.distributions.FloatDistribution(of.low, max(of.high, space[name].upper))
     study = optuna.create_study(direction="minimize")
     for values, loss in zip(evidence.settings, evidence.losses, strict=True):
         study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=float(loss)))
@@ -171,7 +187,7 @@ def _response(grid: Sequence[Any], curves: np.ndarray, noise: float) -> dict[str
 def findings(evidence: Evidence, space: Space, best: Row, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
     """Importance, responses, seed noise, and a recommendation in sentences, each with its uncertainty."""
     noise = seed_noise(rows)
-    difference = 0.0 if noise is None else noise * math.sqrt(2 / seeds)
+    difference = 0.0 if evidence.noise is None else evidence.noise * math.sqrt(2 / evidence.seeds)
     found = responses(evidence, space, difference)
     shares = importance(evidence, space)
     lines = [_headline(best, rows, noise, seeds)]
@@ -202,6 +218,8 @@ def _headline(best: Row, rows: Sequence[Row], noise: float | None, seeds: int) -
         return f"{said}; no other trial finished, so there is nothing to compare it with."
     second = min(others, key=lambda row: row["held_out_loss"])
     gap = second["held_out_loss"] - best["held_out_loss"]
+    if gap < 0:
+        return f"{said}, best in the first objective; trial {second['id']} has a loss {-gap:.2g} lower."
     if noise is None:
         return f"{said}, {gap:.2g} below the next ({second['id']}); with one seed that may be chance."
     alike = [r for r in others if r["held_out_loss"] - best["held_out_loss"] <= 2 * noise * math.sqrt(2 / seeds)]

@@ -21,6 +21,8 @@ Space = dict[str, Domain]
 """Dotted setting → what its values are drawn from."""
 DOMAINS = ("uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint", "choice")
 """Functions of ray.tune that a space's file may name."""
+NEARLY = 1e-6
+"""Share of a step that rounding may be off."""
 EXAMPLE = "schedule.cei_threshold: {uniform: [0, 0.3]}"
 
 
@@ -152,7 +154,7 @@ def check(space: Space, experiment: Experiment) -> list[Experiment]:
         if isinstance(domain, Float):
             low, high = ends(domain)
             between = low + (high - low) * 0.618
-            if isinstance(step := getattr(domain.get_sampler(), "q", None), int | float):
+            if step := _step(domain):
                 between = (low // step + 1) * step
             try:
                 tried.append(applied(experiment, {name: between}))
@@ -167,21 +169,31 @@ def ends(domain: Domain) -> list[Any]:
     """A domain's extreme values; of a choice all."""
     if isinstance(domain, Categorical):
         return list(domain.categories)
-    return [domain.lower, domain.upper - 1 if isinstance(domain, Integer) and not _quantized(domain) else domain.upper]
+    return [domain.lower, domain.upper - 1 if isinstance(domain, Integer) and not _step(domain) else domain.upper]
 
 
-def _quantized(domain: Domain) -> bool:
-    return hasattr(domain.get_sampler(), "q")
+def _step(domain: Domain) -> float | None:
+    """What a domain's values are multiples of; None where they are not."""
+    return getattr(domain.get_sampler(), "q", None)
+
+
+def _is_step(domain: Domain, value: float) -> bool:
+    step = _step(domain)
+    return step is None or abs(value / step - round(value / step)) < NEARLY
 
 
 def spread(domain: Domain, points: int) -> list[Any]:
-    """Evenly spaced values, on the domain's own scale, whole numbers where it wants them; of a choice all."""
+    """Evenly spaced values, on the domain's own scale, whole numbers or multiples of a step where it wants them; of a
+    choice all."""
     if isinstance(domain, Categorical):
         return list(domain.categories)
     low, high = ends(domain)
     shares = [i / (points - 1) for i in range(points)]
     values = [low * (high / low) ** share if is_log(domain) else low + (high - low) * share for share in shares]
-    return list(dict.fromkeys(round(v) if isinstance(domain, Integer) else v for v in values))
+    if step := _step(domain):
+        first, last = math.ceil(low / step - NEARLY), math.floor(high / step + NEARLY)
+        values = [min(max(round(value / step), first), last) * step for value in values]
+    return list(dict.fromkeys(round(v) if isinstance(domain, Integer) else float(f"{v:.12g}") for v in values))
 
 
 def is_log(domain: Domain) -> bool:
@@ -209,7 +221,7 @@ def own_values(space: Space, experiment: Experiment) -> dict[str, Any]:
                 c for c in domain.categories if config.settings(applied(experiment, {setting: c}))[setting] == value
             ]
             out |= {setting: same[0]} if same else {}
-        elif isinstance(value, int | float) and domain.lower <= value <= ends(domain)[1]:
+        elif isinstance(value, int | float) and domain.lower <= value <= ends(domain)[1] and _is_step(domain, value):
             out[setting] = float(value) if isinstance(domain, Float) else value
     return out if len(out) == len(space) else {}
 
