@@ -332,6 +332,7 @@ def local(folder, **encoder):
     return folder / "base"
 
 
+CONFIG = json.dumps({"architectures": ["UMT5EncoderModel"]})
 SHARDS = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 
 
@@ -349,7 +350,7 @@ SHARDS = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", 
 )
 def test_an_encoder_counts_where_plain_diffusers_loads_it(encoder, counts, parts, tmp_path):
     files = {name: SHARDS if name.endswith("index.json") else "x" for name in encoder}
-    root = local(tmp_path, **files, **({"config.json": "{}"} if encoder else {}))
+    root = local(tmp_path, **files, **({"config.json": CONFIG} if encoder else {}))
     again(root, "wan", conditions=("reference",)).save(tmp_path / "tuned", parts=parts)
     there = tmp_path / "tuned"
     index, about = json.loads((there / "model_index.json").read_text()), folders.saved(there)
@@ -374,8 +375,9 @@ def test_encoders_that_lie_here_are_copied_without_programs(tmp_path):
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     encoder = tmp_path / "base" / "text_encoder"
     encoder.mkdir()
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "run.py"):
+    for name in ("model.safetensors", "pytorch_model.bin", "run.py", "credentials.json"):
         (encoder / name).write_bytes(np.random.default_rng(0).bytes(8))
+    (encoder / "config.json").write_text(CONFIG)
     again(tmp_path / "base", "wan", conditions=("reference",)).save(tmp_path / "tuned")
     assert {path.name for path in (tmp_path / "tuned" / "text_encoder").iterdir()} == {
         "config.json",

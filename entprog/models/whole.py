@@ -17,7 +17,7 @@ import diffusers
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import drawing
-from entprog.models import folders
+from entprog.models import folders, part_files
 from entprog.models.folders import Elsewhere
 from entprog.storage import Where
 
@@ -29,17 +29,13 @@ ENCODERS = (
 """Parts of a base's pipeline that make what cross-attention sees."""
 FOLDERS = (*folders.NETWORKS, folders.SECOND, "vae", "scheduler", *ENCODERS)
 """Parts of a saved pipeline that have a folder."""
-WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "image_processor", "feature_extractor")
-"""Those of them that are settings alone."""
-STEMS = ("model", folders.STEM)
-"""How transformers and diffusers begin the names of files of weights."""
 BOUNDARY, EXPAND = "boundary_ratio", "expand_timesteps"
 """Entries of a pipeline's index: the least time t of the first of two networks; whether the first latent frame can be
 given, with a timestep of its own."""
 CODE = Path(__file__).parent / "shipped" / "pipeline.py"
 CLASS = "ReferencePosePipeline"
 COPIED = (".json", ".safetensors", ".model", ".txt")
-"""Endings of an encoder's files that are copied: neither pickles nor programs."""
+"""Endings of the files of a saved part: neither pickles nor programs."""
 FILES = (folders.ABOUT, folders.INDEX, folders.CARD, folders.PROMPT, CODE.name, "skeleton.py")
 """Files of a saved pipeline that lie in no part's folder."""
 
@@ -81,17 +77,16 @@ def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> 
 
 
 def _loadable(folder: Path, part: str) -> Path | None:
-    """The folder of a part if plain diffusers loads the part from it, as it is copied; None if not: variants
-    (`model.fp16.safetensors`) are loaded where they are asked for alone, and pickles are not copied."""
-    if not any(folder.glob("*.json")):
-        return None
-    if part in WITHOUT_WEIGHTS or any((folder / f"{stem}.safetensors").is_file() for stem in STEMS):
-        return folder
-    for index in (folder / f"{stem}.safetensors.index.json" for stem in STEMS):
-        named = folders.read_json(index).get("weight_map") if index.is_file() else None
-        if isinstance(named, dict) and named and all((folder / str(name)).is_file() for name in named.values()):
-            return folder
-    return None
+    """The folder of a part if plain diffusers loads the part from it, as it is copied; None if not."""
+    return folder if part_files.of(folder, part) else None
+
+
+def named_folders(root: Path, about: Mapping[str, Any]) -> dict[str, Path]:
+    """{part: folder of this machine from which it is copied} of the parts that a checkpoint names instead of holding
+    them. about: its `entprog.json`."""
+    kept = [(name, Elsewhere(**place)) for name, place in about.get("elsewhere", {}).items()]
+    places = {name: Path(place.name) / place.subfolder for name, place in kept if not place.revision}
+    return {name: at for name, at in places.items() if not (root / name).is_dir() and _loadable(at, name)}
 
 
 def index_of(root: Where | None) -> dict[str, Any]:
@@ -128,9 +123,8 @@ def copy_others(origins: Mapping[str, Origin], left_out: Mapping[str, Elsewhere]
     for name, where in origins.items():
         if name != "vae" and name not in left_out and where.folder is not None:
             (folder / name).mkdir()
-            for path in where.folder.iterdir():
-                if path.suffix in COPIED and path.is_file():
-                    shutil.copyfile(path, folder / name / path.name)
+            for path in part_files.of(where.folder, name):
+                shutil.copyfile(path, folder / name / path.name)
 
 
 def leave(

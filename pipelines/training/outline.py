@@ -4,7 +4,7 @@ from entprog import models
 from entprog.config import Experiment, Model, Row, Schedule, Timesteps
 from entprog.data.shards import SPLITS, Dataset
 from entprog.media import styles, wholebody
-from entprog.models import captions
+from entprog.models import captions, whole
 from entprog.models.sources import Source
 from entprog.schedule import plans
 
@@ -76,6 +76,9 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
         )
     if train.drop.text and not _has_text(experiment, source):
         out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
+    if train.save == "whole" and source.root is not None:
+        named = whole.named_folders(source.root, source.about).items()
+        out += [f"{part} is copied from {folder}, as the base's entprog.json says" for part, folder in named]
     return [f"Note: {line}." for line in out]
 
 
