@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from entprog import files
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, reason
 from pipelines import cli
@@ -62,6 +63,7 @@ def run(
     if lost:
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, root, about)
+    _check_links(root)
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
         kept = None if step is None else _checkpoints(checkpoint, root)
         folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step, kept)
@@ -107,6 +109,17 @@ def _check(to: str, root: Path, about: dict[str, Any]) -> None:
         )
 
 
+def _check_links(root: Path) -> None:
+    """Raises UserError for what would bring files from outside a pipeline's folder into what is published."""
+    strange = [name for name in _files(root) if not (root / name).is_file() or not files.lies_in(root / name, root)]
+    if strange:
+        named = ", ".join(strange[:5]) + (", …" if len(strange) > 5 else "")
+        raise UserError(
+            f"--checkpoint: {root} holds links to other folders, or what is no file ({named}), which are not "
+            "published: put files in their place, or remove them"
+        )
+
+
 def _files(folder: Path) -> list[str]:
     """The names of the files and links in a folder and those below it; [] if there is none."""
     there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -139,6 +152,8 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step:
     from pipelines.training import model_card
 
     if whole.missing(root) or step is not None:
+        for part, place in whole.named_folders(root, about).items():
+            cli.console.print(f"Note: {part} is copied from {place}, as the checkpoint's entprog.json says.")
         chosen = config.Model(family=about["family"], base=str(root), conditions=tuple(about["conditions"]))
         denoiser = models.family(about["family"]).load(chosen)
         if step is not None:

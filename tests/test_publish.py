@@ -92,6 +92,27 @@ def test_what_a_person_put_beside_the_weights_goes_with_them(made, output, tmp_p
     assert {name: (there / name).read_text() for name in own} == own and whole.missing(there) == []
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_no_link_out_of_the_folder_is_published(dry, made, output, tmp_path):
+    root, there = tmp_path / "run" / "model", tmp_path / "there"
+    shutil.copytree(output / "model", root)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "key.json").write_text("secret")
+    (root / "notes").symlink_to(tmp_path / "home")
+    (root / "x.txt").symlink_to(tmp_path / "home" / "key.json")
+    (root / "LICENSE").write_text("mine")
+    (root / "COPYING").symlink_to("LICENSE")
+    if made:
+        (root / "pipeline.py").unlink()
+    done = published("--checkpoint", root, "--to", there, *dry)
+    assert done.exit_code == 2 and "(notes, x.txt)" in done.output and not there.exists(), done.output
+    for name in ("notes", "x.txt"):
+        (root / name).unlink()
+    done = published("--checkpoint", root, "--to", there)
+    assert done.exit_code == 0 and (there / "COPYING").read_text() == "mine", done.output
+
+
 @pytest.mark.parametrize(
     ("there", "stale"),
     [
