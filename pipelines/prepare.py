@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from entprog import config
-from entprog.config import Preparation
+from entprog.config import ClipShape, Preparation
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.masking import masked
@@ -53,10 +53,10 @@ def main(
     ] = None,
     *,
     output: Annotated[str, typer.Option(help="Folder for the shards; also s3://BUCKET/FOLDER, gs://BUCKET/FOLDER.")],
-    frames: Annotated[int | None, typer.Option(help="Frames in a clip (data.shape.frames; 8).")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.height; 96).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.width; 64).")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second (data.shape.fps; 12).")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames in a clip (data.shape.frames).")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.height).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, even (data.shape.width).")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second (data.shape.fps).")] = None,
     stride: Annotated[
         int | None, typer.Option(metavar="FRAMES", help="Clip frames from one clip's start to the next (half a clip).")
     ] = None,
@@ -89,7 +89,7 @@ def main(
 
     Settings are named data.shape.* and prepare.*; --set takes those without an option of their own too
     (prepare.margin, prepare.min_motion, prepare.people, …; --dry-run shows all, docs/prepare.md explains them). A
-    preset gives its clip shape. Running the same command again resumes; with new videos in the input it adds them.
+    preset gives its clip shape; without one --frames, --height, --width and --fps do. Running the same command again resumes; with new videos in the input it adds them.
 
     --latents encodes the training clips with the base's VAE into OUTPUT/latents, where training finds them.
     """
@@ -112,6 +112,7 @@ def main(
             raise UserError("no input given: --input FOLDER, glob, manifest or list of videos")
         figures: dict[str, Any] = {}
         if input is not None:
+            check_shape(settings.data.shape)
             if latents:  # before clips are cut for hours
                 caching.check_model(encoding, settings.data.shape)
             figures = plan(input, folder, settings) if dry_run else run(input, folder, settings, verbose=verbose)
@@ -125,6 +126,15 @@ def main(
 
 
 # ---- what there is to do ----
+
+
+def check_shape(shape: ClipShape) -> None:
+    """Raises UserError unless somebody has said all of it: clips of a default nobody chose would be cut for hours."""
+    missing = [f"--{name}" for name in ClipShape.model_fields if name not in shape.model_fields_set]
+    if len(missing) == len(ClipShape.model_fields):
+        raise UserError(f"no clip shape: give --preset NAME or {' '.join(missing)}")
+    if missing:
+        raise UserError(f"the clip shape lacks {' '.join(missing)}: give what is missing, or --preset NAME")
 
 
 def named(files: Iterable[str], names: Iterable[str]) -> set[str]:

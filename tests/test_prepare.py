@@ -243,6 +243,8 @@ def test_wrong_arguments_get_one_line_and_status_2(arguments, message, videos, t
         given += ["--input", str(videos)]
     if "--output" not in given:
         given += ["--output", str(tmp_path / "out")]
+    if "--preset" not in given:
+        given += ["--preset", "demo"]
     done = run(*given)
     assert done.exit_code == 2, done.output
     assert message in done.output

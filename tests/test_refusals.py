@@ -94,8 +94,31 @@ def test_clips_that_cannot_be_prepared(words, message, dry_run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gone.csv").write_text("path\nnowhere.mp4\n")
     (tmp_path / "notes.md").write_text("no video")
-    assert message in refused(prepare.app, *words, *dry_run)
+    assert message in refused(prepare.app, "--preset", "demo", *words, *dry_run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gone.csv", "notes.md"]
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no clip shape: give --preset NAME or --frames --height --width --fps"),
+        (["--preset", "finetune"], "no clip shape: give --preset NAME or --frames --height --width --fps"),
+        (["--frames", "8", "--set", "data.shape.fps=12"], "the clip shape lacks --height --width:"),
+    ],
+)
+def test_clips_of_a_shape_that_nobody_named(words, message, dry_run, tmp_path):
+    (tmp_path / "a.mp4").touch()
+    assert message in refused(prepare.app, "--input", tmp_path, "--output", tmp_path / "out", *words, *dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_settings_file_names_the_shape(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "mine.yaml").write_text("data: {shape: {frames: 8, height: 96, width: 64, fps: 12}}")
+    words = ["--input", tmp_path / "a.mp4", "--output", tmp_path / "out", "--config", tmp_path / "mine.yaml", "--dry-run"]
+    done = CliRunner().invoke(prepare.app, [str(word) for word in words], env=WIDE)
+    assert done.exit_code == 0 and "8 frames of" in done.output, done.output
 
 
 def test_an_empty_argument_is_not_the_current_folder():
