@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any
 
 
+def home(path: str | Path) -> Path:
+    """The path, with the home folder for a `~` at its start: a shell leaves that as it is in quotes and after `=`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of nobody known: a folder may be called so
+        return Path(path)
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A scratch path beside `path` to write to; it takes the place of `path` when the block ends without an exception.

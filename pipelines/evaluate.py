@@ -26,7 +26,7 @@ from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
 from entprog.storage import Where
 from pipelines import cli
-from pipelines.cluster import launch, session
+from pipelines.cluster import joining, launch, session
 from pipelines.generating import checkpoints, judging, motions, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
@@ -150,6 +150,7 @@ def plan(
         raise UserError(
             f"--checkpoint generates clips, --generated takes some that are there: give one, {message} given"
         )
+    joining.check_form()
     chosen, dataset = settings.evaluate, datasets.read_dataset(storage.quickly(str(shards)))
     datasets.verify(dataset, "size")
     dataset = replace(dataset, folder=storage.at(str(shards), "shards"))  # clips are waited for longer than checks

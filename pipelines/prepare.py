@@ -27,7 +27,7 @@ from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source
 from entprog.storage import Where
 from pipelines import cli
-from pipelines.cluster import room, session
+from pipelines.cluster import joining, room, session
 from pipelines.outputs import claim
 from pipelines.preparing import additions, packing, progress
 
@@ -89,7 +89,8 @@ def main(
 
     Settings are named data.shape.* and prepare.*; --set takes those without an option of their own too
     (prepare.margin, prepare.min_motion, prepare.people, …; --dry-run shows all, docs/prepare.md explains them). A
-    preset gives its clip shape; without one --frames, --height, --width and --fps do. Running the same command again resumes; with new videos in the input it adds them.
+    preset gives its clip shape; without one --frames, --height, --width and --fps do. Running the same command again
+    resumes; with new videos in the input it adds them.
 
     --latents encodes the training clips with the base's VAE into OUTPUT/latents, where training finds them.
     """
@@ -114,9 +115,10 @@ def main(
         if input is not None:
             check_shape(settings.data.shape)
             if latents:  # before clips are cut for hours
-                caching.check_model(encoding, settings.data.shape)
+                shapes = caching.check_model(encoding, settings.data.shape)
             figures = plan(input, folder, settings) if dry_run else run(input, folder, settings, verbose=verbose)
         if latents and dry_run and input is not None and not (folder / "dataset.json").exists():
+            cli.console.print(caching.wanted(encoding, shapes))
             cli.console.print("then latents: their size and time can be said once there are clips to measure on")
         elif latents:
             figures |= {"latents": caching.run(folder, encoding=encoding, dry_run=dry_run, verbose=verbose)}
@@ -162,19 +164,29 @@ class Work:
 
 
 def look(given: str | Path, output: Where, settings: Preparation) -> Work:
-    """List the input and compare it with what is in the output. Raises UserError where they do not go together."""
+    """List the input and compare it with what is in the output. Raises UserError where they do not go together, and
+    where nothing could come of it."""
+    joining.check_form()
     found = inputs.find(given, settings.prepare, output)
     before = additions.read(output)
-    if before is None and (gone := inputs.all_gone(found)):
+    if before is None and (gone := inputs.all_gone(found) or inputs.no_videos(found)):
         raise UserError(gone)
     claim.check(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, before))
     files = {row["file"] for row in found.rows} | (before.inputs().keys() if before else set())
     held = named(files, settings.prepare.held_out)
     if before is None:
+        _check_estimator(found.rows, settings)
         return Work(found, None, found.rows, held)
     additions.check_settings(before, output, settings, held)
     shards.verify(before.dataset, "size")
-    return Work(found, before, additions.to_do(before, found.rows, output, settings), held)
+    to_do = additions.to_do(before, found.rows, output, settings)
+    _check_estimator(to_do, settings)
+    return Work(found, before, to_do, held)
+
+
+def _check_estimator(rows: Iterable[Source], settings: Preparation) -> None:
+    if needs_estimator(rows):
+        pose.check_installed(settings.prepare)
 
 
 def _is_earlier(output: Where, settings: Preparation, before: additions.Before | None) -> bool:

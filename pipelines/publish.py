@@ -20,6 +20,8 @@ from entprog.masking import bare, has_credentials, reason
 from pipelines import cli
 
 HUB = "hf://"
+REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
+"""OWNER/NAME on a hub."""
 MADE = ("model_index.json", "pipeline.py", "skeleton.py", "README.md")
 """Files that can be made of the others."""
 
@@ -64,6 +66,8 @@ def run(
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, root, about)
     _check_links(root)
+    if re.fullmatch(REPOSITORY, to) and not Path(to).parent.exists():
+        cli.console.print(f"Note: --to {to} is a folder of this machine; on the hub it is {HUB}{to}.")
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
         kept = None if step is None else _checkpoints(checkpoint, root)
         folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step, kept)
@@ -86,7 +90,7 @@ def _check(to: str, root: Path, about: dict[str, Any]) -> None:
     if has_credentials(to):
         raise UserError(f"--to: {bare(to)} holds a user or password: give credentials in the environment")
     if to.startswith(HUB):
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", to.removeprefix(HUB)):
+        if not re.fullmatch(REPOSITORY, to.removeprefix(HUB)):
             raise UserError(f"--to: a repository on the hub is named hf://OWNER/NAME, given {to}")
     elif "://" in to:
         Place.at(to)

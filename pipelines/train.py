@@ -121,7 +121,9 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     cli.console.print(
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
-    cli.console.print("Checked: nothing is in the way; the same command without --dry-run begins.")
+    cli.console.print(
+        outline.lacks_gpu(experiment) or "Checked: nothing is in the way; the same command without --dry-run begins."
+    )
     return {"settings": config.settings(experiment)}
 
 

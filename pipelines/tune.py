@@ -118,6 +118,7 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
             "a sweep is of one training, these settings have several one after another "
             f"({', '.join(experiment.parts)}): leave out phases, or take one of a base's two experts"
         )
+    tracking_uri()
     dataset = checks.check(experiment)
     family = models.family(experiment.model.family)
     judged_by, latents = fingerprints.held_out(experiment, dataset), fingerprints.vae(experiment.model)

@@ -305,6 +305,16 @@ def test_a_long_run_without_a_cache_is_told_what_encoding_costs(settings, said):
     assert line is None if said is None else said in line and "prepare --latents" in line and "\n" not in line
 
 
+def test_it_is_said_for_which_schedule_latents_are_made():
+    for schedule, said in (
+        ({}, "schedule.kind=entprog, by default: "),
+        ({"kind": "progressive"}, "progressive: 1 frames"),
+    ):
+        encoding = config.build({"schedule": schedule}, config.Encoding)
+        line = caching.wanted(encoding, shapes := [SHAPE.model_copy(update={"frames": 1}), SHAPE])
+        assert said in line and f"{shapes[0]}; {shapes[1]}" in line, line
+
+
 # ---- the real commands ----
 
 

@@ -53,6 +53,14 @@ def test_a_folder(output, tmp_path):
     assert published("--checkpoint", output / "model", "--to", there).exit_code == 0, "again, over what it left"
 
 
+def test_a_folder_that_could_be_a_repository_is_noted(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for to, noted in (("me/dancer", True), ("dancer", False), ("here/dancer", False)):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        done = published("--checkpoint", output, "--to", to, "--dry-run")
+        assert done.exit_code == 0 and ("on the hub it is hf://me/dancer" in done.output) == noted, done.output
+
+
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -1,14 +1,23 @@
 """What a command can know to be wrong before it starts, it refuses or notes then, in `--dry-run` too."""
 
+import shlex
+from pathlib import Path
+
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from entprog import config, storage
+from entprog.data import shards
+from entprog.media import pose
+from entprog.preparing import inputs
 from helpers import real_clips
 from helpers.commands import SETTINGS
 from helpers.people import CLIPS
-from pipelines import prepare, status, train
-from pipelines.cluster import session
+from pipelines import adapter, prepare, status, train
+from pipelines.cluster import launch, session
+from pipelines.training import outline
 
 WIDE = {"COLUMNS": "400"}
 
@@ -88,14 +97,22 @@ def test_settings_that_will_not_do_what_they_say_are_noted(given, tmp_path):
         (["--input", "notes.md", "--output", "out"], "notes.md is no video by its name"),
         (["--input", ".", "--output", "s3://"], "s3:// names no bucket"),
         (["--input", ".", "--output", "out", "--frames", "99999999"], "data.shape.frames"),
+        (
+            ["--input", "*.md", "--output", "out"],
+            "none of the 1 files of the glob is a video by its name, such as notes",
+        ),
+        (["--input", "a", "--output", "out", "--set", "prepare.pose=rtmlib"], "need rtmlib: pip install"),
     ],
 )
 def test_clips_that_cannot_be_prepared(words, message, dry_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pose, "find_spec", {"ai_edge_litert": True}.get)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.mp4").touch()
     (tmp_path / "gone.csv").write_text("path\nnowhere.mp4\n")
     (tmp_path / "notes.md").write_text("no video")
     assert message in refused(prepare.app, "--preset", "demo", *words, *dry_run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone.csv", "notes.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "gone.csv", "notes.md"]
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -116,9 +133,92 @@ def test_clips_of_a_shape_that_nobody_named(words, message, dry_run, tmp_path):
 def test_a_settings_file_names_the_shape(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "mine.yaml").write_text("data: {shape: {frames: 8, height: 96, width: 64, fps: 12}}")
-    words = ["--input", tmp_path / "a.mp4", "--output", tmp_path / "out", "--config", tmp_path / "mine.yaml", "--dry-run"]
+    words = [
+        "--input",
+        tmp_path / "a.mp4",
+        "--output",
+        tmp_path / "out",
+        "--config",
+        tmp_path / "mine.yaml",
+        "--dry-run",
+    ]
     done = CliRunner().invoke(prepare.app, [str(word) for word in words], env=WIDE)
     assert done.exit_code == 0 and "8 frames of" in done.output, done.output
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_addresses_that_cannot_be_ones(dry_run, given, tmp_path, monkeypatch):
+    """MLflow's is what is said where both are wrong."""
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", *dry_run]
+    videos = ["--input", given, "--output", tmp_path / "out", "--preset", "demo", *dry_run]
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    assert "RAY_ADDRESS=nonsense is no address of a cluster" in refused(train.app, *command)
+    assert "RAY_ADDRESS=nonsense is no address of a cluster" in refused(prepare.app, *videos)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    assert "MLFLOW_TRACKING_URI=mlruns is a folder" in refused(train.app, *command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_here_is_noted(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", "--dry-run"]
+    for address, noted in (("", True), ("127.0.0.1:6379", False)):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        done = CliRunner().invoke(train.app, [*map(str, command), "--set", "train.gpus=yes"], env=WIDE)
+        assert done.exit_code == 0 and ("Note: train.gpus=yes" in done.output) == noted, done.output
+        assert ("nothing is in the way" in done.output) != noted
+
+
+def test_a_search_by_default_is_noted(given):
+    train, dataset = {"steps": 100, "save": "light"}, shards.read_dataset(given / "shards")
+    noted = outline.notes(config.build({"train": train}), dataset, None)
+    chosen = config.build({"train": train, "schedule": {"kind": "entprog"}})
+    assert any("schedule.kind is entprog by default" in line for line in noted)
+    assert not any("schedule.kind" in line for line in outline.notes(chosen, dataset, None))
+
+
+def test_a_shape_that_shards_do_not_hold_ends_with_the_setting_that_does(given, tmp_path):
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out"]
+    line = refused(train.app, *command, "--set", "data.shape.height=64")
+    (pair,) = shlex.split(line.rpartition("--set ")[2])
+    assert pair == "data.shape={frames: 8, height: 48, width: 32, fps: 12}"
+    assert config.build(config.parse_overrides([pair]), config.Preparation).data.shape == CLIPS
+
+
+def test_a_tilde_is_the_home_folder(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(given))
+    assert storage.at("~/shards", "shards") == given / "shards" == storage.at(Path("~/shards"), "shards")
+    assert launch._located("~/shards") == str(given / "shards")
+    assert storage.at("~nobody-of-that-name/x", "shards") == Path("~nobody-of-that-name/x")
+    (given / "a.mp4").touch()
+    assert (
+        [row["file"] for row in inputs.find("~/*.mp4").rows]
+        == ["a.mp4"]
+        == [row["file"] for row in inputs.find("~/a.mp4").rows]
+    )
+    done = CliRunner().invoke(
+        train.app,
+        ["--config", str(given / "tiny.yaml"), "--shards", "~/shards", "--output", "~/out", "--dry-run"],
+        env=WIDE,
+    )
+    assert done.exit_code == 0 and str(given / "out" / "model") in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("app", "words", "message"),
+    [
+        (prepare.app, [], "missing option '--output'; --help explains"),
+        (prepare.app, ["--outptu", "x"], "no such option: --outptu (did you mean --output?); --help explains"),
+        (prepare.app, ["--output", "x", "--frames", "abc"], "invalid value for '--frames': "),
+        (prepare.app, ["--output", "x", "y"], "unexpected extra argument"),
+        (adapter.app, ["extract", "--rank", "0"], "invalid value for '--rank': "),
+        (adapter.app, ["merg"], "no such command 'merg'"),
+        (adapter.app, ["--rnk"], "no such option: --rnk"),
+    ],
+)
+def test_a_command_line_that_is_wrong(app, words, message):
+    line = refused(app, *words)
+    assert line.startswith("error: ") and message in line and line.endswith("; --help explains")
 
 
 def test_an_empty_argument_is_not_the_current_folder():

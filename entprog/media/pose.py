@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,15 @@ CHECK_EVERY = 10
 """Frames between checks from then on."""
 MARGIN = 1.25
 """Side of the square cut out for the landmark network, over the circle's diameter."""
+
+NEEDS = {
+    "blazepose": ("ai_edge_litert", f"pose estimation needs ai-edge-litert: {install('pose')}"),
+    "rtmlib": (
+        "rtmlib",
+        f"whole-body poses (prepare.pose=rtmlib, hand_distance, face_distance) need rtmlib: {install('rtmlib')}",
+    ),
+}
+"""`prepare.pose` → the package that it needs, and what is said where that is not there."""
 
 
 @contextmanager
@@ -67,7 +77,7 @@ class PoseEstimator:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
-            raise UserError(f"pose estimation needs ai-edge-litert: {install('pose')}") from None
+            raise UserError(NEEDS["blazepose"][1]) from None
 
         def load(name: str):
             interpreter = Interpreter(str(assets.network(name)), num_threads=threads)
@@ -163,6 +173,13 @@ class PoseEstimator:
         x_y = _refine(raw[:, :2] / LANDMARK_SIZE, _sigmoid(heatmap))
         pixels = (x_y - 0.5) @ turn.T * side + center
         return np.concatenate([pixels, _sigmoid(raw[:, 3:4])], axis=1)
+
+
+def check_installed(settings: Prepare) -> None:
+    """Raises UserError if the package of the estimator that `prepare.pose` names is not there; loads nothing."""
+    package, message = NEEDS[settings.pose]
+    if find_spec(package) is None:
+        raise UserError(message)
 
 
 def estimator(settings: Prepare):

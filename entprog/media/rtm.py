@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from entprog.errors import UserError, install
+from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.media import wholebody
+from entprog.media import pose, wholebody
 from entprog.media.person import Person, followed, nobody, of_box, prominent_first
 
 MIN_SCORE = 0.3
@@ -33,9 +33,7 @@ class RtmEstimator:
         try:
             from rtmlib import Wholebody
         except ImportError:
-            raise UserError(
-                f"whole-body poses (prepare.pose=rtmlib, hand_distance, face_distance) need rtmlib: {install('rtmlib')}"
-            ) from None
+            raise UserError(pose.NEEDS["rtmlib"][1]) from None
         try:
             with redirect_stdout(sys.stderr):  # it tells what it loads
                 self._model = Wholebody(backend="onnxruntime", device=device, **networks)

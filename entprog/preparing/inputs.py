@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
+from entprog.files import home
 from entprog.masking import bare, masked, query, reason
 from entprog.media import frames, limits, masks, posefile
 from entprog.media.video import VideoError
@@ -97,6 +98,16 @@ def all_gone(found: Inputs) -> str | None:
     )
 
 
+def no_videos(found: Inputs) -> str | None:
+    """In words that nothing in a listing is a video by its name; None: something is."""
+    if any(map(is_video, found.rows)):
+        return None
+    return (
+        f"none of the {len(found.rows)} files of the {found.kind} is a video by its name, such as "
+        f"{found.rows[0]['file']}: give --input videos ({', '.join(sorted(SUFFIXES))})"
+    )
+
+
 def suffix(row: Source) -> str:
     """Ending of a source's name, in small letters."""
     path = os.fsdecode(row["path"])
@@ -121,6 +132,8 @@ def _row(file: str, path: str, **known: Any) -> Source:
 
 
 def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
+    if text.startswith("~"):
+        text = str(home(text))
     path, fps = Path(text), prepare.frames_fps
     if path.is_dir():
         if isinstance(leave_out, Path) and leave_out.resolve() == path.resolve():

@@ -43,7 +43,7 @@ def at(where: "str | Where", what: str) -> "Where":
     if isinstance(where, str) and "://" in where:
         place = Place.at(where, what)
         return place.local or place  # file:// names a folder of this machine
-    return where if isinstance(where, Place) else Path(where)
+    return where if isinstance(where, Place) else files.home(where)
 
 
 def address(where: "Where") -> str:
@@ -87,7 +87,7 @@ class Place:
         if has_credentials(where):
             raise UserError(f"{what}: {masked(where)} holds a user or password: give credentials in the environment")
         if "://" not in where:
-            return Place(_arrow().LocalFileSystem(), str(Path(where).absolute()))
+            return Place(_arrow().LocalFileSystem(), str(files.home(where).absolute()))
         try:
             system, root = _arrow().FileSystem.from_uri(where)
         except (ValueError, OSError) as error:

@@ -20,12 +20,14 @@ def address() -> str | None:
     return None if given in (None, "", "local") else given
 
 
-def check(address: str) -> None:
-    """Raises UserError, within REACH_S + ANSWER_S, if no Ray cluster answers at an address as RAY_ADDRESS has it.
+def check_form() -> None:
+    """Raises UserError if RAY_ADDRESS is none that a job can join a cluster by; nothing is asked there."""
+    if given := address():
+        _parts(given)
 
-    Ray's own attempt to connect tries again for minutes, and no exception of ours could end it: so another process
-    asks, which can be ended.
-    """
+
+def _parts(address: str) -> tuple[str, int] | None:
+    """(host, port) of an address as RAY_ADDRESS has it; None: auto. Raises UserError."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={address} is a dashboard's address: send the job there with `ray job submit --address "
@@ -36,8 +38,22 @@ def check(address: str) -> None:
             f"RAY_ADDRESS={address} is for Ray's client, which jobs do not run through: give the head's HOST:PORT, or "
             "send the job with `ray job submit`"
         )
-    if address != "auto":
-        _reach(address)
+    if address == "auto":
+        return None
+    found = re.fullmatch(r"\[?([^\[\]/\s]+?)\]?:([0-9]{1,5})", address)
+    if not found or not 0 < int(found[2]) < 2**16:
+        raise UserError(f"RAY_ADDRESS={address} is no address of a cluster: give HOST:PORT, auto or local, or unset it")
+    return found[1], int(found[2])
+
+
+def check(address: str) -> None:
+    """Raises UserError, within REACH_S + ANSWER_S, if no Ray cluster answers at an address as RAY_ADDRESS has it.
+
+    Ray's own attempt to connect tries again for minutes, and no exception of ours could end it: so another process
+    asks, which can be ended.
+    """
+    if parts := _parts(address):
+        _reach(address, parts)
     ask = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]  # `ray status`
     try:
         done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=ANSWER_S)
@@ -51,13 +67,10 @@ def check(address: str) -> None:
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}{reason}: start one, or unset it")
 
 
-def _reach(address: str) -> None:
-    """Raises UserError if nothing listens at HOST:PORT."""
-    found = re.fullmatch(r"\[?([^\[\]/\s]+?)\]?:([0-9]{1,5})", address)
-    if not found or not 0 < int(found[2]) < 2**16:
-        raise UserError(f"RAY_ADDRESS={address} is no address of a cluster: give HOST:PORT, auto or local, or unset it")
+def _reach(address: str, parts: tuple[str, int]) -> None:
+    """Raises UserError if nothing listens at (host, port)."""
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=REACH_S).close()
+        socket.create_connection(parts, timeout=REACH_S).close()
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or error
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start one, or unset it") from None

@@ -9,10 +9,10 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import pipelines
+from entprog import files
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
@@ -178,7 +178,7 @@ def absolute_model(model: Model) -> Model:
 
 
 def _located(path: str | None) -> str | None:
-    return str(Path(path).resolve()) if path and Path(path).exists() else path  # else a hub name
+    return str(files.home(path).resolve()) if path and files.home(path).exists() else path  # else a hub name
 
 
 def training(settings: dict[str, Any]) -> None:

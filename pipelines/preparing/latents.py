@@ -73,6 +73,13 @@ def check_model(encoding: Encoding, shape: ClipShape) -> list[ClipShape]:
     return shapes
 
 
+def wanted(encoding: Encoding, shapes: Sequence[ClipShape]) -> str:
+    """Which latents are made, in words: training encodes by itself what its own schedule wants beside them."""
+    ladder = encoding.schedule
+    said = "" if "kind" in ladder.model_fields_set else ", by default: --preset or --config say what training will use"
+    return f"latents for schedule.kind={ladder.kind}{said}: {'; '.join(map(str, shapes))} (width x height)"
+
+
 # ---- the job ----
 
 
@@ -157,7 +164,9 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
             (claim.check if dry_run else claim.take)(folder, "prepare", packing.identity_of(dataset), earlier=True)
         if not dataset.clips(latents.SPLIT):
             raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
-        asked += [(dataset, shape) for shape in check_model(encoding, dataset.shape)]
+        shapes = check_model(encoding, dataset.shape)
+        cli.console.print(wanted(encoding, shapes))
+        asked += [(dataset, shape) for shape in shapes]
         shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
     with (

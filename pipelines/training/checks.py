@@ -7,7 +7,7 @@ import torch
 
 from entprog import config, models, storage
 from entprog.blocks import blocks, check_compiles, fp8
-from entprog.config import Experiment
+from entprog.config import ClipShape, Experiment
 from entprog.data import latents, shards
 from entprog.diffusion.processes import Flow
 from entprog.errors import UserError
@@ -16,8 +16,10 @@ from entprog.models import adapters, captions, experts, fingerprints, lora, sour
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place, Where
+from pipelines.cluster import joining
 from pipelines.outputs import claim
 from pipelines.stream import batches
+from pipelines.tracking import store
 from pipelines.training import footprint
 
 SHOWN = ("model.skeleton", "model.last_frame")
@@ -33,6 +35,7 @@ Parts = dict[str, tuple[Experiment, shards.Dataset]]
 
 def check(experiment: Experiment) -> shards.Dataset:
     """What can be checked before anything starts. Raises UserError; returns the data set."""
+    joining.check_form()
     data = experiment.data
     if experiment.in_fp8:
         fp8.check_installed()
@@ -45,8 +48,9 @@ def check(experiment: Experiment) -> shards.Dataset:
     dataset = shards.read_dataset(storage.quickly(data.shards))
     if not data.shape.is_cut_of(dataset.shape):
         raise UserError(
-            f"shards {data.shards} hold clips of {dataset.shape}, the experiment wants {data.shape}: prepare them "
-            "anew, or set data.shape to theirs (or to fewer frames, height and width divided by a whole number)"
+            f"shards {data.shards} hold clips of {dataset.shape} (width x height), the experiment wants {data.shape}: "
+            "prepare them anew, or train on theirs (or on fewer frames, height and width divided by a whole number): "
+            f"--set '{_setting(dataset.shape)}'"
         )
     for split in ("train", "held_out"):
         if dataset.clips(split) == 0:
@@ -94,6 +98,12 @@ def check(experiment: Experiment) -> shards.Dataset:
     return dataset
 
 
+def _setting(shape: ClipShape) -> str:
+    """The setting that says a clip shape, to be pasted."""
+    sizes = {name: int(value) if value == int(value) else value for name, value in shape}
+    return f"data.shape={{{', '.join(f'{name}: {value}' for name, value in sizes.items())}}}"
+
+
 def _check_latents(experiment: Experiment, dataset: shards.Dataset) -> None:
     """Raises UserError where latents that a run requires are not there: as the workers do, by the VAE's weights."""
     if (dataset.folder / latents.FOLDER).exists():
@@ -109,6 +119,7 @@ def _check_latents(experiment: Experiment, dataset: shards.Dataset) -> None:
 
 def parts(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, each part checked as far as can be before the one before it has run. Raises UserError."""
+    store.tracking_uri()
     inputs = {"data.shards": experiment.data.shards, "model.base": experiment.model.base}
     claim.check_outside(output, inputs)
     if not experiment.parts:

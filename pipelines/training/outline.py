@@ -1,5 +1,7 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
+import torch
+
 from entprog import models
 from entprog.config import Experiment, Model, Row, Schedule, Timesteps
 from entprog.data.shards import SPLITS, Dataset
@@ -7,6 +9,7 @@ from entprog.media import styles, wholebody
 from entprog.models import captions, whole
 from entprog.models.sources import Source
 from entprog.schedule import plans
+from pipelines.cluster import joining
 
 COLUMNS = (
     "stage",
@@ -79,7 +82,22 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
     if train.save == "whole" and source.root is not None:
         named = whole.named_folders(source.root, source.about).items()
         out += [f"{part} is copied from {folder}, as the base's entprog.json says" for part, folder in named]
+    if experiment.schedule.kind == "entprog" and "kind" not in experiment.schedule.model_fields_set:
+        out.append(
+            "schedule.kind is entprog by default, a search, which was no better than chance so far (docs/study.md): "
+            "presets of published checkpoints take progressive"
+        )
     return [f"Note: {line}." for line in out]
+
+
+def lacks_gpu(experiment: Experiment) -> str | None:
+    """That training here is refused for want of a GPU, in words; None where it is not, or a cluster decides."""
+    if experiment.train.gpus != "yes" or joining.address() or torch.cuda.is_available():
+        return None
+    return (
+        "Note: train.gpus=yes, and neither this machine has a GPU nor RAY_ADDRESS names a cluster: all else is "
+        "checked, the same command without --dry-run begins where there is one."
+    )
 
 
 def _has_text(experiment: Experiment, source: Source) -> bool:

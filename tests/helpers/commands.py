@@ -23,7 +23,10 @@ SETTINGS = {
         "steps": 16, "learning_rate": 1e-3, "held_out_every": 8, "checkpoint_every": 4, "threads": 1, "samples": 0,
     },
     "priority": {"conditions": 2, "draws": 4},
-    "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
+    "schedule": {
+        "kind": "entprog", "stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9,
+        "clock": "flops",
+    },
     "tracking": {"system_every_s": 0.5},
 }  # fmt: skip
 
