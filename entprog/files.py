@@ -78,8 +78,8 @@ def sha256(path: Path) -> str:
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a file of a folder, which may be a link, lies in that folder itself; or is what the hub's cache keeps of a
-    snapshot: a link into the `blobs` beside its `snapshots`."""
+    """Whether a file of a folder, which may be a link, lies in that folder itself; or is what the hub's cache keeps of
+    a snapshot: a link into the `blobs` beside its `snapshots`."""
     real, root = path.resolve(), folder.resolve()
     cache = next((above.parent for above in root.parents if above.name == "snapshots"), None)
     return real.is_relative_to(root) or (cache is not None and real.is_relative_to(cache / "blobs"))
