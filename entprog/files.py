@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def home(path: str | Path) -> Path:
@@ -61,6 +61,19 @@ def strict_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 
+def from_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError where it is none, also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def opened(path: Path, mode: str) -> IO[Any]:
+    """Open a file of this machine to write to, and no link: what it points to is another's. Raises OSError."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -80,11 +93,11 @@ def sha256(path: Path) -> str:
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether a file of a folder, which may be a link, lies in that folder itself; or is what the hub's cache keeps of
     a snapshot: a link into the `blobs` beside its `snapshots`."""
-    real, root = path.resolve(), folder.resolve()
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # a link in a circle raises nothing
     cache = next((above.parent for above in root.parents if above.name == "snapshots"), None)
     return real.is_relative_to(root) or (cache is not None and real.is_relative_to(cache / "blobs"))
 
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key under which `blocks.2` comes before `blocks.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

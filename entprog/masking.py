@@ -10,7 +10,15 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 HIDDEN = "***"
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+")
+_ADDRESS = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://"
+    # A user or a password may hold a quote or a space, which else end an address in a text: it goes on to the '@',
+    # unless what follows ':' is a port, or ': ' words. Only so far: long texts are not read again for each address.
+    r"(?:(?:[^\s/?#@]{0,500}?"
+    r"|[^\s/?#@:\"'<>`]*:(?!\d*(?:[/?#\s]|$)|\d+[^\w\s@]{1,4}(?:\s|$))[^@\n]{0,500}?"
+    r"|(?<=s3://|gs://)[^\s/?#@:\"'<>`]*:(?!\s)[^@\n]{0,500}?"
+    r")@)?[^\s\"'<>`]*"
+)
 _PARTS = re.compile(
     r"(?P<scheme>(?:\w+::)*[^:]+://)"
     # A password may hold a '/' or worse, so that its '@' stands beyond it: what follows ':' is no port then.
@@ -32,6 +40,11 @@ def masked(text: str, *addresses: str) -> str:
     for secret in sorted({secret for address in addresses for secret in _secrets(address)}, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     return _ADDRESS.sub(lambda found: _hidden(found[0]), text)
+
+
+def shown(address: str) -> str:
+    """The same of a text that is one address as a whole, whatever signs its password has."""
+    return _hidden(address)
 
 
 def masked_in(value: Any) -> Any:

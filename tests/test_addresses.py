@@ -1,5 +1,6 @@
 """Addresses of others: what is asked, what is followed, and what is seen of them."""
 
+import gzip
 import http.server
 import json
 import threading
@@ -10,7 +11,7 @@ import pytest
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.preparing import addresses, attempts, inputs, probing
+from entprog.preparing import addresses, attempts, inputs, listings, probing
 
 SECRET = "hUshhUsh"
 
@@ -205,3 +206,76 @@ def test_a_source_has_a_total_time():
 @pytest.mark.parametrize("protocol", addresses.PROTOCOLS)
 def test_what_is_read_passes(protocol):
     addresses.check(f"{protocol}://bucket.example.org/a%20b/c@d.mp4")
+
+
+@pytest.mark.parametrize(
+    ("number", "local"),
+    [
+        ("64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b::808:808", False),
+        ("2002:7f00:1::", True),
+        ("2002:808:808::", False),
+        ("::127.0.0.1", True),
+        ("::ffff:10.0.0.1", True),
+        ("::ffff:8.8.8.8", False),
+        ("2001:0:a9fe:a9fe::1", True),
+        ("2606:4700::1111", False),
+        ("127.1", True),
+        ("²", False),
+    ],
+)
+def test_numbers_of_version_6_that_stand_for_those_of_this_network_are_of_it(number, local):
+    assert addresses.is_local(number) is local
+
+
+@pytest.fixture(scope="module")
+def endless():
+    """A site whose folders hold folders without end, and one page that unpacks to more than it may: its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            packed = self.path.startswith("/packed")
+            page = gzip.compress(b"<p>" + bytes(4 << 20)) if packed else b'<a href="a/">a</a><a href="b.mp4">b</a>'
+            page = b'<a href="b.mp4">b</a>' * 1000 if self.path.startswith("/long") else page
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            if packed:
+                self.send_header("Content-Encoding", "gzip")
+                coded.append(self.headers["Accept-Encoding"])
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_):
+            pass
+
+    coded = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", coded
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "least", "said"),
+    [
+        ("v/", "MOST_DEPTH", 8, "8 folders in one another"),
+        ("v/**", "MOST_DEPTH", 8, "8 folders in one another"),
+        ("v/", "MOST_PAGES", 5, "5 pages"),
+        ("v/", "MOST_SECONDS", -1.0, "-1 s"),
+        ("long/", "MOST_BYTES", 1000, "0 MiB"),
+    ],
+)
+def test_a_listing_that_does_not_end_is_one_line(name, bound, least, said, endless, monkeypatch):
+    monkeypatch.setattr(listings, bound, least)
+    with pytest.raises(UserError, match=rf"its listing goes on after {said}; give a manifest") as error:
+        inputs.find(f"{endless[0]}/{name}", config.Prepare(hosts=("127.0.0.1",)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_listing_is_not_unpacked(endless, monkeypatch):
+    monkeypatch.setattr(listings, "MOST_BYTES", 1 << 20)
+    assert len(inputs.find(f"{endless[0]}/packed/", config.Prepare(hosts=("127.0.0.1",))).rows) == 1, "no page of links"
+    assert set(endless[1]) == {"identity"}

@@ -28,6 +28,14 @@ ADDRESSES = [
     f"postgresql://me:{SECRET}@host:5432/db?password={SECRET}",
     f"simplecache::https://me:{SECRET}@host/a.mp4",
 ]
+ODD = [
+    f"https://me:it's {SECRET}@host/a.mp4",
+    f'https://me:"<{SECRET}>`@host/a.mp4',
+    f"https://me:7'{SECRET}@host/a.mp4",
+    f"s3://AKIAEXAMPLE:'{SECRET}@bucket/runs",
+    f"https://it's{SECRET.replace('/', '')}@host/a.mp4",
+]
+"""With signs that end an address elsewhere."""
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -43,6 +51,13 @@ def test_a_secret_is_shown_nowhere(address):
         assert SECRET not in shown and quoted not in shown and "hUsh" not in shown, shown
 
 
+@pytest.mark.parametrize("address", ODD)
+def test_a_password_does_not_end_at_a_quote_or_a_space(address):
+    for text in (address, f"cannot read {address}: gone", f"MLflow at {address} and {ADDRESSES[0]}", f"<{address}>"):
+        shown = masking.masked(text) + masking.masked(repr(text)) + masking.reason(ValueError(text), address)
+        assert "hUsh" not in shown and "***@" in shown, shown
+
+
 @pytest.mark.parametrize("length", [1, 5, 40, 199, 200, 201, 230])
 def test_what_is_cut_is_masked_before(length):
     long = "x" * length
@@ -50,10 +65,15 @@ def test_what_is_cut_is_masked_before(length):
         assert "hUsh" not in masking.one_line(f"{long} {address}") + masking.reason(OSError(f"{long}{address}"))
 
 
-@given(st.text(string.ascii_letters + string.digits + "/+=%:?#&!~", min_size=6))
+@given(st.text(string.ascii_letters + string.digits + "/+=%:?#&!~'\"<>` ", min_size=6).filter(lambda p: p[0] != " "))
 def test_any_password_is_masked(password):
     shown = masking.masked(f"read s3://key:{password}@bucket/name of it")
     assert shown == "read s3://***@bucket/name of it"
+
+
+@given(st.text(string.printable.replace("@", ""), min_size=6), st.sampled_from(["s3", "gs"]))
+def test_of_one_address_any_password_is_masked(password, protocol):
+    assert masking.shown(f"{protocol}://key:{password}@bucket/name") == f"{protocol}://***@bucket/name"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +89,21 @@ def test_any_password_is_masked(password):
 )
 def test_what_has_no_secret_is_left_as_it_is(plain):
     assert masking.masked(f"see {plain} there") == f"see {plain} there" and masking.bare(plain) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'https://host:8080' or <me@x>",
+        "https://host:8080: gone, ask me@x",
+        "https://host, or me@x",
+        "s3://bucket: no such key, ask me@x",
+        "sqlite:///a 'b@c'",
+        "https://a/b:c d@e",
+    ],
+)
+def test_words_after_an_address_are_not_taken_for_its_password(text):
+    assert masking.masked(f"see {text} there") == f"see {text} there"
 
 
 def test_words_of_an_address_are_not_taken_for_secrets_inside_other_words():

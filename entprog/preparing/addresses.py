@@ -13,7 +13,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
-from entprog.masking import has_credentials, masked
+from entprog.masking import has_credentials, shown
+from entprog.preparing import listings
+from entprog.preparing.listings import AddressError
 from entprog.storage import Place
 
 PROTOCOLS = ("http", "https", "s3", "gs")
@@ -22,8 +24,9 @@ WEB = ("http", "https")
 _BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class AddressError(ValueError):
-    """An address that is not read. The message says why, and holds no secret."""
+Number = ipaddress.IPv4Address | ipaddress.IPv6Address
+_HOLDING = tuple(map(ipaddress.ip_network, ("::/96", "64:ff9b::/96")))
+"""Networks of version 6 whose numbers end with one of version 4."""
 
 
 def is_remote(path: str) -> bool:
@@ -41,12 +44,12 @@ def split(address: str) -> SplitResult:
     try:
         parts = urlsplit(address)
         if is_web(address) and not (parts.hostname and (parts.port is None or parts.port)):
-            raise AddressError(f"{masked(address)} is malformed (no host)")
+            raise AddressError(f"{shown(address)} is malformed (no host)")
     except ValueError as error:
         if isinstance(error, AddressError):
             raise
         # Not in Python's words, which show a password that it has taken for a port.
-        raise AddressError(f"{masked(address)} is malformed (its host or port; a '/' in a password is %2F)") from None
+        raise AddressError(f"{shown(address)} is malformed (its host or port; a '/' in a password is %2F)") from None
     return parts
 
 
@@ -60,28 +63,30 @@ def check(address: str, hosts: Sequence[str] = ()) -> None:
 
     `hosts`: of the web, those that may be asked although they are on this machine or in its network.
     """
-    shown, protocol = masked(address), address.partition("://")[0].lower()
+    name, protocol = shown(address), address.partition("://")[0].lower()
     if "::" in (protocol if protocol in WEB else address):  # chains fetch, unpack and cache by rules of their own
-        raise AddressError(f"{shown}: chained addresses ('::') are not read; give the file's own address")
+        raise AddressError(f"{name}: chained addresses ('::') are not read; give the file's own address")
     if protocol not in PROTOCOLS:
         allowed = ", ".join(("file", *PROTOCOLS))
-        raise AddressError(f"{shown}: protocol {protocol!r} is not read, only {allowed}")
+        raise AddressError(f"{name}: protocol {protocol!r} is not read, only {allowed}")
     split(address)
     if protocol not in WEB:
         if has_credentials(address):
-            raise AddressError(f"{shown}: give credentials of {protocol}:// in the environment, not in the address")
+            raise AddressError(f"{name}: give credentials of {protocol}:// in the environment, not in the address")
         # An address chooses neither the endpoint nor the region: credentials would go wherever a manifest says.
         if not _BUCKET.fullmatch(address.partition("://")[2].partition("/")[0]):
-            raise AddressError(f"{shown} is malformed (no bucket's name)")
+            raise AddressError(f"{name} is malformed (no bucket's name)")
         return
-    _check_number(host(address), shown, hosts)
+    _check_number(host(address), name, hosts)
 
 
-def filesystem(address: str, hosts: Sequence[str] = ()):
+def filesystem(address: str, hosts: Sequence[str] = (), *, listing: bool = False):
     """(fsspec filesystem, path in it) of an address that passes `check`; over the web it follows a redirect to another
     host only if `hosts` names it (`*.example.org` names several).
 
     Buckets are read by pyarrow, as checkpoints in them are: credentials, region and endpoint come from the environment.
+    listing: it is to list folders of the web, whose pages others write: those that do not end are an AddressError.
+
     Raises AddressError as `check` does, OSError for a bucket that is not there or may not be read.
     """
     check(address, hosts)
@@ -90,7 +95,8 @@ def filesystem(address: str, hosts: Sequence[str] = ()):
     protocol, _, rest = address.partition("://")
     protocol = protocol.lower()
     if protocol in WEB:
-        client = partial(_client, shown=masked(address), hosts=tuple(hosts))
+        bounds = listings.Bounds(shown(address)) if listing else None
+        client = partial(_client, shown=shown(address), hosts=tuple(hosts), bounds=bounds)
         return fsspec.filesystem("http", get_client=client, skip_instance_cache=True), f"{protocol}://{rest}"
     bucket, _, key = rest.partition("/")
     files, root = _bucket(protocol, bucket)
@@ -137,7 +143,19 @@ def is_local(name: str) -> bool:
         number = ipaddress.ip_address(text)
     except (OSError, ValueError):
         return False  # a name: told when it is resolved
-    return not (getattr(number, "ipv4_mapped", None) or number).is_global
+    return not all(each.is_global for each in _meant(number))
+
+
+def _meant(
+    number: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """A host's number, and those of version 4 that one of version 6 stands for, to which what is sent to it may go."""
+    if isinstance(number, ipaddress.IPv4Address):
+        return [number]
+    if number.ipv4_mapped is not None:
+        return [number.ipv4_mapped]
+    inside = [ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)] if any(number in net for net in _HOLDING) else []
+    return [number, *inside, *filter(None, (number.sixtofour, *(number.teredo or ())))]
 
 
 def _plain(name: str) -> str:
@@ -153,8 +171,9 @@ def _not_asked(shown: str, name: str, why: str) -> str:
     return f"{shown}: {name} {why}; it is not asked unless prepare.hosts names it"
 
 
-async def _client(shown: str, hosts: tuple[str, ...], **settings):
-    """aiohttp's session, which asks no host that it should not: neither by number, nor by name, nor redirected."""
+async def _client(shown: str, hosts: tuple[str, ...], bounds: "listings.Bounds | None", **settings):
+    """aiohttp's session, which asks no host that it should not: neither by number, nor by name, nor redirected; and no
+    more than a listing's bounds allow."""
     import aiohttp
     import yarl
 
@@ -168,6 +187,8 @@ async def _client(shown: str, hosts: tuple[str, ...], **settings):
 
     async def started(_session, _context, request) -> None:  # numbers are not resolved; here in their final form
         _check_number(_plain(request.url.raw_host or ""), shown, hosts)
+        if bounds is not None:
+            bounds.ask(len(request.url.parts))
 
     async def redirected(_session, _context, request) -> None:
         where = request.response.headers.get("Location") or request.response.headers.get("URI") or ""
@@ -184,4 +205,7 @@ async def _client(shown: str, hosts: tuple[str, ...], **settings):
     trace.on_request_start.append(started)
     trace.on_request_redirect.append(redirected)
     connector = aiohttp.TCPConnector(resolver=Resolver())
+    if bounds is not None:  # nothing is unpacked: a page of a few bytes could fill the memory
+        settings |= {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}
+        settings |= {"response_class": listings.response(bounds)}
     return aiohttp.ClientSession(connector=connector, trace_configs=[trace], **settings)

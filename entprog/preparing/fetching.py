@@ -96,7 +96,8 @@ def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heartbeats
             download(files, path, target, prepare.max_bytes, row["file"], heartbeats)
             return target
         left = prepare.max_bytes
-        names = {item.rstrip("/").rpartition("/")[2]: item for item in files.ls(path, detail=False)}
+        lister, _ = addresses.filesystem(address, prepare.hosts, listing=True)
+        names = {item.rstrip("/").rpartition("/")[2]: item for item in lister.ls(path, detail=False)}
         for name in frames.numbered(list(names)):
             left -= download(files, names[name], scratch / name, left, row["file"], heartbeats)
         return scratch

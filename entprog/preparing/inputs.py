@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
-from entprog.files import home
-from entprog.masking import bare, masked, query, reason
+from entprog.files import home, lies_in
+from entprog.masking import bare, query, reason, shown
 from entprog.media import frames, limits, masks, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
@@ -62,9 +62,9 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
     if addresses.is_remote(text):
         found = _without_masks(_remote(text, prepare, leave_out))
     else:
-        found = _masked(_posed(_local(text, prepare, leave_out)))
+        found = _masked(_posed(_local(text, prepare, leave_out), _root(text)), _root(text))
     if not found.rows:
-        raise UserError(f"input {found.kind} {masked(text)} has no files: give --input videos")
+        raise UserError(f"input {found.kind} {shown(text)} has no files: give --input videos")
     return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
 
 
@@ -140,23 +140,23 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
             raise UserError(f"input and output are the same folder, {text}: give another --output")
         rows = list(_walk(path, fps, leave_out))
         kind = "frame folder" if len(rows) == 1 and rows[0]["frames_fps"] else "folder"
-        return _captioned(Inputs(kind, rows, _tables_among(rows)))
+        return _captioned(Inputs(kind, rows, _tables_among(rows)), _root(text))
     if path.is_file():
         if path.suffix.lower() in (*manifest.TABLES, *manifest.LISTS):
             found = _manifest(path, text, str(path.parent), prepare)
-            return _captioned(found) if path.suffix.lower() in manifest.LISTS else found
+            return _captioned(found, _root(text)) if path.suffix.lower() in manifest.LISTS else found
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(
                 f"input {text} is no video by its name: give --input a folder, a glob, a manifest, a list of videos or "
                 f"a video ({', '.join(sorted(SUFFIXES))})"
             )
-        return _captioned(Inputs("video", [_file(path.name, path)]))
+        return _captioned(Inputs("video", [_file(path.name, path)]), _root(text))
     if glob.has_magic(text):
-        root = Path(*Path(text).parts[: next(i for i, p in enumerate(Path(text).parts) if glob.has_magic(p))])
+        root = _root(text)
         found = sorted({Path(match) for match in glob.iglob(text, recursive=True)})  # noqa: PTH207 (a path of any form)
         rows = [_entry_at(_name(match, root), match, fps) for match in found]
         rows = [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()]
-        return _captioned(Inputs("glob", rows))
+        return _captioned(Inputs("glob", rows), root)
     wrong = "is neither a file nor a folder" if path.exists() else "does not exist"
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
 
@@ -168,14 +168,18 @@ def _tables_among(rows: Iterable[Source]) -> tuple[str, ...]:
     return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
 
 
-def _captioned(found: Inputs) -> Inputs:
-    """The same with captions out of texts beside videos (NAME.txt of NAME.mp4), which are no sources then."""
+def _captioned(found: Inputs, root: Path) -> Inputs:
+    """The same with captions out of texts beside videos (NAME.txt of NAME.mp4), which are no sources then.
+
+    root: a folder into which they may be links."""
     captions, taken, unread = {}, set(), []
     for row in found.rows:
         if suffix(row) not in SUFFIXES or not row["stamp"]:  # no video, or none that is there
             continue
         beside = Path(os.fsdecode(row["path"])).with_suffix(".txt")
         try:
+            if not _stays(beside, root):
+                raise ValueError("a link out of the input")
             known = beside.stat()
             if not stat.S_ISREG(known.st_mode) or known.st_size > CAPTION_BYTES:
                 raise ValueError(f"no text of at most {CAPTION_BYTES} bytes")
@@ -194,22 +198,30 @@ def _captioned(found: Inputs) -> Inputs:
     return Inputs(found.kind, rows, tuple(notes))
 
 
-def _posed(found: Inputs) -> Inputs:
-    """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then."""
-    rows, poses, several = _beside(found.rows, posefile.ENDINGS, "poses")
+def _posed(found: Inputs, root: Path) -> Inputs:
+    """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then.
+
+    root: a folder into which they may be links."""
+    rows, poses, several, links = _beside(found.rows, posefile.ENDINGS, "poses", root)
     notes = [f"poses of {poses} videos are those of the .pose.npz and .pose.json files beside them"] if poses else []
     if several:
         notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
+    if links:
+        notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
     return Inputs(found.kind, rows, (*found.notes, *notes))
 
 
-def _masked(found: Inputs) -> Inputs:
-    """The same with the masks beside videos (NAME.mask.mp4 of NAME.mp4), which are no sources then."""
-    rows, count, several = _beside(found.rows, masks.ENDINGS, "mask")
+def _masked(found: Inputs, root: Path) -> Inputs:
+    """The same with the masks beside videos (NAME.mask.mp4 of NAME.mp4), which are no sources then.
+
+    root: a folder into which they may be links."""
+    rows, count, several, links = _beside(found.rows, masks.ENDINGS, "mask", root)
     notes = [f"masks of {count} videos are those of the .mask files beside them"] if count else []
     if several:
         first = " before ".join(masks.ENDINGS)
         notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
+    if links:
+        notes.append(f"{len(links)} masks are links out of the input ({links[0]}): not read")
     return Inputs(found.kind, rows, (*found.notes, *notes))
 
 
@@ -226,29 +238,48 @@ def _without_masks(found: Inputs) -> Inputs:
     return Inputs(found.kind, rows, (*found.notes, note))
 
 
-def _beside(rows: Sequence[Source], endings: Sequence[str], name: str) -> tuple[list[Source], int, list[str]]:
+def _beside(
+    rows: Sequence[Source], endings: Sequence[str], name: str, root: Path
+) -> tuple[list[Source], int, list[str], list[str]]:
     """(the rows, of videos with path and stamp of the first file beside it that has one of the endings, as `name` and
-    `name_stamp`; how many have one; those that have several). Files that lie beside videos are no sources."""
+    `name_stamp`; how many have one; those that have several; names of links out of `root`, which are not read). Files
+    that lie beside videos are no sources."""
     known: dict[str, dict[str, Any]] = {}
-    taken, several = set(), []
+    taken, several, links = set(), [], []
     for row in rows:
         if addresses.is_remote(os.fsdecode(row["path"])) or not is_video(row):
             continue
         there = [Path(_stem(row) + ending) for ending in endings]
         there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
         taken |= {os.fsencode(path) for path in there}
+        links += [path.name for path in there if not _stays(path, root)]
+        there = [path for path in there if _stays(path, root)]
         if there:
             known[row["file"]] = {name: os.fsencode(there[0]), f"{name}_stamp": posefile.stamp(there[0])}
         if len(there) > 1:
             several.append(row["file"])
     left = [{**row, **known.get(row["file"], {})} for row in rows if row["path"] not in taken]
-    return left, sum(row["file"] in known for row in left), several
+    return left, sum(row["file"] in known for row in left), several, links
 
 
 def _stem(row: Source) -> str:
     """What names of files beside a source begin with: its path, without the ending of a video's."""
     path = os.fsdecode(row["path"])
     return path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
+
+
+def _root(text: str) -> Path:
+    """The folder of an input on this machine: itself, or the one in which what it names lies."""
+    path = home(text)
+    if path.is_dir() or not glob.has_magic(text):
+        return path if path.is_dir() else path.parent
+    return Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
+
+
+def _stays(beside: Path, root: Path) -> bool:
+    """Whether a file beside a video is, if it is a link, one to a file in the input or beside the video itself: no
+    other text of this machine must come into the shards."""
+    return not beside.is_symlink() or any(lies_in(beside, folder) for folder in (beside.parent, root))
 
 
 def _name(path: Path, root: Path) -> str:
@@ -304,33 +335,38 @@ def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[
 
 def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     try:
-        files, path = addresses.filesystem(address, prepare.hosts)
+        there, path = addresses.filesystem(address, prepare.hosts)
         ending = Path(bare(address)).suffix.lower()
         if ending in (*manifest.TABLES, *manifest.LISTS):
             with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
                 copy = Path(scratch, f"manifest{ending}")
-                fetching.download(files, path, copy, limits.of(prepare).max_decoded_bytes, masked(address))
+                fetching.download(there, path, copy, limits.of(prepare).max_decoded_bytes, shown(address))
                 base = addresses.split(address)._replace(query="", fragment="").geturl().rpartition("/")[0]
-                return _manifest(copy, masked(address), base, prepare)
+                return _manifest(copy, shown(address), base, prepare)
         # On the web a '?' begins a query, which may be a signature; such an address is one file's.
         pattern = bare(path) if addresses.is_web(address) else path
         if glob.has_magic(pattern):
-            kind, found = "glob", files.glob(path, detail=True)
+            kind, found = "glob", _lister(address, prepare).glob(path, detail=True)
         elif ending in SUFFIXES or (addresses.is_web(address) and query(address)):
             return Inputs("video", [_row(bare(address).rpartition("/")[2], address)])
         else:
-            kind, found = "folder", files.find(path, detail=True, on_error="raise")
+            kind, found = "folder", _lister(address, prepare).find(path, detail=True, on_error="raise")
     except UserError:
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own
         message = addresses.cause(error) or (error if isinstance(error, VideoError) else reason(error, address))
-        raise UserError(f"cannot read input {masked(address)} ({message})") from None
+        raise UserError(f"cannot read input {shown(address)} ({message})") from None
     if isinstance(leave_out, Place):
         found = _without(found, address.partition("://")[0].lower(), path.rstrip("/"), leave_out)
-    rows = _told_apart(list(_remote_rows(files, path, found, prepare.frames_fps)))
+    rows = _told_apart(list(_remote_rows(there, path, found, prepare.frames_fps)))
     texts = sum(suffix(row) == ".txt" for row in rows)
     notes = (f"{texts} .txt files there are not read as captions: a manifest can hold them",) if texts else ()
     return Inputs(f"{kind} on {address.partition('://')[0]}", rows, notes)
+
+
+def _lister(address: str, prepare: Prepare):
+    """The filesystem that lists what lies at an address."""
+    return addresses.filesystem(address, prepare.hosts, listing=True)[0]
 
 
 def _without(found: dict[str, dict[str, Any]], protocol: str, root: str, output: Place) -> dict[str, dict[str, Any]]:
@@ -341,7 +377,7 @@ def _without(found: dict[str, dict[str, Any]], protocol: str, root: str, output:
     return {path: known for path, known in found.items() if not path.startswith(inside)}
 
 
-def _remote_rows(files, root: str, found: dict[str, dict[str, Any]], frames_fps: float) -> Iterator[Source]:
+def _remote_rows(there, root: str, found: dict[str, dict[str, Any]], frames_fps: float) -> Iterator[Source]:
     """Sources among a listing {path: what is known of it}. What does not lie in the folder itself is left out."""
     root = root.rstrip("/")
     while glob.has_magic(root):
@@ -359,13 +395,13 @@ def _remote_rows(files, root: str, found: dict[str, dict[str, Any]], frames_fps:
             size = sum(item.get("size") or 0 for item in known)
             name = bare(folder)[len(bare(root)) + 1 :] or folder.rpartition("/")[2]
             stamp = digest([(name, _version(item)) for name, item in zip(images, known, strict=True)])
-            yield _row(name, files.unstrip_protocol(folder), bytes=size, stamp=stamp, frames_fps=frames_fps)
+            yield _row(name, there.unstrip_protocol(folder), bytes=size, stamp=stamp, frames_fps=frames_fps)
         for name in set(names) - set(images):
             path = f"{folder}/{name}"
             known = found[path]
             size = known.get("size") or 0
             file = bare(path)[len(bare(root)) + 1 :]
-            yield _row(file, files.unstrip_protocol(path), bytes=size, stamp=_version(known))
+            yield _row(file, there.unstrip_protocol(path), bytes=size, stamp=_version(known))
 
 
 def _told_apart(rows: list[Source]) -> list[Source]:
