@@ -266,7 +266,7 @@ def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]
         kept = False
         with contextlib.suppress(OSError):  # a bucket may be away, or a disk full
             if folder is not None and claim.is_of(folder, job):
-                (folder / "error.log").write_text(plain(trace, keep="\n\t"))
+                files.write_text(folder / "error.log", plain(trace, keep="\n\t"))
                 kept = True
         if verbose or not kept:
             errors.print(trace)
@@ -404,7 +404,7 @@ def stderr_into(path: Where, *, verbose: bool = False):
     mine = os.dup(2)
     scratch = None if isinstance(path, Path) else tempfile.TemporaryDirectory(prefix="entprog-")
     here = path if scratch is None else Path(scratch.name) / path.name
-    with here.open("ab") as log:
+    with files.opened(here, "ab") as log:
         os.dup2(log.fileno(), 2)
     try:
         try:
@@ -418,6 +418,6 @@ def stderr_into(path: Where, *, verbose: bool = False):
         os.dup2(mine, 2)
         os.close(mine)
         if here.exists():
-            path.write_text(masking.masked(here.read_text(errors="replace")))
+            files.write_text(path, plain(masking.masked(here.read_text(errors="replace")), keep="\n\t"))
         if scratch is not None:
             scratch.cleanup()

@@ -266,7 +266,9 @@ def run(
         encodes = source.vae is not None and result["stalls"]["encode_s"] > 0  # not from cached latents
         message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, encodes)
         result |= {"advice": message, **watch.figures()}
-        model_card.write(output / "model", experiment.name, experiment, result)
+        if failed := model_card.tried(output / "model", experiment.name, experiment, result):
+            steplog.warn(output, failed)
+            cli.complain("warning", failed)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(report.final(result) | result["stalls"] | watch.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})

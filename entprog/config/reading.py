@@ -19,7 +19,7 @@ from entprog.config.part import Part
 from entprog.config.sweep import Sweep
 from entprog.config.written import Plain
 from entprog.errors import UserError
-from entprog.masking import masked, one_line
+from entprog.masking import cut, masked, one_line
 from entprog.storage import Where
 
 P = TypeVar("P", bound=Part)
@@ -247,7 +247,7 @@ def build(values: Mapping[str, Any], whole: type[P] = Experiment) -> P:
             if _place(suited, other) == setting and other["type"] != "value_error":
                 message += " or " + _wanted(other).removeprefix("must be ")
         raise UserError(
-            f"setting {setting}: {message[:1].lower()}{message[1:]}, given {masked(repr(first['input']))}"
+            f"setting {setting}: {message[:1].lower()}{message[1:]}, given {cut(masked(repr(first['input'])), 500)}"
         ) from None
 
 

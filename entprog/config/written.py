@@ -59,6 +59,9 @@ WHOLE_NUMBER = re.compile(r"[-+]?[0-9]+")
 BASED_NUMBER = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
+MOST_DIGITS = 1000
+"""Characters of a number; Python reads none of 4300 digits, and what is longer is no setting's."""
+
 
 def load(text: str) -> Any:
     """A YAML (or JSON) document whose unquoted scalars are `Plain`. Raises yaml.YAMLError, also for a name given twice,
@@ -79,6 +82,8 @@ def meaning(value: Any) -> Any:
         return value
     if value in WORDS:
         return WORDS[value]
+    if len(value) > MOST_DIGITS:
+        return str(value)
     if WHOLE_NUMBER.fullmatch(value):
         return int(value)
     if BASED_NUMBER.fullmatch(value):

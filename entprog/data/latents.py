@@ -15,7 +15,6 @@ its new shards encoded.
 
 import contextlib
 import functools
-import json
 import shutil
 import tempfile
 import zlib
@@ -33,6 +32,7 @@ from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError
+from entprog.files import from_json
 from entprog.media import styles
 from entprog.storage import Place, Where, tensors
 
@@ -263,7 +263,7 @@ def finish(
 def read_cache(folder: Where) -> Cache:
     """A finished cache's description. Raises DamagedLatentsError, OSError where a bucket does not answer."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = from_json((folder / RECORD).read_text())
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         files = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])

@@ -8,7 +8,6 @@ checked on reading, every file a sha256 in `dataset.json`, so that a damaged byt
 import contextlib
 import functools
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -209,7 +208,7 @@ def read_dataset(folder: str | Where) -> Dataset:
     if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"no such folder of shards: {folder}; {again}")
     try:
-        record = json.loads((folder / DATASET).read_bytes())
+        record = files.from_json((folder / DATASET).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} is not a finished dataset (it has no dataset.json): {again}") from None
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from entprog.blocks import Block
 from entprog.config import Lora
 from entprog.distributed import fsdp
 from entprog.errors import UserError
+from entprog.files import from_json
 from entprog.masking import one_line
 from entprog.models import folders
 
@@ -250,7 +251,7 @@ def _alphas(
         for each in beside:
             if each.name == PEFT_CONFIG and path.name == PEFT:
                 config = folders.read_json(each)
-        for key, value in json.loads(metadata.get(METADATA, "{}")).items():
+        for key, value in from_json(metadata.get(METADATA, "{}")).items():
             config[next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)] = value
         patterns = {re.compile(rf"(?:.*\.)?(?:{key})"): v for key, v in (config.get("alpha_pattern") or {}).items()}
         common, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))

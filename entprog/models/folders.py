@@ -1,7 +1,6 @@
 """Folders of pipelines in diffusers' format, ours (`entprog.json` beside) and others': located, fetched, what they say
 of themselves, replaced whole. Their weights: `weight_files`."""
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from entprog import config
+from entprog import config, files
 from entprog.errors import UserError
 from entprog.masking import bare, one_line
 from entprog.media import assets
@@ -199,7 +198,7 @@ def part(root: Where, name: str) -> Where | None:
 def read_json(path: Where) -> dict[str, Any]:
     """A JSON object. Raises UserError if it is not one."""
     try:
-        values = json.loads(path.read_text())
+        values = files.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

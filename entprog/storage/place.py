@@ -1,7 +1,6 @@
 """Folders and files on a disk or behind s3:// and gs://: what of either is needed, by pyarrow."""
 
 import errno
-import json
 import os
 import shutil
 import uuid
@@ -271,7 +270,7 @@ class Place:
     def read_json(self, name: str) -> Any:
         """Raises FileNotFoundError, OSError or ValueError."""
         with self.system.open_input_stream(f"{self.root}/{name}") as stream:
-            return json.loads(stream.read())
+            return files.from_json(stream.read())
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from entprog.files import from_json
 from entprog.storage import Place, tensors
 from entprog.storage.tensors import Stored
 
@@ -86,7 +87,7 @@ def chunks(place: Place, files: Iterable[str]) -> Chunks:
     def of(name: str) -> list[tuple[str, Chunk]]:
         with (place / name).ranges() as file:
             found, texts = tensors.header(file)
-        where = json.loads(texts[OFFSETS]) if OFFSETS in texts else {}
+        where = from_json(texts[OFFSETS]) if OFFSETS in texts else {}
         return [
             (full, Chunk(name, tuple(where[full]["saved_offsets"] if where else (0,) * len(stored.shape)), stored))
             for full, stored in found.items()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from entprog import files
+
 if TYPE_CHECKING:
     from pyarrow import NativeFile
 
@@ -49,8 +51,10 @@ def header(file: "NativeFile") -> tuple[dict[str, Stored], dict[str, str]]:
     if length > _MAX_HEADER_BYTES or start > size:
         raise ValueError("its header is damaged")
     try:
-        entries = json.loads(ranged(file, _LENGTH_BYTES, start))
+        entries = files.from_json(ranged(file, _LENGTH_BYTES, start))
         texts = entries.pop("__metadata__", {})
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise TypeError
         found = {name: _stored(entry, start) for name, entry in entries.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its header is damaged ({type(error).__name__})") from None
@@ -77,8 +81,13 @@ def header_of(tensors: Sequence[tuple[str, str, Sequence[int]]], texts: Mapping[
 
 
 def _stored(entry: dict, start: int) -> Stored:
-    begin, end = entry["data_offsets"]
-    return Stored(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
+    """Raises KeyError or TypeError for an entry that is none of the format's."""
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise TypeError
+    if entry["dtype"] not in WIDTHS:  # a TypeError where it is a list
+        raise KeyError
+    return Stored(entry["dtype"], tuple(shape), start + begin, start + end)
 
 
 def _bytes(tensor: Stored) -> int:

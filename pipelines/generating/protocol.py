@@ -116,7 +116,7 @@ def judged(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: S
 def read_json(path: Where) -> dict[str, Any]:
     """A JSON object; {} for other JSON. Raises UserError if it cannot be read."""
     try:
-        found = json.loads(path.read_text())
+        found = files.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -64,6 +64,11 @@ def check(
         return
     except OSError as error:
         raise _unwritable(output, error) from None
+    if links := _links(output):
+        raise UserError(
+            f"{output} holds links ({_some(links)}), and what is written there would come into other files: {another}, "
+            "or remove them"
+        )
     if not set(there) - {MARK}:  # a mark alone is of a command that was refused before it did anything
         return
     if MARK not in there:
@@ -107,7 +112,7 @@ def _was_idle(output: Where, idle: Mapping[str, bool]) -> bool:
     """Whether a job was refused that has left no more than it does before it has done any work. Empty files and
     folders are nothing."""
     try:
-        refused = idle and json.loads((output / RESULT).read_text())["status"] == "refused"
+        refused = idle and files.from_json((output / RESULT).read_text())["status"] == "refused"
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if isinstance(output, Place):
@@ -216,6 +221,13 @@ def _names(output: Where) -> list[str]:
     return [name for name in names if not (isinstance(output, Place) and name.startswith(PROBE))]
 
 
+def _links(output: Where) -> list[str]:
+    """The links in a folder that are not to folders: a job writes files by these names."""
+    if isinstance(output, Place):
+        return []
+    return sorted(path.name for path in output.iterdir() if path.is_symlink() and not path.is_dir())
+
+
 def missing(output: Where) -> list[Path]:
     """The folder and those above it that are not there, innermost first; of a bucket, which has none, no one."""
     if isinstance(output, Place):
@@ -226,7 +238,7 @@ def missing(output: Where) -> list[Path]:
 def _read(output: Where) -> dict[str, Any]:
     path = output / MARK
     try:
-        known = json.loads(path.read_text())
+        known = files.from_json(path.read_text())
         if isinstance(known["job"], str) and isinstance(known["identity"], dict):
             return known
         reason = "no job and identity in it"

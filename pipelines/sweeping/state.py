@@ -4,7 +4,6 @@ Tune pickles its state, and what is unpickled is code: it runs as whoever resume
 and is shared; so it names its sweep by a random id alone, and the state lies where nobody else can write.
 """
 
-import json
 import os
 import re
 import secrets
@@ -54,7 +53,7 @@ def read(output: Where) -> State | None:
     if not path.exists():
         return None
     try:
-        known = json.loads(path.read_text())
+        known = files.from_json(path.read_text())
         name, share = known["id"], dict(known["share"])
         whole = re.fullmatch("[0-9a-f]{32}", name)
     except (OSError, ValueError, KeyError, TypeError):

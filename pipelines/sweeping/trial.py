@@ -5,7 +5,6 @@ between two held-out evaluations its loss is drawn in a straight line between th
 at equal seconds, whatever the steps they took.
 """
 
-import json
 import math
 import os
 import time
@@ -169,7 +168,7 @@ def reports(output: Where) -> list[Report]:
 def _said(folder: Where) -> dict[str, Any]:
     """{share of the budget: {"held_out_loss", "time"}} as a trial's record has it."""
     path = folder / RECORD
-    return json.loads(path.read_text()).get("reports", {}) if path.exists() else {}
+    return files.from_json(path.read_text()).get("reports", {}) if path.exists() else {}
 
 
 def _reason(error: BaseException) -> str:

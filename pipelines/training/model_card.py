@@ -10,7 +10,7 @@ import yaml
 from entprog import files
 from entprog.config import Experiment
 from entprog.errors import UserError
-from entprog.masking import bare, masked
+from entprog.masking import bare, masked, reason
 from entprog.models import folders, whole
 from entprog.names import plain
 from entprog.storage import Where
@@ -78,6 +78,15 @@ def write(
     about = folders.saved(folder)
     licence = licence_of(experiment.model.base if experiment else about["provenance"].get("base"))
     files.write_text(folder / folders.CARD, masked(card(about, licence, folder, title, experiment, result or {})))
+
+
+def tried(folder: Where, *about_it: Any) -> str | None:
+    """As `write`; what went wrong, in words: a run of hours does not fail for its card."""
+    try:
+        write(folder, *about_it)
+    except Exception as error:
+        return f"{folder / folders.CARD} could not be written: {reason(error)}"
+    return None
 
 
 def card(
@@ -151,8 +160,8 @@ def licence_of(base: str | None) -> dict[str, str]:
         path = folders.locate(base, "model.base", parts=()) / folders.CARD if base else None
         text = path.read_text(errors="replace") if path and path.is_file() else ""
         found = re.match(r"---\n(.*?)\n---\s", text, re.S)
-        values = yaml.safe_load(found[1]) if found else {}
-    except (UserError, OSError, yaml.YAMLError):
+        values = yaml.load(found[1], yaml.BaseLoader) if found else {}
+    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError):  # others wrote it
         return {}
     names = ("license", "license_name", "license_link")
     kept = values if isinstance(values, dict) else {}

@@ -154,7 +154,7 @@ def meter(names: Sequence[str], shape: ClipShape, clips: int, points: int) -> "M
 def unfinished(output: Where) -> list[int]:
     """Steps whose previews ended the workers that drew them, or were cut short with them, in order."""
     try:
-        return sorted(map(int, json.loads((output / UNFINISHED).read_text())["steps"]))
+        return sorted(map(int, files.from_json((output / UNFINISHED).read_text())["steps"]))
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -1,14 +1,13 @@
 """Where a training stands, read from the files that it leaves: while it runs, after it, or after it was cut short."""
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from entprog import files
+from entprog import files, masking
 from entprog.errors import UserError
 from entprog.storage import Where
 from pipelines import cli
@@ -62,7 +61,7 @@ def read(output: Where, now_s: float | None = None) -> Standing:
                 f"{output} holds a training in phases, each in a folder of its own: give {output / phases[0]}"
             )
     now_s = time.time() if now_s is None else now_s
-    steps = steplog.steps_of(output)
+    steps = _lines(output / "steps.jsonl", "step", "time", "held_out_loss", *BUDGETS.values())
     written_ns = _written_ns(output)
     newest_s = max(written_ns.values(), default=0) / 1e9
     age_s = max(now_s - (steps[-1]["time"] if steps else newest_s), 0.0)
@@ -80,8 +79,20 @@ def read(output: Where, now_s: float | None = None) -> Standing:
         state = "failed" if trouble else "silent"
     else:
         state = "running"
-    told, shown = (steplog.lines_of(output / name) for name in (steplog.WARNINGS, steplog.PREVIEWS))
+    told, shown = (_lines(output / name) for name in (steplog.WARNINGS, steplog.PREVIEWS))
     return Standing(state, steps, share, left_s, age_s, trouble, told, shown, now_s)
+
+
+def _lines(path: Where, *entries: str) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines, each with such entries. Raises UserError for a damaged one."""
+    try:
+        lines = steplog.lines_of(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {masking.one_line(error)}") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or (entries and not set(entries) <= line.keys()):
+            raise UserError(f"{path} is damaged: line {number} is not one that a training writes")
+    return lines
 
 
 def _written_ns(output: Where) -> dict[str, int]:
@@ -97,7 +108,7 @@ def _ended(output: Where, written_ns: dict[str, int]) -> tuple[str, str]:
     try:
         if written_ns["result.json"] < written_ns[claim.MARK]:
             return "", ""
-        record = json.loads((output / "result.json").read_text())
+        record = files.from_json((output / "result.json").read_text())
         return (record["status"], record["error"]) if record["status"] != "done" else ("", "")
     except (OSError, ValueError, KeyError, TypeError):
         return "", ""
@@ -106,7 +117,7 @@ def _ended(output: Where, written_ns: dict[str, int]) -> tuple[str, str]:
 def _identity(output: Where) -> dict[str, Any]:
     """What the folder's mark says that the training is; {} without one."""
     try:
-        return json.loads((output / claim.MARK).read_text())["identity"]
+        return files.from_json((output / claim.MARK).read_text())["identity"]
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -213,7 +224,7 @@ def compact(names: Sequence[str]) -> str:
     out: list[tuple[str, int | None, int | None]] = []
     for name in sorted(names, key=files.natural):
         stem, dot, end = name.rpartition(".")
-        number = int(end) if dot and end.isdigit() else None
+        number = int(end) if dot and end.isdecimal() else None
         if number is not None and out and out[-1][0] == stem and out[-1][2] == number - 1:
             out[-1] = (stem, out[-1][1], number)
         else:

@@ -4,7 +4,6 @@ Light to import, for those that only read them.
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 import threading
@@ -33,7 +32,7 @@ def steps_of(output: Where) -> list[dict[str, Any]]:
 def lines_of(path: Where) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines; none where there is no file. Raises ValueError for a damaged one."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [files.from_json(line) for line in lines if line.endswith("\n")]
 
 
 def warn(output: Where, line: str) -> None:
@@ -42,7 +41,7 @@ def warn(output: Where, line: str) -> None:
     path = output / WARNINGS
     with contextlib.suppress(OSError):
         if isinstance(path, Path):
-            with path.open("a") as file:
+            with files.opened(path, "a") as file:
                 file.write(text)
         else:  # few lines
             path.write_text((path.read_text() if path.exists() else "") + text)
@@ -58,7 +57,7 @@ class StepLog:
     def __init__(self, path: Where, done: int, warn: Callable[[str], None] = lambda line: None):
         """done: steps of the run so far; what was logged of them is left as it is. warn: gets what went wrong with a
         bucket. Raises OSError."""
-        self.file = path.open("a+b") if isinstance(path, Path) else _copy(path)
+        self.file = files.opened(path, "a+b") if isinstance(path, Path) else _copy(path)
         self.file.seek(0)
         self.file.seek(self.file.truncate(sum(len(line) for line in _before(self.file, done))))
         self.sender = None if isinstance(path, Path) else _Sender(Path(self.file.name), path, warn)
@@ -143,7 +142,7 @@ def _before(lines: Iterable[bytes], done: int) -> Iterator[bytes]:
     """The whole lines of a log up to a step, as far as they can be read."""
     for line in lines:
         try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+            if not line.endswith(b"\n") or files.from_json(line)["step"] > done:
                 return
         except (ValueError, KeyError, TypeError):
             return
