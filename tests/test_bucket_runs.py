@@ -5,29 +5,34 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from entprog import config, models, storage
-from entprog.models import weight_files
+from entprog.models import folders, weight_files
 from entprog.training import checkpoint
-from helpers import servers
+from helpers import bases, real_clips, servers, stores
 from helpers.commands import SETTINGS
 from helpers.networks import tiny_experiment
 from helpers.people import two_people
 from helpers.processes import running
-from pipelines import compare, generate, publish, score, status, train
+from pipelines import compare, evaluate, generate, publish, score, status, train
 from pipelines.tracking import tracker
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import phases, steplog
 
 OVER = {
-    "train": {"steps": 8, "held_out_every": 4, "checkpoint_every": 2, "workers": 2, "samples": 1, "preview_every": 4},
+    "train": {
+        "steps": 6, "held_out_every": 3, "checkpoint_every": 2, "workers": 2, "samples": 1, "preview_every": 3,
+        "parallel": "fsdp",
+    },
     "schedule": {"stages": 1},
+    "tracking": {"model_name": "in-a-bucket"},
     "name": "tiny",
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +73,29 @@ def command(s3, local_ray, tmp_path_factory):
         del os.environ["MLFLOW_TRACKING_URI"]
 
 
+def killed(words, steps: int) -> None:
+    """Begin the training of a command's words, and kill a worker once so many steps of it are heard of."""
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    of_words = {"data": {"shards": str(given["--shards"])}, "model": {"base": given.get("--base")}}
+    values = config.merge(config.read_yaml(given["--config"]), {**of_words, "train": {"max_failures": 0}})
+    left = iter(range(steps - 1))
+
+    def listen(item):
+        if "step" in item and next(left, None) is None:
+            running("RayTrainWorker")[0].kill()
+
+    with pytest.raises(RuntimeError):
+        train.run(config.build(values), storage.Place.at(given["--output"]), listen=listen)
+
+
 @pytest.fixture(scope="module")
 def finished(command, tmp_path_factory):
     """The folder of a run that was killed with its worker, and went on from an empty working folder."""
     words, output = command
     root = tmp_path_factory.mktemp("machines")
-
-    def kill():
-        running("RayTrainWorker")[0].kill()
-
-    with working_in(root / "first"):
-        parsed = config.read_yaml(words[1])
-        experiment = config.build(config.merge(parsed, {"data": {"shards": words[3]}, "train": {"max_failures": 0}}))
-        seen = []
-
-        def listen(item):
-            seen.append(item)
-            if item.get("step", {}).get("step") == 5:
-                kill()
-
-        with pytest.raises(RuntimeError):
-            train.run(experiment, output, listen=listen)
-        assert not list(Path().rglob("*"))
+    with working_in(root / "first") as empty:
+        killed(words, 5)
+        assert not list(empty.rglob("*"))
     with working_in(root / "second") as empty:
         said = run(train, *words)
         # The one after step 4 may have been under way, and is then named and not used.
@@ -110,11 +116,11 @@ def test_all_that_a_run_leaves_is_there(finished):
     assert result["status"] == "done" and result["model"] == "s3://runs/one/model"
     there = finished.below()
     assert there.keys() >= LEFT, sorted(there)
-    assert checkpoint.newest((finished / "checkpoints").address) == "step-00000008"
+    assert checkpoint.newest((finished / "checkpoints").address) == "step-00000006"
     assert any(name.startswith("cei/") for name in there), "score tables survive the machine"
-    assert [step["step"] for step in steplog.steps_of(finished)] == [*range(1, 9)]
+    assert [step["step"] for step in steplog.steps_of(finished)] == [*range(1, 7)]
     shown = steplog.lines_of(finished / steplog.PREVIEWS)
-    assert [line["step"] for line in shown] == [4, 8]
+    assert [line["step"] for line in shown] == [3, 6]
     assert all(there[video] for line in shown for video in line["videos"])
 
 
@@ -122,9 +128,17 @@ def test_mlflow_has_the_run_once(finished):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run_id = finished.read_json("result.json")["mlflow_run_id"]
     points = client.get_metric_history(run_id, "loss")
-    assert {point.step for point in points} == {*range(1, 9)}
+    assert {point.step for point in points} == {*range(1, 7)}
     paths = {artifact.path for artifact in client.list_artifacts(run_id)}
     assert paths >= {"schedule.png", "cei.json", "steps.jsonl", "sheet.png", "previews"}
+
+
+def test_its_model_is_registered(finished):
+    name = finished.read_json("result.json")["registered"]
+    assert name == "models:/in-a-bucket/1"
+    folder = Path(mlflow.artifacts.download_artifacts(name)) / "artifacts" / "model"
+    weights = f"transformer/{folders.STEM}.safetensors"
+    assert (folder / weights).read_bytes() == (finished / "model" / weights).read_bytes()
 
 
 def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(command, finished):
@@ -178,9 +192,31 @@ def test_its_model_makes_clips_into_a_bucket(command, finished, s3, cached, tmp_
     assert "1 of 1 clips are there already" in run(generate, *words)
 
 
+def test_it_is_judged_into_a_bucket(command, finished, s3, cached, tmp_path, monkeypatch):
+    """Its clips are made there, and are there for others to judge."""
+    monkeypatch.chdir(tmp_path)
+    (_, _, _, shards, _, output), into = command[0], servers.address(s3, "runs/judged")
+    how = ("--shards", shards, "--clips", 1, "--metrics", "psnr")
+    words = ("--checkpoint", output, *how, "--set", "generate.steps=2", "--output", into)
+    run(evaluate, *words)
+    place = storage.Place.at(into)
+    made = place.read_json("result.json")
+    assert made["generated"] == "s3://runs/judged/generated" and made["generated_now"] == 1
+    assert made["mlflow_run_id"] == finished.read_json("result.json")["mlflow_run_id"]
+    assert (place / "sheet.png").exists() and not list(Path().glob("*.*"))
+    (clip,) = place.read_json("clips.json")
+    assert clip["file"].startswith("s3://runs/judged/generated/") and clip["psnr"] == made["figures"]["psnr"]
+    assert "0 of them to be generated" in run(evaluate, *words, "--dry-run")
+    of_others = (*how, "--output", "out", "--dry-run", "--generated")
+    assert "Would judge 1 clips" in run(evaluate, *of_others, servers.address(s3, "runs/judged/generated"))
+    words = [*map(str, of_others), servers.address(s3, "runs/none")]
+    done = CliRunner().invoke(evaluate.app, words, env={"COLUMNS": "400"})
+    assert done.exit_code == 2 and "--generated: no such folder: s3://runs/none" in done.output
+
+
 def test_a_step_of_it_is_published(command, finished, cached, tmp_path):
     output = command[0][5]
-    run(publish, "--checkpoint", output, "--step", 8, "--to", tmp_path / "published")
+    run(publish, "--checkpoint", output, "--step", 6, "--to", tmp_path / "published")
     assert (tmp_path / "published" / "model_index.json").is_file()
 
 
@@ -204,6 +240,60 @@ def test_points_that_mlflow_did_not_take_lie_in_the_bucket(command, s3):
     points = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(driver.run_id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 0.5)]
     driver.end("FINISHED")
+
+
+TWO_PHASES = {
+    "model": {"vae": "auto", "expert": "both"},
+    "data": {"shape": {"frames": 9, "height": 32, "width": 32, "fps": 12}, "held_out_clips": 2},
+    "train": {"steps": 3, "held_out_every": 2, "checkpoint_every": 2},
+    "schedule": {"stages": 1},
+    "name": "both",
+}
+
+
+@pytest.mark.slow
+def test_both_experts_of_a_base_in_a_bucket_are_trained_into_one(s3, command, cached, tmp_path):
+    """Killed in the second phase, the same command goes on in it, and its model has both."""
+    shape = config.ClipShape(**TWO_PHASES["data"]["shape"])
+    rows = [real_clips.row("cam01", "train", 0.2 * i, shape) for i in range(2)]
+    real_clips.write(tmp_path / "shards", {"train": [rows], "held_out": [rows]}, shape)
+    bases.two_experts(tmp_path / "two", first_frame=False)
+    base, output = (servers.address(s3, f"runs/{name}") for name in ("two", "both"))
+    storage.Place.at(base).upload(tmp_path / "two")
+    values = {name: value for name, value in SETTINGS.items() if name != "model"}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(config.merge(values, TWO_PHASES)))
+    words = ("--config", tmp_path / "both.yaml", "--shards", tmp_path / "shards", "--base", base, "--output", output)
+    killed(words, 6)
+    said = run(train, *words)
+    assert (
+        said.count("Already finished: s3://runs/both/high") == 1 and "Resumed from the checkpoint after step 2" in said
+    )
+    place = storage.Place.at(output)
+    assert place.read_json("result.json")["model"] == "s3://runs/both/low/model"
+    assert [steps_in(place / phase) for phase in ("high", "low")] == [[1, 2, 3]] * 2
+    for phase, network in (("high", "transformer"), ("low", "transformer_2")):
+        weights = f"model/{network}/{folders.STEM}.safetensors"
+        both = [(place / each / weights).read_bytes() for each in ("high", "low")]
+        assert both[0] == both[1] if phase == "high" else both[0] != both[1], "the low one is trained last"
+    assert "finished" in run(status, servers.address(s3, "runs/both/low"))
+
+
+@pytest.mark.slow
+def test_a_training_into_googles_bucket(local_ray, tmp_path, tmp_path_factory, monkeypatch):
+    """Of two whole networks: killed and resumed, as into Amazon's."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", stores.made(tmp_path))
+    whole = config.merge(OVER, {"train": {"parallel": "ddp"}, "tracking": {"model_name": None}})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config.merge(SETTINGS, whole)))
+    with servers.gs("runs") as address:
+        storage.Place.at(address("shards")).upload(two_people(tmp_path_factory))
+        words = ("--config", tmp_path / "tiny.yaml", "--shards", address("shards"), "--output", address("one"))
+        killed(words, 5)
+        assert re.search("Resumed from the checkpoint after step [24]", run(train, *words))
+        place = storage.Place.at(address("one"))
+        assert place.below().keys() >= LEFT and steps_in(place) == [*range(1, 7)]
+        assert checkpoint.newest((place / "checkpoints").address) == "step-00000006"
+        assert place.read_json("result.json")["model"] == "gs://runs/one/model"
+        assert "finished" in run(status, address("one"))
 
 
 def test_a_phase_starts_from_the_model_of_the_one_before(s3):

@@ -71,7 +71,7 @@ def inputs(tmp_path_factory):
     of_training = ["--config", folder / "tiny.yaml", "--shards", folder / "shards"]
     made = ["--checkpoint", folder / "run", "--shards", folder / "shards"]
     return {
-        "prepare": ["--input", folder / "videos", "--preset", "demo"],
+        "prepare": ["--input", folder / "videos", "--frames", 8, "--height", 48, "--width", 32, "--fps", 12],
         "score": [*of_training, "--tables", folder / "tables"],
         "train": of_training,
         "tune": [

@@ -29,7 +29,7 @@ from helpers.commands import SETTINGS, Command, when_at
 from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import Server
-from pipelines import cli, score, train
+from pipelines import cli, score, status, train
 from pipelines.cluster import message_board, ray_internals
 from pipelines.tracking import store as mlflow_store
 from pipelines.training import steplog
@@ -405,6 +405,27 @@ def test_a_damaged_shard_is_named(base_command, place, shards):
     victim.write_bytes(data)
     line = refused("--config", place / "tiny.yaml", "--shards", copy, "--output", place / "x")
     assert victim.name in line
+
+
+@pytest.mark.slow  # test_outputs sees what a corrected command takes over
+def test_a_clip_that_only_workers_find_damaged_is_told_and_the_corrected_command_goes_on_there(place, shards):
+    copy, output = place / "damaged-held-out", place / "corrected"
+    shutil.copytree(shards, copy)
+    victim = next((copy / "held_out").glob("*.parquet"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    victim.write_bytes(data)
+    more = ["--output", output, "--set", "data.verify=size", "--set", "train.steps=2", "--tables", place / "tables"]
+    line = refused("--config", place / "tiny.yaml", "--shards", copy, *more)
+    record = json.loads((output / "result.json").read_text())
+    assert victim.name in line and record["status"] == "refused" and victim.name in record["error"]
+    assert MlflowClient().get_run(record["mlflow_run_id"]).info.status == "FAILED"
+    assert "refused: " in CliRunner().invoke(status.app, [str(output)], env=WIDE).output
+    corrected = ["--config", place / "tiny.yaml", "--shards", shards, *more]
+    done = CliRunner().invoke(train.app, [str(word) for word in corrected], env=WIDE)
+    assert done.exit_code == 0, done.output
+    result = json.loads((output / "result.json").read_text())
+    assert result["status"] == "done" and result["mlflow_run_id"] != record["mlflow_run_id"]
 
 
 def test_a_checkpoint_of_another_family(base_command, place):

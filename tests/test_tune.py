@@ -16,9 +16,9 @@ import yaml
 from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
-from entprog import config
+from entprog import config, storage
 from entprog.errors import UserError
-from helpers import stores
+from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.families import TINY
 from helpers.people import two_people
@@ -141,12 +141,27 @@ def test_seeds_objectives_and_chance(place):
     assert (place / "seeds" / "pareto.png").stat().st_size > 0
 
 
-def test_a_grid_is_walked_whole_and_a_loss_that_is_no_number_is_told(place):
+def test_a_grid_is_walked_whole_into_a_bucket_and_a_loss_that_is_no_number_is_told(place):
+    with servers.s3() as endpoint:
+        output = storage.Place.at(servers.address(endpoint, "sweeps/grid"))
+        output.system.create_dir("sweeps")
+        before = {path.name for path in place.iterdir()}
+        _walk_a_grid(place, output)
+        assert {path.name for path in place.iterdir()} - before == {"grid.yaml", "state"}, "nothing is on a disk"
+        left = output.below()
+        assert left.keys() >= {"best.yaml", "trials.csv", "trials.png", "sweep.json"}
+        assert not [name for name in left if "checkpoints" in name], "of ended trials"
+        best = (output / "best.yaml").address
+        done = CliRunner().invoke(train.app, ["--config", best, "--dry-run"], env={"COLUMNS": "400"})
+        assert done.exit_code == 0 and "s3://sweeps/grid/best.yaml" in (output / "best.yaml").read_text(), done.output
+
+
+def _walk_a_grid(place, output):
     (place / "grid.yaml").write_text("train.learning_rate: {choice: [1.0e-3, 1.0e+30]}\n")
     plain = wanted(
         place, tune={"trials": 2, "search": "grid"}, train={"seconds": 2, "max_nonfinite": 1}, schedule={"kind": "full"}
     )
-    result = tune.run(plain, spaces.read(str(place / "grid.yaml")), place / "grid")
+    result = tune.run(plain, spaces.read(str(place / "grid.yaml")), output)
     rows = {row["settings"]["train.learning_rate"]: row for row in result["trials"]}
     assert [rows[rate]["status"] for rate in (1e-3, 1e30)] == ["finished", "failed"]
     assert re.search("not finite|is nan", rows[1e30]["reason"])  # after one step or more

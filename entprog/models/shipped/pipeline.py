@@ -161,11 +161,10 @@ class ReferencePosePipeline(DiffusionPipeline):
         """One clip.
 
         reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size; of VACE also a list
-        of such. pose: as many
-        drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance 1 is none, more
-        strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or prompt_embeds
-        [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width], and zeros for tokens that its
-        mask leaves out.
+        of such. pose: as many drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance
+        1 is none, more strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or
+        prompt_embeds [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width], and zeros for
+        tokens that its mask leaves out.
         last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
         as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
         background, mask: as many frames of a video that the person is put into, and of where: pictures in black and
@@ -175,9 +174,9 @@ class ReferencePosePipeline(DiffusionPipeline):
         if last is not None and self.config.form != LAST_FRAME:
             raise ValueError("this network was trained without the last frame of clips: leave last out")
         device, shown = self._execution_device, {}
-        reference, *others = reference if isinstance(reference, list | tuple) else [reference]
+        reference, *references = reference if isinstance(reference, list | tuple) else [reference]
         vace = self.config.family == "wan_vace"
-        if others and not vace:
+        if references and not vace:
             raise ValueError("several references are of networks of VACE alone: give one")
         given = {"reference": reference, "pose": pose}
         for name in self.config.conditions:
@@ -207,8 +206,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             if vace:
                 shown["pose"] = shown["pose"] * person
         shown = {name: self.encode(video) for name, video in shown.items()}
-        if others:
-            more = [self.encode(pixels(other).to(device)) for other in others]
+        if references:
+            more = [self.encode(pixels(other).to(device)) for other in references]
             shown["reference"] = torch.cat([shown["reference"], *more], dim=1)
         if face is not None:
             if self.config.form != FACES:
