@@ -442,7 +442,7 @@ def test_an_output_in_a_bucket_is_not_its_own_input(protocol, folder, due, s3, m
     for name in names:
         (place / name).write_bytes(b"x")
     files = ArrowFSWrapper(place.system)
-    monkeypatch.setattr(addresses, "filesystem", lambda *_: (files, f"data/{folder}"))
+    monkeypatch.setattr(addresses, "filesystem", lambda *_, **__: (files, f"data/{folder}"))
     ask = partial(inputs.find, f"{protocol}://data/{folder}", leave_out=place / "output")
     if due is None:
         with pytest.raises(UserError, match="has no files"):

@@ -79,7 +79,7 @@ def test_an_output_is_claimed_written_and_looked_at(bucket):
     assert not output.exists(), "what was refused leaves nothing"
     claim.take(output, "train", {"train.steps": 4})
     log = steplog.StepLog(output / "steps.jsonl", 0, pytest.fail)
-    log.add({"step": 1, "charged_s": 0.5, "time": 10.0})
+    log.add({"step": 1, "charged_s": 0.5, "flops": 1.0, "held_out_loss": None, "time": 10.0})
     log.keep()
     log.close()
     steplog.warn(output, "a slow disk")
