@@ -251,18 +251,24 @@ TWO_PHASES = {
 }
 
 
-@pytest.mark.slow
-def test_both_experts_of_a_base_in_a_bucket_are_trained_into_one(s3, command, cached, tmp_path):
-    """Killed in the second phase, the same command goes on in it, and its model has both."""
-    shape = config.ClipShape(**TWO_PHASES["data"]["shape"])
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Shards of two clips; made before a test's cache is empty."""
+    folder, shape = tmp_path_factory.mktemp("few"), config.ClipShape(**TWO_PHASES["data"]["shape"])
     rows = [real_clips.row("cam01", "train", 0.2 * i, shape) for i in range(2)]
-    real_clips.write(tmp_path / "shards", {"train": [rows], "held_out": [rows]}, shape)
+    real_clips.write(folder / "shards", {"train": [rows], "held_out": [rows]}, shape)
+    return folder / "shards"
+
+
+@pytest.mark.slow
+def test_both_experts_of_a_base_in_a_bucket_are_trained_into_one(s3, command, few, cached, tmp_path):
+    """Killed in the second phase, the same command goes on in it, and its model has both."""
     bases.two_experts(tmp_path / "two", first_frame=False)
     base, output = (servers.address(s3, f"runs/{name}") for name in ("two", "both"))
     storage.Place.at(base).upload(tmp_path / "two")
     values = {name: value for name, value in SETTINGS.items() if name != "model"}
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(config.merge(values, TWO_PHASES)))
-    words = ("--config", tmp_path / "both.yaml", "--shards", tmp_path / "shards", "--base", base, "--output", output)
+    words = ("--config", tmp_path / "both.yaml", "--shards", few, "--base", base, "--output", output)
     killed(words, 6)
     said = run(train, *words)
     assert (
