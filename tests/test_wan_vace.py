@@ -368,3 +368,14 @@ def test_generate_takes_several_pictures_and_a_mask(made, tmp_path):
             tmp_path / "lone", tmp_path / "out", reference=tmp_path / "me.png", others=[tmp_path / "wide.png"],
             pose=tmp_path / "pose.npz",
         )  # fmt: skip
+
+
+def test_conditions_enter_through_the_controls_embedding_alone(made):
+    """`schedule.outside=conditions` trains that, and nothing that the clip itself goes through."""
+    denoiser = load(Model(family="wan_vace", base=str(made[1])))
+    groups = denoiser.outside()
+    embedding = denoiser.network.vace_patch_embedding
+    assert {id(p) for p in groups["conditions"]} == {id(p) for p in embedding.parameters()}
+    inside = {id(p) for block in blocks(denoiser.network) for p in block.module.parameters()}
+    every = [id(p) for group in groups.values() for p in group]
+    assert sorted(every) == sorted(id(p) for p in denoiser.network.parameters() if id(p) not in inside)

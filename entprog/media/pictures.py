@@ -84,8 +84,8 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
 
 def png(image: np.ndarray) -> bytes:
     """uint8 RGB [H, W, 3] as a PNG that is quick to read: the smaller one of two whose pixels are differences to the
-    pixel on the left, or above. What writers choose as a rule, a guess from three neighbours, is two per cent smaller
-    to a per cent larger, and takes up to twice as long to undo. Equal pictures give equal bytes."""
+    pixel on the left, or above. What writers choose as a rule, a guess from three neighbours, is of about the same size
+    and takes longer to undo. Equal pictures give equal bytes."""
     return min((_png(image, differences) for differences in ("sub", "up")), key=len)
 
 

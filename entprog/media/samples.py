@@ -1,7 +1,7 @@
 """Where the frames of an mp4 lie, read from its tables without a demuxer.
 
 FFmpeg's demuxer decodes a clip's first frame before it says what the file holds, and asks for its bytes by calls into
-Python: a seventh of the time that a small clip takes. What `h264.encode` writes needs none: one track of H.264, frame
+Python, which counts where clips are small. What `h264.encode` writes needs none: one track of H.264, frame
 after frame, at a constant rate. Only that is read here.
 """
 
