@@ -30,6 +30,7 @@ from entprog.errors import UserError, install
 from entprog.masking import one_line
 from entprog.models import fingerprints, folders, texts
 from entprog.models.denoising import VideoDenoiser
+from entprog.models.quiet import quiet
 
 if TYPE_CHECKING:
     from entprog.data import shards  # pyarrow with it, which networks alone do not need
@@ -301,6 +302,7 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
     cannot be loaded."""
     import diffusers
     import transformers
+    from transformers.utils import logging
 
     def loaded(part: str, folder: Path):
         try:
@@ -315,7 +317,8 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
     pipeline = getattr(diffusers, found.family.TEXT_PIPELINE)
     parameters = python_inspect.signature(pipeline).parameters.values()
     nothing = {one.name: None for one in parameters if one.default is one.empty}
-    pipe = pipeline(**nothing | {part: loaded(part, folder) for part, folder in found.parts.items()})
+    with quiet(logging):
+        pipe = pipeline(**nothing | {part: loaded(part, folder) for part, folder in found.parts.items()})
 
     @torch.no_grad()
     def encode(some: list[str]) -> dict[str, torch.Tensor]:

@@ -48,6 +48,7 @@ from entprog.media.faces import Faces
 from entprog.models import inputs, loading, sources, texts, whole
 from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
+from entprog.models.quiet import quiet
 
 CLASS = "WanTransformer3DModel"
 IMAGE_PARTS = {
@@ -331,13 +332,16 @@ def _is_given_frame(inputs: int, channels: int, conditions: tuple[str, ...]) -> 
 def image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
     """(image processor, image encoder in float32) of their folders. Raises UserError if they cannot be loaded."""
     try:
-        from transformers import CLIPImageProcessor, CLIPVisionModel
+        import transformers
+        from transformers.utils import logging
     except ImportError:
         raise UserError(f"image tokens need transformers: {install('text')}") from None
     encoder, processor = (parts[name] for name in IMAGE_PARTS)
     try:
-        seeing = CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)
-        return CLIPImageProcessor.from_pretrained(processor, local_files_only=True), seeing.float().eval()
+        with quiet(logging):
+            seeing = transformers.CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)
+            processing = transformers.CLIPImageProcessor.from_pretrained(processor, local_files_only=True)
+        return processing, seeing.float().eval()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the image encoder {encoder}: {one_line(error)}") from None
 

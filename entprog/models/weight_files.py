@@ -20,6 +20,7 @@ from torch import nn
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models.folders import STEM, read_json
+from entprog.models.quiet import quiet
 
 OLDER = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 """How older names of weights end, which diffusers changes as it reads them."""
@@ -134,23 +135,20 @@ def _check_names(cls: type, folder: Path, setting: str, missing: Collection[str]
 def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False):
     """A diffusers model of a folder, in float32. Raises UserError unless every weight is there and fits."""
     found = of(folder, setting, trust_pickle)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it would say of the weights is an error here
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            use_safetensors=found.safetensors,
-            variant=found.variant,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with quiet(logging):  # what it would say of the weights is an error here
+            model, info = cls.from_pretrained(
+                folder,
+                use_safetensors=found.safetensors,
+                variant=found.variant,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         said, _, _ = str(_first_cause(error)).partition(" If you want to instead")  # what one who programs might pass
         reason = one_line(said or _first_cause(error))
         raise UserError(f"{setting}: cannot load {cls.__name__} from {folder}: {reason}") from None
-    finally:
-        logging.set_verbosity(verbosity)
     _check_names(cls, folder, setting, info["missing_keys"], info["unexpected_keys"])
     return model
 
