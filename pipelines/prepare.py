@@ -24,7 +24,7 @@ from entprog.masking import masked
 from entprog.media import pose
 from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
-from entprog.preparing.rows import Source
+from entprog.preparing.rows import Source, is_video
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import joining, room, session
@@ -203,7 +203,7 @@ def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, A
     work = look(given, output, settings)
     rows = work.found.rows
     cli.show_settings("Settings", settings)
-    tried = [row for row in rows if inputs.is_video(row)]
+    tried = [row for row in rows if is_video(row)]
     size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 
     def say(text: str) -> None:
@@ -256,7 +256,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
     left = [row for row in work.to_do if records[row["file"]] is None]
     if len(left) < len(work.to_do):
         cli.console.print(f"resuming: {len(work.to_do) - len(left)} of {len(work.to_do)} sources are done already")
-    tally = progress.Tally(sum(inputs.is_video(row) for row in work.to_do), settings.prepare.max_rejected)
+    tally = progress.Tally(sum(is_video(row) for row in work.to_do), settings.prepare.max_rejected)
     with cli.stderr_into(output / "prepare.log", verbose=verbose):
         try:
             for file, record in records.items():
@@ -281,7 +281,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
 
 def needs_estimator(rows: Iterable[Source]) -> bool:
     """Whether any of the sources is a video, by its name, without poses beside it."""
-    return any(inputs.is_video(row) and not row["poses"] for row in rows)
+    return any(is_video(row) and not row["poses"] for row in rows)
 
 
 def _cut_all(

@@ -19,6 +19,7 @@ from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets, footage, frames, h264, video
 from entprog.preparing import inputs, manifest, probing
+from entprog.preparing.rows import is_video
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_a_folder_has_videos_folders_of_images_and_the_rest(folder):
     assert found.kind == "folder"
     assert names(found) == ["00001/images", "00001/poster.png", "a/cam01.mp4", "notes.md"]
     assert [row["frames_fps"] for row in found.rows] == [24, 0, 0, 0]
-    assert [inputs.is_video(row) for row in found.rows] == [True, False, True, False]
+    assert [is_video(row) for row in found.rows] == [True, False, True, False]
     assert names(inputs.find(f"file://{str(folder).replace(' ', '%20')}", TV)) == names(found)
     alone = inputs.find(folder / "00001" / "images", TV)
     assert alone.kind == "frame folder" and names(alone) == ["images"]

@@ -17,7 +17,7 @@ from entprog.data import clip_stream, latents, shards
 from entprog.diffusion import dropping
 from entprog.media import h264, masks
 from entprog.models import wan_animate
-from entprog.preparing import cutting, inputs, ledger, probing
+from entprog.preparing import beside, cutting, inputs, ledger, probing
 from helpers import bases, real_clips, wholebodies
 from helpers.families import load
 from pipelines.generating import checkpoints, motions, protocol, rendering
@@ -108,9 +108,9 @@ def test_a_changed_mask_is_a_changed_input(folder, tmp_path):
     (tmp_path / "moving.mask.png").write_bytes(b"")
     assert inputs.find(tmp_path).notes[-1].startswith("1 videos have several masks (moving.mp4): one of them is read")
     away = [{**one, "file": name, "path": f"s3://x/{name}".encode()} for name in ("a.mp4", "a.mask.mp4", "b.mask.mp4")]
-    listed = inputs._without_masks(inputs.Inputs("folder on s3", away))
-    assert [row["file"] for row in listed.rows] == ["a.mp4", "b.mask.mp4"]
-    assert listed.notes[0].startswith("1 masks there are not read")
+    left, notes = beside.without_masks(away)
+    assert [row["file"] for row in left] == ["a.mp4", "b.mask.mp4"]
+    assert notes[0].startswith("1 masks there are not read")
 
 
 # ---- in shards, and in what networks are shown ----

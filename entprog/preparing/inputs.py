@@ -6,10 +6,9 @@ first stage takes them. Listing opens no source.
 
 import glob
 import os
-import stat
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,15 @@ from urllib.parse import unquote, urlsplit
 
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
-from entprog.files import home, lies_in
+from entprog.files import home
 from entprog.masking import bare, query, reason, shown
-from entprog.media import frames, limits, masks, posefile
+from entprog.media import frames, limits, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
-from entprog.preparing import addresses, fetching, manifest
+from entprog.preparing import addresses, beside, fetching, manifest
 from entprog.preparing.addresses import AddressError
-from entprog.preparing.rows import Source
+from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
 from entprog.storage import Place, Where
-
-SUFFIXES = frozenset(
-    {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
-    | {".m4v", ".mj2", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb"}
-    | {".ts", ".vob", ".webm", ".wmv", ".y4m"}
-)
-"""Endings of file names that are tried as videos. Others are not opened: FFmpeg takes even plain text for a video."""
-
-
-CAPTION_BYTES = 1 << 16
-"""Largest text beside a video that is taken for its caption."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,20 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
     if text.startswith("file://"):
         text = _local_path(text)
     if addresses.is_remote(text):
-        found = _without_masks(_remote(text, prepare, leave_out))
+        found = _remote(text, prepare, leave_out)
+        found = _with(found, *beside.without_masks(found.rows))
     else:
-        found = _masked(_posed(_local(text, prepare, leave_out), _root(text)), _root(text))
+        found = _local(text, prepare, leave_out)
+        found = _with(found, *beside.poses(found.rows, _root(text)))
+        found = _with(found, *beside.person_masks(found.rows, _root(text)))
     if not found.rows:
         raise UserError(f"input {found.kind} {shown(text)} has no files: give --input videos")
     return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
+
+
+def _with(found: Inputs, rows: list[Source], notes: Iterable[str]) -> Inputs:
+    """The same with other rows, and further notes."""
+    return Inputs(found.kind, rows, (*found.notes, *notes))
 
 
 def trusting(settings: Preparation, given: str | Path) -> Preparation:
@@ -78,11 +74,6 @@ def trusting(settings: Preparation, given: str | Path) -> Preparation:
         return settings
     hosts = tuple(dict.fromkeys((*settings.prepare.hosts, host)))
     return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"hosts": hosts})})
-
-
-def is_video(row: Source) -> bool:
-    """Whether a source is tried as a video, by its name."""
-    return bool(row["frames_fps"]) or suffix(row) in SUFFIXES
 
 
 def all_gone(found: Inputs) -> str | None:
@@ -106,12 +97,6 @@ def no_videos(found: Inputs) -> str | None:
         f"none of the {len(found.rows)} files of the {found.kind} is a video by its name, such as "
         f"{found.rows[0]['file']}: give --input videos ({', '.join(sorted(SUFFIXES))})"
     )
-
-
-def suffix(row: Source) -> str:
-    """Ending of a source's name, in small letters."""
-    path = os.fsdecode(row["path"])
-    return Path(bare(path) if addresses.is_remote(path) else path).suffix.lower()
 
 
 def _local_path(address: str) -> str:
@@ -161,111 +146,15 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
 
 
+def _captioned(found: Inputs, root: Path) -> Inputs:
+    return _with(found, *beside.captions(found.rows, root))
+
+
 def _tables_among(rows: Iterable[Source]) -> tuple[str, ...]:
     """A note on files in a folder that could be its manifest."""
     named = [row for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
     found = [row["file"] for row in named if not row["file"].endswith(posefile.ENDINGS)]
     return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
-
-
-def _captioned(found: Inputs, root: Path) -> Inputs:
-    """The same with captions out of texts beside videos (NAME.txt of NAME.mp4), which are no sources then.
-
-    root: a folder into which they may be links."""
-    captions, taken, unread = {}, set(), []
-    for row in found.rows:
-        if suffix(row) not in SUFFIXES or not row["stamp"]:  # no video, or none that is there
-            continue
-        beside = Path(os.fsdecode(row["path"])).with_suffix(".txt")
-        try:
-            if not _stays(beside, root):
-                raise ValueError("a link out of the input")
-            known = beside.stat()
-            if not stat.S_ISREG(known.st_mode) or known.st_size > CAPTION_BYTES:
-                raise ValueError(f"no text of at most {CAPTION_BYTES} bytes")
-            captions[row["file"]] = beside.read_text("utf-8-sig").strip()
-            taken.add(os.fsencode(beside))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            unread.append(f"{beside.name}: {reason(error)}")
-    rows = [row | {"caption": captions.get(row["file"], "")} for row in found.rows if row["path"] not in taken]
-    notes = list(found.notes)
-    if captions:
-        notes.append(f"captions of {len(captions)} videos are those of the .txt files beside them")
-    if unread:
-        notes.append(f"{len(unread)} .txt files beside videos cannot be read as captions ({unread[0]})")
-    return Inputs(found.kind, rows, tuple(notes))
-
-
-def _posed(found: Inputs, root: Path) -> Inputs:
-    """The same with the files of poses beside videos (NAME.pose.npz of NAME.mp4), which are no sources then.
-
-    root: a folder into which they may be links."""
-    rows, poses, several, links = _beside(found.rows, posefile.ENDINGS, "poses", root)
-    notes = [f"poses of {poses} videos are those of the .pose.npz and .pose.json files beside them"] if poses else []
-    if several:
-        notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
-    if links:
-        notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
-    return Inputs(found.kind, rows, (*found.notes, *notes))
-
-
-def _masked(found: Inputs, root: Path) -> Inputs:
-    """The same with the masks beside videos (NAME.mask.mp4 of NAME.mp4), which are no sources then.
-
-    root: a folder into which they may be links."""
-    rows, count, several, links = _beside(found.rows, masks.ENDINGS, "mask", root)
-    notes = [f"masks of {count} videos are those of the .mask files beside them"] if count else []
-    if several:
-        first = " before ".join(masks.ENDINGS)
-        notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
-    if links:
-        notes.append(f"{len(links)} masks are links out of the input ({links[0]}): not read")
-    return Inputs(found.kind, rows, (*found.notes, *notes))
-
-
-def _without_masks(found: Inputs) -> Inputs:
-    """The same without masks of videos on another machine, which are no sources either."""
-    there = {_stem(row) for row in found.rows if is_video(row)}
-    endings = tuple(map(os.fsencode, masks.ENDINGS))
-    named = [row for row in found.rows if row["path"].endswith(endings)]
-    left_out = {row["file"] for row in named if _stem(row).removesuffix(".mask") in there}
-    if not left_out:
-        return found
-    rows = [row for row in found.rows if row["file"] not in left_out]
-    note = f"{len(left_out)} masks there are not read: they are taken beside videos on this machine"
-    return Inputs(found.kind, rows, (*found.notes, note))
-
-
-def _beside(
-    rows: Sequence[Source], endings: Sequence[str], name: str, root: Path
-) -> tuple[list[Source], int, list[str], list[str]]:
-    """(the rows, of videos with path and stamp of the first file beside it that has one of the endings, as `name` and
-    `name_stamp`; how many have one; those that have several; names of links out of `root`, which are not read). Files
-    that lie beside videos are no sources."""
-    known: dict[str, dict[str, Any]] = {}
-    taken, several, links = set(), [], []
-    for row in rows:
-        if addresses.is_remote(os.fsdecode(row["path"])) or not is_video(row):
-            continue
-        there = [Path(_stem(row) + ending) for ending in endings]
-        there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
-        taken |= {os.fsencode(path) for path in there}
-        links += [path.name for path in there if not _stays(path, root)]
-        there = [path for path in there if _stays(path, root)]
-        if there:
-            known[row["file"]] = {name: os.fsencode(there[0]), f"{name}_stamp": posefile.stamp(there[0])}
-        if len(there) > 1:
-            several.append(row["file"])
-    left = [{**row, **known.get(row["file"], {})} for row in rows if row["path"] not in taken]
-    return left, sum(row["file"] in known for row in left), several, links
-
-
-def _stem(row: Source) -> str:
-    """What names of files beside a source begin with: its path, without the ending of a video's."""
-    path = os.fsdecode(row["path"])
-    return path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
 
 
 def _root(text: str) -> Path:
@@ -274,12 +163,6 @@ def _root(text: str) -> Path:
     if path.is_dir() or not glob.has_magic(text):
         return path if path.is_dir() else path.parent
     return Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-
-
-def _stays(beside: Path, root: Path) -> bool:
-    """Whether a file beside a video is, if it is a link, one to a file in the input or beside the video itself: no
-    other text of this machine must come into the shards."""
-    return not beside.is_symlink() or any(lies_in(beside, folder) for folder in (beside.parent, root))
 
 
 def _name(path: Path, root: Path) -> str:

@@ -18,8 +18,8 @@ from entprog.config import Preparation
 from entprog.media import footage, frames
 from entprog.media.footage import Footage
 from entprog.media.video import VideoError
-from entprog.preparing import addresses, attempts, fetching, inputs, ledger, shots
-from entprog.preparing.rows import Probed, Shots, Source
+from entprog.preparing import addresses, attempts, fetching, ledger, shots
+from entprog.preparing.rows import Probed, Shots, Source, is_video, suffix
 from entprog.storage import Where
 
 R = TypeVar("R", bound=Probed)
@@ -80,13 +80,13 @@ def opened(row: Source, settings: Preparation, heartbeats) -> Iterator[Footage]:
 
 
 def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
-    path, is_video = os.fsdecode(row["path"]), inputs.is_video(row)
+    path, as_video = os.fsdecode(row["path"]), is_video(row)
     fetching.check(row, settings.prepare)
-    if addresses.is_remote(path) and not is_video:
+    if addresses.is_remote(path) and not as_video:
         raise _not_a_video(row)
     with opened(row, settings, heartbeats) as source:
         row["sha256"] = _sha256(source, heartbeats)
-        if not is_video:
+        if not as_video:
             raise _not_a_video(row)
         if not row["bytes"] and not source.frames_fps:
             row["bytes"] = source.path.stat().st_size
@@ -98,7 +98,7 @@ def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
 
 
 def _not_a_video(row: Source) -> VideoError:
-    ending = inputs.suffix(row)
+    ending = suffix(row)
     ending_is = f"ends with {ending!r}" if ending else "has no ending"
     return VideoError("not_a_video", f"its name {ending_is}; if it is a video, give it its ending")
 

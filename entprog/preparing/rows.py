@@ -1,10 +1,23 @@
 """A source's row on its way through the stages of prepare: what each stage finds in it, with shapes and units.
 
 At run time a row is a dictionary of text, numbers and bytes, as Ray Data takes it: an array is the bytes of its values.
-A stage gives back a new row with its own fields added, and passes a rejected row on as it is.
+A stage gives back a new row with its own fields added, and passes a rejected row on as it is. By a source's name it is
+known whether it is tried as a video.
 """
 
+import os
+from pathlib import Path
 from typing import NotRequired, TypedDict
+
+from entprog.masking import bare
+from entprog.preparing import addresses
+
+SUFFIXES = frozenset(
+    {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v"}
+    | {".m4v", ".mj2", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb"}
+    | {".ts", ".vob", ".webm", ".wmv", ".y4m"}
+)
+"""Endings of file names that are tried as videos. Others are not opened: FFmpeg takes even plain text for a video."""
 
 
 class Source(TypedDict):
@@ -112,3 +125,14 @@ class Line(TypedDict):
     start_s: float
     split: str
     stamp: str
+
+
+def is_video(row: Source) -> bool:
+    """Whether a source is tried as a video, by its name."""
+    return bool(row["frames_fps"]) or suffix(row) in SUFFIXES
+
+
+def suffix(row: Source) -> str:
+    """Ending of a source's name, in small letters."""
+    path = os.fsdecode(row["path"])
+    return Path(bare(path) if addresses.is_remote(path) else path).suffix.lower()

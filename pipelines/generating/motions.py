@@ -20,12 +20,12 @@ from entprog.media import pictures as images
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.names import plain
-from entprog.preparing import inputs
+from entprog.preparing.rows import SUFFIXES
 from pipelines import cli
 from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
 
-VIDEOS = inputs.SUFFIXES
+VIDEOS = SUFFIXES
 POSES = frozenset({".npz", ".npy"})
 PICTURES = images.SUFFIXES
 

@@ -13,8 +13,8 @@ from entprog.data import shards
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
-from entprog.preparing import addresses, inputs, ledger, probing
-from entprog.preparing.rows import Line, Source
+from entprog.preparing import addresses, ledger, probing
+from entprog.preparing.rows import Line, Source, is_video
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.preparing import packing
@@ -159,4 +159,4 @@ def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
 
 def _never_read(row: Source, line: Line) -> bool:
     """Whether a remote source did not answer before."""
-    return not line["sha256"] and inputs.is_video(row) and addresses.is_remote(os.fsdecode(row["path"]))
+    return not line["sha256"] and is_video(row) and addresses.is_remote(os.fsdecode(row["path"]))

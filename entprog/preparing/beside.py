@@ -1,0 +1,117 @@
+"""What lies beside videos and belongs to them: captions (NAME.txt of NAME.mp4), poses (NAME.pose.npz), masks
+(NAME.mask.mp4). Files that are taken so are no sources themselves.
+
+Each function takes the rows that were listed and the folder of the input, into which such files may be links, and gives
+the rows with what was found, and notes: what a person should know.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from entprog.files import lies_in
+from entprog.masking import reason
+from entprog.media import masks, posefile
+from entprog.preparing import addresses
+from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
+
+CAPTION_BYTES = 1 << 16
+"""Largest text beside a video that is taken for its caption."""
+
+
+def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
+    """Of videos with a NAME.txt its text, as `caption`."""
+    found, taken, unread = {}, set(), []
+    for row in rows:
+        if suffix(row) not in SUFFIXES or not row["stamp"]:  # no video, or none that is there
+            continue
+        beside = Path(os.fsdecode(row["path"])).with_suffix(".txt")
+        try:
+            if not _stays(beside, root):
+                raise ValueError("a link out of the input")
+            known = beside.stat()
+            if not stat.S_ISREG(known.st_mode) or known.st_size > CAPTION_BYTES:
+                raise ValueError(f"no text of at most {CAPTION_BYTES} bytes")
+            found[row["file"]] = beside.read_text("utf-8-sig").strip()
+            taken.add(os.fsencode(beside))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            unread.append(f"{beside.name}: {reason(error)}")
+    left = [row | {"caption": found.get(row["file"], "")} for row in rows if row["path"] not in taken]
+    notes = [f"captions of {len(found)} videos are those of the .txt files beside them"] if found else []
+    if unread:
+        notes.append(f"{len(unread)} .txt files beside videos cannot be read as captions ({unread[0]})")
+    return left, notes
+
+
+def poses(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
+    """Of videos with a file of poses its path and stamp, as `poses` and `poses_stamp`."""
+    left, count, several, links = _beside(rows, posefile.ENDINGS, "poses", root)
+    notes = [f"poses of {count} videos are those of the .pose.npz and .pose.json files beside them"] if count else []
+    if several:
+        notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
+    if links:
+        notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
+    return left, notes
+
+
+def person_masks(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
+    """Of videos with a mask its path and stamp, as `mask` and `mask_stamp`."""
+    left, count, several, links = _beside(rows, masks.ENDINGS, "mask", root)
+    notes = [f"masks of {count} videos are those of the .mask files beside them"] if count else []
+    if several:
+        first = " before ".join(masks.ENDINGS)
+        notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
+    if links:
+        notes.append(f"{len(links)} masks are links out of the input ({links[0]}): not read")
+    return left, notes
+
+
+def without_masks(rows: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """The rows without masks of videos on another machine, which are not read there."""
+    there = {_stem(row) for row in rows if is_video(row)}
+    endings = tuple(map(os.fsencode, masks.ENDINGS))
+    named = [row for row in rows if row["path"].endswith(endings)]
+    left_out = {row["file"] for row in named if _stem(row).removesuffix(".mask") in there}
+    left = [row for row in rows if row["file"] not in left_out]
+    note = f"{len(left_out)} masks there are not read: they are taken beside videos on this machine"
+    return left, [note] if left_out else []
+
+
+def _beside(
+    rows: Sequence[Source], endings: Sequence[str], name: str, root: Path
+) -> tuple[list[Source], int, list[str], list[str]]:
+    """(the rows, of videos with path and stamp of the first file beside it that has one of the endings, as `name` and
+    `name_stamp`; how many have one; those that have several; names of links out of `root`, which are not read). Files
+    that lie beside videos are no sources."""
+    known: dict[str, dict[str, Any]] = {}
+    taken, several, links = set(), [], []
+    for row in rows:
+        if addresses.is_remote(os.fsdecode(row["path"])) or not is_video(row):
+            continue
+        there = [Path(_stem(row) + ending) for ending in endings]
+        there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
+        taken |= {os.fsencode(path) for path in there}
+        links += [path.name for path in there if not _stays(path, root)]
+        there = [path for path in there if _stays(path, root)]
+        if there:
+            known[row["file"]] = {name: os.fsencode(there[0]), f"{name}_stamp": posefile.stamp(there[0])}
+        if len(there) > 1:
+            several.append(row["file"])
+    left = [{**row, **known.get(row["file"], {})} for row in rows if row["path"] not in taken]
+    return left, sum(row["file"] in known for row in left), several, links
+
+
+def _stem(row: Source) -> str:
+    """What names of files beside a source begin with: its path, without the ending of a video's."""
+    path = os.fsdecode(row["path"])
+    return path if row["frames_fps"] else os.path.splitext(path)[0]  # noqa: PTH122 (a folder's name has no ending)
+
+
+def _stays(beside: Path, root: Path) -> bool:
+    """Whether a file beside a video is, if it is a link, one to a file in the input or beside the video itself: no
+    other text of this machine must come into the shards."""
+    return not beside.is_symlink() or any(lies_in(beside, folder) for folder in (beside.parent, root))
