@@ -56,6 +56,14 @@ def test_a_share_that_pays_for_no_round_trains_the_cheapest():
     assert all("not searched" in d.reason and d.plan.m == 2 for d in run.state.decisions)
 
 
+def test_what_foresees_costs_is_a_part_of_what_a_search_costs():
+    run = Run(tiny_experiment(train={"steps": 12}, schedule={"clock": "seconds"}))
+    next(run.steps())
+    (decision,) = run.state.decisions
+    assert decision.search_cost == run.state.seconds.search > 0
+    assert "not searched" in decision.reason, "timing plans takes longer than twelve steps"
+
+
 @pytest.mark.parametrize("clear_after", [2, 4])
 def test_the_search_goes_on_until_the_best_is_clear(monkeypatch, clear_after):
     rounds = []
@@ -129,6 +137,29 @@ def test_a_block_s_warm_up_goes_on_where_counting_left_its_plan_in_force(tmp_pat
     again = Run(experiment, tmp_path)
     assert list(again.steps())[-1].step == 15 and again.state.begun == whole.state.begun
     assert all(torch.equal(tensor, again.weights()[name]) for name, tensor in whole.weights().items())
+
+
+def test_a_search_that_begins_where_a_run_resumes_brings_moments_and_averages_along(tmp_path, monkeypatch):
+    """Its first trial is of the plan that was counted last. Moments are loaded on the host, where a GPU has no use for
+    them."""
+    experiment = tiny_experiment(
+        train={"steps": 12, "held_out_every": 12, "ema_decay": 0.9},
+        schedule={"stages": 3, "search_share": 0.9, "search_steps": 1, "search_until_clear": False},
+    )
+    whole = Run(experiment)
+    steps = whole.steps()
+    assert [next(steps).step for _ in range(8)][-1] == 8
+    checkpoint.save(tmp_path, whole.denoiser.network, whole.state, "id", keep=1)
+    again, brought, ready = Run(experiment, tmp_path), set(), []
+    follow = optimizer.follow
+    monkeypatch.setattr(
+        optimizer, "follow", lambda of, trained, *rest: (brought.update(trained), follow(of, trained, *rest))
+    )
+    again.state.optimizer.register_step_pre_hook(lambda of, *_: ready.append(brought.issuperset(again.trained())))
+    expected, got = next(steps), next(again.steps())
+    assert got.stage == 2 and got.phase == "search" and got.plan == expected.plan and ready == [True]
+    assert again.state.ema_gaps == whole.state.ema_gaps
+    assert all(torch.equal(average, again.state.ema[name]) for name, average in whole.state.ema.items())
 
 
 def test_a_search_that_finds_full_training_best_is_never_far_behind(monkeypatch):

@@ -63,21 +63,27 @@ class Freeze:
 
     @contextmanager
     def trying(self, plan: Plan):
-        """A plan for the length of a block; then the one before, if there was one."""
+        """A plan for the length of a block; then the one before."""
         before = self.plan
         self.put(plan)
         try:
             yield
         finally:
-            if before is not None:
-                self.put(before)
+            self.put_back(before)
 
     @contextmanager
     def lifted(self):
-        """No plan is in force inside; afterwards the one before is, if there was one."""
+        """No plan is in force inside; afterwards the one before is."""
         before, self.plan = self.plan, None
         try:
             yield
         finally:
-            if before is not None:
-                self.put(before)
+            self.put_back(before)
+
+    def put_back(self, before: Plan | None) -> None:
+        """The plan that was in force; where none was, none is: moments and averages do not follow one that was only
+        tried, so that it must not seem to be in force when it is trained."""
+        if before is None:
+            self.plan = None
+        else:
+            self.put(before)

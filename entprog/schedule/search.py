@@ -31,12 +31,9 @@ class Search:
         self.experiment, self.state = experiment, state
         self.schedule = experiment.schedule
 
-    def begin(self, stage: int) -> Decision | None:
-        """Begin a stage: its candidates, and its decision if there is nothing to search, or nothing to search yet:
-        while the learning rate warms up every step raises the loss, whoever makes it.
-
-        Raises UserError if no plan fits the memory budget.
-        """
+    def open(self, stage: int) -> None:
+        """Begin a stage: its candidates, and what foresees their costs. Raises UserError if no plan fits the memory
+        budget."""
         state, schedule, shape = self.state, self.schedule, self.experiment.data.shape
         if stage == 0:
             self.check_memory()
@@ -53,7 +50,14 @@ class Search:
         )
         found, state.fitting = plans.fitting(found, self.prices.memory, schedule.memory_budget_bytes)
         state.candidates = tuple(found)
-        if len(found) == 1:
+        if schedule.kind == "entprog" and len(found) > 1:
+            self.round_cost()  # counts candidates: it is kept
+
+    def begin(self) -> Decision | None:
+        """The decision of a stage that was opened, if there is nothing to search, or nothing to search yet: while the
+        learning rate warms up every step raises the loss, whoever makes it."""
+        state = self.state
+        if len(state.candidates) == 1:
             return self.decide("schedule")
         if state.step < self.experiment.train.warmup_steps:
             state.waits = True

@@ -183,11 +183,12 @@ class _Fit:
             if stage > max(0, state.stage) and self.scores is not None and self.experiment.priority.rescore:
                 self.rescore(stage)
             started = self.now()
-            decision = self.search.begin(stage)
+            self.search.open(stage)
             if schedule.kind == "entprog":  # counting and timing candidates is part of the search
                 elapsed = agree.slowest(self.now() - started, self.device)
                 self.charge("search", elapsed, 0.0)
                 state.search_cost += self.in_clock(elapsed, 0.0)
+            decision = self.search.begin()
             if decision is not None:
                 self.carry_out(decision)
 
@@ -377,10 +378,10 @@ class _Fit:
 
     def put_in_force(self, plan: Plan) -> bool:
         """Whether that changed anything."""
-        for name in plan.trainable:  # also of a plan that counting has left in force
-            self.state.begun.setdefault(name, self.state.step)
         if not self.freeze.put(plan):
             return False
+        for name in plan.trainable:
+            self.state.begun.setdefault(name, self.state.step)
         # A block may have been frozen for stages: its moments have to be where it is before the next update.
         optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
         averages.catch_up(self.state.ema, self.state.ema_gaps, self.denoiser.network, plan.trainable)

@@ -30,6 +30,9 @@ class Run:
         given = source, self.held_out, sample, self.table, experiment, self.state
         return fit(self.denoiser, self.found, *given, [sample] if experiment.priority.rescore else [])
 
+    def trained(self):
+        return [parameter for parameter in self.denoiser.network.parameters() if parameter.grad is not None]
+
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
 
