@@ -1,4 +1,4 @@
-"""The one exception a person's mistake raises."""
+"""What a person's mistake raises, and what looks like one and may mend itself."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,11 @@ class UserError(ValueError):
 
     Every job prints it without a stack trace and exits with status 2.
     """
+
+
+class UnreachableError(UserError):
+    """A bucket or hub that does not answer, or not to us. A command that has not begun is refused; work that has is
+    tried again."""
 
 
 def install(extra: str) -> str:

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, as strict JSON, told apart by their content, sorted as people number them."""
 
+import errno
 import hashlib
 import json
 import math
@@ -11,6 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EIO, errno.EMFILE}
+    | {errno.ENETDOWN, errno.ENETUNREACH, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
+)
+"""Errors of a file system that say nothing of the file itself."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a file was not read for what another try may mend: a network disk that is away, too many open files."""
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def home(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.media import assets, h264, video
 from entprog.models import captions
 from entprog.preparing import addresses, inputs, ledger
@@ -227,7 +227,7 @@ UNANSWERED = {
 def test_what_does_not_answer_is_neither_missing_nor_damaged(what, gone, monkeypatch):
     if what == "bytes of latents":
         monkeypatch.setattr(shards, "sizes", lambda *_: {PIECE.file: 9})
-    with pytest.raises((OSError, shards.UnreachableError)) as told:
+    with pytest.raises((OSError, UnreachableError)) as told:
         UNANSWERED[what](gone)
     assert "\n" not in str(told.value) and "damaged" not in str(told.value)
 
@@ -236,7 +236,7 @@ def test_bytes_of_a_shard_that_do_not_come_are_one_line(gone, local, monkeypatch
     monkeypatch.setattr(
         shards, "sizes", lambda *_: {info.file: info.bytes for infos in local.splits.values() for info in infos}
     )
-    with pytest.raises(shards.UnreachableError, match=r"cannot read s3://data/none/train/00000\.parquet: "):
+    with pytest.raises(UnreachableError, match=r"cannot read s3://data/none/train/00000\.parquet: "):
         shards.verify(replace(local, folder=gone), "sha256")
 
 

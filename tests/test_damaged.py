@@ -1,15 +1,21 @@
 """What others wrote, damaged or hostile, ends in one line: nested JSON, headers of safetensors, numbers, cards."""
 
+import errno
 import json
 import struct
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import huggingface_hub as hub
 import pyarrow as pa
 import pytest
 
 from entprog import config, files
-from entprog.data import shards
-from entprog.errors import UserError
-from entprog.models import folders
+from entprog.data import latents, shards
+from entprog.errors import UnreachableError, UserError
+from entprog.media import limits
+from entprog.models import captions, folders
 from entprog.storage import tensors
 from pipelines.outputs import claim
 from pipelines.training import model_card, standing, steplog
@@ -105,3 +111,36 @@ def test_json_is_read_whole_or_refused():
     assert files.from_json(b'{"a": 1}') == {"a": 1}
     with pytest.raises(ValueError, match="deeply"):
         files.from_json(DEEP)
+
+
+def away(*_, **__):
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "read"),
+    [
+        (limits, "parquet", lambda path: shards.read_rows(path, [3])),
+        (latents, "safe_open", lambda path: [*latents._rows(path, [0], ["clean"])]),
+        (captions, "load", lambda path: captions.Texts(path, 4, {}, {"text": "text"}).of("a dance")),
+        (shards, "_size", lambda path: shards.answered(path, OSError(errno.EMFILE, "Too many open files"))),
+    ],
+)
+def test_a_disk_that_is_away_has_damaged_nothing(of, name, read, tmp_path, monkeypatch):
+    """Such a run is tried again, where one with a damaged file is refused."""
+    monkeypatch.setattr(of, name, away)
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises((OSError, UnreachableError), match=r"Stale file handle|Too many open files"):
+        read(tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch):
+    gone, busy = (
+        hub.errors.HfHubHTTPError("no", response=SimpleNamespace(status_code=code, headers={}, request=None))
+        for code in (404, 503)
+    )
+    for error, kind in ((gone, UserError), (busy, UnreachableError), (TimeoutError("no answer"), UnreachableError)):
+        monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error))
+        with pytest.raises(UserError, match="nor could it be fetched") as told:
+            folders._fetched("who/what", "model.base", ["*.json"])
+        assert told.type is kind

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import av
 import numpy as np
 
+from entprog import files
 from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError
@@ -191,6 +192,8 @@ def _named(dataset: shards.Dataset, split: str, clip: int):
     try:
         yield
     except (video.VideoError, av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+        if files.may_pass(error) and not isinstance(error, av.error.FFmpegError):  # whose numbers speak of the video
+            raise
         ends = _ends(dataset, split)
         file = int(np.searchsorted(ends, clip, side="right"))
         info = dataset.splits[split][file]

@@ -218,7 +218,7 @@ def _crc32(clip: dict[str, np.ndarray]) -> int:
 
 def written(folder: Where, piece: Piece) -> Written | None:
     """A finished file of an earlier attempt, every byte of it looked at; None if there is none. Raises
-    `shards.UnreachableError` where a bucket does not answer."""
+    `UnreachableError` where a bucket does not answer."""
     path = folder / piece.file
     try:
         with _local(path) as local, safe_open(local, "numpy") as file:
@@ -298,7 +298,7 @@ def find(dataset: shards.Dataset, key: str) -> Cache | None:
 
 def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
     """Check every file: its size, and with `sha256` every byte; `auto`: as `shards.verify`. Raises DamagedLatentsError
-    naming the first bad one, `shards.UnreachableError` where a bucket does not answer."""
+    naming the first bad one, `UnreachableError` where a bucket does not answer."""
     remote = isinstance(cache.folder, Place)
     if how == "auto":
         how = "size" if remote else "sha256"
@@ -316,7 +316,7 @@ def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
 
 def read(cache: Cache, clips: np.ndarray) -> dict[str, np.ndarray]:
     """Latents of training clips by their number: `clean` and `conditions.NAME`, float32 [B, …], repeated dimensions
-    once. Raises DamagedLatentsError naming file and row, OSError where a bucket does not answer."""
+    once. Raises DamagedLatentsError naming file and row, OSError where a bucket or a disk does not answer."""
     ends = np.cumsum([file.piece.clips for file in cache.files])
     files = np.searchsorted(ends, clips, side="right")
     found: list[dict[str, np.ndarray] | None] = [None] * len(clips)
@@ -344,7 +344,9 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
             for row in rows:
                 clip = {name: _in_full(file.get_slice(name)[row : row + 1]) for name in names}
                 yield clip if _crc32(clip) == sums[row] else None
-    except (OSError, SafetensorError, IndexError):
+    except (OSError, SafetensorError, IndexError) as error:
+        if files.may_pass(error):
+            raise
         yield from [None] * len(rows)
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.media import limits, parquet_pages, wholebody
 from entprog.storage import Place, Where, tensors
 from entprog.storage.ranges import Ranged
@@ -75,10 +75,6 @@ _OTHERS = [name for name in SCHEMA.names if name not in _UNIQUE]
 
 class DamagedShardError(UserError):
     """A shard that cannot be read as what it should be. The message names the file, the row and what to do."""
-
-
-class UnreachableError(UserError):
-    """A bucket that does not answer, or not to us: what another try may mend."""
 
 
 @dataclass(frozen=True)
@@ -283,9 +279,10 @@ def _sha256(path: Where) -> str:
 
 
 def answered(path: Where, error: Exception) -> None:
-    """Raises UnreachableError for an error that leaves open whether a file of a bucket is there and what is in it:
-    such a file is neither missing nor damaged."""
-    if isinstance(path, Place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+    """Raises UnreachableError for an error that leaves open whether a file is there and what is in it: such a file is
+    neither missing nor damaged."""
+    away = isinstance(path, Place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if away or files.may_pass(error):
         raise UnreachableError(f"cannot read {path}: {masking.one_line(error)}") from None
 
 
@@ -312,7 +309,7 @@ def read_rows(
     masks too. columns: None: all of the file. Page checksums are verified. A row group that is larger in memory than
     `media.limits` allows is not read. size: bytes of the shard by dataset.json; one in a bucket of another size is
     damaged.
-    Raises DamagedShardError naming the file and the row, OSError where a bucket does not answer.
+    Raises DamagedShardError naming the file and the row, OSError where a bucket or a disk does not answer.
     """
     wanted = list(rows)
     at = wanted[0] if wanted else 0
@@ -342,6 +339,8 @@ def read_rows(
     except _AwayError as error:
         raise error.reason from None
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, MemoryError) as error:
+        if files.may_pass(error):
+            raise
         raise _damaged(path, at, masking.one_line(error)) from None
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from entprog.config import digest
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 
 T = TypeVar("T")
 
@@ -124,13 +124,13 @@ def of_first(make: Callable[[], T]) -> T:
 
 
 @contextmanager
-def mistakes_of_all(but: type[UserError] | tuple[type[UserError], ...] = ()) -> Iterator[None]:
+def mistakes_of_all() -> Iterator[None]:
     """A person's mistake (UserError) that one rank meets inside is raised on every rank, once all of them have come to
-    the end. but: kinds that are no mistakes, and end their own rank at once."""
+    the end. What does not answer (UnreachableError) is none, and ends its own rank at once."""
     mistake = None
     try:
         yield
-    except but:
+    except UnreachableError:
         raise
     except UserError as error:
         mistake = str(error)

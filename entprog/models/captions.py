@@ -155,7 +155,7 @@ class Texts:
 
     def of(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
-        a file that is damaged, OSError where a bucket does not answer."""
+        a file that is damaged, OSError where a bucket or a disk does not answer."""
         path = self.folder / _file(text)
         try:
             stored = _KEPT.of(path)
@@ -163,7 +163,7 @@ class Texts:
             return fields | {"text": texts.padded(fields["text"], self.tokens)}
         except (OSError, SafetensorError, KeyError) as error:
             unanswered = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-            if unanswered and not isinstance(path, Path):  # it may answer the next time
+            if files.may_pass(error) or (unanswered and not isinstance(path, Path)):  # it may answer the next time
                 raise
             reason = one_line(error)
             raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None

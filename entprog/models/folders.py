@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from entprog import config, files
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.masking import bare, one_line
 from entprog.media import assets
 from entprog.storage import Where, address, at, fetched, quickly
@@ -137,7 +137,7 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 
 def _fetched(name: str, setting: str, patterns: list[str], revision: str | None = None) -> Path:
     """The folder of a hub name, or of an address in a bucket, the files of it that the patterns name. Raises UserError,
-    naming `setting`."""
+    naming `setting`: UnreachableError where there was no answer."""
     if "://" in name:
         return _of_bucket(name, setting, patterns)
     folder = Path(name).expanduser()
@@ -150,7 +150,14 @@ def _fetched(name: str, setting: str, patterns: list[str], revision: str | None 
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except hub_errors() as error:
         reason = one_line(str(error).strip().partition("\n")[0], most=160)
-        raise UserError(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
+        kind = UserError if _refuses(error) else UnreachableError
+        raise kind(f"{setting}: {name} is neither a folder here nor could it be fetched: {reason}") from None
+
+
+def _refuses(error: BaseException) -> bool:
+    """Whether the hub has answered: that it has no such model, or none for us."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(error, ValueError) or (status is not None and status < 500 and status != 429)
 
 
 def _of_bucket(name: str, setting: str, patterns: list[str]) -> Path:
@@ -169,7 +176,7 @@ def _of_bucket(name: str, setting: str, patterns: list[str]) -> Path:
     except FileNotFoundError:
         raise UserError(f"{setting}: no such folder: {bare(name)}") from None
     except OSError as error:
-        raise UserError(f"{setting}: {bare(name)} could not be fetched: {one_line(error, name)}") from None
+        raise UnreachableError(f"{setting}: {bare(name)} could not be fetched: {one_line(error, name)}") from None
 
 
 def located_text(name: str, setting: str, parts: Sequence[str], revision: str | None = None) -> Path:

@@ -60,7 +60,7 @@ def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
 
 
 def read_part(parts: Where, key: str) -> Row | None:
-    """A finished part's record, or None if it is not there as it was written. Raises `shards.UnreachableError` where a
+    """A finished part's record, or None if it is not there as it was written. Raises `UnreachableError` where a
     bucket does not answer."""
     try:
         record = json.loads((parts / f"{key}.json").read_text())
@@ -276,7 +276,7 @@ def remove_parts(parts: Where) -> None:
 
 def _packed(receipt: Where, shard: Where, plan: str) -> Row | None:
     """A shard that an attempt killed later has finished: what it wrote down, if the file is still that. Raises
-    `shards.UnreachableError` where a bucket does not answer."""
+    `UnreachableError` where a bucket does not answer."""
     try:
         entry = json.loads(receipt.read_text())
         whole = entry["plan"] == config.digest(plan) and _is_whole(shard, entry["info"]["sha256"])

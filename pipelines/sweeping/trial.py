@@ -16,7 +16,7 @@ from typing import Any
 from entprog import config, files, masking, storage
 from entprog.config import Experiment
 from entprog.data import shards
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.storage import Where
 from entprog.training import curves
 from pipelines.training import steplog
@@ -132,6 +132,9 @@ def run(
         last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
     except UserError as error:
         record |= {"status": "failed", "reason": str(error)}
+        if isinstance(error, UnreachableError):
+            files.write_json(folder / RECORD, record)
+            raise
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
     except BaseException as error:
         files.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})

@@ -20,7 +20,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.diffusion.idle import idle_pass
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.masking import reason
 from entprog.models import captions, fingerprints, folders, saving
 from entprog.schedule import plans
@@ -92,9 +92,9 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
             board.post.remote(item)
 
     try:
-        with agree.mistakes_of_all(but=shards.UnreachableError):
+        with agree.mistakes_of_all():
             setup = _open(settings, post, clock)
-    except shards.UnreachableError:  # no mistake: another try may be luckier
+    except UnreachableError:  # no mistake: another try may be luckier
         raise
     except UserError as error:
         post({"user_error": str(error)})
@@ -104,6 +104,8 @@ def _reporting_mistakes(settings: dict[str, Any], work: Callable[[Setup, dict[st
     except (agree.DisagreementError, DivergedError) as error:  # all ranks have it; another try would end alike
         ray.get(board.post.remote({"failure": str(error)}))
         return
+    except UnreachableError:
+        raise
     except UserError as error:  # such as a damaged clip: this rank alone may have met it
         ray.get(board.post.remote({"user_error": str(error)}))
         if world > 1:
@@ -121,7 +123,7 @@ def _open(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], cloc
     if experiment.train.parallel == "fsdp":
         fsdp.begin(experiment.train.replicas)
     # Passes of a sharded network come after it, in which ranks wait for each other.
-    with agree.mistakes_of_all(but=shards.UnreachableError):
+    with agree.mistakes_of_all():
         dataset = shards.read_dataset(experiment.data.shards)
         if dataset.fingerprint != settings["data"]:
             raise UserError(
