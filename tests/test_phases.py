@@ -17,7 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from entprog import config
+from entprog import config, storage
 from entprog.errors import UserError
 from entprog.schedule import plans
 from helpers import real_clips, stores
@@ -238,3 +238,15 @@ def test_phases_are_the_common_settings_with_their_own_over_them(tmp_path):
     assert not a.phases and a.name == "experiment-a"
     with pytest.raises(UserError, match="family"):
         config.phases(tiny_experiment(phases={"a": {}, "b": {"model": {"family": "other"}}}), tmp_path)
+
+
+def test_the_checkpoints_of_a_phase_lie_in_a_folder_of_the_given_one(tmp_path):
+    """What follows the '?' of an address are settings of the bucket, not a folder."""
+    for given, expected in (
+        ("ck/", "ck/one"),
+        ("s3://b/ck?region=x&scheme=http", "s3://b/ck/one?region=x&scheme=http"),
+    ):
+        assert storage.within(given, "one") == expected
+    experiment = tiny_experiment(train={"checkpoints": "s3://b/ck?region=x"}, phases={"one": {}, "two": {}})
+    found = config.phases(experiment, tmp_path)
+    assert [each.train.checkpoints for each in found.values()] == [f"s3://b/ck/{name}?region=x" for name in found]

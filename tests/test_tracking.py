@@ -324,6 +324,8 @@ def test_default_store_and_refused_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert mlflow_store.tracking_uri() == f"sqlite:///{tmp_path}/out/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    assert mlflow_store.tracking_uri() == f"sqlite:///{tmp_path}/runs.db", "workers run in folders of their own"
     for folder in ("mlruns", "file:///tmp/mlruns"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", folder)
         with pytest.raises(UserError, match=r"sqlite:////"):

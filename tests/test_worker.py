@@ -18,10 +18,10 @@ from entprog.training import checkpoint
 from entprog.training.fit import DivergedError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, Trained
-from pipelines import cli, generate
+from pipelines import charts, cli, generate
 from pipelines.cluster import launch
 from pipelines.outputs import tables as score_tables
-from pipelines.training import figures, networks, steplog, worker
+from pipelines.training import figures, networks, report, steplog, worker
 from pipelines.training.startup import Startup
 
 
@@ -81,6 +81,38 @@ def test_the_log_is_strict_json(tmp_path):
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 7), (8, 2, 3), (64, 8, 7), (2, 4, 1), (1, 1, 1)])
 def test_threads_are_the_cores_of_a_workers_own_machine(cores, workers, threads):
     assert launch.threads(cores, workers) == threads
+
+
+def test_workers_find_what_lies_in_the_folder_of_who_sent_them(tmp_path, monkeypatch):
+    """A file of the hub's cache is a link to one whose name says nothing: its own name must stay."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "f00d").write_bytes(b"")
+    (tmp_path / "wan.safetensors").symlink_to("f00d")
+    given = {"base": "base", "vae": "who/vae", "weights": "wan.safetensors", "adapter": "adapter"}
+    found = launch.absolute_model(tiny_experiment().model.model_copy(update=given))
+    assert (found.base, found.vae) == (f"{tmp_path}/base", "who/vae")
+    assert (found.weights, found.adapter) == (f"{tmp_path}/wan.safetensors", f"{tmp_path}/adapter")
+
+
+def test_a_run_that_goes_on_in_another_output_comes_to_an_end(tmp_path):
+    """Its log has the later steps alone, or none where all were taken before."""
+    run = Run(tiny_experiment(train={"steps": 2}, schedule={"kind": "full"}))
+    steps = [figures.as_record(step) for step in run.steps()]
+    last = figures.final(run.experiment, run.state) | {"held_out_loss": 0.5}
+    for left in ([], steps[1:]):
+        result = report.figures(last, left)
+        assert result["held_out_loss"] == 0.5 and len(result["losses"]) == len(left) == len(result["held_out"])
+        charts.schedule_chart(left, tmp_path / "schedule.png", [block.name for block in run.found])
+    (tmp_path / "steps.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    assert [log_of(tmp_path, done).last for done in (2, 1, 1, 0)] == [2, 1, 1, 0]
+
+
+def log_of(folder, done):
+    log = steplog.StepLog(folder / "steps.jsonl", done)
+    log.close()
+    return log
 
 
 def spoilt(network, value):

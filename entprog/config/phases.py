@@ -6,7 +6,7 @@ import re
 from entprog.config.experiment import Experiment
 from entprog.config.reading import build, merge
 from entprog.errors import UserError
-from entprog.storage import Where, address
+from entprog.storage import Where, address, within
 
 START = ("base", "init", "weights", "adapter")
 """Settings that only the first phase of a training may give."""
@@ -33,7 +33,7 @@ def phases(experiment: Experiment, output: Where) -> dict[str, Experiment]:
         if experiment.tracking.run_name and "run_name" not in own.get("tracking", {}):
             values = merge(values, {"tracking": {"run_name": f"{experiment.tracking.run_name}-{name}"}})
         if experiment.train.checkpoints and "checkpoints" not in own.get("train", {}):
-            values = merge(values, {"train": {"checkpoints": f"{experiment.train.checkpoints.rstrip('/')}/{name}"}})
+            values = merge(values, {"train": {"checkpoints": within(experiment.train.checkpoints, name)}})
         if out:
             before = next(reversed(out))
             start = {"base": address(output / before / "model"), "init": {}, "weights": None, "adapter": None}

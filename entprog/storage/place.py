@@ -50,6 +50,12 @@ def address(where: "Where") -> str:
     return where.address if isinstance(where, Place) else str(where)
 
 
+def within(where: str, name: str) -> str:
+    """Path or address of what is called so in the folder at `where`, whose settings it keeps. Asks no bucket."""
+    before, mark, settings = where.partition("?") if "://" in where else (where, "", "")
+    return f"{before.rstrip('/')}/{name}{mark}{settings}"
+
+
 def inside(folder: "Where", name: str) -> bool:
     """Whether a name in a folder's own record is one of a file inside it."""
     if isinstance(folder, Place):

@@ -173,12 +173,16 @@ def absolute(experiment: Experiment) -> Experiment:
 
 def absolute_model(model: Model) -> Model:
     """The part of `absolute` that says what is trained."""
-    names = ("base", "vae", "prompt_embeds", "text_encoder")
-    return model.model_copy(update={name: _located(getattr(model, name)) for name in names})
+    found = {name: _located(getattr(model, name)) for name in ("base", "vae", "prompt_embeds", "text_encoder")}
+    # Of a file the name itself counts (its ending), and in the hub's cache that is a link to one without.
+    found |= {name: _located(getattr(model, name), follow=False) for name in ("weights", "adapter")}
+    return model.model_copy(update=found)
 
 
-def _located(path: str | None) -> str | None:
-    return str(files.home(path).resolve()) if path and files.home(path).exists() else path  # else a hub name
+def _located(path: str | None, follow: bool = True) -> str | None:
+    if not path or not files.home(path).exists():  # a hub name
+        return path
+    return str(files.home(path).resolve() if follow else files.home(path).absolute())
 
 
 def training(settings: dict[str, Any]) -> None:

@@ -109,9 +109,8 @@ def run(
             )
             place = folder / f"seed-{seed}"
             if elsewhere := experiment.train.checkpoints:  # each training's own folder in it
-                one = config.build(
-                    config.merge(one.model_dump(), {"train": {"checkpoints": f"{elsewhere}/{trial_id}/seed-{seed}"}})
-                )
+                kept = storage.within(elsewhere, f"{trial_id}/seed-{seed}")
+                one = config.build(config.merge(one.model_dump(), {"train": {"checkpoints": kept}}))
             if number == 0:
                 ticks.resume(place)
             result = train.run(

@@ -19,7 +19,8 @@ from entprog.masking import masked
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite file out/mlflow.db under the working directory (absolute).
+    """MLFLOW_TRACKING_URI, or the SQLite file out/mlflow.db under the working directory; a file's path is absolute, for
+    workers run in folders of their own.
 
     Raises UserError for a folder store, which MLflow no longer takes.
     """
@@ -31,7 +32,8 @@ def tracking_uri() -> str:
             f"MLFLOW_TRACKING_URI={uri} is a folder, which MLflow refuses as a store: use sqlite:////PATH/mlflow.db, "
             "a server's address, or unset it"
         )
-    return uri
+    file = database_file(uri)
+    return uri if file is None or file.name == ":memory:" else f"sqlite:///{file.absolute()}"
 
 
 def how_to_open(uri: str) -> str:

@@ -15,12 +15,12 @@ from pipelines.tracking.tracker import Tracker
 
 
 def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """The workers' last word with what follows from the lines of steps.jsonl."""
+    """The workers' last word with what follows from the lines of steps.jsonl. They need not be all: a run may have been
+    begun in another output."""
     held_out = [(s["step"], s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
     purposes = result["seconds_by_purpose"]
     lost = stalls.of(steps)
     return result | {
-        "held_out_loss": held_out[-1][2],
         "held_out": [{"step": step, "charged_s": s, "loss": loss} for step, s, loss in held_out],
         "losses": [s["loss"] for s in steps],
         "seconds": sum(purposes.values()),

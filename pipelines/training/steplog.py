@@ -59,7 +59,12 @@ class StepLog:
         bucket. Raises OSError."""
         self.file = files.opened(path, "a+b") if isinstance(path, Path) else _copy(path)
         self.file.seek(0)
-        self.file.seek(self.file.truncate(sum(len(line) for line in _before(self.file, done))))
+        size, last = 0, b'{"step": 0}'
+        for last in _before(self.file, done):
+            size += len(last)
+        self.file.seek(self.file.truncate(size))
+        self.last: int = files.from_json(last)["step"]
+        """Number of the last step that was left; 0: none was."""
         self.sender = None if isinstance(path, Path) else _Sender(Path(self.file.name), path, warn)
 
     def add(self, record: dict[str, Any]) -> None:

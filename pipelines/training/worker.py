@@ -218,6 +218,11 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     log = steplog.StepLog(output / "steps.jsonl", state.step, warn) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
     if rank == 0:
+        if log.last < state.step:
+            warn(
+                f"steps {log.last + 1} to {state.step} are not in {output / 'steps.jsonl'}: they were made in another "
+                "output with these train.checkpoints, or lost; curves, charts and the MLflow run are without them"
+            )
         scored = {"entprog.scores": table.key} if table else {}
         shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
         encoded = "cached" if all(shape in setup.caches for shape in shapes) else "encoded at every step"
@@ -309,7 +314,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         log.close()
         tracker.close()
-    named = {"blocks": [block.name for block in setup.blocks], "decode_cpus": decode_cpus}
+    named = {"blocks": [block.name for block in setup.blocks], "decode_cpus": decode_cpus, "held_out_loss": final_loss}
     return {"result": figures.final(experiment, state) | named}
 
 
