@@ -17,6 +17,7 @@ import typer
 from entprog import files
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, reason
+from entprog.storage import Where
 from pipelines import cli
 
 HUB = "hf://"
@@ -24,6 +25,8 @@ REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 """OWNER/NAME on a hub."""
 MADE = ("model_index.json", "pipeline.py", "skeleton.py", "README.md")
 """Files that can be made of the others."""
+DEEPEST = 3
+"""How far below the output of a job its models lie, at most: of a sweep OUTPUT/trials/ID/model."""
 
 app = cli.app("Put a trained pipeline where others find it: a folder, a bucket, or a hub.")
 
@@ -93,9 +96,12 @@ def _check(to: str, root: Path, about: dict[str, Any]) -> None:
         if not re.fullmatch(REPOSITORY, to.removeprefix(HUB)):
             raise UserError(f"--to: a repository on the hub is named hf://OWNER/NAME, given {to}")
     elif "://" in to:
-        Place.at(to)
+        _check_no_output(to, Place.at(to))
     else:
         folder = Path(to)
+        if folder.resolve() == root.resolve():
+            raise UserError(f"--to: {to} is the checkpoint itself: choose another folder")
+        _check_no_output(to, folder.resolve())
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--to: {to} is a file, wanted is a folder")
         there = _files(folder)
@@ -111,6 +117,16 @@ def _check(to: str, root: Path, about: dict[str, Any]) -> None:
         raise UserError(
             f"--checkpoint: saved light, its {', '.join(here)} lies on this machine alone: train with train.save=whole"
         )
+
+
+def _check_no_output(to: str, place: Where) -> None:
+    """Raises UserError for a folder among what a job has left: its weights are not to be replaced."""
+    from pipelines.outputs import claim
+
+    for _ in range(DEEPEST):
+        place = place.parent
+        if place.name and (place / claim.MARK).exists():
+            raise UserError(f"--to: {bare(to)} lies in the output of another command, {place}: choose another folder")
 
 
 def _check_links(root: Path) -> None:

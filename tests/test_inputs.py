@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_what_cannot_be_meant_is_one_line(folder):
         inputs.find(folder / "notes.md")
     with pytest.raises(UserError, match="input and output are the same folder"):
         inputs.find(folder, leave_out=folder / "a" / "..")
+
+
+def test_two_sources_of_one_name_are_refused(folder, tmp_path):
+    """They would share a part, and one would be gone without a line in the ledger."""
+    dance = tmp_path / "dance"
+    shutil.copytree(folder / "00001" / "images", dance)
+    assert names(inputs.find(dance, TV)) == ["dance"]
+    shutil.copytree(folder / "00001" / "images", dance / "dance")
+    with pytest.raises(
+        UserError, match=rf"{dance} and {dance}/dance would both be called 'dance': rename one"
+    ) as error:
+        inputs.find(dance, TV)
+    assert "\n" not in str(error.value)
+    assert names(inputs.find(tmp_path, TV)) == ["dance", "dance/dance"]
 
 
 def test_a_glob(folder):

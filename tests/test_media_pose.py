@@ -97,6 +97,21 @@ def test_several_people_the_foremost_first(estimator):
     assert all(person.score > 0.8 and abs(person.rotation_rad) < 0.3 for person in people)
 
 
+def test_who_leaves_is_not_replaced_by_who_stays(estimator):
+    """A frame of nobody lies between the two, so that no clip is of both."""
+    near, frames = frames_of("jump", 12, end_s=1.0), []
+    for i, frame in enumerate(near[:11]):
+        both = np.full((480, 1200, 3), 120, np.uint8)
+        both[100:436, 700:1190] = video.scale(near[0], (336, 490))
+        if i < 7:
+            both[:, :700] = frame
+        frames.append(both)
+    points = estimator.track(frames)
+    assert pose.found(points).tolist() == [i != 7 for i in range(11)]
+    hips = points[:, HIPS, 0].mean(1)
+    assert (hips[:7] < 0.58).all() and (hips[8:] > 0.58).all()
+
+
 def test_a_small_person_in_a_wide_frame(estimator):
     """Of 125 frames, 1768x524, she takes a tenth of the width; half hidden by a tree at first."""
     assert pose.found(estimator.track(frames_of("walk", 6, end_s=4))).all()

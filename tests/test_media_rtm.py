@@ -45,6 +45,7 @@ def test_the_same_person_is_followed_past_a_larger_one():
     assert person.followed([small, large], None, 400, 400) == (large, 1)
     assert person.followed([large, small], person.of_box(*([105, 100, 145, 200])), 400, 400) == (small, 1)
     assert person.followed([], small, 400, 400) is None
+    assert person.followed([large], small, 400, 400) is None, "who was followed is gone"
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):

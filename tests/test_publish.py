@@ -23,6 +23,7 @@ from helpers import servers
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Trained
 from pipelines import publish
+from pipelines.outputs import claim
 from pipelines.training import model_card
 
 
@@ -82,6 +83,19 @@ def test_a_folder_that_holds_files_of_others_is_refused_and_left_as_it_was(name,
     done = published("--checkpoint", output, "--to", there)
     assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
     assert ("adapter_config.json" if name == "adapter" else name) in done.output and contents(there) == before
+
+
+@pytest.mark.parametrize("step", [[], ["--step", "2"]])
+@pytest.mark.parametrize("to", ["run/model", "other/model", "other/adapter", "other/trials/3/model"])
+def test_no_training_s_own_model_is_replaced(to, step, output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("run", "other"):
+        shutil.copytree(output / "model", tmp_path / run / "model")
+    (tmp_path / "other" / claim.MARK).write_text('{"job": "train", "identity": {}}')
+    before = contents(tmp_path)
+    done = published("--checkpoint", "run", "--to", to, *step)
+    assert done.exit_code == 2 and "choose another folder" in done.output, done.output
+    assert len(done.output.splitlines()) == 1 and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("made", [False, True])

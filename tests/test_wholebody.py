@@ -159,6 +159,11 @@ def test_what_holds_no_poses_is_said_in_one_line(name, tmp_path):
     assert error.value.reason == "bad_pose" and "\n" not in str(error.value) and str(error.value).startswith("x.pose.")
 
 
+def followed(poses: posefile.Poses) -> tuple[np.ndarray, np.ndarray]:
+    """Who is followed through all rows, and where others are too."""
+    return posefile.foremost(poses, np.arange(len(poses.people)))
+
+
 def test_of_several_people_the_foremost_is_followed_and_what_is_not_finite_is_not_seen(tmp_path):
     values = wholebodies.mmpose(POINTS, HEIGHT, WIDTH)
     for frame in values["instance_info"][2:]:
@@ -166,19 +171,54 @@ def test_of_several_people_the_foremost_is_followed_and_what_is_not_finite_is_no
     values["instance_info"][3]["instances"] = []
     values["instance_info"][0]["instances"][1]["keypoints"][100] = [float("nan"), 3]
     (tmp_path / "x.pose.json").write_text(json.dumps(values))
-    found = posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS)
-    np.testing.assert_allclose(found.points[1:3], POINTS[1:3], atol=1e-5)
-    assert np.isnan(found.points[0, 100, :2]).all() and found.points[0, 100, 2] == 0
-    assert np.isnan(found.points[3, :, :2]).all() and not found.crowded.any()
+    points, crowded = followed(posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS))
+    np.testing.assert_allclose(points[1:3], POINTS[1:3], atol=1e-5)
+    assert np.isnan(points[0, 100, :2]).all() and points[0, 100, 2] == 0
+    assert np.isnan(points[3, :, :2]).all() and not crowded.any()
     with pytest.raises(VideoError, match=r"MiB to read, more than .* times 4"):
         posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, Limits(max_decoded_bytes=1000))
+
+
+def two_people(path, missing):
+    """MMPose's file of a large person on the left, who is missing in some of 32 frames, and a smaller one beside."""
+    body = wholebodies.standing()[:, :2]
+    large, small = body * (500, 700) + (0, 10), body * (260, 360) + (900, 300)
+    frames = [[small] if i in missing else [large, small] for i in range(32)]
+    lists = [[{"keypoints": one.tolist(), "keypoint_scores": [0.9] * 133} for one in people] for people in frames]
+    path.write_text(json.dumps([{"instances": people} for people in lists]))
+    return posefile.read(path, 720, 1280, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("missing", "rows", "lost", "of_the_small_one"),
+    [
+        ([9], range(32), [9], []),
+        (range(9, 32), range(32), range(9, 19), range(19, 32)),
+        (range(9, 32), [0, 4, 8, 20, 24], [3], [4]),  # the rows of nobody lie between those that are wanted
+        (range(9, 12), range(0, 32, 4), [], []),
+    ],
+)
+def test_nobody_else_goes_on_in_the_place_of_who_is_followed(missing, rows, lost, of_the_small_one, tmp_path):
+    poses = two_people(tmp_path / "x.pose.json", missing)
+    points, _ = posefile.at_frames(poses, len(rows), 1, (np.array(rows), 32))
+    found = np.isfinite(points).all((1, 2))
+    assert np.flatnonzero(~found).tolist() == list(lost)
+    at_the_right = points[:, wholebody.BODY, 0].mean(1) > 0.5
+    assert np.flatnonzero(found & at_the_right).tolist() == list(of_the_small_one)
+
+
+def test_a_new_shot_begins_with_whoever_is_there(tmp_path):
+    poses = two_people(tmp_path / "x.pose.json", range(9, 32))
+    for rows, cut in ((range(32), 9), (range(0, 32, 4), 3)):
+        points, _ = posefile.at_frames(poses, len(rows), 1, (np.array(rows), 32), [cut])
+        assert np.isfinite(points).all(), "no frame is lost where the picture cuts to another person"
 
 
 @pytest.mark.parametrize(("rate", "fps", "frames"), [(30, 10, 7), (10, 30, 40), (25, 12, 9), (12, 12, 12)])
 def test_each_clip_frame_gets_the_row_nearest_in_time(rate, fps, frames):
     rows = int(np.ceil(frames / fps * rate))
     points = np.zeros((rows, 33, 3), np.float32) + np.arange(rows, dtype=np.float32)[:, None, None]
-    poses = posefile.Poses(points, rate, np.zeros(rows, bool))
+    poses = posefile.Poses(points[:, None], rate)
     found, _ = posefile.at_frames(poses, frames, fps, None)
     off = found[:, 0, 0] / rate - np.arange(frames) / fps
     assert np.abs(off).max() <= 0.5 / rate + 1e-6
@@ -193,7 +233,8 @@ def test_what_leaves_the_picture_is_no_pixel(tmp_path):
     hidden = np.where(np.arange(133)[:, None] < 100, [500.0, 500.0, 0.0], POINTS).astype(np.float32)
     for poses in (points, hidden):
         np.savez(tmp_path / "x.pose.npz", pose=poses)
-        np.testing.assert_array_equal(posefile.read(tmp_path / "x.pose.npz", HEIGHT, WIDTH, LIMITS).points, poses)
+        points, _ = followed(posefile.read(tmp_path / "x.pose.npz", HEIGHT, WIDTH, LIMITS))
+        np.testing.assert_array_equal(points, poses)
     np.savez(tmp_path / "x.pose.npz", pose=POINTS * [WIDTH, HEIGHT, 1])
     with pytest.raises(VideoError, match=r"x and y must be in 0\.\.1 of the picture; these go up to 1[67]\d"):
         posefile.read(tmp_path / "x.pose.npz", HEIGHT, WIDTH, LIMITS)
@@ -213,9 +254,9 @@ def test_who_is_a_guess_is_nobody(other, tmp_path):
     for frame in values["instance_info"]:
         frame["instances"].append(other)
     (tmp_path / "x.pose.json").write_text(json.dumps(values))
-    found = posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS)
-    np.testing.assert_allclose(found.points, POINTS, atol=1e-5)
-    assert not found.crowded.any()
+    points, crowded = followed(posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS))
+    np.testing.assert_allclose(points, POINTS, atol=1e-5)
+    assert not crowded.any()
 
 
 def test_a_person_some_of_whose_points_are_not_known_is_one(tmp_path):
@@ -224,9 +265,9 @@ def test_a_person_some_of_whose_points_are_not_known_is_one(tmp_path):
         frame["instances"][1]["keypoints"][9] = [float("nan"), float("nan")]
         frame["instances"].append(ghost(0.9, 0.9))
     (tmp_path / "x.pose.json").write_text(json.dumps(values))
-    found = posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS)
-    assert np.isnan(found.points[:, 9, :2]).all() and found.crowded.all()
-    np.testing.assert_allclose(found.points[:, 0], POINTS[:, 0], atol=1e-5)
+    points, crowded = followed(posefile.read(tmp_path / "x.pose.json", HEIGHT, WIDTH, LIMITS))
+    assert np.isnan(points[:, 9, :2]).all() and crowded.all()
+    np.testing.assert_allclose(points[:, 0], POINTS[:, 0], atol=1e-5)
 
 
 def test_json_of_ten_minutes_is_read_by_default_and_what_unpacks_to_more_is_not(tmp_path, monkeypatch):
@@ -238,7 +279,7 @@ def test_json_of_ten_minutes_is_read_by_default_and_what_unpacks_to_more_is_not(
         del frame["instances"][0]
     path = tmp_path / "x.pose.json"
     path.write_text(json.dumps(values))
-    assert path.stat().st_size > 1e6 and len(posefile.read(path, 1080, 1920, room).points) == 180
+    assert path.stat().st_size > 1e6 and len(posefile.read(path, 1080, 1920, room).people) == 180
     most = 4 * room.max_decoded_bytes
     hostile = (
         "[" + "[]," * (most // 100) + "[]]",
@@ -287,9 +328,7 @@ def test_without_a_rate_a_row_is_a_frame_wherever_that_stands_in_time(times_ms, 
     assert there == len(times_ms) and np.abs(20 + 10 * numbers - pictures).max() <= 3, "the pictures' own frames"
     points = np.zeros((there, 33, 3), np.float32) + np.arange(there, dtype=np.float32)[:, None, None]
     for rows in (there - 1, there, there + 1):
-        poses = posefile.Poses(
-            points[:rows].copy() if rows <= there else np.repeat(points, 2, 0)[:rows], None, np.zeros(rows, bool)
-        )
+        poses = posefile.Poses((points if rows <= there else np.repeat(points, 2, 0))[:rows, None], None)
         if rows == there:
             track, _ = posefile.at_frames(poses, len(pictures), fps, (numbers, there))
             assert np.array_equal(track[:, 0, 0], numbers)

@@ -38,18 +38,29 @@ def prominent_first(people: Iterable[Person], height: int, width: int) -> list[P
     return sorted(people, key=prominence, reverse=True)
 
 
+def distance(one: Person, other: Person) -> float:
+    """Between the middles of their hips, in pixels."""
+    return float(np.hypot(*np.subtract(one.center, other.center)))
+
+
+def may_be(person: Person, before: Person) -> bool:
+    """Whether it may be who was there a frame before: they move less than half of their own size between two frames."""
+    return distance(person, before) < before.radius
+
+
 def followed(people: list[Person], before: Person | None, height: int, width: int) -> tuple[Person, int] | None:
     """The person who is followed, and which of the people it is; the most prominent where nobody is followed yet.
 
-    Who is followed moves less than half of their own size between two frames.
+    None where who was followed is not among them: another person must not go on in their place.
     """
     if not people:
         return None
-    best = prominent_first(people, height, width)[0]
-    if before is not None:
-        nearest = min(people, key=lambda person: np.hypot(*np.subtract(person.center, before.center)))
-        if np.hypot(*np.subtract(nearest.center, before.center)) < before.radius:
-            best = nearest
+    if before is None:
+        best = prominent_first(people, height, width)[0]
+    else:
+        best = min(people, key=lambda person: distance(person, before))
+        if not may_be(best, before):
+            return None
     return best, people.index(best)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from entprog.config import Prepare
 from entprog.errors import UserError, install
 from entprog.media import assets, wholebody
-from entprog.media.person import POINTS, Person, nobody, prominent_first
+from entprog.media.person import POINTS, Person, may_be, nobody, prominent_first
 
 DETECTOR_SIZE = 224
 LANDMARK_SIZE = 256
@@ -128,7 +128,8 @@ class PoseEstimator:
         """The foremost person through uint8 RGB frames [H, W, 3] → float32 [F, 33, 3].
 
         x, y in 0..1 of the frame (outside it for points out of sight), visibility 0..1. Rows of frames in which
-        nobody was found: x, y NaN, visibility 0.
+        nobody was found: x, y NaN, visibility 0. So is the frame in which who was followed is gone, whoever else is
+        there: the foremost is chosen anew from the next one on, and no stretch of found poses is of two people.
         """
         rows = []
         where, age = None, 0  # the person who is followed, and for how many frames
@@ -138,8 +139,10 @@ class PoseEstimator:
                 points = self._look(frame, where, check=age < PROBATION or age % CHECK_EVERY == 0)
                 if points is None and age < PROBATION:
                     rows[-age:] = [nobody()] * age
+                    where = None
             if points is None:
-                looks = (self._look(frame, person, check=True) for person in self.detect(frame))
+                people = (person for person in self.detect(frame) if where is None or may_be(person, where))
+                looks = (self._look(frame, person, check=True) for person in people)
                 points, age = next((look for look in looks if look is not None), None), 0
             if points is None:
                 where = None

@@ -8,7 +8,9 @@ that list alone; 133 points in pixels of the upright picture, a list entry a fra
 
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +35,22 @@ FAR = -1, 2
 HALF = 0.5
 """Another person counts from this share of the foremost one's size on."""
 
+PATIENCE = 10
+"""Rows of JSON in which who was followed is waited for; then the foremost is chosen anew."""
+
 
 @dataclass(frozen=True)
 class Poses:
-    """A person's poses through a video."""
+    """Poses through a video: of one person, or of all who are in it."""
 
-    points: np.ndarray
-    """float32 [R, 33 or 133, 3]: x, y in 0..1 of the picture, visibility 0..1; NaN, NaN, 0 where not known."""
+    people: Sequence[np.ndarray]
+    """Of each of R rows float32 [people, 33 or 133, 3]: x, y in 0..1 of the picture, visibility 0..1; NaN, NaN, 0 where
+    not known."""
     fps: float | None
     """Rows a second; None: one a frame of the video."""
-    crowded: np.ndarray
-    """bool [R]: whether more people than one are there."""
+    size: tuple[int, int] | None = None
+    """Height and width of the picture, where one of several people is to be followed; None: each row is of one
+    person."""
 
 
 def stamp(path: Path) -> str:
@@ -72,42 +79,78 @@ def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
         RecursionError,
     ) as error:
         raise VideoError("bad_pose", f"{path.name}: {reason(error)}") from None
-    points = found.points
-    known = np.isfinite(points).all(-1)
-    points = np.where(known[..., None], points, np.array([np.nan, np.nan, 0], np.float32))
-    points[..., 2] = points[..., 2].clip(0, 1)
-    return Poses(points, found.fps, found.crowded)
+    for points in found.people:
+        points[~np.isfinite(points).all(-1)] = np.nan, np.nan, 0
+        points[..., 2] = points[..., 2].clip(0, 1)
+    return found
 
 
 def at_frames(
-    poses: Poses, frames: int, fps: float, shown: tuple[np.ndarray, int] | None
+    poses: Poses, frames: int, fps: float, shown: tuple[np.ndarray, int] | None, cuts: Sequence[int] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """(poses float32 [frames, …, 3], whether there are more people bool [frames]) nearest to each i / fps.
 
     shown: of poses without a rate, which of the video's frames the i-th one of the clip is, int [frames], and how many
-    the video has (`footage.numbers`). Raises VideoError `bad_pose` for poses of another length than the video.
+    the video has (`footage.numbers`). cuts: first frames of new shots. Raises VideoError `bad_pose` for poses of
+    another length than the video.
     """
     if poses.fps is None:
         rows, there = shown
-        if len(poses.points) != there:
+        if len(poses.people) != there:
             raise VideoError(
                 "bad_pose",
-                f"{len(poses.points)} poses, the video has {there} frames: without `fps` (of a .pose.npz) there is to "
+                f"{len(poses.people)} poses, the video has {there} frames: without `fps` (of a .pose.npz) there is to "
                 "be one for each",
             )
-        return poses.points[rows], poses.crowded[rows]
-    poses_s, video_s = len(poses.points) / poses.fps, frames / fps
+        return foremost(poses, rows, cuts)
+    poses_s, video_s = len(poses.people) / poses.fps, frames / fps
     if abs(poses_s - video_s) > slack_s(video_s) + 1 / fps:
         raise VideoError(
             "bad_pose",
-            f"{len(poses.points)} poses at {poses.fps:g} fps are {poses_s:.2f} s, the video has {video_s:.2f} s",
+            f"{len(poses.people)} poses at {poses.fps:g} fps are {poses_s:.2f} s, the video has {video_s:.2f} s",
         )
     rows = nearest_rows(np.arange(frames), fps, poses.fps)
-    inside = rows <= len(poses.points)  # a video's last frame is shown until one frame later
-    rows = rows.clip(max=len(poses.points) - 1)
-    points = poses.points[rows]
+    inside = rows <= len(poses.people)  # a video's last frame is shown until one frame later
+    points, crowded = foremost(poses, rows.clip(max=len(poses.people) - 1), cuts)
     points[~inside] = np.nan, np.nan, 0
-    return points, poses.crowded[rows] & inside
+    return points, crowded & inside
+
+
+def foremost(poses: Poses, rows: np.ndarray, cuts: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """(poses of the foremost person float32 [F, …, 3], whether there are more people bool [F]) in rows, int [F].
+
+    cuts: places among the rows from which on the foremost is chosen anew. In between somebody else is followed only
+    after a row of nobody: no stretch of found poses is of two people.
+    """
+    if poses.size is None:
+        return np.stack([poses.people[row][0] for row in rows]), np.zeros(len(rows), bool)
+    shots = np.split(rows, [cut for cut in cuts if 0 < cut < len(rows)])
+    points, crowded = zip(*map(partial(_foremost, poses.people, *poses.size), shots), strict=True)
+    return np.concatenate(points), np.concatenate(crowded)
+
+
+def _foremost(people: Sequence[np.ndarray], height: int, width: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`foremost` of one shot. Rows between those that are wanted are looked at too: people move little from one to the
+    next."""
+    found: dict[int, np.ndarray] = {}
+    who: dict[int, int] = {}
+    crowded: dict[int, bool] = {}
+    last, gone, number = None, 0, 0  # who was followed last, for how many rows they are gone, and their number
+    for row in range(rows[0], rows[-1] + 1):
+        circles = [_circle(points * np.array([width, height, 1], np.float32)) for points in people[row]]
+        chosen = person.followed(circles, last if gone < PATIENCE else None, height, width)
+        if chosen is None:
+            crowded[row], gone = False, gone + 1
+            continue
+        now, place = chosen
+        number += last is not None and not person.may_be(now, last)
+        found[row], who[row], last, gone = people[row][place], number, now, 0
+        crowded[row] = sum(circle.radius >= HALF * now.radius for circle in circles) > 1
+    points, shown = [], None
+    for row in rows:
+        shown = who.get(row) if shown in (None, who.get(row)) else None
+        points.append(person.nobody(wholebody.POINTS) if shown is None else found[row])
+    return np.stack(points), np.array([crowded[row] for row in rows])
 
 
 def slack_s(video_s: float) -> float:
@@ -146,27 +189,19 @@ def _npz(path: Path, bounds: Limits) -> Poses:
         raise ValueError(f"its poses have {points.shape[1]} points, needed are 33 (BlazePose) or 133 (COCO-WholeBody)")
     points = points.astype(np.float32)
     check_places(points)
-    return Poses(points, rate(path, bounds), np.zeros(len(points), bool))
+    return Poses(points[:, None], rate(path, bounds))
 
 
 def _json(path: Path, height: int, width: int, bounds: Limits) -> Poses:
     values = json.loads(_text(path, LARGEST_JSON * bounds.max_decoded_bytes))
     listed = values["instance_info"] if isinstance(values, dict) else values
-    rows, crowded, before = [], [], None
+    people, scale = [], np.array([width, height, 1], np.float32)
     for entry in listed:
-        people = [points for points in map(_instance, entry["instances"]) if _is_somebody(points)]
-        circles = [_circle(points) for points in people]
-        chosen = person.followed(circles, before, height, width)
-        if chosen is None:
-            before = None
-            rows.append(person.nobody(wholebody.POINTS))
-        else:
-            before, place = chosen
-            rows.append(people[place] / np.array([width, height, 1], np.float32))
-        crowded.append(chosen is not None and sum(c.radius >= HALF * before.radius for c in circles) > 1)
-    if not rows:
+        there = [points / scale for points in map(_instance, entry["instances"]) if _is_somebody(points)]
+        people.append(np.stack(there) if there else np.zeros((0, wholebody.POINTS, 3), np.float32))
+    if not people:
         raise ValueError("it lists no frames")
-    return Poses(np.stack(rows).astype(np.float32), None, np.array(crowded))
+    return Poses(people, None, (height, width))
 
 
 def _text(path: Path, most: int) -> str:

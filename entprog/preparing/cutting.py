@@ -74,7 +74,8 @@ class Track:
         if poses.fps is None:
             with opened(row, settings, heartbeats) as source:
                 shown = footage.numbers(source, row["length"], fps, heartbeats)
-        track, others = posefile.at_frames(poses, row["length"], fps, shown)
+        cuts = np.frombuffer(row["cuts"], np.int32).tolist()
+        track, others = posefile.at_frames(poses, row["length"], fps, shown, cuts)
         if row["crop"]:
             box = tuple(map(int, row["crop"].split(",")))
             track = windows.to_crop(track, box, row["source_height"], row["source_width"])

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,7 +43,7 @@ class Inputs:
 def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | None = None) -> Inputs:
     """All sources that an input names. `leave_out`: a folder that is not searched (the output), here or in a bucket.
 
-    Raises UserError if there are none, or if a manifest is wrong.
+    Raises UserError if there are none, if two have one name, or if a manifest is wrong.
     """
     text = str(given)
     if text.startswith("file://"):
@@ -56,7 +57,12 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
         found = _with(found, *beside.person_masks(found.rows, _root(text)))
     if not found.rows:
         raise UserError(f"input {found.kind} {shown(text)} has no files: give --input videos")
-    return Inputs(found.kind, sorted(found.rows, key=lambda row: (row["file"], row["path"])), found.notes)
+    rows = sorted(found.rows, key=lambda row: (row["file"], row["path"]))
+    for one, other in pairwise(rows):  # parts and ledger know a source by its name
+        if one["file"] == other["file"]:
+            paths = " and ".join(shown(plain(os.fsdecode(row["path"]))) for row in (one, other))
+            raise UserError(f"input {shown(text)}: {paths} would both be called {one['file']!r}: rename one of them")
+    return Inputs(found.kind, rows, found.notes)
 
 
 def _with(found: Inputs, rows: list[Source], notes: Iterable[str]) -> Inputs:
