@@ -212,9 +212,13 @@ def test_a_small_manifest_that_unpacks_to_much_is_refused(kind, column, tmp_path
     assert str(error.value).count(str(tmp_path)) == 1 and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet", ".json", ".tsv"])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet", ".json", ".tsv", ".txt", ".lst"])
 def test_a_manifest_of_too_much_is_refused(kind, tmp_path, monkeypatch):
-    path = write_manifest(tmp_path / f"m{kind}", [{"path": f"{i}.mp4"} for i in range(9)])
+    path = tmp_path / f"m{kind}"
+    if kind in manifest.LISTS:
+        path.write_text("".join(f"{i}.mp4\n" for i in range(9)))
+    else:
+        write_manifest(path, [{"path": f"{i}.mp4"} for i in range(9)])
     with pytest.raises(UserError, match="max_decoded_bytes"):
         inputs.find(path, config.Prepare(max_decoded_bytes=20))
     monkeypatch.setattr(manifest, "MAX_ROWS", 8)
@@ -257,6 +261,44 @@ def test_a_wrong_manifest_is_one_line(content, message, tmp_path):
     with pytest.raises(UserError) as error:
         inputs.find(tmp_path / "m.csv")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('"caption": ["a man dances", "someone moves"]', "caption is ['a man dances', 'someone moves'], give text"),
+        ('"caption": {"en": "a man"}', "caption is {'en': 'a man'}, give text"),
+        ('"caption": true', "caption is True, give text"),
+        ('"crop": [10.9, 0, 100, 100]', "crop is [10.9, 0, 100, 100], give left,top,width,height in pixels"),
+        ('"crop": [0, 0, Infinity, 100]', "crop is [0, 0, inf, 100], give left,top,width,height in pixels"),
+    ],
+)
+def test_what_is_no_caption_and_no_crop_is_one_line(row, message, tmp_path):
+    (tmp_path / "m.json").write_text(f'[{{"path": "a.mp4"}}, {{"path": "b.mp4", {row}}}]')
+    with pytest.raises(UserError) as error:
+        inputs.find(tmp_path / "m.json")
+    assert f"row 2: {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_caption_that_is_not_there_and_a_crop_of_whole_numbers(tmp_path):
+    (tmp_path / "m.json").write_text('[{"path": "a.mp4", "caption": NaN, "crop": [1.0, 2, 30, 40]}]')
+    (row,) = inputs.find(tmp_path / "m.json").rows
+    assert row["caption"] == "" and row["crop"] == "1,2,30,40"
+
+
+def test_a_folder_that_cannot_be_listed_ends_it(tmp_path):
+    """A deep one, whose path is longer than the system takes: permissions would not keep root out."""
+    (tmp_path / "a.mp4").write_text("no video")
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("d" * 250, dir_fd=here)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/d+/.* \(File name too long\)") as error:
+        inputs.find(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_half_a_character_and_a_byte_order_mark(tmp_path):

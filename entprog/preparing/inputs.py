@@ -200,10 +200,18 @@ def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Source
 def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[Source]:
     """Every file in a folder and its subfolders but hidden ones; a sequence of numbered images is one source.
 
-    Links are followed, each folder is entered once.
+    Links are followed, each folder is entered once. Raises UserError if one cannot be listed: a disk that fails must
+    not make a smaller dataset.
     """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot list {plain(str(error.filename))} ({error.strerror}), which lies in the input: make it readable, "
+            "or give a glob or a manifest that leaves it out"
+        )
+
     entered = {leave_out.resolve()} if isinstance(leave_out, Path) else set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = Path(parent).resolve()
         if real in entered:
             folders.clear()

@@ -21,6 +21,8 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 LISTS = (".txt", ".lst")
 MAX_ROWS = 5_000_000
 """More would take gigabytes."""
+SHOWN = 60
+"""Characters of a value that a message shows."""
 COLUMNS = ("path", "caption", "split", "crop", "fps")
 
 
@@ -54,12 +56,12 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
                 raise UserError(limits.too_many_bytes(path.stat().st_size, most))
             with path.open(encoding="utf-8-sig", newline="") as text:
                 if suffix in LISTS:
-                    lines = (line.strip() for line in islice(text, MAX_ROWS))
+                    lines = [line.strip() for line in islice(text, MAX_ROWS + 1)]
+                    _check_count(lines)
                     return [Entry(line) for line in lines if line and not line.startswith("#")], []
                 kinds = {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
                 rows = list(islice(kinds[suffix](text), MAX_ROWS + 1))
-        if len(rows) > MAX_ROWS:
-            raise ValueError(f"more than {MAX_ROWS} rows are not read: split it")
+        _check_count(rows)
         rows = [_named(row) for row in rows]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         message = str(error).replace(f"{path}: ", "").replace(str(path), name)
@@ -67,6 +69,11 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
     entries = [_entry(row, f"manifest {name}, row {number}") for number, row in enumerate(rows, 1)]
     unread = {column for row in rows for column in row} - set(COLUMNS)
     return entries, [f"{column}{close_to(column, COLUMNS)}" for column in sorted(unread)]
+
+
+def _check_count(rows: list[Any]) -> None:
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"more than {MAX_ROWS} rows are not read: split it")
 
 
 def _csv(text: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, Any]]:
@@ -137,8 +144,13 @@ def _entry(row: dict[str, Any], where: str) -> Entry:
             raise UserError(f"{where}: no path")
         found = ", ".join(row) or "none"
         raise UserError(f"{where}: no column 'path'{close_to('path', row)}; columns found: {found}")
+    caption = given.get("caption", "")
+    if caption != caption:  # NaN, which pandas writes where there is none
+        caption = ""
+    if isinstance(caption, bool) or not isinstance(caption, str | int | float):
+        raise UserError(f"{where}: caption is {_short(caption)}, give text")
     try:
-        f"{given['path']}{given.get('caption', '')}".encode()
+        f"{given['path']}{caption}".encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: half a character (a lone surrogate) in path or caption; write it as UTF-8") from None
     split = str(given.get("split", ""))
@@ -151,7 +163,12 @@ def _entry(row: dict[str, Any], where: str) -> Entry:
             raise ValueError
     except (TypeError, ValueError):
         raise UserError(f"{where}: fps is {fps!r}, give frames per second") from None
-    return Entry(given["path"], str(given.get("caption", "")), split, _crop(given.get("crop", ""), where), fps)
+    return Entry(given["path"], str(caption), split, _crop(given.get("crop", ""), where), fps)
+
+
+def _short(value: Any) -> str:
+    text = one_line(repr(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _crop(given: Any, where: str) -> str:
@@ -160,9 +177,10 @@ def _crop(given: Any, where: str) -> str:
         return ""
     parts = given.replace(",", " ").strip("[]() ").split() if isinstance(given, str) else given
     try:
-        left, top, width, height = (int(part) for part in parts)
-        if min(left, top) < 0 or min(width, height) < 1:
+        left, top, width, height = map(int, parts)
+        fractions = any(isinstance(part, float) and not part.is_integer() for part in parts)
+        if fractions or min(left, top) < 0 or min(width, height) < 1:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: crop is {given!r}, give left,top,width,height in pixels") from None
     return f"{left},{top},{width},{height}"
