@@ -21,6 +21,7 @@ from helpers import servers
 from helpers.networks import tiny_denoiser, tiny_experiment
 
 torch.set_num_threads(1)
+gc.disable()  # while test files are imported: a third of it is a search for garbage that is not there
 LONGEST = (
     *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
     "test_bucket_runs.py",
@@ -40,6 +41,8 @@ def pytest_collection_modifyitems(config, items):
     users = config.stash[USERS] = {item.path for item in items if "local_ray" in item.fixturenames}
     place = {name: number for number, name in enumerate(LONGEST)}
     gc.freeze()  # modules stay: nobody looks for garbage among them again and again
+    gc.enable()
+    gc.set_threshold(20_000, 10, 10)  # objects, not 700: else a tenth of the time of the tests goes there
     items.sort(key=lambda item: (item.path not in users, place.get(item.path.name, len(place))))
 
 

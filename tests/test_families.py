@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from entprog import blocks, models
 from entprog.config import ClipShape, Generate, Priority
@@ -200,6 +201,18 @@ def test_costs_are_foreseen(tiny, backward):
     finally:
         blocks.unfreeze(denoiser.network, found, names, outside)
         denoiser.network.requires_grad_(True).zero_grad(set_to_none=True)
+
+
+def test_counted_is_what_torch_counts(tiny):
+    _, denoiser, batch, _ = tiny
+    counters = counting.flop_counter(), FlopCounterMode(display=False, custom_mapping=counting.CPU_ATTENTION)
+    totals = []
+    for counter in counters:
+        with counter as mode:
+            predict(denoiser, batch).square().mean().backward()
+        totals.append(mode.get_total_flops())
+    assert totals[0] == totals[1] > 0
+    denoiser.network.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])

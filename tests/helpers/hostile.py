@@ -4,6 +4,7 @@ Sound sources in every container and codec at hand, and from them: cut off, flip
 nothing, sizes no one expects. All of it small: a few frames each.
 """
 
+import functools
 import io
 import os
 import random
@@ -391,12 +392,19 @@ def _with_edit(mp4: bytes, delay_ms: int) -> bytes:
     return mp4[: at + 12] + struct.pack(">Ii", delay_ms, -1) + mp4[at + 20 :]
 
 
+@functools.cache
+def _encoded() -> tuple:
+    """What no seed has a part in: frames, and files of `formats`, `shown`, `lies`, and of `formats` with few frames."""
+    frames = people()
+    return frames, formats(frames), shown(frames), lies(frames), formats(frames[:4])
+
+
 def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
     """Fill a folder with at least `size` files; names of those that are to be kept (inside the folder)."""
     rng = random.Random(seed)
-    frames = people()
-    good = {f"formats/{name}": data for name, data in formats(frames).items()}
-    good |= {f"shown/{name}": data for name, data in shown(frames).items()}
+    frames, sound_ones, shown_ones, lying_ones, short_ones = _encoded()
+    good = {f"formats/{name}": data for name, data in sound_ones.items()}
+    good |= {f"shown/{name}": data for name, data in shown_ones.items()}
     names = (
         "with space.mp4",
         'quote\'s "both".mp4',
@@ -410,7 +418,7 @@ def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
     plain = good["formats/plain.mp4"]
     good |= {f"names/{name}": plain for name in names}
     good["names/file:colon.mp4"] = plain
-    other = {f"lies/{name}": data for name, data in lies(frames).items()}
+    other = {f"lies/{name}": data for name, data in lying_ones.items()}
     other |= {
         "zero/empty.mp4": b"",
         "zero/zeros.mp4": bytes(5000),
@@ -426,7 +434,7 @@ def corpus(folder: Path, seed: int = 0, size: int = 520) -> set[str]:
         "sound/sound.mov": sound("mov"),
         "sound/sound.mkv": sound("matroska"),
     }
-    sources = {name: data for name, data in formats(frames[:4]).items() if not name.startswith(("prores", "alpha"))}
+    sources = {name: data for name, data in short_ones.items() if not name.startswith(("prores", "alpha"))}
     other |= damaged(sources, rng, size - len(good) - len(other))
     for name, data in (good | other).items():
         path = folder / name

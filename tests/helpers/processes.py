@@ -28,7 +28,7 @@ def forks() -> multiprocessing.context.BaseContext:
     """Starts processes as forks of a server that has imported all they need: once, not once a process."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_distributed", "test_checkpoint"])
+    context.set_forkserver_preload(["helpers.forked"])
     return context
 
 
