@@ -124,6 +124,7 @@ def test_a_last_word_is_heard_though_what_came_before_it_cannot_be_handed_on(loc
         listener.close()
 
 
+@pytest.mark.slow  # test_worker sees what ends it
 def test_a_run_that_diverged_leaves_no_model_however_often_it_is_tried(place, shards):
     wild = {"steps": 2, "learning_rate": 1e30, "checkpoint_every": 1}
     for _ in range(2):  # the second time there is no step left to take
@@ -194,6 +195,7 @@ def test_another_experiment_in_the_same_folder_is_refused_and_changes_nothing(un
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == files
 
 
+@pytest.mark.slow  # test_bucket_runs kills one too
 def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
     killed = []
 
@@ -334,17 +336,20 @@ def held_up(shards, place):
     return result, messages, seen
 
 
+@pytest.mark.slow  # test_bucket_runs has two workers too
 def test_two_workers_train_one_model(held_up):
     result, _, _ = held_up
     assert result["clips"] == 52 * 2 * 2 and len(result["losses"]) == 52
 
 
+@pytest.mark.slow
 def test_plain_training_has_no_search(held_up):
     result, _, _ = held_up
     assert result["search_seconds"] == result["score_seconds"] == 0
     assert [len(d["plan"]["trainable"]) for d in result["decisions"]] == [6]
 
 
+@pytest.mark.slow
 def test_a_straggler_is_named_and_every_step_has_its_spread(held_up):
     result, messages, seen = held_up
     (pid,) = [item["pid"] for item in messages if "pid" in item]
