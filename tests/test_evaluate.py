@@ -121,6 +121,8 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     # All three now: two are there. One was lost on the way, and comes back the same.
     lost = min(before)
     lost.unlink()
+    judge, judged = judging.judge, []
+    monkeypatch.setattr(judging, "judge", lambda *given: judged.append(judge(*given)) or judged[-1])
     every = Evaluation.model_validate({**how().model_dump(), "evaluate": {**FAST["evaluate"], **alone}})
     result = evaluated(run / "model", made / "shards", out, every)
     assert (result["clips"], result["generated_now"]) == (3, 2)
@@ -154,8 +156,7 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     assert client.get_run(tracker.run_id).data.metrics["evaluation/ssim"] == pytest.approx(result["figures"]["ssim"])
 
     # In whatever order clips are judged: the same intervals.
-    judge = judging.judge
-    monkeypatch.setattr(judging, "judge", lambda *given: dict(reversed(judge(*given).items())))
+    monkeypatch.setattr(judging, "judge", lambda *given: dict(reversed(judged[-1].items())))
     evaluated(run / "model", made / "shards", out, every)
     assert json.loads((out / "evaluation.json").read_text()) == evaluation
 
