@@ -208,7 +208,7 @@ def test_the_command_encodes_by_a_base_without_its_network(dataset, base, tmp_pa
     bare = tmp_path / "bare"
     shutil.copytree(base, bare, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
     shutil.copytree(base / "vae", bare / "vae", dirs_exist_ok=True)
-    encoding = config.build({"model": {"base": str(bare)}}, config.Encoding)
+    encoding = config.build({"model": {"base": str(bare)}, "schedule": {"kind": "full"}}, config.Encoding)
     assert caching.check_model(encoding, SHAPE) == [SHAPE]
     (estimate,) = caching.estimates([(dataset, SHAPE)], encoding)
     whole = models.family("wan").load(config.build({"base": str(base)}, config.Model))
@@ -307,8 +307,8 @@ def test_a_long_run_without_a_cache_is_told_what_encoding_costs(settings, said):
 
 def test_it_is_said_for_which_schedule_latents_are_made():
     for schedule, said in (
-        ({}, "schedule.kind=entprog, by default: "),
-        ({"kind": "progressive"}, "progressive: 1 frames"),
+        ({}, "schedule.kind=progressive, by default: "),
+        ({"kind": "entprog"}, "entprog: 1 frames"),
     ):
         encoding = config.build({"schedule": schedule}, config.Encoding)
         line = caching.wanted(encoding, shapes := [SHAPE.model_copy(update={"frames": 1}), SHAPE])

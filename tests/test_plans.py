@@ -24,7 +24,7 @@ fractions = st.lists(st.floats(0.01, 1), min_size=1, max_size=5).map(tuple)
 
 @given(scores, fractions, st.integers(0, 2))
 def test_candidates_are_nested_and_distinct(priority, shares, stage):
-    schedule = Schedule(candidates=shares, stages=3)
+    schedule = Schedule(kind="entprog", candidates=shares, stages=3)
     found = candidates(list(priority), priority, schedule, SHAPE, stage)
     sizes = [plan.m for plan in found]
     assert sizes == sorted(set(sizes)) and sizes[0] >= 1
@@ -44,7 +44,7 @@ def test_top_m_has_the_largest_sum(priority, m):
 
 @given(scores, st.floats(-6, 6))
 def test_blocks_below_the_threshold_wait_for_the_last_stage(priority, threshold):
-    schedule = Schedule(candidates=(1.0,), stages=2, cei_threshold=threshold)
+    schedule = Schedule(kind="entprog", candidates=(1.0,), stages=2, cei_threshold=threshold)
     names = list(priority)
     above = [n for n in names if priority[n] >= threshold]
     (early,) = candidates(names, priority, schedule, SHAPE, 0)
@@ -55,7 +55,7 @@ def test_blocks_below_the_threshold_wait_for_the_last_stage(priority, threshold)
 
 def test_monotone_never_shrinks():
     priority = {f"blocks.{i}": float(i) for i in range(8)}
-    schedule = Schedule(candidates=(0.25, 0.5, 1.0), monotone=True)
+    schedule = Schedule(kind="entprog", candidates=(0.25, 0.5, 1.0), monotone=True)
     now = top(4, list(priority), priority, schedule, SHAPE)
     assert [p.m for p in candidates(list(priority), priority, schedule, SHAPE, 1, now)] == [4, 8]
 

@@ -13,6 +13,7 @@ from entprog.schedule.budget import best_set
 from entprog.schedule.plans import candidates, fitting, full, labels
 
 SHAPE = ClipShape()
+SEARCH = Schedule(kind="entprog")
 
 
 def model(passes, below: bool = True, update: float = 0.0) -> CostModel:
@@ -76,7 +77,7 @@ scores = {name: float((i * 5) % 8) for i, name in enumerate(names)}
 
 
 def test_a_suffix_holds_only_the_last_blocks():
-    schedule = Schedule(generators=("suffix",), suffixes=(0.25, 0.5), candidates=(0.125, 0.25))
+    schedule = Schedule(kind="entprog", generators=("suffix",), suffixes=(0.25, 0.5), candidates=(0.125, 0.25))
     *narrow, whole = candidates(names, scores, schedule, SHAPE, 0)
     assert whole == full(names, SHAPE)
     assert {plan.trainable for plan in narrow} == {("b6",), ("b6", "b7"), ("b4", "b6")}
@@ -90,7 +91,7 @@ def test_a_suffix_holds_only_the_last_blocks():
 )
 def test_candidates_are_distinct_and_full_training_is_the_last(generators, backward, smaller, stage):
     shapes = (Smaller(frames=4), Smaller(shrink=2)) if smaller else ()
-    schedule = Schedule(generators=generators, backward=backward, stages=2, shapes=shapes)
+    schedule = Schedule(kind="entprog", generators=generators, backward=backward, stages=2, shapes=shapes)
     ladder = [SHAPE, *(step.of(SHAPE) for step in shapes)]
     models = {shape: model([(1.0, 1.0, 1.0)] * 8) for shape in ladder}
     found = candidates(names, scores, schedule, SHAPE, stage, models=models)
@@ -102,11 +103,11 @@ def test_candidates_are_distinct_and_full_training_is_the_last(generators, backw
 
 
 def test_labels_are_the_number_of_blocks_where_that_says_it_all():
-    assert labels(candidates(names, scores, Schedule(), SHAPE, 0)) == ["m2", "m4", "m6", "m8"]
+    assert labels(candidates(names, scores, SEARCH, SHAPE, 0)) == ["m2", "m4", "m6", "m8"]
 
 
 def test_a_memory_budget_keeps_what_fits_and_says_what_it_is():
-    found = candidates(names, scores, Schedule(), SHAPE, 0)
+    found = candidates(names, scores, SEARCH, SHAPE, 0)
     fit, line = fitting(found, lambda plan: plan.m * 10**9, 6 * 10**9)
     assert [plan.m for plan in fit] == [2, 4, 6]
     assert "3 of 4 plans fit 6 GB" in line and "6 of 8 blocks" in line

@@ -43,3 +43,11 @@ def test_a_preset_fits_the_published_network(name):
         cls.geometry(network.config, vae).check(shape)
     assert len(blocks(network)) == base.blocks
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(base.parameters, rel=0.02)
+
+
+def test_what_nothing_is_said_of_is_trained_as_the_presets_train():
+    """No search by default: it was no better than chance."""
+    experiment = config.build({"train": {"steps": 1}})
+    preset = config.build(config.merge(config.read_preset("finetune", cli.PRESETS), {"train": {"steps": 1}}))
+    assert experiment.schedule.kind == preset.schedule.kind == "progressive"
+    assert experiment.schedule.table == preset.schedule.table

@@ -9,7 +9,6 @@ import yaml
 from typer.testing import CliRunner
 
 from entprog import config, storage
-from entprog.data import shards
 from entprog.media import pose
 from entprog.preparing import inputs
 from helpers import real_clips
@@ -17,7 +16,6 @@ from helpers.commands import SETTINGS
 from helpers.people import CLIPS
 from pipelines import adapter, prepare, status, train
 from pipelines.cluster import launch, session
-from pipelines.training import outline
 
 WIDE = {"COLUMNS": "400"}
 
@@ -167,14 +165,6 @@ def test_a_gpu_that_is_not_here_is_noted(given, tmp_path, monkeypatch):
         done = CliRunner().invoke(train.app, [*map(str, command), "--set", "train.gpus=yes"], env=WIDE)
         assert done.exit_code == 0 and ("Note: train.gpus=yes" in done.output) == noted, done.output
         assert ("nothing is in the way" in done.output) != noted
-
-
-def test_a_search_by_default_is_noted(given):
-    train, dataset = {"steps": 100, "save": "light"}, shards.read_dataset(given / "shards")
-    noted = outline.notes(config.build({"train": train}), dataset, None)
-    chosen = config.build({"train": train, "schedule": {"kind": "entprog"}})
-    assert any("schedule.kind is entprog by default" in line for line in noted)
-    assert not any("schedule.kind" in line for line in outline.notes(chosen, dataset, None))
 
 
 def test_a_shape_that_shards_do_not_hold_ends_with_the_setting_that_does(given, tmp_path):

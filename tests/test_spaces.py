@@ -29,6 +29,15 @@ def test_keys_are_settings_and_values_build_experiments(name):
                 assert flat[setting] == pytest.approx(value)
 
 
+def test_a_ranking_that_nobody_uses_is_not_searched():
+    plain = config.build(config.merge(BASE.model_dump(), {"schedule": {"kind": "progressive"}}))
+    with pytest.raises(
+        UserError, match=r"^--space: \S+ says how blocks are ranked, and schedule.kind=progressive ranks"
+    ):
+        spaces.check(spaces.read("cei"), plain)
+    spaces.check(spaces.read("cei,convergence"), plain)  # which tries kinds that rank
+
+
 def test_there_are_the_four_and_they_join():
     assert set(spaces.names()) == {"cei", "convergence", "optimizer", "plans"}
     joined = spaces.read("cei, convergence,plans,optimizer")

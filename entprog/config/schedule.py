@@ -43,7 +43,7 @@ class Row(Smaller):
 class Schedule(Part):
     """What is trained when (Ent-Prog §3.3-3.4)."""
 
-    kind: Literal["full", "progressive", "entprog", "linear", "lisa", "badam"] = "entprog"
+    kind: Literal["full", "progressive", "entprog", "linear", "lisa", "badam"] = "progressive"
     """`full`: all blocks always, on whole clips; `progressive`: as `table` says; `entprog`: the search decides;
     `linear`: top-m grows evenly with stages; `lisa`: a random share of the blocks, another one each stage; `badam`: one
     block a stage, in turns (`entprog/schedule/rotation.py`)."""

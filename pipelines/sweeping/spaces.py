@@ -138,7 +138,8 @@ BUDGETS = ("train.seconds", "train.steps", "train.flops")
 def check(space: Space, experiment: Experiment) -> list[Experiment]:
     """Every choice, and of every range both ends and a value between them, each alone on top of the experiment.
 
-    Raises UserError naming the first setting that does not exist or value that it does not take.
+    Raises UserError naming the first setting that does not exist, value that it does not take, or setting that says how
+    blocks are ranked where none of all these schedules ranks any.
     """
     known = [name for name, *_ in config.settings_help()]
     for setting, domain in space.items():
@@ -162,6 +163,12 @@ def check(space: Space, experiment: Experiment) -> list[Experiment]:
                 raise UserError(
                     f"--space: {error}, a value between {low:g} and {high:g}: a setting in whole numbers takes randint"
                 ) from None
+    ranking = [name for name in space if name == "schedule.cei_threshold" or name.startswith("priority.")]
+    if ranking and not any(one.schedule.needs_scores for one in tried):
+        raise UserError(
+            f"--space: {ranking[0]} says how blocks are ranked, and schedule.kind={experiment.schedule.kind} ranks "
+            "none: give --set schedule.kind=entprog, or leave it out"
+        )
     return tried
 
 

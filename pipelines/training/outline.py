@@ -82,11 +82,6 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
     if train.save == "whole" and source.root is not None:
         named = whole.named_folders(source.root, source.about).items()
         out += [f"{part} is copied from {folder}, as the base's entprog.json says" for part, folder in named]
-    if experiment.schedule.kind == "entprog" and "kind" not in experiment.schedule.model_fields_set:
-        out.append(
-            "schedule.kind is entprog by default, a search, which was no better than chance so far (docs/study.md): "
-            "presets of published checkpoints take progressive"
-        )
     return [f"Note: {line}." for line in out]
 
 

@@ -33,7 +33,14 @@ def tiny_experiment(**parts) -> config.Experiment:
         "data": {"shape": SHAPE.model_dump(), "batch_size": 2, "held_out_clips": 4, "held_out_draws": 2},
         "train": {"steps": 24, "learning_rate": 1e-3, "held_out_every": 8, "threads": 1},
         "priority": {"conditions": 2, "draws": 4},
-        "schedule": {"stages": 2, "candidates": [0.34, 1.0], "search_steps": 2, "search_share": 0.9, "clock": "flops"},
+        "schedule": {
+            "kind": "entprog",
+            "stages": 2,
+            "candidates": [0.34, 1.0],
+            "search_steps": 2,
+            "search_share": 0.9,
+            "clock": "flops",
+        },
     }
     return config.build(config.merge(values, parts))
 
