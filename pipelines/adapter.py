@@ -11,6 +11,7 @@ import typer
 
 from entprog import storage
 from entprog.errors import UserError
+from entprog.masking import bare
 from pipelines import cli
 from pipelines.outputs import claim
 
@@ -26,8 +27,12 @@ class Expert(StrEnum):
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys.")],
-    base: Annotated[str, typer.Option(help="The base that it was trained on: a folder, or a hub name.")],
+    adapter: Annotated[
+        str, typer.Option(help="Folder of an adapter, or a file in diffusers' or ComfyUI's keys, also s3:// or gs://.")
+    ],
+    base: Annotated[
+        str, typer.Option(help="The base that it was trained on: a folder, also s3:// or gs://, or a hub name.")
+    ],
     output: Annotated[str, typer.Option(help="Folder of the merged pipeline, new or empty, also s3:// or gs://.")],
     family: Annotated[
         str | None, typer.Option(help="Model family of the base, where the adapter does not say.")
@@ -51,7 +56,9 @@ def merge(
         root = folders.locate(base, "--base")
         saved, said = folders.saved(root), found.about.get("expert")
         if expert and said and expert != said:
-            raise UserError(f"--expert: {adapter} was trained for the {said} expert, given {expert}: leave it out")
+            raise UserError(
+                f"--expert: {bare(adapter)} was trained for the {said} expert, given {expert}: leave it out"
+            )
         about = {**saved, **found.about} if found.about else saved
         shape = about.get("shape")
         chosen = config.Model(
@@ -62,20 +69,20 @@ def merge(
         kind = models.family(chosen.family)
         if not chosen.expert and kind.load.args[0].EXPERTS and experts.are_in(root, saved):
             raise UserError(
-                f"--expert: {base} has two networks, and {adapter} does not say which one it is for: give --expert "
-                "high or --expert low"
+                f"--expert: {bare(base)} has two networks, and {bare(adapter)} does not say which one it is for: give "
+                "--expert high or --expert low"
             )
         if not about:
             chosen = chosen.model_copy(update={"conditions": _own_conditions(kind, chosen)})
         kind.inspect(chosen)
         parts = f"{len(found.pairs)} layers and {len(found.outside)} whole weights"
         if dry_run:
-            cli.console.print(f"Would merge {parts} of {adapter} into {base}, and write {folder}.")
+            cli.console.print(f"Would merge {parts} of {bare(adapter)} into {bare(base)}, and write {folder}.")
             return {}
         claim.take(folder, "adapter", identity)
         with storage.scratch_for(folder / "model", last=folders.ABOUT) as scratch:
             kind.load(chosen).save(scratch, shape=config.ClipShape(**shape) if shape else None)
-        cli.console.print(f"Merged {parts} of {adapter} into {base}: {folder / 'model'}")
+        cli.console.print(f"Merged {parts} of {bare(adapter)} into {bare(base)}: {folder / 'model'}")
         return {"model": str(folder / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
@@ -83,8 +90,10 @@ def merge(
 
 @app.command()
 def extract(
-    before: Annotated[str, typer.Option(help="The base: a folder, or a hub name.")],
-    after: Annotated[str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it).")],
+    before: Annotated[str, typer.Option(help="The base: a folder, also s3:// or gs://, or a hub name.")],
+    after: Annotated[
+        str, typer.Option(help="Folder that pipelines.train wrote (its output, or model/ in it), also s3:// or gs://.")
+    ],
     output: Annotated[str, typer.Option(help="Folder of the adapter, new or empty, also s3:// or gs://.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     expert: Annotated[
@@ -106,7 +115,7 @@ def extract(
         root = folders.locate(after, "--after")
         saved = folders.saved(root)
         if not saved:
-            raise UserError(f"--after: {after} was not written by pipelines.train (it has no entprog.json)")
+            raise UserError(f"--after: {bare(after)} was not written by pipelines.train (it has no entprog.json)")
         family, conditions = saved["family"], tuple(saved["conditions"])
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
@@ -121,14 +130,18 @@ def extract(
             other = experts.OTHER[extracted]
             cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")
         if dry_run:
-            cli.console.print(f"Would extract an adapter of rank {rank} out of {after} over {before} into {folder}.")
+            cli.console.print(
+                f"Would extract an adapter of rank {rank} out of {bare(after)} over {bare(before)} into {folder}."
+            )
             return {}
         claim.take(folder, "adapter", identity)
         base, tuned = (kind.load(side) for side in sides)
         about = {name: value for name, value in kept.items() if value is not None} | {"base": before} | more
         found, lost = adapters.extract(base.network, tuned.network, blocks(tuned.network), rank, about)
         if not found.pairs:
-            raise UserError(f"--after: no linear layer of {after} differs from {before}'s: there is nothing to adapt")
+            raise UserError(
+                f"--after: no linear layer of {bare(after)} differs from {bare(before)}'s: there is nothing to adapt"
+            )
         with storage.scratch_for(folder / "adapter", last=adapters.ABOUT) as scratch:
             adapters.write(scratch, found, tuned.PART)
             tuned.save_text(scratch)

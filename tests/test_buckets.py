@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 import typer
+from diffusers import WanTransformer3DModel
 from fsspec.implementations.arrow import ArrowFSWrapper
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from entprog import config, storage
+from entprog import config, models, storage
 from entprog.blocks import blocks
 from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.errors import UnreachableError, UserError
 from entprog.media import assets, h264, video
-from entprog.models import captions
+from entprog.models import adapters, captions, fingerprints, weight_files
 from entprog.preparing import addresses, inputs, ledger
 from entprog.scoring import cache
 from helpers import real_clips, servers
@@ -334,6 +336,67 @@ def test_dry_runs_read_the_bucket(job, bucket, tmp_path):
     code, said = run(job, "--shards", bucket, *MODEL, *words, "--dry-run")
     assert code == 0 and "endpoint_override" not in said, said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def adapted(s3, tmp_path_factory):
+    """A folder with a base, an adapter of it and a text, and what makes the address of its copy in a bucket."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base = tiny_denoiser(tiny_experiment(model={"conditions": ()}))
+    base.save(folder / "base")
+    name = blocks(base.network)[0].name + ".attn1.to_q"
+    out, into = base.network.get_submodule(name).weight.shape
+    pair = adapters.Pair(torch.rand(2, into), torch.rand(out, 2), 2.0)
+    about = {"family": "wan", "conditions": [], "base": str(folder / "base")}
+    adapters.write(folder / "adapter", adapters.Adapter({name: pair}, {}, about), "transformer")
+    save_file({"prompt_embeds": torch.rand(3, base.text.shape[-1])}, folder / "text.safetensors")
+    storage.Place.at(address(s3, "data/adapted")).upload(folder)
+    return folder, lambda name: address(s3, f"data/adapted/{name}")
+
+
+def test_an_adapter_is_merged_and_extracted_out_of_buckets(adapted, tmp_path, monkeypatch):
+    (folder, there), kept = adapted, "model/transformer/diffusion_pytorch_model.safetensors"
+    monkeypatch.setenv("ENTPROG_CACHE", str(tmp_path / "cache"))
+    merge = ["merge", "--adapter", folder / "adapter", "--base", folder / "base", "--output", tmp_path / "here"]
+    assert run(adapter, *merge)[0] == 0
+    code, said = run(adapter, "merge", "--adapter", there("adapter"), "--base", there("base"), "--output", there("out"))
+    assert code == 0 and "Merged 1 layers" in said and "endpoint_override" not in said, said
+    merged = storage.Place.at(there("out"))
+    assert (merged / kept).read_bytes() == (tmp_path / "here" / kept).read_bytes()
+    words = "--before", there("base"), "--after", there("out"), "--rank", 2, "--output", there("again")
+    code, said = run(adapter, "extract", *words)
+    assert code == 0 and "endpoint_override" not in said, said
+    (one,) = adapters.read(there("again/adapter"), "--adapter").pairs.values()
+    (due,) = adapters.read(str(folder / "adapter"), "--adapter").pairs.values()
+    torch.testing.assert_close(one.delta(), due.delta(), atol=1e-5, rtol=1e-4)
+    assert "over base" in (storage.Place.at(there("again/adapter")) / "README.md").read_text()
+
+
+def test_every_setting_of_a_network_s_files_takes_an_address(adapted, tmp_path, monkeypatch):
+    """A folder, or a file alone; file:// is a folder of this machine; what is not there is one line."""
+    folder, there = adapted
+    monkeypatch.setenv("ENTPROG_CACHE", str(tmp_path / "cache"))
+    given = {"base": "base", "adapter": "adapter", "prompt_embeds": "text.safetensors"}
+
+    def loaded(where):
+        settings = config.Model(conditions=(), **{name: where(path) for name, path in given.items()})
+        denoiser = models.family("wan").load(settings)
+        return {**denoiser.network.state_dict(), "text": denoiser.text}, fingerprints.base(settings)
+
+    here, of_here = loaded(lambda name: str(folder / name))
+    for where in (there, lambda name: f"file://{folder}/{name}", there):
+        weights, same = loaded(where)
+        assert same == of_here and all(torch.equal(weights[name], tensor) for name, tensor in here.items())
+    single = "adapter/pytorch_lora_weights.safetensors"
+    assert adapters.read(there(single), "x").pairs.keys() == adapters.read(str(folder / single), "x").pairs.keys()
+    weights = there("base/transformer/diffusion_pytorch_model.safetensors")
+    found = weight_files.check_single_file(WanTransformer3DModel, weights, "model.weights")
+    assert found.is_relative_to(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"is a low-rank adapter: give it as model\.adapter"):
+        models.family("wan").load(config.Model(base=there("base"), weights=there(single)))
+    for name in given:
+        with pytest.raises(UserError, match=rf"^model\.{name}: no such folder: s3://data/adapted/none$"):
+            loaded(lambda path, name=name: there("none" if path == given[name] else path))
 
 
 AWAY = "s3://data/none?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"

@@ -16,7 +16,8 @@ class Model(Part):
     family: str = "wan"
     """Model family: a file of `entprog/models/`."""
     base: str | None = None
-    """Folder (or hub name) of the pre-trained checkpoint in diffusers format. None: a new network from `init`."""
+    """Folder (or hub name) of the pre-trained checkpoint in diffusers format. None: a new network from `init`. This and
+    the other files of a model may lie in a bucket (`s3://`, `gs://`) too."""
     init: dict[str, Any] = {}
     """Configuration of a new network, the diffusers class's own argument names. Only when `base` is None."""
     weights: str | None = None

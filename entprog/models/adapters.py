@@ -27,7 +27,7 @@ from entprog.config import Lora
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.files import from_json
-from entprog.masking import one_line
+from entprog.masking import bare, one_line
 from entprog.models import folders
 
 DIFFUSERS, COMFYUI, PEFT = "pytorch_lora_weights.safetensors", "comfyui.safetensors", "adapter_model.safetensors"
@@ -134,7 +134,7 @@ def _readme(adapter: Adapter, config: Mapping[str, Any]) -> str:
     lines = [
         "# A low-rank adapter\n",
         f"Rank {config['r']}, alpha {config['lora_alpha']:g}, {len(adapter.pairs)} layers of a "
-        f"{adapter.about.get('family', '')} network{f', over {Path(str(base)).name}' if base else ''}.{of}\n",
+        f"{adapter.about.get('family', '')} network{f', over {Path(bare(str(base))).name}' if base else ''}.{of}\n",
         f'- diffusers: `pipe.load_lora_weights("THIS FOLDER"{second})` takes {DIFFUSERS}',
         f"- peft: `PeftModel.from_pretrained(network, FOLDER)` takes {PEFT}",
     ]
@@ -176,13 +176,17 @@ def from_comfyui(name: str) -> str:
     return name
 
 
-def path_of(given: str, setting: str) -> Path:
+def located(given: str, setting: str) -> Path:
+    """An adapter's folder or file here, or the copy of one in a bucket. Raises UserError if it cannot be fetched."""
+    return folders.located_files(given, setting, (DIFFUSERS, PEFT, PEFT_CONFIG, OUTSIDE, ABOUT, folders.PROMPT))
+
+
+def path_of(path: Path, given: str, setting: str) -> Path:
     """The file of an adapter's pairs, given or in a folder of them. Raises UserError if there is none."""
-    path = Path(given).expanduser()
     if path.is_dir():
         inside = [path / name for name in (DIFFUSERS, PEFT) if (path / name).is_file()]
         if not inside:
-            raise UserError(f"{setting}: no adapter in {given}: neither {DIFFUSERS} nor {PEFT}")
+            raise UserError(f"{setting}: no adapter in {bare(given)}: neither {DIFFUSERS} nor {PEFT}")
         return inside[0]
     if not path.is_file():
         raise UserError(f"{setting}: no such file or folder: {given}")
@@ -191,8 +195,8 @@ def path_of(given: str, setting: str) -> Path:
 
 def files(given: str, setting: str) -> list[Path]:
     """What `read` reads: a file alone is its pairs alone, but for peft's, whose scale is said beside them."""
-    path = path_of(given, setting)
-    whole = Path(given).expanduser().is_dir()
+    there = located(given, setting)
+    path, whole = path_of(there, given, setting), there.is_dir()
     names = (OUTSIDE, ABOUT, PEFT_CONFIG) if whole else (PEFT_CONFIG,) if path.name == PEFT else ()
     return [path, *(each for each in map(path.with_name, names) if each.is_file())]
 

@@ -1,6 +1,7 @@
 """Folders of pipelines in diffusers' format, ours (`entprog.json` beside) and others': located, fetched, what they say
 of themselves, replaced whole. Their weights: `weight_files`."""
 
+import glob
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -102,10 +103,10 @@ def locate(
     For a train job's output that is `model/` in it, for a network's folder in a checkpoint the checkpoint itself.
     Raises UserError, naming `setting`, if there is none.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = here(name)
+    if folder and folder.is_dir():
         return _meant(folder)
-    if folder.is_file():
+    if folder and folder.is_file():
         raise UserError(
             f"{setting}: {name} is a file, wanted is a folder in diffusers' format: give a single file of a network's "
             "weights as model.weights, beside the base that it belongs to; of others make a folder with their class's "
@@ -138,9 +139,9 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 def _fetched(name: str, setting: str, patterns: list[str], revision: str | None = None) -> Path:
     """The folder of a hub name, or of an address in a bucket, the files of it that the patterns name. Raises UserError,
     naming `setting`: UnreachableError where there was no answer."""
-    if "://" in name:
+    folder = here(name)
+    if folder is None:
         return _of_bucket(name, setting, patterns)
-    folder = Path(name).expanduser()
     # `out/base` looks like a hub name too: where `out` is a folder here, a local one was meant.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir() or folder.exists():
         raise UserError(f"{setting}: no such folder: {name}")
@@ -160,19 +161,38 @@ def _refuses(error: BaseException) -> bool:
     return isinstance(error, ValueError) or (status is not None and status < 500 and status != 429)
 
 
-def _of_bucket(name: str, setting: str, patterns: list[str]) -> Path:
-    """A copy of a folder in a bucket, kept in the cache as it lies there: `model` in a folder with the records of the
-    job that left it. What has not changed since is not fetched again. Raises UserError, naming `setting`."""
+def here(name: str) -> Path | None:
+    """The file or folder of this machine that a path, or an address file://, names; None for one in a bucket."""
+    if name.startswith("file://"):
+        return at(name, "what is read")
+    return None if "://" in name else Path(name).expanduser()
+
+
+def located_files(name: str, setting: str, names: Sequence[str]) -> Path:
+    """A file, or a folder with those files of these names that are there: itself, or a copy of what lies in a bucket.
+
+    Raises UserError, naming `setting`, for what is not in its bucket or cannot be fetched; what is not on this machine
+    is the caller's to see.
+    """
+    return here(name) or _of_bucket(name, setting, names)
+
+
+def _of_bucket(name: str, setting: str, patterns: Sequence[str]) -> Path:
+    """A copy of a folder in a bucket, or of a file, kept in the cache as it lies there: `model` in a folder with the
+    records of the job that left it, a file in its folder. What has not changed since is not fetched again. Raises
+    UserError, naming `setting`."""
     try:
         if not at(quickly(name), setting).exists():
             raise FileNotFoundError
-        folder = _meant(at(name, setting))
+        given = at(name, setting)
+        alone = given.is_file()
+        folder = given.parent if alone else _meant(given)
         kept = assets.cache_folder() / "fetched" / config.digest(address(folder.parent))
-        fetched(folder, patterns, kept / folder.name)
-        for record in RECORDS if folder.name == "model" else ():
+        fetched(folder, [glob.escape(given.name)] if alone else patterns, kept / folder.name)
+        for record in RECORDS if folder.name == "model" and not alone else ():
             with suppress(FileNotFoundError):
                 (folder.parent / record).get(kept / record)
-        return kept / folder.name
+        return kept / folder.name / given.name if alone else kept / folder.name
     except FileNotFoundError:
         raise UserError(f"{setting}: no such folder: {bare(name)}") from None
     except OSError as error:
@@ -183,7 +203,7 @@ def located_text(name: str, setting: str, parts: Sequence[str], revision: str | 
     """The folder that holds a pipeline's text encoders and tokenizers, given or fetched from the hub (safetensors, JSON
     and the tokenizers' own files), of a commit if one is named. parts: their folders' names. Raises UserError, naming
     `setting`, if there is none."""
-    if Path(name).expanduser().exists():
+    if (there := here(name)) and there.exists():
         return locate(name, setting)
     wanted = [f"{part}/*" for part in parts if part.startswith("tokenizer")]
     wanted += [f"{part}/*.{end}" for part in parts if part.startswith("text") for end in ("safetensors", "json")]

@@ -223,7 +223,10 @@ def _expert(
 def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:
     """Raises UserError for a file that cannot be this family's network, saying what it is where that can be seen."""
     names: list[str] = []
-    with contextlib.suppress(OSError, SafetensorError), safe_open(Path(given).expanduser(), "pt") as file:
+    with (
+        contextlib.suppress(OSError, SafetensorError),
+        safe_open(folders.located_files(given, "model.weights", ()), "pt") as file,
+    ):
         names = list(file.keys())
     if any(LORA.search(name) for name in names):
         raise UserError(f"model.weights: {given} is a low-rank adapter: give it as model.adapter")

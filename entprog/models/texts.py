@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from entprog import config
 from entprog.errors import UserError
-from entprog.models import folders
+from entprog.models import adapters, folders
 
 NAME = "prompt_embeds"
 
@@ -40,8 +40,8 @@ def fixed(settings: config.Model, root: Path | None, name: str, width: int) -> t
 def file_of(settings: config.Model, root: Path | None) -> Path | None:
     """The file of `model.prompt_embeds`, or the one beside the adapter or the base; None: zeros."""
     if settings.prompt_embeds:
-        return Path(settings.prompt_embeds).expanduser()
-    trained = [Path(settings.adapter).expanduser()] if settings.adapter else []
+        return folders.located_files(settings.prompt_embeds, "model.prompt_embeds", ())
+    trained = [adapters.located(settings.adapter, "model.adapter")] if settings.adapter else []
     beside = [folder / folders.PROMPT for folder in (*trained, *([] if root is None else [root]))]
     return next((file for file in beside if file.is_file()), None)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from entprog.errors import UserError
 from entprog.masking import one_line
-from entprog.models.folders import STEM, read_json
+from entprog.models.folders import STEM, located_files, read_json
 from entprog.models.quiet import quiet
 
 OLDER = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
@@ -169,9 +169,9 @@ def part_of_network(folder: Path, part: str, setting: str) -> dict[str, torch.Te
 
 def check_single_file(cls: type, given: str, setting: str) -> Path:
     """The file of a network's weights in its original format. Raises UserError for one that diffusers cannot read."""
-    path = Path(given).expanduser()
     if not hasattr(cls, "from_single_file"):
         raise UserError(f"{setting}: diffusers reads no single file of a {cls.__name__}: give a folder as model.base")
+    path = located_files(given, setting, ())
     if not path.is_file():
         raise UserError(f"{setting}: no such file: {given}")
     if path.suffix != ".safetensors":
