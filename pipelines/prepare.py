@@ -116,6 +116,7 @@ def main(
             check_shape(settings.data.shape)
             if latents:  # before clips are cut for hours
                 shapes = caching.check_model(encoding, settings.data.shape)
+                encoding = caching.decided(encoding)
             figures = plan(input, folder, settings) if dry_run else run(input, folder, settings, verbose=verbose)
         if latents and dry_run and input is not None and not (folder / "dataset.json").exists():
             cli.console.print(caching.wanted(encoding, shapes))

@@ -6,7 +6,7 @@ python -m pipelines.train --preset demo --shards out/demo/real/shards --base pip
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +25,7 @@ from pipelines import cli
 from pipelines.cluster import launch, session, stalls
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
+from pipelines.stream import decoding
 from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
 from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
@@ -103,12 +104,13 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
     claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
+    nodes = decoding.nodes_there()
     cli.show_settings("Experiment", experiment)
     first = next(iter(parts.values()))[0]
     for name, (part, dataset) in parts.items():
         if name:
             cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
-        _explain(part, dataset, checks.stand_in(part, first))
+        _explain(part, dataset, checks.stand_in(part, first), nodes)
     beside = {
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",
@@ -127,7 +129,9 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     return {"settings": config.settings(experiment)}
 
 
-def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Model) -> None:
+def _explain(
+    experiment: Experiment, dataset: shards.Dataset, model: config.Model, nodes: Sequence[decoding.Node] | None
+) -> None:
     train, schedule = experiment.train, experiment.schedule
     budgets = ((train.steps, "steps"), (train.seconds, "s"), (train.flops, "FLOPs"))
     ends = [f"{number:g} {unit}" for number, unit in budgets if number]
@@ -159,6 +163,8 @@ def _explain(experiment: Experiment, dataset: shards.Dataset, model: config.Mode
     ):
         if line:
             cli.console.print(line)
+    cached = " Where latents are cached they are read in place of clips." if source.vae is not None else ""
+    cli.console.print(f"{decoding.outlook(experiment, dataset, nodes)}{cached}")
     expectation.tell(experiment, model)
     for line in outline.notes(experiment, dataset, source):
         cli.console.print(line)

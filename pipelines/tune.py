@@ -228,13 +228,12 @@ def run(
     begun = begun or state.begin(output, {**vars(now), "gpus": gpus})
     given = begun.share
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
+    of_clips = {"decode_cpus": given["decode_cpus"], "verify": "size"}  # the sweep has read every byte of them once
+    if gpus == "no" and experiment.data.decode == "auto":
+        of_clips["decode"] = "worker"  # a node that a trial leaves free is another one's
     shared = config.merge(
         launch.absolute(experiment).model_dump(mode="json"),
-        # Every byte of the clips was read once, for the sweep.
-        {
-            "data": {"decode_cpus": given["decode_cpus"], "verify": "size"},
-            "train": {"threads": given["threads"], "gpus": gpus},
-        },
+        {"data": of_clips, "train": {"threads": given["threads"], "gpus": gpus}},
     )
     tracker = Tracker.start(
         output,

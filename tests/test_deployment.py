@@ -522,6 +522,10 @@ TESTED = {
     "a preview runs out of memory on a worker": (
         "test_sharded_previews.test_a_preview_that_fails_on_one_rank_is_a_warning_and_training_computes_the_same",
     ),
+    "a node that decodes dies": (
+        "test_faults.test_clips_are_decoded_away_from_who_trains_and_by_others_when_those_nodes_die",
+        "test_faults.test_a_run_decodes_where_its_cluster_has_cpus_and_comes_to_the_same",
+    ),
     "MLflow does not answer": (STRAINED,),
     "Ray's object store is full": (STRAINED,),
     "a machine is slower than the others": ("test_train.test_a_straggler_is_named_and_every_step_has_its_spread",),

@@ -14,21 +14,26 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table
 
-from entprog import config
+from entprog import config, storage
+from entprog.data import clip_stream
 from entprog.errors import UserError
+from entprog.media import assets
 from entprog.training import checkpoint
-from helpers import stores
+from helpers import real_clips, stores
 from helpers.commands import PATIENCE_S, SETTINGS
-from helpers.people import two_people
+from helpers.people import CLIPS, two_people
 from helpers.processes import running
 from helpers.servers import Server, metadata
 from pipelines import cli, train, tune
 from pipelines.cluster import joining, launch, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
+from pipelines.preparing import latents
+from pipelines.stream import feed
 from pipelines.sweeping import sweep, trial
 
 MIB = 2**20
@@ -258,6 +263,71 @@ def test_a_run_whose_losses_are_lost_fails_with_its_step_named(run, place):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     found = client.get_run(json.loads((output / "mlflow_run.json").read_text())["run_id"])
     assert found.info.status == "FAILED" and found.data.metrics["skipped_updates"] == 3
+
+
+def test_clips_are_decoded_away_from_who_trains_and_by_others_when_those_nodes_die(
+    nodes, monkeypatch, tmp_path, tmp_path_factory
+):
+    """The head trains, a node decodes, and is killed before the reader has all of its clips."""
+    nodes.are(3)
+    rows = [real_clips.row("cam01", "train", 0.1 * i, CLIPS) for i in range(8)]
+    dataset = real_clips.write(tmp_path_factory.mktemp("shards"), {"train": [rows], "held_out": []}, CLIPS)
+    mine = ray.get_runtime_context().get_node_id()
+    (node,) = (each["NodeID"] for each in ray.nodes() if each["Alive"] and each["NodeID"] != mine)
+    original = feed._task
+
+    def task(rows, **options):
+        (tmp_path / f"{rows['first'][0]:03}-{ray.get_runtime_context().get_node_id()}").touch()
+        return original(rows, **options)
+
+    monkeypatch.setattr(feed, "_task", task)
+    monkeypatch.setattr(feed, "TASK_BATCHES", 1)
+    monkeypatch.setattr(feed, "TASKS_HELD_BACK", 8)
+    given, options = ("train", CLIPS, 2), {"cpus": 2, "where": "cluster", "avoid": [mine]}
+    due = clip_stream.local_stream(dataset, *given)
+    stream = feed.stream(dataset, *given, **options)
+    places = lambda: {path.name.split("-")[1] for path in tmp_path.iterdir()}  # noqa: E731
+    try:
+        for count in range(20):
+            if count == 2:
+                assert places() == {node}, "while there is room"
+                nodes.drop(nodes.nodes[0][1])
+            one, other = next(stream), next(due)
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("position", "video", "pose"))
+    finally:
+        stream.close()
+    assert places() == {node, mine}
+
+
+@pytest.mark.slow
+def test_a_run_decodes_where_its_cluster_has_cpus_and_comes_to_the_same(run, nodes, place):
+    """Without other nodes in its workers' threads; after a loss on a node that has come since; and that one dies."""
+    folder, _ = place
+    plain = {"schedule": {"kind": "full"}, "train": {"steps": 120, "checkpoint_every": 5, "held_out_every": 60}}
+    nodes.are(4)
+    before, _ = run("threads", **config.merge(plain, {"data": {"decode": "worker"}}))
+
+    def a_node_comes():
+        nodes.add(4)
+        running("RayTrainWorker")[0].kill()
+
+    def what_decodes_dies():
+        trains = nodes.with_a_worker()
+        (other,) = (node for _, node in nodes.nodes if node is not trains)
+        nodes.drop(other)
+
+    watcher = at_steps(folder / "there", (6, a_node_comes), (40, what_decodes_dies))
+    result, message = run("there", **plain)
+    assert len(watcher.done) == 2
+    first, then = (item["decoding"] for item in message if "decoding" in item)
+    assert first == "by threads of each worker, 1 CPU of its machine"
+    assert then == "by tasks of Ray Data on 2 nodes without GPUs and workers, 2.5 CPUs for each worker", "head and node"
+    assert len(resumed_at(message)) == 1, "what decodes is no loss of what trains"
+    assert result["losses"] == before["losses"] and result["held_out"][-1]["loss"] == before["held_out"][-1]["loss"]
+    assert (before["decode"], result["decode"]) == ("worker", "cluster")
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    tags = [client.get_run(each["mlflow_run_id"]).data.tags["entprog.decode"] for each in (before, result)]
+    assert tags == ["worker", "cluster"]
 
 
 @pytest.mark.slow
@@ -490,6 +560,26 @@ def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number
     nothing_reserved()
 
 
+@pytest.mark.parametrize("by", ["its node", "its job"])
+def test_copies_lie_where_the_environment_of_node_or_job_says(nodes, tmp_path, by):
+    """Not where the driver's own would have them: that process's environment does not reach other machines."""
+    nodes.are()
+    names = {"TMPDIR": str(tmp_path / "scratch"), "ENTPROG_CACHE": str(tmp_path / "kept")}
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "there" / "model").mkdir(parents=True)
+    (tmp_path / "there" / "model" / "config.json").write_text("{}")
+
+    def copies(there):
+        with storage.local_copy(storage.Place.at(there)) as copy:
+            return str(copy), str(assets.cache_folder())
+
+    nodes.add(1, resources={"scratch": 1}, env_vars=names if by == "its node" else {})
+    more = {"runtime_env": {"env_vars": names}} if by == "its job" else {}
+    task = ray.remote(resources={"scratch": 1}, **more)(copies)
+    copy, cache = ray.get(task.remote(str(tmp_path / "there")))
+    assert copy.startswith(f"{tmp_path}/scratch/") and cache == f"{tmp_path}/kept"
+
+
 def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):
     nodes.are(1)
     assert launch.use_gpus(wanting(workers=16, gpus="yes")) is True
@@ -500,6 +590,18 @@ def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):
         launch.use_gpus(wanting(workers=16))
     with pytest.raises(UserError, match=neither.format("latents.gpus")):
         launch.gpus_there("auto", "latents.gpus", pytest.fail, cpus=4)
+
+
+def test_latents_are_encoded_on_a_cluster_without_gpus_if_that_is_asked_for_alone(nodes):
+    """Its GPU nodes may have yet to start, and one CPU would encode for days."""
+    nodes.are(1)
+    settings = lambda gpus: config.build({"latents": {"gpus": gpus}}, config.Encoding)  # noqa: E731
+    with pytest.raises(UserError, match=r"no GPU now: set latents\.gpus=yes, .* or latents\.gpus=no") as told:
+        latents.decided(settings("auto"))
+    assert "\n" not in str(told.value)
+    assert [latents.decided(settings(asked)).latents.gpus for asked in ("yes", "no")] == ["yes", "no"]
+    nodes.add(0, num_gpus=1)
+    assert latents.decided(settings("auto")).latents.gpus == "yes"
 
 
 def test_a_file_is_no_store_for_runs_on_several_machines(nodes, tmp_path, monkeypatch):
@@ -545,7 +647,8 @@ def test_a_run_begins_on_a_cluster_that_has_no_nodes_yet(run, nodes, tmp_path, m
     waiting = [item["waiting"] for item in message if "waiting" in item]
     assert waiting[0] == "another job took the room first: waiting again"
     assert "room for 0 of 2" in waiting[1] and "going on" in waiting[-1] and not joins
-    assert result["steps"] == 4 and result["decode_cpus"] == 3.0, "the larger node's share"
+    assert result["steps"] == 4
+    assert (result["decode"], result["decode_cpus"]) == ("cluster", 1.0), "of the head and the node of one CPU"
     assert not [item for item in message if "warning" in item]
 
 

@@ -468,6 +468,12 @@ def test_dry_run_writes_nothing(base_command, place):
     assert "differs from the defaults" in result.output and "tracking.experiment" not in result.output
     assert result.exit_code == 0 and "Would train" in result.output and not (place / "dry").exists()
     assert "Poses:" not in result.output
+    wide = CliRunner().invoke(train.app, [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run"], env=WIDE)
+    assert re.search(
+        r"decoded by threads of each worker on this machine; a core like this machine's decodes [\d.e+]+ clips/s "
+        r"\(measured\), \d+ of them [\d.e+]+: a step of \d+ clips waits if it takes under [\d.e-]+ s\.",
+        wide.output,
+    )
     drawn = [*map(str, base_command[:-1]), str(place / "dry"), "--dry-run", "--set", "model.skeleton=dwpose"]
     assert "have 33 points, without face and hands" in CliRunner().invoke(train.app, drawn, env=WIDE).output
 

@@ -21,6 +21,7 @@ from helpers.runs import Run, Trained
 from pipelines import charts, cli, generate
 from pipelines.cluster import launch
 from pipelines.outputs import tables as score_tables
+from pipelines.stream import decoding
 from pipelines.training import figures, networks, report, steplog, worker
 from pipelines.training.startup import Startup
 
@@ -231,4 +232,4 @@ def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("cpus", "workers", "each"), [(48, 4, 11.0), (4, 1, 3.0), (3, 2, 1.0), (0, 4, 1.0)])
 def test_cpus_of_a_machine_are_shared_by_its_workers_but_for_one_each(cpus, workers, each):
-    assert launch.decode_share(cpus, workers) == each
+    assert decoding.share(cpus, workers) == each

@@ -32,12 +32,13 @@ class Data(Part):
     """Fixed (timestep, noise) draws per held-out clip."""
     held_out_seed: int = Field(default=0, ge=0)
     """Seeds those draws; apart from `train.seed`, so that runs of different seeds are measured alike."""
-    decode: Literal["worker", "cluster"] = "worker"
-    """Where clips are decoded: in threads of the worker that trains on them, or by Ray Data's tasks on any node, whose
-    frames then travel through the object store. The same batches either way, bit for bit."""
+    decode: Literal["auto", "worker", "cluster"] = "auto"
+    """Where clips are decoded: `worker`, in threads of the worker that trains on them; `cluster`, by Ray Data's tasks
+    on any node, whose frames then travel through the object store; `auto`, by such tasks on the cluster's nodes without
+    GPUs that hold no worker, where there are any, else by the workers. The same batches everywhere, bit for bit."""
     decode_cpus: float | None = Field(default=None, gt=0)
-    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks. None: those of its own machine (tasks: of
-    the cluster) when it begins, shared evenly, but for one a worker."""
+    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks. None: those of the nodes that decode when
+    it begins, shared evenly, but for one of each worker's own."""
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""

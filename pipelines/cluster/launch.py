@@ -126,27 +126,6 @@ def _chosen(asked: Asked, setting: str, gpus: int, enough_cpus: bool) -> bool:
     return asked == "yes" or (asked == "auto" and gpus > 0)
 
 
-def decode_cpus(experiment: Experiment) -> float:
-    """Logical CPUs that the decoding of this Ray Train worker may use: its share of its own machine's, or of the whole
-    cluster's where Ray Data's tasks decode."""
-    import ray
-    import ray.train
-
-    context = ray.train.get_context()
-    if experiment.data.decode_cpus:
-        return experiment.data.decode_cpus
-    if experiment.data.decode == "cluster":
-        return decode_share(ray.cluster_resources().get("CPU", 0), context.get_world_size())
-    mine = ray.get_runtime_context().get_node_id()
-    (here,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == mine)
-    return decode_share(here.get("CPU", 0), context.get_local_world_size())
-
-
-def decode_share(cpus: float, workers: int) -> float:
-    """CPUs for the decoding of each of the workers that share so many: one of them is each worker's own."""
-    return max(1.0, (cpus - workers) / workers)
-
-
 def threads(cores: int, workers: int) -> int:
     """torch threads of each of some CPU workers on one machine: its cores shared evenly, one of each share left for
     decoding."""

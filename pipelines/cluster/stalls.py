@@ -63,7 +63,7 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> l
         message = f"decode-bound: waiting {waiting:.0%} of the time: give decoding about {ceil(more)} more CPUs"
         each = " per worker" if workers > 1 else ""
         message += (
-            f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; those of other nodes with data.decode=cluster)"
+            f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; nodes without GPUs decode where there are any)"
         )
         out.append(message + (f", or cache latents: {CACHE}" if encodes else ""))
     if encodes and stalls.share(stalls.encode_s) >= WORTH_TELLING:

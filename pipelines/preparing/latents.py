@@ -80,6 +80,24 @@ def wanted(encoding: Encoding, shapes: Sequence[ClipShape]) -> str:
     return f"latents for schedule.kind={ladder.kind}{said}: {'; '.join(map(str, shapes))} (width x height)"
 
 
+def decided(encoding: Encoding) -> Encoding:
+    """With `latents.gpus=yes` for `auto` on a cluster that has GPUs: if they leave meanwhile, they are waited for.
+
+    Raises UserError for `auto` on a cluster that has none now: whether some would start it does not say, and one CPU
+    takes days for what they do in an hour.
+    """
+    if encoding.latents.gpus != "auto" or not joining.address():
+        return encoding
+    with session.ray_cluster(cpus=3) as ray:
+        there = ray.cluster_resources().get("GPU", 0)
+    if not there:
+        raise UserError(
+            "latents.gpus=auto, and the cluster has no GPU now: set latents.gpus=yes, which waits until one has "
+            "started, or latents.gpus=no, which encodes on one CPU"
+        )
+    return encoding.model_copy(update={"latents": encoding.latents.model_copy(update={"gpus": "yes"})})
+
+
 # ---- the job ----
 
 
@@ -156,7 +174,8 @@ def _finished(
 def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: bool = False) -> list[dict[str, Any]]:
     """Cache the latents of finished datasets at every clip shape asked for; figures of each dataset and shape. Says
     beforehand how large they are and how long it takes; with `dry_run` that is all. All are encoded together, the
-    longest first. Raises UserError for a wrong base or damaged shards."""
+    longest first. Raises UserError for a wrong base or damaged shards, and as `decided` does."""
+    encoding = decided(encoding)
     asked: list[tuple[shards.Dataset, ClipShape]] = []
     for folder in folders:
         dataset = shards.read_dataset(folder)
@@ -174,8 +193,6 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
         session.ray_cluster(cpus=3, verbose=verbose) as ray,
     ):
         gpus = launch.gpus_there(encoding.latents.gpus, "latents.gpus", cli.console.print, CPUS)
-        if not gpus and encoding.latents.gpus == "auto" and joining.address():
-            cli.console.print("the cluster has no GPU now: one CPU encodes; latents.gpus=yes waits for a GPU")
         with cli.console.status("loading the VAE, measuring"):
             works = _works(ray, asked, encoding, gpus)
         encoders = gpus or (1 if joining.address() else min(ENCODERS, launch.cores()))

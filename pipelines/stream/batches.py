@@ -16,6 +16,7 @@ from entprog.errors import UserError
 from entprog.models.captions import Texts
 from entprog.schedule import plans
 from pipelines.stream import feed
+from pipelines.stream.decoding import Decoding
 
 LASTING = 16
 """Batches of one shape in a row after which it is taken to go on: its own source is opened."""
@@ -46,12 +47,12 @@ class Batches:
         dataset: shards.Dataset,
         denoiser,
         device: torch.device,
-        decode_cpus: float,
+        decoding: Decoding,
         caches: Mapping[ClipShape, latents.Cache],
         texts: Texts | None = None,
     ):
         self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
-        self.decode_cpus, self.caches, self.texts = decode_cpus, caches, texts
+        self.decoding, self.caches, self.texts = decoding, caches, texts
         self.whole = dataset.shape
         self.searches_shapes = experiment.schedule.kind == "entprog" and bool(experiment.schedule.shapes)
         self.rank, self.world = agree.world()
@@ -103,14 +104,14 @@ class Batches:
 
     def _open(self, source: Source, position: int) -> clip_stream.Stream:
         order = (source.clips, self.rank, self.world, position, self.experiment.train.seed)
-        how = {"cpus": self.decode_cpus, "device": self.device, "batches": self.batches}
+        how = {"cpus": self.decoding.cpus, "device": self.device, "batches": self.batches}
         if source.cached:
             poses = None
             if self.experiment.train.weighs_parts:
                 located = shards.located(self.dataset)
                 poses = functools.partial(clip_stream.poses, located, latents.SPLIT, frames=source.shape.frames)
             return feed.latent_stream(self.caches[source.shape], *order, **how, poses=poses)
-        how |= {"frames": source.shape.frames, "where": self.experiment.data.decode}
+        how |= {"frames": source.shape.frames, "where": self.decoding.where, "avoid": self.decoding.avoid}
         return feed.stream(self.dataset, latents.SPLIT, self.whole, *order, **how)
 
     def _next(self):

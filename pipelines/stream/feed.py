@@ -13,11 +13,11 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,6 +52,8 @@ THREADS = 16
 """Most threads that decode for one reader: beyond it they wait for Python's lock."""
 BATCHES_AHEAD = 2, 4
 """Batches that are decoded at once: at least and, where they hold fewer clips than threads decode, at most."""
+NODE = "ray.io/node-id"
+"""Label of a node that Ray gives each."""
 Decode = Callable[[Arrays, Callable[..., Iterable]], tuple[object, float]]
 """(stored clips, a pool's `map`) → (batch, seconds to copy it to the device)."""
 
@@ -84,6 +86,8 @@ class Work:
     """Tasks that run at the same time, and share these CPUs."""
     ahead: int
     """Tasks whose clips may wait for the reader, those that run among them; as many as there are: no limit."""
+    avoid: Sequence[str] = ()
+    """Ids of nodes on which no task is placed while others have room for it."""
 
     @property
     def cpus_each(self) -> float:
@@ -95,12 +99,12 @@ def _to_read(cpus: float) -> Work:
     return Work(TASKS, TASK_BYTES, min(READING_CPUS, cpus), at_once=1, ahead=TASKS)
 
 
-def _to_decode(cpus: float) -> Work:
+def _to_decode(cpus: float, avoid: Sequence[str]) -> Work:
     """Without a limit Ray Data goes on until half of the object store is full, and takes the cores that training
     needs."""
     at_once = math.ceil(TASKS_PER_CPU * cpus)
     ahead = min(at_once + math.ceil(cpus) + READERS_TASKS, TASKS_HELD_BACK // 2)
-    return Work(TASKS_HELD_BACK, FRAMES_TASK_BYTES, cpus, at_once, ahead)
+    return Work(TASKS_HELD_BACK, FRAMES_TASK_BYTES, cpus, at_once, ahead, avoid)
 
 
 def stream(
@@ -117,12 +121,14 @@ def stream(
     frames: int | None = None,
     batches: int | None = None,
     where: Literal["worker", "cluster"] = "worker",
+    avoid: Sequence[str] = (),
 ) -> Stream:
     """This rank's Clips from the update at `start_position` on, without end.
 
     cpus: that this rank's decoding may take, as threads here or as logical CPUs of tasks; they must be free of Ray
     Train's workers. frames: only those in the middle of each clip are decoded; None: all. batches: of an update, over
     all ranks; None: one each. where: clips are decoded in threads here, or by tasks on the cluster; the same bits.
+    avoid: ids of nodes on which no such task is placed while others have room.
     Works in a driver and in a Ray Train worker.
     Raises UserError for an empty split or shards of another shape; iterating raises DamagedShardError naming the shard
     and the row of a damaged clip.
@@ -137,7 +143,7 @@ def stream(
         read = functools.partial(clip_stream.decode, located, split, frames=frames, room=clip_stream.reused)
         clip_bytes = (frames or shape.frames) * shape.height * 3 // 2 * shape.width + shape.height * shape.width * 3
         clip_bytes += (frames or shape.frames) * shape.height * shape.width * dataset.masks
-        return Stream(_batches(read, collate, order, clip_bytes, _to_decode(cpus)))
+        return Stream(_batches(read, collate, order, clip_bytes, _to_decode(cpus, avoid)))
     read = functools.partial(clip_stream.read, located, split)
     stored_bytes = sum(info.bytes for info in dataset.splits[split]) / dataset.clips(split)
     stored_bytes += shape.frames * shape.height * shape.width / 8 * dataset.masks  # small on the disk alone
@@ -282,7 +288,7 @@ def _execute(
             return clip_stream.timed(collate, batch)
 
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        task, batch_size=None, num_cpus=work.cpus_each
+        task, batch_size=None, num_cpus=work.cpus_each, **_away_from(work.avoid)
     )
     context = read.context  # this dataset's own copy
     context.enable_progress_bars = False
@@ -311,6 +317,14 @@ def _execute(
         # Ray ends the whole process if one of them touches it after `ray.shutdown`.
         for thread in mine:
             thread.join(10)
+
+
+def _away_from(nodes: Sequence[str]) -> dict[str, Any]:
+    """Options of tasks that run on other nodes, or where there is room: those others may end."""
+    if not nodes:
+        return {}
+    anywhere = {"label_selector": {NODE: "!none"}}
+    return {"label_selector": {NODE: f"!in({', '.join(nodes)})"}, "fallback_strategy": [anywhere]}
 
 
 def _reading() -> set[threading.Thread]:

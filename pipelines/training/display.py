@@ -42,6 +42,8 @@ class Display:
             self.bar.console.print(f"Workers: {item['workers']} of {self.most}.")
         elif "resumed" in item:
             self.bar.console.print(f"Resumed from the checkpoint after step {item['resumed']}.")
+        elif "decoding" in item:
+            self.bar.console.print(f"Clips are decoded {item['decoding']}.")
         elif "waiting" in item:
             self.bar.console.print(item["waiting"])
         elif "warning" in item:

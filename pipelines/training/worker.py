@@ -36,6 +36,7 @@ from pipelines.cluster.message_board import GOES_ON, GROWS, MACHINE_ENDS
 from pipelines.cluster.stopping import LeavingError, Notices
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
+from pipelines.stream import decoding
 from pipelines.stream.batches import Batches, caches
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
@@ -217,6 +218,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
     log = steplog.StepLog(output / "steps.jsonl", state.step, warn) if rank == 0 else None
     tracker = Tracker.attach(settings["tracking"], warn) if rank == 0 else None
+    decoded = decoding.of_this_worker(experiment)
     if rank == 0:
         if log.last < state.step:
             warn(
@@ -225,7 +227,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
             )
         scored = {"entprog.scores": table.key} if table else {}
         shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
-        encoded = "cached" if all(shape in setup.caches for shape in shapes) else "encoded at every step"
+        cached = all(shape in setup.caches for shape in shapes)
+        if not cached:
+            setup.post({"decoding": str(decoded), "about": {"entprog.decode": decoded.where}})
+        encoded = "cached" if cached else "encoded at every step"
         encoded = {"entprog.latents": "pixels" if denoiser.vae is None else encoded}
         setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **encoded, **scored}})
         if experiment.tracking.system_every_s:
@@ -237,8 +242,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     previews = _previews(setup, output, tracker, warn)
     final_loss, starting = None, True
     setup.clock.over("checkpoint")
-    decode_cpus = launch.decode_cpus(experiment)
-    data = setup.dataset, denoiser, setup.device, decode_cpus, setup.caches, setup.texts
+    data = setup.dataset, denoiser, setup.device, decoded, setup.caches, setup.texts
     with closing(Batches(experiment, *data)) as batches, log or nullcontext():
         rescored = table is not None and experiment.priority.rescore
         conditions = cache.clips(denoiser, setup.dataset, experiment, setup.texts) if rescored else ()
@@ -314,7 +318,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         log.close()
         tracker.close()
-    named = {"blocks": [block.name for block in setup.blocks], "decode_cpus": decode_cpus, "held_out_loss": final_loss}
+    named = {"blocks": [block.name for block in setup.blocks], "held_out_loss": final_loss}
+    named |= {"decode": decoded.where, "decode_cpus": decoded.cpus}
     return {"result": figures.final(experiment, state) | named}
 
 
