@@ -282,13 +282,13 @@ def test_clips_are_decoded_away_from_who_trains_and_by_others_when_those_nodes_d
 
     monkeypatch.setattr(feed, "_task", task)
     monkeypatch.setattr(feed, "TASK_BATCHES", 1)
-    monkeypatch.setattr(feed, "TASKS_HELD_BACK", 8)
+    monkeypatch.setattr(feed, "TASKS_HELD_BACK", 64)
     given, options = ("train", CLIPS, 2), {"cpus": 2, "where": "cluster", "avoid": [mine]}
     due = clip_stream.local_stream(dataset, *given)
     stream = feed.stream(dataset, *given, **options)
     places = lambda: {path.name.split("-")[1] for path in tmp_path.iterdir()}  # noqa: E731
     try:
-        for count in range(20):
+        for count in range(14):
             if count == 2:
                 assert places() == {node}, "while there is room"
                 nodes.drop(nodes.nodes[0][1])
