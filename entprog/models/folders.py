@@ -180,7 +180,7 @@ def located_files(name: str, setting: str, names: Sequence[str]) -> Path:
 def _of_bucket(name: str, setting: str, patterns: Sequence[str]) -> Path:
     """A copy of a folder in a bucket, or of a file, kept in the cache as it lies there: `model` in a folder with the
     records of the job that left it, a file in its folder. What has not changed since is not fetched again. Raises
-    UserError, naming `setting`."""
+    UserError, naming `setting`: UnreachableError where there was no answer."""
     try:
         if not at(quickly(name), setting).exists():
             raise FileNotFoundError
