@@ -99,7 +99,7 @@ def _to_read(cpus: float) -> Work:
     return Work(TASKS, TASK_BYTES, min(READING_CPUS, cpus), at_once=1, ahead=TASKS)
 
 
-def _to_decode(cpus: float, avoid: Sequence[str]) -> Work:
+def _to_decode(cpus: float, avoid: Sequence[str] = ()) -> Work:
     """Without a limit Ray Data goes on until half of the object store is full, and takes the cores that training
     needs."""
     at_once = math.ceil(TASKS_PER_CPU * cpus)
