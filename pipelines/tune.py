@@ -123,7 +123,7 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
     family = models.family(experiment.model.family)
     judged_by, latents = fingerprints.held_out(experiment, dataset), fingerprints.vae(experiment.model)
     for one in spaces.check(space, experiment):
-        if fingerprints.vae(one.model) != latents:
+        if one.model != experiment.model and fingerprints.vae(one.model) != latents:
             raise UserError(
                 "--space: trials are ranked by their held-out loss, and values of this space change the VAE, whose "
                 "latents it is of (model.vae, model.base): a sweep each"

@@ -39,6 +39,7 @@ from helpers.families import (
     settings,
 )
 from helpers.networks import SHAPE, batches, latents, tiny_experiment
+from helpers.runs import differing
 
 WAN22_VAE = {  # as TI2V-5B's: more channels, 16×16 pixels
     "base_dim": 8, "decoder_base_dim": 8, "z_dim": 6, "num_res_blocks": 1, "is_residual": True, "patch_size": 2,
@@ -257,12 +258,11 @@ def test_a_saved_network_gives_the_same_bits_and_is_a_diffusers_folder(tmp_path,
     loaded = again(tmp_path / "model", name, seed=9)
     with torch.no_grad():  # weights read from a file lie elsewhere in memory, which the CPU's last bits may depend on
         torch.testing.assert_close(predict(loaded, batch), predict(denoiser, batch), rtol=1e-4, atol=1e-5)
-    for n, value in denoiser.network.state_dict().items():
-        assert torch.equal(loaded.network.state_dict()[n], value), n
+    saved = denoiser.network.state_dict()
+    assert not differing(saved, loaded.network.state_dict())
     assert loaded.shape == SHAPE and loaded.process == denoiser.process and loaded.conditions == denoiser.conditions
     plain = getattr(diffusers, models.family(denoiser.FAMILY).CLASS).from_pretrained(tmp_path / "model" / denoiser.PART)
-    assert plain.state_dict().keys() == denoiser.network.state_dict().keys()
-    assert all(torch.equal(a, denoiser.network.state_dict()[n]) for n, a in plain.state_dict().items())
+    assert plain.state_dict().keys() == saved.keys() and not differing(plain.state_dict(), saved)
     scheduler = denoiser.scheduler()
     read = type(scheduler).from_pretrained(tmp_path / "model" / "scheduler")
     strip = lambda c: {k: v for k, v in c.items() if not k.startswith("_")}  # noqa: E731

@@ -12,7 +12,7 @@ from entprog.models import adapters, lora
 from entprog.schedule.freezing import outside
 from entprog.training import checkpoint
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, differing
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
 
@@ -89,7 +89,7 @@ def test_resume_equals_no_interruption(runs, tmp_path):
     second = Run(experiment, tmp_path)
     got += [comparable(step) for step in second.steps()]
     assert got == expected
-    assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in whole.weights().items())
+    assert not differing(whole.weights(), second.weights())
     assert {name for name in whole.state.ema if name.startswith("blocks.")} == {
         name for name in whole.weights() if ADAPTER in name
     }
@@ -108,7 +108,7 @@ def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):
     torch.testing.assert_close(prediction(run.denoiser), expected, rtol=1e-4, atol=1e-5)
     run.denoiser.save(tmp_path / "model")
     merged = WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
-    assert all(torch.equal(a, network.state_dict()[name]) for name, a in merged.state_dict().items())
+    assert not differing(merged.state_dict(), network.state_dict())
 
     other = tiny_denoiser(experiment)  # the base, with what was trained beside it
     rest = load_file(tmp_path / "adapter" / adapters.OUTSIDE)

@@ -24,7 +24,7 @@ from entprog.models import adapters, fingerprints, lora
 from entprog.training import averages, checkpoint
 from helpers.families import NAMES, load, ordered, predict
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, differing
 from pipelines.training import checks, networks, previews
 
 FORMS = ("fp8", "nf4")
@@ -266,8 +266,8 @@ def test_a_resume_goes_on_bit_for_bit(form, settings, checkpointing, tmp_path):
             break
     again = Run(experiment, tmp_path)
     assert steps_of(again) == expected[4:]
-    for name, tensor in checkpoint.contents(whole.denoiser.network, whole.state).items():
-        assert torch.equal(tensor, checkpoint.contents(again.denoiser.network, again.state)[name]), name
+    contents = (checkpoint.contents(run.denoiser.network, run.state) for run in (whole, again))
+    assert not differing(*contents)
     kept = load_file(next(tmp_path.glob("*/*.safetensors")))
     base = {name for name in kept if "base_layer.weight" in name or "ffn.net.2.weight" in name}
     assert not base if settings is lora_settings else {kept[n].dtype for n in base} == {torch.float32}

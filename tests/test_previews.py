@@ -14,7 +14,7 @@ from entprog.errors import UserError
 from entprog.media import h264
 from entprog.quality import pictures
 from helpers.networks import SHAPE, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, differing
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.training import previews, standing, steplog
@@ -63,8 +63,7 @@ def test_training_computes_the_same_to_the_bit(parts, tmp_path, monkeypatch):
         if step.step % 3 == 0:
             look.show(step.step, step.charged_s, watched.state.ema, watched.state.ema_gaps)
     assert got == expected
-    for name, tensor in plain.weights().items():
-        assert torch.equal(tensor, watched.weights()[name]), name
+    assert not differing(plain.weights(), watched.weights())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [line["step"] for line in steplog.lines_of(tmp_path / steplog.PREVIEWS)] == [3, 6, 9, 12]
 
@@ -154,5 +153,4 @@ def test_a_failure_is_a_warning_and_weights_come_back(fault, tmp_path):
         object.__setattr__(look, "keep", lambda path, folder: 1 / 0)
     look.show(3, 1.0, run.state.ema, run.state.ema_gaps)
     assert len(warnings) == 1 and warnings[0].startswith("the preview after step 3 failed: ")
-    for name, tensor in before.items():
-        assert torch.equal(tensor, run.weights()[name]), name
+    assert not differing(before, run.weights())

@@ -12,7 +12,7 @@ from entprog.schedule import efficiency
 from entprog.schedule.efficiency import Efficiency, overlap
 from entprog.training import checkpoint, optimizer
 from helpers.networks import TINY, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, differing
 
 WIDE = {
     "generators": ["count", "suffix", "budget"],
@@ -118,8 +118,7 @@ def test_resume_equals_no_interruption_under_every_setting(tmp_path, stop_at, fr
     second = Run(experiment, tmp_path)
     got += [comparable(step) for step in second.steps()]
     assert got == expected
-    for name, tensor in whole.weights().items():
-        assert torch.equal(tensor, second.weights()[name]), name
+    assert not differing(whole.weights(), second.weights())
     assert second.state.begun == whole.state.begun and second.state.saved_cost == whole.state.saved_cost
 
 
@@ -136,7 +135,7 @@ def test_a_block_s_warm_up_goes_on_where_counting_left_its_plan_in_force(tmp_pat
             assert whole.state.begun == dict.fromkeys(step.plan.trainable, 0)
     again = Run(experiment, tmp_path)
     assert list(again.steps())[-1].step == 15 and again.state.begun == whole.state.begun
-    assert all(torch.equal(tensor, again.weights()[name]) for name, tensor in whole.weights().items())
+    assert not differing(whole.weights(), again.weights())
 
 
 def test_a_search_that_begins_where_a_run_resumes_brings_moments_and_averages_along(tmp_path, monkeypatch):

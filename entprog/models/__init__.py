@@ -18,6 +18,7 @@ Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all t
 `inspect` and `files` for it, `loading` has `load` and `encoder`.
 """
 
+import functools
 import importlib
 import logging
 import pkgutil
@@ -33,9 +34,11 @@ for _name in ("diffusers.quantizers.torchao", "torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def families() -> list[str]:
+@functools.cache
+def families() -> tuple[str, ...]:
     """Names of the families there are."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if {"CLASS", "load"} <= vars(_family(m.name)).keys()]
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return tuple(name for name in names if {"CLASS", "load"} <= vars(_family(name)).keys())
 
 
 def family(name: str) -> ModuleType:

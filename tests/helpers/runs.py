@@ -1,5 +1,7 @@
 """A training by `fit` alone, to look at and to interrupt."""
 
+import torch
+
 from entprog.blocks import blocks
 from entprog.diffusion import losses
 from entprog.distributed import fsdp
@@ -35,6 +37,11 @@ class Run:
 
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.denoiser.network.state_dict().items()}
+
+
+def differing(expected, got):
+    """Names of the tensors that are not the same to the bit."""
+    return [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])]
 
 
 def comparable(step):
