@@ -31,8 +31,9 @@ A {family} network, fine-tuned{conditions}. Trained on {clip}, whose data set ha
 ```python
 {code}```
 
-It needs torch, diffusers, transformers and safetensors. `trust_remote_code` runs pipeline.py of this folder: look at it
-first. The clips that it makes well are those of the shape that it was trained on.
+It needs torch, diffusers, transformers and safetensors, and for the mp4 imageio with imageio-ffmpeg.
+`trust_remote_code` runs pipeline.py of this folder: look at it first. The clips that it makes well are those of the
+shape that it was trained on.
 {poses}
 ## Where it comes from
 
@@ -43,7 +44,7 @@ training clips agreed to.
 CODE = """\
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
-from PIL import Image
+from PIL import Image, ImageOps
 
 folder = "."  # or where this lies
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
@@ -103,10 +104,13 @@ def card(
     front = {"library_name": "diffusers", "pipeline_tag": "image-to-video", "tags": ["diffusers", "pose-to-video"]}
     front |= {"base_model": base} if hub else {}
     size = "{frames} frames of {width}x{height} at {fps:g} fps".format(**shape) if shape else "clips of unknown shape"
-    given = {"reference": 'reference=Image.open("person.png"), ', "pose": "pose=frames, "}
+    picture = 'Image.open("{}")'
+    if shape:  # ordinary pictures have other sizes
+        picture = f"ImageOps.fit({picture}, ({shape['width']}, {shape['height']}))"
+    given = {"reference": f"reference={picture.format('person.png')}, ", "pose": "pose=frames, "}
     standard = isinstance(whole.index_of(folder).get("_class_name"), str)
     shown = "".join(given[name] for name in conditions) + (
-        'last=Image.open("end.png"), ' if about.get("last_frame") else ""
+        f"last={picture.format('end.png')}, " if about.get("last_frame") else ""
     )
     code = CODE.format(given=shown, fps=shape.get("fps", 8))
     points = POINTS[about.get("skeleton", "limbs")]

@@ -63,6 +63,8 @@ class ClipOutput(BaseOutput):
 class ReferencePosePipeline(DiffusionPipeline):
     """Noise to a clip, with reference and pose as further input channels of the network."""
 
+    folder = None
+    """Where it was loaded from, on this machine; None: from a hub."""
     model_cpu_offload_seq = "image_encoder->transformer->transformer_2->unet->vae"
     _optional_components = [  # noqa: RUF012 - diffusers reads a list
         "transformer", "transformer_2", "unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
@@ -124,6 +126,13 @@ class ReferencePosePipeline(DiffusionPipeline):
             elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps,
         )  # fmt: skip
 
+    def register_to_config(self, **values):
+        """diffusers says last of all where the pipeline was loaded from."""
+        super().register_to_config(**values)
+        here = values.get("_name_or_path")
+        if here and Path(here).is_dir():
+            self.folder = Path(here).resolve()  # whatever the working directory is later
+
     @property
     def network(self):
         return self.transformer if self.unet is None else self.unet
@@ -183,10 +192,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             if given[name] is None:
                 raise ValueError(f"this network was trained with {', '.join(self.config.conditions)}: give {name}")
             shown[name] = pixels(given[name]).to(device)
-        known = self.config.clip or {}
-        frames = num_frames or (shown["pose"].shape[2] if "pose" in shown else known["frames"])
-        sizes = next((video.shape[-2:] for video in shown.values()), None)
-        rows, columns = sizes or (height or known["height"], width or known["width"])
+        frames, rows, columns = self.clip_shape(shown, num_frames, height, width)
         temporal, spatial = self.config.compression
         size = (1, self.config.latent_channels, 1 + (frames - 1) // temporal, rows // spatial, columns // spatial)
         picture = shown.get("reference")
@@ -194,7 +200,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         if self.config.form == LAST_FRAME:
             if last is None:
                 raise ValueError("this network was trained with the last frame of each clip: give last")
-            ends.append(pixels(last).to(device))
+            ends.append(fitting("last", pixels(last), rows, columns).to(device))
         if self.config.form in FIRST_FRAMES:
             first, *others = ends[:frames]
             between = picture.new_zeros(1, 3, frames - 1 - len(others), rows, columns)
@@ -202,12 +208,14 @@ class ReferencePosePipeline(DiffusionPipeline):
         if background is not None or mask is not None:
             if not (vace or self.config.form == FACES) or background is None or mask is None:
                 raise ValueError("background and mask belong together, and to networks of Wan-Animate and VACE")
-            background, person = pixels(background).to(device), where(mask).to(device)
+            background = fitting("background", pixels(background), rows, columns, frames).to(device)
+            person = fitting("mask", where(mask)[None, None], rows, columns, frames)[0, 0].to(device)
             if vace:
                 shown["pose"] = shown["pose"] * person
         shown = {name: self.encode(video) for name, video in shown.items()}
         if references:
-            more = [self.encode(pixels(other).to(device)) for other in references]
+            others = [fitting("each reference", pixels(other), rows, columns) for other in references]
+            more = [self.encode(other.to(device)) for other in others]
             shown["reference"] = torch.cat([shown["reference"], *more], dim=1)
         if face is not None:
             if self.config.form != FACES:
@@ -270,6 +278,33 @@ class ReferencePosePipeline(DiffusionPipeline):
             latents = instead(latents, shown["reference"][:, :1], shown["reference"][:, 1:])
         made = latents if output_type == "latent" else shaped(self.decode(latents), output_type)
         return ClipOutput(frames=made) if return_dict else (made,)
+
+    def clip_shape(self, shown, frames, height, width):
+        """Frames, rows and columns of the clip, as what is shown has them, or as they are given."""
+        known = self.config.clip or {}
+        trained = " ({width}x{height} in training)".format(**known) if known else ""
+        sizes = {name: tuple(video.shape[-2:]) for name, video in shown.items()}
+        if len(set(sizes.values())) > 1:
+            (high, wide), (rows, columns) = sizes["reference"], sizes["pose"]
+            raise ValueError(
+                f"reference is {wide}x{high}, pose frames {columns}x{rows}: give both of the clip's size{trained}"
+            )
+        rows, columns = next(iter(sizes.values()), (height or known.get("height"), width or known.get("width")))
+        if (height or rows, width or columns) != (rows, columns):
+            raise ValueError(f"height and width say {width or columns}x{height or rows}, the pictures {columns}x{rows}")
+        drawn = shown["pose"].shape[2] if "pose" in shown else None
+        if drawn and frames and frames != drawn:
+            raise ValueError(f"num_frames is {frames}, pose frames are {drawn}: leave num_frames out")
+        frames = frames or drawn or known.get("frames")
+        if not (frames and rows and columns):
+            raise ValueError("the clip's shape is not known: give num_frames, height and width")
+        temporal, spatial = self.config.compression
+        if (frames - 1) % temporal or rows % spatial or columns % spatial:
+            raise ValueError(
+                f"a clip of {frames} frames of {columns}x{rows}: its frames must be 1 more than a multiple of "
+                f"{temporal}, its sides multiples of {spatial}{trained}"
+            )
+        return frames, rows, columns
 
     def predict(self, latents, timestep, shown, text):
         """The network's prediction, float32 like the latents."""
@@ -428,11 +463,15 @@ class ReferencePosePipeline(DiffusionPipeline):
             return {PROMPT: given} | ({} if pooled is None else {POOLED: pooled})
         if not self.config.prompt:
             return {PROMPT: torch.zeros(self.config.text_shape)}
-        path = Path(self.config._name_or_path, f"{PROMPT}.safetensors")
-        if not path.is_file():
+        name = f"{PROMPT}.safetensors"
+        if self.folder is None:
             from huggingface_hub import hf_hub_download
 
-            path = hf_hub_download(self.config._name_or_path, path.name)
+            path = hf_hub_download(self.config._name_or_path, name)
+        else:
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"{name} is not in {self.folder}: give prompt_embeds")
         return {name: tensor[None] for name, tensor in load_file(path).items()}
 
     def encode(self, video):
@@ -590,6 +629,14 @@ def motion_unet(network, inputs, timestep, text, more):
 # ---- pictures and numbers ----
 
 
+def fitting(name, video, rows, columns, frames=1):
+    """A picture or frames [..., F, H, W], which must be of the clip's size."""
+    if tuple(video.shape[-3:]) != (frames, rows, columns):
+        there, high, wide = video.shape[-3:]
+        raise ValueError(f"{name} has {there} pictures of {wide}x{high}, needed are {frames} of {columns}x{rows}")
+    return video
+
+
 def vace_mask(latents, value):
     return latents.new_full((1, VACE_MASK, *latents.shape[2:]), value)
 
@@ -597,9 +644,9 @@ def vace_mask(latents, value):
 def pixels(given):
     """A picture or frames → float [1, 3, F, H, W] in -1..1."""
     if isinstance(given, list | tuple):
-        given = np.stack([np.asarray(frame.convert("RGB")) for frame in given])
+        given = np.stack([np.asarray(opaque(frame, "white").convert("RGB")) for frame in given])
     elif isinstance(given, Image.Image):
-        given = np.asarray(given.convert("RGB"))
+        given = np.asarray(opaque(given, "white").convert("RGB"))
     video = torch.as_tensor(given)
     if video.dtype == torch.uint8:
         video = video.movedim(-1, -3).float() / 127.5 - 1
@@ -608,10 +655,17 @@ def pixels(given):
     return video.transpose(0, 1)[None].float()
 
 
+def opaque(picture, background):
+    """A picture over a colour where it is transparent, as training and `generate` take it."""
+    if not picture.has_transparency_data:
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
+
+
 def where(mask):
     """Pictures in black and white, or bool [F, H, W] → bool [F, H, W], True where they are white."""
     if isinstance(mask, list | tuple):
-        return torch.from_numpy(np.stack([np.asarray(frame.convert("L")) for frame in mask])) >= 128
+        return torch.from_numpy(np.stack([np.asarray(opaque(frame, "black").convert("L")) for frame in mask])) >= 128
     return torch.as_tensor(mask).bool()
 
 
@@ -649,8 +703,8 @@ def led(reference, timestep):
 
 def fixed_noise(frame):
     """The one noise that a reference before the clip was trained with, [1, C, 1, H', W']."""
-    generator = torch.Generator(frame.device).manual_seed(REFERENCE_SEED)
-    return torch.empty_like(frame, dtype=torch.float32).normal_(generator=generator)
+    generator = torch.Generator().manual_seed(REFERENCE_SEED)  # of the CPU: a GPU's draws others
+    return torch.empty(frame.shape, dtype=torch.float32).normal_(generator=generator).to(frame.device)
 
 
 def scale(vae, like):
