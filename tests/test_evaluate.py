@@ -1,6 +1,7 @@
 """evaluate on a real Ray: known answers, agreement with the library, resume, cards, MLflow."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from typer.testing import CliRunner
 
-from entprog import config
+from entprog import config, files
 from entprog.config import Evaluation, Model
 from entprog.data import shards
 from entprog.errors import UserError
@@ -241,3 +242,15 @@ def test_no_two_clips_share_a_file():
     ids = ["a b.mp4#0", "a_b.mp4#0", "a/b.mp4#0", "ä.mp4#0", "a%20b.mp4#0"]
     names = {judging.file_name(i) for i in ids}
     assert len(names) == len(ids) and not any("/" in name for name in names)
+
+
+def test_a_clip_of_a_long_name_has_a_file_too(tmp_path):
+    """A character of Chinese is nine of a quoted name, of which a disk takes 255."""
+    title = "这是一个非常长的中文视频标题用来测试文件名长度是否超过限制的舞蹈视频"
+    ids = [f"{'x' * i}{title}.mp4#{number}" for i in range(9) for number in (0, 10)]
+    names = {judging.file_name(i) for i in ids}
+    assert len(names) == len(ids)
+    for name in names:
+        files.write_text(tmp_path / name, "")
+        assert re.fullmatch(r"(%[0-9A-F]{2}|[\w.~-])+\.mp4", name), name
+    assert judging.file_name("dance/0001.mp4#8") == "dance%2F0001.mp4%238.mp4", "others keep theirs"

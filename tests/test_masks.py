@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,12 @@ from entprog.config import ClipShape, Drop, Model
 from entprog.data import clip_stream, latents, shards
 from entprog.diffusion import dropping
 from entprog.media import h264, masks
+from entprog.media.limits import LIMITS
 from entprog.models import wan_animate
 from entprog.preparing import beside, cutting, inputs, ledger, probing
 from helpers import bases, real_clips, wholebodies
 from helpers.families import load
-from pipelines.generating import checkpoints, motions, protocol, rendering
+from pipelines.generating import checkpoints, motions, protocol, rendering, replacing
 from pipelines.preparing import latents as caching
 from pipelines.preparing import packing
 from pipelines.training import outline
@@ -95,6 +97,29 @@ def test_masks_are_cut_out_as_their_clips_are_and_bad_ones_are_in_the_ledger(fol
     packing.pack({"plan": json.dumps(rows[0])}, tmp_path, CUT)
     kept = [row["mask"] is not None for row in shards.read_rows(tmp_path / "train/00000.parquet", range(2), ["mask"])]
     assert kept == [False, False] and not packing.masked([records["bare"], records["black"]])
+
+
+@pytest.mark.parametrize("ending", [".mask.png", ".mask.mov"])
+def test_where_a_mask_is_transparent_it_is_black(ending, tmp_path):
+    """As editors save what was cut free: white, and nothing around it."""
+    mask = np.zeros((48, 32, 4), np.uint8)
+    mask[10:30, 8:20] = 255
+    path = tmp_path / f"a{ending}"
+    if ending == masks.PICTURE:
+        Image.fromarray(mask).save(path)
+    else:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("png", rate=FPS)
+            stream.width, stream.height, stream.pix_fmt = 32, 48, "rgba"
+            for _ in range(5):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(mask, "rgba")))
+            container.mux(stream.encode())
+    frame = next(masks.read(path, 48, 32, 0.5, None, FPS, LIMITS))
+    assert np.array_equal(masks.white(frame), mask[..., 0] == 255)
+    if ending != masks.PICTURE:
+        span = {"shape": ClipShape(frames=5, height=48, width=32, fps=FPS), "crop": config.Prepare(), "start_s": 0.0}
+        scene = replacing.Scene(path, path).around(np.zeros((5, 33, 3)), None, None, **span)
+        assert (scene["person"] == (mask[..., 0] == 255)).all()
 
 
 def test_a_changed_mask_is_a_changed_input(folder, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +54,25 @@ def test_what_is_kept_of_a_driving_video_is_cut_out_as_its_person_is(tmp_path):
     first = followed.height // 2 - top  # rows of the box above the plate's edge
     assert other.shape == frames.shape and first > 0
     assert abs(int(other[0, 0, 0, 0]) - 200) < 8
+
+
+@pytest.mark.parametrize("sizes", [(128, 256), (256, 128)])
+def test_a_video_whose_picture_changes_size_is_one_line(sizes, tmp_path):
+    path = tmp_path / "both.h264"
+    with path.open("wb") as both:  # of such a stream both parts are one
+        for side in sizes:
+            with av.open(str(tmp_path / "part.h264"), "w") as part:
+                stream = part.add_stream("libx264", rate=12)
+                stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+                for frame in [av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), "rgb24")] * 10:
+                    part.mux(stream.encode(frame))
+                part.mux(stream.encode())
+            both.write((tmp_path / "part.h264").read_bytes())
+    first = driving.Followed(np.zeros((9, 33, 3), np.float32), (0, 0, sizes[0], sizes[0]), sizes[0], sizes[0])
+    for take in (driving.followed, partial(driving.cut_out, of=first)):
+        with pytest.raises(UserError, match=r"--video: .*both.h264: its picture changes size at 0\.\d+ s") as error:
+            take(path, **SPAN)
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

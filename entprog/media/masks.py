@@ -18,6 +18,8 @@ from entprog.media.video import Box, VideoError
 PICTURE = ".mask.png"
 ENDINGS = (".mask.mp4", ".mask.mkv", ".mask.mov", ".mask.webm", ".mask.avi", PICTURE)
 """Of several beside one video the first one is read."""
+BLACK = (0, 0, 0)
+"""What masks lie over where they are transparent."""
 WHITE = 128
 """Level of 0..255 from which a mask's pixel is white."""
 
@@ -37,7 +39,7 @@ def read(
     """
     try:
         if path.name.endswith(PICTURE):
-            frame = pictures.read(path, bounds)
+            frame = pictures.read(path, bounds, background=BLACK)
             _check_size(frame.shape[1], frame.shape[0], height, width)
             left, top, wide, high = crop or (0, 0, width, height)
             yield from repeat(frame[top : top + high, left : left + wide])
@@ -46,7 +48,7 @@ def read(
         if info.duration_s and abs(info.duration_s - length_s) > posefile.slack_s(length_s) + 1 / fps:
             raise ValueError(f"it lasts {info.duration_s:.2f} s, the video {length_s:.2f} s")
         count = 0
-        for _, frame in video.iter_frames(path, fps, crop=crop, limits=bounds):
+        for _, frame in video.iter_frames(path, fps, crop=crop, limits=bounds, background=BLACK):
             count += 1
             yield frame
         if count < int((length_s - posefile.slack_s(length_s)) * fps):

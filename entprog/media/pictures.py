@@ -15,17 +15,19 @@ from entprog.media.limits import LIMITS, Limits
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What Pillow may take a file for. Others of its plugins start programs (EPS) or are hardly tried by anyone."""
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-BACKGROUND = (255, 255, 255)
-"""RGB that shows through where a picture is transparent."""
+Color = tuple[int, int, int]
+"""RGB, 0..255."""
+BACKGROUND: Color = (255, 255, 255)
+"""What shows through where a picture is transparent."""
 _BAND_ROWS = 128
 _BYTES_PER_PIXEL = 16
 """No honest file is larger than its pixels at 4 channels of 32 bits."""
 
 
-def read(source: Path | bytes, limits: Limits = LIMITS) -> np.ndarray:
+def read(source: Path | bytes, limits: Limits = LIMITS, background: Color = BACKGROUND) -> np.ndarray:
     """A picture as people see it: uint8 RGB [H, W, 3]; the first one of several.
 
-    Turned as its EXIF orientation says, laid over BACKGROUND where it is transparent, 16-bit grey scaled to 8 bits.
+    Turned as its EXIF orientation says, laid over the background where it is transparent, 16-bit grey scaled to 8 bits.
     Raises VideoError: `unreadable` (no such file, not permitted), `too_large` (over the limits), `corrupt` (no picture
     of FORMATS, damaged, or of numbers whose white is not known).
     """
@@ -38,7 +40,7 @@ def read(source: Path | bytes, limits: Limits = LIMITS) -> np.ndarray:
             if image.width * image.height > limits.max_pixels:
                 message = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
                 raise VideoError("too_large", f"{name}: {message}")
-            return np.asarray(opaque(ImageOps.exif_transpose(_eight_bits(image))))
+            return np.asarray(opaque(ImageOps.exif_transpose(_eight_bits(image)), background))
     except VideoError:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -65,20 +67,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """RGB, over BACKGROUND where it is transparent: the colours under full transparency are anything."""
+def opaque(image: Image.Image, background: Color = BACKGROUND) -> Image.Image:
+    """RGB, over the background where it is transparent: the colours under full transparency are anything."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
-def over_background(rgba: np.ndarray) -> np.ndarray:
+def over_background(rgba: np.ndarray, background: Color = BACKGROUND) -> np.ndarray:
     """`opaque` of uint8 RGBA [H, W, 4]: uint8 RGB [H, W, 3]. Some rows at a time: no large copies are made."""
     out = np.empty((*rgba.shape[:2], 3), np.uint8)
     for top in range(0, len(rgba), _BAND_ROWS):
         band = np.ascontiguousarray(rgba[top : top + _BAND_ROWS])
-        out[top : top + len(band)] = np.asarray(opaque(Image.fromarray(band)))
+        out[top : top + len(band)] = np.asarray(opaque(Image.fromarray(band), background))
     return out
 
 

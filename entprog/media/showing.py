@@ -60,24 +60,29 @@ def square(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
 
 
-def rgb(shown: Shown, flags: Interpolation = EXACT) -> np.ndarray:
+def rgb(shown: Shown, flags: Interpolation = EXACT, background: pictures.Color = pictures.BACKGROUND) -> np.ndarray:
     """The upright picture in square pixels: uint8 RGB [H, W, 3].
 
     Raises VideoError `unsupported` for colours or a turn that cannot be shown rightly.
     """
     transpose, left_right, top_bottom = _turn(shown.frame)
-    image = pixels(shown.frame, flags, square(shown.frame.width, shown.frame.height, shown.aspect))
+    image = pixels(shown.frame, flags, square(shown.frame.width, shown.frame.height, shown.aspect), background)
     image = image.transpose(1, 0, 2) if transpose else image
     image = image[:, ::-1] if left_right else image
     return image[::-1] if top_bottom else image
 
 
-def pixels(frame: av.VideoFrame, flags: Interpolation = EXACT, size: tuple[int, int] | None = None) -> np.ndarray:
+def pixels(
+    frame: av.VideoFrame,
+    flags: Interpolation = EXACT,
+    size: tuple[int, int] | None = None,
+    background: pictures.Color = pictures.BACKGROUND,
+) -> np.ndarray:
     """As it is stored, to uint8 RGB [height, width, 3] of `size` (width, height; None: its own).
 
     By the frame's own matrix; untagged video is BT.709 from 720 lines up, else BT.601, as players do. Wide colours and
     HDR become those of BT.709, and what is brighter than HDR's white is clipped to it. Transparent frames lie over the
-    same background as pictures.
+    background.
     """
     width, height = size or (frame.width, frame.height)
     if not is_plain(frame):
@@ -102,7 +107,7 @@ def pixels(frame: av.VideoFrame, flags: Interpolation = EXACT, size: tuple[int, 
         return frame.to_ndarray()
     (plane,) = frame.planes
     lines = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size // 4, 4)
-    return pictures.over_background(lines[:, :width])
+    return pictures.over_background(lines[:, :width], background)
 
 
 def is_plain(frame: av.VideoFrame) -> bool:

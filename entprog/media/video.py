@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, dropwhile, takewhile
 from pathlib import Path
 
 import av
@@ -22,6 +22,7 @@ from PIL import Image
 from entprog.media import fields, showing
 from entprog.media.errors import REASONS, VideoError
 from entprog.media.limits import LIMITS, Limits
+from entprog.media.pictures import BACKGROUND, Color
 from entprog.media.showing import EXACT, Shown
 
 __all__ = ["REASONS", "VideoError"]
@@ -122,6 +123,7 @@ def iter_frames(
     quick: bool = False,
     limits: Limits = LIMITS,
     order: str = "",
+    background: Color = BACKGROUND,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (time_s, RGB uint8 [H, W, 3]) one at a time.
 
@@ -130,20 +132,30 @@ def iter_frames(
     first frame; where time stamps start again they go on. `crop` is cut out of the upright picture in square pixels,
     then scaled to `size` (height, width). quick: colours within 3 levels and chroma not interpolated, 8 ms sooner a
     1080p frame: for frames that are analysed, not kept. order: as `field_order` gives it.
+    background: shows through where frames are transparent.
 
-    Raises VideoError, after yielding what could be decoded if the file breaks in the middle.
+    Raises VideoError, after yielding what could be decoded if the file breaks in the middle, or if a picture of which a
+    `crop` is cut out changes its size.
     """
     end_s = float("inf") if end_s is None else end_s
     if fps is None:
-        for shown in _decoded(source, start_s, limits, order):
-            if shown.time_s >= end_s:
-                return
-            if shown.time_s >= start_s:
-                yield shown.time_s, _rgb(source, shown, crop, size, quick)
-        return
-    wanted = _until(end_s, start_s, fps)
-    for want, shown in _nearest(_decoded(source, start_s, limits, order), wanted, hold_last=False):
-        yield want, _rgb(source, shown, crop, size, quick)
+        decoded = ((shown.time_s, shown) for shown in _decoded(source, start_s, limits, order))
+        inside = dropwhile(lambda at: at[0] < start_s, takewhile(lambda at: at[0] < end_s, decoded))
+    else:
+        wanted = _until(end_s, start_s, fps)
+        inside = _nearest(_decoded(source, start_s, limits, order), wanted, hold_last=False)
+    whole = None
+    for time_s, shown in inside:
+        if crop is not None:
+            whole = whole or showing.size(shown)
+            if showing.size(shown) != whole:
+                raise changed_size(source, time_s)
+        yield time_s, _rgb(source, shown, crop, size, quick, background)
+
+
+def changed_size(source: Source, time_s: float) -> VideoError:
+    """Of a video whose picture has another size from a time on."""
+    return VideoError("corrupt", f"{_name(source)}: its picture changes size at {time_s:.2f} s")
 
 
 def times(source: Source, limits: Limits = LIMITS, order: str = "") -> Iterator[float]:
@@ -421,7 +433,14 @@ def _nearest(decoded: Iterator[Shown], wanted: Iterator[float], hold_last: bool)
         want = next(wanted, None)
 
 
-def _rgb(source: Source, shown: Shown, crop: Box | None, size: tuple[int, int] | None, quick: bool = False):
+def _rgb(
+    source: Source,
+    shown: Shown,
+    crop: Box | None,
+    size: tuple[int, int] | None,
+    quick: bool = False,
+    background: Color = BACKGROUND,
+) -> np.ndarray:
     """The picture, or its `crop`, at `size`: uint8 RGB [H, W, 3]."""
     with _named(source):
         full = showing.size(shown)
@@ -430,6 +449,6 @@ def _rgb(source: Source, shown: Shown, crop: Box | None, size: tuple[int, int] |
             raise ValueError(f"crop {crop} is not inside the {full[0]}x{full[1]} frame")
         if size is not None and height >= 2 * size[0] and width >= 2 * size[1]:
             quick = True  # the scaling averages over each chroma sample anyway
-        image = showing.rgb(shown, Interpolation.BILINEAR if quick else EXACT)
+        image = showing.rgb(shown, Interpolation.BILINEAR if quick else EXACT, background)
     image = np.ascontiguousarray(image[top : top + height, left : left + width])
     return image if size is None else scale(image, size)

@@ -11,6 +11,7 @@ from entprog.errors import UserError
 from entprog.media import limits
 from entprog.media import pose as poses
 from entprog.media import video as videos
+from entprog.media.pictures import BACKGROUND, Color
 from entprog.preparing import cutting, windows
 from pipelines import cli
 
@@ -54,7 +55,7 @@ def followed(path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, 
         order = videos.field_order(path, bounds)
         pictures = videos.iter_frames(path, shape.fps, start_s, end_s, quick=True, limits=bounds, order=order)
         # Pose is tracked frame by frame: a clip of full-size frames would not fit into memory.
-        track = estimator.track(_watched(estimator, (frame for _, frame in pictures), several))
+        track = estimator.track(_watched(estimator, _steady(path, info, pictures), several))
         if len(track) < shape.frames:
             raise UserError(
                 f"--video: {path} has {len(track)} frames from {start_s:g} s on at {shape.fps:g} fps, "
@@ -76,18 +77,26 @@ def followed(path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, 
 
 
 def cut_out(
-    path: Path, of: Followed, shape: ClipShape, crop: Prepare, start_s: float, option: str = "--video"
+    path: Path,
+    of: Followed,
+    shape: ClipShape,
+    crop: Prepare,
+    start_s: float,
+    option: str = "--video",
+    background: Color = BACKGROUND,
 ) -> np.ndarray:
     """What a person's box shows in a video of the same picture size, at the clip's: uint8 RGB [F, H, W, 3].
 
-    Raises UserError, naming the option, for a video that cannot be read or has not as many frames as the person's.
+    background: shows through where it is transparent. Raises UserError, naming the option, for a video that cannot be
+    read or has not as many frames as the person's.
     """
     bounds, total, size = limits.of(crop), len(of.track), (shape.height, shape.width)
     end_s = start_s + (total - 0.5) / shape.fps
     try:
         order = videos.field_order(path, bounds)
         cut, count = np.empty((total, *size, 3), np.uint8), 0
-        pictures = videos.iter_frames(path, shape.fps, start_s, end_s, of.box, size, limits=bounds, order=order)
+        how = {"crop": of.box, "size": size, "limits": bounds, "order": order, "background": background}
+        pictures = videos.iter_frames(path, shape.fps, start_s, end_s, **how)
         for _, frame in pictures:
             cut[min(count, total - 1)] = frame
             count += 1
@@ -100,6 +109,14 @@ def cut_out(
             f"{option}: {path} has {count} frames from {start_s:g} s on at {shape.fps:g} fps, the motion has {total}"
         )
     return cut
+
+
+def _steady(path: Path, info: videos.VideoInfo, pictures: Iterable[tuple[float, np.ndarray]]) -> Iterator[np.ndarray]:
+    """The frames. Raises VideoError where they have another size than the first one: one box is cut out of all."""
+    for time_s, frame in pictures:
+        if frame.shape[:2] != (info.height, info.width):
+            raise videos.changed_size(path, time_s)
+        yield frame
 
 
 def _watched(estimator, frames: Iterable[np.ndarray], several: list[bool]) -> Iterator[np.ndarray]:

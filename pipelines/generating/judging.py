@@ -4,6 +4,7 @@ Every clip is a row that names a place in the shards; what was generated lies in
 is there is not generated again.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +26,8 @@ from pipelines import cli
 from pipelines.cluster import failures
 from pipelines.generating import checkpoints, motions
 
+LONGEST_NAME = 229
+"""Characters of a clip's file without its ending: disks take 255 bytes, and scratch files 26 of them."""
 WEIGHTS = ("inception", "i3d", "resnet3d")
 """Settings that name files."""
 LEAST_PIXELS = 1 << 21
@@ -51,8 +54,13 @@ class Place:
 
 
 def file_name(clip_id: str) -> str:
-    """A clip's file: its id with all but letters, digits and `_.-~` as %XX. No two ids share one."""
-    return f"{quote(clip_id, safe='')}.mp4"
+    """A clip's file: its id with all but letters, digits and `_.-~` as %XX, and of a long one the first of these and a
+    hash. No two ids share one."""
+    name = quote(clip_id, safe="")
+    if len(name) > LONGEST_NAME:
+        begins = re.sub("%.?$", "", name[: LONGEST_NAME - 17])  # with no half of a %XX
+        name = f"{begins}~{config.digest(clip_id)}"
+    return f"{name}.mp4"
 
 
 def places(dataset: shards.Dataset, split: str, count: int | None, folder: Where) -> list[Place]:

@@ -10,6 +10,7 @@ from entprog.config import ClipShape, Prepare
 from entprog.errors import UserError
 from entprog.media import limits, masks
 from entprog.media import video as videos
+from entprog.media.pictures import BACKGROUND, Color
 from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
 
@@ -32,7 +33,7 @@ class Scene:
         """`person` and `background` of a Motion with that pose. cut: what is cut out of the driving video; frames: what
         was, uint8 RGB [F, H, W, 3]; both None: poses are fractions of the whole picture. span: as of `_read`. Raises
         UserError for files that do not go with the motion."""
-        person = masks.white(_read(self.mask, "--mask", len(pose), cut, **span))
+        person = masks.white(_read(self.mask, "--mask", len(pose), cut, masks.BLACK, **span))
         if not person.any():
             raise UserError(f"--mask: {self.mask} is nowhere white, where the person is to be")
         if self.background is None:
@@ -66,12 +67,14 @@ def _read(
     option: str,
     frames: int,
     cut: driving.Followed | None,
+    under: Color = BACKGROUND,
     *,
     shape: ClipShape,
     crop: Prepare,
     start_s: float,
 ) -> np.ndarray:
-    """Frames of a video that goes with a motion, uint8 RGB [frames, H, W, 3], cut out as that was."""
+    """Frames of a video that goes with a motion, uint8 RGB [frames, H, W, 3], cut out as that was, over a colour
+    where it is transparent."""
     if not path.is_file():
         raise UserError(f"{option}: no such file: {path}")
     try:
@@ -90,4 +93,4 @@ def _read(
         raise UserError(
             f"{option}: {path} is {size}, the driving video {cut.width}x{cut.height}: both have to be alike"
         )
-    return driving.cut_out(path, cut, shape, crop, start_s, option)
+    return driving.cut_out(path, cut, shape, crop, start_s, option, under)
