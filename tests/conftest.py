@@ -24,11 +24,12 @@ torch.set_num_threads(1)
 gc.disable()  # while test files are imported: a third of it is a search for garbage that is not there
 LONGEST = (
     *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
-    "test_bucket_runs.py",
-    *("test_evaluate.py", "test_prepare.py", "test_prepare_more.py", "test_clips.py"),
+    *("test_bucket_runs.py", "test_benchmarks.py", "test_clips.py", "test_buckets.py"),
+    *("test_evaluate.py", "test_prepare_more.py", "test_prepare.py", "test_latents.py"),
     *("test_faults.py", "test_secrets.py", "test_hostile.py"),
-    *("test_family_forms.py", "test_whole.py", "test_benchmarks.py", "test_generate.py"),
-    *("test_distributed.py", "test_training.py", "test_search.py", "test_wheel.py"),
+    *("test_sharded.py", "test_distributed.py", "test_families.py", "test_search.py", "test_whole.py"),
+    *("test_family_forms.py", "test_packed.py", "test_quality.py", "test_training.py", "test_compare.py"),
+    *("test_generate.py", "test_wheel.py"),
 )
 """The longest of those with the shared Ray, then of those with one of their own or none."""
 SHARED_RAY = contextlib.ExitStack()
