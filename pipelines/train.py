@@ -256,7 +256,7 @@ def run(
                     tracker.tags(item["about"])
                 if "decision" in item.get("step", ()):
                     with contextlib.suppress(OSError):  # a bucket that is away: the end makes up for it
-                        stages.log(tracker, steplog.steps_of(output))
+                        stages.log(tracker, steplog.steps_of(output), newest=2)  # the last one ended, one began
                 listen(item)
 
             result = launch.run_workers(launch.training, settings, experiment, output / "ray", on_item)

@@ -258,7 +258,7 @@ def run(
         rows = [_row(output, name, status) for name, status in statuses.items()]
         for row in rows:
             if _cut_short(folder := trial.folder_of(output, row["id"])):
-                _close(folder)
+                _close(folder, experiment)
         if not any(row["status"] == "finished" for row in rows):
             reasons = [row["reason"] for row in rows if row.get("reason")]
             raise RuntimeError(f"no trial finished; the first one's reason: {(reasons or ['unknown'])[0]}")
@@ -338,8 +338,9 @@ def _cut_short(folder: Where) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "running"
 
 
-def _close(folder: Where) -> None:
-    """End the MLflow runs of a trial that was cut short; its checkpoints are of no more use."""
+def _close(folder: Where, experiment: config.Experiment) -> None:
+    """End the MLflow runs of a trial that was cut short; its checkpoints are of no more use. experiment: the
+    sweep's."""
     for place in [*_trainings(folder), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
@@ -348,7 +349,8 @@ def _close(folder: Where) -> None:
         stages.log(tracker, steplog.steps_of(place), "KILLED")
         tracker.tags({"entprog.ended": "stopped early: not among the best at equal seconds"})
         tracker.end("KILLED")
-        storage.remove(place / "checkpoints")
+        if place != folder:  # the trial's own run holds those of its trainings
+            trial.remove_checkpoints(place, experiment)
 
 
 # ---- what it leaves ----

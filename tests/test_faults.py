@@ -560,6 +560,25 @@ def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number
     nothing_reserved()
 
 
+def test_who_trains_is_interrupted_by_ctrl_c(nodes, tmp_path):
+    """Ray Train answers it by an end of the process, which is no failure of the run."""
+    nodes.are(1)
+
+    def begun(settings):
+        ray.get(settings["board"].post.remote({"warning": "here"}))
+        time.sleep(100)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_workers(
+                begun, {}, wanting(workers=1, gpus="no"), tmp_path, lambda item: os.kill(os.getpid(), signal.SIGINT)
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    nothing_reserved()
+
+
 @pytest.mark.parametrize("by", ["its node", "its job"])
 def test_copies_lie_where_the_environment_of_node_or_job_says(nodes, tmp_path, by):
     """Not where the driver's own would have them: that process's environment does not reach other machines."""

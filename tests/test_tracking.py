@@ -5,8 +5,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,6 +284,66 @@ def test_a_restarted_worker_delivers_what_a_killed_one_kept(uri, tmp_path):
     driver.end("FINISHED")
     assert history(uri, driver.run_id, "loss") == [(1, 0.5), (2, 0.4)]
     assert math.isnan(history(uri, driver.run_id, "odd")[0][1]) and history(uri, driver.run_id, "large")[0][1] < -1e300
+
+
+class Slow:
+    """A server that takes a moment for what is told last, and is away if it is told so."""
+
+    def __init__(self, away=False):
+        self.away, self.asked, self.goes_on, self.told = away, threading.Event(), threading.Event(), []
+
+    def log_batch(self, run_id, metrics=(), tags=(), params=()):
+        if self.away:
+            raise ConnectionError("away")
+        if metrics[0].key.startswith("final"):
+            self.asked.set()
+            assert self.goes_on.wait(20)
+        self.told += [metric.key for metric in metrics]
+
+    def set_terminated(self, *_):
+        pass
+
+
+def test_what_a_worker_kept_is_delivered_while_other_points_are_on_their_way(tmp_path):
+    lines = [tracker._line(("loss", 1.0, 1000 + number, number)) for number in range(10)]
+    (tmp_path / tracker.PENDING_FILE).write_text("".join(lines))
+    one = Tracker("http://server", "run", tmp_path, pytest.fail)
+    one._client_made = server = Slow()
+    one.summary({f"f{number}": 1.0 for number in range(10)})
+    assert server.asked.wait(20)
+    adopt = one._adopt_pending
+    one._adopt_pending = lambda: (adopt(), server.goes_on.set())
+    one.end("FINISHED")
+    assert server.told.count("loss") == 10 and len(server.told) == 20
+    assert not (tmp_path / tracker.PENDING_FILE).exists()
+
+
+def test_an_mlflow_that_is_away_is_not_waited_for_again_and_again(tmp_path):
+    warnings = []
+    one = Tracker("http://server", "run", tmp_path, warnings.append)
+    one._client_made = Slow(away=True)
+    one.metrics(1, {"loss": 1.0})
+    assert not one.flush(20)
+    waits = []
+    one._change.wait_for = lambda ready, timeout_s=None: waits.append(ready()) or waits[-1]
+    assert not one.flush() and waits[-1], "nothing to wait for: it has refused points twice"
+    assert len(tracker._read_points(tmp_path / tracker.PENDING_FILE)) == 1 and "does not take points" in warnings[0]
+    del one._change.wait_for
+    one.closed.set()
+
+
+def test_a_decision_writes_no_stage_but_the_one_that_ended_and_the_one_that_began(tmp_path):
+    made = []
+    recorder = SimpleNamespace(child=lambda name, **given: made.append((name, given["status"], given["metrics"])))
+    line = {"seconds": 0.5, "wait_s": 0.0, "loss": 1.0, "held_out_loss": None, "phase": "train", "trained": ["b"]}
+    line |= {"backward": "exact", "shape": "2x8x8", "plan_memory_bytes": 1}
+    steps = [line | {"step": n + 1, "stage": n, "time": n + 1.0, "charged_s": n + 1.0} for n in range(30)]
+    for stages_ in range(1, 31):
+        stages.log(recorder, steps[:stages_], newest=2)
+    assert len(made) == 59 and [name for name, *_ in made[-2:]] == ["stage 29", "stage 30"]
+    (_, _, ended), (_, status, begun) = made[-2:]
+    assert {name: value for name, value, *_ in ended}["stage/seconds"] == 1.0
+    assert status == "RUNNING" and not begun
 
 
 def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):

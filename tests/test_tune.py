@@ -10,9 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.tune import loguniform
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
@@ -21,10 +25,11 @@ from entprog.errors import UserError
 from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.families import TINY
+from helpers.networks import tiny_experiment
 from helpers.people import two_people
 from pipelines import train, tune
 from pipelines.cluster import launch
-from pipelines.sweeping import spaces, state, sweep
+from pipelines.sweeping import spaces, state, sweep, trial
 
 TRIALS = {
     "train": {"steps": None, "seconds": 6, "held_out_every": 4},
@@ -128,9 +133,40 @@ def test_mlflow_has_sweep_trials_and_stages(swept):
         assert [point.step for point in sorted(steps, key=lambda p: p.step)] == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.parametrize(
+    "objectives", [["held_out_loss"], ["held_out_loss", "peak_memory_bytes"], ["seconds_to_target"]]
+)
+def test_ray_takes_what_a_trial_reports_on_its_way(objectives):
+    settings = config.build({"trials": 2, "objectives": objectives, "target_loss": 0.5}, config.Tune)
+    search = SearchGenerator(sweep.searcher(settings, {"train.learning_rate": loguniform(1e-5, 1e-3)}, {}, 1))
+    controller = SimpleNamespace(_metric=None, _scheduler_alg=sweep.scheduler(settings), _search_alg=search)
+    reported = []
+
+    def report(tick):
+        TuneController._validate_result_metrics(controller, tick)
+        reported.append(tick)
+
+    trial.heard(settings, report)({"tick": 1, "held_out_loss": 1.0, "charged_s": 1.0, "training_iteration": 1})
+    assert len(reported) == (len(objectives) == 1 and objectives[0] == "held_out_loss")
+
+
+def test_checkpoints_of_trainings_that_ended_are_gone_wherever_they_lay(tmp_path):
+    """Each training has a folder of its own there, with the settings of the bucket."""
+    there = tmp_path / "checkpoints"
+    experiment = tiny_experiment(train={"checkpoints": str(there)})
+    place = tmp_path / "trials" / "abc" / "seed-1"
+    assert trial.checkpoints(experiment, place) == f"{there}/abc/seed-1"
+    for folder in (there / "abc" / "seed-1", there / "abc" / "seed-2"):
+        (folder / "step-00000001").mkdir(parents=True)
+    trial.remove_checkpoints(place, experiment)
+    assert [folder.name for folder in (there / "abc").iterdir()] == ["seed-2"]
+    away = tiny_experiment(train={"checkpoints": "s3://b/ck?region=x"})
+    assert trial.checkpoints(away, place) == "s3://b/ck/abc/seed-1?region=x"
+
+
 @pytest.mark.slow
 def test_seeds_objectives_and_chance(place):
-    over = {"trials": 2, "search": "random", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
+    over = {"trials": 2, "search": "optuna", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
     plain = wanted(place, tune=over, train={"seconds": 3}, schedule={"kind": "full"})
     result = tune.run(plain, spaces.read(str(place / "mine.yaml")), place / "seeds")
     for row in result["trials"]:

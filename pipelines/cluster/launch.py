@@ -289,6 +289,8 @@ def _attempt(
     try:
         with _polling(workers):
             trainer.fit()
+    except SystemExit:  # how Ray Train ends a process that is told to stop
+        raise KeyboardInterrupt from None
     except Exception as error:
         return error
     finally:

@@ -4,6 +4,7 @@ token nor replace its sockets."""
 import os
 import secrets
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,7 +21,9 @@ def closed() -> Iterator[dict[str, str]]:
     Raises UserError where the token or Ray's folder cannot be kept from other users.
     """
     token()
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), f"entprog-{os.getuid()}")
+    # Names of sockets are short, and macOS' own folder for temporary files has a long one.
+    place = "/tmp" if sys.platform == "darwin" else tempfile.gettempdir()
+    folder = Path(os.environ.get("RAY_TMPDIR") or place, f"entprog-{os.getuid()}")
     _own(folder, 0o700, "name a folder of yours in RAY_TMPDIR")
     with ray_internals.on_loopback():
         yield {"_temp_dir": str(folder / "ray")}  # in a folder of ours: Ray opens its own to everyone

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from entprog.masking import one_line
 from pipelines.cluster import ray_internals
 
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
@@ -34,8 +35,9 @@ class Board:
 
     async def _watch(self) -> None:
         while True:
-            if self.nodes & await asyncio.to_thread(ray_internals.draining_nodes):
-                await self.tell(MACHINE_ENDS)
+            with suppress(Exception):  # Ray's own server may not answer now, and it will be asked again
+                if self.nodes & await asyncio.to_thread(ray_internals.draining_nodes):
+                    await self.tell(MACHINE_ENDS)
             await asyncio.sleep(DRAINING_EVERY_S)
 
     async def post(self, item: dict[str, Any]) -> None:
@@ -101,7 +103,11 @@ class Listener:
                 if "step" in item:
                     self.step = max(self.step, item["step"]["step"])
                     self.begun.set()
-                self.on_item(item)
+                try:
+                    self.on_item(item)
+                except OSError as error:  # a disk or bucket that is away now; what comes after is heard
+                    with suppress(OSError):
+                        self.on_item({"warning": f"a worker's message could not be kept: {one_line(error)}"})
 
     def _listen(self) -> None:
         from ray.exceptions import RayError

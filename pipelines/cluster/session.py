@@ -47,7 +47,7 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
         except OSError as error:
             if "AF_UNIX" not in str(error):
                 raise
-            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+            folder = private["_temp_dir"]
             raise UserError(
                 f"the folder for temporary files has too long a name for Ray's sockets, which may have 107 bytes: "
                 f"{folder}; set RAY_TMPDIR to a shorter one, like /tmp"

@@ -8,6 +8,7 @@ at equal seconds, whatever the steps they took.
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,7 +89,9 @@ def run(
     record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": [], "reports": _said(folder)}
     files.write_json(folder / RECORD, record)
     ticks = Ticks(
-        experiment.train.seconds, settings.reduction**settings.rungs, partial(_reported, report, folder, record)
+        experiment.train.seconds,
+        settings.reduction**settings.rungs,
+        partial(_reported, heard(settings, report), folder, record),
     )
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
@@ -108,8 +111,7 @@ def run(
                 config.merge(experiment.model_dump(), {"train": {"seed": seed}, "tracking": {"run_name": own}})
             )
             place = folder / f"seed-{seed}"
-            if elsewhere := experiment.train.checkpoints:  # each training's own folder in it
-                kept = storage.within(elsewhere, f"{trial_id}/seed-{seed}")
+            if kept := checkpoints(experiment, place):
                 one = config.build(config.merge(one.model_dump(), {"train": {"checkpoints": kept}}))
             if number == 0:
                 ticks.resume(place)
@@ -126,7 +128,7 @@ def run(
                     f"held-out loss was not finite ({result['held_out_loss']}) after {result['steps']} steps"
                 )
             results.append(figures(result, seed, settings.target_loss))
-            storage.remove(place / "checkpoints")  # it has ended: model/ is what it came to
+            remove_checkpoints(place, experiment)  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
         last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
     except UserError as error:
@@ -146,13 +148,36 @@ def run(
     return last | {"tick": ticks.of}
 
 
+def heard(settings: config.Tune, report: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Who hears what a trial reports on its way: Ray Tune, which wants all objectives in every report, where held-out
+    loss is the only one. Others are known at a trial's end."""
+    return report if settings.objectives == ("held_out_loss",) else lambda tick: None
+
+
+def checkpoints(experiment: Experiment, place: Where) -> str | None:
+    """Where the checkpoints of one of a trial's trainings lie, where the sweep's experiment says so: each has a folder
+    of its own there. place: of the training, TRIAL/seed-N."""
+    there = experiment.train.checkpoints
+    return storage.within(there, f"{place.parent.name}/{place.name}") if there else None
+
+
+def remove_checkpoints(place: Where, experiment: Experiment) -> None:
+    """Remove those of a training that has ended; arguments as above."""
+    storage.remove(place / "checkpoints")
+    if kept := checkpoints(experiment, place):
+        storage.remove(storage.at(kept, "checkpoints"))
+
+
 def _reported(report: Callable[[dict[str, Any]], None], folder: Where, record: dict[str, Any], tick: dict[str, Any]):
     """Report a tick. The record has it beforehand: a sweep that goes on judges by it, and Tune may end the trial at
     once for a loss that is no number, of which its steps cannot say so (JSON has no word for it)."""
     said = {"held_out_loss": tick["held_out_loss"], "time": time.time()}
     record.setdefault("reports", {}).setdefault(str(tick["tick"]), said)  # what is reported again was heard of before
     diverged = {} if math.isfinite(tick["held_out_loss"]) else {"diverged": tick["charged_s"]}
-    files.write_json(folder / RECORD, record | diverged)
+    try:
+        files.write_json(folder / RECORD, record | diverged)
+    except OSError as error:  # the next report, or the trial's end, writes this one too
+        warnings.warn(f"trial {folder.name}: {RECORD} could not be written: {_reason(error)}", stacklevel=2)
     report(tick)
 
 

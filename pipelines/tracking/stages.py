@@ -10,8 +10,9 @@ Record = Mapping[str, Any]
 """A line of steps.jsonl."""
 
 
-def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING") -> None:
-    """Make or complete the runs of all stages that have begun; what is there already is not written twice.
+def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING", newest: int | None = None) -> None:
+    """Make or complete the runs of all stages that have begun, or of so many newest ones; what is there already is not
+    written twice.
 
     ended: status of the training: the last stage's, the earlier ones are over.
     """
@@ -20,15 +21,16 @@ def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING") -> No
     for number, group in enumerate(groups, 1):
         status = ended if number == len(groups) else "FINISHED"
         over = status != "RUNNING"
-        tracker.child(
-            f"stage {group[0]['stage'] + 1}",
-            tags={"entprog.kind": "stage", "entprog.stage": group[0]["stage"]},
-            params=params(group) if over else {},
-            metrics=[*points(group), *figures(group, before_s)] if over else [],
-            started_s=group[0]["time"] - group[0]["seconds"] - group[0]["wait_s"],
-            ended_s=group[-1]["time"],
-            status=status,
-        )
+        if newest is None or number > len(groups) - newest:
+            tracker.child(
+                f"stage {group[0]['stage'] + 1}",
+                tags={"entprog.kind": "stage", "entprog.stage": group[0]["stage"]},
+                params=params(group) if over else {},
+                metrics=[*points(group), *figures(group, before_s)] if over else [],
+                started_s=group[0]["time"] - group[0]["seconds"] - group[0]["wait_s"],
+                ended_s=group[-1]["time"],
+                status=status,
+            )
         before_s = group[-1]["charged_s"]
 
 

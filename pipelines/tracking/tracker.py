@@ -55,6 +55,7 @@ class Tracker:
         self._told_not_finite: set[str] = set()
         self._change = threading.Condition()
         self._hurry = self._failing = False
+        self._refused = False  # MLflow has not taken points twice in a row, nor since
         self.closed = threading.Event()
         """Set once no more points are taken."""
         self._client_made = None
@@ -149,8 +150,9 @@ class Tracker:
 
         def write(client):
             mine = client.get_run(self.run_id).info
-            found = client.search_runs([mine.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
-            run = next((run for run in found if run.info.run_name == name), None)
+            mark = '"' if "'" in name else "'"
+            called = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.run_name = {mark}{name}{mark}"
+            run = next(iter(client.search_runs([mine.experiment_id], called)), None)
             started_ms, ended_ms = int(started_s * 1000), int(ended_s * 1000)
             ends = (None,) if status == "RUNNING" else (None, ended_ms)
             if run and (run.info.start_time != started_ms or run.info.end_time not in ends):
@@ -183,12 +185,13 @@ class Tracker:
         self._patiently(upload, f"artifact {path} was not uploaded")
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        """Deliver what is waiting; whether all was. What was not is safe in OUTPUT/mlflow_pending.jsonl."""
+        """Deliver what is waiting; whether all was. What was not is safe in OUTPUT/mlflow_pending.jsonl. An MLflow that
+        takes no points at the moment is not waited for."""
         with self._change:
             if not self.closed.is_set():
                 self._hurry = True
                 self._change.notify_all()
-                self._change.wait_for(lambda: not self._points, timeout_s)
+                self._change.wait_for(lambda: not self._points or self._refused, timeout_s)
                 self._hurry = False
             self._keep_pending()
             return not self._points
@@ -197,6 +200,8 @@ class Tracker:
         """Deliver everything, or warn where it is kept. Safe to call twice."""
         if self.closed.is_set():
             return
+        with self._change:
+            self._refused = False  # once more
         delivered = self.flush(timeout_s)
         with self._change:
             self.closed.set()
@@ -294,11 +299,16 @@ class Tracker:
             except Exception as error:  # as in _patiently
                 failures += 1
                 if failures == 2:  # once may be a busy SQLite file
+                    with self._change:
+                        self._refused = True
+                        self._change.notify_all()
+                if failures == 2:  # once may be a busy SQLite file
                     self._warn(f"MLflow does not take points, training goes on: {reason(error, self.uri)}")
                 time.sleep(0.5)
                 continue
             failures = 0
             with self._change:
+                self._refused = False
                 del self._points[: len(batch)]
                 if not self._points and self._kept:
                     with contextlib.suppress(OSError):  # delivered once more they change nothing
@@ -325,7 +335,7 @@ class Tracker:
             return
         if left:
             with self._change:
-                self._points = [*left, *self._points]
+                self._points += left  # behind: points at the front may be on their way
                 self._kept = True
             self._wake()
 
