@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entprog import config, models
@@ -85,8 +85,8 @@ def _load_rank(rank, world, folder, given, replicas):
 
 @pytest.mark.parametrize(("world", "replicas", "names"), [(3, 1, NAMES), (4, 2, ["wan"])])
 def test_a_network_that_is_loaded_in_parts_has_the_bits_of_one_that_is_loaded_whole(tmp_path, world, replicas, names):
-    """Bases of every family, their input layers widened; with several files, in half precision, with an adapter; new
-    networks."""
+    """Bases of every family, their input layers widened; with several files, in half precision, with weights that
+    diffusers passes over, with an adapter; new networks."""
     cases = {f"new {name}": settings(name) for name in names if name in MADE}
     for name in names:
         folder = tmp_path / name
@@ -97,6 +97,11 @@ def test_a_network_that_is_loaded_in_parts_has_the_bits_of_one_that_is_loaded_wh
         network.save_pretrained(tmp_path / str(half), max_shard_size="20KB")
         assert len(list((tmp_path / str(half)).glob("*.safetensors"))) > 2
         cases[str(half)] = settings("wan", init={}, base=str(tmp_path / str(half)))
+    shutil.copytree(tmp_path / "wan", tmp_path / "published")  # as Wan 2.1's image-to-video files are
+    published = tmp_path / "published" / "transformer" / "diffusion_pytorch_model.safetensors"
+    unused = {"blocks.0.attn2.norm_added_q.weight": torch.ones(8)}
+    save_file(load_file(published) | unused, published, metadata={"format": "pt"})
+    cases["published"] = settings("wan", init={}, base=str(tmp_path / "published"))
     network = load("wan", conditions=()).network
     width = network.blocks[0].attn1.to_q.in_features
     pairs = {"blocks.0.attn1.to_q": Pair(torch.randn(2, width), torch.randn(width, 2), 3.0)}

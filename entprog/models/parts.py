@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from entprog.blocks import blocks
 from entprog.distributed import fsdp
-from entprog.models import adapters, inputs
+from entprog.models import adapters, inputs, weight_files
 from entprog.storage import Place, slices
 
 
@@ -50,7 +50,8 @@ def of_base(
 
     with init_empty_weights():
         network = kind.from_config(configuration)
-    if kept != {name: tensor.shape for name, tensor in network.state_dict().items()}:
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if wanted != {name: kept.get(name) for name in wanted} or weight_files.unexpected(network, kept):
         return None
     _split(network.eval(), layer, splits, device, replicas, adapt)
     weights = {adapters.plain_name(name): tensor.detach() for name, tensor in network.state_dict().items()}

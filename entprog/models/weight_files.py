@@ -8,7 +8,7 @@ import io
 import logging as python_logging
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,15 +113,22 @@ def check_fits(network: nn.Module, found: Weights, setting: str) -> None:
                 shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     if not shapes or any(OLDER.search(name) for name in shapes):
         return
-    wanted, ignored = network.state_dict(), getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
-    unexpected = [name for name in shapes.keys() - wanted if not any(re.search(each, name) for each in ignored)]
-    _check_names(type(network), found.files[0].parent, setting, wanted.keys() - shapes, unexpected)
+    wanted = network.state_dict()
+    _check_names(type(network), found.files[0].parent, setting, wanted.keys() - shapes, unexpected(network, shapes))
     for name, tensor in wanted.items():
         if shapes[name] != list(tensor.shape):
             raise UserError(
                 f"{setting}: {name} in {found.files[0].parent} has shape {shapes[name]}, by its config.json it should "
                 f"have {list(tensor.shape)}: copy or fetch config.json and weights again, from one place"
             )
+
+
+def unexpected(network: nn.Module, names: Iterable[str]) -> set[str]:
+    """Which names of weights have no place in a network; without those that diffusers passes over, as of weights that
+    published files hold and nothing uses."""
+    ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+    others = set(names) - network.state_dict().keys()
+    return {name for name in others if not any(re.search(each, name) for each in ignored)}
 
 
 def _check_names(cls: type, folder: Path, setting: str, missing: Collection[str], unexpected: Collection[str]) -> None:
