@@ -13,6 +13,7 @@ from entprog.diffusion import longclips, sampling
 from entprog.diffusion.processes import Diffusion, Edm, Flow
 from entprog.diffusion.samplers import sampler, samplers
 from entprog.errors import UserError
+from entprog.models.cogvideox import CogVideoXDenoiser
 from entprog.models.wan import load
 from tests.test_wan import NETWORK
 
@@ -74,6 +75,20 @@ def test_every_sampler_ends_at_the_answer(process, name):
     torch.testing.assert_close(latents, POSE["pose"], atol=loose, rtol=0)
     again = sampling.sample(denoiser, POSE, SHAPE, how(sampler=name, steps=12), (0, 1))
     assert torch.equal(latents, again)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_samplers_of_cogvideox_walk_its_own_noise(scale):
+    """Most classes have no snr_shift_scale: with 3.0 (CogVideoX-2b) ᾱ of those would differ by up to 0.29."""
+    process = Diffusion.of({**CogVideoXDenoiser.SCHEDULER, "snr_shift_scale": scale})
+    names = samplers(process)
+    assert ("DPMSolverMultistepScheduler" in names) == (scale == 1) and "CogVideoXDDIMScheduler" in names
+    for name in names:
+        off = (sampler(process, name).alphas_cumprod - process.scheduler().alphas_cumprod).abs().max()
+        assert off < 1e-4, (name, off)
+    if scale == 3:
+        with pytest.raises(UserError, match="DPMSolverMultistepScheduler does not fit this checkpoint's noise"):
+            sampler(process, "DPMSolverMultistepScheduler")
 
 
 def test_own_sampler_spaces_steps_evenly_and_a_shift_spends_them_on_noise():

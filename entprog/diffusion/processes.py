@@ -116,19 +116,19 @@ class Diffusion:
         return cls(prediction, name, _settings(scheduler.config))
 
     def pair(self, clean, noise, t):
-        kept = self._kept.to(t.device)[self.timestep(t)]
+        kept = self.kept.to(t.device)[self.timestep(t)]
         a, s = _beside(clean, kept.sqrt()), _beside(clean, (1 - kept).sqrt())
         noisy = a * clean + s * noise
         return noisy, noise if self.prediction == "epsilon" else a * noise - s * clean
 
     def timestep(self, t):
-        return (t.double() * len(self._kept)).long().clamp(0, len(self._kept) - 1)
+        return (t.double() * len(self.kept)).long().clamp(0, len(self.kept) - 1)
 
     def t(self, timestep):
-        return (timestep + 0.5) / len(self._kept)
+        return (timestep + 0.5) / len(self.kept)
 
     def min_snr(self, t, most):
-        kept = self._kept.to(t.device)[self.timestep(t)]
+        kept = self.kept.to(t.device)[self.timestep(t)]
         return _min_snr(kept / (1 - kept), most, self.prediction)
 
     def scheduler(self, shift=None):
@@ -136,7 +136,7 @@ class Diffusion:
         return getattr(diffusers, self.name).from_config(self.configuration)
 
     @cached_property
-    def _kept(self) -> torch.Tensor:
+    def kept(self) -> torch.Tensor:
         """ᾱ of every step, float64 [N]."""
         return self.scheduler().alphas_cumprod.double()
 

@@ -3,7 +3,8 @@
 A scheduler fits when its sample is what the network was trained on, and its model output what the network predicts:
 
     Flow        FlowMatchEuler and FlowMatchHeun, and solvers that take `use_flow_sigmas` (UniPC, DPM-Solver++, DEIS …)
-    Diffusion   those that diffusers itself counts as compatible with the checkpoint's, built on its configuration
+    Diffusion   those that diffusers itself counts as compatible with the checkpoint's, if what they take of its
+                configuration leads to the same ᾱ
     Edm         Euler, and EDM's own with σ_data = 1
 """
 
@@ -23,6 +24,8 @@ from entprog.errors import UserError
 
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDM_SAMPLERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler")
+KEPT_WITHIN = 1e-4
+"""Most by which a scheduler's ᾱ may differ from its process's."""
 
 
 def sampler(process: Process, name: str | None, shift: float | None = None) -> SchedulerMixin:
@@ -61,7 +64,7 @@ def _fits(process: Process, kind: Any) -> bool:
         return kind.__name__ in EDM_SAMPLERS
     if isinstance(process, Diffusion):
         own = process.scheduler()
-        return kind in (type(own), *own.compatibles) and hasattr(_build(process, kind), "alphas_cumprod")
+        return kind in (type(own), *own.compatibles) and _keeps(_build(process, kind), process.kept)
     if kind.__name__ in FLOW_MATCHING:
         return True
     return "use_flow_sigmas" in _parameters(kind.__init__) and _ends_clean(_build(process, kind))
@@ -79,6 +82,13 @@ def _build(process: Process, kind: type[SchedulerMixin], shift: float | None = N
     if kind.__name__ in FLOW_MATCHING:
         return kind(shift=shift)
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _keeps(scheduler: SchedulerMixin, kept: torch.Tensor) -> bool:
+    """Whether its ᾱ are those of a process: a class that lacks entries of the configuration (CogVideoX'
+    `snr_shift_scale`, `rescale_betas_zero_snr`) walks another one. Some lift an ᾱ of 0 by less than KEPT_WITHIN."""
+    found = getattr(scheduler, "alphas_cumprod", None)
+    return found is not None and found.shape == kept.shape and bool((found - kept).abs().max() <= KEPT_WITHIN)
 
 
 def _ends_clean(scheduler: SchedulerMixin) -> bool:
