@@ -33,7 +33,7 @@ from pipelines import cli, train, tune
 from pipelines.cluster import joining, launch, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
 from pipelines.preparing import latents
-from pipelines.stream import feed
+from pipelines.stream import decoding, feed
 from pipelines.sweeping import sweep, trial
 
 MIB = 2**20
@@ -272,6 +272,10 @@ def test_clips_are_decoded_away_from_who_trains_and_by_others_when_those_nodes_d
     nodes.are(3)
     rows = [real_clips.row("cam01", "train", 0.1 * i, CLIPS) for i in range(8)]
     dataset = real_clips.write(tmp_path_factory.mktemp("shards"), {"train": [rows], "held_out": []}, CLIPS)
+    said = decoding.outlook(wanting(workers=2, gpus="yes"), dataset, decoding.nodes_there())
+    assert re.search(r"on the 2 node\(s\) without GPUs that are there now; .*clips/s \(measured\), 4 of them", said), (
+        said
+    )
     mine = ray.get_runtime_context().get_node_id()
     (node,) = (each["NodeID"] for each in ray.nodes() if each["Alive"] and each["NodeID"] != mine)
     original = feed._task

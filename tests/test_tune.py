@@ -209,6 +209,7 @@ def _walk_a_grid(place, output):
     sweep_run = client.get_run(result["mlflow_run_id"])
     (run,) = client.search_runs([sweep_run.info.experiment_id], f"tags.`entprog.trial` = '{rows[1e30]['id']}'")
     assert run.info.status == "FAILED"
+    assert run.data.params["data.decode"] == "worker", "what one trial leaves free is another's"
 
 
 @pytest.mark.parametrize(
