@@ -1,6 +1,7 @@
 """From noise to a clip: every sampler on a network that knows the answer, and on real tiny ones."""
 
 import itertools
+import json
 from contextlib import nullcontext
 
 import diffusers
@@ -89,6 +90,22 @@ def test_samplers_of_cogvideox_walk_its_own_noise(scale):
     if scale == 3:
         with pytest.raises(UserError, match="DPMSolverMultistepScheduler does not fit this checkpoint's noise"):
             sampler(process, "DPMSolverMultistepScheduler")
+
+
+def test_a_base_with_cogvideox_dpm_is_sampled_by_its_ddim(tmp_path):
+    """CogVideoX-5b's own scheduler, whose steps take what the step before it predicted too."""
+    given = {**CogVideoXDenoiser.SCHEDULER, "_class_name": "CogVideoXDPMScheduler", "rescale_betas_zero_snr": False}
+    process = Diffusion.of(given)
+    published = diffusers.CogVideoXDPMScheduler.from_config(given)
+    assert torch.equal(process.scheduler().alphas_cumprod, published.alphas_cumprod)
+    latents = sampling.sample(Knowing(process), POSE, SHAPE, how(steps=12), (0, 1))
+    torch.testing.assert_close(latents, POSE["pose"], atol=0.1, rtol=0)
+    process.scheduler().save_pretrained(tmp_path)
+    again = Diffusion.of(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    assert again == process
+    # Plain diffusers reads it as either.
+    for kind in (diffusers.CogVideoXDDIMScheduler, diffusers.CogVideoXDPMScheduler):
+        assert torch.equal(kind.from_pretrained(tmp_path).alphas_cumprod, published.alphas_cumprod)
 
 
 def test_own_sampler_spaces_steps_evenly_and_a_shift_spends_them_on_noise():

@@ -25,6 +25,9 @@ from entprog.errors import UserError
 
 CLASS = "_class_name"
 """Entry of a scheduler's configuration that names its class."""
+STEPS_PLAINLY = {"CogVideoXDPMScheduler": "CogVideoXDDIMScheduler"}
+"""Scheduler whose steps take more than a prediction, its timestep and the sample → one that takes no more and has the
+same entries and ᾱ."""
 
 
 class Process(Protocol):
@@ -105,6 +108,7 @@ class Diffusion:
     def of(cls, configuration: Mapping[str, Any]) -> "Diffusion":
         """The process that a scheduler's configuration describes. Raises UserError if it is of another kind."""
         name = configuration.get(CLASS, "")
+        name = STEPS_PLAINLY.get(name, name)
         kind = getattr(diffusers, name, None)
         known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
         scheduler = kind.from_config(_settings(configuration)) if known else None
