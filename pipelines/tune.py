@@ -258,7 +258,9 @@ def run(
         rows = [_row(output, name, status) for name, status in statuses.items()]
         for row in rows:
             if _cut_short(folder := trial.folder_of(output, row["id"])):
-                _close(folder, experiment)
+                _close(folder, row)
+            for place in _trainings(folder):  # nobody goes on from them, however the trial ended
+                trial.remove_checkpoints(place, experiment)
         if not any(row["status"] == "finished" for row in rows):
             reasons = [row["reason"] for row in rows if row.get("reason")]
             raise RuntimeError(f"no trial finished; the first one's reason: {(reasons or ['unknown'])[0]}")
@@ -338,19 +340,19 @@ def _cut_short(folder: Where) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "running"
 
 
-def _close(folder: Where, experiment: config.Experiment) -> None:
-    """End the MLflow runs of a trial that was cut short; its checkpoints are of no more use. experiment: the
-    sweep's."""
+def _close(folder: Where, row: Mapping[str, Any]) -> None:
+    """End the MLflow runs of a trial that was cut short. row: what `_row` says of it."""
+    failed = row["status"] == "failed"
+    how = row["reason"] if failed else "stopped early: not among the best at equal seconds"
+    ended = "FAILED" if failed else "KILLED"
     for place in [*_trainings(folder), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
         known = json.loads((place / RUN_FILE).read_text())
         tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": storage.address(place)})
-        stages.log(tracker, steplog.steps_of(place), "KILLED")
-        tracker.tags({"entprog.ended": "stopped early: not among the best at equal seconds"})
-        tracker.end("KILLED")
-        if place != folder:  # the trial's own run holds those of its trainings
-            trial.remove_checkpoints(place, experiment)
+        stages.log(tracker, steplog.steps_of(place), ended)
+        tracker.tags({"entprog.ended": how})
+        tracker.end(ended)
 
 
 # ---- what it leaves ----
