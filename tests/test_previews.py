@@ -115,7 +115,7 @@ def shown(folder):
         (("psnrr",), r"train.preview_metrics: no metric 'psnrr' .did you mean psnr"),
         (("fvd",), r"train.preview_metrics: metric fvd needs clips of|is of a set of clips"),
         (("frechet_efficientnet_lite0",), "is of a set of clips, not of a few: evaluate measures it"),
-        (("ms_ssim",), "metric ms_ssim needs frames of 161 pixels a side"),
+        (("ms_ssim",), "metric ms_ssim needs frames of 176 pixels a side"),
         (("hand_distance",), "metric hand_distance needs wanted poses of 133 points"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torchmetrics.functional.image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
@@ -74,6 +75,35 @@ def test_equal_clips_have_perfect_figures(same):
     assert same["frechet_efficientnet_lite0"] == pytest.approx(0, abs=1e-6)
     assert same["frechet_transnetv2"] == pytest.approx(0, abs=1e-6)
     assert 0.5 < same["identity"] < 1 and 0.5 < same["temporal"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("psnr", "peak_signal_noise_ratio"),
+        ("ssim", "structural_similarity_index_measure"),
+        ("ms_ssim", "multiscale_structural_similarity_index_measure"),
+    ],
+)
+def test_likeness_is_measured_frame_by_frame_and_is_that_of_the_whole_clip(name, function, monkeypatch):
+    """A frame of 832x480 takes 2 GB in torchmetrics' convolution: a whole clip's would not fit a host."""
+    own, seen = getattr(torchmetrics.functional.image, function), []
+    monkeypatch.setattr(
+        torchmetrics.functional.image, function, lambda *given, **how: seen.append(len(given[0])) or own(*given, **how)
+    )
+    generator = np.random.default_rng(0)
+    truth = generator.integers(0, 256, (2, pictures.MS_SSIM_SIDE, 180, 3), dtype=np.uint8)
+    noise = np.array([10, 60])[:, None, None, None] * generator.standard_normal(truth.shape)
+    result = (truth + noise).clip(0, 255).astype(np.uint8)
+    value = Meter([name], Evaluate()).measure(result, truth, truth[0], np.zeros((2, 33, 3))).values[name]
+    assert seen == [1, 1]
+    whole = [torch.from_numpy(clip).permute(0, 3, 1, 2).double() / 255 for clip in (result, truth)]
+    how = {"dim": (1, 2, 3)} if name == "psnr" else {}
+    each = own(*whole, data_range=1.0, reduction="none", **how).clamp(max=pictures.PSNR_LIMIT)
+    assert value == pytest.approx(float(each.mean()), abs=1e-9) and each[0] > each[1]
+    if name == "ms_ssim":
+        with pytest.raises(ValueError, match="height must be larger"):
+            pictures.ms_ssim(*(torch.zeros(1, 3, pictures.MS_SSIM_SIDE - 1, 180) for _ in range(2)))
 
 
 def test_noise_worsens_what_looks_at_pixels(meter, clips, same):

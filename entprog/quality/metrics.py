@@ -118,7 +118,7 @@ class Meter:
     """
 
     def __init__(self, names: Sequence[str], settings: Evaluate, device: str | torch.device = "cpu"):
-        self._names, self._settings = tuple(names), settings
+        self._names, self._settings, self._device = tuple(names), settings, torch.device(device)
         wanted = dict.fromkeys(METRICS[name].network for name in names)
         self.networks = {n: networks.load(n, settings, device) for n in wanted if n in networks.NETWORKS}
         self._sees_poses = "blazepose" in wanted
@@ -158,7 +158,7 @@ class Meter:
             if metric.of == "set":
                 sets[name] = (seen(metric.network, "real"), seen(metric.network, "made"))
             elif metric.network is None:
-                values[name] = getattr(pictures, name)(made, real)
+                values[name] = getattr(pictures, name)(made.to(self._device), real.to(self._device))
             elif name in ("stlpips", "lpips"):
                 values[name] = float(self.networks[metric.network].judge(made, real).mean())
             elif name == "identity":
