@@ -332,7 +332,7 @@ def run(job, *words):
 
 @pytest.mark.parametrize("job", [train, score, tune])
 def test_dry_runs_read_the_bucket(job, bucket, tmp_path):
-    words = ["--space", "cei", "--seconds", "9"] if job is tune else ["--set", "train.steps=2"]
+    words = ["--space", "optimizer", "--seconds", "9"] if job is tune else ["--set", "train.steps=2"]
     code, said = run(job, "--shards", bucket, *MODEL, *words, "--dry-run")
     assert code == 0 and "endpoint_override" not in said, said
     assert not list(tmp_path.iterdir())

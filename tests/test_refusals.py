@@ -16,6 +16,7 @@ from helpers.commands import SETTINGS
 from helpers.people import CLIPS
 from pipelines import adapter, prepare, status, train
 from pipelines.cluster import launch, session
+from pipelines.stream import decoding
 
 WIDE = {"COLUMNS": "400"}
 
@@ -159,6 +160,7 @@ def test_addresses_that_cannot_be_ones(dry_run, given, tmp_path, monkeypatch):
 
 def test_a_gpu_that_is_not_here_is_noted(given, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(decoding, "nodes_there", lambda: None)  # no cluster answers at that address
     command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", "--dry-run"]
     for address, noted in (("", True), ("127.0.0.1:6379", False)):
         monkeypatch.setenv("RAY_ADDRESS", address)
