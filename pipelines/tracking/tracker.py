@@ -302,7 +302,6 @@ class Tracker:
                     with self._change:
                         self._refused = True
                         self._change.notify_all()
-                if failures == 2:  # once may be a busy SQLite file
                     self._warn(f"MLflow does not take points, training goes on: {reason(error, self.uri)}")
                 time.sleep(0.5)
                 continue
