@@ -280,9 +280,8 @@ def test_both_experts_of_a_base_in_a_bucket_are_trained_into_one(s3, command, fe
     words = ("--config", tmp_path / "both.yaml", "--shards", few, "--base", base, "--output", output)
     killed(words, 6)
     said = run(train, *words)
-    assert (
-        said.count("Already finished: s3://runs/both/high") == 1 and "Resumed from the checkpoint after step 2" in said
-    )
+    assert said.count("Already finished: s3://runs/both/high") == 1
+    assert re.search("Resumed from the checkpoint after step [23]", said), "the last may be written before the kill"
     place = storage.Place.at(output)
     assert place.read_json("result.json")["model"] == "s3://runs/both/low/model"
     assert [steps_in(place / phase) for phase in ("high", "low")] == [[1, 2, 3]] * 2

@@ -22,6 +22,8 @@ _MANY = 18
 _COLUMNS = 4  # every fourth is enough to tell, and a fourth of the cost
 _STEADY = 3.0
 """Frames between two motions of which one is so many times the other's (a cut, a repeated frame) are passed over."""
+_STILL = 0.2
+"""Levels of 255 by which a frame differs from the next on average where only a coder refines a still picture."""
 
 
 class _Line(NamedTuple):
@@ -70,7 +72,7 @@ def _moving(frames: Iterable[av.VideoFrame]) -> Iterator[_Line]:
         if len(last) == 3:
             before, own, after = last
             came, goes = np.abs(own - before).mean(), np.abs(after - own).mean()
-            if came < _STEADY * goes and goes < _STEADY * came:
+            if min(came, goes) > _STILL and came < _STEADY * goes and goes < _STEADY * came:
                 yield _Line(_standing_out(own, own), _standing_out(own, before), _standing_out(own, after))
 
 
