@@ -37,6 +37,8 @@ from pipelines.stream import decoding, feed
 from pipelines.sweeping import sweep, trial
 
 MIB = 2**20
+CPU, GPU = {"CPU": 1}, {"GPU": 1}
+"""What a worker takes."""
 
 
 pytestmark = pytest.mark.timeout(300)
@@ -386,23 +388,23 @@ def test_a_cluster_that_starts_is_waited_for_until_it_has_settled(nodes, monkeyp
     monkeypatch.setattr(room, "SETTLE_S", 1.0)
     monkeypatch.setattr(room, "REMIND_S", 1.0)
     nodes.are(1)
-    came, message = waited_for(nodes, 1, 3, False, settle_s=60.0, joins=[{"cpus": 2}])
+    came, message = waited_for(nodes, 1, 3, CPU, settle_s=60.0, joins=[{"cpus": 2}])
     assert came == 3
     here = r"there is room for {} of 3 workers \(1 CPU each, 1 CPU for decoding\), train.min_workers=1: "
     assert re.fullmatch(here.format(1) + r"waiting for nodes since \d\d:\d\d:\d\d", message[0])
     assert all(re.fullmatch(here.format("[12]") + r"waiting .*, for \d+ min", line) for line in message[1:-1])
     assert re.fullmatch(here.format(3) + "going on", message[-1])
     message.clear()
-    assert room.workers(3, 3, False, message.append) == 3
-    assert room.workers(1, 9, False, message.append, settle_s=0.5) == 3, "settled: there is no more"
-    came, message = waited_for(nodes, 2, 2, True, joins=[{"cpus": 3, "num_gpus": 2}])
+    assert room.workers(3, 3, CPU, message.append) == 3
+    assert room.workers(1, 9, CPU, message.append, settle_s=0.5) == 3, "settled: there is no more"
+    came, message = waited_for(nodes, 2, 2, GPU, joins=[{"cpus": 3, "num_gpus": 2}])
     here = "there is room for 0 of 2 workers (1 GPU each, 1 CPU for decoding): waiting for nodes since"
     assert came == 2 and message[0].startswith(here)
     assert launch.gpus_there("auto", "latents.gpus", message.append) == 2
     with pytest.raises(KeyboardInterrupt):
         stop = threading.Event()
         stop.set()
-        room.workers(99, 99, False, message.append, stop=stop)
+        room.workers(99, 99, CPU, message.append, stop=stop)
 
 
 def test_who_waits_holds_nothing_that_others_could_use(nodes, monkeypatch):
@@ -411,13 +413,13 @@ def test_who_waits_holds_nothing_that_others_could_use(nodes, monkeypatch):
     nodes.are(4)
     stop, message = threading.Event(), []
     with ThreadPoolExecutor(2) as pool:
-        larger = pool.submit(room.workers, 8, 8, False, message.append, stop=stop)
+        larger = pool.submit(room.workers, 8, 8, CPU, message.append, stop=stop)
         try:
             while not message:
                 time.sleep(0.1)
             assert "waiting for nodes" in message[0] and not larger.done()
             for _ in range(2):
-                assert pool.submit(room.workers, 3, 3, False, lambda line: None).result(30) == 3
+                assert pool.submit(room.workers, 3, 3, CPU, lambda line: None).result(30) == 3
         finally:
             stop.set()
         with pytest.raises(KeyboardInterrupt):
@@ -431,12 +433,12 @@ def test_gpus_whose_machine_has_no_cpu_free_are_used_and_grown_into(nodes, monke
     nodes.are(1)
     nodes.add(0, num_gpus=2)
     say = [].append
-    assert room.workers(2, 2, True, say) == 2 and room.workers(1, 3, True, say, settle_s=0.5) == 2
+    assert room.workers(2, 2, GPU, say) == 2 and room.workers(1, 3, GPU, say, settle_s=0.5) == 2
 
     def told_to_grow(within_s):
         begun, grow = threading.Event(), threading.Event()
         begun.set()
-        with room.growing(1, True, begun, 0.0, grow.set):
+        with room.growing(1, GPU, begun, 0.0, grow.set):
             return grow.wait(within_s)
 
     assert told_to_grow(30)
@@ -446,7 +448,7 @@ def test_gpus_whose_machine_has_no_cpu_free_are_used_and_grown_into(nodes, monke
         assert held.wait(30) and not told_to_grow(2)
         stop = threading.Event()
         with pytest.raises(KeyboardInterrupt):
-            room.workers(1, 1, True, lambda line: stop.set(), stop=stop)
+            room.workers(1, 1, GPU, lambda line: stop.set(), stop=stop)
     finally:
         ray_internals.remove_placement_group(held.id.hex())
 
@@ -516,7 +518,7 @@ def test_what_a_trial_asked_for_does_not_outlive_its_process(nodes, tmp_path, mo
 
     class Trial:
         def wait(self, run):
-            room.workers(8, 9, False, print, run=run)
+            room.workers(8, 9, CPU, print, run=run)
 
     lost, other = (ray.remote(num_cpus=0)(Trial).remote() for _ in range(2))
     runs = [tmp_path / "trials" / name / "seed-0" / "ray" for name in ("1", "11")]
@@ -713,12 +715,17 @@ def test_what_ray_does_not_promise_still_works(nodes):
 @pytest.mark.slow
 def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     """A node goes and another comes: fewer workers take more batches each, and an update sees the same clips. On two
-    CPUs, one of them the head's, there is room for one worker: the other CPU decodes."""
+    CPUs, one of them the head's, there is room for one worker: the other CPU decodes. What a worker's threads decode
+    with is kept for it."""
     folder, _ = place
     plain = {"schedule": {"kind": "full"}, "train": {"steps": 200, "checkpoint_every": 5}}
     one = config.merge(plain, {"train": {"workers": 1, "accumulate": 2, "steps": 40}})
+    one["data"] = {"decode": "worker", "decode_cpus": 3}
     nodes.are(4, 1)
-    alone, _ = run("alone", **one)
+    held = []
+    alone, _ = run("alone", lambda item: held.append(reserved()) if "step" in item else None, **one)
+    (group,) = held[0]
+    assert list(group["bundles"].values()) == [{"CPU": 3}] and alone["decode_cpus"] == 3, "and a CPU reads"
     watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(4)))
     result, message = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
     worlds = [item["workers"] for item in message if "workers" in item]

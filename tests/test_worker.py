@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import pipelines
+from entprog import config
 from entprog.errors import UserError
 from entprog.models import folders
 from entprog.models.finite import not_finite_in
@@ -219,6 +220,23 @@ def node(address, **more):
 )
 def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsewhere):
     assert launch.elsewhere(nodes, "1", resource, needed=2) is elsewhere
+
+
+@pytest.mark.parametrize(
+    ("data", "gpus", "each"),
+    [
+        ({}, False, {"CPU": 1}),
+        ({}, True, {"GPU": 1}),
+        ({"decode_cpus": 1}, True, {"GPU": 1}),
+        ({"decode_cpus": 0.5}, False, {"CPU": 1}),
+        ({"decode_cpus": 8}, True, {"GPU": 1, "CPU": 7}),
+        ({"decode_cpus": 2.5}, False, {"CPU": 2.5}),
+        ({"decode_cpus": 8, "decode": "cluster"}, True, {"GPU": 1}),
+    ],
+)
+def test_what_threads_decode_with_is_reserved_where_it_is_said(data, gpus, each):
+    """A CPU of it for the tasks that read; tasks that decode hold their own."""
+    assert launch.each_worker(config.build({"data": data, "train": {"steps": 1}}), gpus) == each
 
 
 def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):

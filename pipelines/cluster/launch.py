@@ -1,6 +1,7 @@
 """Run one function on a group of Ray Train workers, with the terminal kept informed."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from entprog.masking import masked
 from entprog.storage import Place, Where, remove
 from pipelines.cluster import failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
-from pipelines.cluster.room import CPUS_FOR_DATA
+from pipelines.cluster.room import CPUS_FOR_DATA, Bundle
 from pipelines.tracking.store import is_file, tracking_uri
 
 LOCAL_CPUS = 4
@@ -81,17 +82,30 @@ def use_gpus(experiment: Experiment) -> bool:
     name = "train.min_workers" if train.min_workers else "train.workers"
     gpus, cpus = most("GPU"), most("CPU")
     wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
-    needed = sum(int(bundle.get("CPU", 0)) for bundle in room.bundles(workers, wanted))
+    needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each_worker(experiment, wanted))))
     if wanted and gpus < workers and not grows:
         raise UserError(
             f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
         )
     if cpus < needed and not grows:
+        lower = f"{name} or data.decode_cpus" if experiment.data.decode_cpus else name
         raise UserError(
             f"{name}={workers} needs {needed} CPUs ({needed - CPUS_FOR_DATA} for the workers, {CPUS_FOR_DATA} for "
-            f"decoding), the cluster has {cpus}: lower {name} or join a larger cluster"
+            f"decoding), the cluster has {cpus}: lower {lower} or join a larger cluster"
         )
     return wanted
+
+
+def each_worker(experiment: Experiment, gpus: bool) -> Bundle:
+    """What Ray reserves for each worker: a GPU or a CPU, and the CPUs of its decoding where it is said how many.
+
+    Of them one is left to the tasks that read what is decoded. Where Ray Data's tasks decode they hold their own.
+    """
+    data = experiment.data
+    decoding = max((data.decode_cpus or 0) - CPUS_FOR_DATA, 0) if data.decode != "cluster" else 0
+    if not gpus:
+        return {"CPU": 1 + decoding}
+    return {"GPU": 1} | ({"CPU": decoding} if decoding else {})
 
 
 def gpus_there(asked: Asked, setting: str, say: Callable[[str], None], cpus: int = 1) -> int:
@@ -200,7 +214,7 @@ def run_workers(
     workers save a checkpoint, and raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own
     reason in one line.
     """
-    gpus = use_gpus(experiment)
+    each = each_worker(experiment, use_gpus(experiment))
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)
@@ -216,11 +230,11 @@ def run_workers(
     try:
         with _stopping(listener) as stop:
             while True:
-                workers = room.workers(least, train.workers, gpus, say, settle_s=settle_s, stop=stop, run=run)
+                workers = room.workers(least, train.workers, each, say, settle_s=settle_s, stop=stop, run=run)
                 settle_s = room.SETTLE_S
-                with _leaving_nothing_reserved(), _growing(listener, train, workers, gpus, run):
+                with _leaving_nothing_reserved(), _growing(listener, train, workers, each, run):
                     boarded = {**settings, "board": listener.board}
-                    failure = _attempt(worker, boarded, experiment, workers, gpus, storage)
+                    failure = _attempt(worker, boarded, experiment, workers, each, storage)
                 listener.read()
                 last = listener.last
                 if last.pop("grows", None) is not None:
@@ -251,7 +265,7 @@ def run_workers(
 
 
 @contextmanager
-def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Where):
+def _growing(listener: Listener, train: Train, workers: int, each: Bundle, run: Where):
     """A group that is smaller than it should be is told when it can grow."""
     import ray
 
@@ -261,12 +275,12 @@ def _growing(listener: Listener, train: Train, workers: int, gpus: bool, run: Wh
     def grow() -> None:
         listener.board.tell.remote(GROWS)
 
-    with room.growing(train.workers - workers, gpus, listener.begun, train.resize_every_s, grow, run):
+    with room.growing(train.workers - workers, each, listener.begun, train.resize_every_s, grow, run):
         yield
 
 
 def _attempt(
-    worker, settings: dict[str, Any], experiment: Experiment, workers: int, gpus: bool, storage: Where
+    worker, settings: dict[str, Any], experiment: Experiment, workers: int, each: Bundle, storage: Where
 ) -> Exception | None:
     """One group of workers from its start to its end; why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -276,8 +290,8 @@ def _attempt(
     trainer = ray_internals.torch_trainer()(
         worker,
         train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
-        torch_config=ray_internals.torch_config("nccl" if gpus else "gloo", prepare=stopping.listen),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+        torch_config=ray_internals.torch_config("nccl" if "GPU" in each else "gloo", prepare=stopping.listen),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
             # A name of its own: Ray must not look for state under it; we resume from our own checkpoints.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",

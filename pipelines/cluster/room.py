@@ -27,16 +27,16 @@ Bundle = dict[str, float]
 """Resources on one node, by name."""
 
 
-def bundles(workers: int, gpus: bool) -> list[Bundle]:
+def bundles(workers: int, each: Bundle) -> list[Bundle]:
     """What must be free for some workers, each bundle on whatever node: CPUs for Ray Data, then what Ray Train reserves
-    for each worker."""
-    return [{"CPU": CPUS_FOR_DATA}, *[{"GPU": 1} if gpus else {"CPU": 1}] * workers]
+    for `each` worker."""
+    return [{"CPU": CPUS_FOR_DATA}, *[each] * workers]
 
 
 def workers(
     least: int,
     most: int,
-    gpus: bool,
+    each: Bundle,
     say: Callable[[str], None],
     *,
     settle_s: float = SETTLE_S,
@@ -46,15 +46,17 @@ def workers(
     """Workers, `least` to `most`, that can be placed now beside Ray Data.
 
     Waits for the `least` as long as it takes, and for others until none has been added for `settle_s`; `say` gets a
-    line now and then. Raises KeyboardInterrupt once `stop` is set. run: the folder of the run that asks (`forget`).
+    line now and then. Raises KeyboardInterrupt once `stop` is set. each: what a worker takes. run: the folder of the
+    run that asks (`forget`).
     """
-    wanted = bundles(most, gpus)
+    wanted = bundles(most, each)
     beside = len(wanted) - most
     elastic = f", train.min_workers={least}" if least < most else ""
 
     def line(placed: int) -> str:
-        each = f"1 {'GPU' if gpus else 'CPU'} each, {CPUS_FOR_DATA} CPU for decoding"
-        return f"there is room for {max(placed - beside, 0)} of {most} workers ({each}){elastic}"
+        taken = " and ".join(f"{amount:.3g} {name}{'s' * (amount > 1)}" for name, amount in each.items())
+        needs = f"{taken} each, {CPUS_FOR_DATA} CPU for decoding"
+        return f"there is room for {max(placed - beside, 0)} of {most} workers ({needs}){elastic}"
 
     return wait(wanted, least + beside, line, say, settle_s=settle_s, stop=stop, run=run) - beside
 
@@ -138,7 +140,7 @@ def cpus(least: int, say: Callable[[str], None]) -> int:
 @contextmanager
 def growing(
     missing: int,
-    gpus: bool,
+    each: Bundle,
     begun: threading.Event,
     after_s: float,
     grow: Callable[[], None],
@@ -146,7 +148,7 @@ def growing(
 ) -> Iterator[None]:
     """While the block lasts: once, `after_s` or more after `begun`, call `grow` when there is room for one more.
 
-    begun: the other workers are at work, and in their places. run: as `workers` has it.
+    begun: the other workers are at work, and in their places. each, run: as `workers` has them.
     """
     over = threading.Event()
 
@@ -158,7 +160,7 @@ def growing(
             return
         # What `workers` asks for anew: less would end the workers for nothing, again and again. A CPU that Ray Data has
         # left for a moment is no room for a worker: a second one must be free.
-        with _wanted([bundles(1, gpus)] * missing, run) as groups:
+        with _wanted([bundles(1, each)] * missing, run) as groups:
             while not _placed(groups):
                 if over.wait(LOOK_S):
                     return
