@@ -59,6 +59,7 @@ def _table(*rows: Mapping[str, Any], **others: Any) -> dict[str, Any]:
     return {"schedule": {"kind": "progressive", "table": list(rows), **others}}
 
 
+HALF_BLOCKS = _table({"until": 0.5, **HALF, "share": 0.5, "backward": "residual"}, {"until": 1})
 ROTATING = _table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT})
 ARMS = {
     "full": Arm(title="full training", settings={"schedule": {"kind": "full"}}),
@@ -77,10 +78,27 @@ ARMS = {
     "progressive_shift": Arm(
         title="… with a timestep shift that follows the shape",
         settings=_table({"until": 0.5, **HALF}, {"until": 1}, timestep_shift="auto"),
+        tuned_as="progressive",
+    ),
+    "progressive_frames": Arm(
+        title="two frames of a clip for half of the budget, then whole clips",
+        settings=_table({"until": 0.5, "frames": 2}, {"until": 1}),
+        tuned_as="progressive",
     ),
     "progressive_blocks": Arm(
-        title="… and half of the blocks at first",
-        settings=_table({"until": 0.5, **HALF, "share": 0.5, "backward": "residual"}, {"until": 1}) | ABSOLUTE,
+        title="half resolution and half of the blocks, those of high CEI, for half of the budget, then all",
+        settings=HALF_BLOCKS | ABSOLUTE,
+        tuned_as="progressive",
+    ),
+    "progressive_blocks_random": Arm(
+        title="… a random half of the blocks",
+        settings=HALF_BLOCKS | {"priority": {"kind": "random"}},
+        tuned_as="progressive",
+    ),
+    "progressive_blocks_reverse": Arm(
+        title="… those of low CEI",
+        settings=HALF_BLOCKS | {"priority": {"kind": "reverse_cei", "sign": "absolute"}},
+        tuned_as="progressive",
     ),
     "rotating": Arm(
         title="half resolution for two thirds, a quarter of the blocks by lot",
@@ -117,6 +135,7 @@ ARMS = {
             },
         }
         | ABSOLUTE,
+        tuned_as="progressive",
     ),
     "past": Arm(title="Ent-Prog past the paper", settings=PAST),
     "past_random": Arm(title="… random order instead of CEI", settings=_past(priority={"kind": "random"})),
