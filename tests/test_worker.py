@@ -235,8 +235,11 @@ def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsew
     ],
 )
 def test_what_threads_decode_with_is_reserved_where_it_is_said(data, gpus, each):
-    """A CPU of it for the tasks that read; tasks that decode hold their own."""
-    assert launch.each_worker(config.build({"data": data, "train": {"steps": 1}}), gpus) == each
+    """A CPU of it for the tasks that read; tasks that decode hold their own. Not in a trial: its sweep shares out CPUs
+    of all nodes, and no node may have what a worker's part comes to."""
+    experiment = config.build({"data": data, "train": {"steps": 1}})
+    assert launch.each_worker(experiment, gpus) == each
+    assert launch.each_worker(experiment, gpus, trial=True) == ({"GPU": 1} if gpus else {"CPU": 1})
 
 
 def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):

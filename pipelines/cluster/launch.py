@@ -82,7 +82,8 @@ def use_gpus(experiment: Experiment) -> bool:
     name = "train.min_workers" if train.min_workers else "train.workers"
     gpus, cpus = most("GPU"), most("CPU")
     wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
-    needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each_worker(experiment, wanted))))
+    each = each_worker(experiment, wanted, trial=not ray_internals.is_driver())
+    needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each)))
     if wanted and gpus < workers and not grows:
         raise UserError(
             f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
@@ -96,13 +97,15 @@ def use_gpus(experiment: Experiment) -> bool:
     return wanted
 
 
-def each_worker(experiment: Experiment, gpus: bool) -> Bundle:
+def each_worker(experiment: Experiment, gpus: bool, trial: bool = False) -> Bundle:
     """What Ray reserves for each worker: a GPU or a CPU, and the CPUs of its decoding where it is said how many.
 
-    Of them one is left to the tasks that read what is decoded. Where Ray Data's tasks decode they hold their own.
+    Of them one is left to the tasks that read what is decoded. Where Ray Data's tasks decode they hold their own. In a
+    trial of a sweep none are reserved: it has shared out all CPUs of the cluster, whatever node they are on.
     """
     data = experiment.data
-    decoding = max((data.decode_cpus or 0) - CPUS_FOR_DATA, 0) if data.decode != "cluster" else 0
+    by_threads = data.decode != "cluster" and not trial
+    decoding = max((data.decode_cpus or 0) - CPUS_FOR_DATA, 0) if by_threads else 0
     if not gpus:
         return {"CPU": 1 + decoding}
     return {"GPU": 1} | ({"CPU": decoding} if decoding else {})
@@ -214,7 +217,7 @@ def run_workers(
     workers save a checkpoint, and raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own
     reason in one line.
     """
-    each = each_worker(experiment, use_gpus(experiment))
+    each = each_worker(experiment, use_gpus(experiment), trial=not ray_internals.is_driver())
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)
