@@ -37,9 +37,9 @@ class Data(Part):
     on any node, whose frames then travel through the object store; `auto`, by such tasks on the cluster's nodes without
     GPUs that hold no worker, where there are any, else by the workers. The same batches everywhere, bit for bit."""
     decode_cpus: float | None = Field(default=None, gt=0)
-    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks, that Ray keeps from others. None: those of
-    the nodes that decode when it begins, shared evenly, but for one of each worker's own; threads reserve none then, nor
-    in trials of a sweep."""
+    """CPUs for decoding per worker: threads of it, or logical CPUs of tasks, that Ray keeps from others (but in trials
+    of a sweep). None: those of the nodes that decode when it begins, shared evenly, but for one of each worker's own;
+    threads reserve none then."""
     latents: Literal["auto", "never", "require"] = "auto"
     """Latents cached by `pipelines.prepare --latents`: used where they are of this VAE, these conditions and this
     shape; never; or a run without them is refused. The same batches either way, bit for bit."""
