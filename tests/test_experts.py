@@ -23,6 +23,7 @@ from helpers.networks import tiny_experiment
 from helpers.processes import join, leave
 from pipelines import adapter as adapter_job
 from pipelines.training import worker
+from pipelines.training.setup import Setup
 from pipelines.training.startup import Startup
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
@@ -125,7 +126,7 @@ def test_samples_that_fail_at_the_end_are_a_warning(base, fault, tmp_path):
     else:
         (tmp_path / "samples").write_text("in the way")
     dataset = shards.read_dataset(tmp_path / "shards")
-    setup = worker.Setup(
+    setup = Setup(
         experiment, torch.device("cpu"), denoiser, dataset, [], slice(None), None, [], None, {}, told.append, Startup()
     )
     worker._leave_samples(setup, tmp_path / "samples", None)

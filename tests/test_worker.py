@@ -24,6 +24,7 @@ from pipelines.cluster import launch
 from pipelines.outputs import tables as score_tables
 from pipelines.stream import decoding
 from pipelines.training import figures, networks, report, steplog, worker
+from pipelines.training.setup import opened
 from pipelines.training.startup import Startup
 
 
@@ -32,7 +33,7 @@ def test_clips_that_came_while_a_run_is_under_way_end_it():
     shards = Path(pipelines.__file__).parent / "demo_person"
     settings = {"experiment": tiny_experiment(data={"shards": str(shards)}).model_dump(), "data": "of before"}
     with pytest.raises(UserError, match="has got other clips since this command began"):
-        worker._open(settings, lambda item: None, Startup())
+        opened(settings, lambda item: None, Startup())
 
 
 def lines(path):
