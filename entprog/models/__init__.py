@@ -14,8 +14,8 @@
     encoder(settings: config.Model, device="cpu") -> Denoiser
                                                   what encodes clips as it does, without the network's weights
 and registers its block classes with `entprog.blocks.bypass`, and with `entprog.blocks.kind` which of them are temporal.
-Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share; `sources` has
-`inspect` and `files` for it, `loading` has `load` and `encoder`.
+Its class derives from `entprog.models.denoising.VideoDenoiser`, which has all that families share, and says what
+`entprog.models.interface.Family` lists; `sources` has `inspect` and `files` for it, `loading` has `load` and `encoder`.
 """
 
 import functools
