@@ -23,9 +23,10 @@ from entprog.cost import counting
 from entprog.models import reference_frame, vaes
 from entprog.models.denoising import VideoDenoiser, process_of
 from pipelines import cli
+from pipelines.command import usage
 from pipelines.training import footprint
 
-app = cli.app("What fine-tuning each published base takes.")
+app = usage.app("What fine-tuning each published base takes.")
 
 GPU, FLOPS_PER_S, SHARE = "H100 SXM", 989e12, 0.4
 """A GPU's bfloat16 FLOPs a second, and the share of them that a training of large transformers reaches, as a rule."""

@@ -20,8 +20,9 @@ from entprog.blocks import blocks
 from entprog.data.clips import Latents
 from entprog.scoring import cei
 from pipelines import cli
+from pipelines.command import usage
 
-app = cli.app("Time and FLOPs of CEI scoring: replay against the naive pass.")
+app = usage.app("Time and FLOPs of CEI scoring: replay against the naive pass.")
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "text_dim": 16, "freq_dim": 64}
 LARGE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}

@@ -26,11 +26,12 @@ from benchmarks import common, scaling
 from entprog import config
 from entprog.training import checkpoint
 from pipelines import cli
+from pipelines.command import usage
 
 SHAPE = {"frames": 2, "height": 32, "width": 32, "fps": 12}
 """Short clips: a step that is quick for the size of its network."""
 
-app = cli.app("How long a checkpoint keeps training waiting.")
+app = usage.app("How long a checkpoint keeps training waiting.")
 
 
 @app.command()

@@ -38,10 +38,11 @@ from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from pipelines import cli, demo
 from pipelines.cluster import session
+from pipelines.command import usage
 from pipelines.generating import rendering
 from pipelines.outputs import claim
 
-app = cli.app("Pre-train the demo's base: people in any pose, from a reference image.")
+app = usage.app("Pre-train the demo's base: people in any pose, from a reference image.")
 
 VAE_SHARE = 0.25
 """Of the seconds, those for the VAE; the others are the network's."""

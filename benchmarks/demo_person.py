@@ -24,8 +24,9 @@ from entprog.data import shards
 from entprog.errors import UserError, install
 from entprog.media import video
 from pipelines import cli, demo
+from pipelines.command import usage
 
-app = cli.app("Render the person that the demo fine-tunes its base on.")
+app = usage.app("Render the person that the demo fine-tunes its base on.")
 
 TRAIN = ("walk", "run", "jump", "punch", "spin", "dance_a", "kick", "spinkick")
 HELD_OUT = "dance_b"

@@ -16,8 +16,9 @@ import typer
 from benchmarks import common
 from entprog.errors import UserError
 from pipelines import cli, demo
+from pipelines.command import usage
 
-app = cli.app("Write what a finished demo came to into benchmarks/results.")
+app = usage.app("Write what a finished demo came to into benchmarks/results.")
 
 FIGURES = ("seconds", "steps", "flops", "peak_memory_bytes")
 

@@ -38,8 +38,9 @@ from benchmarks.gpu_common import REPEATS, Row, SkippedError
 from benchmarks.gpu_parts import first_line, not_installed, parts
 from benchmarks.step_cost import is_out_of_memory, label, shown
 from pipelines import cli
+from pipelines.command import usage
 
-app = cli.app("Everything that needs a GPU, within a time.")
+app = usage.app("Everything that needs a GPU, within a time.")
 
 PART_S = 120.0
 """Longest time for a part."""

@@ -29,10 +29,11 @@ from entprog.quality import posing
 from entprog.quality.metrics import Meter
 from pipelines import cli, demo, generate, train
 from pipelines.cluster import launch, session
+from pipelines.command import usage
 from pipelines.generating import motions
 from pipelines.outputs import claim
 
-app = cli.app("What guidance does to networks trained with conditions dropped, and without.")
+app = usage.app("What guidance does to networks trained with conditions dropped, and without.")
 
 RATES = (0.1, 0.0)
 """Shares of training clips without pose, and without reference, of the two arms; presets of published bases: 0.1."""

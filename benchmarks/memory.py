@@ -21,8 +21,9 @@ from entprog.cost.holding import held
 from entprog.models import lora
 from entprog.schedule import plans
 from pipelines import cli
+from pipelines.command import usage
 
-app = cli.app("What weights, gradients and moments take on a device.")
+app = usage.app("What weights, gradients and moments take on a device.")
 
 NETWORKS = {
     "Wan 2.1 1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "in_channels": 3 * 16},

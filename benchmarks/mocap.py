@@ -30,9 +30,10 @@ from entprog.errors import UserError, install
 from entprog.media import h264, sheet, video
 from pipelines import cli
 from pipelines.cluster import session
+from pipelines.command import usage
 from pipelines.outputs import claim
 
-app = cli.app("Render motion capture into shards of clips with exact pose.")
+app = usage.app("Render motion capture into shards of clips with exact pose.")
 
 MOTIONS = {
     ("source", "train"): ("walk", "run", "jump", "punch", "spin"),

@@ -26,8 +26,9 @@ from entprog import files
 from entprog.config import ClipShape
 from entprog.models.wan import WanDenoiser
 from pipelines import cli
+from pipelines.command import usage
 
-app = cli.app("Seconds from the command to the first step, now and at a commit before.")
+app = usage.app("Seconds from the command to the first step, now and at a commit before.")
 
 HERE = Path(__file__).parents[1]
 SHAPE = ClipShape(frames=4, height=64, width=48, fps=12)

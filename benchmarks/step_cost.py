@@ -37,8 +37,9 @@ from entprog.schedule.plans import Plan
 from entprog.schedule.prices import Prices
 from entprog.training import optimizer
 from pipelines import cli
+from pipelines.command import usage
 
-app = cli.app("Time, FLOPs and peak memory of a training step, plan by plan.")
+app = usage.app("Time, FLOPs and peak memory of a training step, plan by plan.")
 
 SMALL = {"attention_head_dim": 64, "text_dim": 16, "freq_dim": 64}
 LARGE = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}

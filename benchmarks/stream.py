@@ -48,9 +48,10 @@ from entprog.data import clip_stream, shards
 from entprog.media import assets, h264, pictures, video
 from pipelines import cli
 from pipelines.cluster import session
+from pipelines.command import usage
 from pipelines.stream import feed
 
-app = cli.app("Frames per second of the training stream, against plain decoding on the same cores.")
+app = usage.app("Frames per second of the training stream, against plain decoding on the same cores.")
 
 SIZES = {
     "256x256": (ClipShape(frames=48, height=256, width=256, fps=30), 4),

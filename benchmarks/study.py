@@ -34,6 +34,7 @@ from entprog.errors import UserError
 from entprog.media import assets
 from pipelines import cli, prepare
 from pipelines.cluster import session
+from pipelines.command import usage
 from pipelines.outputs import claim
 
 WAIT_S = 2.0
@@ -41,7 +42,7 @@ WAIT_S = 2.0
 SAME_BASE = 1e-3
 """Relative difference of held-out loss up to which a base made anew is the same: other processors round otherwise."""
 
-app = cli.app("The study: Ent-Prog against its controls at equal cost.")
+app = usage.app("The study: Ent-Prog against its controls at equal cost.")
 
 
 @app.command()

@@ -23,10 +23,11 @@ from entprog.config import ClipShape
 from entprog.data import shards
 from pipelines import cli, train
 from pipelines.cluster import launch, session
+from pipelines.command import usage
 from pipelines.stream import feed
 from pipelines.training import steplog
 
-app = cli.app("How long training waits for its clips.")
+app = usage.app("How long training waits for its clips.")
 
 SHAPE = ClipShape(frames=8, height=48, width=32, fps=12)
 STEP_S = 0.02

@@ -13,9 +13,10 @@ from entprog import storage
 from entprog.errors import UserError
 from entprog.masking import bare
 from pipelines import cli
+from pipelines.command import usage
 from pipelines.outputs import claim
 
-app = cli.app("Low-rank adapters: merge one into its base, or extract one out of what training changed.")
+app = usage.app("Low-rank adapters: merge one into its base, or extract one out of what training changed.")
 
 
 class Expert(StrEnum):

@@ -5,7 +5,6 @@ Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no s
 
 import contextlib
 import importlib.metadata
-import itertools
 import os
 import shlex
 import subprocess
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -118,69 +116,6 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
 
     help_text = "Explain every setting, with its default."
     return Annotated[bool, typer.Option("--help-settings", is_eager=True, callback=explain, help=help_text)]
-
-
-UsageError = typer.BadParameter.__base__
-"""What a command line's own mistakes are raised as: click's, or that of the click inside typer."""
-
-
-@contextmanager
-def _in_one_line(command) -> Iterator[None]:
-    """What is wrong with a command line is one line as any other mistake, and status 2."""
-    try:
-        yield
-    except UsageError as error:
-        text = error.format_message()
-        if hasattr(error, "possibilities") and hasattr(error, "option_name"):  # there is no such option
-            options = [name for each in command.params for name in each.opts]
-            text = f"{error.message}{config.close_to(error.option_name, options)}"
-        complain("error", f"{text[:1].lower()}{text[1:].rstrip('.')}; --help explains")
-        raise typer.Exit(2) from None
-
-
-class Group(typer.core.TyperGroup):
-    """Commands of a job that has several."""
-
-    def make_context(self, *given, **options):
-        with _in_one_line(self):
-            return super().make_context(*given, **options)
-
-    def invoke(self, ctx):
-        with _in_one_line(self):
-            return super().invoke(ctx)
-
-
-class Command(typer.core.TyperCommand):
-    """A command of which no option is given nothing, as a shell makes of a variable that is not set: a path would be
-    the current folder. A text may be empty."""
-
-    def make_context(self, *given, **options):
-        with _in_one_line(self):
-            return super().make_context(*given, **options)
-
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        for before, given in itertools.pairwise(["", *args]):
-            option, equals, value = given.partition("=") if given.startswith("--") else (before, "=", given)
-            if equals and not value and option != "--text":
-                complain("error", f"{option if option.startswith('-') else 'an argument'} is empty: give it a value")
-                raise typer.Exit(2)
-        return super().parse_args(ctx, args)
-
-
-HELP = {"help_option_names": ["-h", "--help"]}
-
-
-class App(typer.Typer):
-    """A command line whose commands are each a `Command`."""
-
-    def command(self, name: str | None = None, **options):
-        return super().command(name, **{"cls": Command, "context_settings": HELP, **options})
-
-
-def app(help: str) -> typer.Typer:
-    """A command line of one job."""
-    shown = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
-    return App(help=help, add_completion=False, context_settings=HELP, cls=Group, **shown)
 
 
 def settings(

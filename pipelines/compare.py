@@ -17,6 +17,7 @@ from entprog.errors import UserError
 from entprog.masking import masked
 from entprog.storage import Where
 from pipelines import cli
+from pipelines.command import usage
 from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
 from pipelines.comparison.groups import Difference, Group
@@ -25,7 +26,7 @@ from pipelines.comparison.verdict import Estimate, Judged, Verdict, judge
 from pipelines.outputs import claim
 from pipelines.tracking.store import tracking_uri
 
-app = cli.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
+app = usage.app("Compare training runs of an MLflow experiment: what is sooner at the target loss, beyond seed noise?")
 GROUPS_BESIDE = 4
 """Groups that a terminal has room for side by side."""
 

@@ -34,12 +34,13 @@ from entprog.quality import posing
 from entprog.schedule import plans
 from pipelines import charts, cli, compare, generate, prepare, score, train
 from pipelines.cluster import launch, session
+from pipelines.command import usage
 from pipelines.generating import driving, motions, rendering
 from pipelines.outputs import claim
 from pipelines.preparing import latents as caching
 from pipelines.tracking.store import how_to_open, tracking_uri
 
-app = cli.app("The whole pipeline on real clips: prepare, score, train in two ways, generate, compare.")
+app = usage.app("The whole pipeline on real clips: prepare, score, train in two ways, generate, compare.")
 
 BASE = Path(__file__).parent / "demo_base"
 """The pre-trained network that the demo fine-tunes (made by `python -m benchmarks.demo_base`)."""

@@ -27,12 +27,13 @@ from entprog.quality.metrics import METRICS, Meter, choose
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import joining, launch, session
+from pipelines.command import usage
 from pipelines.generating import checkpoints, judging, motions, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 
-app = cli.app("Judge what a checkpoint generates against the truth.")
+app = usage.app("Judge what a checkpoint generates against the truth.")
 
 CPUS_PER_WORKER = 4
 """Logical CPUs for every actor where there is no GPU."""

@@ -23,6 +23,7 @@ from entprog.errors import UserError
 from entprog.masking import bare
 from entprog.storage import Where
 from pipelines import cli
+from pipelines.command import usage
 from pipelines.generating import checkpoints, driving, motions, protocol, replacing, retargeting
 from pipelines.generating.checkpoints import Checkpoint
 from pipelines.outputs import claim
@@ -37,7 +38,7 @@ ADDED = {"generate.text": None, "generate.text_encoder": None, "prepare.pose": P
 SCENE = 2
 """Videos beside the motion's where a person is replaced: mask and background."""
 
-app = cli.app("Generate clips from a checkpoint, a reference image and a motion.")
+app = usage.app("Generate clips from a checkpoint, a reference image and a motion.")
 
 
 @app.command()

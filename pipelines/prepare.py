@@ -28,6 +28,7 @@ from entprog.preparing.rows import Source, is_video
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import joining, room, session
+from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.preparing import additions, packing, progress
 
@@ -39,7 +40,7 @@ BLOCKS_PER_CPU = 100
 ROWS_PER_BLOCK = 10
 """Sources in one task of Ray Data at most: what a crash makes it do again."""
 
-app = cli.app("Cut videos of people into shards of clips with pose, ready for training.")
+app = usage.app("Cut videos of people into shards of clips with pose, ready for training.")
 
 
 @app.command()

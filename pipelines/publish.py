@@ -19,6 +19,7 @@ from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, reason
 from entprog.storage import Where
 from pipelines import cli
+from pipelines.command import usage
 
 HUB = "hf://"
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
@@ -28,7 +29,7 @@ MADE = ("model_index.json", "pipeline.py", "skeleton.py", "README.md")
 DEEPEST = 3
 """How far below the output of a job its models lie, at most: of a sweep OUTPUT/trials/ID/model."""
 
-app = cli.app("Put a trained pipeline where others find it: a folder, a bucket, or a hub.")
+app = usage.app("Put a trained pipeline where others find it: a folder, a bucket, or a hub.")
 
 
 @app.command()

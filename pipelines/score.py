@@ -18,11 +18,12 @@ from entprog.scoring.tables import ScoreTable
 from entprog.storage import Where
 from pipelines import charts, cli
 from pipelines.cluster import launch, session
+from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
 from pipelines.training import checks
 
-app = cli.app("Score the blocks of a network by Conditional Entropy Inflation.")
+app = usage.app("Score the blocks of a network by Conditional Entropy Inflation.")
 
 
 @app.command()

@@ -15,9 +15,10 @@ from entprog.errors import UserError
 from entprog.masking import reason
 from entprog.storage import Where
 from pipelines import cli
+from pipelines.command import usage
 from pipelines.training import standing
 
-app = cli.app("Show where a training stands, from its files alone: while it runs, or after.")
+app = usage.app("Show where a training stands, from its files alone: while it runs, or after.")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from entprog.storage import Place, Where
 from entprog.training import checkpoint
 from pipelines import cli
 from pipelines.cluster import launch, session, stalls
+from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
 from pipelines.stream import decoding
@@ -33,7 +34,7 @@ from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
 
-app = cli.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
+app = usage.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from entprog.schedule import plans
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import joining, launch, room, session
+from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
 from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
@@ -32,7 +33,7 @@ from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 from pipelines.training import checks, steplog
 
-app = cli.app("Search for settings: many trainings at equal seconds, the best ones reported with their uncertainty.")
+app = usage.app("Search for settings: many trainings at equal seconds, the best ones reported with their uncertainty.")
 
 FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""
