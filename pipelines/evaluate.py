@@ -235,7 +235,7 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
             judging.generate(missing, task.maker, settings, workers, gpus)
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
     rows = {place.clip_id: rows[place.clip_id] for place in task.places}  # they came as they were ready
-    figures, unmeasured = _figures(rows, names, settings)
+    figures, unmeasured = _figures(rows, [place.source for place in task.places], names, settings)
     with storage.local_copy(task.places[0].clip) as clip:
         cards = {name: _card(task, name, clip) for name in figures}
     evaluation = {
@@ -306,21 +306,20 @@ def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
 
 
 def _figures(
-    rows: dict[str, dict[str, Any]], names: Sequence[str], settings: Evaluation
+    rows: dict[str, dict[str, Any]], sources: Sequence[str], names: Sequence[str], settings: Evaluation
 ) -> tuple[dict[str, Figure], dict[str, str]]:
-    """({metric: Figure}, {metric: why there is none})."""
+    """({metric: Figure}, {metric: why there is none}). sources: of the clips of `rows`."""
     chosen = settings.evaluate
+    drawn = {"confidence": chosen.confidence, "seed": chosen.bootstrap_seed, "sources": sources}
     figures, without = {}, {}
     for name in names:
         if METRICS[name].of == "set":
             real, made = ([row[f"{side}/{name}"] for row in rows.values()] for side in ("real", "made"))
-            figures[name] = frechet_figure(
-                real, made, chosen.frechet_bootstrap, chosen.confidence, chosen.bootstrap_seed
-            )
+            figures[name] = frechet_figure(real, made, chosen.frechet_bootstrap, **drawn)
             continue
         values = [float(row[f"value/{name}"]) for row in rows.values()]
         try:
-            figures[name] = mean_figure(values, chosen.bootstrap, chosen.confidence, chosen.bootstrap_seed)
+            figures[name] = mean_figure(values, chosen.bootstrap, **drawn)
         except ValueError as error:
             without[name] = str(error)
             cli.console.print(f"left out: {name}: {error}")
@@ -347,10 +346,17 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
         return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
 
     rows = [
-        (name, figure["value"], interval(figure), evaluation["cards"][figure["card"]]["better"], figure["clips"])
+        (
+            name,
+            figure["value"],
+            interval(figure),
+            evaluation["cards"][figure["card"]]["better"],
+            figure["clips"],
+            figure["sources"],
+        )
         for name, figure in evaluation["figures"].items()
     ]
-    cli.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips"))
+    cli.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips", "sources"))
 
 
 # ---- around ----

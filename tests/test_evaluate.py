@@ -97,7 +97,7 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ra
     assert "ms_ssim" in result["left_out"] and result["clips"] == 3
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for name, figure in evaluation["figures"].items():
-        assert set(figure) == {"value", "low", "high", "clips", "card"} and figure["clips"] == 3
+        assert set(figure) == {"value", "low", "high", "clips", "sources", "card"} and figure["clips"] == 3
         card = evaluation["cards"][figure["card"]]
         assert card["metric"] == name and card["steps"] is None and card["split"] == "held_out"
         assert card["codec"].startswith("truth h264, result h264") and card["frames"] == SHAPE.frames

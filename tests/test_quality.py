@@ -1,5 +1,6 @@
 """Quality: known answers, worsening clips, agreement with references."""
 
+import collections
 import dataclasses
 import sys
 from pathlib import Path
@@ -444,6 +445,22 @@ def test_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
         figure = mean_figure(rng.normal(size=40), 300, 0.9, 0)
         hits += figure.low <= 0 <= figure.high
     assert 0.82 <= hits / 200 <= 0.96
+
+
+def test_interval_over_clips_of_the_same_videos_is_as_wide_as_videos_differ():
+    """Clips drawn as if each were of another video cover the truth a third of the time."""
+    rng = np.random.default_rng(2)
+    names = np.repeat([f"{i}.mp4" for i in range(20)], 10)
+    hits = collections.Counter()
+    for _ in range(100):
+        values = np.repeat(rng.normal(size=20), 10) + 0.5 * rng.normal(size=200)
+        for sources in (names, None):
+            figure = mean_figure(values, 200, 0.9, 0, sources)
+            assert figure.sources == (20 if sources is names else 200)
+            hits[sources is names] += figure.low <= 0 <= figure.high
+    assert hits[True] >= 76 and hits[False] <= 60
+    one = mean_figure([1.0, 2.0, 4.0], 100, 0.95, 0, ["a"] * 3)
+    assert one.sources == 1 and one.low < one.value < one.high, "of one video clips are drawn"
 
 
 def test_interval_of_a_distance_lies_around_it_and_narrows_with_more_clips():

@@ -325,10 +325,11 @@ class _Fit:
                 averages.update(state.ema, self.denoiser.network, train.ema_decay)
                 averages.widen(state.ema_gaps, self.freeze.plan.trainable, train.ema_decay)
         state.optimizer.zero_grad(set_to_none=True)
-        update_s = self.now() - begun - waited_s  # before its memory is counted
+        took_s = self.now() - begun  # before its memory is counted
         fed, self.reported = self.spent().since(self.reported), self.spent()
-        mine = [update_s, waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
-        seconds, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(mine, self.device)
+        mine = [took_s, waited_s, fed.open_s, fed.copy_s, fed.encode_s, float(self.memory(self.freeze.plan))]
+        # One rank's wait for its clips is the others' wait for its gradients: it is not to count twice.
+        all_s, wait_s, open_s, copy_s, encode_s, memory = agree.largest_of(mine, self.device)
         state.step += 1
         state.position += self.clips_per_step(self.freeze.plan)
         state.skipped += int(skipped)
@@ -338,7 +339,7 @@ class _Fit:
             learning_rate=rate,
             gradient_norm=norm,
             skipped=bool(skipped),
-            seconds=seconds,
+            seconds=all_s - wait_s,
             wait_s=wait_s,
             open_s=open_s,
             encode_s=encode_s,

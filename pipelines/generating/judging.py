@@ -39,6 +39,8 @@ class Place:
     """A clip of a split, and the file that holds (or is to hold) what was generated for it."""
 
     clip_id: str
+    source: str
+    """The video that it was cut from."""
     shard: str
     """Path of the shard file."""
     row: int
@@ -71,15 +73,15 @@ def places(dataset: shards.Dataset, split: str, count: int | None, folder: Where
         raise UserError(f"no clips in split {split!r} of {dataset.folder}; there are: {there}")
     picked = np.unique(np.linspace(0, total - 1, min(count or total, total)).round().astype(int)).tolist()
     index = shards.index(dataset, split)
-    ids: dict[int, str] = {}
+    named: dict[int, tuple[str, str]] = {}
     for file in dict.fromkeys(index[i][0] for i in picked):
         mine = [i for i in picked if index[i][0] == file]
         path = dataset.folder / file
-        rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id"])
-        ids |= {i: row["clip_id"] for i, row in zip(mine, rows, strict=True)}
+        rows = shards.read_rows(path, [index[i][1] for i in mine], ["clip_id", "source"])
+        named |= {i: (row["clip_id"], row["source"]) for i, row in zip(mine, rows, strict=True)}
     root, made = dataset.folder.resolve(), folder.resolve()  # actors work in another directory
-    files = {i: storage.address(made / file_name(ids[i])) for i in picked}
-    return [Place(ids[i], storage.address(root / index[i][0]), index[i][1], i, files[i]) for i in picked]
+    files = {i: storage.address(made / file_name(named[i][0])) for i in picked}
+    return [Place(*named[i], storage.address(root / index[i][0]), index[i][1], i, files[i]) for i in picked]
 
 
 # ---- actors ----
