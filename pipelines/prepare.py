@@ -89,9 +89,9 @@ def main(
     """Cut videos of people into shards of clips with pose, ready for training.
 
     Settings are named data.shape.* and prepare.*; --set takes those without an option of their own too
-    (prepare.margin, prepare.min_motion, prepare.people, …; --dry-run shows all, docs/prepare.md explains them). A
-    preset gives its clip shape; without one --frames, --height, --width and --fps do. Running the same command again
-    resumes; with new videos in the input it adds them.
+    (prepare.margin, prepare.min_motion, prepare.people, …; --help-settings explains all). A preset gives its clip
+    shape; without one --frames, --height, --width and --fps do. Running the same command again resumes; with new
+    videos in the input it adds them.
 
     --latents encodes the training clips with the base's VAE into OUTPUT/latents, where training finds them.
     """

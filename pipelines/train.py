@@ -62,10 +62,10 @@ def main(
     verbose: cli.Verbose = False,
     help_settings: cli.help_settings() = False,
 ) -> None:
-    """Fine-tune on prepared clips: score blocks, then train the ones that matter.
+    """Fine-tune on prepared clips, by a schedule of clip shapes and blocks; one that ranks blocks scores them first.
 
     Leaves in OUTPUT: model/ (a pipeline that plain diffusers runs, with its card), checkpoints/, steps.jsonl (a line a
-    step), cei.json and charts, result.json.
+    step), charts, cei.json where blocks were scored, result.json.
     """
 
     def work() -> dict[str, Any]:

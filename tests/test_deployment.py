@@ -208,10 +208,16 @@ def entrypoint():
 
 
 def test_the_rayjobs_command_is_one_that_would_run(shards, tmp_path):
-    """With what docs/cluster.md asks for in /shared: shards, and settings that name a network."""
+    """With what docs/cluster.md asks for in /shared: shards, and its example of settings, of a network and clips that
+    are here."""
     assert entrypoint()[:3] == ["python", "-m", "pipelines.train"]
     (tmp_path / "shards").symlink_to(shards)
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (example,) = re.findall(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    (tmp_path / "train.yaml").write_text(example)
+    given = cli.settings(config.Experiment, None, [str(tmp_path / "train.yaml")], entrypoint()[10::2])
+    assert given.model.base.startswith("/shared/") and given.train.parallel == "fsdp"
+    here = {"model": {"base": None, "init": SETTINGS["model"]["init"], "vae": "none"}, "data": SETTINGS["data"]}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config.merge(yaml.safe_load(example), here)))
     words = [word.replace("/shared", str(tmp_path)) for word in entrypoint()[3:]]
     done = CliRunner().invoke(train.app, [*words, "--dry-run"])
     assert done.exit_code == 0, done.output

@@ -56,7 +56,7 @@ class Model(Part):
     """Folder (or hub name) with `text_encoder/` and `tokenizer/`, which encode captions (`data.text`). None: the base's
     own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the forward pass; weights and optimizer state stay in float32."""
+    """Autocast type of the forward pass; trained weights stay in float32."""
     gradient_checkpointing: bool | Literal["on_host", "keep_attention"] = False
     """Recompute trained blocks' activations in the backward pass. `on_host`: and what each block was given waits in
     host memory meanwhile: the same bits, in less memory on the device, for two copies a block. `keep_attention`: but

@@ -59,7 +59,7 @@ class Train(Part):
     schedule.clock=flops."""
     optimizer: OptimizerKind = "adamw"
     """AdamW with its two moments in float32 (8 bytes a trained parameter); `adamw_bf16`: in bfloat16, rounded at random
-    (4 bytes); `adamw_8bit`: in 8 bits, through torchao (2 bytes; extra `fp8`). Weights stay in float32."""
+    (4 bytes); `adamw_8bit`: in 8 bits, through torchao (2 bytes; extra `fp8`). Trained weights stay in float32."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -139,8 +139,9 @@ class Train(Part):
     """Where it is set (`train.lora.rank=16`) blocks are trained through low-rank adapters, their own weights stay. What
     lies outside blocks is trained as `schedule.outside` says."""
     save: Literal["whole", "light"] = "whole"
-    """What OUTPUT/model holds beside the network: `whole`: the VAE, and of a base that lies here its text and image
-    encoders too, copied; `light`: both named by hub name and commit, or by folder, and loaded from there."""
+    """What OUTPUT/model holds beside the network: `whole`: the VAE, and those of the base's text and image encoders
+    that lie here (of a base on the hub what was fetched to encode with), copied; `light`: both named by hub name and
+    commit, or by folder, and loaded from there."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
     preview_every: int = Field(default=0, ge=0)
