@@ -77,7 +77,9 @@ def test_the_log_is_strict_json(tmp_path):
     for line in lines(tmp_path / "steps.jsonl"):
         record = json.loads(line, parse_constant=pytest.fail)
         assert record["loss"] is record["gradient_norm"] is None and record["skipped"] is False
-    assert figures.metrics(step)["skipped_updates"] == 0
+    metrics = figures.metrics(step)
+    assert metrics["skipped_updates"] == 0
+    assert (metrics["wait_s"], metrics["open_s"]) == (step.wait_s, step.open_s)  # docs/stream.md: in both
     assert figures.final(run.experiment, run.state)["skipped_updates"] == 0
 
 

@@ -34,6 +34,7 @@ def metrics(step: Step) -> dict[str, float]:
         "searching": float(step.phase == "search"),
         "step_s": step.seconds,
         "wait_s": step.wait_s,
+        "open_s": step.open_s,
         "copy_s": step.copy_s,
         "encode_s": step.encode_s,
         "charged_s": step.charged_s,
