@@ -99,6 +99,12 @@ Tables = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own logs too.")]
 
 
+def explain_settings(title: str, whole: type, only: str | tuple[str, ...] = "") -> None:
+    """A table of what `whole`'s settings mean, or those of them whose names begin with `only`."""
+    rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(whole)]
+    show(title, [row for row in rows if row[0].startswith(only)], ("name", "default", "meaning"))
+
+
 def help_settings(whole: type = config.Experiment, only: str = "", also: Callable[[], None] | None = None):
     """The option `--help-settings` of a job whose settings are `whole`'s, or those of them that begin with `only`.
 
@@ -107,9 +113,7 @@ def help_settings(whole: type = config.Experiment, only: str = "", also: Callabl
 
     def explain(asked: bool) -> None:
         if asked:
-            rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(whole)]
-            rows = [row for row in rows if row[0].startswith(only)]
-            show("Settings (--set NAME=VALUE)", rows, ("name", "default", "meaning"))
+            explain_settings("Settings (--set NAME=VALUE)", whole, only)
             if also is not None:
                 also()
             raise typer.Exit

@@ -40,6 +40,15 @@ BLOCKS_PER_CPU = 100
 ROWS_PER_BLOCK = 10
 """Sources in one task of Ray Data at most: what a crash makes it do again."""
 
+
+def _explain_latents() -> None:
+    from pipelines.preparing import latents  # here: clips are prepared without a network
+
+    cli.explain_settings("Settings with --latents", config.Encoding, latents.OF_MODEL)
+
+
+HelpSettings = cli.help_settings(config.Preparation, also=_explain_latents)
+
 app = usage.app("Cut videos of people into shards of clips with pose, ready for training.")
 
 
@@ -84,7 +93,7 @@ def main(
     set: cli.Set = None,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
-    help_settings: cli.help_settings(config.Preparation) = False,
+    help_settings: HelpSettings = False,
 ) -> None:
     """Cut videos of people into shards of clips with pose, ready for training.
 

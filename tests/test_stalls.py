@@ -1,5 +1,6 @@
 """Where seconds went, and what a person is told to do."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +46,11 @@ def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s,
     assert any("encode-bound" in line for line in lines) == in_vae
 
 
-def test_a_full_store_and_spilling_are_told_once_each():
+@pytest.mark.parametrize(
+    ("address", "setting"), [("local", "ENTPROG_OBJECT_STORE_BYTES"), ("10.0.0.1:6379", "--object-store-memory")]
+)
+def test_a_full_store_and_spilling_are_told_once_each(address, setting, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     message = []
     watch = stalls.Watch(message.append)
     assert watch.figures() == {"object_store_peak_share": None, "spilled_bytes": None}, "not measured is not zero"
@@ -56,5 +61,5 @@ def test_a_full_store_and_spilling_are_told_once_each():
     assert len(message) == 1 and "95% full" in message[0]
     for _ in range(2):
         watch.see(Store(used=500, capacity=1000, spilled=2 * 10**9 + 70))
-    assert len(message) == 2 and "spilled 2 GB" in message[1] and "ENTPROG_OBJECT_STORE_BYTES" in message[1]
+    assert len(message) == 2 and "spilled 2 GB" in message[1] and setting in message[1]
     assert watch.figures() == {"object_store_peak_share": 0.95, "spilled_bytes": 2 * 10**9}

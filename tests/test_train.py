@@ -488,6 +488,9 @@ def test_dry_run_writes_nothing(base_command, place):
     ("job", "setting"),
     [
         ("prepare", "prepare.min_visibility"),
+        ("prepare", "latents.gpus"),
+        ("prepare", "model.vae_dtype"),
+        ("prepare", "schedule.table"),
         ("score", "priority.draws"),
         ("train", "schedule.search_share"),
         ("tune", "tune.trials"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from pipelines.cluster import joining
 from pipelines.cluster.ray_internals import Store, object_store
 
 WORTH_TELLING = 0.1
@@ -94,7 +95,8 @@ class Watch:
         used_share = store.used / max(store.capacity, 1)
         self.peak_used_share = max(self.peak_used_share or 0.0, used_share)
         self.spilled_bytes = store.spilled - self.first.spilled
-        remedy = "give Ray a larger object store (ENTPROG_OBJECT_STORE_BYTES), or use smaller batches"
+        setting = "ray start --object-store-memory BYTES" if joining.address() else "ENTPROG_OBJECT_STORE_BYTES"
+        remedy = f"give Ray a larger object store ({setting}), or use smaller batches"
         if self.spilled_bytes:
             message = f"Ray has spilled {self.spilled_bytes / 1e9:.2g} GB to disk, which slows the stream"
             self._once("spill", f"{message}: {remedy}")
