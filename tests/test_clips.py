@@ -310,10 +310,14 @@ def test_two_ranks_together_are_one_and_a_start_in_the_middle_is_the_tail(local_
             assert torch.equal(torch.cat([getattr(part, name) for part in pair]), getattr(one, name))
 
 
-def test_closing_frees_the_cpus(local_ray, dataset):
+def test_nothing_global_is_changed_and_closing_frees_the_cpus(local_ray, dataset):
+    from ray.data import DataContext
+
     stream = ray_stream(dataset, cpus=2)
     next(stream)
     assert stream.wait_s > 0
+    options = DataContext.get_current().execution_options
+    assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
     stream.close()
     stream.close()
     deadline = time.time() + 60
@@ -322,14 +326,6 @@ def test_closing_frees_the_cpus(local_ray, dataset):
         time.sleep(0.05)
     with pytest.raises(StopIteration):
         next(stream)
-
-
-def test_nothing_global_is_changed(local_ray, dataset):
-    from ray.data import DataContext
-
-    take(ray_stream(dataset), 1)
-    options = DataContext.get_current().execution_options
-    assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
 
 
 def test_tasks_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeypatch, tmp_path):

@@ -233,7 +233,7 @@ def test_a_damaged_clip_is_one_line_from_the_actor(made, local_ray, tmp_path):
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"generated clip.*{victim.name}") as error:
-        one = Evaluation.model_validate({"evaluate": {"metrics": ["psnr"]}})
+        one = Evaluation.model_validate({"evaluate": {"metrics": ["psnr"], "workers": 1}})
         evaluated(None, made / "shards", tmp_path / "out", one, generated=folder)
     assert "\n" not in str(error.value)
 

@@ -24,18 +24,30 @@ from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.tracker import PARAM_LENGTH, Tracker
 
 WRITERS = 8
-DRIVER = """
-import sys, time
+DRIVERS = """
+import multiprocessing, sys, time
 from pathlib import Path
+from pipelines.tracking import store
 from pipelines.tracking.tracker import Tracker
-output = Path(sys.argv[1])
-tracker = Tracker.start(output, "parallel", output.name, params={"seed": 1}, tags={})
-rank_0 = Tracker.attach(tracker.handle())
-for step in range(300):
-    rank_0.metrics(step, {"loss": 1 / (step + 1), "seconds": float(step)})
-    time.sleep(0.003)
-rank_0.close()
-tracker.end("FINISHED")
+store.connect("http://127.0.0.1:1")  # what drivers import is imported once, not by each of them; nothing is opened
+import mlflow.store.tracking.sqlalchemy_store
+
+def drive(output):
+    tracker = Tracker.start(output, "parallel", output.name, params={"seed": 1}, tags={})
+    rank_0 = Tracker.attach(tracker.handle())
+    for step in range(300):
+        rank_0.metrics(step, {"loss": 1 / (step + 1), "seconds": float(step)})
+        time.sleep(0.003)
+    rank_0.close()
+    tracker.end("FINISHED")
+
+fork = multiprocessing.get_context("fork")
+drivers = [fork.Process(target=drive, args=(Path(output),)) for output in sys.argv[1:]]
+for driver in drivers:
+    driver.start()
+for driver in drivers:
+    driver.join()
+sys.exit(any(driver.exitcode for driver in drivers))
 """
 
 
@@ -45,15 +57,11 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{folder}/out/mlflow.db"
     outputs = [folder / f"run{i}" for i in range(WRITERS)]
+    command = [sys.executable, "-c", DRIVERS, *outputs]
     env = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    drivers = [
-        subprocess.Popen([sys.executable, "-c", DRIVER, output], env=env, stderr=subprocess.PIPE, text=True)
-        for output in outputs
-    ]
-    for driver in drivers:
-        _, errors = driver.communicate(timeout=300)
-        assert driver.returncode == 0, errors
-        assert errors == "", "a quiet driver"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet drivers"
     return uri, outputs
 
 
