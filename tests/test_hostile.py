@@ -142,7 +142,11 @@ def test_making_the_corpus_leaves_this_process_its_priority(ran):
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def test_the_corpus_is_seeded(tmp_path):
+def test_the_corpus_is_seeded(tmp_path, monkeypatch):
+    frames = hostile.people(0.4)
+    few = {f"plain.{kind}": hostile.encoded(frames, "mpeg4", kind) for kind in ("mp4", "avi")}
+    monkeypatch.setattr(hostile, "_encoded", lambda: (frames, few, {}, {}, few))  # all of them take ten seconds
+
     def content(folder: Path, seed: int) -> dict[str, bytes]:
         folder.mkdir()
         hostile.corpus(folder, seed, size=120)

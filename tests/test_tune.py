@@ -166,8 +166,14 @@ def test_checkpoints_of_trainings_that_ended_are_gone_wherever_they_lay(tmp_path
 
 @pytest.mark.slow
 def test_seeds_objectives_and_chance(place):
-    over = {"trials": 2, "search": "optuna", "seeds": 2, "objectives": ["held_out_loss", "peak_memory_bytes"]}
-    plain = wanted(place, tune=over, train={"seconds": 3}, schedule={"kind": "full"})
+    over = {
+        "trials": 2,
+        "search": "optuna",
+        "seeds": 2,
+        "concurrent": 1,
+        "objectives": ["held_out_loss", "peak_memory_bytes"],
+    }
+    plain = wanted(place, tune=over, train={"seconds": 1}, schedule={"kind": "full"})
     result = tune.run(plain, spaces.read(str(place / "mine.yaml")), place / "seeds")
     for row in result["trials"]:
         assert row["status"] == "finished" and [seed["seed"] for seed in row["seeds"]] == [0, 1]
@@ -196,9 +202,8 @@ def test_a_grid_is_walked_whole_into_a_bucket_and_a_loss_that_is_no_number_is_to
 
 def _walk_a_grid(place, output):
     (place / "grid.yaml").write_text("train.learning_rate: {choice: [1.0e-3, 1.0e+30]}\n")
-    plain = wanted(
-        place, tune={"trials": 2, "search": "grid"}, train={"seconds": 2, "max_nonfinite": 1}, schedule={"kind": "full"}
-    )
+    grid = {"trials": 2, "search": "grid", "early_stop": False, "concurrent": 1}  # so both in one process
+    plain = wanted(place, tune=grid, train={"seconds": 1, "max_nonfinite": 1}, schedule={"kind": "full"})
     result = tune.run(plain, spaces.read(str(place / "grid.yaml")), output)
     rows = {row["settings"]["train.learning_rate"]: row for row in result["trials"]}
     assert [rows[rate]["status"] for rate in (1e-3, 1e30)] == ["finished", "failed"]
