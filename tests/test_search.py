@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from entprog import blocks
-from entprog.schedule import efficiency
-from entprog.schedule.efficiency import Efficiency, overlap
+from entprog import blocks, config
+from entprog.schedule import efficiency, plans
+from entprog.schedule.efficiency import Efficiency, Trial, overlap
+from entprog.schedule.search import Search
+from entprog.schedule.state import RunState
 from entprog.training import checkpoint, optimizer
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run, comparable, differing
@@ -198,6 +200,40 @@ def test_the_break_even_step_is_where_savings_have_paid():
     assert reached is not None and abs(reached - decision.break_even_step) <= 1
     saved = sum(decision.full_step_cost - decision.step_cost for s in steps if s.phase == "train" and s.step <= reached)
     assert saved >= run.state.flops.search + run.state.flops.score
+
+
+def search_between_two(**schedule):
+    """A search between four of eight blocks and all of them, at costs that are given; and its state."""
+    experiment = config.build({"train": {"seconds": 300}, "schedule": {"kind": "entprog", "stages": 3} | schedule})
+    names = [f"b{i}" for i in range(8)]
+    half, full = (plans.full(names[:m], experiment.data.shape) for m in (4, 8))
+    prices = SimpleNamespace(
+        step=lambda plan: plan.m / 8, evaluation=lambda: 0.5, full=full, memory=lambda plan: plan.m
+    )
+    state = RunState(optimizer=None, stage=0, candidates=(half, full))
+    return Search(names, dict.fromkeys(names, 0.0), prices, experiment, state), state
+
+
+def test_a_later_search_or_scoring_is_to_be_paid_back_too():
+    search, state = search_between_two()
+    state.seconds.score = 1.0
+    decision = search.decide()
+
+    def train(steps):
+        for _ in range(steps):
+            state.step += 1
+            search.note_saving(decision, 0.5)  # half of a step of all blocks
+            yield state.break_even_step
+
+    assert [*train(3)] == [None, 2, 2]
+    state.seconds.score += 1.0
+    search.begin()
+    assert state.break_even_step is None and [*train(2)] == [4, 4]
+    state.step += 1
+    state.seconds.search += 1.5
+    search.note(Trial(candidate=0, loss_before=1.0, loss=0.9, cost=0.5), 1.5)
+    assert state.break_even_step is None, "a run may end here"
+    assert [*train(3)] == [None, 8, 8]
 
 
 def test_compiled_blocks_train_alike(monkeypatch):

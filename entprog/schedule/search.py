@@ -57,6 +57,7 @@ class Search:
         """The decision of a stage that was opened, if there is nothing to search, or nothing to search yet: while the
         learning rate warms up every step raises the loss, whoever makes it."""
         state = self.state
+        self.note_overhead()  # the blocks may have been scored again
         if len(state.candidates) == 1:
             return self.decide("schedule")
         if state.step < self.experiment.train.warmup_steps:
@@ -110,6 +111,7 @@ class Search:
         """Take down a trial and what it cost in all; the decision, if that was the last."""
         self.state.trials.append(trial)
         self.state.search_cost += spent
+        self.note_overhead()
         return None if self.another_round() else self.decide()
 
     def another_round(self) -> bool:
@@ -197,5 +199,11 @@ class Search:
         if decision.full_step_cost is None:
             return
         state.saved_cost += decision.full_step_cost - cost
+        self.note_overhead()
         if state.break_even_step is None and state.saved_cost >= self.overhead():
             state.break_even_step = state.step
+
+    def note_overhead(self) -> None:
+        """Take back that savings have paid off where they do not pay for all search and scoring up to now."""
+        if self.state.saved_cost < self.overhead():
+            self.state.break_even_step = None

@@ -91,7 +91,7 @@ class RunState:
     saved_cost: float = 0.0
     """What training steps have saved against full training, in the schedule's clock."""
     break_even_step: int | None = None
-    """Step at which that had paid for search and scoring; None: not yet."""
+    """Step from which on that has paid for all search and scoring so far; None: not yet, or not for the last of it."""
     peak_memory_bytes: int = 0
     """Largest so far, per device (counted on the CPU)."""
 
