@@ -236,6 +236,28 @@ def test_a_later_search_or_scoring_is_to_be_paid_back_too():
     assert [*train(3)] == [None, 8, 8]
 
 
+@pytest.mark.parametrize("opening_s", [0.0, 30.0])
+def test_a_search_takes_as_many_rounds_as_its_share_pays_for_whatever_timing_plans_took(opening_s):
+    """One round of an evaluation and a step of each takes 2.5 s; timing plans is paid once."""
+    search, state = search_between_two(search_steps=9, search_share=0.5)
+    state.search_cost = opening_s
+    decision = search.begin()
+    while decision is None:
+        number, plan = search.turn()
+        trial = Trial(candidate=number, loss_before=1.0, loss=0.9, cost=search.prices.step(plan))
+        decision = search.note(trial, trial.cost + search.prices.evaluation())
+    assert [found.steps for found in decision.efficiencies] == [8 if opening_s else 9] * 2
+    assert decision.search_cost == opening_s + 2.5 * len(state.trials) / 2 <= 50
+
+
+def test_a_state_that_was_saved_before_openings_were_told_apart_is_read():
+    state = search_between_two()[1]
+    saved = state.as_json()
+    del saved["opening_cost"]
+    state.update(saved)
+    assert state.opening_cost == 0 and state.stage == 0
+
+
 def test_compiled_blocks_train_alike(monkeypatch):
     # Inductor, the default, gives the same but takes minutes to compile on two cores; each block takes half a second.
     monkeypatch.setattr(blocks, "compile_blocks", functools.partial(blocks.compile_blocks, backend="aot_eager"))

@@ -57,6 +57,7 @@ class Search:
         """The decision of a stage that was opened, if there is nothing to search, or nothing to search yet: while the
         learning rate warms up every step raises the loss, whoever makes it."""
         state = self.state
+        state.opening_cost = state.search_cost
         self.note_overhead()  # the blocks may have been scored again
         if len(state.candidates) == 1:
             return self.decide("schedule")
@@ -133,7 +134,7 @@ class Search:
         """Expected cost of one step of every candidate with its evaluations, in the schedule's clock."""
         state = self.state
         if self.schedule.clock == "seconds" and state.trials:
-            return state.search_cost / len(state.trials) * len(state.candidates)
+            return (state.search_cost - state.opening_cost) / len(state.trials) * len(state.candidates)
         return sum(self.prices.step(plan) + self.prices.evaluation() for plan in state.candidates)
 
     def stage_budget(self) -> float:

@@ -39,6 +39,8 @@ CostModels = Annotated[
 """In JSON a list of pairs, whose keys are text alone."""
 TENSORS = ("optimizer", "ema")
 """Fields of RunState whose tensors a checkpoint keeps in files of their own."""
+ADDED = ("opening_cost",)
+"""Fields that a checkpoint may lack, which was written before there were any: their defaults stand."""
 
 
 @dataclass
@@ -75,6 +77,8 @@ class RunState:
     """Search loss of the weights as they are, if just measured."""
     search_cost: float = 0.0
     """Cost of the stage's search so far, in the schedule's clock."""
+    opening_cost: float = 0.0
+    """The part of it before the first trial: counting and timing candidates, once however many rounds follow."""
     decisions: list[Decision] = field(default_factory=list)
     seconds: Charged = field(default_factory=Charged)
     """Slowest rank's seconds."""
@@ -111,6 +115,7 @@ class RunState:
 def _saved_fields() -> type[BaseModel]:
     """The fields of RunState that go into JSON, with their types: a field that is added to it is saved too."""
     kinds = get_type_hints(RunState, include_extras=True)
-    named = {field.name: (kinds[field.name], ...) for field in fields(RunState) if field.name not in TENSORS}
+    kept = [field for field in fields(RunState) if field.name not in TENSORS]
+    named = {field.name: (kinds[field.name], field.default if field.name in ADDED else ...) for field in kept}
     settings = ConfigDict(extra="forbid", ser_json_inf_nan="strings")  # strict JSON has no number for them
     return create_model("SavedFields", __config__=settings, **named)
