@@ -309,6 +309,22 @@ def test_time_stamps_that_start_again_begin_another_part(codec, container, frame
     assert unlike(late[0], frames[::-1][10]) < 12
 
 
+@pytest.mark.parametrize("container", ["avi", "asf", "mxf", "matroska", "mpegts"])
+@pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "8", "b_strategy": "0", "x264-params": "b-pyramid=none"}])
+def test_frames_with_time_stamps_of_their_decoding_are_all_given_in_order(options, container):
+    """FFmpeg's demuxers of AVI, ASF and MXF say of B-frames when they are decoded."""
+    pictures = [np.full((48, 64, 3), 20 + 5 * i, np.uint8) for i in range(40)]
+    content = hostile.encoded(pictures, "libx264", container, options=X264 | options, fps=25)
+    every = list(video.iter_frames(content))
+    assert [time_s for time_s, _ in every] == pytest.approx([i / 25 for i in range(40)], abs=1e-3)
+    for given in (every, list(video.iter_frames(content, 25))):
+        assert [round((image.mean() - 20) / 5) for _, image in given] == list(range(40))
+    late, own = video.read_frames(content, [1.0, 1.4])
+    assert [round((image.mean() - 20) / 5) for image in late] == [25, 35] and own == pytest.approx([1, 1.4], abs=1e-3)
+    assert next(iter(video.iter_frames(content, start_s=1.2)))[0] == pytest.approx(1.2, abs=1e-3)
+    assert len(list(video.times(content))) == 40 and video.field_order(content) == ""
+
+
 def test_parts_are_shots(frames):
     same = [(0, frames[0])] * 10 + [(1, frames[0])] * 10
     for least in (20.0, None):

@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from entprog.media import fields, showing
+from entprog.media import containers, fields, showing
 from entprog.media.errors import REASONS, VideoError
 from entprog.media.limits import LIMITS, Limits
 from entprog.media.pictures import BACKGROUND, Color
@@ -320,6 +320,7 @@ def decoded_frames(
     leaps = bool(container.format.flags & Flags.ts_discont.value)
     aspect, began_s = _aspect(stream), time.monotonic()
     last_s, part, count, waiting = None, 0, 0, True
+    ordering = containers.Ordering() if containers.may_be_disordered(container, stream) else None
     first_key = None  # its picture may be cut away by an edit list: what follows it is whole all the same
     for packet in container.demux(stream):
         if first_key is None and packet.is_keyframe:
@@ -332,6 +333,8 @@ def decoded_frames(
             if packet.is_keyframe or not waiting:
                 raise
             continue
+        if ordering is not None:
+            frames = ordering.given(frames, last=not packet.size)
         for frame in frames:
             count += 1
             if count > limits.max_frames:
@@ -386,7 +389,8 @@ def _decoded(source: Source, from_s: float, limits: Limits, order: str = "") -> 
 
 
 def _from_key_frame(source: Source, container, stream, from_s: float, limits: Limits) -> Iterator[Shown]:
-    if from_s <= 0.5 or container.format.flags & Flags.ts_discont.value:  # the same time stamp may stand there twice
+    twice = container.format.flags & Flags.ts_discont.value  # the same time stamp may stand there twice
+    if from_s <= 0.5 or twice or containers.may_be_disordered(container, stream):
         yield from decoded_frames(source, container, stream, limits)
         return
     start = next(decoded_frames(source, container, stream, limits)).frame.pts
