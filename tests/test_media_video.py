@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from entprog.media import assets, h264, samples, video
 from entprog.media.video import VideoError
+from helpers import hostile
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +293,36 @@ def test_what_comes_before_the_damage_is_given():
     assert len(video.read_frames(bytes(content), [0, 0.5], size=(96, 54))[0]) == 2
     with pytest.raises(VideoError):
         video.read_frames(bytes(content), [0.5, 1.2], size=(96, 54))
+
+
+@pytest.mark.parametrize(("codec", "container"), [("libx264", "matroska"), ("libvpx-vp9", "webm")])
+def test_matroska_that_is_cut_off_is_no_shorter_video(frames, tmp_path, codec, container):
+    whole = hostile.encoded(list(frames), codec, container, options={"b": "300k", "cpu-used": "8"})
+    assert len(list(video.iter_frames(whole))) == 40
+    last = len(whole) - whole.rindex(b"\x1c\x53\xbb\x6b")  # of it the index is missing
+    for missing in (last, *(int(len(whole) * share) for share in (0.1, 0.4, 0.7))):
+        (tmp_path / "cut").write_bytes(whole[:-missing])
+        for source in (whole[:-missing], tmp_path / "cut"):
+            given = []
+            with pytest.raises(VideoError, match="cut off") as raised:
+                given.extend(video.iter_frames(source))
+            assert raised.value.reason == "corrupt" and given
+            assert video.probe(source).codec in ("h264", "vp9")  # as of other files that break behind their first frame
+
+
+def test_matroska_that_does_not_say_its_size_is_whole(frames):
+    """As it is streamed; and with sound that lasts longer than the picture."""
+    whole = hostile.encoded(list(frames[:8]), "libx264", "matroska")
+    at = whole.index(b"\x18\x53\x80\x67") + 4
+    assert len(list(video.iter_frames(whole[:at] + b"\x01" + b"\xff" * 7 + whole[at + 8 :]))) == 8
+    with av.open(out := io.BytesIO(), "w", format="matroska") as file:
+        stream, sound = file.add_stream("libx264", rate=10), file.add_stream("aac", rate=16000, layout="mono")
+        hostile.put(file, stream, list(frames[:8]))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 80000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        file.mux(sound.encode(silence) + sound.encode(None))
+    assert video.probe(out.getvalue()).duration_s == pytest.approx(5, abs=0.2)
+    assert len(list(video.iter_frames(out.getvalue()))) == 8
 
 
 def test_the_error_crosses_process_borders():

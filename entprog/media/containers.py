@@ -1,8 +1,10 @@
-"""Where a container does not say when its frames are shown."""
+"""What containers do not say rightly: when their frames are shown, and that they are cut off."""
 
 import bisect
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import av
 
@@ -35,3 +37,36 @@ class Ordering:
             if frame.pts is not None:
                 frame.pts = self._stamps.pop(0)
             yield frame
+
+
+_MATROSKA_SEGMENT = 0x18538067
+_MOST_BEFORE_IT = 16  # the file's header, and room left empty
+
+
+def is_cut_off(file: BinaryIO) -> bool:
+    """Whether a Matroska or WebM file (RFC 9559) ends before its Segment, which holds all else, does.
+
+    FFmpeg reads it as a shorter video without a word. Times are no evidence: sound may last longer than the picture.
+    What is written while it is filmed says neither its length nor its size, and counts as whole.
+    """
+    there = file.seek(0, io.SEEK_END)
+    at = 0
+    for _ in range(_MOST_BEFORE_IT):
+        file.seek(at)
+        head = file.read(12)
+        name_bytes = _number_bytes(head[:1])
+        size_bytes = _number_bytes(head[name_bytes : name_bytes + 1])
+        content_at = name_bytes + size_bytes
+        if not size_bytes or len(head) < content_at:
+            return False
+        size = int.from_bytes(head[name_bytes:content_at]) & ((1 << 7 * size_bytes) - 1)
+        if int.from_bytes(head[:name_bytes]) == _MATROSKA_SEGMENT:
+            unknown = size == (1 << 7 * size_bytes) - 1
+            return not unknown and at + content_at + size > there
+        at += content_at + size
+    return False
+
+
+def _number_bytes(first: bytes) -> int:
+    """Bytes of an EBML number (RFC 8794), which the zeros that its first byte begins with count; 0: none is there."""
+    return 9 - first[0].bit_length() if first and first[0] else 0

@@ -375,6 +375,10 @@ def decoded_frames(
         if stream.frames:  # so many are said to be there
             raise VideoError("corrupt", f"{_name(source)}: none of {stream.frames} frames can be decoded")
         raise VideoError("no_frames", f"{_name(source)}: no frame in the video stream, or no key frame")
+    if "matroska" in container.format.name:
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            if containers.is_cut_off(file):
+                raise VideoError("corrupt", f"{_name(source)}: cut off after {last_s:.2f} s")
 
 
 def _is_key(frame: av.VideoFrame, packet, stream) -> bool:
