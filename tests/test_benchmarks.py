@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from multiprocessing import resource_tracker, spawn
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,7 @@ from benchmarks import (
 from entprog import config
 from entprog.blocks import swap
 from entprog.config import Priority
+from entprog.data import shards
 from entprog.scoring import split
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
@@ -582,9 +584,23 @@ def test_arms_of_guidance_differ_in_what_is_dropped_alone_and_means_are_over_the
     assert all(row["psnr"] == 10 * row["pose_guidance"] + 0.5 for row in means)
 
 
+def few_of(dataset: shards.Dataset, folder: Path) -> Path:
+    """A dataset of the held-out clips and the first eight others."""
+    splits = {}
+    for name, (info,) in dataset.splits.items():
+        rows = shards.read_rows(dataset.folder / info.file, range(min(8, info.clips)))
+        splits[name] = [shards.write_shard(folder, info.file, rows, dataset.shape)]
+    shards.write_dataset(folder, dataset.shape, splits, {})
+    return folder
+
+
 @pytest.mark.slow
 def test_guidance(results, tmp_path, local_ray, monkeypatch):
-    monkeypatch.setattr(guidance, "STRENGTHS", (1.0, 2.0))
+    person = few_of(shards.read_dataset(guidance.demo.PERSON), tmp_path / "person")
+    fewer = {guidance: {"STRENGTHS": (1.0, 2.0), "CLIPS": 2}, guidance.demo: {"STEPS": 2, "PERSON": person}}
+    for module, values in fewer.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     given = ["--steps", "2", "--seeds", "1", "--work", str(tmp_path / "work")]
     outcome = CliRunner().invoke(guidance.app, given, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output

@@ -337,36 +337,47 @@ def test_a_run_decodes_where_its_cluster_has_cpus_and_comes_to_the_same(run, nod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["aws", "pod"])
-def test_a_machine_that_is_taken_back_is_left_with_a_checkpoint(run, nodes, place, how):
-    """AWS's notice on a node's metadata service, or the hook before a pod ends, has Ray drain the node: no worker
+def test_a_machine_that_is_taken_back_is_left_with_a_checkpoint(run, nodes, place):
+    """AWS's notice on a node's metadata service, and later the hook before a pod ends, have Ray drain a node: no worker
     stays there."""
     folder, _ = place
-    nodes.are(4, 4)
-    name = f"drained-{how}"
-    steps = folder / name / "steps.jsonl"
+    nodes.are(4, 4, 4)
+    steps, gone, resumed, goes_on = folder / "drained" / "steps.jsonl", [], [], threading.Event()
 
-    def taken_back():
-        node = nodes.with_a_worker()
-        nodes.add(4)
-        options = "--address", nodes.cluster.address, "--node-id", node.node_id
-        before = len(steps.read_bytes().splitlines())
-        if how == "pod":
-            spot.leave(90, *options)  # returns once the workers have gone
-            return node, before
+    def listen(item):
+        if "resumed" in item:
+            resumed.append(item["resumed"])
+        elif resumed and "step" in item:
+            goes_on.set()
+
+    def lines() -> int:
+        return len(steps.read_bytes().splitlines())
+
+    def draining():
+        gone.append(nodes.with_a_worker())
+        return "--address", nodes.cluster.address, "--node-id", gone[-1].node_id
+
+    def notice():
         with metadata("terminate") as address:
-            spot.watch(address, *options, every_s=0.1)
-        return node, len(steps.read_bytes().splitlines())
+            spot.watch(address, *draining(), every_s=0.1)
+        return lines()
 
-    watcher = at_steps(folder / name, (5, taken_back))
-    long = {"schedule": {"kind": "full"}, "train": {"steps": 800, "checkpoint_every": 10_000, "held_out_every": 800}}
-    result, message = run(name, **long)
-    ((node, told_at),) = watcher.done
-    (resumed,) = resumed_at(message)
-    assert told_at <= resumed < 800, "the checkpoint is of after the notice: no step is lost"
-    assert [item for item in message if "Ray drains it" in item.get("warning", "")]
+    def pod_ends():
+        assert goes_on.wait(PATIENCE_S)
+        before = lines()
+        spot.leave(90, *draining())  # returns once the workers have gone
+        return before
+
+    watcher = at_steps(folder / "drained", (5, notice), (6, pod_ends))
+    long = {"steps": 800, "checkpoint_every": 10_000, "held_out_every": 800}
+    result, message = run("drained", listen, schedule={"kind": "full"}, train=long)
+    watcher.join(PATIENCE_S)
+    for told_at, step in zip(watcher.done, resumed, strict=True):
+        assert told_at <= step < 800, "the checkpoint is of after the notice: no step is lost"
+    assert len([item for item in message if "Ray drains it" in item.get("warning", "")]) == 2
     assert len(result["losses"]) == 800
-    nodes.drop(node)
+    for node in gone:
+        nodes.drop(node)
 
 
 def waited_for(nodes, *arguments, joins, **options):
