@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 from entprog import config, storage
 from entprog.errors import UserError
 from entprog.schedule import plans
+from entprog.schedule.state import Charged, RunState
 from helpers import real_clips, stores
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run
 from pipelines import cli, train
+from pipelines.training import figures, phases, report
 
 SHAPE = {"frames": 2, "height": 48, "width": 32, "fps": 12}
 SETTINGS = {
@@ -221,6 +223,24 @@ def test_only_blocks_of_a_kind_are_trained():
     assert run.state.flops.search == pytest.approx(sum(d.search_cost for d in run.state.decisions))
     everything = Run(tiny_experiment(schedule={"blocks": "temporal"}))  # Wan's blocks mix both
     assert plans.eligible(everything.found, "temporal") == [block.name for block in everything.found]
+
+
+def test_figures_of_phases_are_those_of_all_of_them():
+    def figures_of(seconds, flops, wait_s, **state):
+        state = RunState(optimizer=None, seconds=Charged(*seconds), flops=Charged(*flops), **state)
+        step = {"step": 1, "loss": 0.5, "held_out_loss": 0.4, "charged_s": 1.0, "seconds": 6.0, "wait_s": wait_s}
+        result = report.figures(figures.final(tiny_experiment(), state), [step])
+        return result | {"held_out_loss": 0.4, "wall_s": 40.0}
+
+    long = figures_of((29.0, 1.0, 2.0), (3e9, 1e8, 2e8), 2.0, step=10, position=80, skipped=7)
+    short = figures_of((1.0, 1.0, 0.0), (1e9, 1e8, 0.0), 6.0, step=2, position=8)
+    for order in ({"a": long, "b": short}, {"a": short, "b": long}):
+        whole = phases.together(order)
+        assert whole["seconds_by_purpose"] == {"train": 30.0, "search": 2.0, "score": 2.0} and whole["seconds"] == 34
+        assert whole["flops_by_purpose"] == {"train": 4e9, "search": 2e8, "score": 2e8} and whole["flops"] == 4.4e9
+        assert (whole["search_seconds"], whole["score_seconds"], whole["wall_s"]) == (2, 2, 80)
+        assert (whole["steps"], whole["clips"], whole["skipped_updates"]) == (12, 88, 7)
+        assert whole["samples_per_s"] == 88 / 32 and whole["wait_share"] == 8 / 20 and whole["stalls"]["wait_s"] == 8
 
 
 def test_clips_are_cut_to_whole_divisions_alone():

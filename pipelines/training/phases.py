@@ -14,10 +14,12 @@ from entprog.storage import Where
 from pipelines import cli
 from pipelines.cluster import launch
 from pipelines.tracking.tracker import Tracker
-from pipelines.training import steplog
+from pipelines.training import report, steplog
 
-SUMS = ("steps", "clips", "seconds", "search_seconds", "score_seconds", "flops", "wall_s")
-"""Figures that add up over phases; of the others the last phase's stand."""
+SUMS = ("steps", "clips", "skipped_updates", "wall_s")
+"""Figures that add up over phases,"""
+SUMS_BY_KEY = ("seconds_by_purpose", "flops_by_purpose", "stalls")
+"""and those of several parts that do. Of what neither these nor their totals are the last phase's stands."""
 
 
 def run(
@@ -84,8 +86,10 @@ def run(
 def together(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All phases' figures in one, with each phase's own under `phases`."""
     last = results[next(reversed(results))]
-    return dict(last) | {
-        **{name: sum(result[name] for result in results.values()) for name in SUMS},
+    sums = {name: sum(result[name] for result in results.values()) for name in SUMS}
+    for name in SUMS_BY_KEY:
+        sums[name] = {key: sum(result[name][key] for result in results.values()) for key in last[name]}
+    return report.with_totals(dict(last) | sums) | {
         "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results.values()),
         "losses": [loss for result in results.values() for loss in result["losses"]],
         "phases": {name: dict(result) for name, result in results.items()},

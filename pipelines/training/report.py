@@ -18,18 +18,22 @@ def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, An
     """The workers' last word with what follows from the lines of steps.jsonl. They need not be all: a run may have been
     begun in another output."""
     held_out = [(s["step"], s["charged_s"], s["held_out_loss"]) for s in steps if s["held_out_loss"] is not None]
-    purposes = result["seconds_by_purpose"]
-    lost = stalls.of(steps)
-    return result | {
+    return with_totals(result | {"stalls": asdict(stalls.of(steps))}) | {
         "held_out": [{"step": step, "charged_s": s, "loss": loss} for step, s, loss in held_out],
         "losses": [s["loss"] for s in steps],
+    }
+
+
+def with_totals(result: dict[str, Any]) -> dict[str, Any]:
+    """Figures with those that follow from clips, stalls, and what was spent by purpose."""
+    purposes, lost = result["seconds_by_purpose"], stalls.Stalls(**result["stalls"])
+    return result | {
         "seconds": sum(purposes.values()),
         "search_seconds": purposes["search"],
         "score_seconds": purposes["score"],
         "flops": sum(result["flops_by_purpose"].values()),
         "samples_per_s": result["clips"] / max(purposes["train"] + purposes["search"], 1e-9),
         "wait_share": lost.share(lost.wait_s + lost.open_s),
-        "stalls": asdict(lost),
     }
 
 
