@@ -10,7 +10,8 @@ import pytest
 
 from entprog import config, files
 from entprog.data import shards
-from entprog.media import assets, h264, video
+from entprog.media import assets, footage, h264, video
+from entprog.media.pictures import png
 from entprog.preparing import attempts, cutting, inputs, probing, shots, windows
 
 SHAPE = {"frames": 6, "height": 48, "width": 32, "fps": 10}
@@ -98,6 +99,24 @@ def test_foremost_takes_one_of_several(outcome):
 def test_no_cut_is_seen_where_there_is_none(name, fps):
     pictures = video.thumbnails(assets.clip(name), fps, shots.SIZE)
     assert shots.cuts(shots.changes(pictures), config.Prepare().shot_change) == []
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_cuts_are_those_of_the_part_that_is_looked_at(images, tmp_path):
+    """Of four panels beside each other the first one cuts, and no other; and the other way round."""
+    one, other = ([video.scale(frame, (120, 68)) for frame in some(name)] for name in ("cam01", "cam03"))
+    steady, cut = [*one, *one[::-1]], [*one, *other]
+    for panels, cuts in (([cut, steady, steady, steady], [len(one)]), ([steady, cut, cut, cut], [])):
+        pictures = [np.concatenate(row, 1) for row in zip(*panels, strict=True)]
+        path = tmp_path / f"{len(cuts)}"
+        if images:
+            path.mkdir()
+            for i, picture in enumerate(pictures):
+                (path / f"{i:03d}.png").write_bytes(png(picture))
+        else:
+            path = h264.write(path.with_suffix(".mp4"), pictures, fps=10)
+        of = footage.footage(path, 10.0 * images, "0,0,68,120", config.Prepare())
+        assert shots.cuts(shots.changes(footage.thumbnails(of, 10, shots.SIZE)), config.Prepare().shot_change) == cuts
 
 
 def test_every_pair_of_real_clips_is_told_apart():

@@ -77,9 +77,9 @@ def numbers(of: Footage, frames: int, fps: float, heartbeats) -> tuple[np.ndarra
 
 
 def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """(part, small picture uint8 [height, width, 3]) of the same frames, of the whole picture, not turned."""
+    """(part, small picture uint8 [height, width, 3]) of the same frames, cropped; without a crop not turned."""
     if not of.frames_fps:
-        yield from video.thumbnails(of.path, fps, size, of.limits)
+        yield from video.thumbnails(of.path, fps, size, of.limits, of.crop)
         return
-    for _, frame in images.iter_frames(of.path, of.frames_fps, fps, of.limits, size):
+    for frame in pictures(of, fps, size):
         yield 0, frame

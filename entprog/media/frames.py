@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entprog.media import pictures, video
+from entprog.media import pictures
 from entprog.media.limits import Limits
 from entprog.media.video import VideoError, VideoInfo
 
@@ -64,9 +64,7 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
     return VideoInfo(width, height, own_fps, duration_s, len(found), "images")
 
 
-def iter_frames(
-    folder: Path, own_fps: float, fps: float, limits: Limits, size: tuple[int, int] | None = None
-) -> Iterator[tuple[float, np.ndarray]]:
+def iter_frames(folder: Path, own_fps: float, fps: float, limits: Limits) -> Iterator[tuple[float, np.ndarray]]:
     """(time_s, uint8 RGB [H, W, 3]) of the image nearest to each i / fps, as `video.iter_frames` gives frames."""
     found = paths(folder)
     before, image = -1, None
@@ -77,5 +75,4 @@ def iter_frames(
         at = min(round(time_s * own_fps), len(found) - 1)
         if at != before:
             before, image = at, pictures.read(found[at], limits)
-            image = image if size is None else video.scale(image, size)
         yield time_s, image

@@ -144,13 +144,18 @@ def iter_frames(
     else:
         wanted = _until(end_s, start_s, fps)
         inside = _nearest(_decoded(source, start_s, limits, order), wanted, hold_last=False)
-    whole = None
-    for time_s, shown in inside:
-        if crop is not None:
-            whole = whole or showing.size(shown)
-            if showing.size(shown) != whole:
-                raise changed_size(source, time_s)
+    for time_s, shown in inside if crop is None else _of_one_size(source, inside):
         yield time_s, _rgb(source, shown, crop, size, quick, background)
+
+
+def _of_one_size(source: Source, frames: Iterator[tuple[float, Shown]]) -> Iterator[tuple[float, Shown]]:
+    """The same, as long as a place in one is that place in all."""
+    whole = None
+    for time_s, shown in frames:
+        whole = whole or showing.size(shown)
+        if showing.size(shown) != whole:
+            raise changed_size(source, time_s)
+        yield time_s, shown
 
 
 def changed_size(source: Source, time_s: float) -> VideoError:
@@ -172,19 +177,23 @@ def nearest(times_s: np.ndarray, wanted_s: np.ndarray) -> np.ndarray:
 
 
 def thumbnails(
-    source: Source, fps: float, size: tuple[int, int], limits: Limits = LIMITS
+    source: Source, fps: float, size: tuple[int, int], limits: Limits = LIMITS, crop: Box | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Small pictures of the frames that `iter_frames` gives, as they are stored (not turned, pixels not squared):
-    (part, uint8 [height, width, 3]), where the part goes up by one when time stamps start again.
+    """Small pictures of the frames that `iter_frames` gives, or of their `crop`: (part, uint8 [height, width, 3]),
+    where the part goes up by one when time stamps start again. Raises VideoError as `iter_frames` does.
 
-    Scaled before they are converted: a tenth of the time of a whole frame.
+    Without a crop they are as they are stored (not turned, pixels not squared) and scaled before they are converted, in
+    a tenth of the time.
     """
     height, width = size
     before, small = None, None
-    for _, shown in _nearest(_decoded(source, 0.0, limits), _until(float("inf"), 0.0, fps), hold_last=False):
+    frames = _nearest(_decoded(source, 0.0, limits), _until(float("inf"), 0.0, fps), hold_last=False)
+    for _, shown in frames if crop is None else _of_one_size(source, frames):
         if shown.time_s != before:
             before = shown.time_s
-            if showing.is_plain(shown.frame):
+            if crop is not None:
+                small = _rgb(source, shown, crop, size, quick=True)
+            elif showing.is_plain(shown.frame):
                 scaled = shown.frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA, threads=1)
                 small = scaled.to_ndarray()
             else:
