@@ -263,16 +263,15 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
         cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
-    records = dict(zip(keys, packing.read_parts(parts, keys.values()), strict=True))
-    left = [row for row in work.to_do if records[row["file"]] is None]
-    if len(left) < len(work.to_do):
-        cli.console.print(f"resuming: {len(work.to_do) - len(left)} of {len(work.to_do)} sources are done already")
+    done = packing.finished(parts, work.to_do, keys, settings)
+    left = [row for row in work.to_do if row["file"] not in done]
+    if done:
+        cli.console.print(f"resuming: {len(done)} of {len(work.to_do)} sources are done already")
     tally = progress.Tally(sum(is_video(row) for row in work.to_do), settings.prepare.max_rejected)
     with cli.stderr_into(output / "prepare.log", verbose=verbose):
         try:
-            for file, record in records.items():
-                if record is not None:
-                    tally.count(file, record["ledger"][0]["reason"])
+            for file, record in done.items():
+                tally.count(file, record["ledger"][0]["reason"])
             if needs_estimator(left):
                 pose.estimator(settings.prepare)  # what is missing is said here, once, and not by every worker
             with session.ray_cluster(cpus=2, verbose=verbose) as ray:

@@ -23,7 +23,7 @@ from entprog.data import shards
 from entprog.media import footage, h264, limits, masks, pose, posefile, video, wholebody
 from entprog.media.pictures import png
 from entprog.media.video import VideoError
-from entprog.preparing import ledger, shots, windows
+from entprog.preparing import again, ledger, shots, windows
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.probing import opened, tried
 from entprog.preparing.rows import Cut, Done, Shots, Tracked
@@ -149,7 +149,7 @@ def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
     record |= {"points": row.get("points", pose.POINTS), "poses": FILES if row["poses"] else settings.prepare.pose}
-    record |= {"masks": bool(row["mask"])}
+    record |= {"masks": bool(row["mask"]), "limits": again.limits(settings.prepare.model_dump(mode="json"))}
     files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
 

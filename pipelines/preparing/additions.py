@@ -1,6 +1,5 @@
 """What a finished dataset has of the inputs already: new videos are added in new shards, old shards never change."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ from entprog.data import shards
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
-from entprog.preparing import addresses, ledger, probing
-from entprog.preparing.rows import Line, Source, is_video
+from entprog.preparing import again, ledger, probing
+from entprog.preparing.rows import Line, Source
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.preparing import packing
@@ -111,7 +110,8 @@ def refuse(output: Where, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
 
 
 def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Preparation) -> list[Source]:
-    """Sources that the dataset does not have: new ones, and changed ones of which it has no clip.
+    """Sources that the dataset does not have: new ones, and of those of which it has no clip the changed ones and those
+    that another try may take (`again`).
 
     A file whose time stamp alone is another is read to see whether it has changed. Prints what it found.
     Raises UserError for changed sources that clips were kept of: these lie in shards, which never change.
@@ -127,8 +127,13 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
             f"{len(kept)} inputs have changed since {output} was prepared from them ({', '.join(kept[:3])}): restore "
             "them, give them other names, or choose another --output"
         )
-    silent = [row for row in sources if row["file"] in lines and _never_read(row, lines[row["file"]])]
-    again = {row["file"]: row for row in [*changed, *silent]}
+    then = again.limits(before.dataset.settings.get("prepare", {}))
+    passed = [
+        row
+        for row in sources
+        if row["file"] in lines and again.may_mend(row, lines[row["file"]], then, settings.prepare)
+    ]
+    once_more = {row["file"]: row for row in [*changed, *passed]}
     gone = lines.keys() - {row["file"] for row in sources}
     clips = sum(line["kept"] for line in before.lines if line["kind"] == "clip" and line["file"] in gone)
     if gone:
@@ -143,9 +148,9 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
             f"the manifest asks for another split of {len(moved)} sources that are prepared already "
             f"({', '.join(sorted(moved)[:3])}): choose another --output"
         )
-    if again:
-        cli.console.print(f"{len(again)} inputs that gave no clip before are tried again")
-    return [*new, *again.values()]
+    if once_more:
+        cli.console.print(f"{len(once_more)} inputs that gave no clip before are tried again")
+    return [*new, *once_more.values()]
 
 
 def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
@@ -155,8 +160,3 @@ def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
         return probing.content_sha256(row, settings) != line["sha256"]
     except VideoError:  # gone, or not to be read: the stages will say so
         return True
-
-
-def _never_read(row: Source, line: Line) -> bool:
-    """Whether a remote source did not answer before."""
-    return not line["sha256"] and is_video(row) and addresses.is_remote(os.fsdecode(row["path"]))

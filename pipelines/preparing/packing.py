@@ -17,14 +17,14 @@ from entprog.data import shards
 from entprog.data.shards import ShardInfo
 from entprog.errors import UserError
 from entprog.media import wholebody
-from entprog.preparing import ledger
+from entprog.preparing import again, ledger
 from entprog.preparing.rows import Line, Source
 from entprog.storage import Place, Where
 
 Row = dict[str, Any]
 
 JOB_SETTINGS = ("hosts", "max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
-"""Settings of the job, that no clip and no verdict on one depends on."""
+"""Settings of the job, that no clip depends on; where a verdict on a source does, it is tried again (`again`)."""
 OF_PARTS = re.compile(r"[0-9a-f]{16}\.(json|parquet|\w+\.tried)|(train|held_out)-\d{5,}\.parquet\.done|\..*\.tmp")
 """Names of what preparing writes into the folder of parts."""
 SPLIT_SETTINGS = ("held_out", "held_out_ratio", "seed", "clips_per_shard")
@@ -76,6 +76,17 @@ def read_parts(parts: Where, keys: Iterable[str]) -> list[Row | None]:
     """`read_part` of each."""
     with shards.at_once(parts) as apply:
         return [*apply(partial(read_part, parts), keys)]
+
+
+def finished(parts: Where, rows: Sequence[Source], keys: Mapping[str, str], settings: Preparation) -> dict[str, Row]:
+    """Records of the sources that need not be done again: their parts are there, and no other verdict is to be hoped
+    for (`again`)."""
+    found = zip(rows, read_parts(parts, [keys[row["file"]] for row in rows]), strict=True)
+    return {row["file"]: record for row, record in found if record is not None and _is_final(row, record, settings)}
+
+
+def _is_final(row: Source, record: Row, settings: Preparation) -> bool:
+    return not again.may_mend(row, record["ledger"][0], record.get("limits", {}), settings.prepare)
 
 
 def _is_whole(path: Where, sha256: str) -> bool:

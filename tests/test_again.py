@@ -1,0 +1,103 @@
+"""Sources that are tried again by the same command, or once a limit is raised; and those whose verdict stays."""
+
+import functools
+import http.server
+import json
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from entprog import config
+from entprog.config import Preparation
+from entprog.data import shards
+from entprog.media import h264
+from entprog.preparing import cutting, inputs, ledger, probing
+from pipelines.preparing import additions, packing
+
+
+def settings(**prepare) -> Preparation:
+    shape = {"frames": 4, "height": 48, "width": 32, "fps": 10}
+    return config.build({"data": {"shape": shape}, "prepare": prepare}, Preparation)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder with a video with poses beside it, which take 3,200 bytes, and one that is damaged."""
+    folder = tmp_path / "in"
+    h264.write(folder / "posed.mp4", np.random.default_rng(0).integers(0, 255, (8, 64, 48, 3), np.uint8), fps=10)
+    np.savez(folder / "posed.pose.npz", pose=np.full((8, 33, 3), 0.5, np.float32), fps=10.0)
+    (folder / "damaged.mp4").write_bytes(b"no video")
+    return folder
+
+
+def through(rows, made_with: Preparation, parts) -> dict[str, ledger.Line]:
+    """The rows through all stages, as a job takes them: the ledger's line of each."""
+    parts.mkdir(exist_ok=True)
+    keys = packing.part_keys(rows, made_with)
+    track = cutting.Track(made_with)
+    for row in rows:
+        looked = probing.cut_shots(probing.probe({**row, "key": keys[row["file"]]}, made_with), made_with)
+        cutting.cut(track(looked), made_with, parts)
+    records = packing.read_parts(parts, [keys[row["file"]] for row in rows])
+    return {row["file"]: record["ledger"][0] for row, record in zip(rows, records, strict=True)}
+
+
+def left(rows, lines, made_with: Preparation, now: Preparation, parts, tmp_path) -> set[str]:
+    """Sources that are to be done: the same after a command that was interrupted and after one that was finished."""
+    done = packing.finished(parts, rows, packing.part_keys(rows, now), now)
+    empty = shards.write_dataset(
+        tmp_path, now.data.shape, {"train": [], "held_out": []}, {"prepare": made_with.prepare.model_dump(mode="json")}
+    )
+    to_do = additions.to_do(additions.Before(empty, [*lines.values()]), rows, tmp_path, now)
+    assert {row["file"] for row in rows} - done.keys() == {row["file"] for row in to_do}
+    return {row["file"] for row in to_do}
+
+
+def test_a_server_that_did_not_answer_is_asked_again(videos, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    (videos / "m.csv").write_text(f"path\nhttp://{address}/damaged.mp4\nhttp://{address}/text.md\ngone.mp4\n")
+    rows, now = inputs.find(videos / "m.csv").rows, settings(hosts=["127.0.0.1"])
+    lines = through(rows, now, tmp_path / "parts")
+    remote = f"http://{address}/damaged.mp4"
+    assert lines[remote]["reason"] == lines["gone.mp4"]["reason"] == "unreadable"
+    assert left(rows, lines, now, now, tmp_path / "parts", tmp_path) == {remote}
+
+    lines = through(rows, settings(), tmp_path / "parts")
+    assert lines[remote]["reason"] == "bad_address"
+    assert left(rows, lines, settings(), now, tmp_path / "parts", tmp_path) == {remote}
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(videos))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", int(address.rpartition(":")[2])), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = through(rows, now, tmp_path / "parts")
+        server.shutdown()
+    assert lines[remote]["reason"] == "corrupt"
+    assert left(rows, lines, now, now, tmp_path / "parts", tmp_path) == set()
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again_and_a_damaged_one_is_not(videos, tmp_path):
+    rows, now = inputs.find(videos).rows, settings()
+    lines = through(rows, now, tmp_path / "parts")
+    assert left(rows, lines, now, now, tmp_path / "parts", tmp_path) == set()
+    (row,) = (row for row in rows if row["file"] == "posed.mp4")
+    key = packing.part_keys([row], now)[row["file"]]
+    for reason, due in (("unreadable", {"posed.mp4"}), ("crashed", {"posed.mp4"}), ("too_large", set())):
+        refused = ledger.rejected({**row, "key": key, "sha256": ""}, "probe", reason, "as a disk that is away")
+        cutting.cut(refused, now, tmp_path / "parts")
+        record = json.loads((tmp_path / "parts" / f"{key}.json").read_text())
+        lines["posed.mp4"] = record["ledger"][0]
+        assert left(rows, lines, now, now, tmp_path / "parts", tmp_path) == due
+
+
+def test_what_a_limit_refused_is_tried_again_once_it_is_raised(videos, tmp_path):
+    rows, small = inputs.find(videos).rows, settings(max_decoded_bytes=500, max_work_s=100)
+    lines = through(rows, small, tmp_path / "parts")
+    assert lines["posed.mp4"]["reason"] == "bad_pose"
+    assert left(rows, lines, small, small, tmp_path / "parts", tmp_path) == set()
+    for other in (settings(max_decoded_bytes=400, max_work_s=100), settings(max_decoded_bytes=500)):
+        assert left(rows, lines, small, other, tmp_path / "parts", tmp_path) == set()
+    assert left(rows, lines, small, settings(), tmp_path / "parts", tmp_path) == {"posed.mp4"}
