@@ -3,8 +3,10 @@
 import functools
 import http.server
 import json
+import resource
 import socket
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from entprog import config
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.media import h264
-from entprog.preparing import cutting, inputs, ledger, probing
+from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from pipelines.preparing import additions, packing
 
 
@@ -101,3 +103,19 @@ def test_what_a_limit_refused_is_tried_again_once_it_is_raised(videos, tmp_path)
     for other in (settings(max_decoded_bytes=400, max_work_s=100), settings(max_decoded_bytes=500)):
         assert left(rows, lines, small, other, tmp_path / "parts", tmp_path) == set()
     assert left(rows, lines, small, settings(), tmp_path / "parts", tmp_path) == {"posed.mp4"}
+
+
+def test_too_many_open_files_are_no_verdict_on_a_source(videos, tmp_path):
+    row = next(row for row in inputs.find(videos).rows if row["file"] == "posed.mp4")
+    looked = probing.probe(row, settings())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as taken:
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.enter_context((videos / "m").open("w"))
+        for stage, given in ((probing.probe, row), (probing.cut_shots, looked)):
+            with pytest.raises(attempts.MachineError, match=r"posed.mp4: Too many open files"):
+                stage(given, settings())
+    assert probing.cut_shots(probing.probe(row, settings()), settings())["reason"] == ""

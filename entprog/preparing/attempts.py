@@ -4,6 +4,7 @@ A native crash of a decoder, or the system's hand when memory runs out, ends the
 in another one, for ever. Marks in the folder of parts outlive the process.
 """
 
+import errno
 import faulthandler
 import math
 import time
@@ -21,6 +22,19 @@ _REARM_S = 1.0
 
 class MachineError(Exception):
     """What failed for want of the machine (a full disk), not of the source: it ends the job and is no verdict."""
+
+
+LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of a machine that has no more open files or memory to give. Of others, as of a network disk that is away, some
+come with one file for good: they are verdicts, and `again` does not take these for final."""
+
+
+def lacking(error: BaseException) -> OSError | None:
+    """The error of a machine that lacks something from which another came, if any."""
+    seen: BaseException | None = error
+    while seen is not None and not (isinstance(seen, OSError) and seen.errno in LACKING):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 @contextmanager

@@ -61,12 +61,19 @@ def tried(row: R, stage: str, settings: Preparation, parts: Where | None, work) 
             return work(row, settings, heartbeats)
         except attempts.MachineError:
             raise
-        except VideoError as error:
-            return ledger.rejected(row, stage, error.reason, str(error))
-        except OSError as error:
-            return ledger.rejected(row, stage, "unreadable", f"{row['file']}: {error.strerror or error}")
         except Exception as error:  # one bad file must not end a long job, nor vanish: the ledger names the exception
-            return ledger.rejected(row, stage, "error", f"{type(error).__name__}: {error}")
+            if lack := attempts.lacking(error):
+                raise attempts.MachineError(f"cannot read {row['file']}: {lack.strerror}; run it again") from None
+            return ledger.rejected(row, stage, *_verdict(row, error))
+
+
+def _verdict(row: Probed, error: Exception) -> tuple[str, str]:
+    """(reason, message) of what a source's stage has raised."""
+    if isinstance(error, VideoError):
+        return error.reason, str(error)
+    if isinstance(error, OSError):
+        return "unreadable", f"{row['file']}: {error.strerror or error}"
+    return "error", f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -158,5 +158,5 @@ def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
         return True  # a manifest says something else of it
     try:
         return probing.content_sha256(row, settings) != line["sha256"]
-    except VideoError:  # gone, or not to be read: the stages will say so
+    except (VideoError, OSError):  # gone, or not to be read: the stages will say so
         return True
