@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entprog import config
 from entprog.media.pose import found
-from entprog.preparing import windows
+from entprog.preparing import cutting, windows
 
 SEEN = 0.5
 
@@ -107,7 +108,7 @@ def test_reference_is_a_frame_with_the_person_outside_the_clip_where_there_is_on
     gone = np.random.default_rng(seed).random(total) < 0.5
     gone[start : start + 8] = False  # a kept clip has its person in every frame
     track = lost(person(total, seed=seed), gone)
-    at = windows.reference_frame(track, window, SEEN)
+    at = windows.References(track, SEEN).frame(window)
     assert found(track)[at]
     assert (at not in window) == bool((~gone).sum() > 8)
 
@@ -116,7 +117,46 @@ def test_reference_shows_more_of_the_person_than_other_frames():
     track = person(20)
     track[:, 20:, 2] = 0.1
     track[15, :, 2] = 0.9
-    assert windows.reference_frame(track, range(8), SEEN) == 15
+    assert windows.References(track, SEEN).frame(range(8)) == 15
+
+
+@given(st.lists(st.sampled_from([0.0, 0.3, 0.35, 0.9, 0.95]), min_size=1, max_size=20), st.data())
+def test_references_of_many_windows_are_those_of_one_look_at_each(shown, data):
+    track = person(len(shown))
+    track[..., 2] = np.linspace(0, 1, 33) < np.array(shown)[:, None]
+    others = np.array(data.draw(st.lists(st.booleans(), min_size=len(shown), max_size=len(shown))))
+    start = data.draw(st.integers(0, len(shown) - 1))
+    window = range(start, data.draw(st.integers(start + 1, len(shown))))
+    good = found(track) & ~others
+    score = np.where(good, windows.share_visible(track, SEEN), -1.0) + 1e-3 * np.round(track[..., 2].mean(-1), 3)
+    outside = [i for i in range(len(shown)) if i not in window]
+    best, best_outside = (
+        max(range(len(shown)), key=score.__getitem__),
+        max(outside, key=score.__getitem__, default=None),
+    )
+    expected = best_outside if outside and score[best_outside] >= score[best] - 0.1 else best
+    assert windows.References(track, SEEN, others).frame(window) == expected
+
+
+def test_a_reference_shows_one_person_where_only_clips_of_one_are_taken():
+    """Of windows in which a second person stands beside, which are rejected, no picture becomes a reference."""
+    shape = {"frames": 8, "height": 64, "width": 48, "fps": 16}
+    track = person(64, seed=1)
+    track[:32, :2, 2] = 0.4  # alone, with two points hidden
+    row = {
+        "file": "x.mp4",
+        "others": (np.arange(64) >= 32).tobytes(),
+        "cuts": b"",
+        "view_height": 832,
+        "view_width": 480,
+    }
+    references = {}
+    for people in ("one", "foremost"):
+        settings = config.build({"data": {"shape": shape}, "prepare": {"people": people}}, config.Preparation)
+        kept, _ = cutting._choose(row, track, settings)
+        references[people] = [window.reference_at for window in kept]
+    assert references["one"] and max(references["one"]) < 32
+    assert max(references["foremost"]) >= 32
 
 
 def test_main_reason_is_the_most_frequent():

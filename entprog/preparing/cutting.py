@@ -207,6 +207,8 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
     for shot in shots.spans(len(track), np.frombuffer(row["cuts"], np.int32).tolist()):
         in_full = track[shot.start : shot.stop]
         of_shot = wholebody.body(in_full)
+        crowds = others[shot.start : shot.stop] if prepare.people == "one" else None
+        references = windows.References(of_shot, seen, crowds)
         for at in windows.window_starts(len(shot), shape.frames, stride(settings)):
             start, window = shot.start + at, range(at, at + shape.frames)
             points = of_shot[at : window.stop]
@@ -224,7 +226,7 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
                     reason = windows.crop_verdict(in_crop, box, shape.height, *limits)
             verdicts[start] = stage, reason or ""
             if not reason:
-                best = windows.reference_frame(of_shot, window, seen)
+                best = references.frame(window)
                 there = windows.to_crop(of_shot[best], box, height, width)
                 around = box  # the same picture around the person, if the person is in it
                 if windows.share_inside(there, seen) < prepare.min_inside:

@@ -135,22 +135,41 @@ def crop_verdict(
     return None
 
 
-def reference_frame(track: np.ndarray, window: range, min_visibility: float) -> int:
-    """Frame of a shot's track that shows the person best: most visible points, then the highest mean visibility.
+class References:
+    """The frames of a shot by how well they show the person: for many windows at the cost of one look at the shot.
 
-    Outside the clip's window if the person is seen there about as well (within a tenth of the points): a
-    reference out of the clip itself tells what a user's own picture would not.
+    track: [T, 33, 3]. others: bool [T], frames that show more people, and are not to be taken while there are others.
     """
-    score = np.where(found(track), np.nan_to_num(share_visible(track, min_visibility)), -1.0)
-    score = score + 1e-3 * np.round(np.nan_to_num(track[..., 2]).mean(-1), 3)
-    outside = np.ones(len(track), bool)
-    outside[window.start : window.stop] = False
-    best = int(score.argmax())
-    if outside.any():
-        best_outside = int(np.where(outside, score, -2.0).argmax())
-        if score[best_outside] >= score[best] - 0.1:
-            return best_outside
-    return best
+
+    def __init__(self, track: np.ndarray, min_visibility: float, others: np.ndarray | None = None):
+        good = found(track) if others is None else found(track) & ~others
+        score = np.where(good, np.nan_to_num(share_visible(track, min_visibility)), -1.0)
+        self._score = score + 1e-3 * np.round(np.nan_to_num(track[..., 2]).mean(-1), 3)
+        self._until = _best_until(self._score)
+        self._since = len(score) - 1 - _best_until(self._score[::-1], last=True)[::-1]
+
+    def frame(self, window: range) -> int:
+        """The frame that shows the person best: most visible points, then the highest mean visibility.
+
+        Outside the clip's window if the person is seen there about as well (within a tenth of the points): a
+        reference out of the clip itself tells what a user's own picture would not.
+        """
+        score = self._score
+        best = int(self._until[-1])
+        outside = [int(self._until[window.start - 1])] if window.start else []
+        outside += [int(self._since[window.stop])] if window.stop < len(score) else []
+        if outside:
+            best_outside = max(outside, key=score.__getitem__)  # of equals the earlier
+            if score[best_outside] >= score[best] - 0.1:
+                return best_outside
+        return best
+
+
+def _best_until(score: np.ndarray, last: bool = False) -> np.ndarray:
+    """Where the highest of score[: i + 1] stands, for every i; of equals the first, or the last."""
+    highest = np.maximum.accumulate(score)
+    new = score == highest if last else np.append(True, score[1:] > highest[:-1])
+    return np.maximum.accumulate(np.where(new, np.arange(len(score)), 0))
 
 
 def picture_verdict(clip: np.ndarray, min_motion: float, min_sharpness: float) -> str | None:
