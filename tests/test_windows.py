@@ -1,11 +1,15 @@
 """Clip windows, person crop and quality decisions: what must hold for every input."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from entprog import config
+from entprog.media import h264
+from entprog.media.pictures import png
 from entprog.media.pose import found
 from entprog.preparing import cutting, windows
 
@@ -162,3 +166,28 @@ def test_a_reference_shows_one_person_where_only_clips_of_one_are_taken():
 def test_main_reason_is_the_most_frequent():
     assert windows.main_reason(["nobody", "pose_lost", "pose_lost"]) == "pose_lost"
     assert windows.main_reason(["pose_lost", "nobody"]) == "nobody"
+
+
+@pytest.mark.parametrize("best", [0, 99])
+def test_a_video_of_one_shot_is_not_held_while_its_clips_wait_for_the_best_frame(best):
+    """Clips of one shot have one reference, which is its last frame, or its first."""
+    track = person(100, seed=1)
+    track[:, :2, 2] = 0.4
+    track[best, :, 2] = 1
+    row = {"file": "x.mp4", "cuts": b"", "others": bytes(100), "view_height": 96, "view_width": 72}
+    shape = {"frames": 8, "height": 64, "width": 48, "fps": 16}
+    settings = {"data": {"shape": shape}, "prepare": {"min_motion": 0, "min_scale": 0.1}}
+    settings = config.build(settings, config.Preparation)
+    kept, _ = cutting._choose(row, track, settings)
+    pictures = np.random.default_rng(0).integers(0, 256, (100, 96, 72, 3), np.uint8)
+    given = []
+    for window in cutting._extract(row, kept, iter(pictures), itertools.repeat(None), settings):
+        held = [w for w in kept if w is not window and (w.video or w.reference)]
+        assert len(held) <= 1 and sum(len(w.frames) > 0 for w in kept) <= 2
+        size = 64, 48
+        cut_out = [cutting._crop(frame, window.box, size) for frame in pictures[window.start : window.start + 8]]
+        assert window.video == h264.encode(np.stack(cut_out), 16, crf=settings.prepare.crf)
+        assert window.reference == png(cutting._crop(pictures[window.reference_at], window.reference_box, size))
+        given.append(window.start)
+        window.video = window.reference = b""  # as it is when the clip has been written
+    assert given == [window.start for window in kept] and len(given) > 20

@@ -6,14 +6,15 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 
 import hashlib
 import os
-from collections import defaultdict, deque
+import tempfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate, chain, count, groupby, repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -126,7 +127,6 @@ class _Window:
     """A clip being cut out while its video is decoded."""
 
     start: int
-    points: np.ndarray
     box: windows.Box
     reference_at: int
     reference_box: windows.Box
@@ -137,6 +137,34 @@ class _Window:
     video: bytes = b""
     reference: bytes = b""
     mask: bytes | None = None
+    aside: int | None = None
+    """Where its video, and after it its mask, begin in the scratch file in which they wait."""
+    sizes: tuple[int, int] = 0, 0
+    """Of video and mask there, in bytes."""
+
+    @property
+    def is_encoded(self) -> bool:
+        return bool(self.video) or self.aside is not None
+
+    def put_aside(self, scratch: IO[bytes]) -> None:
+        """Raises MachineError where it cannot be written."""
+        self.aside, self.sizes = scratch.tell(), (len(self.video), len(self.mask or b""))
+        try:
+            scratch.write(self.video + (self.mask or b""))
+        except OSError as error:
+            raise MachineError(
+                f"cannot write to the scratch folder {tempfile.gettempdir()}: {error.strerror}"
+            ) from None
+        self.video, self.mask = b"", None if self.mask is None else b""
+
+    def take_back(self, scratch: IO[bytes]) -> None:
+        """What `put_aside` has written, if it was called."""
+        if self.aside is None:
+            return
+        scratch.seek(self.aside)
+        self.video, mask = map(scratch.read, self.sizes)
+        scratch.seek(0, os.SEEK_END)
+        self.aside, self.mask = None, None if self.mask is None else mask
 
 
 def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
@@ -169,13 +197,14 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
                 verdicts[window.start] = "picture", window.reason
                 continue
             encoded[window.start] = hashlib.sha256(window.video).hexdigest(), len(window.video)
-            yield _clip(row, window, settings)
+            yield _clip(row, window, track, settings)
             window.video = window.reference = window.mask = b""  # written: hours of clips are not to be held
 
     if kept:
         with opened(row, settings, heartbeats) as source:
             pictures = heartbeats(footage.pictures(source, settings.data.shape.fps))
-            of_source = clips(_extract(row, kept, pictures, _people(row, source, settings), settings))
+            extracted = _extract(row, kept, pictures, _people(row, source, settings), settings)
+            of_source = clips(heartbeats(extracted))  # many may come at once, with the frame that all wait for
             first = next(of_source, None)
             if first is not None:
                 file = f"{row['key']}.parquet"
@@ -205,8 +234,7 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
     others = np.frombuffer(row["others"], bool)
     kept, verdicts = [], {}
     for shot in shots.spans(len(track), np.frombuffer(row["cuts"], np.int32).tolist()):
-        in_full = track[shot.start : shot.stop]
-        of_shot = wholebody.body(in_full)
+        of_shot = wholebody.body(track[shot.start : shot.stop])
         crowds = others[shot.start : shot.stop] if prepare.people == "one" else None
         references = windows.References(of_shot, seen, crowds)
         for at in windows.window_starts(len(shot), shape.frames, stride(settings)):
@@ -232,8 +260,7 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
                 if windows.share_inside(there, seen) < prepare.min_inside:
                     alone = of_shot[best : best + 1]
                     around = windows.person_box(alone, height, width, target, prepare.margin, seen) or box
-                stored = windows.to_crop(in_full[at : window.stop], box, height, width)
-                kept.append(_Window(start, stored, box, shot.start + best, around))
+                kept.append(_Window(start, box, shot.start + best, around))
     return kept, verdicts
 
 
@@ -255,23 +282,54 @@ def _extract(
     people: Iterator[np.ndarray | None],
     settings: Preparation,
 ) -> Iterator[_Window]:
-    """Second pass: cut the frames of all kept windows out of one decoding; judge and encode each clip when it is whole.
+    """Second pass: all kept windows out of one decoding, in their order, each as soon as it has its `reference` and
+    `video`, or its `reason`.
 
-    Gives the windows in their order, each as soon as it has its `reference`, and `video` or `reason`: a source of hours
-    is never held whole. Raises VideoError `corrupt` for a video that is another one than before.
+    A source of hours is never held whole: a frame that is the reference of many windows is held once, clips that wait
+    for such a frame lie in a scratch file. Raises VideoError `corrupt` for a video that is another one than before.
     """
+    size = settings.data.shape.height, settings.data.shape.width
+    wanted, shown = Counter(window.reference_at for window in kept), {}
+    waiting = deque(kept)
+    with tempfile.TemporaryFile(prefix="entprog-") as scratch:
+        for i, frame, whole in _cut_out(row, kept, pictures, people, settings):
+            if wanted[i]:
+                shown[i] = frame
+            while waiting and (waiting[0].reason or (waiting[0].is_encoded and waiting[0].reference_at in shown)):
+                window = waiting.popleft()
+                if not window.reason:
+                    window.take_back(scratch)
+                    window.reference = png(_crop(shown[window.reference_at], window.reference_box, size))
+                wanted[window.reference_at] -= 1
+                if not wanted[window.reference_at]:
+                    shown.pop(window.reference_at, None)
+                yield window
+            if not waiting:
+                return
+            for window in whole:
+                if window.video and not window.reference:  # not given
+                    window.put_aside(scratch)
+    raise VideoError("corrupt", f"{row['file']}: frames that were there at first are gone")
+
+
+def _cut_out(
+    row: Tracked,
+    kept: list[_Window],
+    pictures: Iterator[np.ndarray],
+    people: Iterator[np.ndarray | None],
+    settings: Preparation,
+) -> Iterator[tuple[int, np.ndarray, list[_Window]]]:
+    """Each frame with its number and the windows whose clips end with it: judged, and encoded if they are good."""
     shape, prepare = settings.data.shape, settings.prepare
     size = shape.height, shape.width
-    video_at, reference_at = defaultdict(list), defaultdict(list)
+    video_at = defaultdict(list)
     for window in kept:
-        reference_at[window.reference_at].append(window)
         for i in range(window.start, window.start + shape.frames):
             video_at[i].append(window)
-    last = max(*video_at, *reference_at)
-    waiting = deque(kept)
     for i, (frame, person) in enumerate(zip(pictures, people, strict=False)):
         if frame.shape[:2] != (row["view_height"], row["view_width"]):
             raise VideoError("corrupt", f"{row['file']}: its picture changes size at {i / shape.fps:.2f} s")
+        whole = []
         for window in video_at.pop(i, ()):
             window.frames.append(_crop(frame, window.box, size))
             if person is not None:
@@ -286,14 +344,8 @@ def _extract(
                     window.people.clear()
                 if not window.reason:
                     window.video = h264.encode(clip, shape.fps, crf=prepare.crf)
-        for window in reference_at.pop(i, ()):
-            window.reference = png(_crop(frame, window.reference_box, size))
-        while waiting and waiting[0].reference and (waiting[0].video or waiting[0].reason):
-            yield waiting.popleft()
-        if i == last:
-            break
-    if waiting:
-        raise VideoError("corrupt", f"{row['file']}: frames that were there at first are gone")
+                whole.append(window)
+        yield i, frame, whole
 
 
 def _crop(frame: np.ndarray, box: windows.Box, size: tuple[int, int]) -> np.ndarray:
@@ -301,9 +353,11 @@ def _crop(frame: np.ndarray, box: windows.Box, size: tuple[int, int]) -> np.ndar
     return video.scale(frame[top : top + height, left : left + width], size)
 
 
-def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any]:
+def _clip(row: Tracked, window: _Window, track: np.ndarray, settings: Preparation) -> dict[str, Any]:
     """A clip as `shards.SCHEMA` has it. Its split is decided when all sources are known."""
     shape = settings.data.shape
+    its = track[window.start : window.start + shape.frames]
+    points = windows.to_crop(its, window.box, row["view_height"], row["view_width"])
     left, top, width, height = window.box
     view_left, view_top = map(int, row["crop"].split(",")[:2]) if row["crop"] else (0, 0)
     return {
@@ -323,10 +377,10 @@ def _clip(row: Tracked, window: _Window, settings: Preparation) -> dict[str, Any
         "crop_top": view_top + top,
         "crop_width": width,
         "crop_height": height,
-        "visibility": float(wholebody.body(window.points)[..., 2].mean()),
+        "visibility": float(wholebody.body(points)[..., 2].mean()),
         "reference_s": window.reference_at / shape.fps,
         "reference": window.reference,
-        "pose": window.points,
+        "pose": points,
         "video": window.video,
         "mask": window.mask,
     }
