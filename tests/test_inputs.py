@@ -1,6 +1,7 @@
 """What --input takes: folders, globs, manifests, lists, images; here and elsewhere; and what it refuses."""
 
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -88,6 +89,20 @@ def test_a_glob(folder):
     assert found.kind == "glob" and names(found) == ["00001/images"]
     with pytest.raises(UserError, match="has no files"):
         inputs.find(f"{folder}/*.webm")
+
+
+def test_a_glob_takes_what_links_lead_to_once(tmp_path):
+    """As a folder does that is searched; a link to a file is a file of its own."""
+    (tmp_path / "day1" / "images").mkdir(parents=True)
+    for name in ("a.mp4", "images/1.png", "images/2.png"):
+        (tmp_path / "day1" / name).write_bytes(b"x")
+    (tmp_path / "day1" / "b.mp4").symlink_to("a.mp4")
+    (tmp_path / "latest").symlink_to("day1")
+    (tmp_path / "all").symlink_to(".")
+    videos = ["day1/a.mp4", "day1/b.mp4"]
+    assert names(inputs.find(f"{tmp_path}/**/*.mp4")) == videos
+    assert names(inputs.find(f"{tmp_path}/**/i*")) == ["day1/images"]
+    assert names(inputs.find(tmp_path)) == [*videos, "day1/images"]
 
 
 ENTRIES = [
@@ -329,6 +344,17 @@ def test_any_text_survives_a_manifest(tmp_path_factory, entries, kind):
     assert [(e.path, e.caption) for e in read] == [(e["path"], e.get("caption", "")) for e in entries]
 
 
+def test_images_are_hashed_piece_by_piece(tmp_path):
+    contents = {"1.png": b"", "2.png": bytes(3 << 20), "3.png": b"x"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    seen = []
+    whole = frames.sha256(tmp_path, lambda pieces: (seen.append(len(piece[1])) or piece for piece in pieces))
+    of_each = (name.encode() + b"\0" + hashlib.sha256(content).digest() for name, content in contents.items())
+    assert whole == hashlib.sha256(b"".join(of_each)).hexdigest()
+    assert seen == [0, 1 << 20, 1 << 20, 1 << 20, 1], "a heartbeat for each piece"
+
+
 def test_numbered_images():
     assert frames.numbered(["10.png", "9.png", "1.png"]) == ["1.png", "9.png", "10.png"]
     assert frames.numbered(["a1.jpg", "a2.jpg", "cover.jpg", "a.txt"]) == ["a1.jpg", "a2.jpg"]
@@ -363,6 +389,7 @@ def test_limits_are_reasons(folder, tmp_path):
     assert reason(row, max_pixels=134 * 240 - 1) == reason(images, max_pixels=134 * 240 - 1) == "too_large"
     assert reason(row, max_duration_s=0.5) == reason(images, max_duration_s=0.3) == "too_long"
     assert reason(row, max_bytes=1000) == reason(images, max_bytes=1000) == "too_large"
+    assert reason(row, max_work_s=1e-9) == reason(images, max_work_s=1e-9) == "too_long"
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterable, Iterator
+from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from entprog.media.limits import Limits
 from entprog.media.video import VideoError, VideoInfo
 
 SUFFIXES = pictures.SUFFIXES - {".gif"}  # each GIF is a video by itself
+_PIECE_BYTES = 1 << 20
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 
 
@@ -40,17 +42,27 @@ def paths(folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
-def sha256(folder: Path) -> str:
-    """Hash over the images' names and contents, in order."""
+def sha256(folder: Path, heartbeats=lambda pieces: pieces) -> str:
+    """Hash over the images' names and contents, in order. `heartbeats`: over pieces of all of them, as read."""
     whole = hashlib.sha256()
-    for path in paths(folder):
+    for path, pieces in groupby(heartbeats(_pieces(paths(folder))), key=itemgetter(0)):
+        content = hashlib.sha256()
+        for _, piece in pieces:
+            content.update(piece)
+        whole.update(os.fsencode(path.name) + b"\0" + content.digest())
+    return whole.hexdigest()
+
+
+def _pieces(images: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
+    """The images' contents in pieces, of each image at least one. Raises VideoError `unreadable`."""
+    for path in images:
         try:
             with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").digest()
+                yield path, stream.read(_PIECE_BYTES)
+                while piece := stream.read(_PIECE_BYTES):
+                    yield path, piece
         except OSError as error:
             raise VideoError("unreadable", f"{path}: {error.strerror}") from None
-        whole.update(os.fsencode(path.name) + b"\0" + content)
-    return whole.hexdigest()
 
 
 def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:

@@ -144,12 +144,24 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         return _captioned(Inputs("video", [_file(path.name, path)]), _root(text))
     if glob.has_magic(text):
         root = _root(text)
-        found = sorted({Path(match) for match in glob.iglob(text, recursive=True)})  # noqa: PTH207 (a path of any form)
+        found = _once({Path(match) for match in glob.iglob(text, recursive=True)})  # noqa: PTH207 (a path of any form)
         rows = [_entry_at(_name(match, root), match, fps) for match in found]
         rows = [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()]
         return _captioned(Inputs("glob", rows), root)
     wrong = "is neither a file nor a folder" if path.exists() else "does not exist"
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order, of those that links lead to several times only the shortest, which is the first of its length. A
+    link to a file is a file of its own, as it is in a folder that is searched."""
+    of_place = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        # with os.path: a link in a circle raises nothing
+        is_folder = os.path.isdir(path)  # noqa: PTH112
+        place = os.path.realpath(path) if is_folder else os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118
+        of_place.setdefault(place, path)
+    return sorted(of_place.values())
 
 
 def _captioned(found: Inputs, root: Path) -> Inputs:

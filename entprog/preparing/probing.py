@@ -118,7 +118,7 @@ def content_sha256(row: Source, settings: Preparation) -> str:
 
 def _sha256(source: Footage, heartbeats) -> str:
     if source.frames_fps:
-        return frames.sha256(source.path)
+        return frames.sha256(source.path, heartbeats)
     whole = hashlib.sha256()
     with source.path.open("rb") as stream:  # in pieces, as it may take long
         for piece in heartbeats(iter(lambda: stream.read(fetching.PIECE_BYTES), b"")):
