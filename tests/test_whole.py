@@ -61,8 +61,9 @@ for folder in sys.argv[1:]:
     made["frames"] = pipe(output_type="pt", **run).frames
     made["guided"] = pipe(output_type="latent", reference_guidance=2.0, pose_guidance=3.0, **run).frames
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, f"{folder}/made.safetensors")
-    clip = pipe(**run).frames[0]
-    assert len(clip) == 9 and clip[0].size == (32, 64), clip
+    if folder == sys.argv[1]:  # pictures are made of frames alike
+        clip = pipe(**run).frames[0]
+        assert len(clip) == 9 and clip[0].size == (32, 64), clip
 """
 
 
@@ -253,12 +254,19 @@ def test_what_a_folder_lacks_is_named(made, tmp_path):
         again(tmp_path / "vae" / "model", "wan")
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A base without conditions; copied, never changed."""
+    folder = tmp_path_factory.mktemp("bare")
+    load("wan", vae=vae_of("wan", folder), conditions=()).save(folder / "base")
+    return folder / "base"
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(bare, tmp_path, monkeypatch):
     """A hub's cache with a pipeline in it whose text encoder was not fetched: its name."""
     snapshot = tmp_path / "hub" / "models--someone--dancer" / "snapshots" / ("0123456789abcdef" * 3)[:40]
-    base = load("wan", vae=vae_of("wan", tmp_path), conditions=())
-    base.save(snapshot)
+    shutil.copytree(bare, snapshot)
     index = {
         "_class_name": "WanPipeline", "_diffusers_version": "0.36.0",
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -319,10 +327,9 @@ def test_a_cached_folder_that_is_given_as_a_folder_is_one(hub, parts, tmp_path):
     assert whole.missing(tmp_path / "model") == []
 
 
-def local(folder, **encoder):
+def local(bare, folder, **encoder):
     """A base whose index names a text encoder, with these files in its folder; none: that was never fetched."""
-    base = load("wan", vae=vae_of("wan", folder), conditions=())
-    base.save(folder / "base")
+    shutil.copytree(bare, folder / "base")
     index = json.loads((folder / "base" / "model_index.json").read_text())
     index |= {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
     (folder / "base" / "model_index.json").write_text(json.dumps(index))
@@ -348,9 +355,9 @@ SHARDS = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", 
         (("diffusion_pytorch_model.safetensors",), True),
     ],
 )
-def test_an_encoder_counts_where_plain_diffusers_loads_it(encoder, counts, parts, tmp_path):
+def test_an_encoder_counts_where_plain_diffusers_loads_it(encoder, counts, parts, bare, tmp_path):
     files = {name: SHARDS if name.endswith("index.json") else "x" for name in encoder}
-    root = local(tmp_path, **files, **({"config.json": CONFIG} if encoder else {}))
+    root = local(bare, tmp_path, **files, **({"config.json": CONFIG} if encoder else {}))
     again(root, "wan", conditions=("reference",)).save(tmp_path / "tuned", parts=parts)
     there = tmp_path / "tuned"
     index, about = json.loads((there / "model_index.json").read_text()), folders.saved(there)
@@ -367,13 +374,8 @@ def test_an_encoder_counts_where_plain_diffusers_loads_it(encoder, counts, parts
         assert not folders.saved(tmp_path / "later")["elsewhere"] and (tmp_path / "later" / "text_encoder").is_dir()
 
 
-def test_encoders_that_lie_here_are_copied_without_programs(tmp_path):
-    base = load("wan", vae=vae_of("wan", tmp_path), conditions=())
-    base.save(tmp_path / "base")
-    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
-    index |= {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
-    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
-    encoder = tmp_path / "base" / "text_encoder"
+def test_encoders_that_lie_here_are_copied_without_programs(bare, tmp_path):
+    encoder = local(bare, tmp_path) / "text_encoder"
     encoder.mkdir()
     for name in ("model.safetensors", "pytorch_model.bin", "run.py", "credentials.json"):
         (encoder / name).write_bytes(np.random.default_rng(0).bytes(8))
