@@ -15,6 +15,7 @@ from entprog.errors import UserError
 from entprog.media import assets, h264, video
 from helpers import families, real_clips
 from pipelines.generating import driving, judging, motions, rendering
+from pipelines.preparing import contact_sheet
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
 CROP = Generation().prepare
@@ -33,6 +34,21 @@ def test_every_file_of_a_folder_is_taken_or_named(tmp_path, capsys):
     for given, message in ((tmp_path / "folder.mp4", "no file in the folder"), (tmp_path / "none.mp4", "no such file")):
         with pytest.raises(UserError, match=message):
             motions.files(given, motions.VIDEOS, "--video")
+
+
+def test_a_clip_of_the_datasets_shape_is_read_whatever_it_takes(tmp_path, monkeypatch):
+    """What is due is no clip that claims more than it holds, and the contact sheet decodes what it shows."""
+    shape = SHAPE.model_copy(update={"frames": 12})
+    row = real_clips.row("jump", "train", 0.0, shape)
+    dataset = real_clips.write(tmp_path, {"train": [[row]], "held_out": []}, shape)
+    monkeypatch.setattr(h264, "MOST_BYTES", 8 * 48 * 32 * 3 - 1)
+    contact_sheet.of_dataset(tmp_path, dataset)
+    assert (tmp_path / "contact_sheet.png").exists()
+    read = motions.from_row(tmp_path / "train" / "00000.parquet", 0, shape)
+    assert np.array_equal(read.video, h264.decode_rgb(row["video"], range(12), (48, 32)))
+    assert np.array_equal(read.video[[0, 5, 9]], h264.decode_rgb(row["video"], [0, 5, 9], (48, 32)))
+    with pytest.raises(video.VideoError, match="MiB are not taken"):
+        h264.decode_rgb(row["video"])
 
 
 def test_inputs_of_one_stem_have_names_of_their_own(tmp_path):

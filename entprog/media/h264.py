@@ -5,7 +5,7 @@ Everything here works with one thread, as `entprog.media.video`.
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
@@ -26,7 +26,7 @@ EXACT_INPUT = EXACT | Interpolation.FULL_CHR_H_INP  # from RGB: chroma of all pi
 CRF = 16
 """Quality (x264) of videos that are written to be looked at and measured."""
 MOST_BYTES = 1 << 30
-"""A whole clip decodes to no more than this."""
+"""A clip decodes to no more than this where nobody says how many frames of which size are due."""
 _PADDING = 128  # FFmpeg counts whole macroblocks and aligned lines as pixels
 TUNE = "fastdecode"
 """x264's tuning of clips that are read once an epoch: no arithmetic coding and no deblocking, so they
@@ -52,7 +52,7 @@ def write(path: Where, frames: np.ndarray | Iterable[np.ndarray], fps: float, cr
     return path
 
 
-def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None = None) -> np.ndarray:
+def decode_yuv(mp4: bytes, frames: Sequence[int] | None = None, out: np.ndarray | None = None) -> np.ndarray:
     """A clip's planes without colour conversion: uint8 [F, H*3/2, W]; each frame is Y, U, V one after the other.
 
     `frames`: which frames (ascending; default all); decoding begins at the key frame before the first. `out`: where to
@@ -82,15 +82,18 @@ def decode_yuv(mp4: bytes, frames: range | None = None, out: np.ndarray | None =
     return out
 
 
-def decode_rgb(mp4: bytes, frames: range | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode_rgb(mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
     """A clip as RGB by swscale: uint8 [F, H, W, 3]; what `color.yuv420_to_rgb` is checked against.
 
-    size: (H, W) that are due, which bounds what a clip from outside can take. Raises VideoError as decode_yuv does.
+    size: (H, W) that are due; with `frames` it is what a clip from outside can take, otherwise MOST_BYTES are. Raises
+    VideoError as decode_yuv does.
     """
     out = None
     for i, frame, count in _clip(mp4, frames, size):
         image = showing.pixels(frame)
-        out = _room((count, *(size or image.shape[:2]), 3)) if out is None else out
+        if out is None:
+            due = (count, *(size or image.shape[:2]), 3)
+            out = _room(due) if frames is None or size is None else np.empty(due, np.uint8)
         if image.shape != out.shape[1:]:
             raise VideoError("corrupt", f"it decodes to {image.shape} where {out.shape[1:]} is due")
         out[i] = image
@@ -104,7 +107,9 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
     return np.empty(shape, np.uint8)
 
 
-def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Iterator[tuple[int, av.VideoFrame, int]]:
+def _clip(
+    mp4: bytes, wanted: Sequence[int] | None, size: tuple[int, int] | None
+) -> Iterator[tuple[int, av.VideoFrame, int]]:
     """(place in the result, frame, number of frames in all) of a clip that `encode` made; where one turns out to be
     damaged, or not as `encode` makes them, those given so far are given again.
 
@@ -122,7 +127,7 @@ def _clip(mp4: bytes, wanted: range | None, size: tuple[int, int] | None) -> Ite
 
 
 def _decoded(
-    mp4: bytes, stored: samples.Samples, wanted: range, pixels: int
+    mp4: bytes, stored: samples.Samples, wanted: Sequence[int], pixels: int
 ) -> Iterator[tuple[int, av.VideoFrame, int]]:
     """`_clip` without a demuxer."""
     if not wanted:
@@ -146,7 +151,7 @@ def _decoded(
         raise VideoError("corrupt", f"only {at} frames")
 
 
-def _demuxed(mp4: bytes, wanted: range | None, pixels: int) -> Iterator[tuple[int, av.VideoFrame, int]]:
+def _demuxed(mp4: bytes, wanted: Sequence[int] | None, pixels: int) -> Iterator[tuple[int, av.VideoFrame, int]]:
     """`_clip` of any container."""
     limits = replace(LIMITS, max_pixels=pixels, max_gap_s=math.inf, max_duration_s=math.inf)
     with opened(mp4, limits) as (container, stream):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.media import h264, masks, sheet, video
 from entprog.storage import Where
@@ -34,7 +35,9 @@ def of_dataset(output: Where, dataset: shards.Dataset) -> None:
         its = of_source[source]
         for split_name, file, at in [its[i] for i in sorted({len(its) // 4, 3 * len(its) // 4})]:
             (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s", "mask"])
-            rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip)))
+            rows.append(
+                (f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip, dataset.shape))
+            )
     sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
 
 
@@ -43,18 +46,19 @@ def _some(of: Sequence[Any], count: int) -> list[Any]:
     return [of[i] for i in np.unique(np.linspace(0, len(of) - 1, count).round().astype(int))] if of else []
 
 
-def _strip(clip: Row) -> np.ndarray:
+def _strip(clip: Row, shape: ClipShape) -> np.ndarray:
     """uint8 RGB [1 + n, H, W, 3], enlarged to be looked at: the reference, then frames with their pose."""
-    frames = h264.decode_rgb(clip["video"])
+    some = np.unique(np.linspace(0, shape.frames - 1, 8).round().astype(int))
+    height, width = shape.height, shape.width
+    frames = h264.decode_rgb(clip["video"], some.tolist(), (height, width))
     if clip["mask"]:
-        frames = np.where(masks.unpacked(clip["mask"], *frames.shape[:3])[..., None], frames, frames // 3)
+        shown = masks.unpacked(clip["mask"], shape.frames, height, width)[some]
+        frames = np.where(shown[..., None], frames, frames // 3)
     reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
-    some = np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))
-    height, width = frames.shape[1:3]
     times = max(1.0, 192 / height)
     size = round(height * times), round(width * times)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # pictures this small only wait for each other's threads, up to 50 times as long
-    shown = sheet.overlay(np.stack([video.scale(frames[i], size) for i in some]), clip["pose"][some])
+    shown = sheet.overlay(np.stack([video.scale(frame, size) for frame in frames]), clip["pose"][some])
     torch.set_num_threads(threads)
     return np.concatenate([video.scale(reference, size)[None], shown])
