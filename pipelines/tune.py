@@ -323,7 +323,7 @@ def _row(output: Where, trial_id: str, status: str) -> dict[str, Any]:
         "status": "stopped",
         "held_out_loss": curve[-1][1],
         "seconds": steps[-1]["charged_s"],
-        "search_seconds": stages.search_seconds(steps),
+        "search_seconds": steps[-1].get("search_s", 0.0),  # of an earlier version not known
         "peak_memory_bytes": max(step["memory_bytes"] for step in steps),
         "mlflow_run_id": runs[0] if runs else None,
         "seeds": [{"curve": curve}],

@@ -18,10 +18,12 @@ from entprog.errors import UserError
 from entprog.models import wan
 from helpers import bases
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
+from helpers.runs import Run
 from helpers.servers import Server
 from pipelines.tracking import registry, stages, tracker
 from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.tracker import PARAM_LENGTH, Tracker
+from pipelines.training import figures
 
 WRITERS = 8
 DRIVERS = """
@@ -352,6 +354,21 @@ def test_a_decision_writes_no_stage_but_the_one_that_ended_and_the_one_that_bega
     (_, _, ended), (_, status, begun) = made[-2:]
     assert {name: value for name, value, *_ in ended}["stage/seconds"] == 1.0
     assert status == "RUNNING" and not begun
+
+
+def test_the_search_and_scoring_of_all_stages_are_the_run_s():
+    """Blocks are scored again at the second stage's start, between a step and a search step."""
+    schedule = {"search_steps": 1, "search_share": 1.0, "search_until_clear": False}
+    run, made = Run(tiny_experiment(train={"steps": 12}, schedule=schedule, priority={"rescore": True})), []
+    steps = [figures.as_record(step) for step in run.steps()]
+    recorder = SimpleNamespace(child=lambda name, **given: made.append({n: v for n, v, *_ in given["metrics"]}))
+    stages.log(recorder, steps, "FINISHED")
+    spent = figures.final(run.experiment, run.state)["seconds_by_purpose"]
+    assert len(made) == 2 and all(stage["stage/search_seconds"] > 0 for stage in made)
+    for name, seconds in (("search", spent["search"]), ("score", spent["score"]), ("", sum(spent.values()))):
+        figure = f"stage/{name}_seconds" if name else "stage/seconds"
+        assert sum(stage[figure] for stage in made) == pytest.approx(seconds), figure
+    assert made[0]["stage/score_seconds"] == run.table.seconds, "the first table's, before the first step"
 
 
 def test_a_server_that_is_down_for_a_while_gets_every_point(uri, tmp_path):

@@ -278,6 +278,8 @@ class _Fit:
             **vars(update),
             skipped_updates=state.skipped,
             charged_s=state.seconds.total,
+            search_s=state.seconds.search,
+            score_s=state.seconds.score,
             flops=state.flops.total,
             clips=self.clips_per_step(plan),
             memory_bytes=state.peak_memory_bytes,

@@ -37,6 +37,10 @@ class Step:
     """Copying clips to the device, slowest rank; most of it during the step before."""
     charged_s: float
     """Charged so far: training, search, scoring."""
+    search_s: float
+    """The part of it that went into search,"""
+    score_s: float
+    """and into scoring."""
     flops: float
     """Counted so far."""
     clips: int

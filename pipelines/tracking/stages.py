@@ -8,6 +8,8 @@ from pipelines.tracking.tracker import Tracker
 
 Record = Mapping[str, Any]
 """A line of steps.jsonl."""
+CHARGED = {"stage/seconds": "charged_s", "stage/search_seconds": "search_s", "stage/score_seconds": "score_s"}
+"""Figure of a stage → what a run had been charged by a step; lines of an earlier version have the first alone."""
 
 
 def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING", newest: int | None = None) -> None:
@@ -17,7 +19,7 @@ def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING", newes
     ended: status of the training: the last stage's, the earlier ones are over.
     """
     groups = [list(group) for _, group in itertools.groupby(steps, lambda step: step["stage"])]
-    before_s = 0.0
+    before: Record = {}
     for number, group in enumerate(groups, 1):
         status = ended if number == len(groups) else "FINISHED"
         over = status != "RUNNING"
@@ -26,12 +28,12 @@ def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING", newes
                 f"stage {group[0]['stage'] + 1}",
                 tags={"entprog.kind": "stage", "entprog.stage": group[0]["stage"]},
                 params=params(group) if over else {},
-                metrics=[*points(group), *figures(group, before_s)] if over else [],
+                metrics=[*points(group), *figures(group, before)] if over else [],
                 started_s=group[0]["time"] - group[0]["seconds"] - group[0]["wait_s"],
                 ended_s=group[-1]["time"],
                 status=status,
             )
-        before_s = group[-1]["charged_s"]
+        before = group[-1]
 
 
 def params(stage: Sequence[Record]) -> dict[str, Any]:
@@ -57,14 +59,14 @@ def points(stage: Sequence[Record]) -> list[tuple[str, float, float, int]]:
     ]
 
 
-def figures(stage: Sequence[Record], before_s: float) -> list[tuple[str, float, float, int]]:
-    """What the stage came to, as points at its last step. before_s: charged when it began."""
+def figures(stage: Sequence[Record], before: Record) -> list[tuple[str, float, float, int]]:
+    """What the stage came to, as points at its last step. before: the step before it; of the first stage {}."""
     last = stage[-1]
     trained = sorted(step["seconds"] for step in stage if step["phase"] == "train")
+    charged = {name: last[each] - before.get(each, 0.0) for name, each in CHARGED.items() if each in last}
     values = {
         "stage/steps": len(stage),
-        "stage/seconds": last["charged_s"] - before_s,
-        "stage/search_seconds": search_seconds(stage, before_s),
+        **charged,
         "stage/peak_memory_bytes": max(step["plan_memory_bytes"] for step in stage),
     }
     if losses := [step["loss"] for step in stage if step["loss"] is not None]:  # not finite: null in steps.jsonl
@@ -72,12 +74,3 @@ def figures(stage: Sequence[Record], before_s: float) -> list[tuple[str, float, 
     if trained:
         values["stage/median_step_s"] = trained[len(trained) // 2]
     return [(name, value, last["time"], last["step"]) for name, value in values.items()]
-
-
-def search_seconds(steps: Sequence[Record], before_s: float = 0.0) -> float:
-    """Charged seconds of search among consecutive steps. before_s: charged before them, 0 for a run's first steps."""
-    first = steps[0]
-    begun_s = before_s or first["charged_s"] - first["seconds"] - first["wait_s"]  # scoring is no part of the search
-    charged = [begun_s, *(step["charged_s"] for step in steps)]
-    gaps = [after - before for before, after in itertools.pairwise(charged)]
-    return sum(gap for gap, step in zip(gaps, steps, strict=True) if step["phase"] == "search")

@@ -44,8 +44,11 @@ def differing(expected, got):
     return [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])]
 
 
+TIMED = ("seconds", "wait_s", "charged_s", "search_s", "score_s", "pace")
+
+
 def comparable(step):
-    return {k: v for k, v in vars(step).items() if k not in ("seconds", "wait_s", "charged_s", "pace")}
+    return {k: v for k, v in vars(step).items() if k not in TIMED}
 
 
 class Trained:
