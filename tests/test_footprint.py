@@ -6,7 +6,17 @@ from functools import partial
 import pytest
 
 from entprog import config, models
-from entprog.blocks import blocks, packed_bytes, room_bytes, swap_of, unfreeze, unpacking_bytes, variants, waiting_bytes
+from entprog.blocks import (
+    blocks,
+    layer_weights,
+    packed_bytes,
+    room_bytes,
+    swap_of,
+    unfreeze,
+    unpacking_bytes,
+    variants,
+    waiting_bytes,
+)
 from entprog.blocks.held import all_held
 from entprog.cost import counting
 from entprog.diffusion.losses import training_loss
@@ -196,11 +206,16 @@ def test_the_table_of_a_dry_run():
     rows = footprint.rows(settings(), source(settings()))
     assert [len(row) for row in rows] == [len(footprint.COLUMNS)] * 2 and rows[1][-1] == "0 MB"
     sharded = footprint.stages(settings(train={"parallel": "fsdp", "workers": 2}), source(settings()))
-    whole = footprint.stages(settings(schedule={"frozen_precision": "full"}), source(settings()))
-    assert [2 * each.device for each in sharded] == pytest.approx([each.device for each in whole], abs=6)
+    whole = footprint.stages(settings(), source(settings()))
+    for part in ("device", "host"):
+        assert [2 * getattr(s, part) for s in sharded] == pytest.approx([getattr(w, part) for w in whole], abs=6)
     copies = {"parallel": "fsdp", "workers": 4, "replicas": 2}
     assert footprint.stages(settings(train=copies), source(settings())) == sharded
     network = source(settings()).network
+    layers = [sum(p.numel() for _, p in layer_weights(block.module)) for block in blocks(network)]
+    rest = 4 * (sum(p.numel() for p in network.parameters()) - sum(layers))
+    assert {each.unpacking for each in sharded} == {2 * 2 * max(layers) + rest}, "whole while a pass goes on"
+    full = settings(model={"dtype": "float32"}, train={"parallel": "fsdp", "workers": 2})
     found = [4 * sum(p.numel() for p in block.module.parameters()) for block in blocks(network)]
-    outside = 4 * sum(p.numel() for p in network.parameters()) - sum(found)
-    assert {each.unpacking for each in sharded} == {2 * max(found) + outside}, "whole while a pass goes on"
+    beside = 4 * sum(p.numel() for p in network.parameters()) - sum(found)
+    assert {each.unpacking for each in footprint.stages(full, source(full))} == {2 * max(found) + beside}

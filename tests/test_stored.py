@@ -232,11 +232,12 @@ def test_it_is_on_where_it_changes_no_bit():
     half = {"model": {"dtype": "bfloat16"}}
     assert tiny_experiment(**half).stores_frozen
     assert tiny_experiment(**half, schedule={"kind": "full"}, train={"lora": {}}).stores_frozen
+    assert tiny_experiment(**half, train={"parallel": "fsdp"}).stores_frozen
     for off in (
         {},
         {**half, "schedule": {"kind": "full"}},
         {**half, "schedule": {"frozen_precision": "full"}},
-        {**half, "train": {"parallel": "fsdp"}},
+        {**half, "train": {"parallel": "fsdp", "lora": {}}},
     ):
         assert not tiny_experiment(**off).stores_frozen
 

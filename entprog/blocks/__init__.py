@@ -8,6 +8,7 @@ from entprog.blocks.block import (
     along_bypass,
     blocks,
     bypass,
+    bypass_layers,
     check_compiles,
     checkpointed,
     compile_blocks,
@@ -38,7 +39,7 @@ from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.norms import match_norms
 from entprog.blocks.overlooking import overlooked
-from entprog.blocks.stored import ADAPTER, HALF, keep_rounded, leave_out, round_frozen
+from entprog.blocks.stored import ADAPTER, HALF, is_adapted, keep_rounded, layer_weights, leave_out, round_frozen
 
 __all__ = [
     "ADAPTER",
@@ -50,6 +51,7 @@ __all__ = [
     "along_bypass",
     "blocks",
     "bypass",
+    "bypass_layers",
     "check_compiles",
     "checkpointed",
     "compile_blocks",
@@ -58,9 +60,11 @@ __all__ = [
     "form_of",
     "full_weights",
     "in_full",
+    "is_adapted",
     "is_checkpointed",
     "keep_rounded",
     "kind",
+    "layer_weights",
     "leave_out",
     "let_wait",
     "make_twin",

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from entprog.blocks import fp8
 from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing
 from entprog.blocks.packed import Form
+from entprog.blocks.split import is_split
 from entprog.blocks.stored import ADAPTER, Stored, is_adapted, layer_weights
 from entprog.blocks.swap import Swap, chosen
 from entprog.config import Backward, FrozenPrecision
@@ -52,6 +53,13 @@ def bypass(module: nn.Module, *args, **kwargs):
     raise TypeError(
         f"{type(module).__name__} is not a block: register a bypass for it with @entprog.blocks.bypass.register"
     )
+
+
+@functools.singledispatch
+def bypass_layers(module: nn.Module) -> tuple[nn.Module | None, ...]:
+    """Layers of a block that its bypass runs through, such as a shortcut's convolution: where ranks hold the block in
+    parts the residual backward wants its weights too. Register one function per block class that has any."""
+    return ()
 
 
 @functools.singledispatch
@@ -269,7 +277,7 @@ def store_frozen(found: Iterable[Block], form: Form = "bfloat16", device: torch.
     """
     for block in found:
         if variants(block.module).stored is None:
-            stored = Stored(form)
+            stored = Stored(form, in_parts=any(map(is_split, block.module.parameters())))
             block.module.entprog = replace(variants(block.module), stored=stored)
             stored.watch(block.module)
             block.module.requires_grad_(False)

@@ -7,6 +7,9 @@ first trained). A layer that thaws has its float32 bits back.
 
 Linear layers' weights may be packed beyond that (`entprog.blocks.packed`), or wait on the host (`entprog.blocks.swap`).
 
+Of a network that ranks hold in parts (`entprog.blocks.split`) a rank stores its own parts so. While a block is whole,
+for a pass, its parts stay as they are.
+
 Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`), sees float32 throughout. Packed weights
 that are never trained, such as those under low-rank adapters, are in no state: whoever loads the network has them.
 """
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from entprog.blocks import packed
+from entprog.blocks import packed, split
 from entprog.blocks.held import Held, HeldLinear
 from entprog.blocks.packed import Form
 from entprog.blocks.swap import Swap, Waiting
@@ -87,6 +90,8 @@ class Stored:
 
     form: Form = "bfloat16"
     """Of linear layers' weights."""
+    in_parts: bool = False
+    """Whether ranks hold the block in parts: `masters` are of this rank's."""
     masters: dict[str, torch.Tensor | None] = field(default_factory=dict)
     """Name in the block → its numbers on the host, in float32 or, where that loses nothing, in bfloat16; None where
     what is stored is in bfloat16 and loses nothing."""
@@ -98,11 +103,13 @@ class Stored:
     def settle(self, module: nn.Module, device: torch.device | None = None) -> None:
         """Store what is frozen, give back what is not: to be called whenever the block froze or thawed. device: where
         weights are packed; None: where they are."""
-        rounded, adapted = dict(layer_weights(module)), is_adapted(module)
+        rounded, adapted, before = dict(layer_weights(module)), is_adapted(module), set(self.masters)
+        if self.in_parts and not all(map(split.is_split, rounded.values())):
+            return
         for name, parameter in rounded.items():
             if parameter.requires_grad or parameter.dtype != torch.float32:
                 continue
-            full = parameter.data
+            full = split.part(parameter.detach())
             if self.form != "bfloat16" and (layer := _linear(module, name)) and packed.fits(full.shape, self.form):
                 if not adapted:
                     self.masters[name] = _least(full)
@@ -110,9 +117,11 @@ class Stored:
             else:
                 half = full.to(HALF)
                 self.masters[name] = _master(full, half)
-                parameter.data = half
+                split.put(parameter, half)
         if thawed := [name for name in self.masters if rounded[name].requires_grad]:
             self._give_back(thawed, rounded)
+        if self.in_parts and set(self.masters) != before:
+            split.notice(module)
 
     def restore(self, module: nn.Module) -> None:
         """Give back everything, frozen or not. Raises ValueError for packed weights that are never trained: they have
@@ -124,8 +133,8 @@ class Stored:
     def _give_back(self, names: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> None:
         for name in names:
             parameter, master, held = parameters[name], self.masters.pop(name), self.held.pop(name, None)
-            kept = master if master is not None else held.parts()[0] if held else parameter.data
-            parameter.data = kept.to(parameter.device).float()
+            kept = master if master is not None else held.parts()[0] if held else split.part(parameter.detach())
+            split.put(parameter, kept.to(parameter.device).float())
             if held:
                 held.release()
         if self.waiting and not self.held:
@@ -167,8 +176,8 @@ class Stored:
         """A stored weight that may be trained, in float32 on the host: a device may have no room for all of it."""
         master = self.masters[name]
         if master is None:
-            master = self.held[name].parts()[0] if name in self.held else parameter
-        return master.cpu().float()
+            master = self.held[name].parts()[0] if name in self.held else split.part(parameter.detach())
+        return split.of_part(parameter, master.cpu().float())
 
     def watch(self, module: nn.Module) -> None:
         """Let the block's state be in float32 for all who ask for it or set it."""
@@ -186,8 +195,8 @@ class Stored:
                 if full is not None:
                     full = full.detach().float()
                     if name in self.masters:
-                        loses = held is not None and held.form != "bfloat16"
-                        self.masters[name] = _least(full) if loses else _master(full, full.to(HALF))
+                        loses, own = held is not None and held.form != "bfloat16", split.part(full)
+                        self.masters[name] = _least(own) if loses else _master(own, own.to(HALF))
                     if held:
                         held.put(full)
                 if held and (full is not None or name not in self.masters):

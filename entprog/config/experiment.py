@@ -172,10 +172,16 @@ class Experiment(Part):
 
     @property
     def stores_frozen(self) -> bool:
-        """Whether frozen weights are stored in bfloat16 or less: where something is ever frozen."""
+        """Whether frozen weights are stored in bfloat16 or less, and have their float32 bits back when they thaw: where
+        something is ever frozen. Under adapters that are sharded `rounds_base` says so."""
         schedule = self.schedule
-        half = self.model.dtype == "bfloat16" and self.train.parallel == "ddp" and schedule.frozen_precision != "full"
+        half = self.model.dtype == "bfloat16" and schedule.frozen_precision != "full" and not self.rounds_base
         return half and (schedule.kind != "full" or self.train.lora is not None or schedule.blocks != "all")
+
+    @property
+    def gathers_half(self) -> bool:
+        """Whether blocks that are split over workers are brought together as bfloat16, trained ones too."""
+        return self.model.dtype == "bfloat16" and self.train.parallel == "fsdp" and self.train.lora is None
 
     @property
     def rounds_base(self) -> bool:
@@ -223,6 +229,16 @@ class Experiment(Part):
             raise ValueError(
                 f"{given[0]}: a search (schedule.kind=entprog) would compare losses of networks that are rounded "
                 "otherwise: set train.lora, another schedule.kind, or schedule.frozen_precision=auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_are_of_one_type(self):
+        if self.rounds_base and self.schedule.needs_scores and self.priority.kind in ("gradient", "fisher"):
+            raise ValueError(
+                f"priority.kind={self.priority.kind} needs gradients to all weights, which train.lora with "
+                "train.parallel=fsdp and model.dtype=bfloat16 holds in two types: set it to cei, or another one, or "
+                "schedule.frozen_precision=full"
             )
         return self
 

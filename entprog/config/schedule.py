@@ -96,7 +96,7 @@ class Schedule(Part):
     layers compute in 8 bits through torchao (GPUs of compute capability 8.9 and later), while evaluation, and blocks
     that gradient crosses exactly, stay full. `fp8_alone`, `nf4`: linear layers' weights are held in 1 or in 0.53 bytes
     a number and nothing beside that on the device, and used in bfloat16; float32 ones of blocks that may thaw wait in
-    host memory, those under adapters nowhere. With train.parallel=fsdp `auto` is `full`."""
+    host memory, those under adapters nowhere. With train.parallel=fsdp `auto` and `full` alone, of a worker's parts."""
     cei_threshold: float | None = None
     """Blocks with priority below this stay frozen until the last stage."""
     monotone: bool = False

@@ -28,7 +28,7 @@ class Held:
     """Weights that are copied to the device in a forward and backward pass, at most."""
     unpacking: int = 0
     """The largest packed weight while it is used; of a sharded network two blocks and what lies outside blocks, which
-    are whole while a pass goes on."""
+    are whole while a pass goes on, under bfloat16 autocast blocks' layers in that."""
     averages: int = 0
     """Averaged weights (`train.ema_decay`) of all that was ever trained, at most."""
 
@@ -49,12 +49,21 @@ def held(
     at present does not matter. ever: blocks that may have been trained before."""
     parameters, form, rounded = set(outside), experiment.frozen_form, experiment.rounds_base
     whole, host, movable, unpacking = {}, 0, {}, 0
+    together: dict[str, int] = {}
+    """Of a block while it is whole for a pass of a sharded network."""
+    along = 0
+    """Of blocks' norms and the like, where they are whole together with what lies outside blocks (`fsdp.shard`)."""
     for block in found:
         own = set(trainable(block.module)) if block.name in trained else set()
         parameters |= own
         sizes = frozen_sizes(block.module, own, form) if experiment.stores_frozen or rounded else {}
         spared = sum(4 * p.numel() - size for p, (size, _) in sizes.items())
-        whole[block.name] = 4 * sum(p.numel() for p in block.module.parameters()) - spared
+        full = 4 * sum(p.numel() for p in block.module.parameters())
+        together[block.name] = whole[block.name] = full - spared
+        if experiment.gathers_half:
+            layers = sum(p.numel() for _, p in layer_weights(block.module))
+            together[block.name] = HALF.itemsize * layers
+            along += full - 4 * layers
         packed_alone = form != "bfloat16" and is_adapted(block.module)
         if not rounded:
             host += sum(4 * p.numel() for p, (_, is_matrix) in sizes.items() if not (is_matrix and packed_alone))
@@ -69,13 +78,13 @@ def held(
     beside = 4 * sum(p.numel() for p in network.parameters() if p not in inside)
     shares = experiment.train.workers // experiment.train.replicas if experiment.train.parallel == "fsdp" else 1
     if experiment.train.parallel == "fsdp":
-        unpacking = beside + 2 * max(whole.values())
+        unpacking = beside + along + 2 * max(together.values())
     crossed = "exact" in experiment.schedule.backwards or any(is_adapted(block.module) for block in found)
     return Held(
         weights=-(-(beside + sum(whole.values()) - sum(waiting) + rooms_bytes(waiting)) // shares),
         gradients=-(-gradients // shares),
         moments=-(-int(gradients * optimizers.MOMENTS[experiment.train.optimizer]) // shares),
-        host=host + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),
+        host=-(-host // shares) + sum(waiting if experiment.train.gpus == "no" else map(pinned_bytes, waiting)),
         copied=sum(waiting) * (2 if crossed else 1),
         unpacking=unpacking,
         averages=-(-averages // shares),

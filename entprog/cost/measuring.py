@@ -14,6 +14,7 @@ from entprog import blocks, optimizers
 from entprog.blocks import Block
 from entprog.config import FrozenPrecision, OptimizerKind
 from entprog.cost import counting
+from entprog.cost.holding import frozen_sizes
 from entprog.cost.model import BlockCost, CostModel
 from entprog.distributed import agree, fsdp
 
@@ -72,6 +73,7 @@ def measure(
     Of a sharded network the bytes are those of whole weights, and bringing those together is part of what lies outside.
     """
     meter = Meter(seconds, next(network.parameters()).device)
+    fsdp.in_parts(network)
     blocks.unfreeze(network, found, (), outside, swap_blocks=swap_blocks)
     probe = Probe(meter, network, checkpointing, frozen_precision)
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
@@ -204,11 +206,11 @@ class Probe:
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
         trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, _, _ = kept(asked - stream, trained=True)
-        held_bytes = stored_bytes(module)
-        parameter_bytes = sum(p.nbytes for p in blocks.trainable(module))
+        spared_bytes = spared(module)
+        parameter_bytes = sum(4 * p.numel() for p in blocks.trainable(module))
         movable_trained_bytes = blocks.movable_bytes(module)
         through_bytes, through_recomputed_bytes, through_common = kept(asked | stream, trained=False)
-        spared_bytes, movable_bytes = held_bytes - stored_bytes(module), blocks.movable_bytes(module)
+        movable_bytes = blocks.movable_bytes(module)
         self.through_common = self.through_common or through_common
         measured = BlockCost(
             name=block.name,
@@ -246,6 +248,15 @@ class Probe:
 def stored_bytes(module: nn.Module) -> int:
     """What weights take wherever they are, on the device or waiting on the host."""
     return sum(p.nbytes for p in module.parameters()) + blocks.packed_bytes(module) + blocks.waiting_bytes(module)
+
+
+def spared(module: nn.Module) -> int:
+    """What less a block's weights take while it is frozen than while it is trained, as it is now: counted, for one that
+    is brought together is the same in both."""
+    stored = blocks.variants(module).stored
+    if stored is None or blocks.is_adapted(module):
+        return 0
+    return sum(4 * p.numel() - size for p, (size, _) in frozen_sizes(module, (), stored.form).items())
 
 
 def _stream(module: nn.Module, args: tuple, kwargs: dict) -> set[int]:

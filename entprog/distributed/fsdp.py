@@ -8,6 +8,7 @@ not sharded as it is.
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -15,26 +16,57 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from entprog.blocks import Block, replaced
+from entprog.blocks import HALF, Block, bypass_layers, is_adapted, layer_weights, replaced, split
 from entprog.config import Backward
 from entprog.distributed import agree
+from entprog.errors import UserError
 from entprog.masking import reason
 
 T = TypeVar("T")
 
 
-def shard(network: nn.Module, found: Iterable[Block], replicas: int = 1) -> None:
+def shard(network: nn.Module, found: Sequence[Block], replicas: int = 1, half: bool = False) -> None:
     """Split every parameter over all ranks, block by block, in place; the network has new parameter objects then.
 
     replicas: so many groups of neighbouring ranks have a copy each, split over the group; gradients are averaged over
-    all ranks.
+    all ranks. half: it runs under bfloat16 autocast. Then what that rounds of blocks without adapters is brought
+    together as bfloat16, for equal bits, and its gradients are averaged in float32; the rest of such blocks, norms and
+    the like, goes with what lies outside blocks.
     Every rank must hold the same whole weights when it calls this, or none of them any memory (`entprog.models.parts`).
     """
+    split_up = functools.partial(fully_shard, mesh=_mesh(replicas), reshard_after_forward=True)
+    if not half or any(is_adapted(block.module) for block in found):
+        for block in found:
+            split_up(block.module)
+        split_up(network)
+        return
+    rounded = {block.name: {p for _, p in layer_weights(block.module)} for block in found}
+    policy = MixedPrecisionPolicy(param_dtype=HALF, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # The network first: of a block that was split already nothing would go with what lies outside.
+    split_up(network, ignored_params=set().union(*rounded.values()))
     for block in found:
-        fully_shard(block.module, mesh=_mesh(replicas), reshard_after_forward=True)
-    fully_shard(network, mesh=_mesh(replicas), reshard_after_forward=True)
+        rest = set(block.module.parameters()) - rounded[block.name]
+        split_up(block.module, ignored_params=rest, mp_policy=policy)
+
+
+def check_half() -> None:
+    """Raises UserError where torch cannot `shard` a network that runs under bfloat16 autocast, without adapters."""
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise UserError(
+            f"train.parallel=fsdp with model.dtype=bfloat16: torch {torch.__version__} splits blocks of one type "
+            "alone; install a later one, or set model.dtype=float32, train.lora or train.parallel=ddp"
+        )
+
+
+def notice_thawed(found: Iterable[Block]) -> None:
+    """Let torch see again of which types blocks' parameters are and whether they are trained, which it looks at before
+    it brings them together alone: it gathers, and averages gradients, in types that follow from that. Every rank calls
+    it for the same blocks; nothing where they are whole."""
+    for block in found:
+        with together(block.module):
+            pass
 
 
 def begin(replicas: int) -> None:
@@ -83,7 +115,8 @@ def spare_frozen(found: Iterable[Block], trainable: Collection[str], backward: B
     """Leave blocks in parts in the backward pass where it has no use for their weights."""
     for block in found:
         if isinstance(block.module, FSDPModule):
-            block.module.set_unshard_in_backward(block.name in trainable or backward == "exact")
+            wanted = block.name in trainable or backward == "exact" or any(bypass_layers(block.module))
+            block.module.set_unshard_in_backward(wanted)
 
 
 @contextmanager
@@ -231,8 +264,8 @@ class _Pass:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be in parts; every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """All of a tensor that may be in parts, which may lie on the host; every rank must ask."""
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if split.is_split(tensor) else tensor
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
@@ -245,9 +278,7 @@ def whole_copy(module: nn.Module) -> nn.Module:
     return out
 
 
-def held(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that may be in parts."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+held = split.part
 
 
 def place(replicas: int) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def load(
             network = _whole(cls, settings, source, seed)
             adapt(network)
             if sharded:
-                fsdp.shard(network, blocks(network), sharded)
+                fsdp.shard(network, blocks(network), sharded, settings.dtype == "bfloat16")
         if settings.adapter:
             adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
         prepare(network)
@@ -92,15 +92,16 @@ def _in_parts(
     adapt: Callable[[nn.Module], None],
 ) -> nn.Module | None:
     """The network, its input layer widened, of which this rank has its part alone; None: it has to be loaded whole."""
+    half = settings.dtype == "bfloat16"
     if settings.weights:
         return None
     if source.part is None:
-        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas, adapt)
+        return parts.drawn(cls.NETWORK, source.network.config, cls.initialise, device, replicas, adapt, half)
     found = weight_files.of(source.part, "model.base", settings.trust_pickle)
     files = [path for path in found.files if path.suffix != ".json"]
     try:
         network = parts.of_base(
-            cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas, adapt
+            cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas, adapt, half
         )
     except OSError as error:
         raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None

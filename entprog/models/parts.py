@@ -30,12 +30,13 @@ def of_base(
     device: str | torch.device,
     replicas: int,
     adapt: Callable[[nn.Module], None] = lambda network: None,
+    half: bool = False,
 ) -> nn.Module | None:
     """The network of a base, split over the ranks. None: its files are no safetensors, or hold other names or shapes
     than the network has, so that it has to be read whole.
 
     files: with the weights, all in one folder; layer: that takes the network's inputs; splits: its channels in groups,
-    those that the base lacks with zero weights; replicas: as of `fsdp.shard`; adapt: as of `loading.load`.
+    those that the base lacks with zero weights; replicas, half: as of `fsdp.shard`; adapt: as of `loading.load`.
     Raises OSError where a file cannot be read.
     """
     if any(path.suffix != slices.SUFFIX for path in files):
@@ -53,7 +54,7 @@ def of_base(
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     if wanted != {name: kept.get(name) for name in wanted} or weight_files.unexpected(network, kept):
         return None
-    _split(network.eval(), layer, splits, device, replicas, adapt)
+    _split(network.eval(), layer, splits, device, replicas, adapt, half)
     weights = {adapters.plain_name(name): tensor.detach() for name, tensor in network.state_dict().items()}
     tensors = {name: tensor for name, tensor in weights.items() if name in kept}
     widened, has = tensors[f"{layer}.weight"], kept[f"{layer}.weight"]
@@ -76,11 +77,12 @@ def drawn(
     device: str | torch.device,
     replicas: int,
     adapt: Callable[[nn.Module], None] = lambda network: None,
+    half: bool = False,
 ) -> nn.Module | None:
     """A new network, split over the ranks, with the weights that torch's random state gives to one that is made whole.
     None: its weights are made in a way that has to have several of them whole; the random state is another one then.
 
-    initialise: as of a denoiser; replicas: as of `fsdp.shard`; adapt: as of `loading.load`.
+    initialise: as of a denoiser; replicas, half: as of `fsdp.shard`; adapt: as of `loading.load`.
     """
     from accelerate import init_empty_weights  # here: of networks that are whole nothing needs it
 
@@ -91,7 +93,7 @@ def drawn(
     names = {counting.numbers.get(id(p.untyped_storage())): name for name, p in network.named_parameters()}
     if None in names or len(names) < sum(1 for _ in network.parameters()):
         return None
-    _split(network.eval(), "", (), device, replicas, adapt)
+    _split(network.eval(), "", (), device, replicas, adapt, half)
     parameters = {adapters.plain_name(name): parameter for name, parameter in network.named_parameters()}
     own = {number: fsdp.held(parameters[name].detach()) for number, name in names.items()}
     part, of = fsdp.place(replicas)
@@ -118,12 +120,13 @@ def _split(
     device: str | torch.device,
     replicas: int,
     adapt: Callable[[nn.Module], None],
+    half: bool,
 ) -> None:
     """Split a network that has no memory, and give each rank's part its own; what the parts hold is to be filled in."""
     if len(splits) > 1:
         inputs.widen(network, layer, splits)
     adapt(network)
-    fsdp.shard(network, blocks(network), replicas)
+    fsdp.shard(network, blocks(network), replicas, half)
     held = {name: fsdp.held(tensor) for name, tensor in _tensors(network)}
     there = {name: tensor.clone() for name, tensor in held.items() if not tensor.is_meta}
     network.to_empty(device=device)

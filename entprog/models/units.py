@@ -6,8 +6,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import nn
 
-from entprog.blocks import bypass
+from entprog.blocks import bypass, bypass_layers
 
 
 @bypass.register(BasicTransformerBlock)
@@ -34,3 +35,9 @@ def _(module: ResnetBlock2D, input_tensor: torch.Tensor, *args, **kwargs) -> tor
 @bypass.register
 def _(module: TemporalResnetBlock, input_tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     return input_tensor if module.conv_shortcut is None else module.conv_shortcut(input_tensor)
+
+
+@bypass_layers.register(ResnetBlock2D)
+@bypass_layers.register(TemporalResnetBlock)
+def _(module) -> tuple[nn.Module | None, ...]:
+    return (module.conv_shortcut,)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from entprog import config
-from entprog.blocks import Kind, bypass, kind
+from entprog.blocks import Kind, bypass, bypass_layers, kind
 from entprog.errors import UserError
 from entprog.media import drawing, styles
 from entprog.models import loading, sources, texts
@@ -44,6 +44,11 @@ def _(module: WanVACETransformerBlock, hidden_states, encoder_hidden_states, con
         control_hidden_states = module.proj_in(control_hidden_states) + hidden_states
     nothing = control_hidden_states * 0  # a gradient of zero, so that what is trained before the block always has one
     return nothing, control_hidden_states
+
+
+@bypass_layers.register
+def _(module: WanVACETransformerBlock) -> tuple[nn.Module | None, ...]:
+    return (module.proj_in,)
 
 
 @kind.register

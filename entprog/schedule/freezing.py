@@ -33,6 +33,7 @@ class Freeze:
         self.checkpointing = experiment.model.gradient_checkpointing
         self.frozen_precision = experiment.schedule.frozen_precision
         self.swap_blocks = experiment.model.swap_blocks
+        self.gathers_half = experiment.gathers_half
         self.plan: Plan | None = None
         """The plan in force; None before the first."""
         self.trained: list[nn.Parameter] = []
@@ -47,6 +48,7 @@ class Freeze:
             return False
         agree.agree("what to train", plan.as_json())
         fsdp.in_parts(self.network)
+        before = () if self.plan is None else self.plan.trainable
         self.trained = blocks.unfreeze(
             self.network,
             self.found,
@@ -57,6 +59,9 @@ class Freeze:
             self.frozen_precision,
             self.swap_blocks,
         )
+        if self.gathers_half:
+            thawed = set(plan.trainable).difference(before)
+            fsdp.notice_thawed(block for block in self.found if block.name in thawed)
         fsdp.spare_frozen(self.found, plan.trainable, plan.backward)
         self.plan = plan
         return True

@@ -126,6 +126,7 @@ def _differentiable(network: nn.Module, blocks: Sequence[Block]) -> Iterator[Non
     try:
         for parameter in (p for block in blocks for p in block.module.parameters()):
             parameter.requires_grad_(True)
+        fsdp.notice_thawed(blocks)
         with replaced(own), torch.enable_grad():
             yield
     finally:

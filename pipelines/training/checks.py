@@ -10,6 +10,7 @@ from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import latents, shards
 from entprog.diffusion.processes import Flow
+from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.media import styles, wholebody
 from entprog.models import adapters, captions, experts, fingerprints, lora, sources
@@ -39,8 +40,10 @@ def check(experiment: Experiment) -> shards.Dataset:
     data = experiment.data
     if experiment.in_fp8:
         fp8.check_installed()
-    if experiment.model.compile_blocks and experiment.stores_frozen:
+    if experiment.model.compile_blocks and experiment.stores_frozen and not experiment.gathers_half:
         check_compiles()
+    if experiment.gathers_half:
+        fsdp.check_half()
     if experiment.train.optimizer == "adamw_8bit":
         eight_bit.check_installed()
     if not data.shards:
