@@ -1,8 +1,12 @@
 """Plans: nested, prioritised, within the threshold; tables of rows."""
 
+import re
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -10,6 +14,7 @@ from typer.testing import CliRunner
 from entprog import config
 from entprog.config import ClipShape, Row, Schedule
 from entprog.errors import UserError
+from entprog.models.geometry import Geometry
 from entprog.schedule.plans import Plan, candidates, fixed, full, ladder, rows, stage_at, top
 from helpers.networks import tiny_experiment
 from pipelines import train
@@ -199,13 +204,34 @@ def test_a_table_of_clips_that_cannot_be_cut():
         ladder(table({"until": 0.5, "shrink": 5}, {"until": 1}), SHAPE, last=False)
 
 
-@pytest.mark.parametrize(("row", "times"), [({"shrink": 2}, 4), ({"frames": 4}, 2), ({"frames": 3}, 2), ({}, 1)])
-def test_tokens_stay_constant_as_clips_shrink(row, times):
+@pytest.mark.parametrize(
+    ("row", "clips"), [({"shrink": 2}, 12), ({"frames": 4}, 6), ({"frames": 3}, 8), ({"frames": 7}, 3), ({}, 3)]
+)
+def test_tokens_stay_constant_as_clips_shrink(row, clips):
     whole = {"frames": 8, "height": 96, "width": 64, "fps": 12}
     values = {"train": {"steps": 1}, "data": {"shape": whole, "batch_size": 3}}
     shape = Row(until=0.5, **row).of(ClipShape(**whole))
     assert config.build(values).batch_size_at(shape) == 3
-    assert config.build({**values, "schedule": {"tokens": "constant"}}).batch_size_at(shape) == 3 * times
+    assert config.build({**values, "schedule": {"tokens": "constant"}}).batch_size_at(shape) == clips
+
+
+def test_clips_of_latents_keep_a_step_s_tokens_or_it_is_said():
+    """Wan makes 4n+1 frames n+1: two clips of 41 frames are 22, one of 81 is 21."""
+    whole = {"frames": 81, "height": 480, "width": 832, "fps": 16}
+    table = [{"until": end, "frames": frames} for end, frames in ((0.25, 41), (0.5, 49), (0.75, 1), (1.0, None))]
+    values = {"train": {"steps": 1}, "data": {"shape": whole}, "schedule": {"tokens": "constant", "table": table}}
+    layer = torch.nn.Conv3d(16, 8, (1, 2, 2), (1, 2, 2), device="meta")
+    source = SimpleNamespace(stream=partial(Geometry(4, 4, 8, (1, 2, 2)).stream, layer), root=None)
+    dataset = SimpleNamespace(clips=lambda split: 100)
+
+    def said(clips):
+        wanted = config.build(config.merge(values, {"data": {"batch_size": clips}}))
+        sizes = [wanted.batch_size_at(shape) for shape in ladder(wanted.schedule, wanted.data.shape, last=False)]
+        lines = outline.notes(wanted, dataset, source)
+        return sizes, [re.search(r"step of (\d+) frames .* has ([\d.]+) of", line).groups() for line in lines]
+
+    assert said(1) == ([2, 1, 81, 1], [("49", "0.62"), ("1", "3.86")])
+    assert said(3) == ([6, 5, 243, 3], [("1", "3.86")])
 
 
 def test_the_timestep_shift_follows_the_number_of_pixels():

@@ -14,6 +14,8 @@ from entprog.config.training import Place, Train
 
 PACKED: dict[str, Literal["fp8", "nf4"]] = {"fp8_alone": "fp8", "nf4": "nf4"}
 """`schedule.frozen_precision` → what linear layers' weights are held in, where that is less than bfloat16."""
+MOST_PIXELS = 1.1
+"""Of a step of whole clips, in one of smaller clips (`schedule.tokens=constant`): its memory is hardly larger."""
 
 
 class Data(Part):
@@ -123,8 +125,10 @@ class Experiment(Part):
 
     def batch_size_at(self, shape: ClipShape) -> int:
         """Clips of a worker's batch at a clip shape (`schedule.tokens`)."""
-        times = self.data.shape.pixels // shape.pixels if self.schedule.tokens == "constant" else 1
-        return self.data.batch_size * times
+        if self.schedule.tokens == "fewer":
+            return self.data.batch_size
+        clips = self.data.batch_size * self.data.shape.pixels / shape.pixels
+        return min(round(clips), int(MOST_PIXELS * clips))
 
     def timestep_shift_at(self, shape: ClipShape) -> float:
         """Shift of timesteps at a clip shape, which `auto` takes from a shape where it is known to another by the root

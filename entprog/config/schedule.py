@@ -69,7 +69,7 @@ class Schedule(Part):
     and `badam`: stages go through them evenly, the last on whole clips. Held-out loss is always at `data.shape`."""
     tokens: Literal["fewer", "constant"] = "fewer"
     """What smaller clips change: `fewer` tokens a step, of `data.batch_size` clips; or tokens stay `constant` and a
-    batch holds as many times the clips as each has fewer pixels."""
+    batch holds the number of clips that comes nearest to as many pixels, with at most a tenth more."""
     timestep_shift: Literal["fixed", "auto"] = "fixed"
     """Of smaller clips: `fixed`, that of whole clips, or `auto`: times the root of their share of the pixels, since the
     same noise hides less of what fewer pixels show. With `train.timestep_shift=auto` it is always that."""

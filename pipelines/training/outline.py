@@ -19,6 +19,8 @@ COLUMNS = (
     "trained blocks",
     "gradient through the others",
 )
+UNEVEN = 0.1
+"""Share of a step's tokens from which on a difference is told."""
 
 
 def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
@@ -79,10 +81,25 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
         )
     if train.drop.text and not _has_text(experiment, source):
         out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
+    out += _uneven(experiment, source)
     if train.save == "whole" and source.root is not None:
         named = whole.named_folders(source.root, source.about).items()
         out += [f"{part} is copied from {folder}, as the base's entprog.json says" for part, folder in named]
     return [f"Note: {line}." for line in out]
+
+
+def _uneven(experiment: Experiment, source: Source) -> list[str]:
+    """Where steps of smaller clips are far from the tokens of whole clips' that `schedule.tokens=constant` asks for:
+    clips are whole, and it is pixels that are counted, whatever number of frames a VAE makes one of."""
+    data, out = experiment.data, []
+    if experiment.schedule.tokens == "fewer" or (whole := source.stream(data.shape)) is None:
+        return out
+    for shape in plans.ladder(experiment.schedule, data.shape, last=False):
+        tokens = experiment.batch_size_at(shape) * source.stream(shape)[0]
+        if abs((share := tokens / (data.batch_size * whole[0])) - 1) > UNEVEN:
+            what = f"schedule.tokens=constant: a step of {shape} has {share:.2f} of the tokens of one of whole clips"
+            out.append(f"{what}{', and memory alike' if share > 1 else ': a larger data.batch_size comes nearer'}")
+    return out
 
 
 def lacks_gpu(experiment: Experiment) -> str | None:
