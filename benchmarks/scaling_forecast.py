@@ -49,7 +49,8 @@ class Constants:
     forward_s: float
     """Of one worker's batch."""
     weight_bytes: int
-    """All weights, as they are gathered and trained: float32."""
+    """All weights in float32, as they are trained. Under bfloat16 autocast what is gathered is half of that, without
+    adapters too, which no forecast here has yet: of `fsdp` and `hsdp` they foresee too much."""
     reduced_bytes: dict[str, int]
     """Schedule → gradient bytes all-reduced in an update: of trained parameters only."""
     parts: int

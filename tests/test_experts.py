@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from entprog.blocks import blocks, let_wait, packed_bytes, room_bytes, store_frozen, waiting_bytes
+from entprog.blocks.stored import linear_weights
 from entprog.config import ClipShape, Generate, Lora, Model
 from entprog.data import shards
 from entprog.diffusion import sampling
@@ -64,6 +65,21 @@ def test_a_sharded_network_stays_in_parts_while_one_rank_samples(base, tmp_path)
                 in_parts.append(all(hasattr(p, "full_tensor") for p in denoiser.network.parameters()))
         in_parts.append(all(hasattr(p, "full_tensor") for p in denoiser.network.parameters()))
         assert in_parts == [True] * 5, (name, in_parts)
+    leave()
+
+
+def test_beside_a_sharded_network_the_other_one_waits_on_the_host(base, tmp_path):
+    """Two blocks of it are on the device at a time; the very bits."""
+    whole = sampled(two(base, "high", dtype="bfloat16"))
+    join(0, 1, tmp_path)
+    denoiser = two(base, "high", dtype="bfloat16")
+    fsdp.shard(denoiser.network, blocks(denoiser.network), half=True)
+    assert torch.equal(sampled(denoiser), whole)
+    other = denoiser.expert.other(denoiser).network
+    layers = [[p.numel() for _, p in linear_weights(b.module)] for b in blocks(denoiser.network)]
+    assert waiting_bytes(other) == 2 * sum(map(sum, layers)) > 0
+    padded = 256 * max(map(len, layers))
+    assert 0 < room_bytes(other) <= 2 * (2 * max(map(sum, layers)) + padded)
     leave()
 
 

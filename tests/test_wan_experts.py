@@ -12,6 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from entprog import config
+from entprog.blocks import blocks
+from entprog.blocks.stored import linear_weights
+from entprog.blocks.swap import pinned_bytes
 from entprog.config import ClipShape, Generate, Model, Priority, Timesteps, Train
 from entprog.data import latents as cache
 from entprog.diffusion import losses, sampling
@@ -241,8 +244,13 @@ def test_a_dry_run_says_what_the_other_one_takes(made, dtype, parallel, where):
     model = {"init": {}, "base": str(made[1]), "vae": "auto", "expert": "low", "dtype": dtype}
     experiment = tiny_experiment(model=model, train={"parallel": parallel})
     denoiser = load(experiment.model)
-    held = sum(p.nbytes for p in denoiser.expert.other(denoiser).network.parameters())
+    other = denoiser.expert.other(denoiser).network
+    held = sum(p.nbytes for p in other.parameters())
     said = footprint.other_expert(experiment, inspect(experiment.model))
+    if parallel == "fsdp":  # its linear layers wait on the host
+        waiting = [sum(p.nbytes for _, p in linear_weights(block.module)) for block in blocks(other)]
+        held += 2 * max(waiting) - sum(waiting)
+        assert f"{footprint.written(sum(map(pinned_bytes, waiting)))} on its host and" in said
     assert f"whole: {footprint.written(held)} on its device" in said and where in said
     assert footprint.other_expert(tiny_experiment(model=model, train={"samples": 0}), inspect(experiment.model)) is None
 

@@ -51,8 +51,8 @@ class Expert:
 
     def other(self, denoiser: "VideoDenoiser") -> "VideoDenoiser":
         """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them,
-        or as frozen blocks of the one that is trained are; as many of them wait on the host. It is saved from its
-        folder."""
+        or as frozen blocks of the one that is trained are; as many of them wait on the host, beside a sharded one all.
+        It is saved from its folder."""
         if not self.loaded:
             network = weight_files.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
@@ -77,11 +77,15 @@ class Expert:
 
 
 def _hold(network: nn.Module, as_in: "VideoDenoiser") -> None:
-    """Hold a network that is never trained as frozen blocks of one that is are held."""
+    """Hold a network that is never trained as frozen blocks of one that is are held. Beside one that is sharded every
+    block waits on the host: this rank's device has room for a share, not for a network."""
     trained, found = blocks(as_in.network), blocks(network)
-    own = swap_of(trained)
-    swap = Swap(own.device) if own else None
-    waiting = spread([block.name for block in found], len(own.waiting)) if own else ()
+    own, sharded = swap_of(trained), fsdp.is_sharded(as_in.network)
+    if sharded:
+        swap, number = Swap(as_in.device), len(found)
+    else:
+        swap, number = (Swap(own.device), len(own.waiting)) if own else (None, 0)
+    waiting = spread([block.name for block in found], number)
     for block in found:
         keep_rounded(block.module, form_of(trained), as_in.device, swap if block.name in waiting else None)
 

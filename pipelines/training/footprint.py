@@ -12,7 +12,7 @@ import torch
 
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
-from entprog.blocks.swap import pinned_bytes
+from entprog.blocks.swap import pinned_bytes, rooms_bytes
 from entprog.config import Experiment, Row
 from entprog.cost.holding import Held, frozen_sizes, held
 from entprog.errors import UserError
@@ -168,16 +168,22 @@ def other_expert(experiment: Experiment, source: Source) -> str | None:
     none, or nothing is drawn."""
     if source.expert is None or not (experiment.train.samples or experiment.train.preview_every):
         return None
-    own = (p for name, p in source.network.named_parameters() if ADAPTER not in name)
-    full = 4 * sum(p.numel() for p in own)
-    spared = 0
+    full = 4 * sum(p.numel() for name, p in source.network.named_parameters() if ADAPTER not in name)
+    held, waiting = full, []
     if experiment.model.dtype == "bfloat16":
         sizes = [frozen_sizes(block.module, (), experiment.frozen_form) for block in blocks(source.network)]
-        spared = sum(4 * p.numel() - size for of_block in sizes for p, (size, _) in of_block.items())
-    where = "its device, beside its share of this one," if experiment.train.parallel == "fsdp" else "its device or host"
+        held -= sum(4 * p.numel() - size for of_block in sizes for p, (size, _) in of_block.items())
+        if experiment.train.parallel == "fsdp":
+            waiting = [sum(size for size, is_matrix in of_block.values() if is_matrix) for of_block in sizes]
+    here = written(held - sum(waiting) + rooms_bytes(waiting))
+    where = f"{here} on its device or host"
+    if experiment.train.parallel == "fsdp":
+        where = f"{here} on its device, beside its share of this one,"
+    if waiting:
+        where += f" {written(sum(map(pinned_bytes, waiting)))} on its host"
     return (
-        f"While pictures are drawn the first worker holds the other expert, whole: {written(full - spared)} on {where} "
-        f"and {written(full)} on its host while that is read."
+        f"While pictures are drawn the first worker holds the other expert, whole: {where} and {written(full)} on its "
+        "host while that is read."
     )
 
 
