@@ -8,6 +8,7 @@ would be computed again.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 Checkpointing = bool | Literal["on_host", "keep_attention"]
 """Whether activations are recomputed in the backward pass; "on_host": and blocks' inputs wait on the host for it;
@@ -36,23 +37,43 @@ def _is_kept(operation: Any, args: Sequence) -> bool:
     return operation in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
 
 
-def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Keeping(TorchDispatchMode):
     """Notes what a block's own forward, run inside, gives that is kept beside its inputs."""
 
     def __init__(self, keeps_attention: bool):
         super().__init__()
         self.keeps_attention = keeps_attention
-        self.tensors: list[torch.Tensor] = []
+        self.outputs: deque = deque()
+        """Of attention, in the order it ran."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if self.keeps_attention and _is_kept(function, args):
-            self.tensors += [leaf.detach() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            self.outputs.append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
         return out
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [leaf for leaf in tree_leaves(list(self.outputs)) if isinstance(leaf, torch.Tensor)]
+
+
+class _Giving(TorchDispatchMode):
+    """Gives what was kept to the block that runs again, and lets it go."""
+
+    def __init__(self, kept: Keeping):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return self.kept.outputs.popleft() if _is_kept(function, args) else function(*args, **(kwargs or {}))
+
+
+def _with_attention_kept() -> tuple[Keeping, _Giving]:
+    """What a block's forward pass and its second one run inside. Of attention alone: torch's own selective contexts
+    want all operations to be the same in both, but weights that wait are copied when they are not there
+    (`entprog.blocks.swap`)."""
+    keeping = Keeping(keeps_attention=True)
+    return keeping, _Giving(keeping)
 
 
 @dataclass(frozen=True)
@@ -71,8 +92,7 @@ class CheckpointedForward:
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if self.keeps_attention:
-            contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-            return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            return checkpoint(self.original, *args, use_reentrant=False, context_fn=_with_attention_kept, **kwargs)
         if self.module is None:
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         leaves, layout = tree_flatten((args, kwargs))
