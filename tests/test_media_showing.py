@@ -8,6 +8,7 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from entprog.media import assets, fields, h264, showing, video
 from entprog.media.limits import Limits
@@ -210,6 +211,21 @@ def test_progressive_video_is_not_taken_for_fields(codec, container, pixels, opt
         assert video.field_order(content) == ""
     uneven = [frame for i, frame in enumerate(moments) for _ in range(1 + (i % 4 == 0))]  # 24 frames a second at 30
     assert video.field_order(hostile.encoded(uneven, codec, container, pixels, options, fps=30)) == ""
+
+
+@pytest.mark.parametrize("change", ["focus", "blur", "light"])
+def test_what_changes_with_time_is_not_taken_for_fields(change, moments):
+    """The camera finds its focus, or loses it, or opens its aperture, in the first second."""
+    changed = []
+    for i, frame in enumerate(moments):
+        share = min(1.0, i / 30)
+        if change == "light":
+            changed.append((frame * (0.7 + 0.3 * share)).astype(np.uint8))
+        else:
+            radius = 6 * (share if change == "blur" else 1 - share)
+            changed.append(np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(radius))))
+    for frames, order in ((changed, ""), (hostile.woven(changed), "tff"), (hostile.woven(changed, False), "bff")):
+        assert video.field_order(hostile.encoded(frames, "libx264", "mp4", options=X264, fps=30)) == order
 
 
 @pytest.mark.parametrize("name", assets.CLIPS)

@@ -26,42 +26,43 @@ _STILL = 0.2
 """Levels of 255 by which a frame differs from the next on average where only a coder refines a still picture."""
 
 
-class _Line(NamedTuple):
-    """How much the lines of a frame stand out from their neighbours: its own, and those of the frames beside it."""
+class _Pair(NamedTuple):
+    """How much lines stand out from their neighbours in two frames after each other, and woven of their lines."""
 
     own: float
-    before: float
-    after: float
+    odd_later: float
+    even_later: float
 
 
 def order(frames: Iterable[av.VideoFrame]) -> str:
     """Which field comes first in a video that does not say it is interlaced: `tff`, `bff`, or empty if it is not.
 
-    A frame's even lines are put together with the odd lines of the frame before, and of the one after. In a progressive
-    video both differ from the frame itself by one frame's motion, and summed over time by as much. Of woven fields one
-    is half a frame's motion away, as inside the frame, and the other one and a half, in every frame.
+    The even lines of each frame are put together with the odd lines of the next one, and the other way round. In a
+    progressive video one frame's motion lies between both, and the same change of focus or light. Of woven fields it is
+    half a frame's motion in one, as inside a frame, and one and a half in the other, in every pair.
     """
-    lines: list[_Line] = []
-    for line in _moving(islice(frames, LOOKED_AT)):
-        lines.append(line)
-        if len(lines) in _DECIDED_AT and (found := _decided(lines)) is not None:
+    pairs: list[_Pair] = []
+    for pair in _moving(islice(frames, LOOKED_AT)):
+        pairs.append(pair)
+        if len(pairs) in _DECIDED_AT and (found := _decided(pairs)) is not None:
             return found
-    return (len(lines) >= _LEAST and _decided(lines)) or ""
+    return (len(pairs) >= _LEAST and _decided(pairs)) or ""
 
 
-def _decided(lines: list[_Line]) -> str | None:
+def _decided(pairs: list[_Pair]) -> str | None:
     """The order; empty for progressive; None where more frames are needed to tell."""
-    own, before, after = np.array(lines).T
-    lean = (after - before).sum() / max(np.abs(after - before).sum(), 1e-9)  # 1 or -1: always to the same side
-    near, far = sorted(((before - own).sum(), (after - own).sum()))
-    if abs(lean) >= 0.8 and near <= (0.8 if len(lines) >= _MANY else 0.5) * far:
+    own, odd_later, even_later = np.array(pairs).T
+    top_first = odd_later - even_later
+    lean = top_first.sum() / max(np.abs(top_first).sum(), 1e-9)  # 1 or -1: always to the same side
+    near, far = sorted(((odd_later - own).sum(), (even_later - own).sum()))
+    if abs(lean) >= 0.8 and near <= (0.8 if len(pairs) >= _MANY else 0.5) * far:
         return "tff" if lean > 0 else "bff"
-    return "" if near >= 0.9 * far or len(lines) >= _DECIDED_AT[-1] else None
+    return "" if near >= 0.9 * far or len(pairs) >= _DECIDED_AT[-1] else None
 
 
-def _moving(frames: Iterable[av.VideoFrame]) -> Iterator[_Line]:
-    """Of each frame that moves evenly from the one before it to the one after. Ends at what is no planar YUV, or says
-    of itself that it is interlaced.
+def _moving(frames: Iterable[av.VideoFrame]) -> Iterator[_Pair]:
+    """Of each frame that moves evenly from the one before it to the one after, with the one before it. Ends at what is
+    no planar YUV, or says of itself that it is interlaced.
     """
     last: deque[np.ndarray] = deque(maxlen=3)
     for frame in frames:
@@ -73,7 +74,8 @@ def _moving(frames: Iterable[av.VideoFrame]) -> Iterator[_Line]:
             before, own, after = last
             came, goes = np.abs(own - before).mean(), np.abs(after - own).mean()
             if min(came, goes) > _STILL and came < _STEADY * goes and goes < _STEADY * came:
-                yield _Line(_standing_out(own, own), _standing_out(own, before), _standing_out(own, after))
+                steady = (_standing_out(before, before) + _standing_out(own, own)) / 2
+                yield _Pair(steady, odd_later=_standing_out(before, own), even_later=_standing_out(own, before))
 
 
 def _luma(frame: av.VideoFrame) -> np.ndarray | None:
@@ -87,10 +89,10 @@ def _luma(frame: av.VideoFrame) -> np.ndarray | None:
 
 
 def _standing_out(even: np.ndarray, odd: np.ndarray) -> float:
-    """Mean difference of each odd line from the even ones around it."""
-    above, between, below = even[0:-2:2], odd[1:-1:2], even[2::2]
-    rows = min(len(between), len(below))
-    return float(np.abs(2 * between[:rows] - above[:rows] - below[:rows]).mean())
+    """Mean difference of lines, the even ones of one frame and the odd ones of another, from those around them."""
+    woven = even.copy()
+    woven[1::2] = odd[1::2]
+    return float(np.abs(np.diff(woven, 2, axis=0)).mean())
 
 
 def deinterlaced(frames: Iterator[Shown], order: str = "") -> Iterator[Shown]:
