@@ -23,12 +23,11 @@ def rotating():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(a rotating run at its end, its averages by the formula, its checkpoints)"""
-    run, expected, folder = Run(rotating()), {}, tmp_path_factory.mktemp("checkpoints")
+    run, folder = Run(rotating()), tmp_path_factory.mktemp("checkpoints")
+    expected = {name: weight.detach().clone() for name, weight in run.denoiser.network.named_parameters()}
     for step in run.steps():
         for name, weight in run.denoiser.network.named_parameters():
-            if name in run.state.ema:
-                before = expected.get(name, weight.detach())
-                expected[name] = DECAY * before + (1 - DECAY) * weight.detach()
+            expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.detach()
         if step.step in (7, 16):
             checkpoint.save(folder, run.denoiser.network, run.state, "id", keep=2)
     return run, expected, folder

@@ -79,7 +79,7 @@ def test_averages_of_all_that_was_trained_are_foreseen(adapters):
     stages = footprint.stages(experiment, source(experiment))
     for chosen in (names[:2], names[2:4], names[4:]):
         freeze.put(of_set(chosen, names, "exact", SHAPE))
-        averages.update(averaged, denoiser.network, 0.9)
+        averages.start(averaged, denoiser.network)
     held = sum(tensor.nbytes for tensor in averaged.values())
     assert [stage.averages for stage in stages] == [held] * 2 and held > stages[0].gradients
     plain = footprint.stages(settings(train={"lora": adapters}, schedule=schedule), source(experiment))

@@ -17,16 +17,19 @@ Gaps = dict[str, float]
 """Block that was trained so far → gap, 0..1."""
 
 
+def start(ema: Averages, network: nn.Module) -> None:
+    """Averages of parameters that were never trained start at their weights, before an update moves these."""
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and name not in ema:
+            ema[name] = parameter.detach().clone()
+
+
 @torch.no_grad()
 def update(ema: Averages, network: nn.Module, decay: float) -> None:
-    """Move the average of every trained parameter towards its weight; starts at the weight where there is none."""
+    """Move the average of every trained parameter towards its weight."""
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name in ema:
+        if parameter.requires_grad:
             ema[name].lerp_(parameter, 1 - decay)
-        else:
-            ema[name] = parameter.detach().clone()
 
 
 def widen(gaps: Gaps, trained: Collection[str], decay: float) -> None:

@@ -322,6 +322,8 @@ class _Fit:
         odd = float(not (math.isfinite(my_loss) and math.isfinite(norm)))
         mean_loss, skipped = agree.means_of([my_loss, odd], self.device)
         if not skipped:
+            if train.ema_decay:
+                averages.start(state.ema, self.denoiser.network)
             state.optimizer.step()
             if train.ema_decay:
                 averages.update(state.ema, self.denoiser.network, train.ema_decay)

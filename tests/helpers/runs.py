@@ -69,6 +69,7 @@ class Trained:
 
     def update(self):
         losses.training_loss(self.denoiser, latents([0, 1]), self.experiment.train).backward()
+        averages.start(self.state.ema, self.network)
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         averages.update(self.state.ema, self.network, 0.9)
