@@ -11,9 +11,10 @@ from entprog import config
 from entprog.media import h264
 from entprog.media.pictures import png
 from entprog.media.pose import found
-from entprog.preparing import cutting, windows
+from entprog.preparing import cutting, extracting, windows
 
 SEEN = 0.5
+SHAPE = {"frames": 8, "height": 64, "width": 48, "fps": 16}
 
 
 def person(frames: int, box=(0.4, 0.3, 0.6, 0.8), seed: int = 0) -> np.ndarray:
@@ -144,7 +145,6 @@ def test_references_of_many_windows_are_those_of_one_look_at_each(shown, data):
 
 def test_a_reference_shows_one_person_where_only_clips_of_one_are_taken():
     """Of windows in which a second person stands beside, which are rejected, no picture becomes a reference."""
-    shape = {"frames": 8, "height": 64, "width": 48, "fps": 16}
     track = person(64, seed=1)
     track[:32, :2, 2] = 0.4  # alone, with two points hidden
     row = {
@@ -156,9 +156,9 @@ def test_a_reference_shows_one_person_where_only_clips_of_one_are_taken():
     }
     references = {}
     for people in ("one", "foremost"):
-        settings = config.build({"data": {"shape": shape}, "prepare": {"people": people}}, config.Preparation)
+        settings = config.build({"data": {"shape": SHAPE}, "prepare": {"people": people}}, config.Preparation)
         kept, _ = cutting._choose(row, track, settings)
-        references[people] = [window.reference_at for window in kept]
+        references[people] = [at for window in kept for at, _ in window.candidates]
     assert references["one"] and max(references["one"]) < 32
     assert max(references["foremost"]) >= 32
 
@@ -175,19 +175,39 @@ def test_a_video_of_one_shot_is_not_held_while_its_clips_wait_for_the_best_frame
     track[:, :2, 2] = 0.4
     track[best, :, 2] = 1
     row = {"file": "x.mp4", "cuts": b"", "others": bytes(100), "view_height": 96, "view_width": 72}
-    shape = {"frames": 8, "height": 64, "width": 48, "fps": 16}
-    settings = {"data": {"shape": shape}, "prepare": {"min_motion": 0, "min_scale": 0.1}}
+    settings = {"data": {"shape": SHAPE}, "prepare": {"min_motion": 0, "min_scale": 0.1}}
     settings = config.build(settings, config.Preparation)
     kept, _ = cutting._choose(row, track, settings)
     pictures = np.random.default_rng(0).integers(0, 256, (100, 96, 72, 3), np.uint8)
     given = []
-    for window in cutting._extract(row, kept, iter(pictures), itertools.repeat(None), settings):
+    for window in extracting.extract(row, kept, iter(pictures), itertools.repeat(None), settings):
         held = [w for w in kept if w is not window and (w.video or w.reference)]
         assert len(held) <= 1 and sum(len(w.frames) > 0 for w in kept) <= 2
         size = 64, 48
-        cut_out = [cutting._crop(frame, window.box, size) for frame in pictures[window.start : window.start + 8]]
+        cut_out = [extracting.crop(frame, window.box, size) for frame in pictures[window.start : window.start + 8]]
         assert window.video == h264.encode(np.stack(cut_out), 16, crf=settings.prepare.crf)
-        assert window.reference == png(cutting._crop(pictures[window.reference_at], window.reference_box, size))
+        at, box = window.candidates[0]
+        assert window.reference_at == at and window.reference == png(extracting.crop(pictures[at], box, size))
         given.append(window.start)
         window.video = window.reference = b""  # as it is when the clip has been written
     assert given == [window.start for window in kept] and len(given) > 20
+
+
+@pytest.mark.parametrize(
+    ("blurred", "taken"), [((), 90), ((90,), 30), ((30, 90), 60), ((10, 30, 60, 90), 90), ((30,), 90)]
+)
+def test_a_reference_is_sharp_where_frames_about_as_good_are(blurred, taken):
+    track = person(100, seed=1)
+    track[..., 2] = 0.9
+    best = {90: 0.99, 30: 0.98, 60: 0.97, 10: 0.96}
+    for at, visibility in best.items():
+        track[at, :, 2] = visibility
+    row = {"file": "x.mp4", "cuts": b"", "others": bytes(100), "view_height": 96, "view_width": 72}
+    settings = {"data": {"shape": SHAPE}, "prepare": {"min_motion": 0, "min_scale": 0.1}}
+    settings = config.build(settings, config.Preparation)
+    kept, _ = cutting._choose(row, track, settings)
+    pictures = np.random.default_rng(0).integers(0, 256, (100, 96, 72, 3), np.uint8)
+    pictures[list(blurred)] = 128
+    given = [*extracting.extract(row, kept, iter(pictures), itertools.repeat(None), settings)]
+    elsewhere = [window for window in given if not best.keys() & {*range(window.start, window.start + 8)}]
+    assert elsewhere and {window.reference_at for window in elsewhere} == {taken}

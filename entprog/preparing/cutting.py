@@ -6,26 +6,23 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 
 import hashlib
 import os
-import tempfile
-from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate, chain, count, groupby, repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from entprog import files
 from entprog.config import Preparation
 from entprog.data import shards
-from entprog.media import footage, h264, limits, masks, pose, posefile, video, wholebody
-from entprog.media.pictures import png
+from entprog.media import footage, limits, masks, pose, posefile, wholebody
 from entprog.media.video import VideoError
 from entprog.preparing import again, ledger, shots, windows
 from entprog.preparing.attempts import MachineError
+from entprog.preparing.extracting import Window, extract
 from entprog.preparing.probing import opened, tried
 from entprog.preparing.rows import Cut, Done, Shots, Tracked
 from entprog.storage import Where
@@ -122,51 +119,6 @@ class Track:
         return sum(person.radius >= PEOPLE_SIZE * found[0].radius for person in found)
 
 
-@dataclass
-class _Window:
-    """A clip being cut out while its video is decoded."""
-
-    start: int
-    box: windows.Box
-    reference_at: int
-    reference_box: windows.Box
-    frames: list[np.ndarray] = field(default_factory=list)
-    people: list[np.ndarray] = field(default_factory=list)
-    """Where the person is, bool [H, W] a frame; empty where there is no mask."""
-    reason: str = ""
-    video: bytes = b""
-    reference: bytes = b""
-    mask: bytes | None = None
-    aside: int | None = None
-    """Where its video, and after it its mask, begin in the scratch file in which they wait."""
-    sizes: tuple[int, int] = 0, 0
-    """Of video and mask there, in bytes."""
-
-    @property
-    def is_encoded(self) -> bool:
-        return bool(self.video) or self.aside is not None
-
-    def put_aside(self, scratch: IO[bytes]) -> None:
-        """Raises MachineError where it cannot be written."""
-        self.aside, self.sizes = scratch.tell(), (len(self.video), len(self.mask or b""))
-        try:
-            scratch.write(self.video + (self.mask or b""))
-        except OSError as error:
-            raise MachineError(
-                f"cannot write to the scratch folder {tempfile.gettempdir()}: {error.strerror}"
-            ) from None
-        self.video, self.mask = b"", None if self.mask is None else b""
-
-    def take_back(self, scratch: IO[bytes]) -> None:
-        """What `put_aside` has written, if it was called."""
-        if self.aside is None:
-            return
-        scratch.seek(self.aside)
-        self.video, mask = map(scratch.read, self.sizes)
-        scratch.seek(0, os.SEEK_END)
-        self.aside, self.mask = None, None if self.mask is None else mask
-
-
 def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     """Fourth stage: write the source's clips as the part shard `key`, and its ledger beside it; gives their counts.
 
@@ -191,7 +143,7 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
     kept, verdicts = _choose(row, track, settings)
     part, encoded = None, {}
 
-    def clips(windows_done: Iterable[_Window]) -> Iterator[dict[str, Any]]:
+    def clips(windows_done: Iterable[Window]) -> Iterator[dict[str, Any]]:
         for window in windows_done:
             if window.reason:
                 verdicts[window.start] = "picture", window.reason
@@ -203,7 +155,7 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
     if kept:
         with opened(row, settings, heartbeats) as source:
             pictures = heartbeats(footage.pictures(source, settings.data.shape.fps))
-            extracted = _extract(row, kept, pictures, _people(row, source, settings), settings)
+            extracted = extract(row, kept, pictures, _people(row, source, settings), settings)
             of_source = clips(heartbeats(extracted))  # many may come at once, with the frame that all wait for
             first = next(of_source, None)
             if first is not None:
@@ -226,7 +178,7 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
     return ledger.rejected(row, "cut", reason, f"none of its {len(lines)} clips is good enough")
 
 
-def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[list[_Window], dict[int, tuple[str, str]]]:
+def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[list[Window], dict[int, tuple[str, str]]]:
     """Decide on every window by its body's pose: (those kept, {first frame: (stage, reason or '')} of all)."""
     shape, prepare = settings.data.shape, settings.prepare
     height, width = row["view_height"], row["view_width"]
@@ -254,13 +206,15 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
                     reason = windows.crop_verdict(in_crop, box, shape.height, *limits)
             verdicts[start] = stage, reason or ""
             if not reason:
-                best = references.frame(window)
-                there = windows.to_crop(of_shot[best], box, height, width)
-                around = box  # the same picture around the person, if the person is in it
-                if windows.share_inside(there, seen) < prepare.min_inside:
-                    alone = of_shot[best : best + 1]
-                    around = windows.person_box(alone, height, width, target, prepare.margin, seen) or box
-                kept.append(_Window(start, box, shot.start + best, around))
+                candidates = []
+                for best in references.frames(window):
+                    there = windows.to_crop(of_shot[best], box, height, width)
+                    around = box  # the same picture around the person, if the person is in it
+                    if windows.share_inside(there, seen) < prepare.min_inside:
+                        alone = of_shot[best : best + 1]
+                        around = windows.person_box(alone, height, width, target, prepare.margin, seen) or box
+                    candidates.append((shot.start + best, around))
+                kept.append(Window(start, box, candidates))
     return kept, verdicts
 
 
@@ -275,85 +229,7 @@ def _people(row: Tracked, source: footage.Footage, settings: Preparation) -> Ite
     return masks.read(path, *size, row["length"] / fps, source.crop, fps, source.limits)
 
 
-def _extract(
-    row: Tracked,
-    kept: list[_Window],
-    pictures: Iterator[np.ndarray],
-    people: Iterator[np.ndarray | None],
-    settings: Preparation,
-) -> Iterator[_Window]:
-    """Second pass: all kept windows out of one decoding, in their order, each as soon as it has its `reference` and
-    `video`, or its `reason`.
-
-    A source of hours is never held whole: a frame that is the reference of many windows is held once, clips that wait
-    for such a frame lie in a scratch file. Raises VideoError `corrupt` for a video that is another one than before.
-    """
-    size = settings.data.shape.height, settings.data.shape.width
-    wanted, shown = Counter(window.reference_at for window in kept), {}
-    waiting = deque(kept)
-    with tempfile.TemporaryFile(prefix="entprog-") as scratch:
-        for i, frame, whole in _cut_out(row, kept, pictures, people, settings):
-            if wanted[i]:
-                shown[i] = frame
-            while waiting and (waiting[0].reason or (waiting[0].is_encoded and waiting[0].reference_at in shown)):
-                window = waiting.popleft()
-                if not window.reason:
-                    window.take_back(scratch)
-                    window.reference = png(_crop(shown[window.reference_at], window.reference_box, size))
-                wanted[window.reference_at] -= 1
-                if not wanted[window.reference_at]:
-                    shown.pop(window.reference_at, None)
-                yield window
-            if not waiting:
-                return
-            for window in whole:
-                if window.video and not window.reference:  # not given
-                    window.put_aside(scratch)
-    raise VideoError("corrupt", f"{row['file']}: frames that were there at first are gone")
-
-
-def _cut_out(
-    row: Tracked,
-    kept: list[_Window],
-    pictures: Iterator[np.ndarray],
-    people: Iterator[np.ndarray | None],
-    settings: Preparation,
-) -> Iterator[tuple[int, np.ndarray, list[_Window]]]:
-    """Each frame with its number and the windows whose clips end with it: judged, and encoded if they are good."""
-    shape, prepare = settings.data.shape, settings.prepare
-    size = shape.height, shape.width
-    video_at = defaultdict(list)
-    for window in kept:
-        for i in range(window.start, window.start + shape.frames):
-            video_at[i].append(window)
-    for i, (frame, person) in enumerate(zip(pictures, people, strict=False)):
-        if frame.shape[:2] != (row["view_height"], row["view_width"]):
-            raise VideoError("corrupt", f"{row['file']}: its picture changes size at {i / shape.fps:.2f} s")
-        whole = []
-        for window in video_at.pop(i, ()):
-            window.frames.append(_crop(frame, window.box, size))
-            if person is not None:
-                window.people.append(masks.white(_crop(person, window.box, size)))
-            if len(window.frames) == shape.frames:
-                clip = np.stack(window.frames)
-                window.frames.clear()
-                window.reason = windows.picture_verdict(clip, prepare.min_motion, prepare.min_sharpness) or ""
-                if window.people:
-                    window.mask = masks.packed(np.stack(window.people))
-                    window.reason = window.reason or ("" if any(map(np.any, window.people)) else "bad_mask")
-                    window.people.clear()
-                if not window.reason:
-                    window.video = h264.encode(clip, shape.fps, crf=prepare.crf)
-                whole.append(window)
-        yield i, frame, whole
-
-
-def _crop(frame: np.ndarray, box: windows.Box, size: tuple[int, int]) -> np.ndarray:
-    left, top, width, height = box
-    return video.scale(frame[top : top + height, left : left + width], size)
-
-
-def _clip(row: Tracked, window: _Window, track: np.ndarray, settings: Preparation) -> dict[str, Any]:
+def _clip(row: Tracked, window: Window, track: np.ndarray, settings: Preparation) -> dict[str, Any]:
     """A clip as `shards.SCHEMA` has it. Its split is decided when all sources are known."""
     shape = settings.data.shape
     its = track[window.start : window.start + shape.frames]

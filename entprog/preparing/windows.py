@@ -135,6 +135,10 @@ def crop_verdict(
     return None
 
 
+STRETCHES = 4
+"""Of a shot, each with one frame that references may come from where the best one is blurred."""
+
+
 class References:
     """The frames of a shot by how well they show the person: for many windows at the cost of one look at the shot.
 
@@ -147,6 +151,18 @@ class References:
         self._score = score + 1e-3 * np.round(np.nan_to_num(track[..., 2]).mean(-1), 3)
         self._until = _best_until(self._score)
         self._since = len(score) - 1 - _best_until(self._score[::-1], last=True)[::-1]
+        edges = np.linspace(0, len(score), STRETCHES + 1).astype(int)
+        bests = [a + int(self._score[a:b].argmax()) for a, b in pairwise(edges) if b > a]
+        self._of_stretches = sorted(bests, key=lambda i: -self._score[i])
+
+    def frames(self, window: range) -> list[int]:
+        """`frame`, and others that show the person about as well, the better first, in case it is blurred: far from
+        each other, as frames beside a blurred one are blurred too."""
+        first = self.frame(window)
+        return [first, *(i for i in self._of_stretches if i != first and self._is_alike(i, first, window))]
+
+    def _is_alike(self, i: int, first: int, window: range) -> bool:
+        return self._score[i] >= self._score[first] - 0.1 and (i not in window or first in window)
 
     def frame(self, window: range) -> int:
         """The frame that shows the person best: most visible points, then the highest mean visibility.
