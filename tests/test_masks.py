@@ -19,7 +19,7 @@ from entprog.diffusion import dropping
 from entprog.media import h264, masks
 from entprog.media.limits import LIMITS
 from entprog.models import wan_animate
-from entprog.preparing import beside, cutting, inputs, ledger, probing
+from entprog.preparing import beside, cutting, extracting, inputs, ledger, probing
 from helpers import bases, real_clips, wholebodies
 from helpers.families import load
 from pipelines.generating import checkpoints, motions, protocol, rendering, replacing
@@ -83,7 +83,7 @@ def test_masks_are_cut_out_as_their_clips_are_and_bad_ones_are_in_the_ledger(fol
                 boxes()[np.arange(at, at + 6).clip(max=FRAMES - 1)] if name == "moving" else boxes()[:1].repeat(6, 0)
             )
             left, top, width, height = (clip[f"crop_{side}"] for side in ("left", "top", "width", "height"))
-            due = [cutting.video.scale(f[top : top + height, left : left + width], (48, 32)) for f in whole]
+            due = [extracting.crop(f, (left, top, width, height), (48, 32)) for f in whole]
             kept = masks.unpacked(clip["mask"], 6, 48, 32)
             assert kept.any() and (kept == masks.white(np.stack(due))).mean() > 0.98, "an edge may differ by a pixel"
     assert "mask" not in shards.read_rows(tmp_path / "bare.parquet", [0])[0]
