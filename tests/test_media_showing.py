@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from entprog.media import assets, fields, h264, showing, video
+from entprog.media import assets, containers, fields, h264, showing, video
 from entprog.media.limits import Limits
 from entprog.media.video import VideoError
 from entprog.preparing import shots
@@ -292,17 +292,28 @@ def test_colours_that_cannot_be_converted_are_refused(frames):
     assert raised.value.reason == "unsupported"
 
 
-def test_what_is_transparent_lies_over_the_background(frames):
-    image = np.zeros((16, 16, 4), np.uint8)
-    image[:, :8], image[:, 8:] = (200, 10, 10, 255), (10, 200, 10, 0)
-    with av.open(out := io.BytesIO(), "w", format="mov") as file:
-        stream = file.add_stream("qtrle", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "argb"
-        frame = av.VideoFrame.from_ndarray(image, format="rgba").reformat(format="argb")
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    got = all_of(out.getvalue())[0]
-    assert (got[:, :8] == (200, 10, 10)).all() and (got[:, 8:] == 255).all()
+@pytest.mark.parametrize(
+    ("codec", "container", "pixels"),
+    [("qtrle", "mov", "argb"), ("libvpx", "webm", "yuva420p"), ("libvpx-vp9", "matroska", "yuva420p")],
+)
+def test_what_is_transparent_lies_over_the_background(codec, container, pixels):
+    image = np.zeros((16, 32, 4), np.uint8)
+    image[:, :16], image[:, 16:] = (200, 10, 10, 255), (10, 200, 10, 0)
+    still = [av.VideoFrame.from_ndarray(image, format="rgba").reformat(format=pixels) for _ in range(4)]
+    content = hostile.encoded(still, codec, container, pixels, {"auto-alt-ref": "0"} if "vpx" in codec else None)
+    for frames in (all_of(content), video.read_frames(content, [0.3])[0]):
+        assert unlike(frames[:, :, :14], np.array((200, 10, 10))) < 4 and (frames[:, :, 18:] >= 252).all()
+    assert len(all_of(content)) == 4 and video.probe(content).width == 32
+    (_, black), *_ = video.iter_frames(content, background=(0, 0, 0))
+    assert (black[:, 18:] <= 3).all()
+
+
+def test_transparency_without_its_decoder_is_unsupported(frames, monkeypatch):
+    content = hostile.encoded(frames[:2], "libvpx-vp9", "webm", "yuva420p", {"auto-alt-ref": "0"})
+    monkeypatch.setitem(containers._WITH_ALPHA, "vp9", "none-of-this-name")
+    with pytest.raises(VideoError, match="bytes: it is transparent") as raised:
+        video.probe(content)
+    assert raised.value.reason == "unsupported"
 
 
 # ---- time ----

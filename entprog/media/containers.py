@@ -1,4 +1,4 @@
-"""What containers do not say rightly: when their frames are shown, and that they are cut off."""
+"""What FFmpeg does not see in a container by itself: when frames are shown, what is transparent, and that it is cut."""
 
 import bisect
 import io
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import av
+
+from entprog.media.errors import VideoError
 
 _DECODING_ORDER = frozenset({"avi", "asf", "asf_o", "mxf"})
 """They may say when a frame is decoded only, and FFmpeg takes that for when it is shown."""
@@ -37,6 +39,29 @@ class Ordering:
             if frame.pts is not None:
                 frame.pts = self._stamps.pop(0)
             yield frame
+
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders of what Matroska holds beside a picture to say where it is transparent; FFmpeg's own leave that out."""
+
+
+def alpha_decoder(stream) -> av.CodecContext | None:
+    """What decodes a stream with its transparency; None where the stream's own decoder does, or there is none.
+
+    Raises VideoError `unsupported` where FFmpeg was built without it.
+    """
+    own = stream.codec_context
+    name = _WITH_ALPHA.get(own.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    try:
+        decoder = av.CodecContext.create(name, "r")
+    except av.codec.codec.UnknownCodecError:
+        raise VideoError("unsupported", f"it is transparent, which takes FFmpeg's decoder {name}") from None
+    decoder.extradata, decoder.options, decoder.thread_count = own.extradata, own.options, own.thread_count
+    for said in ("colorspace", "color_range", "color_trc", "color_primaries"):
+        setattr(decoder, said, getattr(own, said))
+    return decoder
 
 
 _MATROSKA_SEGMENT = 0x18538067

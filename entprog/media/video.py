@@ -330,6 +330,8 @@ def decoded_frames(
     aspect, began_s = _aspect(stream), time.monotonic()
     last_s, part, count, waiting = None, 0, 0, True
     ordering = containers.Ordering() if containers.may_be_disordered(container, stream) else None
+    with _named(source):
+        decoder = containers.alpha_decoder(stream)
     first_key = None  # its picture may be cut away by an edit list: what follows it is whole all the same
     for packet in container.demux(stream):
         if first_key is None and packet.is_keyframe:
@@ -338,6 +340,8 @@ def decoded_frames(
             raise VideoError("corrupt", f"{_name(source)}: damaged or cut off after {last_s or 0:.2f} s")
         try:
             frames = packet.decode()
+            if decoder is not None:  # FFmpeg's own has seen to sizes and damage
+                frames = decoder.decode(packet if packet.size else None)
         except av.error.FFmpegError:
             if packet.is_keyframe or not waiting:
                 raise
