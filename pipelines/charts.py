@@ -106,6 +106,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
+def scored_s(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Charged seconds of scoring before the first step."""
+    if not steps:
+        return 0.0
+    first = steps[0]
+    # Lines of an earlier version do not say: there it is all that was charged before the step and its wait for clips.
+    return first.get("score_s", max(0.0, first["charged_s"] - first["seconds"] - first["wait_s"]))
+
+
 def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Where, blocks: Sequence[str] | None = None) -> Where:
     """Step records (steps.jsonl) → which blocks were trained when, over charged seconds.
 
@@ -114,8 +123,7 @@ def schedule_chart(steps: Sequence[Mapping[str, Any]], path: Where, blocks: Sequ
     from matplotlib.patches import Patch
 
     names = list(blocks) if blocks else sorted({name for step in steps for name in step["trained"]}, key=files.natural)
-    # What was charged before the first step and its wait for data is scoring.
-    first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"] - steps[0]["wait_s"]) if steps else 0.0
+    first_s = scored_s(steps)
     scored = bool(steps) and first_s > 1e-3 * steps[-1]["charged_s"]
     edges, columns, stages = [first_s], [], []
     for (stage, phase, trained), run in itertools.groupby(

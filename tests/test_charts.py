@@ -27,6 +27,14 @@ def record(step, stage, phase, trained, charged_s):
     return {"step": step, "stage": stage, "phase": phase, "trained": trained, **times}
 
 
+def test_what_came_before_the_first_step_is_scoring_as_far_as_it_is():
+    """A search's opening, which is charged before its first step too, is none."""
+    first = record(1, 0, "search", ["a"], 9.0)
+    assert charts.scored_s([first | {"score_s": 2.5}]) == 2.5
+    assert charts.scored_s([first]) == 8.0, "of an earlier version"
+    assert charts.scored_s([]) == 0.0
+
+
 def test_cei_chart_of_a_real_table(tmp_path):
     experiment = tiny_experiment()
     denoiser = tiny_denoiser(experiment)

@@ -176,7 +176,7 @@ def schedule(
     names = list(blocks)
     height = 0.95 + max(0.16 * len(names), 0.5)
     spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    first_s = max(0.0, steps[0]["charged_s"] - steps[0]["seconds"] - steps[0]["wait_s"])
+    first_s = charts.scored_s(steps)
     shapes = charts.shape_spans(steps, first_s)
     changes = len({shape for *_, shape in shapes}) > 1
     if changes:
