@@ -87,7 +87,10 @@ ConfigFile = Annotated[
     list[str] | None, typer.Option("--config", help="YAML file of settings, over the preset, also s3:// or gs://.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, over all others.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, do nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check all that can be without beginning, print what would be done, do nothing."),
+]
 Tables = Annotated[
     str | None,
     typer.Option(

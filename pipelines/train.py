@@ -85,6 +85,7 @@ def main(
             return explain(experiment, folder)
         score_tables.check(tables)
         parts = claimed(experiment, folder)
+        checks.check_room(parts)
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
@@ -105,6 +106,9 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
     claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
+    if not (lacking := outline.lacks_gpu(experiment)):
+        checks.check_room(parts)
+    checks.check_reach(parts)
     nodes = decoding.nodes_there()
     cli.show_settings("Experiment", experiment)
     first = next(iter(parts.values()))[0]
@@ -124,9 +128,8 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     cli.console.print(
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
-    cli.console.print(
-        outline.lacks_gpu(experiment) or "Checked: nothing is in the way; the same command without --dry-run begins."
-    )
+    cli.console.print(outline.not_looked_at(experiment, output))
+    cli.console.print(lacking or "Checked: nothing else is in the way; the same command without --dry-run begins.")
     return {"settings": config.settings(experiment)}
 
 

@@ -158,6 +158,41 @@ def test_addresses_that_cannot_be_ones(dry_run, given, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+FP8 = ["schedule.frozen_precision=fp8", "model.dtype=bfloat16", "schedule.backward=residual", "train.gpus=no"]
+AWAY = "gs://anonymous@bucket/run?scheme=http&endpoint_override=127.0.0.1:1&retry_limit_seconds=1"
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.workers=9999", "train.gpus=no"], "train.workers=9999 needs 10000 CPUs"),
+        (FP8, "schedule.frozen_precision=fp8 needs a GPU"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_before_ray_starts(settings, message, dry_run, given, tmp_path):
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", *dry_run]
+    assert message in refused(train.app, *command, *(word for each in settings for word in ("--set", each)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_asks_who_must_answer_and_says_what_it_did_not_look_at(given, tmp_path, monkeypatch):
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", "--dry-run"]
+    place = tmp_path / "kept"
+    done = CliRunner().invoke(train.app, [*map(str, command), "--set", f"train.checkpoints={place}"], env=WIDE)
+    assert "Not looked at: whether MLflow's store and train.checkpoints can be written; what clips" in done.output
+    assert done.exit_code == 0 and "nothing else is in the way" in done.output and not place.exists()
+    (place / "step-00000001").mkdir(parents=True)
+    (place / "step-00000001" / "state.json").write_text('{"experiment": "another", "files": {}}')
+    line = refused(train.app, *command, "--set", f"train.checkpoints={place}")
+    assert "holds step-00000001 of another training" in line
+    line = refused(train.app, *command, "--set", f"train.checkpoints={AWAY}")
+    assert "train.checkpoints: cannot look at gs://bucket/run" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert "MLflow at http://127.0.0.1:1 cannot be used" in refused(train.app, *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+
+
 def test_a_gpu_that_is_not_here_is_noted(given, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(decoding, "nodes_there", lambda: None)  # no cluster answers at that address
@@ -166,7 +201,7 @@ def test_a_gpu_that_is_not_here_is_noted(given, tmp_path, monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", address)
         done = CliRunner().invoke(train.app, [*map(str, command), "--set", "train.gpus=yes"], env=WIDE)
         assert done.exit_code == 0 and ("Note: train.gpus=yes" in done.output) == noted, done.output
-        assert ("nothing is in the way" in done.output) != noted
+        assert ("nothing else is in the way" in done.output) != noted
 
 
 def test_a_shape_that_shards_do_not_hold_ends_with_the_setting_that_does(given, tmp_path):

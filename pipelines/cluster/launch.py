@@ -18,7 +18,7 @@ from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
 from entprog.masking import masked
 from entprog.storage import Place, Where, remove
-from pipelines.cluster import failures, joining, ray_internals, room
+from pipelines.cluster import failures, joining, ray_internals, room, session
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
 from pipelines.cluster.room import CPUS_FOR_DATA, Bundle
 from pipelines.tracking.store import is_file, tracking_uri
@@ -71,18 +71,35 @@ def use_gpus(experiment: Experiment) -> bool:
     that may still grow can, and is waited for by `run_workers`."""
     import ray
 
-    cluster, train = ray.cluster_resources(), experiment.train
+    cluster = ray.cluster_resources()
     growing = ray_internals.resources_that_may_come()
     grows = joining.address() is not None and not growing
 
     def most(resource: str) -> int:
         return int(max(cluster.get(resource, 0), growing.get(resource, 0)))
 
+    return _gpus_of(experiment, most("GPU"), most("CPU"), grows=grows, trial=not ray_internals.is_driver())
+
+
+def gpus_here(experiment: Experiment) -> bool | None:
+    """What `use_gpus` will say of the Ray that a job starts on this machine; None where it joins one, which is asked
+    then. Raises UserError as that does, before anything starts."""
+    import ray
+    import torch  # here: Ray Train's controller needs none
+
+    if joining.address() or ray.is_initialized():
+        return None
+    return _gpus_of(experiment, torch.cuda.device_count(), session.local_cpus(LOCAL_CPUS))
+
+
+def _gpus_of(experiment: Experiment, gpus: int, cpus: int, grows: bool = False, trial: bool = False) -> bool:
+    """Whether the workers get a GPU each, of a cluster that has so many. Raises UserError if it cannot hold them, and
+    does not grow."""
+    train = experiment.train
     workers = train.min_workers or train.workers
     name = "train.min_workers" if train.min_workers else "train.workers"
-    gpus, cpus = most("GPU"), most("CPU")
     wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
-    each = each_worker(experiment, wanted, trial=not ray_internals.is_driver())
+    each = each_worker(experiment, wanted, trial=trial)
     needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each)))
     if wanted and gpus < workers and not grows:
         raise UserError(

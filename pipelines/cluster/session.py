@@ -8,6 +8,11 @@ from entprog.errors import UserError
 from pipelines.cluster import joining, local
 
 
+def local_cpus(least: int) -> int:
+    """Logical CPUs of a Ray that a job starts here."""
+    return max(os.cpu_count() or 1, least)
+
+
 @contextmanager
 def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
@@ -38,7 +43,7 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
             with local.closed() as private, local.alone(heard=dashboard or verbose):
                 ray.init(
                     address="local",
-                    num_cpus=max(os.cpu_count() or 1, cpus),
+                    num_cpus=local_cpus(cpus),
                     object_store_memory=memory,
                     include_dashboard=dashboard,
                     **private,

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from entprog import files
 from entprog.errors import UserError
-from entprog.masking import masked
+from entprog.masking import masked, reason
 
 
 def tracking_uri() -> str:
@@ -74,6 +74,21 @@ def connect(uri: str):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         return MlflowClient(tracking_uri=uri)
+
+
+def unusable(uri: str, error: Exception) -> UserError:
+    return UserError(f"MLflow at {masked(uri)} cannot be used: {reason(error, uri)}; check MLFLOW_TRACKING_URI")
+
+
+def check_answers() -> None:
+    """Raises UserError where MLFLOW_TRACKING_URI names a server that does not answer. Other stores are not opened: that
+    would make them."""
+    uri = tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        try:
+            connect(uri).search_experiments(max_results=1)
+        except Exception as error:
+            raise unusable(uri, error) from None
 
 
 _making = threading.Lock()

@@ -27,6 +27,7 @@ from pipelines.tracking.store import (
     experiment_id,
     open_run,
     tracking_uri,
+    unusable,
 )
 
 RUN_FILE = "mlflow_run.json"
@@ -87,9 +88,7 @@ class Tracker:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"MLflow at {masked(uri)} cannot be used: {reason(error, uri)}; check MLFLOW_TRACKING_URI"
-            ) from None
+            raise unusable(uri, error) from None
         files.write_json(record, {"run_id": run_id, "experiment": experiment, "uri": masked(uri)})
         tracker = Tracker(uri, run_id, output, warn)
         tracker._client_made = client

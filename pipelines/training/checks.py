@@ -12,12 +12,14 @@ from entprog.data import latents, shards
 from entprog.diffusion.processes import Flow
 from entprog.distributed import fsdp
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.media import styles, wholebody
 from entprog.models import adapters, captions, experts, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place, Where
-from pipelines.cluster import joining
+from entprog.training import checkpoint
+from pipelines.cluster import joining, launch
 from pipelines.outputs import claim
 from pipelines.stream import batches
 from pipelines.tracking import store
@@ -174,6 +176,29 @@ def stand_in(phase: Experiment, first: Experiment) -> config.Model:
     """The network of a phase whose base is not there yet: it will be the first phase's, widened."""
     own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame")
     return first.model.model_copy(update={name: getattr(phase.model, name) for name in own})
+
+
+def check_room(parts: Parts) -> None:
+    """Raises UserError where the Ray that would start on this machine could not hold the workers, or gives them no
+    device for their arithmetic. One that is joined is asked once it is."""
+    for experiment, _ in parts.values():
+        if launch.gpus_here(experiment) is False and experiment.in_fp8:
+            fp8.check_device(torch.device("cpu"))
+
+
+def check_reach(parts: Parts) -> None:
+    """Raises UserError where MLflow's server or the place of checkpoints does not answer, or that place is another
+    training's. Nothing is written to either."""
+    store.check_answers()
+    experiment, dataset = next(iter(parts.values()))  # of later phases the weights may not be there yet
+    if there := experiment.train.checkpoints:
+        try:
+            checkpoint.check_owner(storage.quickly(there), identity(experiment, dataset))
+        except OSError as error:
+            raise UserError(
+                f"train.checkpoints: cannot look at {Place.at(there)}: {one_line(error)}; look at its name and at the "
+                "credentials in the environment"
+            ) from None
 
 
 def deciding(experiment: Experiment, dataset: shards.Dataset, *, after: Experiment | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from entprog.media import styles, wholebody
 from entprog.models import captions, whole
 from entprog.models.sources import Source
 from entprog.schedule import plans
+from entprog.storage import Place, Where
 from pipelines.cluster import joining
 
 COLUMNS = (
@@ -107,9 +108,23 @@ def lacks_gpu(experiment: Experiment) -> str | None:
     if experiment.train.gpus != "yes" or joining.address() or torch.cuda.is_available():
         return None
     return (
-        "Note: train.gpus=yes, and neither this machine has a GPU nor RAY_ADDRESS names a cluster: all else is "
-        "checked, the same command without --dry-run begins where there is one."
+        "Note: train.gpus=yes, and neither this machine has a GPU nor RAY_ADDRESS names a cluster: the "
+        "rest is checked, the same command without --dry-run begins where there is one."
     )
+
+
+def not_looked_at(experiment: Experiment, output: Where) -> str:
+    """What a dry run leaves to the run itself, in words: nothing is written, and no cluster, store or GPU is used."""
+    train, written = experiment.train, ["MLflow's store"]
+    if train.checkpoints:
+        written.append("train.checkpoints")
+    if isinstance(output, Place):
+        written.append("the output's bucket")
+    out = [f"whether {' and '.join(written)} can be written"]
+    if joining.address():
+        out.append("whether the cluster has room for the workers, now or ever")
+    out.append("what clips take of a device's memory")
+    return f"Not looked at: {'; '.join(out)}."
 
 
 def _has_text(experiment: Experiment, source: Source) -> bool:
