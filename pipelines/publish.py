@@ -41,26 +41,47 @@ def main(
     step: Annotated[
         int | None, typer.Option(min=1, help="With the weights of the checkpoint after this step, not the last ones.")
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="With --step: where checkpoints lie, if train.checkpoints said so; also s3:// or gs://."),
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="A new repository on the hub is open to everyone.")] = False,
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
 ) -> None:
     """Copy the pipeline, whole: what a folder of an older version lacks is made, what cannot be made is named."""
-    cli.run("publish", None, lambda: run(checkpoint, to, step=step, public=public, dry_run=dry_run), verbose=verbose)
+
+    def work() -> dict[str, Any]:
+        return run(checkpoint, to, step=step, checkpoints=checkpoints, public=public, dry_run=dry_run)
+
+    cli.run("publish", None, work, verbose=verbose)
 
 
 def run(
-    checkpoint: str, to: str, *, step: int | None = None, public: bool = False, dry_run: bool = False
+    checkpoint: str,
+    to: str,
+    *,
+    step: int | None = None,
+    checkpoints: str | None = None,
+    public: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Publish; returns `{"files": {name: bytes}, "to": where}`. step: of the checkpoint in the training's own folder,
-    beside `model/`, whose weights are taken. An earlier publication there is replaced; files of others stay on a hub or
-    in a bucket, and a folder that holds any is refused.
+    beside `model/`, or in `checkpoints`, whose weights are taken. An earlier publication there is replaced; files of
+    others stay on a hub or in a bucket, and a folder that holds any is refused.
 
     Raises UserError for a folder that is not whole and cannot be made so, a place that is no place, or one that does
     not take it.
     """
     from entprog.models import folders, whole
+    from entprog.training import checkpoint as training
 
+    if checkpoints is not None and step is None:
+        raise UserError("--checkpoints: says where the checkpoint of --step lies, give that too")
+    kept = checkpoints or (_checkpoints(checkpoint) if step is not None else None)
+    fetched = folders.here(checkpoint) is None
+    if kept is not None and fetched:  # before it is
+        training.check_weights(kept, _of_step(step))
     root = folders.locate(checkpoint, "--checkpoint")
     about = folders.saved(root)
     if not about:
@@ -70,10 +91,11 @@ def run(
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, root, about)
     _check_links(root)
+    if kept is not None and not fetched:
+        training.check_weights(kept, _of_step(step))
     if re.fullmatch(REPOSITORY, to) and not Path(to).parent.exists():
         cli.console.print(f"Note: --to {to} is a folder of this machine; on the hub it is {HUB}{to}.")
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-        kept = None if step is None else _checkpoints(checkpoint, root)
         folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step, kept)
         sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         total = sum(sizes.values())
@@ -147,15 +169,21 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in there)
 
 
-def _checkpoints(checkpoint: str, root: Path) -> str:
-    """The folder of a training's checkpoints. root: of its model, in the cache where it is a bucket's."""
+def _checkpoints(checkpoint: str) -> str:
+    """The folder of a training's checkpoints, beside its model."""
     from entprog.storage import Place, address
 
     if "://" not in checkpoint:
-        return str(root.resolve().parent / "checkpoints")
-    given = Place.at(checkpoint)
-    run = given.parent if given.name == root.name else given
-    return address(run / "checkpoints")
+        given = files.home(checkpoint)
+        model = given / "model" if (given / "model").is_dir() else given
+        return str(model.resolve().parent / "checkpoints")  # of a training in phases model/ is a link to the last one's
+    place = Place.at(checkpoint)
+    return address((place.parent if place.name == "model" else place) / "checkpoints")
+
+
+def _of_step(step: int) -> str:
+    """The name of the checkpoint after a step."""
+    return f"step-{step:08d}"
 
 
 def _title(checkpoint: str) -> str:
@@ -178,7 +206,7 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step:
         chosen = config.Model(family=about["family"], base=str(root), conditions=tuple(about["conditions"]))
         denoiser = models.family(about["family"]).load(chosen)
         if step is not None:
-            checkpoint.load_weights(kept, f"step-{step:08d}", denoiser.network)
+            checkpoint.load_weights(kept, _of_step(step), denoiser.network)
         origin = about["provenance"]  # the training's: this folder is not its base
         for part in filter(None, (denoiser.network, denoiser.vae)):
             part.register_to_config(_name_or_path=origin.get("base") or "")

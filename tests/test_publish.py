@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from entprog import config
-from entprog.models import adapters, folders, whole
+from entprog.blocks import blocks
+from entprog.models import adapters, folders, lora, whole
 from entprog.training import checkpoint
 from helpers import servers
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
@@ -180,6 +181,33 @@ def test_the_weights_of_an_earlier_step_are_a_whole_pipeline_too(tmp_path):
         assert str(tmp_path).encode() not in content, f"{name} names this machine"
     gone = published("--checkpoint", tmp_path, "--to", tmp_path / "other", "--step", 7)
     assert gone.exit_code == 2 and "no whole checkpoint step-00000007" in gone.output and "step-00000002" in gone.output
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")  # train.checkpoints
+    step = ("--checkpoint", tmp_path, "--to", tmp_path / "other", "--step", 2)
+    assert published(*step).exit_code == 2
+    assert published(*step, "--checkpoints", f"file://{tmp_path}/elsewhere").exit_code == 0
+    other = load_file(tmp_path / "other" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+    odd = published("--checkpoint", tmp_path, "--to", tmp_path / "other", "--checkpoints", tmp_path / "elsewhere")
+    assert odd.exit_code == 2 and "give that too" in odd.output
+
+
+def test_an_earlier_step_of_adapters_is_refused_before_anything_is_fetched(tmp_path):
+    run = Trained()
+    lora.add(run.network, blocks(run.network), config.Lora(rank=2), seed=0)
+    checkpoint.save(tmp_path / "checkpoints", run.network, run.state, "id", keep=2)
+    step = run.state.step
+    done = published(
+        "--checkpoint",
+        "s3://nowhere/run",
+        "--to",
+        tmp_path / "x",
+        "--step",
+        step,
+        "--checkpoints",
+        tmp_path / "checkpoints",
+    )
+    assert done.exit_code == 2 and "is of adapters (train.lora)" in done.output, done.output
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_bucket(output):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog import optimizers
-from entprog.blocks import never_trained
+from entprog.blocks import ADAPTER, never_trained
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
@@ -226,15 +226,28 @@ def load(folder: str | Path, name: str, network: nn.Module, state: RunState, exp
         ) from None
 
 
+def check_weights(folder: str | Path, name: str) -> None:
+    """Raises UserError if a checkpoint is not there, not whole, or of adapters, whose base may lie elsewhere."""
+    there = found(folder)
+    if name not in there:
+        raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {', '.join(there) or 'none'}")
+    place = Place.at(folder) / name
+    with _told(lambda kind: f"checkpoint {place} is damaged ({kind})"):
+        kept = slices.Reader(place, _chunks(place, place.read_json(STATE)["files"])).metadata.state_dict_metadata
+    if any(ADAPTER in name for name in kept):
+        raise UserError(
+            f"checkpoint {place} is of adapters (train.lora), which lack weights of their base: of such a training "
+            "only the last weights are a whole pipeline"
+        )
+
+
 def load_weights(folder: str | Path, name: str, network: nn.Module) -> None:
     """Put a checkpoint's weights, or their averages where there are any, into a network.
 
-    Raises UserError if the checkpoint is not there or not whole, or is one of another network (of adapters, say).
+    Raises UserError as `check_weights` does, and if the checkpoint is one of another network.
     """
+    check_weights(folder, name)
     place = Place.at(folder) / name
-    if name not in found(folder):
-        there = ", ".join(found(folder)) or "none"
-        raise UserError(f"no whole checkpoint {name} in {Place.at(folder)}; there are: {there}")
     with _told(lambda kind: f"checkpoint {place} is damaged ({kind})"):
         values = place.read_json(STATE)
         reader = slices.Reader(place, _chunks(place, values["files"]))
