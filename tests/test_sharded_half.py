@@ -1,6 +1,7 @@
 """Blocks that ranks hold in parts under bfloat16 autocast: frozen ones are stored, and all are brought together, in
 bfloat16; what comes out has the very bits of a single process."""
 
+import dataclasses
 import functools
 from collections import defaultdict
 
@@ -13,13 +14,13 @@ from entprog.blocks import blocks, layer_weights, store_frozen, unfreeze, varian
 from entprog.config import Priority
 from entprog.cost import counting, measuring
 from entprog.cost.holding import held
-from entprog.cost.model import split
 from entprog.diffusion.losses import training_loss
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models import saving
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze, outside
+from entprog.schedule.prices import Prices
 from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
@@ -148,13 +149,13 @@ def counted(settings):
     cost = counting.count(network, freeze.trained, loss)
     with fsdp.noting_whole(network) as noted, Wire(noted) as wire:
         loss().backward()
-    types = {str(p.grad.dtype) for p in freeze.trained}
+    types, ranks = {str(p.grad.dtype) for p in freeze.trained}, settings.train.workers
     return {
         "scores": gradients(denoiser, found),
         "together": wire.most,
         "foreseen": vars(held(network, found, HELD, freeze.outside, settings)),
         "wire": dict(wire.sizes),
-        "memory": (split(model, settings.train.workers).memory(HELD, "exact"), cost.memory_bytes(1)),
+        "memory": (dataclasses.replace(model, parts=ranks).memory(HELD, "exact"), cost.memory_bytes(1)),
         "flops": (model.step(HELD, "exact"), cost.flops),
         "gradients": types,
         "masters": sum(m.nbytes for b in found for m in variants(b.module).stored.masters.values() if m is not None),
@@ -234,6 +235,27 @@ def test_bytes_are_counted(folder):
         )
         for kind, scores in alone["scores"].items():
             assert got["scores"][kind] == pytest.approx(scores, rel=1e-5), kind
+
+
+def _fewer_rank(rank, world, folder, where):
+    join(rank, world, folder)
+    settings = experiment(2, "fsdp", "searched")
+    denoiser = networks.load(settings, torch.device("cpu"))
+    found, state = blocks(denoiser.network), start(denoiser.network, settings)
+    checkpoint.load(where, checkpoint.newest(where), denoiser.network, state, "id")
+    given = denoiser, found, latents([0, 1]), Freeze(denoiser, found, settings), settings
+    kept, anew = (Prices(*given, models, state.ema) for models in (state.models, {}))
+    assert state.models and kept.memory(kept.full) == anew.memory(kept.full)
+    old = state.as_json()
+    for _, model in old["models"]:
+        del model["parts"]
+    state.update(old)
+    assert not state.models, "of a checkpoint before that was noted: they are measured anew"
+    leave()
+
+
+def test_fewer_ranks_that_go_on_foresee_their_own_memory(folder, tmp_path):
+    run_ranks(_fewer_rank, 1, tmp_path, folder / "searched")
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

@@ -80,6 +80,8 @@ class CostModel(Record):
     """Optimizer, clipping and gradient reset for each byte of trained weights; 0 FLOPs."""
     swap_blocks: int = 0
     """Blocks that wait on the host while they may."""
+    parts: int = 1
+    """Ranks that share every weight, gradient and moment: of those bytes, which are given whole, each holds a part."""
     unpacking_bytes: int = 0
     """The largest packed weight while it is used."""
     blocks: tuple[BlockCost, ...]
@@ -107,21 +109,25 @@ class CostModel(Record):
     def price(self, block: BlockCost, backward: Backward) -> float:
         """What training a block adds to a step in which the gradient crosses it anyway."""
         crossed = block.through if backward == "exact" else block.along
-        return block.trained - crossed + self.update_per_byte * block.parameter_bytes
+        return block.trained - crossed + self.update_per_byte * self.part(block.parameter_bytes)
 
     def fixed(self, trainable: Collection[str]) -> float:
         """What lies outside blocks, and the optimizer's share."""
         return self.outside + self.update_per_byte * self.trained_bytes(trainable)
 
     def trained_bytes(self, trainable: Collection[str]) -> int:
-        """Bytes of trained weights."""
+        """Bytes of trained weights on one rank."""
         inside = sum(block.parameter_bytes for block in self.blocks if block.name in trainable)
-        return self.outside_parameter_bytes + inside
+        return self.part(self.outside_parameter_bytes + inside)
+
+    def part(self, whole_bytes: int) -> int:
+        """What one rank holds of weights."""
+        return -(-whole_bytes // self.parts)
 
     def memory(self, trainable: Collection[str], backward: Backward) -> int:
         """Peak bytes of an update (`costs.peak_bytes`)."""
         kept, recomputed, common, weights = self.outside_bytes, 0, False, self.weight_bytes
-        weights -= sum(block.spared_bytes for block in self.blocks if block.name not in trainable)
+        weights = self.part(weights - sum(block.spared_bytes for block in self.blocks if block.name not in trainable))
         for block, kind in self.passes(trainable, backward):
             if kind in ("trained", "edge"):
                 kept += block.trained_bytes if kind == "trained" else block.edge_bytes
@@ -155,20 +161,6 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 
 FIXED = (
     "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "movable_bytes",
-    "movable_trained_bytes", "swap_blocks", "unpacking_bytes", "twin_bytes", "update_per_byte", "moments",
+    "movable_trained_bytes", "swap_blocks", "parts", "unpacking_bytes", "twin_bytes", "update_per_byte", "moments",
 )  # fmt: skip
 """What does not depend on the number of clips."""
-
-
-def split(model: CostModel, parts: int) -> CostModel:
-    """The model of a rank that holds one of `parts` parts of every weight, gradient and moment."""
-
-    def part(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: -(-value // parts) if name in HELD else value for name, value in values.items()}
-
-    values = model.as_json()
-    return CostModel.from_json(part(values) | {"blocks": tuple(part(b) for b in values["blocks"])})
-
-
-HELD = ("weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes")
-"""What a rank holds, and updates, its part of."""

@@ -10,7 +10,7 @@ import torch
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting, measuring
-from entprog.cost.model import CostModel, scaled, split
+from entprog.cost.model import CostModel, scaled
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
@@ -34,8 +34,8 @@ class Prices:
         averages: Mapping[str, torch.Tensor] = MappingProxyType({}),
         held_out_clips: int | None = None,
     ):
-        """sample: clips of `data.shape`. models: of the run's state, so that they are measured once; as many blocks
-        wait in them as the experiment says, which a resume may change. averages: of the run's state, by parameter.
+        """sample: clips of `data.shape`. models: of the run's state, so that they are measured once; how many blocks
+        wait, and how many ranks share the weights, a resume may change. averages: of the run's state, by parameter.
         held_out_clips: that there are, on all ranks; None: as many as the experiment asks for."""
         self.denoiser = denoiser
         self.found = list(found)
@@ -48,7 +48,7 @@ class Prices:
         self.search_clips = min(experiment.schedule.search_clips, there)
         """Clips of a search evaluation."""
         for known, model in models.items():
-            models[known] = replace(model, swap_blocks=experiment.model.swap_blocks)
+            models[known] = replace(model, swap_blocks=experiment.model.swap_blocks, parts=self.shares)
         self.counts: dict[Plan, counting.Cost] = {}
         self.forms: dict[ClipShape, dict[str, tuple]] = {}
         """Of blocks, by their names (`counting.forms`)."""
@@ -124,7 +124,7 @@ class Prices:
                     optimizer=train.optimizer,
                     swap_blocks=self.experiment.model.swap_blocks,
                 )
-            self.models[shape] = split(scaled(measured, clips), self.shares)
+            self.models[shape] = replace(scaled(measured, clips), parts=self.shares)
         return self.models[shape]
 
     def step(self, plan: Plan) -> float:

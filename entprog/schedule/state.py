@@ -31,10 +31,16 @@ class Charged:
         setattr(self, purpose, getattr(self, purpose) + amount)
 
 
+def _read(kept: Any) -> Any:
+    """Cost models from JSON. Those of a checkpoint that does not say how many ranks share the weights are of some
+    number's parts: they are left out, and measured anew."""
+    return {ClipShape(**key): model for key, model in kept if "parts" in model} if isinstance(kept, list) else kept
+
+
 CostModels = Annotated[
     dict[ClipShape, CostModel],
     PlainSerializer(lambda models: list(models.items()), return_type=list[tuple[ClipShape, CostModel]]),
-    BeforeValidator(lambda kept: kept if isinstance(kept, dict) else {ClipShape(**key): model for key, model in kept}),
+    BeforeValidator(_read),
 ]
 """In JSON a list of pairs, whose keys are text alone."""
 TENSORS = ("optimizer", "ema")
