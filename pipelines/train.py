@@ -85,7 +85,6 @@ def main(
             return explain(experiment, folder)
         score_tables.check(tables)
         parts = claimed(experiment, folder)
-        checks.check_room(parts)
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
@@ -98,6 +97,8 @@ def main(
 def claimed(experiment: Experiment, output: Where) -> Parts:
     """What is to be trained, checked, in an output that is this training's from now on. Raises UserError."""
     parts = checks.parts(experiment, output)
+    if not (output / "finished.json").exists():
+        checks.check_room(parts)
     claim.take(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
     return parts
 

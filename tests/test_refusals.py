@@ -9,12 +9,13 @@ import yaml
 from typer.testing import CliRunner
 
 from entprog import config, storage
+from entprog.errors import UserError
 from entprog.media import pose
 from entprog.preparing import inputs
 from helpers import real_clips
 from helpers.commands import SETTINGS
 from helpers.people import CLIPS
-from pipelines import adapter, prepare, status, train
+from pipelines import adapter, cli, prepare, status, train
 from pipelines.cluster import launch, session
 from pipelines.stream import decoding
 
@@ -174,6 +175,23 @@ def test_what_this_machine_lacks_is_refused_before_ray_starts(settings, message,
     command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out", *dry_run]
     assert message in refused(train.app, *command, *(word for each in settings for word in ("--set", each)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_asked_for_the_room_that_it_had(given, tmp_path):
+    """It may have been made on a larger machine."""
+
+    def claimed(workers):
+        experiment = cli.settings(
+            config.Experiment, None, [given / "tiny.yaml"], [f"train.workers={workers}", "train.gpus=no"],
+            data={"shards": str(given / "shards")},
+        )  # fmt: skip
+        train.claimed(experiment, tmp_path / "out")
+
+    claimed(1)
+    with pytest.raises(UserError, match="needs 10000 CPUs"):
+        claimed(9999)
+    (tmp_path / "out" / "finished.json").write_text("{}")
+    claimed(9999)
 
 
 def test_a_dry_run_asks_who_must_answer_and_says_what_it_did_not_look_at(given, tmp_path, monkeypatch):
