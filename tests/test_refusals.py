@@ -180,18 +180,21 @@ def test_what_this_machine_lacks_is_refused_before_ray_starts(settings, message,
 def test_a_finished_run_is_not_asked_for_the_room_that_it_had(given, tmp_path):
     """It may have been made on a larger machine."""
 
-    def claimed(workers):
+    def claimed(workers, accumulate):
         experiment = cli.settings(
-            config.Experiment, None, [given / "tiny.yaml"], [f"train.workers={workers}", "train.gpus=no"],
+            config.Experiment,
+            None,
+            [given / "tiny.yaml"],
+            [f"train.workers={workers}", f"train.accumulate={accumulate}", "train.gpus=no"],
             data={"shards": str(given / "shards")},
-        )  # fmt: skip
+        )
         train.claimed(experiment, tmp_path / "out")
 
-    claimed(1)
+    claimed(1, 9999)
     with pytest.raises(UserError, match="needs 10000 CPUs"):
-        claimed(9999)
+        claimed(9999, 1)
     (tmp_path / "out" / "finished.json").write_text("{}")
-    claimed(9999)
+    claimed(9999, 1)
 
 
 def test_a_dry_run_asks_who_must_answer_and_says_what_it_did_not_look_at(given, tmp_path, monkeypatch):
