@@ -124,9 +124,7 @@ def extract(
         more = {name: saved[name] for name in ("points", "native", "shape") if saved.get(name)}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for option, side in zip(("--before", "--after"), sides, strict=True):
-            part = kind.inspect(side).part
-            if name := finite.not_finite_in(part):
-                raise UserError(f"{option}: {part} is no trained network: {name} is not finite")
+            finite.check(kind.inspect(side).part, option)
         if extracted := kept["expert"]:
             other = experts.OTHER[extracted]
             cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")

@@ -70,10 +70,11 @@ def run(
     beside `model/`, or in `checkpoints`, whose weights are taken. An earlier publication there is replaced; files of
     others stay on a hub or in a bucket, and a folder that holds any is refused.
 
-    Raises UserError for a folder that is not whole and cannot be made so, a place that is no place, or one that does
-    not take it.
+    Raises UserError for a folder that is not whole and cannot be made so, weights that are damaged or not finite, a
+    place that is no place, or one that does not take it.
     """
-    from entprog.models import folders, whole
+    from entprog import models
+    from entprog.models import folders, sources, whole
     from entprog.training import checkpoint as training
 
     if checkpoints is not None and step is None:
@@ -91,6 +92,7 @@ def run(
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, root, about)
     _check_links(root)
+    sources.check_saved(models.family(about["family"]).load.args[0], root, "--checkpoint")
     if kept is not None and not fetched:
         training.check_weights(kept, _of_step(step))
     if re.fullmatch(REPOSITORY, to) and not Path(to).parent.exists():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from pyarrow import fs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from entprog import config
@@ -53,6 +53,29 @@ def test_a_folder(output, tmp_path):
     assert published("--checkpoint", output, "--to", there).exit_code == 0
     assert whole.missing(there) == [] and (there / "README.md").is_file() and folders.saved(there)["family"] == "wan"
     assert published("--checkpoint", output / "model", "--to", there).exit_code == 0, "again, over what it left"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path, weights: path.write_bytes(path.read_bytes()[:-1000]), "cannot read"),
+        (lambda path, weights: save_file(weights | {"patch_embedding.bias": weights["patch_embedding.bias"] / 0}, path),
+         "patch_embedding.bias is not finite"),
+        (lambda path, weights: save_file(weights | {"patch_embedding.bias": torch.ones(3)}, path),
+         "patch_embedding.bias in .* has shape"),
+    ],
+)  # fmt: skip
+def test_a_broken_network_replaces_no_good_publication(change, said, output, tmp_path):
+    there, broken = tmp_path / "there", tmp_path / "run"
+    shutil.copytree(output / "model", there)
+    shutil.copytree(output, broken)
+    weights = broken / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    change(weights, load_file(weights))
+    before = contents(there)
+    for last in ([], ["--dry-run"]):
+        done = published("--checkpoint", broken, "--to", there, *last)
+        assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+        assert re.search(f"--checkpoint: .*{said}", done.output) and contents(there) == before, done.output
 
 
 def test_a_folder_that_could_be_a_repository_is_noted(output, tmp_path, monkeypatch):

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from entprog.distributed import fsdp
+from entprog.errors import UserError
+from entprog.masking import one_line
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -26,3 +28,13 @@ def not_finite_in(folder: Path) -> str | None:
                 if not_finite({name: file.get_tensor(name)}):
                     return name
     return None
+
+
+def check(folder: Path, setting: str) -> None:
+    """Raises UserError, naming `setting`, where those files cannot be read, or hold what is not finite."""
+    try:
+        name = not_finite_in(folder)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{setting}: cannot read {folder}: {one_line(error)}") from None
+    if name:
+        raise UserError(f"{setting}: {folder} is no trained network: {name} is not finite; train it again")

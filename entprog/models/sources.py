@@ -20,7 +20,7 @@ from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, experts, folders, inputs, places, texts, vaes, weight_files, whole
+from entprog.models import adapters, experts, finite, folders, inputs, places, texts, vaes, weight_files, whole
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -278,6 +278,20 @@ def _check_adapter(
                 "that model as model.base"
             )
         raise UserError(f"{which}: it is another base's")
+
+
+def check_saved(cls: type[VideoDenoiser], root: Path, setting: str) -> None:
+    """Raises UserError, naming `setting`, unless what lies in a saved pipeline's folder can be read, and networks and
+    VAE are of their configurations and finite. What lies elsewhere is not looked at."""
+    for name in (cls.PART, folders.SECOND, "vae"):
+        if (folder := root / name).is_dir():
+            values = folders.read_json(folder / "config.json")
+            part = _vae(cls, folder, setting) if name == "vae" else _on_meta(cls.NETWORK, values, setting)
+            weight_files.check_fits(part, weight_files.of(folder, setting), setting)
+            finite.check(folder, setting)
+    for name in whole.ENCODERS:
+        for path in sorted((root / name).glob("*.safetensors")):
+            weight_files.check_file(path, setting)
 
 
 def files(cls: type[VideoDenoiser], settings: config.Model) -> dict[str, Path]:

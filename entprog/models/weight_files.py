@@ -64,7 +64,7 @@ def of(folder: Path, setting: str, trust_pickle: bool = False) -> Weights:
     index = (path,) if path.suffix == ".json" else ()
     files = _named(path, setting) if index else [path]
     for file in files:
-        _check_file(file, setting, trust_pickle)
+        check_file(file, setting, trust_pickle)
     return Weights((*index, *files), best or None, ending == "safetensors")
 
 
@@ -83,7 +83,7 @@ def _named(index: Path, setting: str) -> list[Path]:
     return [index.parent / name for name in files]
 
 
-def _check_file(path: Path, setting: str, trust_pickle: bool) -> None:
+def check_file(path: Path, setting: str, trust_pickle: bool = False) -> None:
     """Raises UserError for a file of weights that is damaged, or no safetensors and not trusted."""
     try:
         if path.suffix == ".safetensors":
@@ -183,7 +183,7 @@ def check_single_file(cls: type, given: str, setting: str) -> Path:
         raise UserError(f"{setting}: no such file: {given}")
     if path.suffix != ".safetensors":
         raise UserError(f"{setting}: {path} is no safetensors: others are pickles or programs; convert it first")
-    _check_file(path, setting, trust_pickle=False)
+    check_file(path, setting, trust_pickle=False)
     return path
 
 

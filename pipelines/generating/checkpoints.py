@@ -118,8 +118,7 @@ def find(given: str, settings: Generate) -> Checkpoint:
     process = models.family(about["family"]).inspect(unchecked.model(), shape).process
     sampler(process, settings.sampler, settings.shift)
     for network in filter(None, (folders.part(root, name) for name in (*folders.NETWORKS, folders.SECOND))):
-        if name := finite.not_finite_in(network):
-            raise UserError(f"--checkpoint: {network} is no trained network: {name} is not finite; train it again")
+        finite.check(network, "--checkpoint")
     found = Checkpoint(root, about, shape, process)
     if settings.text is not None:
         text_source(found, settings)
