@@ -159,7 +159,7 @@ def _explain(
     for line in said:
         if line:
             cli.console.print(line)
-    cli.show("Stages", outline.rows(experiment, len(eligible)), outline.COLUMNS)
+    cli.show("Stages", outline.rows(experiment, len(eligible), len(found) - len(eligible)), outline.COLUMNS)
     cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
     telling = (footprint.copying, footprint.inputs, footprint.other_expert, footprint.advice)
     for line in (

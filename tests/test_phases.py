@@ -210,7 +210,7 @@ def test_a_dry_run_tells_every_phase(place):
 
 def test_only_blocks_of_a_kind_are_trained():
     settings = {"blocks": "temporal", "backward": ["exact", "residual"], "search_steps": 1}
-    run = Run(tiny_experiment(train={"steps": 12}, schedule=settings))
+    run = Run(tiny_experiment(train={"steps": 20}, schedule=settings))
     kinds = ("spatial", "temporal")
     run.found = [replace(block, kind=kinds[i % 2]) for i, block in enumerate(run.found)]
     before = run.weights()
@@ -219,6 +219,7 @@ def test_only_blocks_of_a_kind_are_trained():
     assert trained == {"blocks.1", "blocks.3", "blocks.5"} == set(run.state.decisions[-1].candidates[-1].trainable)
     for name, tensor in run.weights().items():
         assert name.startswith(("blocks.0", "blocks.2", "blocks.4")) <= before[name].equal(tensor), name
+    assert {p.backward for p in run.state.decisions[-1].candidates if p.m == 3} == {"exact", "residual"}
     # An evaluation is a forward pass of the whole network, whatever may be trained.
     assert run.state.flops.search == pytest.approx(sum(d.search_cost for d in run.state.decisions))
     everything = Run(tiny_experiment(schedule={"blocks": "temporal"}))  # Wan's blocks mix both

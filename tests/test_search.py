@@ -208,7 +208,11 @@ def search_between_two(**schedule):
     names = [f"b{i}" for i in range(8)]
     half, full = (plans.full(names[:m], experiment.data.shape) for m in (4, 8))
     prices = SimpleNamespace(
-        step=lambda plan: plan.m / 8, evaluation=lambda: 0.5, full=full, memory=lambda plan: plan.m
+        found=names,
+        step=lambda plan: plan.m / 8,
+        evaluation=lambda: 0.5,
+        full=full,
+        memory=lambda plan: plan.m,
     )
     state = RunState(optimizer=None, stage=0, candidates=(half, full))
     return Search(names, dict.fromkeys(names, 0.0), prices, experiment, state), state

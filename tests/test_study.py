@@ -23,8 +23,9 @@ from entprog.media import h264
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.prices import Prices
+from helpers import families
 from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
-from pipelines.training import expectation
+from pipelines.training import expectation, outline
 
 ROOT = Path(__file__).parents[1]
 
@@ -386,6 +387,30 @@ def test_the_counted_limit_is_a_limit(backward):
     counted = prices.step_flops(plan) / prices.step_flops(prices.full)
     limit = expectation.limit(wanted, len(found)).step
     assert limit <= counted * 1.02 and counted < limit * 1.25
+
+
+@pytest.mark.parametrize(("family", "kind"), [("latte", "temporal"), ("wan_vace", "control")])
+@pytest.mark.parametrize("backward", ["exact", "residual"])
+def test_where_some_blocks_may_be_trained_the_others_are_frozen(family, kind, backward):
+    """All that may be trained, gradient crosses the others as is asked for, and the limit is one for that too."""
+    schedule = {
+        "kind": "progressive",
+        "table": [{"until": 1}],
+        "backward": backward,
+        "blocks": kind,
+        "outside": "never",
+    }
+    wanted = tiny_experiment(schedule=schedule, train={"steps": 2000})
+    denoiser, batch = families.load(family), latents([0, 1])
+    found = families.ordered(denoiser, batch)
+    names = plans.eligible(found, kind)
+    others = len(found) - len(names)
+    plan = plans.fixed(names, dict.fromkeys(names, 0.0), wanted.schedule, wanted.data.shape, 0, others=others)
+    assert others and plan.backward == backward and plan.trainable == tuple(names)
+    prices = Prices(denoiser, found, batch, Freeze(denoiser, found, wanted), wanted, {})
+    counted = prices.step_flops(plan) / prices.step_flops(prices.whole)
+    assert expectation.limit(wanted, len(names), others).step <= counted * 1.05 < 1
+    assert [row[-1] for row in outline.rows(wanted, len(names), others)] == [backward]
 
 
 def test_what_the_presets_rest_on_is_kept_and_shown():

@@ -43,7 +43,7 @@ def eligible(found: Sequence[Block], which: Literal["all", "spatial", "temporal"
 
 
 def full(names: Sequence[str], shape: ClipShape) -> Plan:
-    """Plain training: every block, the exact gradient."""
+    """Plain training: every block that may be trained, the exact gradient."""
     return Plan(trainable=tuple(names), backward="exact", shape=shape)
 
 
@@ -57,9 +57,14 @@ def best(m: int, among: Sequence[str], priority: Mapping[str, float]) -> list[st
     return sorted(among, key=lambda name: -priority[name])[:m]
 
 
-def of_set(chosen: Collection[str], names: Sequence[str], backward: Backward, shape: ClipShape) -> Plan:
-    """The plan that trains some blocks; all of them are plain training, whatever the backward."""
-    if len(chosen) == len(names):
+def of_set(
+    chosen: Collection[str], names: Sequence[str], backward: Backward, shape: ClipShape, others: int = 0
+) -> Plan:
+    """The plan that trains some blocks; where that is every block there is, plain training, whatever the backward.
+
+    names: of the blocks that may be trained; others: number of those that never are (`schedule.blocks`).
+    """
+    if len(chosen) == len(names) and not others:
         return full(names, shape)
     chosen = set(chosen)
     return Plan(trainable=tuple(n for n in names if n in chosen), backward=backward, shape=shape)
@@ -107,8 +112,9 @@ def drawn(
     schedule: Schedule,
     shape: ClipShape,
     seed: Sequence[int],
+    others: int = 0,
 ) -> Plan:
-    """The plan of a row of the table. shape: of whole clips; seed: of this draw."""
+    """The plan of a row of the table. shape: of whole clips; seed: of this draw; others: as `of_set` has it."""
     m = count(row.share, len(names))
     if row.choose == "top":
         chosen = best(m, names, priority)
@@ -116,7 +122,7 @@ def drawn(
         chosen = rotation.uniform(names, m, seed)
     else:
         chosen = rotation.weighted(names, m, seed, priority)
-    return of_set(chosen, names, row.backward or schedule.backwards[0], row.of(shape))
+    return of_set(chosen, names, row.backward or schedule.backwards[0], row.of(shape), others)
 
 
 def fixed(
@@ -127,18 +133,20 @@ def fixed(
     stage: int,
     draw: int = 0,
     seed: int = 0,
+    others: int = 0,
 ) -> Plan | None:
     """What stage `stage` (0-based) of a schedule without a search trains; None for one that searches.
 
-    shape: of whole clips. draw: how often the stage has drawn its blocks before (`Row.redraw_every`).
+    shape: of whole clips. draw: how often the stage has drawn its blocks before (`Row.redraw_every`). others: as
+    `of_set` has it.
     """
     if schedule.kind == "entprog":
         return None
     row = rows(schedule)[stage]
     if schedule.kind in rotation.KINDS:
         chosen = rotation.KINDS[schedule.kind](names, schedule, stage, seed)
-        return of_set(chosen, names, schedule.backwards[0], row.of(shape))
-    return drawn(row, names, priority, schedule, shape, [seed, stage, draw])
+        return of_set(chosen, names, schedule.backwards[0], row.of(shape), others)
+    return drawn(row, names, priority, schedule, shape, [seed, stage, draw], others)
 
 
 def candidates(
@@ -150,16 +158,17 @@ def candidates(
     now: Plan | None = None,
     models: Mapping[ClipShape, CostModel] | None = None,
     seed: int = 0,
+    others: int = 0,
 ) -> list[Plan]:
     """What stage `stage` (0-based) may choose from, each once: smallest first, full training last.
 
     shape: of whole clips. models: cost model of each shape on the ladder, for generator `budget`. seed: of the
-    kinds that draw blocks.
+    kinds that draw blocks. others: as `of_set` has it.
 
     A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in).
     `monotone` keeps only sets no smaller than `now`. A schedule other than entprog leaves one plan.
     """
-    if plan := fixed(names, priority, schedule, shape, stage, seed=seed):
+    if plan := fixed(names, priority, schedule, shape, stage, seed=seed, others=others):
         return [plan]
     last = stage == schedule.stages - 1
     eligible = list(names)
@@ -171,11 +180,11 @@ def candidates(
         for backward in schedule.backwards:
             for generator in schedule.generators:
                 sets = GENERATORS[generator](names, eligible, priority, schedule, backward, (models or {}).get(each))
-                found += [of_set(chosen, names, backward, each) for chosen in sets]
+                found += [of_set(chosen, names, backward, each, others) for chosen in sets]
     if len(eligible) == len(names):
         found.append(full(names, shape))
     if schedule.monotone and now is not None:
-        same = of_set(best(now.m, names, priority), names, now.backward, shape)
+        same = of_set(best(now.m, names, priority), names, now.backward, shape, others)
         found = [plan for plan in found if plan.m >= now.m] or [same]
     return sorted(dict.fromkeys(found), key=size)
 

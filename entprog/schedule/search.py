@@ -28,6 +28,8 @@ class Search:
         state: RunState,
     ):
         self.names, self.priority, self.prices = list(names), priority, prices
+        self.others = len(prices.found) - len(self.names)
+        """Number of blocks that are never trained."""
         self.experiment, self.state = experiment, state
         self.schedule = experiment.schedule
 
@@ -46,7 +48,7 @@ class Search:
             last = stage == schedule.stages - 1
             models = {each: self.prices.model(each) for each in plans.ladder(schedule, shape, last)}
         found = plans.candidates(
-            self.names, self.priority, schedule, shape, stage, before, models, self.experiment.train.seed
+            self.names, self.priority, schedule, shape, stage, before, models, self.experiment.train.seed, self.others
         )
         found, state.fitting = plans.fitting(found, self.prices.memory, schedule.memory_budget_bytes)
         state.candidates = tuple(found)
@@ -87,7 +89,7 @@ class Search:
             steps = (row.until - begun) * (train.steps or math.inf) if row.redraw_every else 1
             draws = math.ceil(min(steps / (row.redraw_every or 1), MOST_DRAWS))
             for draw in range(draws):
-                yield plans.fixed(self.names, self.priority, schedule, shape, stage, draw, train.seed)
+                yield plans.fixed(self.names, self.priority, schedule, shape, stage, draw, train.seed, self.others)
             begun = row.until
 
     def redraw(self) -> bool:
@@ -99,7 +101,7 @@ class Search:
             return False
         shape, seed = self.experiment.data.shape, self.experiment.train.seed
         state.draw = draw
-        state.plan = plans.fixed(self.names, self.priority, schedule, shape, state.stage, draw, seed)
+        state.plan = plans.fixed(self.names, self.priority, schedule, shape, state.stage, draw, seed, self.others)
         return True
 
     def turn(self) -> tuple[int, Plan]:

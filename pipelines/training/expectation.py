@@ -36,16 +36,19 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
     model: with as many blocks as the experiment's, where that is not there yet (a later phase's).
     """
     network = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape).network
-    for line in lines(experiment, len(blocks(network))):
+    found = blocks(network)
+    eligible = len(plans.eligible(found, experiment.schedule.blocks))
+    for line in lines(experiment, eligible, len(found) - eligible):
         cli.console.print(line)
 
 
-def lines(experiment: Experiment, blocks: int) -> list[str]:
-    """What to tell a person; nothing for plain training or a short run. blocks: number in the network."""
+def lines(experiment: Experiment, blocks: int, others: int = 0) -> list[str]:
+    """What to tell a person; nothing for plain training or a short run. blocks: how many may be trained; others: how
+    many never (`schedule.blocks`)."""
     schedule = experiment.schedule
     if not is_long(experiment) or schedule.kind == "full":
         return []
-    found = limit(experiment, blocks)
+    found = limit(experiment, blocks, others)
     parts = [f"a step costs {found.step:.2f} of full training's at least"]
     if found.scoring_steps:
         parts.append(f"scoring takes {found.scoring_steps:.0f} steps of it")
@@ -79,26 +82,26 @@ def encoding(experiment: Experiment, clips: int, encoding_flops: float, forward_
     )
 
 
-def limit(experiment: Experiment, blocks: int) -> Limit:
+def limit(experiment: Experiment, blocks: int, others: int = 0) -> Limit:
     """The least cost of the run's plans, by the counting of a network of equal blocks (F·[forward + gradients])."""
     train = experiment.train
     passes = 4 if experiment.model.gradient_checkpointing else 3
     costs, begun, spent = [], 0.0, 0.0
     for number, row in enumerate(plans.rows(experiment.schedule)):
-        costs.append(least_step(experiment, row, number, blocks))
+        costs.append(least_step(experiment, row, number, blocks, others))
         spent += (row.until - begun) * costs[-1]
         begun = row.until
     clips = experiment.data.batch_size * train.workers * train.accumulate
-    scoring = scoring_forwards(experiment, blocks) / (passes * clips)
+    scoring = scoring_forwards(experiment, blocks + others) / (passes * clips)
     sooner = train.steps / (train.steps * spent + scoring) if train.steps else None
     return Limit(min(costs), scoring, sooner)
 
 
-def least_step(experiment: Experiment, row: Row, stage: int, blocks: int) -> float:
-    """Least cost of a step of a stage, over full training's."""
+def least_step(experiment: Experiment, row: Row, stage: int, blocks: int, others: int = 0) -> float:
+    """Least cost of a step of a stage, over that of a step that trains all blocks."""
     schedule, passes = experiment.schedule, 4 if experiment.model.gradient_checkpointing else 3
     shares = {"entprog": min(schedule.candidates), "badam": 1 / blocks}
-    share = shares.get(schedule.kind, plans.count(row.share, blocks) / blocks)
+    share = shares.get(schedule.kind, plans.count(row.share, blocks) / blocks) * blocks / (blocks + others)
     whole, shapes = experiment.data.shape, [row.of(experiment.data.shape)]
     backwards = [row.backward or schedule.backwards[0]]
     if schedule.kind == "entprog":
@@ -106,9 +109,8 @@ def least_step(experiment: Experiment, row: Row, stage: int, blocks: int) -> flo
     clips = min(shape.pixels * experiment.batch_size_at(shape) for shape in shapes)
     costs = []
     for backward in backwards:
-        through = 1.0 if backward == "exact" else share  # of the blocks that gradient runs through
-        if backward == "exact" and schedule.outside == "never" and "suffix" in schedule.generators:
-            through = max(min(schedule.suffixes), share)
+        # Of the blocks that gradient runs through; none before the first that is trained, and those may be the last.
+        through = share if backward == "residual" or schedule.outside == "never" else 1.0
         recomputed = through if passes == 4 else 0.0
         costs.append((1 + through + share + recomputed) / passes)
     return min(costs) * clips / (whole.pixels * experiment.data.batch_size)

@@ -24,8 +24,8 @@ UNEVEN = 0.1
 """Share of a step's tokens from which on a difference is told."""
 
 
-def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
-    """A line of COLUMNS for each stage. blocks: how many may be trained (`plans.eligible`)."""
+def rows(experiment: Experiment, blocks: int, others: int = 0) -> list[tuple[str, ...]]:
+    """A line of COLUMNS for each stage. blocks: how many may be trained (`plans.eligible`); others: how many never."""
     schedule, train = experiment.schedule, experiment.train
     out, begun = [], 0.0
     for number, row in enumerate(plans.rows(schedule), 1):
@@ -35,7 +35,7 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
             shapes = plans.ladder(schedule, experiment.data.shape, last)
         clips = [experiment.batch_size_at(shape) * train.workers * train.accumulate for shape in shapes]
         backwards = schedule.backwards if schedule.kind == "entprog" else [row.backward or schedule.backwards[0]]
-        all_of_them = schedule.kind not in ("entprog", "lisa", "badam") and plans.count(row.share, blocks) == blocks
+        whole = schedule.kind not in ("entprog", "lisa", "badam") and plans.count(row.share, blocks) == blocks
         out.append(
             (
                 str(number),
@@ -43,7 +43,7 @@ def rows(experiment: Experiment, blocks: int) -> list[tuple[str, ...]]:
                 " or ".join(f"{shape.frames}x{shape.width}x{shape.height}" for shape in shapes),
                 " or ".join(str(number) for number in dict.fromkeys(clips)),
                 trained(experiment, row, blocks),
-                "" if all_of_them else " or ".join(backwards),
+                "" if whole and not others else " or ".join(backwards),
             )
         )
         begun = row.until
