@@ -114,6 +114,14 @@ def test_two_restarts_are_one_run(uri, tmp_path):
     assert (data.tags["part"], data.tags["changed.data.verify"]) == ("2", "2")
 
 
+def test_a_setting_that_is_changed_back_is_the_first_one_again(uri, tmp_path):
+    for workers in (1, 2, 1):
+        driver = begin(tmp_path, params={"train.workers": workers, "train.seed": 0})
+        driver.end("KILLED")
+    tags = client(uri).get_run(driver.run_id).data.tags
+    assert {name: tags[name] for name in tags if name.startswith("changed.")} == {"changed.train.workers": "1"}
+
+
 def test_a_deleted_run_is_replaced(uri, tmp_path):
     first = begin(tmp_path)
     first.end("KILLED")

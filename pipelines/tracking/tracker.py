@@ -232,14 +232,17 @@ class Tracker:
         return self._client_made
 
     def _describe(self, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Parameters cannot change in MLflow: a resumed run's changed ones become tags `changed.NAME`."""
-        from mlflow.entities import Param, RunTag
+        """Parameters cannot change in MLflow: a resumed run's changed ones become tags `changed.NAME`, which stay, with
+        the value that was in force last, where one is changed back."""
+        from mlflow.entities import Param, RunData, RunTag
 
         new = {_key(name): _text(value, PARAM_LENGTH) for name, value in params.items()}
 
         def log(client):
-            there = client.get_run(self.run_id).data.params if new else {}
-            changed = {f"changed.{name}": new[name] for name in new if there.get(name, new[name]) != new[name]}
+            data = client.get_run(self.run_id).data if new else RunData()
+            there = data.params
+            marks = {name: _key(f"changed.{name}") for name in new if name in there}
+            changed = {mark: new[n] for n, mark in marks.items() if data.tags.get(mark, there[n]) != new[n]}
             entities = [Param(name, value) for name, value in new.items() if name not in there]
             entities += [RunTag(_key(k), _text(v, TAG_LENGTH)) for k, v in {**changed, **tags}.items()]
             for first in range(0, len(entities), ENTITIES_PER_BATCH):
