@@ -595,6 +595,21 @@ def test_labels_say_what_differs_and_are_never_alike():
     assert len({g.label for g in groups.grouped(many)}) == 3
 
 
+def test_a_baseline_is_a_label_else_a_name_else_the_beginning_of_an_id():
+    def first(wanted):
+        plain = Training(**{**vars(training("plain", 0, straight(9), "full")), "run_id": "abcdef" + "0" * 26})
+        named = [training(name, seed, straight(5), "lisa") for seed, name in enumerate(("a", "full", "abcdef"))]
+        return groups.grouped(
+            [plain, training("twin", 0, straight(7)), training("twin", 1, straight(5), "lisa"), *named], wanted
+        )[0].label
+
+    assert (first("a"), first("full"), first("abcdef"), first("abcdef0")) == ("lisa", "full", "lisa", "full")
+    with pytest.raises(UserError, match="no run or group 'ab'"):
+        first("ab")
+    with pytest.raises(UserError, match=r"'twin' to be the baseline fits .* 'entprog', 'lisa'"):
+        first("twin")
+
+
 def test_no_finished_baseline_is_told():
     plain = [training("full", 0, straight(10), "full", status="failed")]
     with pytest.raises(UserError, match="baseline 'full'"):

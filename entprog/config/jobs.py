@@ -181,8 +181,8 @@ class Compare(Part):
     target_loss: float | None = Field(default=None, gt=0)
     """Held-out loss whose reaching is timed. None: the baseline's final loss, the highest of its seeds'."""
     baseline: str | None = None
-    """What the others are compared with: a run's id or name, or a group's label. None: plain training, else the oldest
-    group, of those with a held-out loss."""
+    """What the others are compared with: a group's label, else a run's name, else its id (6 characters or more).
+    None: plain training, else the oldest group, of those with a held-out loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence of intervals over seeds; raised where several groups are compared with the baseline (Bonferroni)."""
     samples: int = Field(default=2, ge=0)

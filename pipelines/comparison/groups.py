@@ -9,7 +9,7 @@ from entprog import config
 from entprog.config import close_to
 from entprog.errors import UserError
 from entprog.quality import card
-from pipelines.comparison.runs import Training
+from pipelines.comparison.runs import SHORTEST_ID, Training
 
 SEEDS = ("train.seed", "priority.seed")
 INCIDENTAL = (
@@ -124,10 +124,10 @@ def grouped(
 ) -> list[Group]:
     """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
 
-    baseline: a run's id or name, or a group's label. None: plain training if there is any with a held-out loss, else
-    the oldest group that has one.
+    baseline: a group's label, or a run's name or id (`SHORTEST_ID` characters of it, or more), sought in this order.
+    None: plain training if there is any with a held-out loss, else the oldest group that has one.
     unlike: differences that are compared by force; they set groups apart too.
-    Raises UserError if no group answers to `baseline`.
+    Raises UserError if no group answers to `baseline`, or several do.
     """
     apart = {field: of for field, of in FIELDS.items() if field in {difference.field for difference in unlike}}
     settings = [{**DEFAULTS, **run.settings, **{f: of(run) for f, of in apart.items()}} for run in trainings]
@@ -151,9 +151,20 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
         measured = [group for group in groups if any(run.curve for run in group.runs)] or list(groups)
         plain = (group for group in measured if group.runs[0].settings.get("schedule.kind") == "full")
         return next(plain, measured[0])
-    for group in groups:
-        if group.label == wanted or any(run.name == wanted or run.run_id.startswith(wanted) for run in group.runs):
-            return group
+    ways: tuple[Callable[[Group], bool], ...] = (
+        lambda group: group.label == wanted,
+        lambda group: any(run.name == wanted for run in group.runs),
+        lambda group: len(wanted) >= SHORTEST_ID and any(run.run_id.startswith(wanted) for run in group.runs),
+    )
+    for fits in ways:
+        fitting = [group for group in groups if fits(group)]
+        if len(fitting) > 1:
+            labels = ", ".join(repr(group.label) for group in fitting)
+            raise UserError(
+                f"{wanted!r} to be the baseline fits runs of several groups: give one of their labels, {labels}"
+            )
+        if fitting:
+            return fitting[0]
     known = [group.label for group in groups] + [run.name for group in groups for run in group.runs]
     raise UserError(
         f"no run or group {wanted!r} to be the baseline{close_to(wanted, known)}; there are: "

@@ -32,6 +32,8 @@ FIGURES = (
 PREVIEWS, PREVIEW = "previews", re.compile(r"previews/step-(\d+)")
 """Where a training keeps its previews: all of them, one step's."""
 PREVIEWS_SHOWN = 4
+SHORTEST_ID = 6
+"""Fewest characters that a run's id is told by."""
 STATUS = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "killed", "SCHEDULED": "running"}
 
 
@@ -236,7 +238,9 @@ def _chosen(runs: list, wanted: Sequence[str], experiment: str) -> list:
         return trainings
     chosen = {}
     for word in wanted:
-        hits = [r for r in runs if word == r.info.run_name or (len(word) >= 6 and r.info.run_id.startswith(word))]
+        hits = [
+            r for r in runs if word == r.info.run_name or (len(word) >= SHORTEST_ID and r.info.run_id.startswith(word))
+        ]
         below = {r.info.run_id for r in hits}
         mine = [r for r in trainings if below & {r.info.run_id, *(r.data.tags.get(tag) for tag in ABOVE)}]
         if not mine:
