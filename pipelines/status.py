@@ -38,23 +38,31 @@ def main(
         with Live(table, console=cli.console, auto_refresh=False) as live:
             while state in ("running", "silent"):
                 time.sleep(every_s)
-                state, table = _look(where)
+                try:
+                    state, table = _look(where)
+                except OSError as error:  # may pass: what was seen last stays
+                    table.caption = f"cannot be read at the moment, tried again: {reason(error)}"
                 live.update(table, refresh=True)
     except UserError as error:
         cli.complain("error", str(error))
+        raise typer.Exit(2) from None
+    except OSError as error:
+        why = "does its disk, or the bucket, answer, and may you read it?"
+        cli.complain("error", f"the training in {where} cannot be read: {reason(error)}; {why}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
 
 
 def _look(output: Where) -> tuple[str, Table]:
-    """(state, what is shown). Raises UserError for a folder that is no training's, or whose files are damaged."""
+    """(state, what is shown). Raises UserError for a folder that is no training's, or whose files are damaged; OSError
+    where they cannot be read."""
     try:
         seen = standing.read(output)
         rows = standing.rows(seen)
-    except UserError:
+    except (UserError, OSError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"cannot read the training in {output}: a file there is damaged ({reason(error)})") from None
     table = Table(title=str(output), title_justify="left", show_header=False)
     for row in rows:

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -130,6 +132,44 @@ def test_the_command(tmp_path):
     assert followed.exit_code == 0, "a training that has ended is not waited for"
     nothing = CliRunner().invoke(status.app, [str(tmp_path / "nothing")])
     assert nothing.exit_code == 2 and nothing.output.startswith(f"error: {tmp_path / 'nothing'} holds no training")
+
+
+def test_what_cannot_be_read_at_the_moment_is_tried_again(tmp_path, monkeypatch):
+    folder = training(tmp_path / "run", [step(1), step(10)])
+    log, aside = folder / "steps.jsonl", tmp_path / "aside"
+
+    def away():
+        log.rename(aside)
+        log.mkdir()  # reading it is an OSError
+
+    def back():
+        log.rmdir()
+        aside.rename(log)
+        (folder / "finished.json").write_text("{}")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    def followed(*between):
+        looks = iter(between)
+        monkeypatch.setattr(status, "time", SimpleNamespace(sleep=lambda _: next(looks)()))
+        return CliRunner().invoke(status.app, ["--follow", str(folder)])
+
+    stopped = followed(away, stop)
+    assert stopped.exit_code == 0 and "residual backward" in stopped.output
+    assert "cannot be read at the moment" in stopped.output and "IsADirectoryError" in stopped.output
+    once = CliRunner().invoke(status.app, [str(folder)])
+    assert once.exit_code == 2 and once.output.startswith(f"error: the training in {folder} cannot be read: IsADir")
+    log.rmdir()
+    aside.rename(log)
+    ended = followed(away, back)
+    assert ended.exit_code == 0 and "finished" in ended.output and "cannot be read" not in ended.output
+
+
+def test_a_scratch_file_that_goes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    inside = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: [*inside(self), self / ".result.json.0.tmp"])
+    assert standing.read(training(tmp_path, [step(1)])).steps
 
 
 @pytest.mark.parametrize("follow", [[], ["--follow"]])

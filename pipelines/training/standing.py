@@ -1,5 +1,6 @@
 """Where a training stands, read from the files that it leaves: while it runs, after it, or after it was cut short."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Standing:
 
 
 def read(output: Where, now_s: float | None = None) -> Standing:
-    """The standing of the training in a folder. Raises UserError if there is none."""
+    """The standing of the training in a folder. Raises UserError if there is none, OSError where it cannot be read."""
     if not any((output / name).exists() for name in ("steps.jsonl", "cei.json")):
         if not claim.is_of(output, "train"):
             raise UserError(f"{output} holds no training: give the --output of a train command that has begun")
@@ -97,9 +98,13 @@ def _lines(path: Where, *entries: str) -> list[dict[str, Any]]:
 
 def _written_ns(output: Where) -> dict[str, int]:
     """Names of what lies in the folder → when it was written."""
-    if isinstance(output, Path):
-        return {path.name: path.lstat().st_mtime_ns for path in output.iterdir()}
-    return output.written_ns()
+    if not isinstance(output, Path):
+        return output.written_ns()
+    found = {}
+    for path in output.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a scratch file that took its place since
+            found[path.name] = path.lstat().st_mtime_ns
+    return found
 
 
 def _ended(output: Where, written_ns: dict[str, int]) -> tuple[str, str]:
