@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -279,6 +280,19 @@ def test_more_workers_are_no_method_s_gain(store, tmp_path):
         train(tmp_path / name, name, "workers", train={"steps": 3, "workers": workers, "accumulate": 8 // workers})
     status, said = invoke("--experiment", "workers", "--output", tmp_path / "out")
     assert status == 2 and "train.workers 8 in eight" in said and "train.accumulate 8 in alone" in said, said
+
+
+def test_an_elastic_run_is_none_with_all_its_workers():
+    always, elastic = (
+        dataclasses.replace(training(name, 0, straight(10)), tags={"entprog.workers": had})
+        for name, had in (("always", "4"), ("elastic", "4, 1, 4"))
+    )
+    (difference,) = groups.differences([always, elastic], {})
+    assert (difference.field, difference.a, difference.b) == (
+        "way of running",
+        "train.workers 4",
+        "train.workers 4, 1, 4",
+    )
 
 
 def test_force_goes_on_and_says_so(unlike, tmp_path):

@@ -741,6 +741,7 @@ def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     result, message = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
     worlds = [item["workers"] for item in message if "workers" in item]
     assert len(watcher.done) == 2 and worlds == [2, 1, 2]
+    assert {"about": {"entprog.workers": "2, 1, 2"}} in message
     assert result["clips"] == 200 * 4
     assert result["losses"][:40] == pytest.approx(alone["losses"], rel=1e-3)
     grown = max(number for number, item in enumerate(message) if "resumed" in item)

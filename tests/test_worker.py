@@ -127,6 +127,7 @@ def spoilt(network, value):
 
 def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken_up(tmp_path):
     run, folder = Trained(), tmp_path / "checkpoints"
+    run.state.workers = (4, 2)
     for _ in range(2):
         checkpoint.save(folder, run.network, run.state, "id", keep=2)
         run.update()
@@ -139,6 +140,7 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken_up(tmp_path
     (line,) = warned
     assert newest.name in line and str(folder) in line and "not used" in line
     assert again.state.step == 2 and {"resumed": 2} in posted
+    assert again.state.workers == (4, 2, 1) and {"about": {"entprog.workers": "4, 2, 1"}} in posted
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

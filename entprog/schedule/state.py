@@ -45,7 +45,7 @@ CostModels = Annotated[
 """In JSON a list of pairs, whose keys are text alone."""
 TENSORS = ("optimizer", "ema")
 """Fields of RunState whose tensors a checkpoint keeps in files of their own."""
-ADDED = ("opening_cost",)
+ADDED = ("opening_cost", "workers")
 """Fields that a checkpoint may lack, which was written before there were any: their defaults stand."""
 
 
@@ -66,6 +66,8 @@ class RunState:
     """Of them, up to the last update without a break."""
     position: int = 0
     """Clips consumed, over all ranks."""
+    workers: tuple[int, ...] = ()
+    """How many there were, one after another: an elastic run, or a resume, goes on with another number."""
     stage: int = -1
     """Stage in progress, 0-based; -1 before the first."""
     stage_step: int = 0

@@ -37,8 +37,10 @@ SPEED = (
 
 
 def _ran(run: Training) -> str:
-    settings = {**DEFAULTS, **run.settings}
-    said = [f"{name} {text(settings[name])}" for name in SPEED if settings[name] != DEFAULTS[name]]
+    """An elastic run's workers are all the numbers of them that it had, which a tag holds."""
+    settings = {name: text({**DEFAULTS, **run.settings}[name]) for name in SPEED}
+    settings["train.workers"] = run.tags.get("entprog.workers", settings["train.workers"])
+    said = [f"{name} {value}" for name, value in settings.items() if value != text(DEFAULTS[name])]
     return ", ".join(said) or "one worker"
 
 

@@ -226,17 +226,22 @@ def _saved_though_it_diverges(steps: Iterator[Step], saver: checkpoint.Saver) ->
 
 
 def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Callable[[str], None]) -> checkpoint.Saver:
-    """Load the newest complete checkpoint, if any, into network and state; returns what saves the next ones."""
+    """Load the newest complete checkpoint, if any, into network and state, which then has the workers that go on;
+    returns what saves the next checkpoints."""
     train = setup.experiment.train
     folder = train.checkpoints or storage.address(storage.at(settings["output"], "the output") / "checkpoints")
-    if agree.world()[0] == 0:
+    rank, workers = agree.world()
+    if rank == 0:
         for name in checkpoint.damaged(folder):
             warn(f"checkpoint {name} in {folder} was cut short: not used")
     newest = agree.of_first(lambda: checkpoint.newest(folder))  # a shared disk may show others less
-    setup.post({"workers": agree.world()[1]})
+    setup.post({"workers": workers})
     if newest is not None:
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})
+    if state.workers[-1:] != (workers,):
+        state.workers += (workers,)
+    setup.post({"about": {"entprog.workers": ", ".join(map(str, state.workers))}})
     return checkpoint.Saver(folder, settings["identity"], train.keep_checkpoints, warn)
 
 
