@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from entprog import config, storage
-from entprog.config import ClipShape, Generation, Prepare
+from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.errors import UserError
 from entprog.masking import bare
 from entprog.storage import Where
@@ -147,7 +147,7 @@ def run(
     UserError for anything wrong with them, and for an output that holds clips of another checkpoint or other settings.
     """
     settings, output = settings or Generation(), storage.at(output, "the output")
-    _check_options(reference, pose, video, shards, clip, split)
+    _check_options(reference, pose, video, shards, clip, split, settings.generate)
     found = checkpoints.find(str(checkpoint), settings.generate)
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
@@ -297,7 +297,7 @@ def _named(path: str | Path) -> str:
     return bare(str(path)) if "://" in str(path) else str(Path(path).resolve())
 
 
-def _check_options(reference, pose, video, shards, clip, split) -> None:
+def _check_options(reference, pose, video, shards, clip, split, settings: Generate) -> None:
     ways = {"--pose": pose, "--video": video, "--shards": shards}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
@@ -309,6 +309,16 @@ def _check_options(reference, pose, video, shards, clip, split) -> None:
         raise UserError(f"--clip and --split choose among --shards, which was not given ({given[0]} was)")
     if clip and split:
         raise UserError("both --clip and --split were given: name the clips, or take some of a split")
+    asked = {name for name in settings.model_fields_set if getattr(settings, name)}
+    if shards is not None and (span := asked & {"start_s", "seconds"}):
+        names = " and ".join(f"generate.{name}" for name in sorted(span))
+        raise UserError(
+            f"{names}: a part of a --video or --pose; clips of --shards are taken whole, as they lie there: leave "
+            "--start and --seconds out"
+        )
+    if "count" in asked and (shards is None or clip):
+        instead = f"{given[0]} was given" if shards is None else "--clip names them"
+        raise UserError(f"--count (generate.count) takes clips of a split of --shards; {instead}: leave it out")
 
 
 def _generate(

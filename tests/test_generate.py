@@ -423,8 +423,11 @@ def wrong(made):
     return made
 
 
+def asking(**values):
+    return Generation(generate=Generate(**values))
+
+
 PICTURE = {"reference": "{}/me.png"}
-GUIDED = Generation(generate=Generate(pose_guidance=2.0))
 
 
 @pytest.mark.parametrize(
@@ -438,13 +441,19 @@ GUIDED = Generation(generate=Generate(pose_guidance=2.0))
         ({"pose": "{}/poses.npz"}, "--pose needs --reference too"),
         ({"pose": "{}/poses.npz", **PICTURE, "split": "train"}, "--clip and --split choose among --shards"),
         ({"shards": "{}/shards", "split": "train", "clip": ["x"]}, "both --clip and --split"),
+        (
+            {"shards": "{}/shards", "settings": asking(start_s=0.5, seconds=1.0)},
+            r"generate.seconds and generate.start_s: .* --shards are taken whole",
+        ),
+        ({"pose": "{}/poses.npz", **PICTURE, "settings": asking(count=4)}, "--count .* split of --shards; --pose was"),
+        ({"shards": "{}/shards", "clip": ["x"], "settings": asking(count=1)}, "--count .*; --clip names them"),
         ({"shards": "{}/nowhere"}, "no such folder of shards"),
         ({"shards": "{}/square_shards"}, "hold clips of 5 frames of 32x32 .* the checkpoint makes 5 frames of 32x48"),
         ({"shards": "{}/shards", "split": "test"}, "no clips in split 'test' .*held_out .2 clips"),
         ({"shards": "{}/shards", "clip": ["square 1.mp4"]}, "no clip 'square 1.mp4' .*did you mean square 1.mp4#000"),
         ({"pose": "{}/nowhere.npz", **PICTURE}, "--pose: no such file"),
         (
-            {"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE, "settings": GUIDED},
+            {"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE, "settings": asking(pose_guidance=2.0)},
             "--pose-guidance: .* sees no pose; .*: reference",
         ),
         ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
