@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entprog import files
+from entprog import files, storage
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, reason
 from entprog.storage import Where
@@ -79,6 +79,7 @@ def run(
 
     if checkpoints is not None and step is None:
         raise UserError("--checkpoints: says where the checkpoint of --step lies, give that too")
+    where = _place(to)
     kept = checkpoints or (_checkpoints(checkpoint) if step is not None else None)
     fetched = folders.here(checkpoint) is None
     if kept is not None and fetched:  # before it is
@@ -90,7 +91,7 @@ def run(
     lost = [name for name in whole.missing(root) if name not in MADE]
     if lost:
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
-    _check(to, root, about)
+    _check(to, where, root, about)
     _check_links(root)
     sources.check_saved(models.family(about["family"]).load.args[0], root, "--checkpoint")
     if kept is not None and not fetched:
@@ -103,33 +104,37 @@ def run(
         total = sum(sizes.values())
         done = "Would publish" if dry_run else "Published"
         if not dry_run:
-            _put(folder, to, public)
+            _put(folder, to, where, public)
         cli.console.print(
             f"{done} {root} ({len(sizes)} files, {total / 2**20:.1f} MiB) to {bare(to)}: {', '.join(sizes)}"
         )
     return {"to": bare(to), "files": sizes}
 
 
-def _check(to: str, root: Path, about: dict[str, Any]) -> None:
-    """Raises UserError for a place that nothing can be published to, before anything is read."""
-    from entprog.models import folders, whole
-    from entprog.storage import Place
-
+def _place(to: str) -> Where | None:
+    """Where it is to lie: a folder of this machine, by its own path where `to` is a link to it, or one in a bucket.
+    None: on the hub. Raises UserError for an address that is none of these."""
     if has_credentials(to):
         raise UserError(f"--to: {bare(to)} holds a user or password: give credentials in the environment")
-    if to.startswith(HUB):
-        if not re.fullmatch(REPOSITORY, to.removeprefix(HUB)):
-            raise UserError(f"--to: a repository on the hub is named hf://OWNER/NAME, given {to}")
-    elif "://" in to:
-        _check_no_output(to, Place.at(to))
-    else:
-        folder = Path(to)
-        if folder.resolve() == root.resolve():
+    if not to.startswith(HUB):
+        return storage.at(to, "a pipeline").resolve()
+    if not re.fullmatch(REPOSITORY, to.removeprefix(HUB)):
+        raise UserError(f"--to: a repository on the hub is named hf://OWNER/NAME, given {to}")
+    return None
+
+
+def _check(to: str, where: Where | None, root: Path, about: dict[str, Any]) -> None:
+    """Raises UserError for a place that nothing can be published to, before anything is read."""
+    from entprog.models import folders, whole
+
+    if where is not None:
+        _check_no_output(to, where)
+    if isinstance(where, Path):
+        if where == root.resolve():
             raise UserError(f"--to: {to} is the checkpoint itself: choose another folder")
-        _check_no_output(to, folder.resolve())
-        if folder.exists() and not folder.is_dir():
+        if where.exists() and not where.is_dir():
             raise UserError(f"--to: {to} is a file, wanted is a folder")
-        there = _files(folder)
+        there = _files(where)
         strange = [name for name in there if not whole.is_own(name) and not (root / name).is_file()]
         if strange or (there and folders.ABOUT not in there):
             named = ", ".join((strange or there)[:5]) + (", …" if len(strange or there) > 5 else "")
@@ -138,7 +143,7 @@ def _check(to: str, root: Path, about: dict[str, Any]) -> None:
                 "new or an empty folder, or move them away"
             )
     here = [f"{name} ({place['name']})" for name, place in about.get("elsewhere", {}).items() if not place["revision"]]
-    if here and "://" in to:
+    if here and not isinstance(where, Path):
         raise UserError(
             f"--checkpoint: saved light, its {', '.join(here)} lies on this machine alone: train with train.save=whole"
         )
@@ -225,27 +230,25 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step:
     return folder
 
 
-def _put(folder: Path, to: str, public: bool) -> None:
+def _put(folder: Path, to: str, where: Where | None, public: bool) -> None:
     """Raises UserError if the place does not take it."""
     from entprog.models import folders
 
     try:
-        if to.startswith(HUB):
+        if where is None:
             _to_hub(folder, to.removeprefix(HUB), public)
-        elif "://" in to:
-            _to_bucket(folder, to)
-        else:
-            with folders.replacing(Path(to).absolute()) as scratch:
+        elif isinstance(where, Path):
+            with folders.replacing(where) as scratch:
                 shutil.copytree(folder, scratch, dirs_exist_ok=True)
+        else:
+            _to_bucket(folder, where)
     except folders.hub_errors() as error:  # disk and bucket raise OSErrors and ValueErrors
         raise UserError(f"--to: {bare(to)} does not take it: {reason(error)}") from None
 
 
-def _to_bucket(folder: Path, to: str) -> None:
+def _to_bucket(folder: Path, place: storage.Place) -> None:
     from entprog.models import whole
-    from entprog.storage import Place
 
-    place = Place.at(to)
     there = [*place.files(), *(f"{part}/{name}" for part in whole.FOLDERS for name in (place / part).files())]
     place.upload(folder)
     for name in whole.stale(there, _files(folder)):

@@ -109,6 +109,25 @@ def test_a_folder_that_holds_files_of_others_is_refused_and_left_as_it_was(name,
     assert ("adapter_config.json" if name == "adapter" else name) in done.output and contents(there) == before
 
 
+def test_file_links_and_the_home_folder_name_the_folders_that_they_do(output, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for to in (f"file://{tmp_path}/there", link, "~/mine"):
+        done = published("--checkpoint", output, f"--to={to}")
+        assert done.exit_code == 0, done.output
+    for folder in ("there", "real", "mine"):
+        assert whole.missing(tmp_path / folder) == []
+    assert link.is_symlink() and link.resolve() == real
+    (real / "LICENSE").write_text("mine")
+    before = contents(real)
+    done = published("--checkpoint", output, "--to", f"file://{link}")
+    assert done.exit_code == 2 and "(LICENSE)" in done.output and contents(real) == before, done.output
+    itself = published("--checkpoint", tmp_path / "there", "--to", f"file://{tmp_path}/there")
+    assert itself.exit_code == 2 and "is the checkpoint itself" in itself.output
+
+
 @pytest.mark.parametrize("step", [[], ["--step", "2"]])
 @pytest.mark.parametrize("to", ["run/model", "other/model", "other/adapter", "other/trials/3/model"])
 def test_no_training_s_own_model_is_replaced(to, step, output, tmp_path, monkeypatch):
