@@ -318,7 +318,19 @@ def wrong(kind, folder):
         tensors["transformer.patch_embedding.lora_A.weight"] = torch.zeros(4, 3, 1, 1)
     if kind == "no adapter":
         tensors = {"transformer.blocks.0.alpha": torch.tensor(1.0)}
+    if kind == "not finite":
+        tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"][0, 0] = torch.nan
+    if kind == "two alphas":
+        tensors["transformer.blocks.0.attn1.to_q.alpha"] = torch.ones(2)
+    if kind == "no rank":
+        tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"] = torch.zeros(0, 32)
+        tensors["transformer.blocks.0.attn1.to_q.lora_B.weight"] = torch.zeros(32, 0)
     save_file(tensors, good)
+    if kind == "infinite alpha":
+        save_file(tensors, good, metadata={adapters.METADATA: '{"lora_alpha": Infinity}'})
+    if kind == "outside":
+        whole = load_file(folder / adapters.OUTSIDE)
+        save_file({name: tensor / 0 for name, tensor in whole.items()}, folder / adapters.OUTSIDE)
     if kind == "cut":
         good.write_bytes(good.read_bytes()[:100])
     if kind == "gone":
@@ -342,6 +354,11 @@ def wrong(kind, folder):
         ("gone", r"no adapter in "),
         ("version", r"has format 'entprog-adapter-9'"),
         ("alpha", r"says its alpha in no known way"),
+        ("not finite", r"is no trained adapter: its blocks\.0\.attn1\.to_q is not finite"),
+        ("two alphas", r"attn1\.to_q\.alpha has shape \[2\]"),
+        ("no rank", r"to_q\.lora_[AB]\.weight has shape \[(0, 32|32, 0)\]"),
+        ("infinite alpha", r"is not finite"),
+        ("outside", r"outside\.safetensors is no part of a trained adapter: patch_embedding\.\w+ is not finite"),
     ],
 )
 def test_a_wrong_adapter_is_one_line_before_weights_are_read(kind, said, saved, tmp_path):

@@ -29,6 +29,7 @@ from entprog.errors import UserError
 from entprog.files import from_json
 from entprog.masking import bare, one_line
 from entprog.models import folders
+from entprog.models.finite import not_finite
 
 DIFFUSERS, COMFYUI, PEFT = "pytorch_lora_weights.safetensors", "comfyui.safetensors", "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -204,7 +205,7 @@ def files(given: str, setting: str) -> list[Path]:
 def read(given: str, setting: str) -> Adapter:
     """An adapter's folder, ours or another's, or a file of pairs in diffusers', peft's or ComfyUI's keys.
 
-    Raises UserError, naming `setting`, for a file that is damaged or in other keys.
+    Raises UserError, naming `setting`, for a file that is damaged, in other keys or not finite.
     """
     path, *beside = files(given, setting)
     tensors, metadata = _load(path, setting)
@@ -217,6 +218,8 @@ def read(given: str, setting: str) -> Adapter:
         if layer == name or (end != "alpha" and tensor.ndim != 2):
             raise UserError(f"{setting}: {path} holds {key}, which is no part of a low-rank adapter of linear layers")
         layer = from_comfyui(layer) if prefix == "diffusion_model." else layer
+        if not tensor.numel() or (end == "alpha" and tensor.numel() != 1):
+            raise UserError(f"{setting}: {path} is damaged: its {key} has shape {list(tensor.shape)}")
         if end == "alpha":
             alphas[layer] = float(tensor)
         else:
@@ -227,10 +230,15 @@ def read(given: str, setting: str) -> Adapter:
         raise UserError(f"{setting}: {path} holds no low-rank adapter: keys ending in lora_A.weight and lora_B.weight")
     told = _alphas(path, metadata, beside, halves, setting)
     pairs = {layer: Pair(*pair, alphas.get(layer, told[layer])) for layer, pair in halves.items()}
+    for layer, pair in pairs.items():
+        if not math.isfinite(pair.alpha) or not_finite({"A": pair.down, "B": pair.up}):
+            raise UserError(f"{setting}: {path} is no trained adapter: its {layer} is not finite")
     outside, about = {}, {}
     for each in beside:
         if each.name == OUTSIDE:
             outside = _load(each, setting)[0]
+            if name := not_finite(outside):
+                raise UserError(f"{setting}: {each} is no part of a trained adapter: {name} is not finite")
         if each.name == ABOUT:
             about = folders.read_json(each)
             if about.get("format") != FORMAT:
