@@ -152,8 +152,6 @@ def run(
     shape, sees = found.shape, ", ".join(found.conditions) or "none"
     if without is not None and without not in found.conditions:
         raise UserError(f"--without: {without} is no condition of {checkpoint}; its conditions: {sees}")
-    if "pose" not in found.conditions and settings.generate.pose_guidance != 1:
-        raise UserError(f"--pose-guidance: {checkpoint} sees no pose; its conditions: {sees}")
     if last is not None and not found.last:
         raise UserError(f"--last: {checkpoint} sees no last frame (model.last_frame at training): leave it out")
     if others and not found.several:
@@ -200,6 +198,10 @@ def run(
     if "pose" not in found.conditions:
         cli.console.print(
             f"{checkpoint} sees no pose (its conditions: {sees}): of the motions it takes the length alone"
+        )
+    if "reference" not in found.conditions and reference is not None:
+        cli.console.print(
+            f"{checkpoint} sees no reference (its conditions: {sees}): clips do not show who is in --reference"
         )
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):

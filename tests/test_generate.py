@@ -409,6 +409,7 @@ def wrong(made):
     """Files that must not be taken, beside the good ones."""
     load(Model(init=NETWORK, vae="none")).save(made / "shapeless")
     load(Model(init=NETWORK, vae="none", conditions=("reference",))).save(made / "poseless", shape=SHAPE)
+    load(Model(init=NETWORK, vae="none", conditions=("pose",))).save(made / "faceless", shape=SHAPE)
     (made / "empty").mkdir()
     (made / "text.mp4").write_text("no video")
     (made / "text.png").write_text("no picture")
@@ -454,7 +455,11 @@ PICTURE = {"reference": "{}/me.png"}
         ({"pose": "{}/nowhere.npz", **PICTURE}, "--pose: no such file"),
         (
             {"checkpoint": "{}/poseless", "pose": "{}/poses.npz", **PICTURE, "settings": asking(pose_guidance=2.0)},
-            "--pose-guidance: .* sees no pose; .*: reference",
+            "--pose-guidance .* sees no pose; .*: reference",
+        ),
+        (
+            {"checkpoint": "{}/faceless", "shards": "{}/shards", "settings": asking(reference_guidance=5.0)},
+            "--reference-guidance .generate.reference_guidance.: .* sees no reference; its conditions: pose",
         ),
         ({"pose": "{}/text.npz", **PICTURE}, "--pose: cannot read"),
         ({"pose": "{}/pickled.npz", **PICTURE}, "--pose: .*Python objects, which are never unpickled"),
@@ -474,6 +479,13 @@ def test_wrong_input_is_one_clear_line(wrong, tmp_path, given, message):
     with pytest.raises(UserError, match=message) as error:
         generate.run(output=tmp_path, **paths)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_the_network_does_not_see_is_said(wrong, tmp_path):
+    given = ["--pose", wrong / "poses.npz", "--reference", wrong / "me.png", "--output", tmp_path, "--dry-run"]
+    said = "sees no reference (its conditions: pose): clips do not show who is in --reference"
+    assert said in command("--checkpoint", wrong / "faceless", *given)
+    assert "sees no" not in command("--checkpoint", wrong / "run", *given)
 
 
 def test_a_checkpoint_that_sees_no_pose_draws_a_motion_s_length_and_says_so(wrong, tmp_path):

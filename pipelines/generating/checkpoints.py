@@ -101,7 +101,8 @@ def text_source(checkpoint: Checkpoint, settings: Generate):
 def find(given: str, settings: Generate) -> Checkpoint:
     """The checkpoint of `--checkpoint`, and whether it can be sampled as the settings say.
 
-    Raises UserError for a folder that is none, weights that are not finite, or a sampler or shift that does not fit.
+    Raises UserError for a folder that is none, weights that are not finite, a sampler or shift that does not fit, or
+    guidance by what the network does not see.
     """
     from entprog import models
     from entprog.diffusion.samplers import sampler
@@ -120,6 +121,12 @@ def find(given: str, settings: Generate) -> Checkpoint:
     for network in filter(None, (folders.part(root, name) for name in (*folders.NETWORKS, folders.SECOND))):
         finite.check(network, "--checkpoint")
     found = Checkpoint(root, about, shape, process)
+    for name in ("reference", "pose"):
+        if name not in found.conditions and getattr(settings, f"{name}_guidance") != 1:
+            sees = ", ".join(found.conditions) or "none"
+            raise UserError(
+                f"--{name}-guidance (generate.{name}_guidance): {given} sees no {name}; its conditions: {sees}"
+            )
     if settings.text is not None:
         text_source(found, settings)
     return found
