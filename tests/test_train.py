@@ -147,7 +147,7 @@ def test_mlflow_has_the_run(undisturbed, place):
     assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
     for name in ("data", "held_out", "base", "scores", "device", "commit"):
         assert run.data.tags[f"entprog.{name}"], name
-    assert run.data.tags["entprog.kind"] == "training"
+    assert run.data.tags["entprog.kind"] == "training" and run.data.tags["entprog.workers"] == "1"
     names = ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s")
     for name in (*names, "peak_memory_bytes", "optimizer_bytes"):
         assert name in run.data.metrics, name
