@@ -262,6 +262,25 @@ def test_every_motion_of_a_folder_with_every_reference(made, tmp_path, capfd):
         generate.run(made / "run", tmp_path / "out", chosen, **paths)
 
 
+def test_clips_of_files_that_are_given_no_longer_do_not_stay(made, tmp_path, capfd):
+    (tmp_path / "people").mkdir()
+    for name in ("b", "c"):
+        Image.new("RGB", (32, 48), "red").save(tmp_path / "people" / f"{name}.png")
+    paths = {"reference": tmp_path / "people", "pose": made / "poses.npz"}
+    chosen = Generation.model_validate({"generate": {"steps": 1}})
+    first = generate.run(made / "run", tmp_path / "out", chosen, **paths)
+    own = tmp_path / "out" / "videos" / "000_mine.json"
+    own.write_text("{}")
+    own.with_suffix(".mp4").write_text("")
+    Image.new("RGB", (32, 48), "blue").save(tmp_path / "people" / "a.png")
+    second = generate.run(made / "run", tmp_path / "out", chosen, **paths)
+    assert not [record for record in first["clips"] if Path(record["video"]).exists()]
+    assert "Removed 2 clips of files that are given no longer: 000_b_as_poses, 001_c_as_poses" in capfd.readouterr().out
+    ends = (".json", ".mp4", "_pose.mp4", "_result.mp4")
+    due = {Path(record["video"]).with_suffix("").name + end for record in second["clips"] for end in ends}
+    assert {path.name for path in own.parent.iterdir()} == due | {own.name, "000_mine.mp4"} and len(due) == 12
+
+
 def test_a_long_motion_is_made_in_windows(made, tmp_path):
     points = np.random.default_rng(0).random((1, 33, 3)).repeat(14, 0)
     np.savez(tmp_path / "long.npz", pose=points)
@@ -508,3 +527,6 @@ def test_status_2_and_one_line_for_a_person_s_mistake(made, tmp_path):
     assert output.strip() == "error: unknown setting generate.step (did you mean generate.steps?)"
     output = command(*given, "--steps", 0, expected=2)
     assert output.strip() == "error: setting generate.steps: must be 1 or more, given 0"
+    output = command(*given, "--seed", 2**63, expected=2)
+    assert output.strip() == f"error: setting generate.seed: must be less than 9.22337e+18, given {2**63}"
+    assert not list(tmp_path.iterdir())

@@ -131,7 +131,7 @@ class Generate(Part):
     """diffusers class that walks from noise to clip, such as UniPCMultistepScheduler. None: the checkpoint's own."""
     steps: int = Field(default=20, ge=1, le=1000)
     """Steps from noise to clip; a served model takes it from whoever asks."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the noise that a clip starts from."""
     reference_guidance: float = Field(default=1.0, ge=0)
     """Strength of the reference image over a zeroed one (classifier-free guidance); 1: none. Helps networks that were

@@ -98,7 +98,7 @@ class Train(Part):
     """The same inside the boxes around the hands."""
     drop: Drop = Drop()
     """Conditions that some clips are shown without."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds order, noise, timesteps, candidates, new weights."""
     workers: int = Field(default=1, ge=1)
     """Ray Train workers (one GPU each, or one CPU process each)."""

@@ -24,6 +24,8 @@ from pipelines.generating.motions import Motion
 
 SHOWN = 8
 """Clips on the contact sheet."""
+PARTS = ("pose", "result", "without", "truth")
+"""What of a clip lies there on its own."""
 
 
 def motions_of(clips: Clips, names: Sequence[str]) -> list[Motion]:
@@ -105,7 +107,8 @@ def render(
     Pose and truth lie beside the result on their own too, for other runs' results to be shown with. load: gives the
     network, once there is a clip to make. without: a condition; each clip is made a second time with it zeroed and
     shown beside, `difference` being the largest one of the two in levels of 0..255. key: of all that decides how clips
-    are made, beside the motions; clips that lie in `output` under it are kept. None: all are made.
+    are made, beside the motions; clips that lie in `output` under it are kept, those of motions that are not among
+    these are removed. None: all are made, nothing is removed.
     """
     identities = [None if key is None else config.digest(key, motion.digest()) for motion in motions]
     each = enumerate(zip(motions, identities, strict=True))
@@ -115,6 +118,8 @@ def render(
         cli.console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
     if todo:
         _make_all(load(), todo, shape, settings, without)
+    if key is not None:
+        _remove_others(files)
     shown = files[:: -(-len(files) // SHOWN)]
     rows = [row for clip in shown for row in clip.rows(without)]
     return [clip.record() for clip in files], sheet.contact_sheet(rows, output / "sheet.png")
@@ -137,6 +142,27 @@ def _make_all(
             advance(len(batch))
 
 
+def _remove_others(clips: Sequence["Files"]) -> None:
+    """Remove the clips that an earlier call left whole under other names: a folder has other pictures or motions since,
+    and all after them another number."""
+    folder, mine = clips[0].folder, {clip.name for clip in clips}
+    notes = [path for path in folder.iterdir() if path.name.endswith(".json")]
+    gone = sorted(name for path in notes if (name := path.name.removesuffix(".json")) not in mine and _is_note(path))
+    for name in gone:
+        for end in (*(f"_{part}.mp4" for part in PARTS), ".mp4", ".json"):
+            (folder / f"{name}{end}").unlink(missing_ok=True)
+    if gone:
+        cli.console.print(f"Removed {len(gone)} clips of files that are given no longer: {', '.join(gone)}")
+
+
+def _is_note(path: Where) -> bool:
+    """Whether a file is a clip's NAME.json."""
+    try:
+        return "identity" in files.from_json(path.read_text())
+    except (ValueError, TypeError):
+        return False
+
+
 def _batches(clips: Sequence["Files"], size: int, most: int) -> Iterator[list["Files"]]:
     """Neighbours of one length, at most `size` at once, and of more than one at most `most` frames."""
     for length, group in itertools.groupby(clips, lambda clip: len(clip.motion.pose)):
@@ -156,9 +182,12 @@ class Files:
     identity: str | None
     """Hash of everything that decides what the clip looks like; None: a clip that is made anew each time."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.number:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', self.motion.name)[:80]}"
+
     def path(self, end: str) -> Where:
-        name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.motion.name)[:80]
-        return self.folder / f"{self.number:03d}_{name}{end}"
+        return self.folder / f"{self.name}{end}"
 
     def kept(self) -> bool:
         """Whether it is there already, made of this very motion in this very way."""
