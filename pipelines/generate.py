@@ -9,6 +9,7 @@ The motion is a driving video (its pose is estimated), a pose sequence (.npz wit
 shards, for which the true video is known.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import typer
 
 from entprog import config, storage
-from entprog.config import ClipShape, Generate, Generation, Prepare
+from entprog.config import Generate, Generation, Prepare
 from entprog.errors import UserError
 from entprog.masking import bare
 from entprog.storage import Where
@@ -184,7 +185,8 @@ def run(
             who = motions.reference_image(reference, shape, settings.prepare)
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
-        made, left_out, own = _from_files(reference, pose, video, settings, shape, retarget, scene)
+        made, left_out, own = _from_files(reference, pose, video, settings, found, retarget, scene)
+        made = _whole(made, found)
     if last is not None:
         end = motions.reference_image(last, shape, settings.prepare, "--last")
         made = [replace(motion, last=end) for motion in made]
@@ -245,14 +247,14 @@ def _from_files(
     pose: Path | None,
     video: Path | None,
     settings: Generation,
-    shape: ClipShape,
+    maker: Checkpoint,
     retarget: bool,
     scene: replacing.Scene | None,
 ) -> tuple[list[motions.Motion], dict[str, str], list[np.ndarray]]:
     """Every pose sequence or driving video with every reference picture, what was left out, and to retarget motions the
     pose of each one's reference."""
-    start_s, crop = settings.generate.start_s, settings.prepare
-    wanted, room = motions.wanted_frames(settings.generate, shape), motions.Room(settings.generate, shape)
+    start_s, crop, shape = settings.generate.start_s, settings.prepare, maker.shape
+    wanted, room = motions.wanted_frames(settings.generate, shape, maker), motions.Room(settings.generate, shape)
     pictures, others = motions.files(reference, motions.PICTURES, "--reference")
     own, around = {}, {}
     span = {"shape": shape, "crop": crop, "start_s": start_s}
@@ -292,6 +294,20 @@ def _from_files(
     of_each = [own[path] for _ in moving for path in who] if retarget else []
     made = [replace(motion, **around) for motion in motions.pairs(who, moving)]
     return made, others | more | without | bad, of_each
+
+
+def _whole(made: list[motions.Motion], maker: Checkpoint) -> list[motions.Motion]:
+    """The motions, cut to as many frames as the checkpoint can make; prints what is left out."""
+    from pipelines.generating.rendering import fitting
+
+    cut = [fitting(maker.geometry, motion, maker.shape) for motion in made]
+    lengths = Counter((len(motion.pose), len(whole.pose)) for motion, whole in zip(made, cut, strict=True))
+    for (given, kept), clips in sorted(lengths.items()):
+        if kept < given:
+            cli.console.print(
+                f"{clips} clip(s) of {kept} of the motion's {given} frames: {maker.root} makes {maker.geometry.step}n+1"
+            )
+    return cut
 
 
 def _named(path: str | Path) -> str:

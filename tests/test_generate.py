@@ -19,7 +19,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, drawing, h264, retarget, video
 from entprog.models.wan import load
-from helpers import bases, encoders, wholebodies
+from helpers import bases, encoders, families, wholebodies
 from pipelines import generate
 from pipelines.generating import checkpoints, driving, motions, protocol, rendering, retargeting
 from tests.test_wan import NETWORK
@@ -296,6 +296,23 @@ def test_a_long_motion_is_made_in_windows(made, tmp_path):
     assert len(frames(seconds=float("inf"), overlap=0.6)) == 14
     with pytest.raises(UserError, match=r"0.1 s are 1 frames, one clip of this checkpoint has 5"):
         frames(seconds=0.1)
+
+
+def test_seconds_are_made_of_whole_groups_of_frames_and_what_is_cut_is_said(made, tmp_path):
+    kind, configuration = families.TINY["wan"]["vae"]
+    kind(**configuration).save_pretrained(tmp_path / "vae")
+    shape = ClipShape(frames=5, height=32, width=32, fps=12)
+    families.load("wan", vae=str(tmp_path / "vae")).save(tmp_path / "run", shape=shape)
+    given = ["--checkpoint", tmp_path / "run", "--reference", made / "me.png", "--output", tmp_path / "out"]
+
+    def said(there):
+        np.savez(tmp_path / "poses.npz", pose=np.random.default_rng(0).random((there, 33, 3)))
+        return command(*given, "--pose", tmp_path / "poses.npz", "--seconds", 1, "--dry-run")
+
+    assert "the longest of 13 frames" in (enough := said(14)) and "4n+1" not in enough
+    short = said(12)
+    assert "the longest of 9 frames" in short
+    assert f"1 clip(s) of 9 of the motion's 12 frames: {tmp_path / 'run'} makes 4n+1" in short
 
 
 def test_no_more_frames_are_held_than_allowed(made, tmp_path, capsys):

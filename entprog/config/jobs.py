@@ -151,7 +151,8 @@ class Generate(Part):
     """Where the clip starts in a driving video or pose sequence, in seconds."""
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Length of the result. None: that of the clips the network was trained on. Longer ones are made of overlapping
-    windows; where the motion is shorter it decides, so that .inf is all of it."""
+    windows, up to the end of a group of frames that the VAE takes together; where the motion is shorter it decides, so
+    that .inf is all of it."""
     overlap: float = Field(default=0.25, ge=0, lt=1)
     """Share of a window that the next one overlaps, in results of several windows."""
     batch_size: int = Field(default=4, ge=1)

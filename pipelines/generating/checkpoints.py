@@ -23,6 +23,8 @@ class Checkpoint:
     """Clips that it was trained on."""
     process: Any
     """The checkpoint's noise process (`entprog.diffusion.processes`)."""
+    geometry: Any = None
+    """How its VAE divides clips (`entprog.models.geometry.Geometry`)."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -107,6 +109,7 @@ def find(given: str, settings: Generate) -> Checkpoint:
     from entprog import models
     from entprog.diffusion.samplers import sampler
     from entprog.models import finite, folders
+    from entprog.models.geometry import Geometry
 
     root = folders.locate(given, "--checkpoint")
     about = folders.saved(root)
@@ -116,11 +119,11 @@ def find(given: str, settings: Generate) -> Checkpoint:
         raise UserError(f"--checkpoint: {given} does not say which clips it was trained on (shape in entprog.json)")
     shape = config.build(about["shape"], ClipShape)
     unchecked = Checkpoint(root, about, shape, None)
-    process = models.family(about["family"]).inspect(unchecked.model(), shape).process
-    sampler(process, settings.sampler, settings.shift)
+    source = models.family(about["family"]).inspect(unchecked.model(), shape)
+    sampler(source.process, settings.sampler, settings.shift)
     for network in filter(None, (folders.part(root, name) for name in (*folders.NETWORKS, folders.SECOND))):
         finite.check(network, "--checkpoint")
-    found = Checkpoint(root, about, shape, process)
+    found = Checkpoint(root, about, shape, source.process, Geometry.of(source.vae))
     for name in ("reference", "pose"):
         if name not in found.conditions and getattr(settings, f"{name}_guidance") != 1:
             sees = ", ".join(found.conditions) or "none"

@@ -94,8 +94,9 @@ def estimating(settings: Generation, maker: Checkpoint) -> Generation:
     return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"pose": "rtmlib"})})
 
 
-def wanted_frames(settings: Generate, shape: ClipShape) -> float:
-    """Most frames that a result may have: a clip's, or those of `generate.seconds`; infinity for all of a motion.
+def wanted_frames(settings: Generate, shape: ClipShape, maker: Checkpoint) -> float:
+    """Most frames that a result may have: a clip's, or those of `generate.seconds` and what makes the last group whole
+    that the VAE takes together; infinity for all of a motion.
 
     Raises UserError for less than a clip, or more than `generate.max_bytes`.
     """
@@ -106,6 +107,8 @@ def wanted_frames(settings: Generate, shape: ClipShape) -> float:
             f"generate.seconds: {seconds:g} s are {frames} frames, one clip of this checkpoint has {shape.frames} "
             f"({shape.frames / shape.fps:g} s): take at least that, or leave it out"
         )
+    if frames != math.inf:
+        frames = maker.geometry.whole_frames(frames + maker.geometry.step - 1)
     Room(settings, shape).check(shape.frames if frames == math.inf else frames, "the result")
     return frames
 

@@ -18,6 +18,7 @@ from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, drawing, h264, sheet, styles
 from entprog.media import video as videos
 from entprog.media.faces import Faces
+from entprog.models.geometry import Geometry
 from entprog.storage import Where
 from pipelines import cli
 from pipelines.generating.motions import Motion
@@ -85,9 +86,9 @@ def _faces(motions: Sequence[Motion]) -> Faces | None:
     return Faces(video, _stacked(motion.pose if motion.driver is None else motion.driver for motion in motions))
 
 
-def fitting(denoiser: Denoiser, motion: Motion, shape: ClipShape) -> Motion:
+def fitting(maker: Denoiser | Geometry, motion: Motion, shape: ClipShape) -> Motion:
     """The motion cut to a number of frames that the VAE's groups of frames make up."""
-    frames = max(shape.frames, denoiser.whole_frames(len(motion.pose)))
+    frames = max(shape.frames, maker.whole_frames(len(motion.pose)))
     timed = ("pose", "video", "driver", "background", "person")
     cut = {name: part[:frames] for name in timed if (part := getattr(motion, name)) is not None}
     return replace(motion, **cut)
