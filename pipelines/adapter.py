@@ -48,7 +48,7 @@ def merge(
 
     def work() -> dict[str, Any]:
         from entprog import config, models
-        from entprog.models import adapters, experts, folders
+        from entprog.models import adapters, experts, finite, folders
 
         identity = {"merge": adapter, "base": base, **({"expert": str(expert)} if expert else {})}
         folder = cli.output_of(output)
@@ -81,8 +81,11 @@ def merge(
             cli.console.print(f"Would merge {parts} of {bare(adapter)} into {bare(base)}, and write {folder}.")
             return {}
         claim.take(folder, "adapter", identity)
+        merged = kind.load(chosen)
+        if name := finite.not_finite(merged.network.state_dict()):
+            raise UserError(f"--base: {bare(base)} with {bare(adapter)} is no trained network: {name} is not finite")
         with storage.scratch_for(folder / "model", last=folders.ABOUT) as scratch:
-            kind.load(chosen).save(scratch, shape=config.ClipShape(**shape) if shape else None)
+            merged.save(scratch, shape=config.ClipShape(**shape) if shape else None)
         cli.console.print(f"Merged {parts} of {bare(adapter)} into {bare(base)}: {folder / 'model'}")
         return {"model": str(folder / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 

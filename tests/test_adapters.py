@@ -18,6 +18,7 @@ from entprog.models import adapters, folders, lora
 from entprog.models.adapters import Adapter, Pair
 from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
 from pipelines import adapter as job
+from pipelines.training import networks
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
@@ -303,6 +304,56 @@ def test_commands(saved, tmp_path):
         assert not (tmp_path / "nan").exists()
     same = CliRunner().invoke(job.app, [*options[:3], "--after", str(base), "--output", str(tmp_path / "none")])
     assert same.exit_code == 2 and "nothing to adapt" in same.output and not (tmp_path / "none").exists()
+
+
+def test_no_adapter_is_merged_twice(saved, tmp_path):
+    base, folder, _ = saved
+
+    def merge(adapter, into, output):
+        given = ["merge", "--adapter", str(adapter), "--base", str(into), "--output", str(tmp_path / output)]
+        return CliRunner().invoke(job.app, given)
+
+    assert merge(folder, base, "once").exit_code == 0
+    other = adapters.read(str(folder), "it")
+    pairs = {name: replace(pair, alpha=1.0) for name, pair in other.pairs.items()}
+    adapters.write(tmp_path / "other", replace(other, pairs=pairs), "transformer")
+    assert merge(tmp_path / "other", tmp_path / "once", "both").exit_code == 0
+    for into in ("once", "both"):
+        for form in (folder, folder / adapters.COMFYUI, folder / adapters.PEFT):
+            again = merge(form, tmp_path / into, "twice")
+            assert again.exit_code == 2 and len(again.output.splitlines()) == 1, again.output
+            assert "is in the weights of" in again.output and not (tmp_path / "twice").exists()
+
+
+def test_the_network_that_a_training_of_adapters_leaves_says_which_is_in_it(saved, tmp_path):
+    base, _, _ = saved
+    wanted = experiment()
+    wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"base": str(base), "init": {}})})
+    trained = replace(tuned(wanted), provenance={"base": str(base)})
+    said = networks.leave_adapter(trained, wanted, tmp_path / "adapter", 33)
+    networks.merged(trained, wanted, "").save(tmp_path / "model", shape=SHAPE, **said)
+    model = wanted.model.model_copy(update={"base": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")})
+    with pytest.raises(UserError, match=r"model\.adapter: .* is in the weights of .*/model already"):
+        models.family("wan").inspect(model)
+    models.family("wan").inspect(model.model_copy(update={"base": str(base)}))
+
+
+def test_a_merged_network_that_is_not_finite_is_not_written(saved, tmp_path):
+    base, folder, _ = saved
+    shutil.copytree(base, tmp_path / "base")
+    weights = tmp_path / "base" / "transformer" / f"{folders.STEM}.safetensors"
+    tensors = load_file(weights)
+    save_file(
+        tensors
+        | {"patch_embedding.bias": tensors["patch_embedding.bias"] / 0, "proj_out.bias": tensors["proj_out.bias"] / 0},
+        weights,
+        metadata={"format": "pt"},
+    )
+    done = CliRunner().invoke(
+        job.app,
+        ["merge", "--adapter", str(folder), "--base", str(tmp_path / "base"), "--output", str(tmp_path / "out")],
+    )
+    assert done.exit_code == 2 and "proj_out.bias is not finite" in done.output and not (tmp_path / "out").exists()
 
 
 def wrong(kind, folder):

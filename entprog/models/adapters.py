@@ -9,6 +9,7 @@ An adapter's folder:
   entprog.json, README.md            what it belongs to, and how to use it
 """
 
+import hashlib
 import json
 import math
 import re
@@ -38,6 +39,8 @@ ABOUT = folders.ABOUT
 FORMAT = "entprog-adapter-1"
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in the metadata of its file."""
+DIGEST = "adapter_digest"
+"""Where a saved network's provenance has the `digest` of the adapter that was merged into it."""
 PREFIXES = ("transformer.", "unet.", "base_model.model.", "diffusion_model.")
 """Before the names of layers: diffusers' two, peft's, and ComfyUI's."""
 ENDS = {"lora_A.weight": 0, "lora_down.weight": 0, "lora_B.weight": 1, "lora_up.weight": 1}
@@ -244,6 +247,27 @@ def read(given: str, setting: str) -> Adapter:
             if about.get("format") != FORMAT:
                 raise UserError(f"{setting}: {each} has format {about.get('format')!r}, this version reads {FORMAT!r}")
     return Adapter(pairs, outside, about)
+
+
+def digest(adapter: Adapter, expert: str | None = None) -> str:
+    """Short hash of an adapter's pairs, equal in whatever keys they lie. expert: which of two networks they adapt."""
+    out = hashlib.sha256((expert or "").encode())
+    for name, pair in sorted(adapter.pairs.items()):
+        out.update(f"{name} {list(pair.down.shape)} {list(pair.up.shape)}".encode())
+        for tensor in (pair.down, pair.up, torch.tensor(pair.alpha)):  # alpha in float32, as ComfyUI's file has it
+            out.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return out.hexdigest()[:16]
+
+
+def merged_in(provenance: object) -> set[str]:
+    """Digests of the adapters in a saved network's weights, its bases' too, of which single files replaced none.
+    provenance: of its `entprog.json`."""
+    out = set()
+    while isinstance(provenance, Mapping):
+        if DIGEST in provenance:
+            out.add(str(provenance[DIGEST]))
+        provenance = None if provenance.get("weights") else provenance.get("of_base")
+    return out
 
 
 def _load(path: Path, setting: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -43,7 +43,7 @@ def load(
     # Told on every rank before one of them brings weights together, for which it needs the others.
     with agree.mistakes_of_all() if sharded else nullcontext():
         source = inspect(cls, settings)
-        network = None
+        network, merged = None, {}
         if sharded:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -54,13 +54,15 @@ def load(
             if sharded:
                 fsdp.shard(network, blocks(network), sharded, settings.dtype == "bfloat16")
         if settings.adapter:
-            adapters.merge(adapters.read(settings.adapter, "model.adapter"), network, "model.adapter")
+            adapter = adapters.read(settings.adapter, "model.adapter")
+            adapters.merge(adapter, network, "model.adapter")
+            merged = {adapters.DIGEST: adapters.digest(adapter, source.expert and source.expert.name)}
         prepare(network)
         if settings.dtype != "float32":
             match_norms(network)
     denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
     denoiser.check_type()
-    return denoiser
+    return replace(denoiser, provenance=denoiser.provenance | merged)
 
 
 def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, seed: int) -> nn.Module:

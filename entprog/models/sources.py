@@ -132,6 +132,12 @@ def inspect(
     if settings.adapter:
         adapter = adapters.read(settings.adapter, "model.adapter")
         _check_adapter(cls, adapter, network, settings, name, splits)
+        there = set() if settings.weights else adapters.merged_in(about.get("provenance"))
+        if adapters.digest(adapter, name) in there:
+            raise UserError(
+                f"model.adapter: {settings.adapter} is in the weights of {settings.base} already: give the base that "
+                "it was trained on, or leave the adapter out"
+            )
         of_adapter = adapter.about
     skeleton = settings.skeleton or _remembered(about, of_adapter) or (cls.skeleton_of(form) if root else styles.LIMBS)
     if skeleton not in styles.STYLES:

@@ -101,9 +101,10 @@ def merged(denoiser: Denoiser, experiment: Experiment, weights: str) -> Denoiser
     return replace(denoiser, network=network)
 
 
-def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, points: int) -> None:
+def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, points: int) -> dict[str, str]:
     """All that tells the network from its base, also what an adapter that it started from brought. points: of the poses
-    that it was trained on. Of a sharded network every rank calls it."""
+    that it was trained on. Of a sharded network every rank calls it. Returns what the provenance of the network that it
+    is merged into says of it, on rank 0."""
     whole, brought = {*outside(denoiser, experiment)}, {}
     if given := experiment.model.adapter:
         brought = adapters.read(given, "model.adapter").outside
@@ -122,5 +123,8 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)
-    if agree.world()[0] == 0:
-        denoiser.save_text(folder)
+    if agree.world()[0] != 0:
+        return {}
+    denoiser.save_text(folder)
+    left = adapters.read(str(folder), "train.lora")
+    return {adapters.DIGEST: adapters.digest(left, denoiser.expert and denoiser.expert.name)}

@@ -193,14 +193,14 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
     setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
     denoiser = setup.denoiser
-    shift = _sampling_shift(setup)
+    shift, merged = _sampling_shift(setup), {}
     # Rank 0 works alone: nobody waits for it, but for who has parts of a sharded network.
     if experiment.train.lora and (rank == 0 or fsdp.is_sharded(denoiser.network)):
         with storage.scratch_for(output / "adapter") if rank == 0 else nullcontext() as folder:
-            networks.leave_adapter(denoiser, experiment, folder, setup.dataset.points)
+            merged = networks.leave_adapter(denoiser, experiment, folder, setup.dataset.points)
         denoiser = networks.merged(denoiser, experiment, settings["weights"])
     if rank == 0:
-        kept = {"parts": experiment.train.save, "points": setup.dataset.points}
+        kept = {"parts": experiment.train.save, "points": setup.dataset.points, **merged}
         with storage.scratch_for(output / "model", last=folders.ABOUT) as folder:
             denoiser.save(folder, shape=experiment.data.shape, shift=shift, **kept)
     else:
