@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from entprog.errors import UserError
 from pipelines import cli
 from pipelines.cluster import local, session
 
@@ -132,3 +133,14 @@ def test_a_folder_for_ray_that_another_user_made_first_is_refused(home, capsys):
     planted.symlink_to(home)
     os.chown(planted, 4242, 4242, follow_symlinks=False)
     assert f"{planted} belongs to another user" in refused(capsys)
+
+
+@pytest.mark.parametrize("given", ["lots", "-1", "1e9", "0", "1000"])
+def test_an_object_store_that_cannot_be_is_refused_in_a_line(monkeypatch, given):
+    monkeypatch.setenv("ENTPROG_OBJECT_STORE_BYTES", given)
+    with pytest.raises(UserError, match=f"^ENTPROG_OBJECT_STORE_BYTES={given}: give it a whole number of bytes"):
+        session.object_store_bytes()
+    monkeypatch.setenv("ENTPROG_OBJECT_STORE_BYTES", str(session.LEAST_STORE_BYTES))
+    assert session.object_store_bytes() == session.LEAST_STORE_BYTES
+    monkeypatch.delenv("ENTPROG_OBJECT_STORE_BYTES")
+    assert session.object_store_bytes() is None

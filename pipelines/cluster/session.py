@@ -7,17 +7,34 @@ from contextlib import contextmanager
 from entprog.errors import UserError
 from pipelines.cluster import joining, local
 
+LEAST_STORE_BYTES = 75 << 20
+"""Least object store that Ray starts with."""
+
 
 def local_cpus(least: int) -> int:
     """Logical CPUs of a Ray that a job starts here."""
     return max(os.cpu_count() or 1, least)
 
 
+def object_store_bytes() -> int | None:
+    """What ENTPROG_OBJECT_STORE_BYTES says; None: as Ray chooses. Raises UserError for what cannot be."""
+    given = os.environ.get("ENTPROG_OBJECT_STORE_BYTES", "")
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < LEAST_STORE_BYTES:
+        raise UserError(
+            f"ENTPROG_OBJECT_STORE_BYTES={given}: give it a whole number of bytes, {LEAST_STORE_BYTES} or more, "
+            "or unset it"
+        )
+    return int(given)
+
+
 @contextmanager
 def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
     """Join the cluster that RAY_ADDRESS names (also inside `ray job submit`), or start a local one and stop it after.
 
-    Raises UserError where no cluster answers, or a local one cannot start for the length of its folder's name.
+    Raises UserError where no cluster answers, or a local one cannot start for the length of its folder's name, or with
+    the object store that is asked for.
 
     A local Ray is given at least `cpus` logical CPUs: with fewer, Train's workers leave Ray Data nothing and
     both wait for ever. It is closed to the network and to the machine's other users. dashboard: a local one's; what
@@ -38,7 +55,7 @@ def ray_cluster(cpus: int, *, dashboard: bool = False, verbose: bool = False):
         joining.check(address)
         ray.init(address=address, **quiet)
     else:
-        memory = int(os.environ.get("ENTPROG_OBJECT_STORE_BYTES", 0)) or None
+        memory = object_store_bytes()
         try:
             with local.closed() as private, local.alone(heard=dashboard or verbose):
                 ray.init(
