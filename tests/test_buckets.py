@@ -618,3 +618,9 @@ def test_the_stream_of_a_bucket_is_that_of_the_folder(where, local_ray, bucket, 
             assert torch.equal(found.video, expected.video) and torch.equal(found.position, expected.position)
     finally:
         stream.close()
+
+
+def test_a_place_of_a_place_keeps_its_settings():
+    """What a message shows of it has none: asked anew by that, another server would answer, or nobody."""
+    place = storage.Place.at("s3://bucket/run?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+    assert storage.Place.at(place) is place and storage.at(place, "the output") is place

@@ -82,12 +82,14 @@ class Place:
     """What stands before and after `root` in its address."""
 
     @staticmethod
-    def at(where: str | Path, what: str = "checkpoints") -> "Place":
+    def at(where: "str | Where", what: str = "checkpoints") -> "Place":
         """A path, or an address like s3://bucket/runs/7 (its settings as pyarrow has them: ?region=…,
-        ?endpoint_override=…; credentials come from the environment). what: is to lie there.
+        ?endpoint_override=…; credentials come from the environment). A Place is itself. what: is to lie there.
 
         Raises UserError for an address of no known kind.
         """
+        if isinstance(where, Place):  # what it is shown as has no settings
+            return where
         where = str(where)
         if has_credentials(where):
             raise UserError(f"{what}: {masked(where)} holds a user or password: give credentials in the environment")
