@@ -28,6 +28,16 @@ def test_an_empty_part_takes_nothing_away():
     }
 
 
+def test_parts_of_model_init_that_are_named_leave_the_others():
+    """Without them a command would build a network of the class's own size, which may be 14 billion parameters."""
+    file = {"model": {"init": {"num_layers": 2, "patch_size": [1, 2, 2]}}}
+    over = config.parse_overrides(["model.init.patch_size=[1,8,8]", "model.init.eps=1e-5"])
+    named = {"patch_size": ["1", "8", "8"], "eps": "1e-5"}
+    assert config.merge(file, over)["model"]["init"] == {"num_layers": 2, **named}
+    assert config.merge({}, over)["model"]["init"] == named
+    assert config.merge(file, config.parse_overrides(["model.init={eps: 1}"]))["model"]["init"].keys() == {"eps"}
+
+
 def test_model_init_is_one_value():
     assert config.merge({"model": {"init": {"a": 1}}}, {"model": {"init": {}}}) == {"model": {"init": {}}}
 

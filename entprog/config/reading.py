@@ -89,8 +89,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
             ) from None
         *parents, leaf = name.strip().split(".")
         node = out
-        for parent in parents:
-            node = node.setdefault(parent, {})
+        for depth, parent in enumerate(parents, 1):
+            node = node.setdefault(parent, _OneByOne() if ".".join(parents[:depth]) == WHOLE else {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {name}: {parent} was already given a value in this command")
         both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
@@ -121,6 +121,10 @@ WHOLE = "model.init"
 """A mapping that is one value: its names are diffusers' own."""
 
 
+class _OneByOne(dict):
+    """Parts of WHOLE that were each named (`model.init.num_layers=2`): the others stay as they were."""
+
+
 def deciding(experiment: Experiment) -> dict[str, Any]:
     """By name the settings that decide what is computed, but those that name files (PATHS, and the shards)."""
     defaults = {name: default for name, _, default, _ in settings_help()}
@@ -137,10 +141,11 @@ def is_part_of(name: str, parts: Iterable[str]) -> bool:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`over` on top of `base`, part by part; `model.init` is replaced whole."""
+    """`over` on top of `base`, part by part; `model.init` is replaced whole, unless parts of it were named."""
     out = dict(base)
     for name, value in over.items():
-        parts = isinstance(value, Mapping) and isinstance(out.get(name), Mapping) and prefix + name != WHOLE
+        parts = isinstance(value, Mapping) and isinstance(out.get(name), Mapping)
+        parts = parts and (prefix + name != WHOLE or isinstance(value, _OneByOne))
         out[name] = merge(out[name], value, f"{prefix}{name}.") if parts else value
     return out
 
