@@ -1,6 +1,8 @@
 """Clip windows, person crop and quality decisions: what must hold for every input."""
 
 import itertools
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from entprog.media import h264
 from entprog.media.pictures import png
 from entprog.media.pose import found
 from entprog.preparing import cutting, extracting, windows
+from entprog.preparing.attempts import MachineError
 
 SEEN = 0.5
 SHAPE = {"frames": 8, "height": 64, "width": 48, "fps": 16}
@@ -211,3 +214,16 @@ def test_a_reference_is_sharp_where_frames_about_as_good_are(blurred, taken):
     given = [*extracting.extract(row, kept, iter(pictures), itertools.repeat(None), settings)]
     elsewhere = [window for window in given if not best.keys() & {*range(window.start, window.start + 8)}]
     assert elsewhere and {window.reference_at for window in elsewhere} == {taken}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
+@pytest.mark.parametrize("video", [b"short", bytes(1 << 20)], ids=["in the buffer", "beyond it"])
+def test_a_full_disk_ends_the_job_and_is_no_verdict_on_a_video(video):
+    window = extracting.Window(0, (0, 0, 8, 8), [], video=video)
+    full = r"cannot write to the scratch folder .*: No space left on device"
+    with (
+        suppress(OSError),  # closing it fails again
+        Path("/dev/full").open("r+b", buffering=1 << 16) as scratch,
+        pytest.raises(MachineError, match=full),
+    ):
+        window.put_aside(scratch)

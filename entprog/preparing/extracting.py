@@ -67,6 +67,7 @@ class Window:
         self.aside, self.sizes = scratch.tell(), (len(self.video), len(self.mask or b""))
         try:
             scratch.write(self.video + (self.mask or b""))
+            scratch.flush()  # a full disk says so here, or when nobody listens
         except OSError as error:
             raise MachineError(
                 f"cannot write to the scratch folder {tempfile.gettempdir()}: {error.strerror}"
