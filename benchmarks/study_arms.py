@@ -1,7 +1,7 @@
 """What the study compares, and at which scale: arms and scales as settings, nothing that runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from entprog import config
@@ -104,6 +104,10 @@ ARMS = {
         title="half resolution for two thirds, a quarter of the blocks by lot",
         settings=ROTATING,
     ),
+    "rotating_tokens": Arm(
+        title="… by lot, with larger batches of small clips",
+        settings=_table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT}, tokens="constant"),
+    ),
     "rotating_weighted": Arm(
         title="… by lot in proportion to CEI",
         settings=_table(
@@ -165,6 +169,7 @@ ARMS = {
 """Name → arm. Full training is what the others are measured against."""
 FEW = ("full", "paper", "progressive", "rotating")
 """Arms of the tasks beside the first."""
+LARGER_BATCHES = ("progressive_tokens", "rotating_tokens")
 SEARCHED = ("paper", "past", "search")
 """Arms whose choices are looked at in hindsight."""
 
@@ -184,7 +189,7 @@ class Task:
 TASKS = {
     "wan_rendered": Task(family="wan", target="rendered", arms=tuple(ARMS)),
     "latte_rendered": Task(family="latte", target="rendered", arms=FEW),
-    "wan_real": Task(family="wan", target="real", arms=FEW, tuned=False),
+    "wan_real": Task(family="wan", target="real", arms=(*FEW, *LARGER_BATCHES), tuned=False),
 }
 """In the order in which they run."""
 
@@ -275,6 +280,18 @@ CPU = Scale(
     common=COMMON,
 )
 """Long on one core: `--only` and `--sitting-s` cut it into parts."""
+CPU_SECONDS = replace(
+    CPU,
+    clock="seconds",
+    rates=(2e-4, 5e-4, 1e-3),
+    batches=(1, 2, 4, 8),
+    tune_share=0.4,
+    points=12,
+    hindsight_stages=(),
+    arms=("full", "progressive", "rotating", *LARGER_BATCHES),
+)
+"""The scale `cpu` with another clock: whoever pays for seconds tunes batches by seconds, which count what a small step
+costs beside its arithmetic. Needs an idle core."""
 SMALL = Scale(
     rendered=ClipShape(frames=4, height=48, width=32, fps=12),
     shape=ClipShape(frames=4, height=48, width=32, fps=12),
@@ -365,7 +382,7 @@ GPU = Scale(
     common=config.merge(COMMON, {"model": {"dtype": "bfloat16"}}),
 )  # fmt: skip
 """Over 100 M parameters, in minutes of one card. Its clock is seconds, of a machine that nobody shares."""
-SCALES = {"small": SMALL, "cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+SCALES = {"small": SMALL, "cpu": CPU, "cpu_seconds": CPU_SECONDS, "gpu": GPU, "smoke": SMOKE}
 
 
 def experiment(

@@ -14,7 +14,7 @@ FRAME = Path(__file__).with_suffix(".md")
 """What the document says beside its figures."""
 FEWEST_SEEDS = 3
 """With fewer an interval says nothing."""
-SCALES = ("gpu", "cpu", "small", "first")
+SCALES = ("gpu", "cpu", "cpu_seconds", "small", "first")
 """Of result files, the one that counts more first. `first` is what the scale `cpu` once was: smaller clips, every arm's
 rate tuned and its batch not, schedules over blocks alone."""
 PAPER = (
