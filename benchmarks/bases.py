@@ -22,7 +22,7 @@ from entprog.config import Experiment
 from entprog.cost import counting
 from entprog.models import reference_frame, vaes
 from entprog.models.denoising import VideoDenoiser, process_of
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 from pipelines.training import footprint
 
@@ -128,7 +128,7 @@ def main() -> None:
     """Count, print and keep the figures."""
     figures = [row(preset) for preset in PUBLISHED]
     common.show("a step of plain training", figures)
-    cli.console.print(f"kept in {common.write('bases', figures, device='cpu', repeats=1)}")
+    terminal.console.print(f"kept in {common.write('bases', figures, device='cpu', repeats=1)}")
 
 
 def row(preset: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from entprog import config, models
 from entprog.blocks import blocks
 from entprog.data.clips import Latents
 from entprog.scoring import cei
-from pipelines import cli
+from pipelines import terminal
 from pipelines.command import usage
 
 app = usage.app("Time and FLOPs of CEI scoring: replay against the naive pass.")
@@ -63,7 +63,7 @@ def main(
         name = "cei_cost_gpu" if device == "cuda" else "cei_cost"
         path = common.write(name, figures, device=device, repeats=repeats)
     common.show("CEI scoring, replay over naive", [{SHOWN[name]: row[name] for name in SHOWN} for row in figures])
-    cli.console.print(f"Wrote {path}")
+    terminal.console.print(f"Wrote {path}")
 
 
 def figures_of(layers: int, draws: int, repeats: int, device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import typer
 from benchmarks import common, scaling
 from entprog import config
 from entprog.training import checkpoint
-from pipelines import cli
+from pipelines import terminal
 from pipelines.command import usage
 
 SHAPE = {"frames": 2, "height": 32, "width": 32, "fps": 12}
@@ -48,7 +48,7 @@ def main(
     path = common.write("checkpointing", figures, device=device, repeats=repeats, more={"cores": os.cpu_count()})
     for row in figures:
         common.show(f"{row['layers']} blocks", [{"figure": key, "value": value} for key, value in row.items()])
-    cli.console.print(f"kept in {path}")
+    terminal.console.print(f"kept in {path}")
 
 
 def measured(layers: int, heads: int, repeats: int, device: str, folder: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from entprog import config, files
-from pipelines import cli
+from pipelines import cli, terminal
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "diffusers")
@@ -177,4 +177,4 @@ def _command() -> list[str]:
 def show(title: str, figures: Sequence[Mapping[str, Any]]) -> None:
     """The figures as a table; columns are the first row's names."""
     columns = tuple(figures[0])
-    cli.show(title, [tuple(row[column] for column in columns) for row in figures], columns)
+    terminal.show(title, [tuple(row[column] for column in columns) for row in figures], columns)

@@ -36,7 +36,7 @@ from entprog.models import fingerprints
 from entprog.scoring import cei
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
-from pipelines import cli, demo
+from pipelines import cli, demo, terminal
 from pipelines.cluster import session
 from pipelines.command import usage
 from pipelines.generating import rendering
@@ -108,7 +108,7 @@ def main(
         if dry_run:
             message = ", then ".join(f"{p.experiment.train.seconds:g} s on {p.experiment.data.shape}" for p in parts)
             vae_s = VAE_SHARE * seconds
-            cli.console.print(
+            terminal.console.print(
                 f"Would render {rendered} clips, train a VAE for {vae_s:g} s, a network for {message}, "
                 f"and leave {folder}."
             )
@@ -217,7 +217,7 @@ def run(parts: tuple[Part, ...], material: Material, output: Path, folder: Path,
         more={"curves": curves, "settings": {part.name: config.settings(part.experiment) for part in parts}},
     )  # fmt: skip
     picture = drawn(stored, material, shape, output / "samples.png")
-    cli.console.print(f"The base is in {folder}; what it draws: {picture}")
+    terminal.console.print(f"The base is in {folder}; what it draws: {picture}")
     return figures | {"base": str(folder), "picture": str(picture)}
 
 
@@ -227,7 +227,7 @@ def encoder(material: Material, folder: Path, seconds: float) -> dict[str, Any]:
     done, key = folder.with_suffix(".json"), config.digest(material.fingerprint, demo_vae.CONFIGURATION)
     if (known := _read(done)).get("key") == key:
         return known
-    figures = {"key": key, **demo_vae.train(frames(material), seconds, folder, cli.console.print)}
+    figures = {"key": key, **demo_vae.train(frames(material), seconds, folder, terminal.console.print)}
     files.write_json(done, figures)
     return figures
 
@@ -278,7 +278,9 @@ def trained(part: Part, material: Material) -> dict[str, Any]:
             )
             recent.clear()
             total = experiment.train.seconds
-            cli.console.print(f"{part.name}: {step.charged_s:.0f}/{total:.0f} s, step {step.step}, {curve[-1]['loss']}")
+            terminal.console.print(
+                f"{part.name}: {step.charged_s:.0f}/{total:.0f} s, step {step.step}, {curve[-1]['loss']}"
+            )
         if time.monotonic() - saved > SAVE_EVERY_S or step.last:
             checkpoint.save(folder / "checkpoints", denoiser.network, state, key, keep=2)
             files.write_json(folder / "curve.json", {"curve": curve})

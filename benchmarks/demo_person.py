@@ -23,7 +23,7 @@ from entprog.config import ClipShape
 from entprog.data import shards
 from entprog.errors import UserError, install
 from entprog.media import video
-from pipelines import cli, demo
+from pipelines import cli, demo, terminal
 from pipelines.command import usage
 
 app = usage.app("Render the person that the demo fine-tunes its base on.")
@@ -69,7 +69,7 @@ def main(
         if output.exists():
             raise UserError(f"{output} exists: delete it, or choose another --output")
         if dry_run:
-            cli.console.print(f"Would render {clips} training and {held_out} held-out clips into {output}.")
+            terminal.console.print(f"Would render {clips} training and {held_out} held-out clips into {output}.")
             return {}
         return run(
             output, config.ClipShape(frames=5, height=64, width=48, fps=12.0), {"train": clips, "held_out": held_out}

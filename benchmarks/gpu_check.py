@@ -37,7 +37,7 @@ from benchmarks import common
 from benchmarks.gpu_common import REPEATS, Row, SkippedError
 from benchmarks.gpu_parts import first_line, not_installed, parts
 from benchmarks.step_cost import is_out_of_memory, label, shown
-from pipelines import cli
+from pipelines import terminal
 from pipelines.command import usage
 
 app = usage.app("Everything that needs a GPU, within a time.")
@@ -75,7 +75,7 @@ def main(
         raise typer.BadParameter(f"no part is called {unknown[0]!r}; there are: {'; '.join(names)}")
     kept = Kept(tiny, again=part or ())
     todo = sorted((name for name in part or names if name not in kept.settled), key=kept.parts.__contains__)
-    cli.console.print(f"{len(todo)} of {len(names)} parts to do in {seconds:.0f} s")
+    terminal.console.print(f"{len(todo)} of {len(names)} parts to do in {seconds:.0f} s")
     try:
         for name, row, end in events(todo, tiny, deadline):
             if row is not None:
@@ -83,16 +83,16 @@ def main(
             if end is not None:
                 stays = "; what was measured before stays" if kept.end(name, end) else ""
                 status = f"{end['status']}{': ' + end['note'] if end['note'] else ''}"
-                cli.console.print(f"{name}: {status} ({end['seconds']:.0f} s){stays}")
+                terminal.console.print(f"{name}: {status} ({end['seconds']:.0f} s){stays}")
     except StartError as error:
-        cli.complain("failed", f"the process that measures does not start: {error}; no part is marked for that")
+        terminal.complain("failed", f"the process that measures does not start: {error}; no part is marked for that")
         raise typer.Exit(1) from None
     kept.show()
     left = [name for name in names if name not in kept.parts]
     if kept.path.exists():
-        cli.console.print(f"Results: {kept.path}")
+        terminal.console.print(f"Results: {kept.path}")
     if left:
-        cli.console.print(f"{len(left)} parts are left ({left[0]}, …): the same command goes on")
+        terminal.console.print(f"{len(left)} parts are left ({left[0]}, …): the same command goes on")
 
 
 # ---- what is kept ----
@@ -151,7 +151,7 @@ class Kept:
             names = (self.path.with_suffix(f".{number}.json") for number in itertools.count(1))
             aside = next(path for path in names if not path.exists())
             self.path.rename(aside)
-            cli.console.print(f"{self.path.name} was of another {' and '.join(self.others)}: kept as {aside.name}")
+            terminal.console.print(f"{self.path.name} was of another {' and '.join(self.others)}: kept as {aside.name}")
             self.others = []
         more = {**self.about, "parts": self.parts}
         common.write(self.path.stem, self._all(), device=self.device, repeats=REPEATS, more=more)
@@ -159,10 +159,10 @@ class Kept:
     def show(self) -> None:
         """Every row in a line; of the numbers those that are not equal."""
         compared = [row["equal"] for row in self._all() if "equal" in row]
-        cli.console.print(f"numbers: {sum(compared)} of {len(compared)} rows equal to the CPU's within tolerance")
+        terminal.console.print(f"numbers: {sum(compared)} of {len(compared)} rows equal to the CPU's within tolerance")
         for row in self._all():
             if not row.get("equal"):
-                cli.console.print(line(row))
+                terminal.console.print(line(row))
 
     def _all(self) -> list[Row]:
         return [row for rows in self.rows.values() for row in rows]

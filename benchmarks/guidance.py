@@ -28,7 +28,7 @@ from entprog.media import h264
 from entprog.quality import posing
 from entprog.quality.metrics import Meter
 from pipelines import cli, demo, generate, train
-from pipelines.cluster import launch, session
+from pipelines.cluster import capacity, session
 from pipelines.command import usage
 from pipelines.generating import motions
 from pipelines.outputs import claim
@@ -81,7 +81,7 @@ def main(
 
     def measure() -> dict[str, Any]:
         claim.take(work, "guidance", {"code": common.source(), "--steps": steps})
-        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
             rows = run(work, steps, seeds, verbose=verbose)
         common.show("guidance", means(rows))
         return {"means": means(rows)}

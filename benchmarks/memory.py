@@ -20,7 +20,7 @@ from entprog.config import Experiment
 from entprog.cost.holding import held
 from entprog.models import lora
 from entprog.schedule import plans
-from pipelines import cli
+from pipelines import terminal
 from pipelines.command import usage
 
 app = usage.app("What weights, gradients and moments take on a device.")
@@ -47,7 +47,7 @@ def main() -> None:
     ]  # fmt: skip
     shown = ("network", "stored", "plan", "device_bytes")
     common.show("bytes", [{name: figure[name] for name in shown} for figure in figures])
-    cli.console.print(f"kept in {common.write('memory', figures, device='cpu', repeats=1)}")
+    terminal.console.print(f"kept in {common.write('memory', figures, device='cpu', repeats=1)}")
 
 
 def row(name: str, sizes: dict[str, Any], way: str, plan: str) -> dict[str, Any]:

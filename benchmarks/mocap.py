@@ -28,7 +28,7 @@ from entprog.config import ClipShape, digest
 from entprog.data import shards
 from entprog.errors import UserError, install
 from entprog.media import h264, sheet, video
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.cluster import session
 from pipelines.command import usage
 from pipelines.outputs import claim
@@ -76,7 +76,7 @@ def main(
         shape = ClipShape(frames=frames, height=height, width=width, fps=fps)
         counts = {"source": (source, held_out), "target": (target, held_out)}
         if dry_run:
-            cli.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
+            terminal.console.print(f"Would render {counts} (training, held-out) clips of {shape} into {output}.")
             return {}
         claim.take(output, "mocap", {"counts": counts, "shape": str(shape), "seed": seed})
         with session.ray_cluster(1, verbose=verbose):
@@ -116,7 +116,7 @@ def run(folder: Path, name: str, train: int, held_out: int, shape: ClipShape, se
         done += row["clips"]
         rate = done / (time.time() - started)
         left_s = (train + held_out - done) / rate
-        cli.console.print(f"{name}: {number}/{len(plans)} shards, {rate:.0f} clips/s, ETA {left_s:.0f} s")
+        terminal.console.print(f"{name}: {number}/{len(plans)} shards, {rate:.0f} clips/s, ETA {left_s:.0f} s")
     ordered = {split: sorted(infos, key=lambda info: info.file) for split, infos in found.items()}
     dataset = shards.write_dataset(folder, shape, ordered, settings)
     show(dataset, folder / "contact_sheet.png")

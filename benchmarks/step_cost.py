@@ -36,7 +36,7 @@ from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
 from entprog.schedule.prices import Prices
 from entprog.training import optimizer
-from pipelines import cli
+from pipelines import terminal
 from pipelines.command import usage
 
 app = usage.app("Time, FLOPs and peak memory of a training step, plan by plan.")
@@ -153,7 +153,7 @@ def main(
         "A step of each plan over full training's (ckpt: checkpointing; *: predicted over measured)",
         [{"plan": label(row["plan"])} | {SHOWN[name]: shown(row[name]) for name in SHOWN} for row in figures],
     )
-    cli.console.print(f"Wrote {path}{', and the profile beside it' if profile else ''}")
+    terminal.console.print(f"Wrote {path}{', and the profile beside it' if profile else ''}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ class Bench:
         """
         experiment = setting.of(self.experiment)
         by_flops = config.build(config.merge(experiment.model_dump(), {"schedule": {"clock": "flops"}}))
-        cli.console.print(f"Steps with {setting} …")
+        terminal.console.print(f"Steps with {setting} …")
         freeze = Freeze(self.denoiser, self.found, experiment)
         prices, flops = (Prices(self.denoiser, self.found, self.batch, freeze, e, {}) for e in (experiment, by_flops))
         flops.counts = prices.counts
@@ -339,7 +339,7 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             failed[name] = "out of memory"
-            cli.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
+            terminal.complain("out of memory", f"{name}: left out (try a smaller clip: --frames, --height, --width)")
         if name in failed:
             self.optimizer.zero_grad(set_to_none=True)
             optimizer.follow(self.optimizer, (), "drop")  # moments may be there in part: the next step would miss them

@@ -46,7 +46,7 @@ from benchmarks import common
 from entprog.config import ClipShape
 from entprog.data import clip_stream, shards
 from entprog.media import assets, h264, pictures, video
-from pipelines import cli
+from pipelines import terminal
 from pipelines.cluster import session
 from pipelines.command import usage
 from pipelines.stream import feed
@@ -96,7 +96,7 @@ def main(
                 figures += rows_of(size, count, json.loads(found.stdout.splitlines()[-1]))
                 rows = [{name: row[name] for name in SHOWN} for row in figures if row["size"] == size]
             common.show(f"clips of {size}", rows)
-    cli.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
+    terminal.console.print(f"kept in {common.write('stream', figures, device='cpu', repeats=repeats)}")
 
 
 def rows_of(size: str, cores: int, found: dict[str, list[Turn] | str]) -> list[dict[str, Any]]:

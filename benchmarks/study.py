@@ -32,7 +32,7 @@ from benchmarks.study_units import Bench, Unit, without_seconds, work
 from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets
-from pipelines import cli, prepare
+from pipelines import cli, prepare, terminal
 from pipelines.cluster import session
 from pipelines.command import usage
 from pipelines.outputs import claim
@@ -87,7 +87,7 @@ def main(
             write(name, bench, scale, done)
         study_page.leave(common.RESULTS)
     except UserError as error:
-        cli.complain("error", str(error))
+        terminal.complain("error", str(error))
         raise typer.Exit(2) from None
 
 
@@ -250,7 +250,7 @@ def chosen(only: str | None) -> tuple[str, ...]:
 def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARMS)) -> Done:
     """Do what is left of some arms, until it is done or the sitting is over. Several processes may share a folder."""
     started, costs = time.time(), []
-    with cli.progress_bar() as bar:
+    with terminal.progress_bar() as bar:
         shown = bar.add_task("study", total=len(units(bench.scale)))
         while (done := read(bench)).left and (sitting_s is None or time.time() - started < sitting_s):
             bar.update(shown, completed=len(done.records))
@@ -265,7 +265,7 @@ def run(bench: Bench, sitting_s: float | None, only: Collection[str] = tuple(ARM
             left = len(mine) - 1
             line = f"{unit.kind} {unit.task} {unit.arm} seed {unit.seed}"
             bar.update(shown, description=line)
-            cli.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")
+            terminal.console.print(f"{len(done.records) + 1} done, {left} left: {line}, ETA {left * costs[-1]:.0f} s")
     return read(bench)
 
 
@@ -302,9 +302,9 @@ def explain(bench: Bench) -> None:
     wanted, done = units(bench.scale), read(bench)
     kinds = dict.fromkeys(unit.kind for unit in wanted)
     rows = [(kind, sum(u.kind == kind for u in wanted), sum(u.kind == kind for u in done.records)) for kind in kinds]
-    cli.show("Units of the study", rows, ("kind", "all", "done"))
+    terminal.show("Units of the study", rows, ("kind", "all", "done"))
     scale = bench.scale
-    cli.console.print(
+    terminal.console.print(
         f"Budget of a run: {scale.full_steps} steps of full training, in {scale.clock}; {len(scale.arms)} arms "
         f"({', '.join(ARMS[arm].title for arm in scale.arms)}) on {scale.tasks[0]}, {len(FEW)} on the others; "
         f"{len(scale.seeds)} seeds; clips {scale.shape}. Work folder {bench.work}."
@@ -328,7 +328,7 @@ def write(name: str, bench: Bench, scale: str, done: Done) -> Path:
         more={"scale": scale, "units_left": left, **more, "records": {u.file: r for u, r in done.records.items()}},
     )
     common.show("The study", [{k: row[k] for k in study_figures.SHOWN} for row in figures])
-    cli.console.print(f"Wrote {path}" + (f"; {left} units are left" if left else ""))
+    terminal.console.print(f"Wrote {path}" + (f"; {left} units are left" if left else ""))
     return path
 
 

@@ -21,8 +21,8 @@ from benchmarks import common, stream
 from entprog import config
 from entprog.config import ClipShape
 from entprog.data import shards
-from pipelines import cli, train
-from pipelines.cluster import launch, session
+from pipelines import cli, terminal, train
+from pipelines.cluster import capacity, session
 from pipelines.command import usage
 from pipelines.stream import feed
 from pipelines.training import steplog
@@ -46,7 +46,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/mlflow.db"
         dataset = stream.write_clips(Path(scratch, "shards"), SHAPE, held_out=4)
-        with session.ray_cluster(launch.LOCAL_CPUS):
+        with session.ray_cluster(capacity.LOCAL_CPUS):
             turns = [(number, decode) for number in range(repeats) for decode in ("worker", "cluster")]
             figures = [
                 training(dataset, Path(scratch, f"{decode}-{number}"), steps, decode) for number, decode in turns
@@ -54,7 +54,7 @@ def main(
             figures += [change_over(dataset) for _ in range(repeats)]
     for row in figures:
         common.show(row["what"], [{"figure": k, "value": v} for k, v in row.items() if k != "settings"])
-    cli.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
+    terminal.console.print(f"kept in {common.write('waiting', figures, device='cpu', repeats=repeats)}")
 
 
 def training(dataset: shards.Dataset, scratch: Path, steps: int, decode: str) -> dict[str, Any]:

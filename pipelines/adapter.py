@@ -12,7 +12,7 @@ import typer
 from entprog import storage
 from entprog.errors import UserError
 from entprog.masking import bare
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 from pipelines.outputs import claim
 
@@ -78,7 +78,7 @@ def merge(
         kind.inspect(chosen)
         parts = f"{len(found.pairs)} layers and {len(found.outside)} whole weights"
         if dry_run:
-            cli.console.print(f"Would merge {parts} of {bare(adapter)} into {bare(base)}, and write {folder}.")
+            terminal.console.print(f"Would merge {parts} of {bare(adapter)} into {bare(base)}, and write {folder}.")
             return {}
         claim.take(folder, "adapter", identity)
         merged = kind.load(chosen)
@@ -86,7 +86,7 @@ def merge(
             raise UserError(f"--base: {bare(base)} with {bare(adapter)} is no trained network: {name} is not finite")
         with storage.scratch_for(folder / "model", last=folders.ABOUT) as scratch:
             merged.save(scratch, shape=config.ClipShape(**shape) if shape else None)
-        cli.console.print(f"Merged {parts} of {bare(adapter)} into {bare(base)}: {folder / 'model'}")
+        terminal.console.print(f"Merged {parts} of {bare(adapter)} into {bare(base)}: {folder / 'model'}")
         return {"model": str(folder / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
@@ -130,9 +130,9 @@ def extract(
             finite.check(kind.inspect(side).part, option)
         if extracted := kept["expert"]:
             other = experts.OTHER[extracted]
-            cli.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")
+            terminal.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")
         if dry_run:
-            cli.console.print(
+            terminal.console.print(
                 f"Would extract an adapter of rank {rank} out of {bare(after)} over {bare(before)} into {folder}."
             )
             return {}
@@ -147,7 +147,7 @@ def extract(
         with storage.scratch_for(folder / "adapter", last=adapters.ABOUT) as scratch:
             adapters.write(scratch, found, tuned.PART)
             tuned.save_text(scratch)
-        cli.console.print(
+        terminal.console.print(
             f"Extracted {len(found.pairs)} layers at rank {rank}, without {lost:.1%} of their change; "
             f"{len(found.outside)} other weights that changed are whole beside them: {folder / 'adapter'}"
         )

@@ -1,4 +1,4 @@
-"""What every job has in common: its options, its result file, its exit status.
+"""What every job has in common: its options and settings, its result file, its exit status.
 
 Exit status 0 done, 1 failed at work, 2 wrong arguments or input (one line, no stack trace).
 """
@@ -9,50 +9,26 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 import pipelines
 from entprog import config, files, masking, storage
 from entprog.errors import UserError
 from entprog.names import plain
 from entprog.storage import Where
+from pipelines import terminal
 from pipelines.outputs import claim
 
 W = TypeVar("W", bound=config.Part)
 PRESETS = Path(__file__).parent / "presets"
 TABLES = Path("out/cei")
 """Where score tables of a Ray of this machine are kept, for every run of a working directory to share."""
-
-
-class Terminal(Console):
-    """Shows texts as they are, whoever named the files and runs in them: neither markup nor control characters act.
-
-    What is to stand out has a `style`.
-    """
-
-    def __init__(self, **options):
-        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
-
-    def render_str(self, text: str, **options) -> Text:
-        """Every text that is printed, alone or in a table, becomes what is shown here; addresses without secrets."""
-        return super().render_str(plain(masking.masked(text), keep="\n\t"), **options)
-
-
-console = Terminal()
-errors = Terminal(stderr=True)
-
 BUCKETS = ("s3:/", "gs:/", "gcs:/")
 
 
@@ -63,7 +39,7 @@ def folder(help: str):
 
 def _in_no_bucket(option: typer.CallbackParam, given: Path | None) -> Path | None:
     if given is not None and str(given).startswith(BUCKETS):
-        complain(
+        terminal.complain(
             "error",
             f"--{option.name} {given}: this job alone writes to no bucket: give a folder that all nodes see, and copy "
             "to the bucket what it leaves",
@@ -77,7 +53,7 @@ def _that_answers(option: typer.CallbackParam, given: str | None) -> str | None:
         if given is not None:
             output_of(given, option.name)
     except UserError as error:
-        complain("error", str(error))
+        terminal.complain("error", str(error))
         raise typer.Exit(2) from None
     return given
 
@@ -105,7 +81,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' ow
 def explain_settings(title: str, whole: type, only: str | tuple[str, ...] = "") -> None:
     """A table of what `whole`'s settings mean, or those of them whose names begin with `only`."""
     rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(whole)]
-    show(title, [row for row in rows if row[0].startswith(only)], ("name", "default", "meaning"))
+    terminal.show(title, [row for row in rows if row[0].startswith(only)], ("name", "default", "meaning"))
+
+
+def show_settings(title: str, part: config.Part) -> None:
+    """A table of the settings that are not at their defaults: all of them would hide what else a dry run says."""
+    rows = list(config.changed(part).items())
+    terminal.show(
+        f"{title}: what differs from the defaults (all settings: --help-settings)", rows, ("setting", "value")
+    )
 
 
 def help_settings(whole: type = config.Experiment, only: str = "", also: Callable[[], None] | None = None):
@@ -196,7 +180,7 @@ def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]
         if folder is not None:
             with contextlib.suppress(OSError):  # what was refused is what is said
                 claim.release(folder, made)
-        complain("error", str(error))
+        terminal.complain("error", str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         record |= {"status": "interrupted", "error": "interrupted (Ctrl-C, or told to stop): the same command resumes"}
@@ -211,23 +195,18 @@ def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]
                 files.write_text(folder / "error.log", plain(trace, keep="\n\t"))
                 kept = True
         if verbose or not kept:
-            errors.print(trace)
+            terminal.errors.print(trace)
         where = f" (trace: {folder / 'error.log'})" if kept else ""
-        complain("failed", masking.cut(record["error"], 300) + where)
+        terminal.complain("failed", masking.cut(record["error"], 300) + where)
     record["seconds"] = round(time.time() - started, 3)
     try:
         if folder is not None and claim.is_of(folder, job):
             files.write_json(folder / "result.json", masking.masked_in(record))
     except OSError as error:
-        complain("failed", f"{folder / 'result.json'} could not be written: {masking.one_line(error)}")
+        terminal.complain("failed", f"{folder / 'result.json'} could not be written: {masking.one_line(error)}")
         status = 1
     if status:
         raise typer.Exit(status)
-
-
-def complain(what: str, message: str) -> None:
-    """One line on standard error."""
-    errors.print(Text.assemble((f"{what}:", "red"), f" {plain(masking.masked(message))}"))
 
 
 def command() -> str:
@@ -262,104 +241,3 @@ def commit() -> str:
         return f"v{importlib.metadata.version('entprog')}"
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units that matter: 3 d 4 h, 5 min 6 s."""
-    whole = round(seconds)
-    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
-    first = next((i for i, (number, _) in enumerate(parts) if number), 3)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
-
-
-WHOLE_NAME = 36
-"""Characters of a name in a table's first column that stay on one line, however narrow the terminal is."""
-
-
-def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
-    """A small table of final figures on the terminal."""
-    table = Table(*columns, title=title, title_justify="left")
-    table.columns[0].overflow = "fold"  # names of blocks and files: all of them, on as many lines as that takes
-    table.columns[0].min_width = min(WHOLE_NAME, max((len(str(row[0])) for row in rows), default=0))
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    console.print(table)
-
-
-def show_settings(title: str, part: config.Part) -> None:
-    """A table of the settings that are not at their defaults: all of them would hide what else a dry run says."""
-    rows = list(config.changed(part).items())
-    show(f"{title}: what differs from the defaults (all settings: --help-settings)", rows, ("setting", "value"))
-
-
-def progress_bar() -> Progress:
-    """A bar with what is done, the time it took and the time it will take; nothing where there is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-LINE_EVERY_S = 5.0
-"""Time between lines where there is no terminal to draw a bar on."""
-
-
-@contextmanager
-def advancing(what: str, total: int, units: str = "clips") -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with how many more of the units are done: draws a bar with rate and ETA, or prints a
-    line now and then, and one at the end."""
-    started = printed = time.monotonic()
-    done = 0
-    with progress_bar() as bar:
-        task = bar.add_task(what, total=total)
-
-        def advance(more: int) -> None:
-            nonlocal done, printed
-            done, now = done + more, time.monotonic()
-            rate = done / max(now - started, 1e-9)
-            bar.update(task, completed=done, description=f"{what}, {rate:.2f} {units}/s")
-            if not console.is_terminal and (done == total or now - printed >= LINE_EVERY_S):
-                printed = now
-                left_s = (total - done) / rate
-                console.print(f"{what}: {done}/{total} {units}, {rate:.2f} {units}/s, ETA {left_s:.0f} s")
-
-        yield advance
-
-
-@contextmanager
-def stderr_into(path: Where, *, verbose: bool = False):
-    """What C++ libraries write to this process's stderr goes into a file, which is kept only if the work fails.
-
-    Not if it is refused: a UserError says by itself what is wrong.
-    """
-    if verbose:
-        yield
-        return
-    sys.stderr.flush()
-    mine = os.dup(2)
-    scratch = None if isinstance(path, Path) else tempfile.TemporaryDirectory(prefix="entprog-")
-    here = path if scratch is None else Path(scratch.name) / path.name
-    with files.opened(here, "ab") as log:
-        os.dup2(log.fileno(), 2)
-    try:
-        try:
-            yield
-        except UserError:
-            here.unlink(missing_ok=True)
-            raise
-        here.unlink(missing_ok=True)
-    finally:
-        sys.stderr.flush()
-        os.dup2(mine, 2)
-        os.close(mine)
-        if here.exists():
-            files.write_text(path, plain(masking.masked(here.read_text(errors="replace")), keep="\n\t"))
-        if scratch is not None:
-            scratch.cleanup()

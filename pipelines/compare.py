@@ -16,7 +16,7 @@ from entprog.config import Comparison
 from entprog.errors import UserError
 from entprog.masking import masked
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 from pipelines.comparison import drawings, page, runs, samples, words
 from pipelines.comparison import groups as grouping
@@ -88,7 +88,7 @@ def run(
     # A page is drawn anew from the store: to what target, and against which baseline, may change in the same output.
     identity = {"--experiment": experiment, "--runs": sorted(wanted)}
     claim.check(output, "compare", identity)
-    with runs.read(experiment, wanted, lambda line: cli.complain("note", line)) as trainings:
+    with runs.read(experiment, wanted, lambda line: terminal.complain("note", line)) as trainings:
         evaluations = {t.run_id: found for t in trainings if (found := t.evaluation())}
         unlike = grouping.differences(trainings, {key: _cards(e) for key, e in evaluations.items()})
         if unlike and not force:
@@ -160,8 +160,8 @@ def _explain(found: Sequence[Group], output: Where) -> dict[str, Any]:
     rows = [
         (group.label, ", ".join(f"{run.title} seed {run.seed} {run.status}" for run in group.runs)) for group in found
     ]
-    cli.show("Groups, the baseline first", rows, ("group", "runs"))
-    cli.console.print(f"Would compare them and write {output / 'comparison.html'}.")
+    terminal.show("Groups, the baseline first", rows, ("group", "runs"))
+    terminal.console.print(f"Would compare them and write {output / 'comparison.html'}.")
     return {}
 
 
@@ -175,15 +175,15 @@ def _show(verdict: Verdict, unlike: Sequence[Difference], path: Where) -> None:
         kept = [names.index(name) for name in ("Runs", "Held-out loss", "Time to target", "Net speed-up")]
         columns = ("group", *(names[place] for place in kept))
         rows = [(label, *(row[place] for place in kept)) for label, row in zip(labels, cells, strict=True)]
-    cli.console.print(f"\n{words.headline(verdict)}", style="bold")
+    terminal.console.print(f"\n{words.headline(verdict)}", style="bold")
     for line in words.remarks(verdict):
-        cli.console.print(line)
+        terminal.console.print(line)
     for difference in unlike:
-        cli.complain("forced", f"these runs are not alike: {difference}")
+        terminal.complain("forced", f"these runs are not alike: {difference}")
     for line in words.warnings(verdict):
-        cli.complain("note", line)
-    cli.show(f"Target: held-out loss {verdict.target_loss:.5g} ({verdict.target_is})", rows, columns)
-    cli.console.print(f"Page: {path}")
+        terminal.complain("note", line)
+    terminal.show(f"Target: held-out loss {verdict.target_loss:.5g} ({verdict.target_is})", rows, columns)
+    terminal.console.print(f"Page: {path}")
 
 
 if __name__ == "__main__":

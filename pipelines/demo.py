@@ -32,8 +32,8 @@ from entprog.media import assets, h264, sheet, skeleton
 from entprog.models import fingerprints
 from entprog.quality import posing
 from entprog.schedule import plans
-from pipelines import charts, cli, compare, generate, prepare, score, train
-from pipelines.cluster import launch, session
+from pipelines import charts, cli, compare, generate, prepare, score, terminal, train
+from pipelines.cluster import capacity, session
 from pipelines.command import usage
 from pipelines.generating import driving, motions, rendering
 from pipelines.outputs import claim
@@ -127,7 +127,7 @@ def main(
         if dry_run:
             last = runs["person"][-1]
             cli.show_settings(ARMS[names[-1]], last)
-            cli.console.print(
+            terminal.console.print(
                 f"Would prepare real clips, score, train {', '.join(names)} with {seeds} seed(s) from {BASE}, "
                 f"{seconds:g} s each on a rendered person, {real_seconds:g} s each on real clips, generate and "
                 f"compare, in {output}."
@@ -169,7 +169,7 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
     if finished.exists() and (known := json.loads(finished.read_text()))["identity"] == identity:
         return _tell(known["result"])
     tables = output / "cei"
-    with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+    with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
         _say(1, "prepare: cut clips of people out of real videos, with pose")
         cut = prepared(output, one.data.shape, verbose=verbose)
         copy_person(output / "person" / "shards")
@@ -183,7 +183,7 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
         for subject, experiments in runs.items():
             for experiment in experiments:
                 name, seed = experiment.schedule.kind, experiment.train.seed
-                cli.console.print(
+                terminal.console.print(
                     f"{SUBJECTS[subject]}: {ARMS[name]}, seed {seed}, {experiment.train.seconds:g} s", style="bold"
                 )
                 result = train.run(experiment, place(output / subject, experiment), tables=tables)
@@ -382,9 +382,9 @@ def _tell(result: dict[str, Any]) -> dict[str, Any]:
         f"Open {result['picture']}, {result['moving_picture']}, {result['page']} and {result['real']['page']}",
         f"     {how_to_open(tracking_uri())}",
     ]
-    cli.console.print("\nWhat happened", style="bold")
+    terminal.console.print("\nWhat happened", style="bold")
     for line in said:
-        cli.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        terminal.console.print(line, soft_wrap=True, highlight=False, markup=False)
     return result
 
 
@@ -406,7 +406,7 @@ def _said(title: str, came: Mapping[str, Any]) -> list[str]:
 
 
 def _say(number: int, what: str) -> None:
-    cli.console.print(f"\n{number}/4 {what}", style="bold")
+    terminal.console.print(f"\n{number}/4 {what}", style="bold")
 
 
 if __name__ == "__main__":

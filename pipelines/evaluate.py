@@ -25,8 +25,8 @@ from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
 from entprog.storage import Where
-from pipelines import cli
-from pipelines.cluster import joining, launch, session
+from pipelines import cli, terminal
+from pipelines.cluster import capacity, joining, session
 from pipelines.command import usage
 from pipelines.generating import checkpoints, judging, motions, protocol
 from pipelines.outputs import claim
@@ -43,7 +43,7 @@ SHOWN = 6
 
 def _explain_metrics() -> None:
     known = [(name, m.better, m.meaning, "" if m.offline else "on request") for name, m in METRICS.items()]
-    cli.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
+    terminal.show("Metrics (--metrics NAME,NAME)", known, ("name", "better", "meaning", "measured"))
 
 
 HelpSettings = cli.help_settings(Evaluation, also=_explain_metrics)
@@ -99,7 +99,7 @@ def main(
         if dry_run:
             return explain(task)
         claim.take(folder, "evaluate", task.identity)
-        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
             return run(task, folder, verbose=verbose)
 
     cli.run("evaluate", None if dry_run else output, work, verbose=verbose)
@@ -183,7 +183,7 @@ def explain(task: Task) -> dict[str, Any]:
     source = f"in {task.folder}"
     if task.maker is not None:
         source = f"{len(task.missing)} of them to be generated with {task.maker.root} ({_protocol(task.made)})"
-    cli.console.print(
+    terminal.console.print(
         f"Would judge {len(task.places)} clips of {task.dataset.shape} ({task.settings.evaluate.split} of "
         f"{task.dataset.folder}), {source}, by {', '.join(task.names)}; figures go to "
         f"{f'MLflow run {task.run_id}' if task.run_id else 'no MLflow run'}.",
@@ -205,12 +205,12 @@ def _tell_shown(task: Task) -> None:
         and cls.TEXT_PIPELINE
         and any(captions.of_clips(task.dataset, task.settings.evaluate.split))
     ):
-        cli.console.print(
+        terminal.console.print(
             "Captions of the clips are not shown to the network: every clip is made with the text that lies with the "
             "checkpoint (generate.text gives another one)"
         )
     if unlike := task.maker.unlike(task.dataset.points):
-        cli.console.print(f"{task.dataset.folder}: {unlike}")
+        terminal.console.print(f"{task.dataset.folder}: {unlike}")
 
 
 def _protocol(made: dict[str, Any]) -> str:
@@ -222,15 +222,15 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
     claim.take(output, "evaluate", task.identity)
     settings, names, missing = task.settings, task.names, task.missing
     for name, why in task.left_out.items():
-        cli.console.print(f"left out: {name} {why}")
+        terminal.console.print(f"left out: {name} {why}")
     workers, gpus = _workers(settings)
     if task.maker is not None:
         _tell_shown(task)
         protocol.leave(task.folder, task.made)
         there = len(task.places) - len(missing)
         if there:
-            cli.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}")
-    with cli.stderr_into(output / "ray.log", verbose=verbose):
+            terminal.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}")
+    with terminal.stderr_into(output / "ray.log", verbose=verbose):
         if task.maker is not None and missing:
             judging.generate(missing, task.maker, settings, workers, gpus)
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
@@ -248,8 +248,8 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
     if task.run_id:
         _log(task.run_id, output, figures)
     _show(evaluation, len(task.places))
-    cli.console.print(f"How each was measured: {output / 'evaluation.json'}")
-    cli.console.print(f"At a glance: {picture}")
+    terminal.console.print(f"How each was measured: {output / 'evaluation.json'}")
+    terminal.console.print(f"At a glance: {picture}")
     return {
         "figures": {name: figure.value for name, figure in figures.items()},
         "evaluation": str(output / "evaluation.json"),
@@ -322,7 +322,7 @@ def _figures(
             figures[name] = mean_figure(values, chosen.bootstrap, **drawn)
         except ValueError as error:
             without[name] = str(error)
-            cli.console.print(f"left out: {name}: {error}")
+            terminal.console.print(f"left out: {name}: {error}")
     return figures, without
 
 
@@ -356,17 +356,19 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
         )
         for name, figure in evaluation["figures"].items()
     ]
-    cli.show(f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips", "sources"))
+    terminal.show(
+        f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips", "sources")
+    )
 
 
 # ---- around ----
 
 
 def _workers(settings: Evaluation) -> tuple[int, bool]:
-    """(actors, whether each has a GPU). Raises UserError as `launch.gpus_there` does."""
+    """(actors, whether each has a GPU). Raises UserError as `capacity.gpus_there` does."""
     import ray
 
-    gpus = launch.gpus_there(settings.evaluate.gpus, "evaluate.gpus", cli.console.print)
+    gpus = capacity.gpus_there(settings.evaluate.gpus, "evaluate.gpus", terminal.console.print)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     return settings.evaluate.workers or gpus or max(cpus // CPUS_PER_WORKER, 1), gpus > 0
 
@@ -387,7 +389,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
         message = f"MLflow at {masked(uri)} has no run {run_id} ({reason(error, uri)})"
         if wanted:
             raise UserError(f"--run: {message}; check MLFLOW_TRACKING_URI") from None
-        cli.console.print(f"warning: {message}: the figures stay in the output folder")
+        terminal.console.print(f"warning: {message}: the figures stay in the output folder")
         return None
     return run_id
 
@@ -395,7 +397,7 @@ def _mlflow_run(maker: checkpoints.Checkpoint | None, wanted: str | None) -> str
 def _log(run_id: str, output: Where, figures: dict[str, Any]) -> None:
     tracker = Tracker.attach(
         {"uri": tracking_uri(), "run_id": run_id, "output": storage.address(output)},
-        warn=lambda text: cli.console.print(f"warning: {text}"),
+        warn=lambda text: terminal.console.print(f"warning: {text}"),
     )
     tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})
     for name in ("evaluation.json", "sheet.png"):

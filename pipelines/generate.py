@@ -23,7 +23,7 @@ from entprog.config import Generate, Generation, Prepare
 from entprog.errors import UserError
 from entprog.masking import bare
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 from pipelines.generating import checkpoints, driving, motions, protocol, replacing, retargeting
 from pipelines.generating.checkpoints import Checkpoint
@@ -198,18 +198,18 @@ def run(
             f"{checkpoint} was trained with the last frame of each clip: give --last PICTURE, how it is to end"
         )
     if "pose" not in found.conditions:
-        cli.console.print(
+        terminal.console.print(
             f"{checkpoint} sees no pose (its conditions: {sees}): of the motions it takes the length alone"
         )
     if "reference" not in found.conditions and reference is not None:
-        cli.console.print(
+        terminal.console.print(
             f"{checkpoint} sees no reference (its conditions: {sees}): clips do not show who is in --reference"
         )
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):
-            cli.console.print(unlike)
+            terminal.console.print(unlike)
     if faceless := found.faceless(made):
-        cli.console.print(faceless)
+        terminal.console.print(faceless)
     if retarget:
         if shards is not None and reference is not None:
             own = [retargeting.own_pose(reference, shape, settings.prepare)] * len(made)
@@ -220,7 +220,7 @@ def run(
         names = ", ".join(motion.name for motion in made)
         longest = max(len(motion.pose) for motion in made)
         long = f", the longest of {longest} frames in windows" if longest > shape.frames else ""
-        cli.console.print(
+        terminal.console.print(
             f"Would generate {len(made)} clip(s) of {shape}{long} with {settings.generate.steps} steps from "
             f"{found.root} (conditions: {sees}): {names}",
         )
@@ -233,7 +233,7 @@ def run(
     shown = {}
     if retarget:
         shown["preview"] = str(retargeting.preview(driving, made, own, output / "retarget.png"))
-        cli.console.print(f"Retargeted motions beside the driving ones: {shown['preview']}")
+        terminal.console.print(f"Retargeted motions beside the driving ones: {shown['preview']}")
     given = {"checkpoint": bare(str(checkpoint))} if "://" in str(checkpoint) else {}  # not where it was fetched to
     return _generate(found, made, output, settings, how) | {"left_out": left_out, **given, **shown}
 
@@ -304,7 +304,7 @@ def _whole(made: list[motions.Motion], maker: Checkpoint) -> list[motions.Motion
     lengths = Counter((len(motion.pose), len(whole.pose)) for motion, whole in zip(made, cut, strict=True))
     for (given, kept), clips in sorted(lengths.items()):
         if kept < given:
-            cli.console.print(
+            terminal.console.print(
                 f"{clips} clip(s) of {kept} of the motion's {given} frames: {maker.root} makes {maker.geometry.step}n+1"
             )
     return cut
@@ -356,12 +356,12 @@ def _generate(
     without = how["without"]
     records, picture = render(load, made, checkpoint.shape, output, settings.generate, without, config.digest(how))
     columns = ("clip", "video", *(["difference"] if without else []))
-    cli.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
+    terminal.show("Generated", [tuple(record[name] for name in columns) for record in records], columns)
     if without:
         largest = max(record["difference"] for record in records)
         message = "identical: it has no influence yet" if largest == 0 else f"up to {largest} of 255 levels apart"
-        cli.console.print(f"With and without {without}: {message}")
-    cli.console.print(f"At a glance: {picture}")
+        terminal.console.print(f"With and without {without}: {message}")
+    terminal.console.print(f"At a glance: {picture}")
     return {
         "checkpoint": str(checkpoint.root),
         "shape": checkpoint.shape.model_dump(),

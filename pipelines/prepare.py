@@ -26,7 +26,7 @@ from entprog.preparing import attempts, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Source, is_video
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.cluster import joining, room, session
 from pipelines.command import usage
 from pipelines.outputs import claim
@@ -129,8 +129,8 @@ def main(
                 encoding = caching.decided(encoding)
             figures = plan(input, folder, settings) if dry_run else run(input, folder, settings, verbose=verbose)
         if latents and dry_run and input is not None and not (folder / "dataset.json").exists():
-            cli.console.print(caching.wanted(encoding, shapes))
-            cli.console.print("then latents: their size and time can be said once there are clips to measure on")
+            terminal.console.print(caching.wanted(encoding, shapes))
+            terminal.console.print("then latents: their size and time can be said once there are clips to measure on")
         elif latents:
             figures |= {"latents": caching.run(folder, encoding=encoding, dry_run=dry_run, verbose=verbose)}
         return figures
@@ -218,7 +218,7 @@ def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, A
     size = f"{sum(row['bytes'] for row in tried) / 1e6:.1f} MB where their size is known"
 
     def say(text: str) -> None:
-        cli.console.print(text)
+        terminal.console.print(text)
 
     say(f"input: {work.found.kind} {masked(str(given))}")
     say(f"{len(rows)} files, {len(tried)} of them videos by name ({size})")
@@ -251,24 +251,24 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
     work = look(given, output, settings)
     claim.take(output, "prepare", packing.identity(settings), earlier=_is_earlier(output, settings, work.before))
     for note in work.found.notes:
-        cli.console.print(note)
+        terminal.console.print(note)
     additions.mend(output, work.before)
     if work.before is not None and not work.to_do:
         if (output / "parts").exists():  # killed after the dataset was finished
             contact_sheet.of_dataset(output, work.before.dataset)
             packing.remove_parts(output / "parts")
-        cli.console.print(f"nothing to do: {output} is finished, with the same input and settings")
+        terminal.console.print(f"nothing to do: {output} is finished, with the same input and settings")
         return _report(output, ledger.summary(work.before.lines))
     if work.before is not None:
-        cli.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
+        terminal.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
     done = packing.finished(parts, work.to_do, keys, settings)
     left = [row for row in work.to_do if row["file"] not in done]
     if done:
-        cli.console.print(f"resuming: {len(done)} of {len(work.to_do)} sources are done already")
+        terminal.console.print(f"resuming: {len(done)} of {len(work.to_do)} sources are done already")
     tally = progress.Tally(sum(is_video(row) for row in work.to_do), settings.prepare.max_rejected)
-    with cli.stderr_into(output / "prepare.log", verbose=verbose):
+    with terminal.stderr_into(output / "prepare.log", verbose=verbose):
         try:
             for file, record in done.items():
                 tally.count(file, record["ledger"][0]["reason"])
@@ -302,7 +302,7 @@ def _cut_all(
         return
     parts = parts.resolve()  # workers have their own working folder
     attempts.forget(parts)
-    cpus = room.cpus(2, cli.console.print)
+    cpus = room.cpus(2, terminal.console.print)
     with progress.bar(len(left)) as advance:
         wave = ROWS_PER_BLOCK * BLOCKS_PER_CPU * cpus
         for some in (left[i : i + wave] for i in range(0, len(left), wave)):
@@ -369,16 +369,18 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
     new = [{**line, "split": splits[line["file"]] if line["kept"] else ""} for line in new]
     new = packing.with_twins(new, old)
     if twins := sum(line["kept"] and bool(line["message"]) for line in new):
-        cli.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
+        terminal.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
     of_kept = [records[file] for file in kept]
     most = packing.points_of(of_kept)
     points = before.dataset.points if before else most
     if bare := packing.without_parts(of_kept, points):
-        cli.console.print(bare)
+        terminal.console.print(bare)
     if points < most:
-        cli.console.print(f"faces and hands of the new videos are left out: the dataset has poses of {points} points")
+        terminal.console.print(
+            f"faces and hands of the new videos are left out: the dataset has poses of {points} points"
+        )
     masks = packing.masked(of_kept)
     plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points, masks)
     written = packing.pack_all(ray, plans, output, settings.data.shape, listed)
@@ -400,11 +402,13 @@ def _report(output: Where, figures: Row) -> Row:
     for name, infos in dataset.splits.items():
         size = sum(shard.bytes for shard in infos)
         splits[name] = {"clips": dataset.clips(name), "shards": len(infos), "bytes": size}
-        cli.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
+        terminal.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
     if not dataset.clips("held_out"):
         alone = "; one source alone cannot be both, add another" if figures["inputs"]["kept"] == 1 else ""
-        cli.console.print(f"nothing is held out: training has no clips to measure its loss on{alone}", style="yellow")
-    cli.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
+        terminal.console.print(
+            f"nothing is held out: training has no clips to measure its loss on{alone}", style="yellow"
+        )
+    terminal.console.print(f"look at {output / 'contact_sheet.png'}; every decision is in {output / 'ledger.parquet'}")
     shape = dataset.shape.model_dump()
     return {**figures, "splits": splits, "shape": shape, "fingerprint": dataset.fingerprint, "output": str(output)}
 
@@ -415,7 +419,7 @@ def _show(figures: Row) -> None:
     for reason in {**figures["inputs"]["rejected"], **figures["clips"]["rejected"]}:
         counts = (figures[kind]["rejected"].get(reason, 0) for kind in ("inputs", "clips"))
         rows.append((f"rejected: {reason}", *counts))
-    cli.show("prepared", rows, ("", "files", "clips"))
+    terminal.show("prepared", rows, ("", "files", "clips"))
 
 
 if __name__ == "__main__":

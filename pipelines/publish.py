@@ -18,7 +18,7 @@ from entprog import files, storage
 from entprog.errors import UserError
 from entprog.masking import bare, has_credentials, reason
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 
 HUB = "hf://"
@@ -97,7 +97,7 @@ def run(
     if kept is not None and not fetched:
         training.check_weights(kept, _of_step(step))
     if re.fullmatch(REPOSITORY, to) and not Path(to).parent.exists():
-        cli.console.print(f"Note: --to {to} is a folder of this machine; on the hub it is {HUB}{to}.")
+        terminal.console.print(f"Note: --to {to} is a folder of this machine; on the hub it is {HUB}{to}.")
     with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
         folder = _complete(root, about, Path(scratch) / "model", _title(checkpoint), step, kept)
         sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -105,7 +105,7 @@ def run(
         done = "Would publish" if dry_run else "Published"
         if not dry_run:
             _put(folder, to, where, public)
-        cli.console.print(
+        terminal.console.print(
             f"{done} {root} ({len(sizes)} files, {total / 2**20:.1f} MiB) to {bare(to)}: {', '.join(sizes)}"
         )
     return {"to": bare(to), "files": sizes}
@@ -209,7 +209,7 @@ def _complete(root: Path, about: dict[str, Any], folder: Path, title: str, step:
 
     if whole.missing(root) or step is not None:
         for part, place in whole.named_folders(root, about).items():
-            cli.console.print(f"Note: {part} is copied from {place}, as the checkpoint's entprog.json says.")
+            terminal.console.print(f"Note: {part} is copied from {place}, as the checkpoint's entprog.json says.")
         chosen = config.Model(family=about["family"], base=str(root), conditions=tuple(about["conditions"]))
         denoiser = models.family(about["family"]).load(chosen)
         if step is not None:

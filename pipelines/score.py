@@ -16,8 +16,8 @@ from entprog.models import fingerprints
 from entprog.scoring import priorities
 from entprog.scoring.tables import ScoreTable
 from entprog.storage import Where
-from pipelines import charts, cli
-from pipelines.cluster import launch, session
+from pipelines import charts, cli, terminal
+from pipelines.cluster import capacity, launch, session
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
@@ -69,7 +69,7 @@ def main(
             return explain(experiment, folder)
         score_tables.check(tables)
         claimed(experiment, folder)
-        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
             return run(experiment, folder, tables=tables, is_claimed=True)
 
     cli.run("score", None if dry_run else output, work, verbose=verbose)
@@ -101,7 +101,7 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     work = f"with {priority.conditions} conditions × {priority.draws} draws{until}"
     if priority.kind in priorities.WITHOUT_DATA:
         work = "without looking at clips"
-    cli.console.print(
+    terminal.console.print(
         f"Would score the blocks of {experiment.model.family} from {experiment.model.base or 'new weights'} by "
         f"{priority.kind} {work}, on {dataset.clips('train')} clips."
     )
@@ -120,13 +120,13 @@ def run(
         "weights": fingerprints.base(experiment.model),
         "data": datasets.read_dataset(experiment.data.shards).fingerprint,
     }
-    with cli.console.status("scoring blocks") as status:
+    with terminal.console.status("scoring blocks") as status:
 
         def on_item(item: dict[str, Any]) -> None:
             if "scored" in item:
                 status.update(f"scoring blocks: condition {item['scored']} of {item['of']}")
             elif "waiting" in item:
-                cli.console.print(item["waiting"])
+                terminal.console.print(item["waiting"])
 
         known = launch.run_workers(launch.scoring, settings, experiment, output / "ray", on_item)
     table = ScoreTable.from_json(known)
@@ -137,13 +137,13 @@ def run(
     skipping = table.blocks[0].loss_increase is not None  # kinds that skip blocks measure all three at once
     measures = {"pi_std": "π (std)", "pi_elementwise": "π (elementwise)", "loss_increase": "loss increase"}
     measures = measures if skipping else {}
-    cli.show(
+    terminal.show(
         f"{charts.KINDS[table.kind]}, {table.conditions} conditions × {table.draws} draws",
         [(b.name, b.score, b.std_error, *(getattr(b, name) for name in measures), rank[b.name]) for b in table.blocks],
         ("block", "score", "± std error", *measures.values(), "rank"),
     )
     for line in table.warnings(experiment.priority.sign):
-        cli.console.print(f"warning: {line}")
+        terminal.console.print(f"warning: {line}")
     return {
         "table": str(output / "cei.json"),
         "chart": str(output / "cei.png"),

@@ -14,7 +14,7 @@ import pipelines
 from entprog.errors import UserError
 from entprog.masking import reason
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.command import usage
 from pipelines.training import standing
 
@@ -33,9 +33,9 @@ def main(
         where = cli.output_of(output)
         state, table = _look(where)
         if not follow:
-            cli.console.print(table)
+            terminal.console.print(table)
             return
-        with Live(table, console=cli.console, auto_refresh=False) as live:
+        with Live(table, console=terminal.console, auto_refresh=False) as live:
             while state in ("running", "silent"):
                 time.sleep(every_s)
                 try:
@@ -44,11 +44,11 @@ def main(
                     table.caption = f"cannot be read at the moment, tried again: {reason(error)}"
                 live.update(table, refresh=True)
     except UserError as error:
-        cli.complain("error", str(error))
+        terminal.complain("error", str(error))
         raise typer.Exit(2) from None
     except OSError as error:
         why = "does its disk, or the bucket, answer, and may you read it?"
-        cli.complain("error", f"the training in {where} cannot be read: {reason(error)}; {why}")
+        terminal.complain("error", f"the training in {where} cannot be read: {reason(error)}; {why}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(0) from None

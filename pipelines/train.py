@@ -21,8 +21,8 @@ from entprog.models import fingerprints
 from entprog.schedule import plans
 from entprog.storage import Place, Where
 from entprog.training import checkpoint
-from pipelines import cli
-from pipelines.cluster import launch, session, stalls
+from pipelines import cli, terminal
+from pipelines.cluster import capacity, launch, session, stalls
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
@@ -87,7 +87,7 @@ def main(
         parts = claimed(experiment, folder)
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
-        with session.ray_cluster(launch.LOCAL_CPUS, verbose=verbose):
+        with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
             return run(experiment, folder, parts=parts, tables=tables, clock=clock)
 
@@ -115,22 +115,22 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     first = next(iter(parts.values()))[0]
     for name, (part, dataset) in parts.items():
         if name:
-            cli.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
+            terminal.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
         _explain(part, dataset, checks.stand_in(part, first), nodes)
     beside = {
         "whole": "VAE and the base's encoders copied",
         "light": "VAE and encoders by name, not copied (train.save=light)",
     }
     if every := experiment.train.preview_every:
-        cli.console.print(
+        terminal.console.print(
             f"Would draw {experiment.train.preview_clips} held-out motions every {every} steps, uncharged: "
             f"{output / 'previews' / 'index.html'}"
         )
-    cli.console.print(
+    terminal.console.print(
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
-    cli.console.print(outline.not_looked_at(experiment, output))
-    cli.console.print(lacking or "Checked: nothing else is in the way; the same command without --dry-run begins.")
+    terminal.console.print(outline.not_looked_at(experiment, output))
+    terminal.console.print(lacking or "Checked: nothing else is in the way; the same command without --dry-run begins.")
     return {"settings": config.settings(experiment)}
 
 
@@ -140,7 +140,7 @@ def _explain(
     train, schedule = experiment.train, experiment.schedule
     budgets = ((train.steps, "steps"), (train.seconds, "s"), (train.flops, "FLOPs"))
     ends = [f"{number:g} {unit}" for number, unit in budgets if number]
-    cli.console.print(
+    terminal.console.print(
         f"Would train {experiment.model.family} from {experiment.model.base or 'new weights'} on "
         f"{dataset.clips('train')} clips ({dataset.clips('held_out')} held out), {train.workers} worker(s) × "
         f"{experiment.data.batch_size} clips a step, until {' or '.join(ends)}, schedule {schedule.kind} "
@@ -158,21 +158,21 @@ def _explain(
     said += (outline.expert(source), outline.poses(dataset, source), outline.masks(dataset, source))
     for line in said:
         if line:
-            cli.console.print(line)
-    cli.show("Stages", outline.rows(experiment, len(eligible), len(found) - len(eligible)), outline.COLUMNS)
-    cli.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
+            terminal.console.print(line)
+    terminal.show("Stages", outline.rows(experiment, len(eligible), len(found) - len(eligible)), outline.COLUMNS)
+    terminal.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
     telling = (footprint.copying, footprint.inputs, footprint.other_expert, footprint.advice)
     for line in (
         *(say(experiment, source) for say in telling),
         footprint.host_advice(experiment, source, footprint.machine_bytes()),
     ):
         if line:
-            cli.console.print(line)
+            terminal.console.print(line)
     cached = " Where latents are cached they are read in place of clips." if source.vae is not None else ""
-    cli.console.print(f"{decoding.outlook(experiment, dataset, nodes)}{cached}")
+    terminal.console.print(f"{decoding.outlook(experiment, dataset, nodes)}{cached}")
     expectation.tell(experiment, model)
     for line in outline.notes(experiment, dataset, source):
-        cli.console.print(line)
+        terminal.console.print(line)
 
 
 def run(
@@ -203,16 +203,16 @@ def run(
     finished = output / "finished.json"
     if finished.exists():
         deliver_pending(output)
-        cli.console.print(f"Already finished: {output} (another --output for a new run).")
+        terminal.console.print(f"Already finished: {output} (another --output for a new run).")
         return json.loads(finished.read_text())["result"]
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     said = (outline.poses(dataset, source), outline.masks(dataset, source))
     for line in (*said, *outline.notes(experiment, dataset, source)):
         if line:
-            cli.console.print(line)
-    gpus = launch.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
-    launch.check_tracking(experiment)
+            terminal.console.print(line)
+    gpus = capacity.use_gpus(experiment)  # refuses what cannot run before MLflow has a run of it
+    capacity.check_tracking(experiment)
     if experiment.train.checkpoints:
         place = storage.quickly(experiment.train.checkpoints)
         Place.at(place).check()
@@ -279,7 +279,7 @@ def run(
         result |= {"advice": message, **watch.figures()}
         if failed := model_card.tried(output / "model", experiment.name, experiment, result):
             steplog.warn(output, failed)
-            cli.complain("warning", failed)
+            terminal.complain("warning", failed)
         report.leave_charts(output, steps, result["blocks"], tracker, dataset)
         tracker.summary(report.final(result) | result["stalls"] | watch.figures())
         tracker.tags({"entprog.memory_is": result["peak_memory_is"]})

@@ -22,8 +22,8 @@ from entprog.models import fingerprints
 from entprog.names import cell
 from entprog.schedule import plans
 from entprog.storage import Where
-from pipelines import cli
-from pipelines.cluster import joining, launch, room, session
+from pipelines import cli, terminal
+from pipelines.cluster import capacity, joining, launch, room, session
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
@@ -101,7 +101,7 @@ def main(
             return explain(wanted, found, folder)
         score_tables.check(tables)
         claimed(wanted, found, folder)
-        with session.ray_cluster(launch.LOCAL_CPUS, dashboard=True, verbose=verbose):
+        with session.ray_cluster(capacity.LOCAL_CPUS, dashboard=True, verbose=verbose):
             return run(wanted, found, folder, tables=tables, verbose=verbose, is_claimed=True)
 
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
@@ -164,13 +164,13 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
     """Resources of the cluster that a run would use, once what it waits for is there, or of a local Ray as it would be
     started."""
     if joining.address():
-        with session.ray_cluster(launch.LOCAL_CPUS) as ray:
+        with session.ray_cluster(capacity.LOCAL_CPUS) as ray:
             now = ray.cluster_resources()
         gpus = experiment.train.gpus == "yes" or (experiment.train.gpus == "auto" and now.get("GPU", 0) > 0)
         return now | {k: max(now.get(k, 0), least) for k, least in sweep.needs(experiment, settings, gpus).items()}
     import torch
 
-    return {"CPU": max(os.cpu_count() or 1, launch.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
+    return {"CPU": max(os.cpu_count() or 1, capacity.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
 
 
 def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
@@ -179,13 +179,13 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
-    cli.show("Space", rows, ("setting", "values", "without the sweep"))
-    cli.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
+    terminal.show("Space", rows, ("setting", "values", "without the sweep"))
+    terminal.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
     share = sweep.share(experiment, settings, resources(experiment, settings), os.cpu_count() or 1)
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
-    cli.console.print(
+    terminal.console.print(
         f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
         f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "
         f"{share.threads} thread(s) each): about {_minutes(least)} to {_minutes(most)} with start-up."
@@ -217,13 +217,13 @@ def run(
         claimed(wanted, space, output)
     begun = state.read(output)
     experiment, settings = as_begun(wanted.experiment(), begun), wanted.tune
-    launch.check_tracking(experiment, *sweep.NEXT_TO_NOTHING)
-    with_gpus = launch.use_gpus(experiment)
+    capacity.check_tracking(experiment, *sweep.NEXT_TO_NOTHING)
+    with_gpus = capacity.use_gpus(experiment)
     gpus = "yes" if with_gpus else "no"  # for all trials, also those of a later start
     if joining.address():  # nodes that are still to come are not counted below
         wait(sweep.needs(experiment, settings, with_gpus))
     if settings.early_stop and not sweep.stops_early(settings):
-        cli.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
+        terminal.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
     begun = begun or state.begin(output, {**vars(now), "gpus": gpus})
@@ -286,7 +286,9 @@ def wait(needed: Mapping[str, int]) -> None:
     """Wait until resources are free on the connected cluster, on whatever nodes."""
     wanted = [{name: 1} for name, count in needed.items() for _ in range(count)]
     both = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in needed.items())
-    room.wait(wanted, len(wanted), lambda placed: f"trials need {both}, {placed} of them are free", cli.console.print)
+    room.wait(
+        wanted, len(wanted), lambda placed: f"trials need {both}, {placed} of them are free", terminal.console.print
+    )
 
 
 def cluster() -> str:
@@ -442,16 +444,16 @@ def _show(result: Mapping[str, Any], output: Where) -> None:
     ]  # fmt: skip
     columns = ("trial", "status", "held-out loss", "± seeds", "s / search", "MiB", "best")
     more = f", {SHOWN} of them here, all in {output / 'trials.csv'}" if len(result["trials"]) > SHOWN else ""
-    cli.show(f"{len(result['trials'])} trials{more}", rows, columns)
-    cli.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
+    terminal.show(f"{len(result['trials'])} trials{more}", rows, columns)
+    terminal.show(f"Settings of {result['best']['id']}", list(result["best"]["settings"].items()), ("setting", "value"))
     for row in result["trials"]:
         if row["status"] == "failed":
-            cli.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}")
+            terminal.console.print(f"trial {row['id']} failed: {row.get('reason', 'unknown')}")
     for line in result["recommendation"]:
-        cli.console.print(f"- {line}")
-    cli.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
-    cli.console.print(f"Charts: {', '.join(result['charts'])}")
-    cli.console.print(f"Compare runs: {how_to_open(tracking_uri())}")
+        terminal.console.print(f"- {line}")
+    terminal.console.print(f"Train with the best: python -m pipelines.train --config {output / 'best.yaml'} --output …")
+    terminal.console.print(f"Charts: {', '.join(result['charts'])}")
+    terminal.console.print(f"Compare runs: {how_to_open(tracking_uri())}")
 
 
 def _number(value: Any) -> str:

@@ -61,7 +61,7 @@ def local_ray():
     """A local Ray with a dashboard, started by the first file that asks for it: `session.ray_cluster` joins it."""
     import ray
 
-    from pipelines.cluster import launch, session
+    from pipelines.cluster import capacity, session
 
     def ended() -> None:
         assert not ray.is_initialized()
@@ -72,7 +72,7 @@ def local_ray():
             patch.setenv("RAY_metrics_report_interval_ms", "500")  # tests read Ray's own metrics
             for name, value in servers.CREDENTIALS.items():  # its workers take their environment from here
                 patch.setenv(name, value)
-            SHARED_RAY.enter_context(session.ray_cluster(launch.LOCAL_CPUS, dashboard=True))
+            SHARED_RAY.enter_context(session.ray_cluster(capacity.LOCAL_CPUS, dashboard=True))
     return ray
 
 

@@ -29,8 +29,8 @@ from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.people import CLIPS, two_people
 from helpers.processes import running
 from helpers.servers import Server, metadata
-from pipelines import cli, train, tune
-from pipelines.cluster import joining, launch, ray_internals, room, session, spot
+from pipelines import terminal, train, tune
+from pipelines.cluster import capacity, joining, launch, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
 from pipelines.preparing import latents
 from pipelines.stream import decoding, feed
@@ -411,7 +411,7 @@ def test_a_cluster_that_starts_is_waited_for_until_it_has_settled(nodes, monkeyp
     came, message = waited_for(nodes, 2, 2, GPU, joins=[{"cpus": 3, "num_gpus": 2}])
     here = "there is room for 0 of 2 workers (1 GPU each, 1 CPU for decoding): waiting for nodes since"
     assert came == 2 and message[0].startswith(here)
-    assert launch.gpus_there("auto", "latents.gpus", message.append) == 2
+    assert capacity.gpus_there("auto", "latents.gpus", message.append) == 2
     with pytest.raises(KeyboardInterrupt):
         stop = threading.Event()
         stop.set()
@@ -473,7 +473,7 @@ def test_a_sweep_waits_for_all_that_its_trials_take(nodes, monkeypatch):
     share = sweep.share(experiment, settings, tune.resources(experiment, settings), 4)
     assert (share.concurrent, share.decode_cpus) == (2, 1.0)
     message = []
-    monkeypatch.setattr(cli.console, "print", message.append)
+    monkeypatch.setattr(terminal.console, "print", message.append)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tune.wait, sweep.needs(experiment, settings, False))
         for cpus in (2, 1):  # two workers could begin with the first
@@ -498,7 +498,7 @@ def test_a_trial_knows_its_drivers_cluster(nodes):
     def there(spec, experiment):
         os.environ.pop("RAY_ADDRESS", None)  # as under `ray job submit`
         trial.here(spec)
-        return joining.address(), launch.use_gpus(experiment)
+        return joining.address(), capacity.use_gpus(experiment)
 
     knows = ray.remote(num_cpus=0)(there).remote(spec, wanting(workers=16, gpus="yes"))
     assert ray.get(knows) == (nodes.cluster.address, True)
@@ -618,14 +618,14 @@ def test_copies_lie_where_the_environment_of_node_or_job_says(nodes, tmp_path, b
 
 def test_gpus_that_may_come_are_waited_for_if_they_are_asked_for(nodes):
     nodes.are(1)
-    assert launch.use_gpus(wanting(workers=16, gpus="yes")) is True
-    assert launch.use_gpus(wanting(workers=16, gpus="no")) is False
-    assert launch.use_gpus(wanting(workers=1)) is False, "there are CPUs enough"
+    assert capacity.use_gpus(wanting(workers=16, gpus="yes")) is True
+    assert capacity.use_gpus(wanting(workers=16, gpus="no")) is False
+    assert capacity.use_gpus(wanting(workers=1)) is False, "there are CPUs enough"
     neither = r"gpus=auto, and the cluster has neither .*: set {0}=yes or {0}=no$"
     with pytest.raises(UserError, match=neither.format("train.gpus")):
-        launch.use_gpus(wanting(workers=16))
+        capacity.use_gpus(wanting(workers=16))
     with pytest.raises(UserError, match=neither.format("latents.gpus")):
-        launch.gpus_there("auto", "latents.gpus", pytest.fail, cpus=4)
+        capacity.gpus_there("auto", "latents.gpus", pytest.fail, cpus=4)
 
 
 def test_latents_are_encoded_on_a_cluster_without_gpus_if_that_is_asked_for_alone(nodes):
@@ -643,15 +643,15 @@ def test_latents_are_encoded_on_a_cluster_without_gpus_if_that_is_asked_for_alon
 def test_a_file_is_no_store_for_runs_on_several_machines(nodes, tmp_path, monkeypatch):
     nodes.are(1)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    launch.check_tracking(wanting())
+    capacity.check_tracking(wanting())
     nodes.add(2, node_ip_address="127.0.0.2")
     with pytest.raises(
         UserError, match=r"is a file of this machine.*mlflow server .* MLFLOW_TRACKING_URI=http://"
     ) as e:
-        launch.check_tracking(wanting())
+        capacity.check_tracking(wanting())
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    launch.check_tracking(wanting())
+    capacity.check_tracking(wanting())
 
 
 @pytest.mark.slow

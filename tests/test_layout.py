@@ -46,7 +46,7 @@ FLOORS = (
     ("training",),
 )
 """The packages of entprog, from the ground up: each imports only from floors below its own."""
-SHARED = {"cli", "charts"}
+SHARED = {"cli", "charts", "terminal"}
 """Modules at the top of pipelines that are not jobs."""
 
 

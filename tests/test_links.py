@@ -5,7 +5,7 @@ import pytest
 from entprog import files
 from entprog.errors import UserError
 from entprog.preparing import inputs
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.outputs import claim
 from pipelines.training import steplog
 
@@ -41,7 +41,7 @@ def test_nothing_is_written_through_a_link(place):
     with pytest.raises(OSError, match="symbolic links"):
         steplog.StepLog(out / "steps.jsonl", 0)
     steplog.warn(out, "a disk is nearly full")
-    with pytest.raises(OSError, match="symbolic links"), cli.stderr_into(out / "prepare.log"):
+    with pytest.raises(OSError, match="symbolic links"), terminal.stderr_into(out / "prepare.log"):
         pass
     with pytest.raises(cli.typer.Exit):
         cli.run("train", out, lambda: 1 // 0)
@@ -50,7 +50,7 @@ def test_nothing_is_written_through_a_link(place):
 
 
 def test_a_log_shows_control_characters(place):
-    with pytest.raises(OSError), cli.stderr_into(place / "out" / "prepare.log"):
+    with pytest.raises(OSError), terminal.stderr_into(place / "out" / "prepare.log"):
         cli.os.write(2, b"\x1b]0;evil\x07 of https://me:hUsh@host/a\n")
         raise OSError("failed")
     text = (place / "out" / "prepare.log").read_text()

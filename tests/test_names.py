@@ -10,7 +10,7 @@ import typer
 from entprog.errors import UserError
 from entprog.names import cell, plain
 from entprog.preparing import inputs, ledger
-from pipelines import cli, tune
+from pipelines import cli, terminal, tune
 from pipelines.outputs import claim
 
 STEERING = {
@@ -31,9 +31,9 @@ def steers(text: str) -> bool:
 
 @pytest.mark.parametrize("name, shown", STEERING.values(), ids=STEERING)
 def test_what_steers_a_terminal_is_shown_as_its_escape(name, shown, capfd):
-    cli.console.print(f"Reads {name}.")
-    cli.show(f"title {name}", [(name, 1.0)], ("file", name))
-    cli.complain("error", f"cannot read {name}")
+    terminal.console.print(f"Reads {name}.")
+    terminal.show(f"title {name}", [(name, 1.0)], ("file", name))
+    terminal.complain("error", f"cannot read {name}")
     out, err = capfd.readouterr()
     assert f"Reads {shown}." in out and f"title {shown}" in out
     assert err == f"error: cannot read {shown}\n"
@@ -42,10 +42,10 @@ def test_what_steers_a_terminal_is_shown_as_its_escape(name, shown, capfd):
 
 @pytest.mark.parametrize("name", MARKUP)
 def test_what_looks_like_markup_is_shown_as_it_is(name, capsys):
-    cli.console.print(f"Reads {name}.")
-    cli.console.print(f"Reads {name} again.", style="bold")
-    cli.show(f"title {name}", [(name, 1.0)], ("file", name))
-    cli.complain("error", f"cannot read {name}")
+    terminal.console.print(f"Reads {name}.")
+    terminal.console.print(f"Reads {name} again.", style="bold")
+    terminal.show(f"title {name}", [(name, 1.0)], ("file", name))
+    terminal.complain("error", f"cannot read {name}")
     out, err = capsys.readouterr()
     assert f"Reads {name}." in out and f"Reads {name} again." in out and out.count(name) == 5
     assert err == f"error: cannot read {name}\n"

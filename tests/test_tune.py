@@ -28,7 +28,7 @@ from helpers.families import TINY
 from helpers.networks import tiny_experiment
 from helpers.people import two_people
 from pipelines import train, tune
-from pipelines.cluster import launch
+from pipelines.cluster import room
 from pipelines.sweeping import spaces, state, sweep, trial
 
 TRIALS = {
@@ -360,14 +360,14 @@ def test_trials_cannot_starve_each_other():
     for cpus in range(2, 40):
         for workers in (1, 2, 3):
             experiment = config.build({"train": {"seconds": 9, "workers": workers}})
-            if cpus < workers + launch.CPUS_FOR_DATA:
+            if cpus < workers + room.CPUS_FOR_DATA:
                 with pytest.raises(UserError, match=r"train\.workers"):
                     sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)
                 continue
             share = sweep.share(experiment, config.Tune(), {"CPU": cpus}, cpus)
             taken = share.concurrent * workers * (1 + share.decode_cpus)
             assert share.concurrent >= 1 and taken <= cpus + 1e-9
-            assert workers * share.decode_cpus >= launch.CPUS_FOR_DATA - 1e-9
+            assert workers * share.decode_cpus >= room.CPUS_FOR_DATA - 1e-9
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from entprog.training.fit import DivergedError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, Trained
 from pipelines import charts, cli, generate
-from pipelines.cluster import launch
+from pipelines.cluster import capacity, launch
 from pipelines.outputs import tables as score_tables
 from pipelines.stream import decoding
 from pipelines.training import figures, networks, report, steplog, worker
@@ -85,7 +85,7 @@ def test_the_log_is_strict_json(tmp_path):
 
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 7), (8, 2, 3), (64, 8, 7), (2, 4, 1), (1, 1, 1)])
 def test_threads_are_the_cores_of_a_workers_own_machine(cores, workers, threads):
-    assert launch.threads(cores, workers) == threads
+    assert capacity.threads(cores, workers) == threads
 
 
 def test_workers_find_what_lies_in_the_folder_of_who_sent_them(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def node(address, **more):
     ],
 )
 def test_workers_may_be_on_other_machines_than_the_driver(nodes, resource, elsewhere):
-    assert launch.elsewhere(nodes, "1", resource, needed=2) is elsewhere
+    assert capacity.elsewhere(nodes, "1", resource, needed=2) is elsewhere
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_what_threads_decode_with_is_reserved_where_it_is_said(data, gpus, each)
     """A CPU of it for the tasks that read; tasks that decode hold their own. Not in a trial: its sweep shares out CPUs
     of all nodes, and no node may have what a worker's part comes to."""
     experiment = config.build({"data": data, "train": {"steps": 1}})
-    assert launch.each_worker(experiment, gpus) == each
-    assert launch.each_worker(experiment, gpus, trial=True) == ({"GPU": 1} if gpus else {"CPU": 1})
+    assert capacity.each_worker(experiment, gpus) == each
+    assert capacity.each_worker(experiment, gpus, trial=True) == ({"GPU": 1} if gpus else {"CPU": 1})
 
 
 def test_score_tables_lie_where_every_machine_sees_them(monkeypatch, tmp_path):

@@ -1,174 +1,28 @@
 """Run one function on a group of Ray Train workers, with the terminal kept informed."""
 
 import logging
-import math
 import os
 import signal
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pipelines
 from entprog import files
 from entprog.config import Experiment, Model, Train
 from entprog.errors import UserError
-from entprog.masking import masked
 from entprog.storage import Place, Where, remove
-from pipelines.cluster import failures, joining, ray_internals, room, session
+from pipelines.cluster import capacity, failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
-from pipelines.cluster.room import CPUS_FOR_DATA, Bundle
-from pipelines.tracking.store import is_file, tracking_uri
+from pipelines.cluster.room import Bundle
 
-LOCAL_CPUS = 4
-"""Least logical CPUs of a local Ray."""
 POLL_S, POLLS_PER_S = 0.2, 80
 """Ray Train asks each of its workers how it is so often, but all of them together at most so many times a second."""
 STOP_S = 60.0
 """How long workers that are told to end may take for it."""
-
-
-def check_tracking(experiment: Experiment, *others: str) -> None:
-    """Raises UserError if MLflow's store is a file and workers may run where it is not.
-
-    others: resources that processes beside the workers take which write there too.
-    """
-    import ray
-
-    uri, gpus = tracking_uri(), use_gpus(experiment)
-    mine = ray.get_runtime_context().get_node_id()
-    workers = experiment.train.workers if joining.address() else 1  # a Ray of this machine never gets others
-    needed = {"GPU" if gpus else "CPU": workers} | dict.fromkeys(others, 1)
-    if is_file(uri) and any(elsewhere(ray.nodes(), mine, *each) for each in needed.items()):
-        here = ray.util.get_node_ip_address()
-        raise UserError(
-            f"MLflow's store {masked(uri)} is a file of this machine, and workers run on others: start a server "
-            "(mlflow server --backend-store-uri sqlite:////SHARED/mlflow.db --artifacts-destination /SHARED/artifacts "
-            f"--host {here} --allowed-hosts {here}:5000,localhost:5000), and set MLFLOW_TRACKING_URI=http://{here}:5000"
-        )
-
-
-def elsewhere(nodes: Sequence[Mapping[str, Any]], mine: str, resource: str, needed: int = 1) -> bool:
-    """Whether workers run, or may run, on other machines than that of the node `mine`: others have what a worker takes,
-    or it has less of that than is `needed`, and others have yet to start. nodes: as `ray.nodes` gives them."""
-    there = [node for node in nodes if node["Alive"]]
-    address = next(node["NodeManagerAddress"] for node in there if node["NodeID"] == mine)
-    with_it = Counter()
-    for node in there:
-        with_it[node["NodeManagerAddress"]] += int(node["Resources"].get(resource, 0))
-    return set(+with_it) != {address} or with_it[address] < needed
-
-
-Asked = Literal["auto", "yes", "no"]
-"""A setting that says whether GPUs are used."""
-
-
-def use_gpus(experiment: Experiment) -> bool:
-    """Whether the workers get a GPU each. Raises UserError if the connected Ray can never hold the workers; a cluster
-    that may still grow can, and is waited for by `run_workers`."""
-    import ray
-
-    cluster = ray.cluster_resources()
-    growing = ray_internals.resources_that_may_come()
-    grows = joining.address() is not None and not growing
-
-    def most(resource: str) -> int:
-        return int(max(cluster.get(resource, 0), growing.get(resource, 0)))
-
-    return _gpus_of(experiment, most("GPU"), most("CPU"), grows=grows, trial=not ray_internals.is_driver())
-
-
-def gpus_here(experiment: Experiment) -> bool | None:
-    """What `use_gpus` will say of the Ray that a job starts on this machine; None where it joins one, which is asked
-    then. Raises UserError as that does, before anything starts."""
-    import ray
-    import torch  # here: Ray Train's controller needs none
-
-    if joining.address() or ray.is_initialized():
-        return None
-    return _gpus_of(experiment, torch.cuda.device_count(), session.local_cpus(LOCAL_CPUS))
-
-
-def _gpus_of(experiment: Experiment, gpus: int, cpus: int, grows: bool = False, trial: bool = False) -> bool:
-    """Whether the workers get a GPU each, of a cluster that has so many. Raises UserError if it cannot hold them, and
-    does not grow."""
-    train = experiment.train
-    workers = train.min_workers or train.workers
-    name = "train.min_workers" if train.min_workers else "train.workers"
-    wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
-    each = each_worker(experiment, wanted, trial=trial)
-    needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each)))
-    if wanted and gpus < workers and not grows:
-        raise UserError(
-            f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
-        )
-    if cpus < needed and not grows:
-        lower = f"{name} or data.decode_cpus" if experiment.data.decode_cpus else name
-        raise UserError(
-            f"{name}={workers} needs {needed} CPUs ({needed - CPUS_FOR_DATA} for the workers, {CPUS_FOR_DATA} for "
-            f"decoding), the cluster has {cpus}: lower {lower} or join a larger cluster"
-        )
-    return wanted
-
-
-def each_worker(experiment: Experiment, gpus: bool, trial: bool = False) -> Bundle:
-    """What Ray reserves for each worker: a GPU or a CPU, and the CPUs of its decoding where it is said how many.
-
-    Of them one is left to the tasks that read what is decoded. Where Ray Data's tasks decode they hold their own. In a
-    trial of a sweep none are reserved: it has shared out all CPUs of the cluster, whatever node they are on.
-    """
-    data = experiment.data
-    by_threads = data.decode != "cluster" and not trial
-    decoding = max((data.decode_cpus or 0) - CPUS_FOR_DATA, 0) if by_threads else 0
-    if not gpus:
-        return {"CPU": 1 + decoding}
-    return {"GPU": 1} | ({"CPU": decoding} if decoding else {})
-
-
-def gpus_there(asked: Asked, setting: str, say: Callable[[str], None], cpus: int = 1) -> int:
-    """GPUs for a job that takes those that are there; 0: it runs on CPUs, `cpus` of which it needs at least.
-
-    A cluster that has none of what is needed yet is waited for until it has. Raises UserError for GPUs that a Ray of
-    this machine does not have, and where nothing says which of the two a cluster would get.
-    """
-    import ray
-
-    def there(resource: str) -> int:
-        return int(ray.cluster_resources().get(resource, 0))
-
-    if not _chosen(asked, setting, there("GPU"), there("CPU") >= cpus):
-        room.cpus(cpus, say)
-        return 0
-    if joining.address():
-        room.wait([{"GPU": 1, "CPU": 1}], 1, lambda placed: f"{placed} of 1 GPU is free", say)
-    elif not there("GPU"):
-        raise UserError(f"{setting}=yes, but Ray has no GPU here: set {setting}=auto, or join a cluster with GPUs")
-    return there("GPU")
-
-
-def _chosen(asked: Asked, setting: str, gpus: int, enough_cpus: bool) -> bool:
-    """Whether GPUs are used, of which there are `gpus` now. Raises UserError where a cluster that has nothing yet
-    cannot show it."""
-    if asked == "auto" and not gpus and not enough_cpus and joining.address():
-        raise UserError(
-            f"{setting}=auto, and the cluster has neither a GPU nor enough CPUs now that would say what to wait for: "
-            f"set {setting}=yes or {setting}=no"
-        )
-    return asked == "yes" or (asked == "auto" and gpus > 0)
-
-
-def threads(cores: int, workers: int) -> int:
-    """torch threads of each of some CPU workers on one machine: its cores shared evenly, one of each share left for
-    decoding."""
-    return max(1, cores // workers - 1)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def absolute(experiment: Experiment) -> Experiment:
@@ -234,7 +88,7 @@ def run_workers(
     workers save a checkpoint, and raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own
     reason in one line.
     """
-    each = each_worker(experiment, use_gpus(experiment), trial=not ray_internals.is_driver())
+    each = capacity.each_worker(experiment, capacity.use_gpus(experiment), trial=not ray_internals.is_driver())
     for name in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     listener = Listener(on_item)

@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 from entprog import config
-from pipelines import cli
+from pipelines import terminal
 
 UsageError = typer.BadParameter.__base__
 """What a command line's own mistakes are raised as: click's, or that of the click inside typer."""
@@ -24,7 +24,7 @@ def _in_one_line(command) -> Iterator[None]:
         if hasattr(error, "possibilities") and hasattr(error, "option_name"):  # there is no such option
             options = [name for each in command.params for name in each.opts]
             text = f"{error.message}{config.close_to(error.option_name, options)}"
-        cli.complain("error", f"{text[:1].lower()}{text[1:].rstrip('.')}; --help explains")
+        terminal.complain("error", f"{text[:1].lower()}{text[1:].rstrip('.')}; --help explains")
         raise typer.Exit(2) from None
 
 
@@ -52,7 +52,7 @@ class Command(typer.core.TyperCommand):
         for before, given in itertools.pairwise(["", *args]):
             option, equals, value = given.partition("=") if given.startswith("--") else (before, "=", given)
             if equals and not value and option != "--text":
-                cli.complain(
+                terminal.complain(
                     "error", f"{option if option.startswith('-') else 'an argument'} is empty: give it a value"
                 )
                 raise typer.Exit(2)

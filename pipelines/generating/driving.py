@@ -13,7 +13,7 @@ from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.media.pictures import BACKGROUND, Color
 from entprog.preparing import cutting, windows
-from pipelines import cli
+from pipelines import terminal
 
 
 @dataclass(frozen=True)
@@ -140,4 +140,4 @@ def person_box(track: np.ndarray, height: int, width: int, shape: ClipShape, cro
 
 def warn(message: str) -> None:
     """Tell it on the terminal."""
-    cli.console.print(f"warning: {message}")
+    terminal.console.print(f"warning: {message}")

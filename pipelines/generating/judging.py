@@ -22,7 +22,7 @@ from entprog.errors import UserError
 from entprog.media import h264, limits
 from entprog.media import video as videos
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import terminal
 from pipelines.cluster import failures
 from pipelines.generating import checkpoints, motions
 
@@ -200,7 +200,7 @@ def _over(
 
 def _counted(what: str, rows: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
     """The rows, while progress is shown."""
-    with cli.advancing(what, total) as advance:
+    with terminal.advancing(what, total) as advance:
         for row in rows:
             yield row
             advance(1)

@@ -21,7 +21,7 @@ from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.names import plain
 from entprog.preparing.rows import SUFFIXES
-from pipelines import cli
+from pipelines import terminal
 from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
 
@@ -90,7 +90,7 @@ def estimating(settings: Generation, maker: Checkpoint) -> Generation:
     whole = maker.points == wholebody.POINTS and maker.unlike(len(wholebody.BLAZEPOSE))
     if not whole or "pose" in settings.prepare.model_fields_set or find_spec("rtmlib") is None:
         return settings
-    cli.console.print("Poses are estimated by rtmlib (prepare.pose): the network was trained on whole-body poses.")
+    terminal.console.print("Poses are estimated by rtmlib (prepare.pose): the network was trained on whole-body poses.")
     return settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"pose": "rtmlib"})})
 
 
@@ -159,7 +159,7 @@ def files(given: Path, endings: frozenset[str], option: str) -> tuple[list[Path]
         raise UserError(f"{option}: no file in the folder {given} ends in {', '.join(sorted(endings))}")
     if others:
         some = ", ".join(Path(name).name for name in list(others)[:5]) + (", …" if len(others) > 5 else "")
-        cli.console.print(f"{option}: {len(others)} in {given} are left out, as of another kind: {some}")
+        terminal.console.print(f"{option}: {len(others)} in {given} are left out, as of another kind: {some}")
     return found, others
 
 
@@ -185,7 +185,7 @@ def read_all(
             if len(paths) == 1:
                 raise
             left_out[str(path)] = str(error)
-            cli.console.print(f"left out: {error}")
+            terminal.console.print(f"left out: {error}")
     if not good:
         raise UserError(f"{option}: none of {len(paths)} files can be used; the first: {next(iter(left_out.values()))}")
     return good, left_out

@@ -20,7 +20,7 @@ from entprog.media import video as videos
 from entprog.media.faces import Faces
 from entprog.models.geometry import Geometry
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import terminal
 from pipelines.generating.motions import Motion
 
 SHOWN = 8
@@ -116,7 +116,7 @@ def render(
     files = [Files(output / "videos", number, motion, identity) for number, (motion, identity) in each]
     todo = [clip for clip in files if not clip.kept()]
     if len(todo) < len(files):
-        cli.console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
+        terminal.console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
     if todo:
         _make_all(load(), todo, shape, settings, without)
     if key is not None:
@@ -131,7 +131,7 @@ def _make_all(
 ) -> None:
     todo = [replace(clip, motion=fitting(denoiser, clip.motion, shape)) for clip in todo]
     most = settings.max_bytes // (3 * shape.height * shape.width)
-    with cli.advancing("generating", len(todo)) as advance:
+    with terminal.advancing("generating", len(todo)) as advance:
         for batch in _batches(todo, settings.batch_size, most):
             motions = [clip.motion for clip in batch]
             made = make(denoiser, motions, shape, settings)
@@ -153,7 +153,7 @@ def _remove_others(clips: Sequence["Files"]) -> None:
         for end in (*(f"_{part}.mp4" for part in PARTS), ".mp4", ".json"):
             (folder / f"{name}{end}").unlink(missing_ok=True)
     if gone:
-        cli.console.print(f"Removed {len(gone)} clips of files that are given no longer: {', '.join(gone)}")
+        terminal.console.print(f"Removed {len(gone)} clips of files that are given no longer: {', '.join(gone)}")
 
 
 def _is_note(path: Where) -> bool:

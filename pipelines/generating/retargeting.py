@@ -12,7 +12,7 @@ from entprog.media import pose as poses
 from entprog.media import retarget, wholebody
 from entprog.preparing import windows
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import terminal
 from pipelines.generating import driving, motions
 from pipelines.generating.motions import Motion
 
@@ -64,10 +64,12 @@ def retargeted(made: Sequence[Motion], own: Sequence[np.ndarray]) -> list[Motion
                 "of the whole person, or leave --retarget out"
             ) from None
         said = ", ".join(f"{name} {by[name]:.2f}" for name in TOLD)
-        cli.console.print(f"{motion.name}: retargeted by {said}")
+        terminal.console.print(f"{motion.name}: retargeted by {said}")
         inside = windows.share_inside(wholebody.body(moved), retarget.MIN_VISIBILITY)
         if inside < INSIDE:
-            cli.console.print(f"warning: {motion.name}: retargeted, {1 - inside:.0%} of its points leave the picture")
+            terminal.console.print(
+                f"warning: {motion.name}: retargeted, {1 - inside:.0%} of its points leave the picture"
+            )
         out.append(replace(motion, pose=moved, driver=motion.pose))
     return out
 

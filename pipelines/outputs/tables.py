@@ -5,7 +5,7 @@ import contextlib
 from entprog import files, storage
 from entprog.errors import UserError
 from entprog.storage import Place, Where
-from pipelines import cli
+from pipelines import cli, terminal
 from pipelines.cluster import joining
 
 
@@ -19,7 +19,7 @@ def place(output: Where, given: str | Where | None) -> Where:
     where = storage.at(given or own, "score tables")
     if not isinstance(where, Place) or (there := _only_read(where)) is None:
         return where
-    cli.console.print(f"score tables in {where} can be read alone: copied to {inside}, where new ones are kept")
+    terminal.console.print(f"score tables in {where} can be read alone: copied to {inside}, where new ones are kept")
     for name in there:
         with files.whole(inside / name) as scratch:
             scratch.write_bytes((where / name).read_bytes())

@@ -15,7 +15,7 @@ from entprog.media.video import VideoError
 from entprog.preparing import again, ledger, probing
 from entprog.preparing.rows import Line, Source
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import terminal
 from pipelines.preparing import packing
 
 NEXT_LEDGER = "ledger.next.parquet"
@@ -119,7 +119,7 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     lines = before.inputs()
     new = [row for row in sources if row["file"] not in lines]
     other = [row for row in sources if row["file"] in lines and ledger.stamp(row) != lines[row["file"]]["stamp"]]
-    looks = track(other, "files touched since", console=cli.console, disable=len(other) < 100, transient=True)
+    looks = track(other, "files touched since", console=terminal.console, disable=len(other) < 100, transient=True)
     changed = [row for row in looks if _has_changed(row, lines[row["file"]], settings)]
     kept = [row["file"] for row in changed if lines[row["file"]]["kept"]]
     if kept:
@@ -137,7 +137,7 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     gone = lines.keys() - {row["file"] for row in sources}
     clips = sum(line["kept"] for line in before.lines if line["kind"] == "clip" and line["file"] in gone)
     if gone:
-        cli.console.print(
+        terminal.console.print(
             f"{len(gone)} inputs of before are not there any more ({', '.join(sorted(gone)[:3])}): "
             f"their {clips} clips stay in the dataset",
         )
@@ -149,7 +149,7 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
             f"({', '.join(sorted(moved)[:3])}): choose another --output"
         )
     if once_more:
-        cli.console.print(f"{len(once_more)} inputs that gave no clip before are tried again")
+        terminal.console.print(f"{len(once_more)} inputs that gave no clip before are tried again")
     return [*new, *once_more.values()]
 
 

@@ -22,8 +22,8 @@ from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.schedule import plans
 from entprog.storage import Place, Where
-from pipelines import cli
-from pipelines.cluster import failures, joining, launch, session
+from pipelines import terminal
+from pipelines.cluster import capacity, failures, joining, launch, session
 from pipelines.outputs import claim
 from pipelines.preparing import packing, progress
 
@@ -184,18 +184,18 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
         if not dataset.clips(latents.SPLIT):
             raise UserError(f"shards {dataset.folder} have no clips to train on: there are no latents to make")
         shapes = check_model(encoding, dataset.shape)
-        cli.console.print(wanted(encoding, shapes))
+        terminal.console.print(wanted(encoding, shapes))
         asked += [(dataset, shape) for shape in shapes]
         shards.verify(dataset, "size")
     encoding = encoding.model_copy(update={"model": launch.absolute_model(encoding.model)})
     with (
-        cli.stderr_into(folders[0] / "latents.log", verbose=verbose),
+        terminal.stderr_into(folders[0] / "latents.log", verbose=verbose),
         session.ray_cluster(cpus=3, verbose=verbose) as ray,
     ):
-        gpus = launch.gpus_there(encoding.latents.gpus, "latents.gpus", cli.console.print, CPUS)
-        with cli.console.status("loading the VAE, measuring"):
+        gpus = capacity.gpus_there(encoding.latents.gpus, "latents.gpus", terminal.console.print, CPUS)
+        with terminal.console.status("loading the VAE, measuring"):
             works = _works(ray, asked, encoding, gpus)
-        encoders = gpus or (1 if joining.address() else min(ENCODERS, launch.cores()))
+        encoders = gpus or (1 if joining.address() else min(ENCODERS, capacity.cores()))
         figures = {work.folder: _figures(work, encoders) for work in works}
         for work in works:
             _tell(work, figures[work.folder], encoders)
@@ -238,10 +238,10 @@ def _figures(work: Work, encoders: int) -> dict[str, Any]:
 
 def _tell(work: Work, figures: dict[str, Any], encoders: int) -> None:
     of = work.estimate
-    cli.console.print(
+    terminal.console.print(
         f"latents of {work.clips} clips of {of.shape}: {size(figures['bytes'])} ({size(of.clip_bytes)} a clip) "
         f"in {work.folder}; {work.clips_before} clips are done, the others take about "
-        f"{cli.duration(figures['estimated_s'])} on {encoders} encoder(s) ({of.device})",
+        f"{terminal.duration(figures['estimated_s'])} on {encoders} encoder(s) ({of.device})",
     )
 
 

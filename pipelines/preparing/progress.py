@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pipelines import cli
+from pipelines import terminal
 
 SAID_EVERY_S = 30.0
 """Time between lines where there is no terminal to draw a bar on."""
@@ -43,7 +43,7 @@ class Tally:
 @contextmanager
 def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
     """Gives a function to call after each of `what` with its clips: draws a bar, or says a line now and then."""
-    with cli.progress_bar() as drawn:
+    with terminal.progress_bar() as drawn:
         task = drawn.add_task(what, total=total)
         started = said = time.monotonic()
         clips = 0
@@ -54,9 +54,9 @@ def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             rate = f"{clips / (now - started + 1e-9):.1f} clips/s"
             drawn.update(task, advance=1, description=f"{what}, {clips} clips, {rate}")
-            if not cli.console.is_terminal and now - said > SAID_EVERY_S:
+            if not terminal.console.is_terminal and now - said > SAID_EVERY_S:
                 said, done = now, int(drawn.tasks[0].completed)
                 left_s = (now - started) / done * (total - done)
-                cli.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
+                terminal.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
 
         yield advance

@@ -14,7 +14,7 @@ import numpy as np
 from entprog.config import Data, Experiment
 from entprog.data import clip_stream, shards
 from entprog.distributed import agree
-from pipelines.cluster import joining, launch, ray_internals, session
+from pipelines.cluster import capacity, joining, ray_internals, session
 
 TIMED_CLIPS, TIMED_S = 8, 0.3
 """Clips that are decoded again and again for so long, to see how fast that is."""
@@ -94,7 +94,7 @@ def nodes_there() -> list[Node] | None:
     answer."""
     if not joining.address():
         return None
-    with session.ray_cluster(launch.LOCAL_CPUS) as ray:
+    with session.ray_cluster(capacity.LOCAL_CPUS) as ray:
         return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -116,9 +116,9 @@ def _foreseen(experiment: Experiment, nodes: Sequence[Node] | None) -> tuple[str
     """(where, CPUs in all if that can be said)."""
     data, workers = experiment.data, experiment.train.workers
     if nodes is None:  # a Ray of this machine alone
-        given = workers * data.decode_cpus if data.decode_cpus else launch.cores()
+        given = workers * data.decode_cpus if data.decode_cpus else capacity.cores()
         how = "by tasks of Ray Data" if data.decode == "cluster" else "by threads of each worker"
-        return f"{how} on this machine", min(given, launch.cores())
+        return f"{how} on this machine", min(given, capacity.cores())
     gpus = any(node["Resources"].get("GPU") for node in nodes)
     if data.decode == "cluster":
         return "by tasks of Ray Data on any node", None

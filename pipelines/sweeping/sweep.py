@@ -19,8 +19,8 @@ from entprog import storage
 from entprog.config import Experiment, Tune
 from entprog.errors import UserError
 from entprog.storage import Where
-from pipelines import cli
-from pipelines.cluster import launch, room
+from pipelines import terminal
+from pipelines.cluster import room
 from pipelines.sweeping import spaces
 from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable
 
@@ -48,7 +48,7 @@ class Share:
 def trial_cpus(experiment: Experiment) -> float:
     """Logical CPUs of one trial: one a worker, and those for decoding."""
     workers = experiment.train.workers
-    return workers + (workers * experiment.data.decode_cpus if experiment.data.decode_cpus else launch.CPUS_FOR_DATA)
+    return workers + (workers * experiment.data.decode_cpus if experiment.data.decode_cpus else room.CPUS_FOR_DATA)
 
 
 def needs(experiment: Experiment, settings: Tune, gpus: bool) -> dict[str, int]:
@@ -217,7 +217,7 @@ class Watch(Callback):
         self.started = time.time()
         self.before: int | None = None
         """Trials that an earlier start has ended; None until the first one of this start begins."""
-        self.bar = cli.progress_bar()
+        self.bar = terminal.progress_bar()
         self.task = self.bar.add_task("trials", total=trials)
 
     def __enter__(self) -> "Watch":

@@ -19,7 +19,7 @@ from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place, Where
 from entprog.training import checkpoint
-from pipelines.cluster import joining, launch
+from pipelines.cluster import capacity, joining
 from pipelines.outputs import claim
 from pipelines.stream import batches
 from pipelines.tracking import store
@@ -182,7 +182,7 @@ def check_room(parts: Parts) -> None:
     """Raises UserError where the Ray that would start on this machine could not hold the workers, or gives them no
     device for their arithmetic. One that is joined is asked once it is."""
     for experiment, _ in parts.values():
-        if launch.gpus_here(experiment) is False and experiment.in_fp8:
+        if capacity.gpus_here(experiment) is False and experiment.in_fp8:
             fp8.check_device(torch.device("cpu"))
 
 

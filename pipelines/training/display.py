@@ -4,7 +4,7 @@ import time
 from typing import Any, Literal
 
 from entprog.config import Experiment
-from pipelines import cli
+from pipelines import terminal
 
 
 class Display:
@@ -20,7 +20,7 @@ class Display:
         self.blocks = 0
         self.clips, self.since, self.begun = 0, time.time(), 0.0
         """Since the first step heard of."""
-        self.bar = cli.progress_bar()
+        self.bar = terminal.progress_bar()
         self.task = self.bar.add_task("starting workers", total=self.total)
 
     def __enter__(self) -> "Display":

@@ -11,7 +11,7 @@ from entprog.blocks import blocks
 from entprog.config import Experiment, Model, Row
 from entprog.schedule import plans
 from entprog.scoring import priorities
-from pipelines import cli
+from pipelines import terminal
 
 STUDY = "docs/study.md"
 LONG_STEPS, LONG_S = 1000, 600.0
@@ -39,7 +39,7 @@ def tell(experiment: Experiment, model: Model | None = None) -> None:
     found = blocks(network)
     eligible = len(plans.eligible(found, experiment.schedule.blocks))
     for line in lines(experiment, eligible, len(found) - eligible):
-        cli.console.print(line)
+        terminal.console.print(line)
 
 
 def lines(experiment: Experiment, blocks: int, others: int = 0) -> list[str]:

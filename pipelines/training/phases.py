@@ -11,8 +11,8 @@ from typing import Any
 from entprog import config
 from entprog.config import Experiment
 from entprog.storage import Where
-from pipelines import cli
-from pipelines.cluster import launch
+from pipelines import cli, terminal
+from pipelines.cluster import capacity
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import report, steplog
 
@@ -38,7 +38,7 @@ def run(
     """
     parts = config.phases(experiment, output)
     for phase in parts.values():
-        launch.check_tracking(phase)
+        capacity.check_tracking(phase)
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
@@ -51,7 +51,7 @@ def run(
     status = "FAILED"
     try:
         for number, (name, phase) in enumerate(parts.items(), 1):
-            cli.console.print(f"\nPhase {number} of {len(parts)}: {name}", style="bold")
+            terminal.console.print(f"\nPhase {number} of {len(parts)}: {name}", style="bold")
             done = {key: sum(result[key] for result in results.values()) for key in ("steps", "seconds")}
             tell = _teller(tracker, number, **done)
 
@@ -135,8 +135,8 @@ def _show(results: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], m
         for name, r in results.items()
     ]
     columns = ("phase", "steps", "held-out loss", "charged seconds", "trained blocks by stage")
-    cli.show("Phases (each judged on its own clips and conditions)", rows, columns)
-    cli.console.print(f"Model: {model}, after {result['seconds']:.1f} charged seconds in all")
+    terminal.show("Phases (each judged on its own clips and conditions)", rows, columns)
+    terminal.console.print(f"Model: {model}, after {result['seconds']:.1f} charged seconds in all")
 
 
 def _trained(result: Mapping[str, Any]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 from entprog import files, storage
 from entprog.data import shards
 from entprog.storage import Where
-from pipelines import charts, cli
+from pipelines import charts, terminal
 from pipelines.cluster import stalls
 from pipelines.tracking.store import how_to_open
 from pipelines.tracking.tracker import Tracker
@@ -63,7 +63,7 @@ def leave_charts(
 
 def show(result: dict[str, Any], output: Where, uri: str) -> None:
     """Print the headline figures."""
-    cli.show(
+    terminal.show(
         "Training",
         [
             ("held-out loss", result["held_out_loss"]),
@@ -81,8 +81,8 @@ def show(result: dict[str, Any], output: Where, uri: str) -> None:
         ("figure", "value"),
     )
     for line in result["advice"]:
-        cli.console.print(line)
-    cli.console.print(f"Compare runs: {how_to_open(uri)}")
+        terminal.console.print(line)
+    terminal.console.print(f"Compare runs: {how_to_open(uri)}")
 
 
 def _shares(seconds: dict[str, float], *names: str) -> str:

@@ -19,7 +19,7 @@ from entprog.errors import UserError
 from entprog.models import captions
 from entprog.schedule import plans
 from entprog.scoring import cei
-from pipelines.cluster import launch
+from pipelines.cluster import capacity
 from pipelines.stream.batches import caches
 from pipelines.training import expectation, networks
 from pipelines.training.startup import Startup
@@ -71,7 +71,7 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             here = ray.train.get_context().get_local_world_size()
-            torch.set_num_threads(experiment.train.threads or launch.threads(launch.cores(), here))
+            torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
         if experiment.in_fp8:
             fp8.check_device(device)
         texts = None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from entprog import files, masking
 from entprog.errors import UserError
 from entprog.storage import Where
-from pipelines import cli
+from pipelines import terminal
 from pipelines.cluster import stalls
 from pipelines.outputs import claim
 from pipelines.training import steplog
@@ -183,7 +183,7 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     share = "" if standing.share is None else f", {standing.share:.0%} of the budget"
     out.append(("step", f"{last['step']}{share}, {last['charged_s']:.0f} charged seconds"))
     if standing.state == "running" and standing.left_s is not None:
-        out.append(("time left", cli.duration(standing.left_s)))
+        out.append(("time left", terminal.duration(standing.left_s)))
     losses = [s["loss"] for s in steps if s["loss"] is not None]
     if losses:
         out.append(("loss", f"{sparkline(losses)}  {losses[0]:.4g} → {losses[-1]:.4g}"))
@@ -218,7 +218,7 @@ def _told(standing: Standing) -> list[tuple[str, str]]:
         out.append(("last preview", f"step {last['step']}: {', '.join(last['videos'])}{figures}{others}"))
     if standing.warnings:
         last = standing.warnings[-1]
-        ago = cli.duration(max(standing.now_s - last["time"], 0.0))
+        ago = terminal.duration(max(standing.now_s - last["time"], 0.0))
         others = f", {len(standing.warnings)} in all" if len(standing.warnings) > 1 else ""
         out.append(("last warning", f"{last['warning']} ({ago} ago{others})"))
     return out
@@ -245,7 +245,7 @@ def _state(standing: Standing) -> str:
     trouble = f": {standing.trouble}" if standing.trouble else ""
     if standing.state == "refused":
         return f"refused{trouble}"
-    return f"{standing.state}, no step for {cli.duration(standing.age_s)}{trouble} (the same command resumes it)"
+    return f"{standing.state}, no step for {terminal.duration(standing.age_s)}{trouble} (the same command resumes it)"
 
 
 def _clips_per_s(steps: Sequence[dict[str, Any]]) -> float:
