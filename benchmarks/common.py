@@ -151,14 +151,14 @@ def about(device: torch.device | str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in VERSIONS}
         | ({"cuda": torch.version.cuda} if torch.device(device).type == "cuda" else {}),
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(_command()),
     }
 
 
 @functools.cache
-def _commit() -> str:
-    """As it is before the first results are written, which are a change too."""
+def commit() -> str:
+    """Of the code that this process runs: as it was when first asked, whatever the checkout becomes meanwhile."""
     return cli.commit()
 
 

@@ -83,6 +83,7 @@ def main(
             return
         if not report:
             claim.writable(bench.work)
+            common.commit()  # now: the checkout may move on while units run
             done = run(bench, sitting_s, chosen(only))
             write(name, bench, scale, done)
         study_page.leave(common.RESULTS)
@@ -280,21 +281,36 @@ def do(bench: Bench, unit: Unit, done: Done) -> bool:
             record = clips(bench, TASKS[unit.task].target)
         else:
             record = work(bench, unit, done.budget(unit), *done.tuned(bench.scale, unit))
-        if unit.kind == "base":
-            check_same(record, bench.kept.get(unit.file, record))
-        record = {"commit": cli.commit(), "unit_s": time.time() - begun, **record}
+        check_same(unit, record, bench.kept.get(unit.file, record))
+        record = {"commit": common.commit(), "unit_s": time.time() - begun, **record}
         files.write_json(path, without_seconds(record) if bench.busy else record)
         return True
 
 
-def check_same(base: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Raises UserError for a base made anew that is not the one that earlier sittings' runs began from."""
-    now, then = base["held_out_loss"], before["held_out_loss"]
-    if not math.isclose(now, then, rel_tol=SAME_BASE):
+def check_same(unit: Unit, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises UserError for clips or a base made anew that are not those of earlier sittings' runs."""
+    again = "they cannot be compared; take the older --work folder, or move the result file away and begin again"
+    if unit.kind == "base":
+        now, then = record["held_out_loss"], before["held_out_loss"]
+        if not math.isclose(now, then, rel_tol=SAME_BASE):
+            raise UserError(
+                f"the base made anew has a held-out loss of {now:.5f}, the one of the result file's runs {then:.5f}: "
+                f"{again}"
+            )
+    if unit.kind == "clips" and (changed := {*_fingerprints(record)} ^ {*_fingerprints(before)}):
         raise UserError(
-            f"the base made anew has a held-out loss of {now:.5f}, the one of the result file's runs {then:.5f}: they "
-            "cannot be compared; take the older --work folder, or move the result file away and begin again"
+            f"the {TASKS[unit.task].target} clips made anew are not those of the result file's runs (fingerprints "
+            f"{', '.join(sorted(changed))}): {again}"
         )
+
+
+def _fingerprints(record: Mapping[str, Any]) -> Iterator[str]:
+    """Of all data sets that a record of clips tells of."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _fingerprints(value)
+        elif name == "fingerprint":
+            yield value
 
 
 def explain(bench: Bench) -> None:

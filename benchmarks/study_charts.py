@@ -33,8 +33,9 @@ def ratio_chart(arms: Mapping[str, Any], path: Path) -> Path:
     figure, axes = charts.figure_and_axes(1, 1, (8, 1.5 + charts.ROW_INCHES * len(names)))
     for place, name in enumerate(names):
         ratio = arms[name]["time_to_full_loss_ratio"]
+        dots = [value for value in ratio["by_seed"] if value is not None]
         axes.plot([ratio["low"], ratio["high"]], [place, place], color=charts.BLUE, linewidth=2)
-        axes.plot(ratio["by_seed"], [place] * len(ratio["by_seed"]), "o", color=charts.ORANGE, markersize=4)
+        axes.plot(dots, [place] * len(dots), "o", color=charts.ORANGE, markersize=4)
         axes.plot([ratio["median"]], [place], "s", color=charts.BLUE, markersize=6)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), [arms[name]["title"] for name in names])

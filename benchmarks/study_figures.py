@@ -80,15 +80,20 @@ def arms(task: str, records: Records) -> dict[str, dict[str, Any]]:
     if not full:
         return {}
     equal = min(record["steps"] for (_, seed), record in runs.items() if seed in full)
+    tries = [(unit.batch, r) for unit, r in _of(records, "tune", task).items() if unit.arm == "full"]
+    plain = {batch: r["peak_memory_bytes"] for batch, r in [*tries, *((r["batch"], r) for r in full.values())]}
     out = {}
     for name in ARMS:
         mine = {seed: runs[name, seed] for seed in sorted(full) if (name, seed) in runs}
         if mine:
-            out[name] = _arm(name, mine, full, equal)
+            out[name] = _arm(name, mine, full, equal, plain)
     return out
 
 
-def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_steps: int) -> dict[str, Any]:
+def _arm(
+    name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_steps: int, plain: Mapping[int, int]
+) -> dict[str, Any]:
+    """plain: batch → bytes that full training takes with it, as far as it was tried."""
     seeds = list(mine)
     records = list(mine.values())
     losses = [record["held_out_loss"] for record in records]
@@ -114,6 +119,9 @@ def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_step
         "memory_over_full": float(
             np.median([r["peak_memory_bytes"] / full[s]["peak_memory_bytes"] for s, r in mine.items()])
         ),
+        "memory_over_full_of_same_batch": max(r["peak_memory_bytes"] for r in records) / plain[records[0]["batch"]]
+        if records[0]["batch"] in plain
+        else None,
         "overhead": float(np.mean([record["overhead"] for record in records])),
         "trained_blocks": [record["trained_blocks"] for record in records],
         "backwards": [[decision["backward"] for decision in record["decisions"]] for record in records],
@@ -137,16 +145,17 @@ def _quality(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Median with its bootstrap interval, mean, and the seeds' own values; None where no seed has one."""
+    """Median with its bootstrap interval, mean, and the seeds' own values; None where no seed has one, or this seed."""
+    by_seed = [float(value) if math.isfinite(value) else None for value in values]
     found = np.asarray([value for value in values if math.isfinite(value)], float)
     if not len(found):
-        return dict.fromkeys(("median", "low", "high", "mean")) | {"by_seed": []}
+        return dict.fromkeys(("median", "low", "high", "mean")) | {"by_seed": by_seed}
     picks = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.median(found[picks], axis=1), [tail, 1 - tail])
     return {
         "median": float(np.median(found)), "low": float(low), "high": float(high), "mean": float(found.mean()),
-        "by_seed": found.tolist(),
+        "by_seed": by_seed,
     }  # fmt: skip
 
 
@@ -230,8 +239,9 @@ def hindsight(records: Records) -> dict[str, Any]:
             "seed": unit.seed,
             "searched": record["searched"],
             "candidates": len(losses),
-            "chosen": {name: chosen[name] for name in ("m", "backward", "loss")},
-            "best": {name: best[name] for name in ("m", "backward", "loss")},
+            "chosen": {name: chosen.get(name) for name in ("m", "backward", "shape", "loss")},
+            "best": {name: best.get(name) for name in ("m", "backward", "shape", "loss")},
+            "shapes": len({candidate.get("shape") for candidate in record["candidates"]}),
             "regret": chosen["loss"] - best["loss"],
             "spread": max(losses) - min(losses),
             "place": 1 + sum(loss < chosen["loss"] for loss in losses),
@@ -256,9 +266,9 @@ def residual(records: Records) -> dict[str, Any]:
     for unit, record in records.items():
         if unit.kind != "hindsight":
             continue
-        found = {(tuple(c["trained"]), c["backward"]): c for c in record["candidates"]}
-        for (trained, backward), one in found.items():
-            other = found.get((trained, "exact"))
+        found = {(tuple(c["trained"]), c.get("shape"), c["backward"]): c for c in record["candidates"]}
+        for (trained, shape, backward), one in found.items():
+            other = found.get((trained, shape, "exact"))
             if (
                 backward == "residual"
                 and other

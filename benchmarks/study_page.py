@@ -94,8 +94,8 @@ def small_first(path: Path) -> str:
     return _markdown(rows)
 
 
-def _each(values: Sequence[float], digits: str = ".2f") -> str:
-    return ", ".join(format(value, digits) for value in values)
+def _each(values: Sequence[float | None], digits: str = ".2f") -> str:
+    return ", ".join("–" if value is None else format(value, digits) for value in values)
 
 
 # ---- the document ----
@@ -190,6 +190,8 @@ def in_words(arm: Mapping[str, Any]) -> str:
         return "full training itself ended no lower than it began: there is nothing to time"
     if len(arm["seeds"]) < FEWEST_SEEDS:
         found = "too few seeds to tell"
+    elif ratio["low"] > 1 and ratio["reached"] < len(arm["seeds"]):
+        found = "where a run never got there, both are timed at its own lowest loss, which flatters it"
     elif ratio["low"] > 1:
         found = "sooner than full training in every resample"
         if (arm["time_to_full_loss_ratio_cpu"]["median"] or 1) < 1:
@@ -198,6 +200,8 @@ def in_words(arm: Mapping[str, Any]) -> str:
         found = "later than full training in every resample: plain training wins"
     else:
         found = "not distinguishable from full training by these seeds"
+    if arm["loss_minus_full"]["low"] > 0 and len(arm["seeds"]) >= FEWEST_SEEDS:
+        found += "; it ends above full training in every resample"
     own, final = spread(arm["time_to_full_loss_ratio_cpu"], ".2f"), spread(arm["loss_minus_full"])
     return (
         f"{spread(ratio, '.2f')} times as soon at full training's final loss, which {ratio['reached']} of "
@@ -215,10 +219,11 @@ def table(arms: Mapping[str, Any]) -> str:
             "− full's": spread(arm["loss_minus_full"]),
             "× as soon": spread(arm["time_to_full_loss_ratio"], ".2f"),
             "reached": f"{arm['time_to_full_loss_ratio']['reached']}/{len(arm['seeds'])}",
-            "by CPU time": spread(arm["time_to_full_loss_ratio_cpu"], ".2f").split(" ")[0],
+            "by CPU time": _of_seeds(arm["time_to_full_loss_ratio_cpu"], len(arm["seeds"])),
             "loss at equal steps": f"{arm['equal_steps']['held_out_loss']:.4f}",
             "steps": f"{arm['steps']:.0f}",
             "memory": f"{arm['memory_over_full']:.2f}",
+            "at the same batch": "–" if (same := arm.get("memory_over_full_of_same_batch")) is None else f"{same:.2f}",
             "overhead": f"{arm['overhead']:.0%}",
             "CPU s": _over(arm["cpu_seconds"], full["cpu_seconds"]),
             "rate": f"{arm['learning_rate']:.0e}",
@@ -231,7 +236,9 @@ def table(arms: Mapping[str, Any]) -> str:
     return (
         _markdown(rows)
         + "\n\nLoss: mean over seeds, on clips that neither searches nor tuning saw. − full's, × as soon: median over "
-        f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak over full training's. "
+        f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak "
+        "over full training's, each with its own batch, and over what full training takes with the arm's batch (–: "
+        "never tried). "
         "–: full training ended no lower than it began, so that there is nothing to time. "
         "Overhead: share of the budget that search and scoring took. CPU s: over full training's, for the same budget "
         "(–: others worked on the machine, so that no seconds were kept). "
@@ -241,6 +248,12 @@ def table(arms: Mapping[str, Any]) -> str:
 
 def _over(seconds: float | None, full: float | None) -> str:
     return "–" if None in (seconds, full) else f"{seconds / full:.2f}"
+
+
+def _of_seeds(figure: Mapping[str, Any], seeds: int) -> str:
+    """A median, with the number of seeds behind it where it is not that of all."""
+    known = sum(value is not None for value in figure["by_seed"])
+    return "–" if not known else f"{figure['median']:.2f}" + (f" ({known} of {seeds} seeds)" if known < seeds else "")
 
 
 def beside_own(arms: Mapping[str, Any]) -> str:
@@ -319,7 +332,7 @@ def choices(found: Mapping[str, Any]) -> str:
             "loss given away": f"{of['regret']:.4f}",
             "best to worst": f"{of['spread']:.4f}",
             "places": ", ".join(f"{one['place']}/{one['candidates']}" for one in of["decisions"]),
-            "the best were": ", ".join(f"{one['best']['m']} {one['best']['backward']}" for one in of["decisions"]),
+            "the best were": ", ".join(_plan(one["best"], one.get("shapes", 1)) for one in of["decisions"]),
         }
         for arm, of in found.items()
     ]
@@ -327,6 +340,10 @@ def choices(found: Mapping[str, Any]) -> str:
         title + "After a search each of its candidates was trained from the same weights for the rest of the stage's "
         "budget, and judged on clips that the search had not seen.\n\n" + _markdown(rows)
     )
+
+
+def _plan(one: Mapping[str, Any], shapes: int) -> str:
+    return f"{one['m']} {one['backward']}" + (f" of {one['shape']}" if shapes > 1 else "")
 
 
 def gradients(found: Mapping[str, Any]) -> str:
@@ -359,15 +376,17 @@ def beside_paper(arms: Mapping[str, Any]) -> str:
         if name in arms:
             perceptual = arms[name]["quality"].get("stlpips")
             lpips = f"{perceptual['mean']:.3f}*" if perceptual else "–"
-            fast = "–" if name == "full" else f"{arms[name]['time_to_full_loss_ratio']['median']:.2f}"
-            ours = ("ours", title, "–", lpips, f"{arms[name]['memory_over_full']:.2f}×", fast)
+            ratio, same = arms[name]["time_to_full_loss_ratio"], arms[name].get("memory_over_full_of_same_batch")
+            fast = "–" if name == "full" or ratio["median"] is None else f"{ratio['median']:.2f}"
+            ours = ("ours", title, "–", lpips, "–" if same is None else f"{same:.2f}×", fast)
             rows.append(dict(zip(head, ours, strict=True)))
     return (
         "### The paper's table beside ours\n\n"
         + _markdown(rows)
         + "\n\nIn shape alone: other networks, data and hardware; the paper's times are of one run each, until it "
         "judged quality equal, without the costs of scoring and search. *: stlpips, another distance. Ours: memory "
-        "over full training's; times as fast to full training's final held-out loss, everything charged."
+        "over full training's with as many clips a step (–: never tried); times as fast to full training's final "
+        "held-out loss, everything charged."
     )
 
 

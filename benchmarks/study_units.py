@@ -25,6 +25,7 @@ from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
 from entprog.diffusion.denoiser import Denoiser
+from entprog.errors import UserError
 from entprog.models import lora
 from entprog.quality import figures as quality_figures
 from entprog.quality.card import ProtocolCard
@@ -42,6 +43,8 @@ from pipelines.generating import rendering
 
 Kind = Literal["clips", "base", "budget", "scores", "tune", "run", "hindsight"]
 DECODED_AT_ONCE, JUDGED_AT_ONCE = 32, 24
+MOST_WAITED = 1.1
+"""Charged seconds over those of the processor, of one thread: beyond it the clock has measured what others do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +329,11 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
     if last is None:
         raise RuntimeError(f"{unit.file}: scoring alone took the budget")
     state = run.state
+    if scale.clock == "seconds" and bench.device.type == "cpu" and state.seconds.total > MOST_WAITED * cpu_s:
+        raise UserError(
+            f"{unit.file}: {state.seconds.total:.0f} s were charged, in which this process had {cpu_s:.0f} s of a "
+            "processor: others work here; give it an idle core and repeat the command, which does this unit again"
+        )
     return {
         "rate": wanted.train.learning_rate,
         "batch": batch,
@@ -360,10 +368,19 @@ def _in_short(decision) -> dict[str, Any]:
         "stage": decision.stage,
         "m": decision.plan.m,
         "backward": decision.plan.backward,
+        "shape": str(decision.plan.shape),
         "trained": list(decision.plan.trainable),
         "reason": decision.reason,
         "efficiencies": [
-            {"m": plan.m, "backward": plan.backward, "value": e.value, "low": e.low, "high": e.high, "steps": e.steps}
+            {
+                "m": plan.m,
+                "backward": plan.backward,
+                "shape": str(plan.shape),
+                "value": e.value,
+                "low": e.low,
+                "high": e.high,
+                "steps": e.steps,
+            }
             for plan, e in zip(decision.candidates, decision.efficiencies, strict=False)
         ],
     }
@@ -432,6 +449,7 @@ def _branch(
     return {
         "m": plan.m,
         "backward": plan.backward,
+        "shape": str(plan.shape),
         "trained": list(plan.trainable),
         "steps": state.step - first,
         "loss": _loss(run, judged, bench.scale),

@@ -324,6 +324,62 @@ def test_an_arm_is_shown_beside_the_one_whose_rate_it_took_and_without_seconds_o
     assert "half of the tokens" not in study_page.beside_own({"full": arms["full"], "rotating": arms["rotating"]})
 
 
+def test_a_seed_without_a_figure_keeps_its_place_and_a_loss_above_plain_training_s_is_told(records, tmp_path):
+    """Plain training of one seed ends no lower than it began; an arm that is soon at its own lowest loss ends above."""
+    for seed in range(3):
+        full = Unit(kind="run", task="wan_rendered", seed=seed)
+        records[full] = run_record(0.5 if seed else 1.2)
+        records[dataclasses.replace(full, arm="rotating")] = run_record(0.5)
+        records[dataclasses.replace(full, arm="rotating_routed")] = run_record(0.55)
+    more = study_figures.summary(CPU, records)[1]
+    arms = more["arms"]
+    first, *rest = arms["rotating_routed"]["time_to_full_loss_ratio"]["by_seed"]
+    assert first is None and None not in rest
+    line = study_page.beside_own(arms).splitlines()[-1]
+    assert f"| –, {', '.join(f'{value:.2f}' for value in rest)} (–, 1.00, 1.00) |" in line
+    about = {"device": "CPU", "commit": "c", "units_left": 0}
+    for of in ("paper", "lisa"):
+        arms[of]["time_to_full_loss_ratio"] = study_figures.over_seeds([float("nan")] * 3) | {"reached": 0}
+    page = study_page.section("cpu", about | more, tmp_path)
+    assert "| rotating" not in page and "nothing to time" in page
+    soon = arms["rotating_routed"]["time_to_full_loss_ratio"] | {"low": 1.5, "high": 2.0, "reached": 1}
+    above = {**arms["rotating_routed"], "time_to_full_loss_ratio": soon}
+    above["loss_minus_full"] = study_figures.over_seeds([0.01, 0.02, 0.03])
+    told = study_page.in_words(above)
+    assert "sooner than full training in every resample" not in told and "it ends above full training" in told
+
+
+def test_memory_is_compared_with_plain_training_of_as_many_clips_where_that_was_tried(records):
+    for batch, peak in ((2, 60), (4, 120)):
+        tried = Unit(kind="tune", task="wan_rendered", rate=1e-3, batch=batch)
+        records[tried] = run_record(0.5) | {"peak_memory_bytes": peak}
+    for seed in range(3):
+        records[Unit(kind="run", task="wan_rendered", arm="paper", seed=seed)] |= {"batch": 2, "peak_memory_bytes": 30}
+        records[Unit(kind="run", task="wan_rendered", arm="lisa", seed=seed)] |= {"batch": 1}
+    arms = study_figures.summary(CPU, records)[1]["arms"]
+    assert arms["paper"]["memory_over_full"] == 0.3 and arms["paper"]["memory_over_full_of_same_batch"] == 0.5
+    assert (
+        arms["lisa"]["memory_over_full_of_same_batch"] is None and arms["full"]["memory_over_full_of_same_batch"] == 1
+    )
+    rows = study_page.table(arms).splitlines()
+    assert "| 0.30 | 0.50 |" in rows[3] and "| 1.00 | – |" in rows[4]
+
+
+def test_candidates_of_two_clip_shapes_are_two_candidates(records):
+    plan = {"m": 2, "trained": ["b0", "b1"], "loss_at_same_steps": 0.5, "steps": 3}
+    candidates = [
+        {**plan, "backward": backward, "shape": shape, "loss": loss, "chosen": shape == "whole" and backward == "exact"}
+        for shape, backward, loss in (
+            ("half", "exact", 0.2), ("half", "residual", 0.3), ("whole", "residual", 0.25), ("whole", "exact", 0.4)
+        )
+    ]  # fmt: skip
+    looked = {"commit": "c", "candidates": candidates, "searched": True}
+    unit = Unit(kind="hindsight", task="wan_rendered", arm="search")
+    more = study_figures.summary(CPU, {unit: looked} | {u: r for u, r in records.items() if u.kind != "hindsight"})[1]
+    assert sorted(more["residual"]["loss_minus_exact_at_same_cost"]["by_seed"]) == pytest.approx([-0.15, 0.1])
+    assert "| 4/4 | 2 exact of half |" in study_page.choices(more["hindsight"])
+
+
 def test_a_sitting_adds_to_a_result_file_whose_folder_is_gone(records, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study_figures, "RESAMPLES", 50)
@@ -359,7 +415,11 @@ def test_a_sitting_adds_to_a_result_file_whose_folder_is_gone(records, tmp_path,
     new = {runs[0].file, *(f"units/wan_rendered/{kind}/full-seed0.json" for kind in ("clips", "budget"))}
     assert added["records"].keys() == told["records"].keys() | new
     with pytest.raises(UserError, match="cannot be compared"):
-        study.check_same({"held_out_loss": 0.21}, {"held_out_loss": 0.20})
+        study.check_same(base, {"held_out_loss": 0.21}, {"held_out_loss": 0.20})
+    rendered, clips = dataclasses.replace(base, kind="clips"), {"source": {"fingerprint": "a"}, "seconds": 1}
+    study.check_same(rendered, clips, clips | {"seconds": 2})
+    with pytest.raises(UserError, match=r"rendered clips made anew .*a, b"):
+        study.check_same(rendered, clips, {"source": {"fingerprint": "b"}})
 
 
 def test_a_limit_is_told_of_long_runs_that_choose_blocks():
