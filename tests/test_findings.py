@@ -98,6 +98,32 @@ def test_stopped_trials_are_judged_where_all_have_been():
     assert every.seeds == 2
 
 
+def test_what_early_stopping_has_shown_to_be_bad_is_said_to_be():
+    """Most trials of a bad rate, or of the bad sign, were stopped at the first decision: those that finished are of
+    good values alone, and say nothing of the others."""
+
+    def loss(values):
+        bad = 0.05 if values["priority.sign"] == "absolute" else 0.0
+        return 0.1 + 0.02 * abs(math.log(values["train.learning_rate"] / 3e-4)) + bad
+
+    trials = sorted(rows(loss, count=36), key=lambda row: row["held_out_loss"])
+    for place, row in enumerate(trials):
+        for seed in row["seeds"]:
+            seed["curve"] = [(5.0, seed["held_out_loss"] + 0.08), (7.0, seed["held_out_loss"] + 0.06)]
+            seed["curve"] += [(60.0, seed["held_out_loss"])] if place < 10 else []
+        if place >= 10:
+            row |= {"status": "stopped", "seeds": row["seeds"][:1]}
+    said = found(trials)
+    assert {row["settings"]["priority.sign"] for row in trials[:10]} == {"signed"}
+    sign, rate = said["responses"]["priority.sign"], said["responses"]["train.learning_rate"]
+    assert [worse["value"] for worse in sign["worse"]] == ["absolute"]
+    low, high = findings._around(rate)
+    assert 1e-4 < low <= 3.2e-4 <= high < 1e-3 and rate["worse"][0]["value"] == pytest.approx(1e-5)
+    lines = "\n".join(said["recommendation"])
+    assert "priority.sign (explains" in lines and "take signed; absolute costs" in lines
+    assert "after 11% of the budget" in lines and "36 trials" in lines
+
+
 def test_steps_of_a_range_may_be_rounded():
     space = {**SPACE, "train.ema_decay": tune.quniform(0, 0.4, 0.1)}
     trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=12)

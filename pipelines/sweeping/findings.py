@@ -21,8 +21,6 @@ from pipelines.sweeping.spaces import Space
 
 FEW = 6
 """Trials under which nothing is said of single settings."""
-ENOUGH = 8
-"""Finished trials from which final losses are the evidence; under that the loss at a time that all have reached."""
 SHORT = 20
 """Steps of a training under which its loss says nothing."""
 BOOTSTRAPS = 60
@@ -41,6 +39,8 @@ class Evidence:
     """Held-out loss of each trial, float [trials]."""
     label: str
     """What the losses are, in words."""
+    share: float
+    """Share of the budget after which they were measured."""
     seeds: int
     """Trainings that each of them is the mean of."""
     noise: float | None
@@ -61,15 +61,15 @@ def pareto(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
 
 
 def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune) -> Evidence:
-    """Final losses where enough trials have one; otherwise all trials' losses at the latest decision that all passed.
+    """Final losses where no trial was stopped; otherwise all trials' losses at the latest decision that all passed.
 
-    Trials that were stopped would otherwise be missing where they are worst, and the response look flatter than it is.
+    Stopped trials are those of bad values: fitted to the others alone a response would be flat where it rises most.
     """
     finished = [row for row in rows if row["status"] == "finished"]
-    if len(finished) >= ENOUGH or len(finished) == len([r for r in rows if r["status"] != "failed"]):
+    if not any(row["status"] == "stopped" for row in rows):
         losses = np.array([row["held_out_loss"] for row in finished])
         label = f"final held-out loss of {len(finished)} trials"
-        return Evidence([row["settings"] for row in finished], losses, label, settings.seeds, seed_noise(rows))
+        return Evidence([row["settings"] for row in finished], losses, label, 1.0, settings.seeds, seed_noise(rows))
     alike = [row for row in rows if row["status"] in ("finished", "stopped") and row.get("seeds")]
     shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
     passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
@@ -78,7 +78,7 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
     label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds, of their first seed"
     several = [[curves.at(seed["curve"], share * budget_s) for seed in row["seeds"]] for row in finished]
     noise = pooled([(float(np.var(of_seeds, ddof=1)), len(of_seeds) - 1) for of_seeds in several if len(of_seeds) > 1])
-    return Evidence([row["settings"] for row in alike], losses, label, 1, noise)
+    return Evidence([row["settings"] for row in alike], losses, label, share, 1, noise)
 
 
 def seed_noise(rows: Sequence[Row]) -> float | None:
@@ -200,6 +200,11 @@ def findings(evidence: Evidence, space: Space, best: Row, rows: Sequence[Row], s
         lines.append(f"{len(evidence.losses)} trials are too few to say which settings matter ({FEW} are needed).")
     else:
         lines.append(f"What follows rests on the {evidence.label}; intervals are 90 %, by bootstrap over trials.")
+        if evidence.share < 1:
+            lines.append(
+                f"That is after {evidence.share:.0%} of the budget, the last that stopped trials have a loss of: what "
+                "a setting does later, as a cooldown does, is not in it (tune.early_stop=false trains all to the end)."
+            )
     short = [row["id"] for row in rows if row["status"] == "finished" and min(s["steps"] for s in row["seeds"]) < SHORT]
     if short:
         lines.append(
