@@ -208,8 +208,9 @@ def run(
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):
             terminal.console.print(unlike)
-    if faceless := found.faceless(made):
-        terminal.console.print(faceless)
+    for line in (found.faceless(made), found.unmended(settings.generate.text)):
+        if line:
+            terminal.console.print(line)
     if retarget:
         if shards is not None and reference is not None:
             own = [retargeting.own_pose(reference, shape, settings.prepare)] * len(made)

@@ -4,10 +4,13 @@ import gc
 import runpy
 import shutil
 from dataclasses import replace
+from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import is_ftfy_available
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
@@ -52,6 +55,13 @@ def base(tmp_path_factory):
     return folder / "base"
 
 
+WANS = ("wan", "wan_animate", "wan_vace")
+PIPELINES = {"cogvideox": diffusers.CogVideoXPipeline, **dict.fromkeys(WANS, diffusers.WanPipeline)}
+if is_ftfy_available():  # without it theirs encode nothing
+    animate = partial(diffusers.WanAnimatePipeline, image_processor=None, image_encoder=None)
+    PIPELINES |= {"wan_animate": animate, "wan_vace": diffusers.WanVACEPipeline}
+
+
 def wan(base, **changes):
     return Model(base=str(base), vae="none", **changes)
 
@@ -60,8 +70,6 @@ def wan(base, **changes):
 @pytest.mark.parametrize("name", encoders.KINDS)
 def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
     """Its own encode_prompt, with its own defaults of what a text may hold."""
-    import diffusers
-
     family, settings = models.family(name), Model(family=name, init=TINY[name]["init"], vae="none")
     family.load(settings).save(tmp_path / "base")
     parts = encoders.pipeline(tmp_path / "base", name) | {"vae": None, "scheduler": None}
@@ -81,8 +89,8 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
             expected = texts.padded(expected[:, :used], 256)
             torch.testing.assert_close(found.of(text)["pooled"], pooled, rtol=1e-4, atol=1e-5)
         else:
-            pipe = (diffusers.WanPipeline if name == "wan" else diffusers.CogVideoXPipeline)(transformer=None, **parts)
-            length = 512 if name == "wan" else TINY[name]["init"]["max_text_seq_length"]
+            pipe = PIPELINES[name](transformer=None, **parts)
+            length = 512 if name in WANS else TINY[name]["init"]["max_text_seq_length"]
             expected = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)[0]
         torch.testing.assert_close(found.of(text)["text"], expected, rtol=1e-4, atol=1e-5)
         assert all(value.any() for value in found.of(text).values())
@@ -91,8 +99,6 @@ def test_embeddings_are_those_of_the_pipeline(name, tmp_path, dataset):
 
 def test_hunyuan_video_sees_of_each_caption_what_its_pipeline_shows(tmp_path, dataset):
     """Recorded while that samples from the caption itself; in a batch with a longer one, and with a dropped one."""
-    import diffusers
-
     torch.manual_seed(0)
     sizes = {**TINY["hunyuan_video"]["init"], "in_channels": 4, "out_channels": 4}
     network = diffusers.HunyuanVideoTransformer3DModel(**sizes).eval()
@@ -221,6 +227,22 @@ def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert captions.source(wan(base, text_encoder=str(tmp_path))).key != before.key
+
+
+def test_a_text_that_is_not_mended_is_another_and_is_said(base, tmp_path, monkeypatch):
+    """By ftfy, which the makers of Wan's bases had: the same texts, encoded with it and without, lie apart."""
+    encoders.encoder(tmp_path, "T5EncoderModel")
+    other = Model(family="cogvideox", text_encoder=str(tmp_path))
+    said, keys = ["a person dances", "the person’s rain", ""], {}
+    for there in (False, True):
+        monkeypatch.setattr(captions, "is_ftfy_available", lambda there=there: there)
+        keys[there] = [captions.source(settings).key for settings in (wan(base), other)]
+        lines = [captions.unmended(family, said) for family in (*WANS, "cogvideox")]
+        assert [line.startswith("texts of more than ASCII") and "1 here" in line for line in lines] == (
+            [False] * 4 if there else [True, True, True, False]
+        )
+        assert not captions.unmended("wan", [said[0]]), "there is nothing to mend"
+    assert keys[False][0] != keys[True][0] and keys[False][1] == keys[True][1]
 
 
 def test_a_networks_number_of_tokens_is_in_the_key(tmp_path, dataset):

@@ -170,7 +170,7 @@ def test_embeddings_of_two_encoders_are_given_together(tmp_path):
 def test_a_prompt_is_encoded_as_generate_does(name, tmp_path):
     from diffusers import DiffusionPipeline
 
-    denoiser = load(name, conditions=("reference",))
+    denoiser = load(name)
     denoiser.save(tmp_path, shape=NINE)
     bare = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
     with pytest.raises(ValueError, match=r"tokenizer and text_encoder( and .*)? are not all there"):

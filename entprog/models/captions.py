@@ -4,21 +4,23 @@ SHARDS/texts/KEY/AB/ABCD….safetensors   of one text, named by its sha256: `pro
                                         encoder's own type, without the zeros that fill it up at its end; further
                                         tensors of the text [width] by their names (`VideoDenoiser.FIXED`)
 
-KEY is a hash of all that embeddings depend on: the files of encoders and tokenizers, how the family uses them, and the
-number of tokens that the network takes. Encoders are loaded only while something is left to encode.
+KEY is a hash of all that embeddings depend on: the files of encoders and tokenizers, how the family uses them, whether
+ftfy mends texts before that, and the number of tokens that the network takes. Encoders are loaded only while something
+is left to encode.
 """
 
 import hashlib
 import inspect as python_inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -90,7 +92,20 @@ def source(settings: config.Model, key: str | None = None) -> Source:
 def _key(family: type[VideoDenoiser], parts: dict[str, Path]) -> str:
     read = sorted(path for folder in parts.values() for path in folder.iterdir() if path.is_file())
     hashes = {f"{path.parent.name}/{path.name}": fingerprints.file(path) for path in read}
-    return digest(FORMAT, family.TEXT_PIPELINE, hashes)
+    mended = ["ftfy"] if family.TEXT_MENDED and is_ftfy_available() else []
+    return digest(FORMAT, family.TEXT_PIPELINE, hashes, *mended)
+
+
+def unmended(family: str, some: Iterable[str]) -> str:
+    """How many of some texts are not mended, as the makers of a family's bases did, in words; empty where none has to
+    be. Of plain ASCII ftfy leaves the words as they are."""
+    left = sum(not text.isascii() for text in {*some})
+    if not left or is_ftfy_available() or not models.family(family).load.args[0].TEXT_MENDED:
+        return ""
+    return (
+        f"texts of more than ASCII (typographic quotes and the like), {left} here, are encoded as they stand: the "
+        f"base's makers mended such by ftfy, which is not there: {install('text')}"
+    )
 
 
 def of_clips(dataset: "shards.Dataset", split: str) -> list[str]:

@@ -40,6 +40,9 @@ class Family:
     """diffusers pipeline that encodes captions as the base knows them; None: captions are not supported."""
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """Folders of the base that TEXT_PIPELINE encodes them with."""
+    TEXT_MENDED: ClassVar[bool] = False
+    """Whether TEXT_PIPELINE mends texts by ftfy (typographic quotes, broken characters) where that is installed, as the
+    makers of the bases did."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
     SEVERAL: ClassVar[bool] = False

@@ -88,7 +88,8 @@ class WanDenoiser(VideoDenoiser):
     PROCESS = Flow
     SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 1.0}
     EXPERTS = True
-    TEXT_PIPELINE = "WanPipeline"
+    TEXT_PIPELINE = "WanPipeline"  # WanVACEPipeline and WanAnimatePipeline encode alike, but never without ftfy
+    TEXT_MENDED = True
     MORE = IMAGE_PARTS
 
     image: torch.Tensor | None

@@ -65,7 +65,6 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
     SEVERAL = True
     SKELETON = styles.DWPOSE
     EXPERTS = True
-    TEXT_PIPELINE = "WanVACEPipeline"
 
     @classmethod
     def other_sees(cls, network: Any, channels: int, conditions: tuple[str, ...]) -> tuple[str, ...]:

@@ -73,6 +73,12 @@ class Checkpoint:
         style = self.about.get("skeleton", styles.LIMBS)
         return styles.unlike(style, self.points, points) if "pose" in self.conditions else ""
 
+    def unmended(self, text: str | None) -> str:
+        """That a text is not mended as its base's makers mended theirs, in words; empty where it has not to be."""
+        from entprog.models import captions
+
+        return captions.unmended(self.about["family"], [text or ""])
+
     def model(self, dtype: str = "float32") -> config.Model:
         """The settings that load it."""
         return config.Model(family=self.about["family"], base=str(self.root), conditions=self.conditions, dtype=dtype)

@@ -148,9 +148,10 @@ def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
     if experiment.data.text == "empty":
         return f"Texts: the empty one, {'to be encoded' if left else 'encoded already'} ({where})."
     of_clips = [text for split in SPLITS for text in captions.of_clips(dataset, split)]
+    unmended = captions.unmended(model.family, wanted)
     return (
         f"Texts: {sum(map(bool, of_clips))} of {len(of_clips)} clips have a caption, {len(wanted) - 1} different ones; "
-        f"{left} texts are to be encoded ({where})."
+        f"{left} texts are to be encoded ({where}).{unmended and f' Note: {unmended}.'}"
     )
 
 

@@ -81,8 +81,9 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
                 post({"texts": done, "of": of})
 
             texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
-            if texts.unused:
-                post({"warning": texts.unused})
+            shown = {text for of_split in texts.captions.values() for text in of_split}
+            for line in filter(None, (texts.unused, captions.unmended(experiment.model.family, shown))):
+                post({"warning": line})
             clock.over("texts")
 
         denoiser = networks.load(experiment, device)

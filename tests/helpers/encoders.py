@@ -6,6 +6,8 @@ import torch
 
 KINDS = {
     "wan": "UMT5EncoderModel",
+    "wan_animate": "UMT5EncoderModel",
+    "wan_vace": "UMT5EncoderModel",
     "cogvideox": "T5EncoderModel",
     "motion_unet": "CLIPTextModel",
     "latte": "T5EncoderModel",
