@@ -291,8 +291,8 @@ CPU_SECONDS = replace(
     arms=("full", "progressive", "rotating", *LARGER_BATCHES),
 )
 """The scale `cpu` with another clock: whoever pays for seconds tunes batches by seconds, which count what a small step
-costs beside its arithmetic. Tries are nearly as long as the runs: of tries of two fifths plain training chose a rate whose
-loss rises again before the end. Needs an idle core."""
+costs beside its arithmetic. Tries are nearly as long as the runs: by tries of two fifths plain training chose a rate
+whose loss rises again before the end. Needs an idle core."""
 SMALL = Scale(
     rendered=ClipShape(frames=4, height=48, width=32, fps=12),
     shape=ClipShape(frames=4, height=48, width=32, fps=12),
