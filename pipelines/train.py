@@ -208,6 +208,7 @@ def run(
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     said = (outline.poses(dataset, source), outline.masks(dataset, source))
+    said += (outline.captions_left_out(experiment, dataset),)
     for line in (*said, *outline.notes(experiment, dataset, source)):
         if line:
             terminal.console.print(line)

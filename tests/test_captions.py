@@ -448,8 +448,24 @@ def test_a_dry_run_says_which_texts_there_are(base, dataset, tmp_path):
         mode: outline.texts(tiny_experiment(data={"text": mode}), dataset, model)
         for mode in ("fixed", "empty", "caption")
     }
-    assert said["fixed"] is None and said["empty"].startswith("Texts: the empty one, to be encoded (")
+    assert said["fixed"].startswith("Captions: 3 of 4 training clips have one, and none is shown: data.text=caption")
+    assert said["empty"].startswith("Texts: the empty one, to be encoded (")
     assert said["caption"].startswith(
         "Texts: 4 of 5 clips have a caption, 3 different ones; 4 texts are to be encoded ("
     )
     assert shards.read_dataset(dataset.folder).fingerprint == dataset.fingerprint
+
+
+def test_captions_that_nobody_is_shown_are_said(dataset, tmp_path, monkeypatch):
+    def said(dataset, **model):
+        return outline.captions_left_out(tiny_experiment(model=model), dataset)
+
+    assert said(dataset) and said(silent(dataset, tmp_path / "silent")) is None
+    assert said(dataset, prompt_embeds="text") is None, "another text was asked for"
+    assert said(dataset, family="svd", init=TINY["svd"]["init"]) is None, "it has no place for captions"
+    many = {"train": [[{**real_clips.row("cam01", "train", 0.0, SHAPE), "caption": word}] for word in ("a", "", "b")]}
+    some = real_clips.write(tmp_path / "many", {**many, "held_out": many["train"][:1]}, SHAPE)
+    monkeypatch.setattr(outline, "CAPTIONS_OF", 2)
+    assert said(some).startswith("Captions: 2 of 2 training clips looked at have one")
+    (some.folder / some.splits["train"][0].file).write_bytes(b"cut short")
+    assert said(some) is None, "the run itself names a damaged shard"

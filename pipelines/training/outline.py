@@ -1,10 +1,14 @@
 """What a run will train when, as far as its settings alone say: the table that `train --dry-run` draws."""
 
+from dataclasses import replace
+from math import ceil
+
 import torch
 
 from entprog import models
 from entprog.config import Experiment, Model, Row, Schedule, Timesteps
 from entprog.data.shards import SPLITS, Dataset
+from entprog.errors import UserError
 from entprog.media import styles, wholebody
 from entprog.models import captions, whole
 from entprog.models.sources import Source
@@ -20,6 +24,8 @@ COLUMNS = (
     "trained blocks",
     "gradient through the others",
 )
+CAPTIONS_OF = 32
+"""Shards, spread over all, whose captions are looked at where they are not shown."""
 UNEVEN = 0.1
 """Share of a step's tokens from which on a difference is told."""
 
@@ -134,10 +140,10 @@ def _has_text(experiment: Experiment, source: Source) -> bool:
 
 
 def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
-    """Which texts clips are shown with, in words; None for a fixed one. model: that names the text encoder, and the
-    network."""
+    """Which texts clips are shown with, or which are there and not shown, in words. model: that names the text encoder,
+    and the network."""
     if experiment.data.text == "fixed":
-        return None
+        return captions_left_out(experiment, dataset)
     wanted = captions.wanted(dataset, experiment.data.text)
     network = models.family(model.family).inspect(model).network.config
     folder = captions.folder_of(dataset, captions.source(model).key_for(network))
@@ -152,6 +158,27 @@ def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
     return (
         f"Texts: {sum(map(bool, of_clips))} of {len(of_clips)} clips have a caption, {len(wanted) - 1} different ones; "
         f"{left} texts are to be encoded ({where}).{unmended and f' Note: {unmended}.'}"
+    )
+
+
+def captions_left_out(experiment: Experiment, dataset: Dataset) -> str | None:
+    """That training clips have captions which a network that takes them is not shown, in words; None where it is shown
+    them, none are there, or another text was asked for."""
+    model, shards_there = experiment.model, dataset.splits.get("train", ())
+    takes = models.family(model.family).load.args[0].TEXT_PIPELINE
+    if experiment.data.text != "fixed" or model.prompt_embeds or not takes:
+        return None
+    some = shards_there[:: ceil(len(shards_there) / CAPTIONS_OF) or 1]
+    try:
+        of_clips = captions.of_clips(replace(dataset, splits={"train": some}), "train")
+    except (UserError, OSError):  # what reads the clips themselves says so
+        return None
+    if not (have := sum(map(bool, of_clips))):
+        return None
+    looked_at = "" if len(some) == len(shards_there) else " looked at"
+    return (
+        f"Captions: {have} of {len(of_clips)} training clips{looked_at} have one, and none is shown: data.text=caption "
+        "shows them (data.text=fixed is the same text for all clips)."
     )
 
 
