@@ -10,6 +10,7 @@ from helpers.networks import tiny_experiment
 from pipelines.sweeping import spaces
 
 BASE = tiny_experiment(data={"shape": {"frames": 4, "height": 32, "width": 32}})
+TABLED = config.build(config.merge(BASE.model_dump(), {"schedule": {"kind": "progressive"}}))
 
 
 @pytest.mark.parametrize("name", spaces.names())
@@ -17,7 +18,7 @@ def test_keys_are_settings_and_values_build_experiments(name):
     space = spaces.read(name)
     known = {setting for setting, *_ in config.settings_help()}
     assert set(space) <= known
-    assert len(spaces.check(space, BASE)) >= 2 * len(space)
+    assert len(spaces.check(space, TABLED if name == "plans" else BASE)) >= 2 * len(space)
     rng = np.random.RandomState(0)
     for _ in range(20):
         drawn = {setting: domain.sample(random_state=rng) for setting, domain in space.items()}
@@ -29,18 +30,23 @@ def test_keys_are_settings_and_values_build_experiments(name):
                 assert flat[setting] == pytest.approx(value)
 
 
-def test_a_ranking_that_nobody_uses_is_not_searched():
-    plain = config.build(config.merge(BASE.model_dump(), {"schedule": {"kind": "progressive"}}))
-    with pytest.raises(
-        UserError, match=r"^--space: \S+ says how blocks are ranked, and schedule.kind=progressive ranks"
-    ):
-        spaces.check(spaces.read("cei"), plain)
-    spaces.check(spaces.read("cei,convergence"), plain)  # which tries kinds that rank
+def test_a_setting_that_nobody_uses_is_not_searched():
+    of_kind = r"^--space: {} changes nothing here: it is of schedule.kind={}, and that is {}: set it, or leave it out$"
+    for space, base, said in [
+        ("cei", TABLED, of_kind.format("schedule.cei_threshold", "entprog", "progressive")),
+        ("plans", BASE, of_kind.format("schedule.table", "progressive", "entprog")),
+        ("candidates", TABLED, of_kind.format("schedule.backward", "entprog or linear or lisa or badam", "prog.*")),
+        ({"priority.draws": tune.choice([4])}, TABLED, of_kind.format("priority.draws", "entprog or linear", "prog.*")),
+        ({"schedule.budgets": tune.choice(["[0.5]"])}, BASE, "schedule.budgets changes nothing here: train --help-"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            spaces.check(spaces.read(space) if isinstance(space, str) else space, base)
+    spaces.check(spaces.read("cei,convergence,plans"), TABLED)  # which tries kinds that use them
 
 
-def test_there_are_the_four_and_they_join():
-    assert set(spaces.names()) == {"cei", "convergence", "optimizer", "plans"}
-    joined = spaces.read("cei, convergence,plans,optimizer")
+def test_there_are_the_five_and_they_join():
+    assert set(spaces.names()) == {"candidates", "cei", "convergence", "optimizer", "plans"}
+    joined = spaces.read("cei, convergence,plans,optimizer,candidates")
     assert len(joined) == sum(len(spaces.read(name)) for name in spaces.names())
 
 

@@ -344,9 +344,10 @@ def test_refusals_and_dry_run(place):
     assert "schedule.candidates" in refused(*common, "--space", "cei", "--set", "schedule.candidates=[2]")
     assert not (place / "refused").exists() or not list((place / "refused").iterdir())
     result = CliRunner().invoke(
-        tune.app, [str(a) for a in (*common[:-1], place / "dry", "--space", "cei,plans", "--dry-run")]
+        tune.app, [str(a) for a in (*common[:-1], place / "dry", "--space", "cei,candidates", "--dry-run")]
     )
-    assert result.exit_code == 0 and "Would run 4 trials" in result.output and not (place / "dry").exists()
+    assert result.exit_code == 0, result.output
+    assert "Would run 4 trials" in result.output and not (place / "dry").exists()
 
 
 @pytest.mark.slow

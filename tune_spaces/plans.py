@@ -1,10 +1,10 @@
-"""What is trained: on which clips, which blocks, and how gradient crosses the others."""
+"""What kind progressive trains: on which clips, which blocks, and how gradient crosses the others."""
 
 from ray import tune
 
 SPACE = {
-    # Kind progressive. Plain training; half the height and width for half of the budget, and for nearly all of it (the
-    # largest gains so far); half the blocks besides; a quarter of them, drawn again and again (the least memory).
+    # Plain training; half the height and width for half of the budget, and for nearly all of it (the largest gains so
+    # far); half the blocks besides; a quarter of them, drawn again and again (the least memory).
     "schedule.table": tune.choice(
         [
             "[{until: 1}]",
@@ -19,15 +19,6 @@ SPACE = {
     "schedule.tokens": tune.choice(["fewer", "constant"]),
     # The same noise hides less of a small clip.
     "schedule.timestep_shift": tune.choice(["fixed", "auto"]),
-    # Kinds entprog and linear from here on. Exact is the paper's; residual costs less with a biased gradient; with both
-    # the search decides.
-    "schedule.backward": tune.choice(["exact", "residual", "[exact, residual]"]),
-    # Top-m blocks; top-m among the last ones, which ends an exact backward early; the best set within a budget.
-    "schedule.generators": tune.choice(["[count]", "[count, suffix]", "[count, budget]"]),
-    # Of the generator `budget`: cheap steps alone, or up to nearly full training's cost.
-    "schedule.budgets": tune.choice(["[0.5]", "[0.5, 0.7, 0.85]"]),
-    # Whole clips alone, or half as high and wide too: a quarter of the tokens.
-    "schedule.shapes": tune.choice(["[]", "[{shrink: 2}]"]),
     # Parameters outside blocks train always, or only the input layer of the conditions.
     "schedule.outside": tune.choice(["always", "conditions"]),
 }

@@ -32,7 +32,7 @@ from entprog.config.reading import (
     settings,
     settings_help,
 )
-from entprog.config.schedule import Backward, Choose, Fraction, FrozenPrecision, Row, Schedule
+from entprog.config.schedule import KINDS, Backward, Choose, Fraction, FrozenPrecision, Row, Schedule
 from entprog.config.shapes import ClipShape, Smaller
 from entprog.config.sweep import OBJECTIVES, Sweep, Tune
 from entprog.config.timesteps import Timesteps
@@ -42,6 +42,7 @@ from entprog.config.written import meaning, suited
 __all__ = [
     "ADDED",
     "FREE",
+    "KINDS",
     "OBJECTIVES",
     "PATHS",
     "WHOLE",

@@ -1,7 +1,8 @@
 """What is trained when: clip shapes, blocks and how gradient crosses the others, over a run's budget."""
 
 import itertools
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, get_args
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -12,6 +13,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
 FrozenPrecision = Literal["auto", "full", "fp8", "fp8_alone", "nf4"]
 Choose = Literal["top", "random", "weighted"]
+Kind = Literal["full", "progressive", "entprog", "linear", "lisa", "badam"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Row(Smaller):
@@ -43,7 +46,7 @@ class Row(Smaller):
 class Schedule(Part):
     """What is trained when (Ent-Prog §3.3-3.4)."""
 
-    kind: Literal["full", "progressive", "entprog", "linear", "lisa", "badam"] = "progressive"
+    kind: Kind = "progressive"
     """`full`: all blocks always, on whole clips; `progressive`: as `table` says; `entprog`: the search decides;
     `linear`: top-m grows evenly with stages; `lisa`: a random share of the blocks, another one each stage; `badam`: one
     block a stage, in turns (`entprog/schedule/rotation.py`)."""
@@ -121,6 +124,17 @@ class Schedule(Part):
         some = min(self.candidates) < 1 or "budget" in self.generators or self.cei_threshold is not None
         return self.kind == "entprog" and some
 
+    def uses(self, setting: str) -> bool:
+        """Whether this schedule would be another one with another value of a setting of this class, by its name."""
+        return USED.get(setting, lambda schedule: True)(self)
+
+    @property
+    def has_smaller_clips(self) -> bool:
+        """Whether it trains on clips smaller than `data.shape`."""
+        if self.kind == "progressive":
+            return any(row.frames is not None or row.shrink > 1 for row in self.table)
+        return self.kind != "full" and self.stages > 1 and bool(self.shapes)
+
     @property
     def backwards(self) -> tuple[Backward, ...]:
         """`backward` as a tuple."""
@@ -150,3 +164,37 @@ class Schedule(Part):
                 "schedule.table: the last row trains on whole clips (data.shape): leave its frames and shrink out"
             )
         return self
+
+
+def _searches(schedule: Schedule) -> bool:
+    return schedule.kind == "entprog"
+
+
+def _leaves_backward_open(schedule: Schedule) -> bool:
+    some = schedule.blocks != "all"
+    if schedule.kind == "progressive":
+        return any(row.backward is None and (row.share < 1 or some) for row in schedule.table)
+    return some or schedule.kind in ("entprog", "lisa", "badam") or (schedule.kind == "linear" and schedule.stages > 1)
+
+
+USED: dict[str, Callable[[Schedule], bool]] = {
+    "table": lambda schedule: schedule.kind == "progressive",
+    "stages": lambda schedule: schedule.kind not in ("full", "progressive"),
+    "lisa_share": lambda schedule: schedule.kind == "lisa",
+    "candidates": lambda schedule: _searches(schedule) and set(schedule.generators) != {"budget"},
+    "generators": _searches,
+    "suffixes": lambda schedule: _searches(schedule) and "suffix" in schedule.generators,
+    "budgets": lambda schedule: _searches(schedule) and "budget" in schedule.generators,
+    "shapes": lambda schedule: schedule.kind not in ("full", "progressive") and schedule.stages > 1,
+    "tokens": lambda schedule: schedule.has_smaller_clips,
+    "timestep_shift": lambda schedule: schedule.has_smaller_clips,
+    "search_steps": _searches,
+    "search_until_clear": _searches,
+    "search_clips": _searches,
+    "search_share": _searches,
+    "efficiency": _searches,
+    "backward": _leaves_backward_open,
+    "cei_threshold": lambda schedule: _searches(schedule) and schedule.stages > 1,
+    "monotone": lambda schedule: _searches(schedule) and schedule.stages > 1,
+}
+"""Setting of a schedule → whether one makes use of it; settings that all do are not in it."""

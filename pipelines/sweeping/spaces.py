@@ -14,7 +14,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 
 import tune_spaces
 from entprog import config
-from entprog.config import Experiment
+from entprog.config import Experiment, Schedule
 from entprog.errors import UserError
 
 Space = dict[str, Domain]
@@ -138,8 +138,8 @@ BUDGETS = ("train.seconds", "train.steps", "train.flops")
 def check(space: Space, experiment: Experiment) -> list[Experiment]:
     """Every choice, and of every range both ends and a value between them, each alone on top of the experiment.
 
-    Raises UserError naming the first setting that does not exist, value that it does not take, or setting that says how
-    blocks are ranked where none of all these schedules ranks any.
+    Raises UserError naming the first setting that does not exist, value that it does not take, or setting that none of
+    all these schedules makes use of.
     """
     known = [name for name, *_ in config.settings_help()]
     for setting, domain in space.items():
@@ -163,13 +163,24 @@ def check(space: Space, experiment: Experiment) -> list[Experiment]:
                 raise UserError(
                     f"--space: {error}, a value between {low:g} and {high:g}: a setting in whole numbers takes randint"
                 ) from None
-    ranking = [name for name in space if name == "schedule.cei_threshold" or name.startswith("priority.")]
-    if ranking and not any(one.schedule.needs_scores for one in tried):
-        raise UserError(
-            f"--space: {ranking[0]} says how blocks are ranked, and schedule.kind={experiment.schedule.kind} ranks "
-            "none: give --set schedule.kind=entprog, or leave it out"
-        )
+    for name in space:
+        if not any(_is_used(one.schedule, name) for one in tried):
+            way_out = _way_out(experiment.schedule, name)
+            raise UserError(f"--space: {name} changes nothing here: {way_out}, or leave it out")
     return tried
+
+
+def _is_used(schedule: Schedule, setting: str) -> bool:
+    part, _, name = setting.partition(".")
+    return {"schedule": schedule.uses(name), "priority": schedule.needs_scores}.get(part, True)
+
+
+def _way_out(schedule: Schedule, setting: str) -> str:
+    """What would have to be for a setting to be of use, in words."""
+    kinds = [kind for kind in config.KINDS if _is_used(schedule.model_copy(update={"kind": kind}), setting)]
+    if not kinds:
+        return f"train --help-settings says what {setting} is of, set that"
+    return f"it is of schedule.kind={' or '.join(kinds)}, and that is {schedule.kind}: set it"
 
 
 def ends(domain: Domain) -> list[Any]:
