@@ -100,6 +100,10 @@ def test_a_space_of_ones_own(tmp_path):
         ("train.learning_rate: {loguniform: [-1, 1]}", "above 0"),
         ("train.seconds: {choice: [5, 10]}", "train.seconds cannot be searched: trials are compared at equal seconds"),
         ("train.steps: {randint: [5, 10]}", "train.steps cannot be searched"),
+        ("train.workers: {choice: [2, 64]}", "train.workers cannot be searched: it says how a trial runs, not what it"),
+        ("train.threads: {randint: [1, 9]}", "train.threads cannot be searched"),
+        ("data.decode_cpus: {uniform: [1, 9]}", "data.decode_cpus cannot be searched"),
+        ("tracking.run_name: {choice: [a, b]}", "tracking.run_name cannot be searched"),
         ("schedule.stages: {randint: [1, 4]}\n\nschedule.stages: {choice: [2]}", "in line 1 and again in line 3"),
     ],
 )
@@ -125,15 +129,15 @@ def test_python_spaces_are_checked_alike():
 def test_words_of_a_choice_stay_words(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text(
-        "train.gpus: {choice: [no, auto]}\ntracking.run_name: {choice: [010, 2024]}\n"
+        "model.prompt_embeds: {choice: [no, auto]}\nmodel.text_encoder: {choice: [010, 2024]}\n"
         "schedule.stages: {quniform: [1, 4, 1]}\nschedule.monotone: {choice: [true, false]}\n"
     )
     space = spaces.read(str(mine))
-    assert space["train.gpus"].categories == ["no", "auto"]
-    assert space["tracking.run_name"].categories == ["010", "2024"]
+    assert space["model.prompt_embeds"].categories == ["no", "auto"]
+    assert space["model.text_encoder"].categories == ["010", "2024"]
     assert space["schedule.monotone"].categories == [True, False]
     tried = spaces.check(space, BASE)
-    assert {one.tracking.run_name for one in tried} >= {"010", "2024"}
+    assert {one.model.text_encoder for one in tried} >= {"010", "2024"}
 
 
 def test_wrong_names_are_one_line(tmp_path):

@@ -133,13 +133,19 @@ def applied(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
 
 BUDGETS = ("train.seconds", "train.steps", "train.flops")
 """How long a training lasts: the same for all trials of a sweep."""
+ALIKE = (
+    *(name for name in config.FREE if name != "train.accumulate"), "name", "train.threads", "train.samples",
+    "train.checkpoint_every", "train.held_out_every",
+)  # fmt: skip
+"""Settings, and parts of them, of how a trial runs and not of what it trains: all trials hold the same of a machine, so
+that their seconds are equal ones. Batches that an update adds up are of what it trains."""
 
 
 def check(space: Space, experiment: Experiment) -> list[Experiment]:
     """Every choice, and of every range both ends and a value between them, each alone on top of the experiment.
 
-    Raises UserError naming the first setting that does not exist, value that it does not take, or setting that none of
-    all these schedules makes use of.
+    Raises UserError naming the first setting that does not exist or that all trials have alike, value that it does not
+    take, or setting that none of all these schedules makes use of.
     """
     known = [name for name, *_ in config.settings_help()]
     for setting, domain in space.items():
@@ -147,6 +153,11 @@ def check(space: Space, experiment: Experiment) -> list[Experiment]:
             raise UserError(f"--space: unknown setting {setting}{config.close_to(setting, known)}")
         if setting in BUDGETS:
             raise UserError(f"--space: {setting} cannot be searched: trials are compared at equal seconds (--seconds)")
+        if config.is_part_of(setting, ALIKE):
+            raise UserError(
+                f"--space: {setting} cannot be searched: it says how a trial runs, not what it trains, and all trials "
+                "run alike: set it by --set"
+            )
         values = ends(domain)
         if not values or (not isinstance(domain, Categorical) and values[0] > values[1]):
             raise UserError(f"--space: {setting} has no value to choose from")
