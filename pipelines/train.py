@@ -117,8 +117,9 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
         if name:
             terminal.console.print(f"Phase {name}, conditions {', '.join(part.model.conditions)}, {part.data.shape}:")
         _explain(part, dataset, checks.stand_in(part, first), nodes)
+    other = experiment.data.text != "fixed" and experiment.model.text_encoder
     beside = {
-        "whole": "VAE and the base's encoders copied",
+        "whole": f"VAE and the base's encoders copied{f', those of texts from {other}' if other else ''}",
         "light": "VAE and encoders by name, not copied (train.save=light)",
     }
     if every := experiment.train.preview_every:

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from entprog import config, models
 from entprog.blocks import blocks
-from entprog.config import ClipShape, Drop, Model
+from entprog.config import ClipShape, Drop, Generate, Model
 from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
 from entprog.diffusion import dropping
 from entprog.errors import UserError
-from entprog.models import captions, fingerprints, texts, whole
+from entprog.models import captions, fingerprints, folders, texts, whole
 from entprog.training.fit import fit, start
 from helpers import encoders, real_clips
 from helpers.families import TINY
@@ -29,8 +29,9 @@ from helpers.networks import TINY as WAN
 from helpers.networks import latents, tiny_experiment
 from helpers.processes import join, leave, run_ranks
 from helpers.recording import calls
+from pipelines.generating import checkpoints
 from pipelines.stream.batches import Batches
-from pipelines.training import checks, outline
+from pipelines.training import checks, networks, outline
 
 SHAPE = ClipShape(frames=4, height=32, width=16, fps=12)
 SAID = ["a person dances", "", "a person walks home", "a person dances"]
@@ -227,6 +228,34 @@ def test_what_a_text_means_is_in_its_key(base, tmp_path, dataset):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert captions.source(wan(base, text_encoder=str(tmp_path))).key != before.key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", ["whole", "light"])
+def test_what_texts_were_encoded_with_is_what_is_saved(parts, base, tmp_path):
+    """Whether the base's index names it or not (here it does not), and that of another folder before the base's."""
+    encoders.encoder(tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "text_encoder" / "model.safetensors")
+    changed = {name: tensor + 0.1 for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "other" / "text_encoder" / "model.safetensors", {"format": "pt"})
+    shown = []
+    for given in (None, str(tmp_path / "other")):
+        model = {"base": str(base), "init": {}, "vae": "none", "text_encoder": given}
+        experiment = tiny_experiment(model=model, data={"text": "caption"})
+        denoiser, out = networks.load(experiment, torch.device("cpu")), tmp_path / f"{parts} of {given is None}"
+        denoiser.save(out, shape=SHAPE, parts=parts)
+        assert whole.missing(out) == [] and (out / "text_encoder").is_dir() == (parts == "whole")
+        made = checkpoints.Checkpoint(out, folders.saved(out), SHAPE, None)
+        found = captions.source(experiment.model)
+        assert checkpoints.text_source(made, Generate(text="a person")).key == found.key
+        pipe = diffusers.DiffusionPipeline.from_pretrained(out, custom_pipeline=str(out), trust_remote_code=True)
+        ours = captions.one(found, denoiser.network.config, "a person", "cpu")["text"]
+        torch.testing.assert_close(pipe.encoded("a person")[texts.NAME], ours)
+        shown.append(ours)
+    assert not torch.allclose(*shown, atol=1e-2)
+    fixed = tiny_experiment(model=model | {"text_encoder": "not/there"})
+    networks.load(fixed, torch.device("cpu")).save(tmp_path / "fixed", shape=SHAPE, parts=parts)
+    assert not (tmp_path / "fixed" / "text_encoder").exists() and not folders.saved(tmp_path / "fixed")["elsewhere"]
 
 
 def test_a_text_that_is_not_mended_is_another_and_is_said(base, tmp_path, monkeypatch):

@@ -140,8 +140,8 @@ class Train(Part):
     lies outside blocks is trained as `schedule.outside` says."""
     save: Literal["whole", "light"] = "whole"
     """What OUTPUT/model holds beside the network: `whole`: the VAE, and those of the base's text and image encoders
-    that lie here (of a base on the hub what was fetched to encode with), copied; `light`: both named by hub name and
-    commit, or by folder, and loaded from there."""
+    that lie here (of a base on the hub what was fetched to encode with; of `model.text_encoder` where texts were
+    encoded with that), copied; `light`: both named by hub name and commit, or by folder, and loaded from there."""
     samples: int = Field(default=2, ge=0)
     """Held-out motions generated at the end, for a look (uncharged)."""
     preview_every: int = Field(default=0, ge=0)

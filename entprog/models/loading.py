@@ -62,7 +62,8 @@ def load(
             match_norms(network)
     denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
     denoiser.check_type()
-    return replace(denoiser, provenance=denoiser.provenance | merged)
+    origins = _origins(cls, settings, source, denoiser.vae)
+    return replace(denoiser, origins=origins, provenance=denoiser.provenance | merged)
 
 
 def _whole(cls: type[VideoDenoiser], settings: config.Model, source: Source, seed: int) -> nn.Module:
@@ -150,7 +151,6 @@ def _with_parts(
         last=source.last,
         native=source.native,
         expert=source.expert,
-        origins=_origins(cls, settings, source, vae),
         base_index=whole.index_of(source.root),
         autocast=None if settings.dtype == "float32" else getattr(torch, settings.dtype),
         vae_autocast=None if settings.vae_dtype == "float32" else getattr(torch, settings.vae_dtype),
@@ -172,6 +172,10 @@ def _origins(
     """Where the parts come from that no one trains."""
     root, about, vae_folder = source.root, source.about, source.vae_folder
     out = whole.encoders(settings.base, root, about)
+    if given := settings.text_encoder:
+        folder = folders.located_text(given, "model.text_encoder", cls.TEXT_PARTS)
+        out = {name: o for name, o in out.items() if name not in cls.TEXT_PARTS}
+        out |= whole.text_encoders(given, folder, cls.TEXT_PARTS)
     if source.expert is not None:
         name = experts.FOLDERS[experts.OTHER[source.expert.name]]
         where = whole.origin(str(settings.base), root, name, "diffusers", cls.NETWORK.__name__, about)

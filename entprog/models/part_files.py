@@ -38,8 +38,8 @@ def of(folder: Path, part: str) -> list[Path]:
     """The files of a part if plain diffusers loads it from them; [] if not: its own configuration must name a class of
     its sort. Variants (`model.fp16.safetensors`) are loaded where they are asked for alone, and pickles are not
     copied. Settings that are links out of the folder, but for those of the hub's cache, are not the part's."""
-    names, entries, kind = KINDS.get(part, NETWORK)
-    if not _names_a_class(folder / names[0], entries, kind):
+    names, *_ = KINDS.get(part, NETWORK)
+    if kind(folder, part) is None:
         return []
     files = [folder / name for name in names if (folder / name).is_file()]
     if not all(lies_in(path, folder) for path in files):
@@ -48,6 +48,18 @@ def of(folder: Path, part: str) -> list[Path]:
         return files
     weights = next(filter(None, (_weights(folder, stem) for stem in STEMS)), [])
     return files + weights if weights else []
+
+
+def kind(folder: Path, part: str) -> str | None:
+    """The class of a part as its own configuration names it; None if that names none of its sort."""
+    names, entries, sort = KINDS.get(part, NETWORK)
+    path = folder / names[0]
+    try:
+        values = folders.read_json(path) if path.is_file() else {}
+    except UserError:  # no part is read from it
+        return None
+    named = [word for entry in entries for word in (values.get(entry), *_listed(values.get(entry)))]
+    return next((word for word in named if isinstance(word, str) and re.fullmatch(sort, word)), None)
 
 
 def _weights(folder: Path, stem: str) -> list[Path]:
@@ -61,15 +73,6 @@ def _weights(folder: Path, stem: str) -> list[Path]:
     names = sorted({str(name) for name in named.values()})
     sound = all(re.fullmatch(r"[\w.-]+\.safetensors", name) and (folder / name).is_file() for name in names)
     return [index, *(folder / name for name in names)] if sound else []
-
-
-def _names_a_class(path: Path, entries: tuple[str, ...], kind: str) -> bool:
-    try:
-        values = folders.read_json(path) if path.is_file() else {}
-    except UserError:  # no part is read from it
-        return False
-    named = [word for entry in entries for word in (values.get(entry), *_listed(values.get(entry)))]
-    return any(isinstance(word, str) and re.fullmatch(kind, word) for word in named)
 
 
 def _listed(value: object) -> list:

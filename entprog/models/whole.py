@@ -72,7 +72,19 @@ def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> 
     named |= {
         name: (kept["library"], kept["kind"]) for name, kept in about.get("elsewhere", {}).items() if name in ENCODERS
     }
-    origins = {name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()}
+    return _there({name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()})
+
+
+def text_encoders(given: str, root: Path, parts: Iterable[str]) -> dict[str, Origin]:
+    """Those that texts are encoded with, of a folder that a person called `given`, whether an index names them or not,
+    as `encoders`. parts: their names."""
+    named = _parts(index_of(root))
+    kinds = {name: named.get(name) or ("transformers", part_files.kind(root / name, name)) for name in parts}
+    return _there({name: origin(given, root, name, *of, {}) for name, of in kinds.items() if of[1]})
+
+
+def _there(origins: Mapping[str, Origin]) -> dict[str, Origin]:
+    """Those that are here or on the hub."""
     return {name: o for name, o in origins.items() if o.folder is not None or o.place.revision}
 
 

@@ -43,6 +43,8 @@ def _loaded(
     rounded: bool = False,
 ) -> Denoiser:
     model, settings = experiment.model, experiment.train.lora
+    encoder = None if experiment.data.text == "fixed" else model.text_encoder or model.base
+    model = model.model_copy(update={"text_encoder": encoder})  # what texts were encoded with is what is saved
     if settings and model.adapter:  # then an adapter to start from is not merged: it goes on
         source = models.family(model.family).inspect(model)  # as the adapter has seen clips
         model = model.model_copy(update={"adapter": None, "skeleton": source.skeleton, "last_frame": source.last})
