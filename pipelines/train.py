@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from entprog import config, files, masking, models, storage
-from entprog.blocks import blocks, fp8
+from entprog.blocks import blocks
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.errors import UserError
@@ -219,8 +218,8 @@ def run(
         place = storage.quickly(experiment.train.checkpoints)
         Place.at(place).check()
         checkpoint.check_owner(place, key)
-    if experiment.in_fp8 and not gpus:
-        fp8.check_device(torch.device("cpu"))
+    if not gpus:
+        checks.check_cpus(experiment)
     uri, weights = store.tracking_uri(), fingerprints.base(experiment.model)
     tracker = Tracker.start(
         output,

@@ -52,6 +52,7 @@ def refused(app, *words) -> str:
     ("words", "message"),
     [
         (["--memory-budget", "1KB"], "weights, gradients and moments of the smallest plan alone are"),
+        (["--set", "model.attention=_native_cudnn"], "_native_cudnn does not run in float32 on a CPU here"),
         (["--set", "data.latents=require"], "hold no latents: make them with"),
         (["--output", "/proc/entprog/run"], "cannot write to output folder /proc/entprog/run"),
         (["--output", "{}/shards/run"], "lies in data.shards"),

@@ -181,10 +181,11 @@ def test_the_same_weights_are_never_scored_twice(tmp_path, counted):
     reverse = table_of(tmp_path, priority={"kind": "reverse_cei"})
     assert counted == ["cei"] and reverse == replace(first, kind="reverse_cei")
     lora = {"train": {"lora": {"rank": 2}}}
-    for other in ({"priority": {"kind": "gradient"}}, {"model": {"dtype": "bfloat16"}}, {"train": {"seed": 1}}, lora):
+    models = ({"model": {"dtype": "bfloat16"}}, {"model": {"attention": "_native_math"}})
+    for other in ({"priority": {"kind": "gradient"}}, *models, {"train": {"seed": 1}}, lora):
         table_of(tmp_path, **other)
     table_of(tmp_path, seed=1)
-    assert counted == ["cei", "gradient", "cei", "cei", "cei", "cei"]
+    assert counted == ["cei", "gradient", "cei", "cei", "cei", "cei", "cei"]
 
 
 def test_draws_until_stable_is_an_option_of_the_score_job(monkeypatch):

@@ -8,7 +8,7 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 from entprog.config.evaluation import Evaluate, Evaluation
 from entprog.config.experiment import Data, Experiment, Priority, Tracking
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
-from entprog.config.model import Model, Skeleton
+from entprog.config.model import Attention, Model, Skeleton
 from entprog.config.part import Part
 from entprog.config.phases import phases
 from entprog.config.reading import (
@@ -46,6 +46,7 @@ __all__ = [
     "OBJECTIVES",
     "PATHS",
     "WHOLE",
+    "Attention",
     "Backward",
     "Choose",
     "ClipShape",

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 from entprog.config.part import Part
 
 Skeleton = Literal["limbs", "dwpose", "wan_animate"]
+Attention = Literal["native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math"]
+"""Kernels of attention, by diffusers' names."""
 
 
 class Model(Part):
@@ -62,6 +64,10 @@ class Model(Part):
     host memory meanwhile: the same bits, in less memory on the device, for two copies a block. `keep_attention`: but
     self-attention's output is kept, of long clips most of what would be computed again: the same bits, in less time,
     for as much memory as blocks' inputs take."""
+    attention: Attention = "native"
+    """Kernels of self- and cross-attention, by diffusers' names, of Wan and HunyuanVideo: `native`, torch's choice;
+    cuDNN's, FlashAttention 2, the memory-efficient ones, or plain products, which need memory for tokens x tokens. They
+    round otherwise. Of `DIFFUSERS_ATTN_BACKEND` in the environment nothing is taken."""
     compile_blocks: bool = False
     """Compile each block with torch.compile: the first step under every plan compiles, later ones are quicker."""
     swap_blocks: int = Field(default=0, ge=0)

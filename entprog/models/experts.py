@@ -19,7 +19,7 @@ from entprog.blocks import HALF, blocks, form_of, keep_rounded, match_norms, swa
 from entprog.blocks.swap import Swap, spread
 from entprog.distributed import fsdp
 from entprog.errors import UserError
-from entprog.models import folders, inputs, weight_files, whole
+from entprog.models import attention, folders, inputs, weight_files, whole
 
 if TYPE_CHECKING:
     from entprog.models.denoising import VideoDenoiser
@@ -42,6 +42,8 @@ class Expert:
     """Conditions that the other one sees."""
     splits: tuple[int, ...]
     """Its input channels, in the groups that are summed apart."""
+    attention: config.Attention = "native"
+    """Kernels of its attention, those of the one that is trained."""
     loaded: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
     """The other one's network under `network`, once it was needed: on the host between two samplings."""
 
@@ -61,6 +63,7 @@ class Expert:
             if denoiser.autocast == HALF:
                 _hold(network, denoiser)
                 match_norms(network)
+            attention.choose(network, self.attention)
             self.loaded["network"] = network
         return replace(denoiser, network=self.loaded["network"], conditions=self.conditions, expert=None)
 

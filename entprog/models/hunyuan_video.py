@@ -57,6 +57,7 @@ class HunyuanVideoDenoiser(VideoDenoiser):
     SCHEDULER: ClassVar[dict[str, Any]] = {"shift": 7.0}
     TEXT_PIPELINE = "HunyuanVideoPipeline"
     TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    MASKS = True
     FIXED: ClassVar[dict[str, str]] = {"pooled": "pooled_prompt_embeds"}
 
     pooled: torch.Tensor

@@ -45,6 +45,8 @@ class Family:
     makers of the bases did."""
     MORE: ClassVar[dict[str, tuple[str, str]]] = {}
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
+    MASKS: ClassVar[bool] = False
+    """Whether its networks' attention is given a mask, which not all kernels take (`model.attention`)."""
     SEVERAL: ClassVar[bool] = False
     """Whether its networks have a place for several reference pictures."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS

@@ -13,7 +13,7 @@ from entprog.config import ClipShape
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.masking import bare, one_line
-from entprog.models import adapters, experts, folders, inputs, parts, weight_files, whole
+from entprog.models import adapters, attention, experts, folders, inputs, parts, weight_files, whole
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.sources import Source, inspect
 
@@ -60,6 +60,7 @@ def load(
         prepare(network)
         if settings.dtype != "float32":
             match_norms(network)
+        attention.choose(network, settings.attention)
     denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
     denoiser.check_type()
     origins = _origins(cls, settings, source, denoiser.vae)

@@ -20,7 +20,19 @@ from entprog.diffusion.processes import Process
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, experts, finite, folders, inputs, places, texts, vaes, weight_files, whole
+from entprog.models import (
+    adapters,
+    attention,
+    experts,
+    finite,
+    folders,
+    inputs,
+    places,
+    texts,
+    vaes,
+    weight_files,
+    whole,
+)
 from entprog.models.denoising import GIVEN_FRAME, SCHEDULER_FILE, VideoDenoiser, process_of
 
 LORA = re.compile(r"\.lora_(A|B|down|up)\b")
@@ -114,6 +126,7 @@ def inspect(
         values = _new_configuration(cls, settings, channels)
     network = _on_meta(cls.NETWORK, values, "model.base" if root else "model.init")
     cls.check_network(network.config)
+    attention.check(network, settings.attention, cls.FAMILY, cls.MASKS)
     if own_weights is not None:
         weight_files.check_fits(network, own_weights, "model.base")
     blocks(network)
@@ -223,7 +236,7 @@ def _expert(
             f"{str(last).lower()}: both are shown the same, set model.last_frame={str(shown).lower()}"
         )
     splits = tuple(kept.get("input_channels", (network.in_channels,)))
-    return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits)
+    return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits, settings.attention)
 
 
 def _check_single_file(cls: type[VideoDenoiser], given: str) -> None:

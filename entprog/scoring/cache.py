@@ -108,6 +108,7 @@ def _key(
     rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
     rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
     rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then
+    rest += [model.attention] if model.attention != "native" else []
     rest += [experiment.data.text, texts.folder.name] if texts else []
     rest += ["last frame"] * denoiser.last + ["native"] * denoiser.native
     device = next(denoiser.network.parameters()).device

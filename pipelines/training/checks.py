@@ -14,7 +14,7 @@ from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
-from entprog.models import adapters, captions, experts, fingerprints, lora, sources
+from entprog.models import adapters, attention, captions, experts, fingerprints, lora, sources
 from entprog.optimizers import eight_bit
 from entprog.schedule import plans
 from entprog.storage import Place, Where
@@ -174,7 +174,7 @@ def _shown_alike(phases: Mapping[str, Experiment]) -> None:
 
 def stand_in(phase: Experiment, first: Experiment) -> config.Model:
     """The network of a phase whose base is not there yet: it will be the first phase's, widened."""
-    own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame")
+    own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame", "attention")
     return first.model.model_copy(update={name: getattr(phase.model, name) for name in own})
 
 
@@ -182,8 +182,15 @@ def check_room(parts: Parts) -> None:
     """Raises UserError where the Ray that would start on this machine could not hold the workers, or gives them no
     device for their arithmetic. One that is joined is asked once it is."""
     for experiment, _ in parts.values():
-        if capacity.gpus_here(experiment) is False and experiment.in_fp8:
-            fp8.check_device(torch.device("cpu"))
+        if capacity.gpus_here(experiment) is False:
+            check_cpus(experiment)
+
+
+def check_cpus(experiment: Experiment) -> None:
+    """Raises UserError where CPUs cannot train as the settings say."""
+    if experiment.in_fp8:
+        fp8.check_device(torch.device("cpu"))
+    attention.check_device(experiment.model, torch.device("cpu"))
 
 
 def check_reach(parts: Parts) -> None:

@@ -16,7 +16,7 @@ from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
-from entprog.models import captions
+from entprog.models import attention, captions
 from entprog.schedule import plans
 from entprog.scoring import cei
 from pipelines.cluster import capacity
@@ -74,6 +74,7 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
             torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
         if experiment.in_fp8:
             fp8.check_device(device)
+        attention.check_device(experiment.model, device)
         texts = None
         if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
 
