@@ -14,29 +14,23 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from entprog import config, files, models, storage
+from entprog import config, files, storage
 from entprog.config import Sweep
 from entprog.data import shards as datasets
-from entprog.errors import UserError
-from entprog.models import fingerprints
 from entprog.names import cell
-from entprog.schedule import plans
 from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.cluster import capacity, joining, launch, room, session
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
-from pipelines.sweeping import charts, findings, spaces, state, sweep, trial
+from pipelines.sweeping import charts, checking, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
-from pipelines.training import checks, steplog
+from pipelines.training import steplog
 
 app = usage.app("Search for settings: many trainings at equal seconds, the best ones reported with their uncertainty.")
-
-FREE = ("tune.retries",)
-"""Settings that a resumed sweep may change."""
 
 
 @app.command()
@@ -107,54 +101,9 @@ def main(
     cli.run("tune", None if dry_run else output, work, verbose=verbose)
 
 
-def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
-    """All that can be known before anything starts. Raises UserError; returns the sweep's identity."""
-    experiment, settings = wanted.experiment(), wanted.tune
-    if experiment.train.seconds is None or experiment.train.steps is not None:
-        raise UserError(
-            "trials are compared at equal seconds: give --seconds (train.seconds), which takes the place of train.steps"
-        )
-    if experiment.parts:
-        raise UserError(
-            "a sweep is of one training, these settings have several one after another "
-            f"({', '.join(experiment.parts)}): leave out phases, or take one of a base's two experts"
-        )
-    tracking_uri()
-    dataset = checks.check(experiment)
-    family = models.family(experiment.model.family)
-    judged_by, latents = fingerprints.held_out(experiment, dataset), fingerprints.vae(experiment.model)
-    for one in spaces.check(space, experiment):
-        if one.model != experiment.model and fingerprints.vae(one.model) != latents:
-            raise UserError(
-                "--space: trials are ranked by their held-out loss, and values of this space change the VAE, whose "
-                "latents it is of (model.vae, model.base): a sweep each"
-            )
-        if fingerprints.held_out(one, dataset) != judged_by:
-            raise UserError(
-                "--space: trials are ranked by their held-out loss, and values of this space change what that is "
-                "measured on or by (data.*, train.timesteps, train.timestep_shift, train.min_snr): set them by --set"
-            )
-        for shape in plans.ladder(one.schedule, one.data.shape, last=False):
-            family.inspect(one.model, shape)
-    if settings.search == "grid":
-        count = len(spaces.grid(space, settings.grid_points))
-        if count > settings.trials:
-            raise UserError(
-                f"the grid has {count} trials, tune.trials allows {settings.trials}: raise --trials, lower "
-                "tune.grid_points or take fewer settings"
-            )
-    of_search = {
-        name: value
-        for name, value in config.settings(wanted).items()
-        if config.is_part_of(name, ["tune"]) and not config.is_part_of(name, FREE)
-    }
-    drawn = {f"space of {name}": domain for name, domain in spaces.described(space)}
-    return checks.deciding(experiment, dataset) | of_search | drawn
-
-
 def claimed(wanted: Sweep, space: spaces.Space, output: Where) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
-    identity = check(wanted, space)
+    identity = checking.check(wanted, space)
     claim.check(output, "tune", identity)
     state.read(output)
     claim.take(output, "tune", identity)
@@ -175,7 +124,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
 
 def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
-    claim.check(output, "tune", check(wanted, space))
+    claim.check(output, "tune", checking.check(wanted, space))
     settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
@@ -185,6 +134,10 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
+    terminal.console.print(
+        f"Checked: {len(spaces.alone(space))} values of the space, each alone; a trial whose values do not go together "
+        "is marked as failed."
+    )
     terminal.console.print(
         f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
         f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "

@@ -20,7 +20,7 @@ from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
-from entprog import config, storage
+from entprog import config, models, storage
 from entprog.errors import UserError
 from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
@@ -29,7 +29,8 @@ from helpers.networks import tiny_experiment
 from helpers.people import two_people
 from pipelines import train, tune
 from pipelines.cluster import room
-from pipelines.sweeping import spaces, state, sweep, trial
+from pipelines.sweeping import checking, spaces, state, sweep, trial
+from pipelines.training import footprint
 
 TRIALS = {
     "train": {"steps": None, "seconds": 6, "held_out_every": 4},
@@ -66,7 +67,11 @@ def wanted(place, **over) -> config.Sweep:
 @pytest.fixture(scope="module")
 def swept(place):
     """Optuna and early stopping; one of the values cannot be trained with."""
-    (place / "risky.yaml").write_text("schedule.memory_budget_bytes: {choice: [null, 1]}\n")
+    experiment = wanted(place).experiment()
+    source = models.family("wan").inspect(experiment.model)
+    held = footprint.stages(experiment, source, smallest=True)
+    least = max(stage.weights + stage.gradients + stage.moments for stage in held)  # and no byte for clips
+    (place / "risky.yaml").write_text(f"schedule.memory_budget_bytes: {{choice: [null, {least}]}}\n")
     space = spaces.read(f"{place / 'mine.yaml'},{place / 'risky.yaml'}")
     return tune.run(wanted(place), space, place / "swept", tables=place / "cei")
 
@@ -224,20 +229,20 @@ def _walk_a_grid(place, output):
 def test_what_losses_are_measured_by_is_not_searched(place, line):
     (place / "unlike.yaml").write_text(line + "\n")
     with pytest.raises(UserError, match="ranked by their held-out loss"):
-        tune.check(wanted(place), spaces.read(str(place / "unlike.yaml")))
+        checking.check(wanted(place), spaces.read(str(place / "unlike.yaml")))
 
 
 def test_trainings_that_cannot_be_ranked_are_not_swept(place):
     space = spaces.read(str(place / "mine.yaml"))
     phases = {"a": {"train": {"seconds": 2}}, "b": {"train": {"seconds": 3}}}
     with pytest.raises(UserError, match="a sweep is of one training, these settings have several"):
-        tune.check(wanted(place, phases=phases), space)
+        checking.check(wanted(place, phases=phases), space)
     vae, sizes = TINY["wan"]["vae"]
     three = {**sizes, "z_dim": 3, "latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}
     vae(**three).save_pretrained(place / "vae")
     (place / "vaes.yaml").write_text(f"model.vae: {{choice: [none, {place / 'vae'}]}}\n")
     with pytest.raises(UserError, match="values of this space change the VAE"):
-        tune.check(wanted(place), spaces.read(str(place / "vaes.yaml")))
+        checking.check(wanted(place), spaces.read(str(place / "vaes.yaml")))
 
 
 def steps_of(output: Path) -> dict[str, int]:

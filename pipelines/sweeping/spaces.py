@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
 import tune_spaces
-from entprog import config
+from entprog import config, masking
 from entprog.config import Experiment, Schedule
 from entprog.errors import UserError
 
@@ -141,8 +141,37 @@ ALIKE = (
 that their seconds are equal ones. Batches that an update adds up are of what it trains."""
 
 
-def check(space: Space, experiment: Experiment) -> list[Experiment]:
-    """Every choice, and of every range both ends and a value between them, each alone on top of the experiment.
+def alone(space: Space) -> list[dict[str, Any]]:
+    """Every choice, and of every range both ends and a value between them, each as drawn values of that setting."""
+    out = [{name: value} for name, domain in space.items() for value in ends(domain)]
+    return out + [{name: _between(domain)} for name, domain in space.items() if isinstance(domain, Float)]
+
+
+def _between(domain: Float) -> float:
+    low, high = ends(domain)
+    step = _step(domain)
+    return (low // step + 1) * step if step else low + (high - low) * 0.618
+
+
+def _applied_alone(experiment: Experiment, values: Mapping[str, Any], space: Space) -> Experiment:
+    try:
+        return applied(experiment, values)
+    except UserError as error:
+        ((name, value),) = values.items()
+        if value in (of := ends(space[name])):
+            raise UserError(f"--space: {told(values)}: {error}") from None
+        raise UserError(
+            f"--space: {error}, a value between {of[0]:g} and {of[1]:g}: a setting in whole numbers takes randint"
+        ) from None
+
+
+def told(values: Mapping[str, Any]) -> str:
+    """Drawn values in a line."""
+    return ", ".join(f"{name}={masking.cut(str(value), 80)}" for name, value in values.items())
+
+
+def check(space: Space, experiment: Experiment) -> list[tuple[dict[str, Any], Experiment]]:
+    """(values, the experiment with them) for the values of `alone`.
 
     Raises UserError naming the first setting that does not exist or that all trials have alike, value that it does not
     take, or setting that none of all these schedules makes use of.
@@ -161,21 +190,9 @@ def check(space: Space, experiment: Experiment) -> list[Experiment]:
         values = ends(domain)
         if not values or (not isinstance(domain, Categorical) and values[0] > values[1]):
             raise UserError(f"--space: {setting} has no value to choose from")
-    tried = [applied(experiment, {name: value}) for name, domain in space.items() for value in ends(domain)]
-    for name, domain in space.items():
-        if isinstance(domain, Float):
-            low, high = ends(domain)
-            between = low + (high - low) * 0.618
-            if step := _step(domain):
-                between = (low // step + 1) * step
-            try:
-                tried.append(applied(experiment, {name: between}))
-            except UserError as error:
-                raise UserError(
-                    f"--space: {error}, a value between {low:g} and {high:g}: a setting in whole numbers takes randint"
-                ) from None
+    tried = [(values, _applied_alone(experiment, values, space)) for values in alone(space)]
     for name in space:
-        if not any(_is_used(one.schedule, name) for one in tried):
+        if not any(_is_used(one.schedule, name) for _, one in tried):
             way_out = _way_out(experiment.schedule, name)
             raise UserError(f"--space: {name} changes nothing here: {way_out}, or leave it out")
     return tried

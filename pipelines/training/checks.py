@@ -36,8 +36,11 @@ Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""
 
 
-def check(experiment: Experiment) -> shards.Dataset:
-    """What can be checked before anything starts. Raises UserError; returns the data set."""
+def check(experiment: Experiment, known: shards.Dataset | None = None) -> shards.Dataset:
+    """What can be checked before anything starts. Raises UserError; returns the data set.
+
+    known: the data set, where its shards were checked already: none of them is looked at again.
+    """
     joining.check_form()
     data = experiment.data
     if experiment.in_fp8:
@@ -50,7 +53,7 @@ def check(experiment: Experiment) -> shards.Dataset:
         eight_bit.check_installed()
     if not data.shards:
         raise UserError("no shards given: --shards FOLDER (pipelines.prepare makes one)")
-    dataset = shards.read_dataset(storage.quickly(data.shards))
+    dataset = known or shards.read_dataset(storage.quickly(data.shards))
     if not data.shape.is_cut_of(dataset.shape):
         raise UserError(
             f"shards {data.shards} hold clips of {dataset.shape} (width x height), the experiment wants {data.shape}: "
@@ -67,7 +70,8 @@ def check(experiment: Experiment) -> shards.Dataset:
         )
     if experiment.train.checkpoints:
         Place.at(experiment.train.checkpoints)
-    shards.verify(dataset, data.verify)
+    if known is None:
+        shards.verify(dataset, data.verify)
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         source = models.family(experiment.model.family).inspect(experiment.model, shape)
     found = blocks(source.network)
