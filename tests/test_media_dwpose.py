@@ -354,13 +354,13 @@ def test_what_is_drawn_otherwise_than_in_training_is_said():
     same = [checkpoint("dwpose", 33).unlike(33), checkpoint("limbs", 133).unlike(33)]
     assert [*same, checkpoint("dwpose", 133, "reference").unlike(33)] == ["", "", ""]
 
-    def line(skeleton, points, shards, about=True, conditions=("pose",), native=False):
-        about = {"points": points, "about": about, "native": native}
+    def line(skeleton, points, shards, about=True, conditions=("pose",), faces=False):
+        about = {"points": points, "about": about, "faces": faces}
         source = SimpleNamespace(skeleton=skeleton, conditions=conditions, **about)
         return outline.poses(SimpleNamespace(points=shards), source)
 
     assert "without face and hands" in line("dwpose", 33, 33) and "without face and hands" in line("dwpose", 133, 33)
-    assert "draws the body alone, and no face is shown (" in line("wan_animate", 133, 33, native=True)
+    assert "draws the body alone, and no face is shown (" in line("wan_animate", 133, 33, faces=True)
     assert "it was trained on 33" in line("dwpose", 33, 133)
     nothing = [line("dwpose", 133, 133), line("dwpose", 33, 133, about={}), line("limbs", 133, 33)]
     assert [*nothing, line("dwpose", 33, 33, conditions=("reference",))] == [None] * 4

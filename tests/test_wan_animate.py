@@ -229,11 +229,11 @@ def test_a_driving_clips_faces_are_where_its_driver_is():
         assert found.video.shape == (1, 9, 3, 64, 64) and torch.equal(found.pose[0], torch.from_numpy(pose[:9]))
     bare = motions.Motion("b", still, pose, None)
     assert rendering._faces([plain, bare]) is None
-    network = checkpoints.Checkpoint(Path("x"), {"native": True, "conditions": ["pose"]}, SHAPE, None)
+    network = checkpoints.Checkpoint(Path("x"), {"family": "wan_animate", "native": True}, SHAPE, None)
     body = replace(plain, pose=wholebody.body(pose))
     assert network.faceless([plain]) == ""
     assert network.faceless([plain, bare, body]).startswith("2 of 3 motions show the network no face")
-    assert replace(network, about={"conditions": ["pose"]}).faceless([bare]) == ""
+    assert replace(network, about={"family": "wan_animate"}).faceless([bare]) == ""
 
 
 def test_without_its_image_encoder_a_base_is_one_line(made, tmp_path):

@@ -35,8 +35,9 @@ IMAGE_TO_VIDEO = {
     "wan22_i2v_last": (lambda folder: bases.image_to_video(folder, False), "whole", {"last_frame": True}),
     "wan_control": (bases.control, "whole"),
     "wan22_ti2v": (bases.given_frame, "whole"),
+    "svd_embedded": (bases.svd, "whole", {"prompt_embeds": None}),
 }
-"""Forms of Wan with inputs of their own: (what makes a base, how they are saved, settings)."""
+"""Bases with inputs of their own: (what makes one, how they are saved, settings)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
 LAST = torch.randint(0, 256, (1, 64, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 ELSEWHERE = """
@@ -104,7 +105,7 @@ def image_to_video(folder, base, parts, model=None):
     base(folder / "base")
     generator = torch.Generator().manual_seed(2)
     save_file({"prompt_embeds": torch.randn(3, 8, generator=generator)}, folder / "prompt")
-    return perturbed(folder, "wan", generator, model, parts=parts)
+    return perturbed(folder, family_of(folder.name), generator, model, parts=parts)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def made(tmp_path_factory):
 
 
 def family_of(name):
-    return "wan" if name in IMAGE_TO_VIDEO else name
+    return next(family for family in ("svd", "wan") if name.startswith(family)) if name in IMAGE_TO_VIDEO else name
 
 
 @torch.no_grad()

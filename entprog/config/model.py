@@ -52,8 +52,8 @@ class Model(Part):
     """Type in which the VAE encodes clips and conditions. `bfloat16` is quicker; latents are rounded to it and cached
     in half the space. Decoding stays in float32."""
     prompt_embeds: str | None = None
-    """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for SVD an image's embedding.
-    None: zeros."""
+    """safetensors file with `prompt_embeds` [tokens, dim] shown to cross-attention: text, for an SVD without an image
+    encoder an image's embedding. None: zeros."""
     text_encoder: str | None = None
     """Folder (or hub name) with `text_encoder/` and `tokenizer/`, which encode captions (`data.text`). None: the base's
     own."""

@@ -60,7 +60,10 @@ class Denoiser(Protocol):
     """Whether the network sees the clip's last frame."""
 
     native: bool
-    """Whether it sees all that its base's pipeline shows it, faces among that."""
+    """Whether it sees all that its base's pipeline shows it, where earlier versions left something out."""
+
+    faces: bool
+    """Whether it sees faces."""
 
     replaces: bool
     """Whether it sees a video that a person is put into: the condition `background`."""

@@ -113,6 +113,11 @@ class VideoDenoiser(Family):
         return self.geometry(self.network.config, self.vae)
 
     @property
+    def faces(self) -> bool:
+        """Whether it sees faces."""
+        return self.FACES and self.native
+
+    @property
     def replaces(self) -> bool:
         """Whether it sees a video that a person is put into (condition `background`)."""
         return self.sees_around(self.native, self.vae is not None)
@@ -139,7 +144,7 @@ class VideoDenoiser(Family):
         video = yuv420_to_rgb(clips.video.to(self.device, non_blocking=True))
         clean = self.latents(video.transpose(1, 2))
         last = _bytes(video[:, -1]) if self.last else None
-        faces = Faces(video, clips.pose) if self.native else None
+        faces = Faces(video, clips.pose) if self.faces else None
         conditions = self.condition(clips.reference, clips.pose, last, faces)
         if self.replaces and clips.mask is not None:
             around = _bytes(video).masked_fill_(clips.mask.to(self.device)[..., None], 0)

@@ -1,6 +1,6 @@
 """What a family of networks says of itself: its classes, and what its networks are given and need."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -47,6 +47,8 @@ class Family:
     """Further folders of a base's pipeline that some of its networks need → their library and class."""
     MASKS: ClassVar[bool] = False
     """Whether its networks' attention is given a mask, which not all kernels take (`model.attention`)."""
+    FACES: ClassVar[bool] = False
+    """Whether networks that see all that their pipeline shows them (`VideoDenoiser.native`) see faces."""
     SEVERAL: ClassVar[bool] = False
     """Whether its networks have a place for several reference pictures."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
@@ -147,10 +149,19 @@ class Family:
         return ""
 
     @classmethod
-    def sees_native(cls, trained: Mapping[str, Any], published: bool) -> bool:
-        """Whether the network sees all that its pipeline shows it. trained: as in `sees_last`; published: whether it is
-        a base that was not trained here."""
+    def sees_native(
+        cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
+    ) -> bool:
+        """Whether a base's network sees all that its pipeline shows it, where earlier versions left something out.
+        network: its configuration, not yet widened; trained: as in `sees_last`; there: which of MORE the base has.
+        Raises UserError for settings that contradict it."""
         return False
+
+    @classmethod
+    def left_out(cls, native: bool) -> str | None:
+        """What a base's network is not shown though its pipeline shows it, in words; None: nothing. native: as
+        `VideoDenoiser.native`."""
+        return None
 
     @classmethod
     def sees_around(cls, native: bool, vae: bool) -> bool:

@@ -1,10 +1,11 @@
 """Where the parts of a base lie: in its folder, on the hub, or in another checkpoint that it was saved beside."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from entprog import config
-from entprog.errors import UserError
+from entprog.errors import UserError, install
 from entprog.models import HOW_TO_ADD, experts, families, family, folders, whole
 from entprog.models.denoising import VideoDenoiser
 
@@ -23,7 +24,9 @@ def base(cls: type[VideoDenoiser], settings: config.Model, weights: bool = True)
 
 def more(needed: tuple[str, ...], settings: config.Model, root: Path, about: dict[str, Any]) -> dict[str, Path]:
     """Further folders that a network needs: in the base, or where it says they lie. Raises UserError if one is not
-    there."""
+    there, or the library that reads them is not."""
+    if needed and find_spec("transformers") is None:
+        raise UserError(f"model.base: the image encoder of {settings.base} needs transformers: {install('text')}")
     out = {name: root / name for name in needed if (root / name).is_dir()}
     places = {name: place for name, place in about.get("elsewhere", {}).items() if name in needed and name not in out}
     if missing := [f"{name}/" for name in needed if name not in {**out, **places}]:

@@ -74,6 +74,8 @@ class Source:
     """Whether it sees the clip's last frame."""
     native: bool
     """As a denoiser's."""
+    faces: bool
+    """As a denoiser's."""
     replaces: bool
     """As a denoiser's."""
     expert: experts.Expert | None
@@ -161,7 +163,8 @@ def inspect(
     tensors = cls.tensors(network.config, settings, root)
     more, native = {}, False
     if root is not None:
-        native = cls.sees_native(of_adapter or about, published=not (of_adapter or about))
+        there = [name for name in cls.MORE if (root / name).is_dir()]
+        native = cls.sees_native(network.config, of_adapter or about, settings, there)
         more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)
     process = process_of(cls, root, about)
@@ -172,7 +175,7 @@ def inspect(
     outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
-        skeleton, points, last, native, cls.sees_around(native, vae is not None), expert, outside,
+        skeleton, points, last, native, native and cls.FACES, cls.sees_around(native, vae is not None), expert, outside,
         partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip
 

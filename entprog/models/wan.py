@@ -41,18 +41,16 @@ from torch.nn import functional
 from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Flow
-from entprog.errors import UserError, install
-from entprog.masking import one_line
+from entprog.errors import UserError
 from entprog.media import styles
 from entprog.media.faces import Faces
-from entprog.models import inputs, loading, sources, texts, whole
+from entprog.models import inputs, loading, sources, texts, vision, whole
 from entprog.models.denoising import GIVEN_FRAME, VideoDenoiser
 from entprog.models.geometry import Geometry
-from entprog.models.quiet import quiet
 
 CLASS = "WanTransformer3DModel"
 IMAGE_PARTS = {
-    "image_encoder": ("transformers", "CLIPVisionModel"),
+    vision.ENCODER: ("transformers", "CLIPVisionModel"),
     "image_processor": ("transformers", "CLIPImageProcessor"),
 }
 """Folders of a pipeline with CLIP's image encoder, and with what makes its inputs."""
@@ -269,7 +267,7 @@ class WanDenoiser(VideoDenoiser):
     def completed(cls, denoiser: "WanDenoiser", parts: dict[str, Path]) -> "WanDenoiser":
         if not parts:
             return denoiser
-        processor, encoder = image_parts(parts)
+        processor, encoder = vision.load(parts, IMAGE_PARTS)
         seeing = replace(denoiser, image_encoder=encoder.to(denoiser.device), image_processor=processor)
         if denoiser.network.config.pos_embed_seq_len is None or denoiser.last:
             return seeing
@@ -328,23 +326,6 @@ def _is_given_frame(inputs: int, channels: int, conditions: tuple[str, ...]) -> 
     """Whether a network sees the reference as the clip's first frame itself: its input layer has channels for the clip
     and the other conditions alone."""
     return "reference" in conditions and inputs == channels * len(conditions)
-
-
-def image_parts(parts: dict[str, Path]) -> tuple[Any, nn.Module]:
-    """(image processor, image encoder in float32) of their folders. Raises UserError if they cannot be loaded."""
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError(f"image tokens need transformers: {install('text')}") from None
-    encoder, processor = (parts[name] for name in IMAGE_PARTS)
-    try:
-        with quiet(logging):
-            seeing = transformers.CLIPVisionModel.from_pretrained(encoder, use_safetensors=True, local_files_only=True)
-            processing = transformers.CLIPImageProcessor.from_pretrained(processor, local_files_only=True)
-        return processing, seeing.float().eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the image encoder {encoder}: {one_line(error)}") from None
 
 
 inspect = partial(sources.inspect, WanDenoiser)

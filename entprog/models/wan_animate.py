@@ -11,7 +11,7 @@ base's `image_encoder/`. Networks that an earlier version trained, and new ones,
 zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,10 @@ from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.media import styles
 from entprog.media.faces import Faces, cut
-from entprog.models import loading, sources, texts
+from entprog.models import loading, sources, texts, vision
 from entprog.models.inputs import CONDITIONS
 from entprog.models.reference_frame import ReferenceFrameDenoiser
-from entprog.models.wan import IMAGE_PARTS, image_parts
+from entprog.models.wan import IMAGE_PARTS
 
 CLASS = "WanAnimateTransformer3DModel"
 MASK_CHANNELS = 4
@@ -62,6 +62,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
     FAMILY = "wan_animate"
     NETWORK = WanAnimateTransformer3DModel
     SKELETON = styles.WAN_ANIMATE
+    FACES = True
     MORE: ClassVar[dict[str, tuple[str, str]]] = IMAGE_PARTS
 
     motion_encoder: nn.Module | None = None
@@ -74,8 +75,10 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         return "tokens and faces" if self.native else ""
 
     @classmethod
-    def sees_native(cls, trained: Mapping[str, Any], published: bool) -> bool:
-        return bool(trained.get("native", published))
+    def sees_native(
+        cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
+    ) -> bool:
+        return bool(trained.get("native", not trained))
 
     @classmethod
     def sees_around(cls, native: bool, vae: bool) -> bool:
@@ -103,7 +106,7 @@ class WanAnimateDenoiser(ReferenceFrameDenoiser):
         own = fsdp.whole_copy(denoiser.network.motion_encoder).float().eval().requires_grad_(False).to(denoiser.device)
         with torch.no_grad():
             blank = own(torch.full((1, 3, own.size, own.size), -1.0, device=denoiser.device))
-        processor, encoder = image_parts(parts) if parts else (None, None)
+        processor, encoder = vision.load(parts, IMAGE_PARTS) if parts else (None, None)
         encoder = encoder and encoder.to(denoiser.device)
         return replace(denoiser, motion_encoder=own, blank=blank, image_encoder=encoder, image_processor=processor)
 

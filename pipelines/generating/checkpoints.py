@@ -44,6 +44,13 @@ class Checkpoint:
         return family.sees_around(self.about.get("native", False), self.about["vae"])
 
     @property
+    def faces(self) -> bool:
+        """Whether it sees faces."""
+        from entprog import models
+
+        return self.about.get("native", False) and models.family(self.about["family"]).load.args[0].FACES
+
+    @property
     def several(self) -> bool:
         """Whether it has a place for several reference pictures."""
         from entprog import models
@@ -53,7 +60,7 @@ class Checkpoint:
     def faceless(self, motions) -> str:
         """What it is shown no face in, in words; empty where it sees one in every motion, or none at all."""
         without = sum(len(motion.pose[0]) != wholebody.POINTS or motion.video is None for motion in motions)
-        if not self.about.get("native") or not without:
+        if not self.faces or not without:
             return ""
         return (
             f"{without} of {len(motions)} motions show the network no face: it takes a driving video, or shards, with "

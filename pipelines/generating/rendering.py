@@ -50,7 +50,7 @@ def make(
     """
     given = [_stacked(motion.reference for motion in motions), _stacked(motion.pose for motion in motions)]
     last = _stacked(motion.last_frame for motion in motions) if denoiser.last else None
-    conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.native else None)
+    conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.faces else None)
     if denoiser.replaces and any(motion.background is not None for motion in motions):
         conditions |= denoiser.background(*_scenes(motions, shape), given[1])
     if motions[0].others is not None:

@@ -89,6 +89,8 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
     if train.drop.text and not _has_text(experiment, source):
         out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
     out += _uneven(experiment, source)
+    lost = source.root and models.family(experiment.model.family).load.args[0].left_out(source.native)
+    out += [f"{experiment.model.base} {lost}"] if lost else []
     if train.save == "whole" and source.root is not None:
         named = whole.named_folders(source.root, source.about).items()
         out += [f"{part} is copied from {folder}, as the base's entprog.json says" for part, folder in named]
@@ -213,7 +215,7 @@ def poses(dataset: Dataset, source: Source) -> str | None:
     if dataset.points != wholebody.POINTS:
         return (
             f"Poses: the shards' have {dataset.points} points, without face and hands: model.skeleton="
-            f"{source.skeleton} draws the body alone{', and no face is shown' if source.native else ''} "
+            f"{source.skeleton} draws the body alone{', and no face is shown' if source.faces else ''} "
             "(prepare.pose=rtmlib, or files of poses beside the videos, has them)."
         )
     unlike = source.about and styles.unlike(source.skeleton, source.points, dataset.points)

@@ -3,6 +3,8 @@
 import diffusers
 import torch
 
+from entprog.diffusion.processes import Edm
+from entprog.models.svd import SvdDenoiser
 from entprog.models.wan import WanDenoiser
 from entprog.models.wan_animate import WanAnimateDenoiser
 from entprog.models.wan_vace import WanVaceDenoiser
@@ -124,6 +126,26 @@ def vace(folder, boundary=None):
     pipe = diffusers.WanVACEPipeline(
         tokenizer=None, text_encoder=None, vae=kind(**sizes).eval(), boundary_ratio=boundary, **networks,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def svd(folder):
+    """A pipeline of Stable Video Diffusion, saved to a folder."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    tiny = {**TINY["svd"]["init"], "in_channels": 2 * 4, "out_channels": 4}
+    kind, sizes = TINY["svd"]["vae"]
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=112,
+        projection_dim=8,
+    )  # fmt: skip
+    pipe = diffusers.StableVideoDiffusionPipeline(
+        vae=kind(**sizes).eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        unet=diffusers.UNetSpatioTemporalConditionModel(**tiny).eval(), feature_extractor=CLIPImageProcessor(),
+        scheduler=Edm.of(SvdDenoiser.SCHEDULER).scheduler(),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

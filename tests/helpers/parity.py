@@ -15,6 +15,7 @@ from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler
 from entprog.media.skeleton import draw
 from entprog.models import loading
+from helpers import bases
 from helpers.families import TINY, clips
 
 STEPS = 4
@@ -39,8 +40,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
     cls.PROCESS.of(published).scheduler().save_pretrained(folder / "scheduler")
     own = {"family": tiny["family"], "base": str(folder), "skeleton": "limbs"}
     denoiser = loading.load(cls, Model(conditions=conditions, **own))
-    fields = ("text", *denoiser.FIXED) if name != "svd" else ()
-    texts = {field: torch.randn_like(getattr(denoiser, field)) for field in fields}
+    texts = {field: torch.randn_like(getattr(denoiser, field)) for field in ("text", *denoiser.FIXED)}
     return replace(denoiser, **texts), network, vae
 
 
@@ -88,32 +88,20 @@ def of(name, folder, cls=None, **init):
 
 
 def svd(folder):
-    """Image latents in the VAE's own scale, image embedding, what the network is told of the clip, σ and its steps."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    denoiser, network, vae = opened("svd", folder, conditions=("reference",), in_channels=8)
-    sizes = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=112,
-        projection_dim=8,
-    )  # fmt: skip
-    encoder = CLIPVisionModelWithProjection(sizes).eval()
-    pipe = diffusers.StableVideoDiffusionPipeline(
-        vae=vae, image_encoder=encoder, unet=network, scheduler=denoiser.scheduler(),
-        feature_extractor=CLIPImageProcessor(),
-    )  # fmt: skip
-    reference = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
-    picture = Image.fromarray(reference[0].numpy())
+    """Image latents in the VAE's own scale, with their noise, the image's embedding, what the network is told of the
+    clip, σ and its steps."""
+    pipe = bases.svd(folder)
+    denoiser = models.family("svd").load(Model(family="svd", base=str(folder), conditions=("reference",)))
+    reference = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shape = (1, *denoiser.latent_shape(ClipShape(frames=4, height=64, width=64)))
     noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
+    of_reference = torch.Generator().manual_seed(int(reference.long().sum()))
     theirs = pipe(
-        picture, height=64, width=64, num_frames=4, num_inference_steps=STEPS, min_guidance_scale=1.0,
-        max_guidance_scale=1.0, fps=7, noise_aug_strength=0.0, latents=noise.transpose(1, 2), output_type="latent",
+        Image.fromarray(reference[0].numpy()), height=64, width=64, num_frames=4, num_inference_steps=STEPS,
+        max_guidance_scale=1.0, latents=noise.transpose(1, 2), generator=of_reference, output_type="latent",
     ).frames.transpose(1, 2)  # fmt: skip
-    embedding = pipe._encode_image(picture, torch.device("cpu"), 1, False)
-    denoiser = replace(denoiser, text=embedding)
     conditions = denoiser.condition(reference, torch.zeros(1, 4, 33, 3))
-    assert list(conditions) == ["reference"]
+    assert set(conditions) == {"reference", "image"}
     return sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0]), theirs
 
 

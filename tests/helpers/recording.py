@@ -1,10 +1,12 @@
 """What a network is called with."""
 
+import inspect
+
 import torch
 
 
 def calls(network, work):
-    """What the network is called with while something works: the keyword arguments of every call."""
+    """What the network is called with while something works: the arguments of every call, by name."""
     seen = []
     hook = network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     try:
@@ -12,5 +14,5 @@ def calls(network, work):
             work()
     finally:
         hook.remove()
-    assert not any(args for args, _ in seen)
-    return [kwargs for _, kwargs in seen]
+    names = inspect.signature(network.forward)
+    return [dict(names.bind(*args, **kwargs).arguments) for args, kwargs in seen]

@@ -39,6 +39,12 @@ GREY = 128
 LAST = "last image"
 FACES = "tokens and faces"
 """Of a network of Wan-Animate that sees tokens of the reference, and faces."""
+EMBEDDED = "embedded reference"
+"""Of a network of SVD that sees CLIP's embedding of the reference, whose latents have a little noise."""
+REFERENCE_NOISE = 0.02
+"""Deviation of that noise, of pixels in -1..1."""
+ENCODED_SIDE = 224
+"""Height and width of what SVD's image encoder sees."""
 BELONGS = {"image": "reference", "face": "pose"}
 """What is there exactly where a condition is: image tokens of the reference, faces beside the pose."""
 NOTHING = {"face": -1.0}
@@ -114,6 +120,9 @@ class ReferencePosePipeline(DiffusionPipeline):
         if takes_tokens(form, transformer):
             image_encoder = image_encoder or fetched("image_encoder", elsewhere)
             image_processor = image_processor or fetched("image_processor", elsewhere)
+        if form == EMBEDDED:
+            image_encoder = image_encoder or fetched("image_encoder", elsewhere)
+            feature_extractor = feature_extractor or fetched("feature_extractor", elsewhere)
         self.register_modules(
             scheduler=scheduler, transformer=transformer, unet=unet, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer, image_encoder=image_encoder, image_processor=image_processor,
@@ -201,6 +210,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             if last is None:
                 raise ValueError("this network was trained with the last frame of each clip: give last")
             ends.append(fitting("last", pixels(last), rows, columns).to(device))
+        if self.config.form == EMBEDDED:
+            shown["reference"] = picture + REFERENCE_NOISE * own_noise(picture)
         if self.config.form in FIRST_FRAMES:
             first, *others = ends[:frames]
             between = picture.new_zeros(1, 3, frames - 1 - len(others), rows, columns)
@@ -227,6 +238,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["background"] = (self.vace_around if vace else self.around)(background, person)
         if takes_tokens(self.config.form, self.transformer):
             shown["image"] = torch.cat([self.tokens(end) for end in ends], dim=1)
+        if self.config.form == EMBEDDED:
+            shown["image"] = self.embedding(picture)
         if self.config.form in FIRST_FRAMES:
             shown["reference"] = self.masked(shown["reference"])
         elif self.config.form == CONTROL:
@@ -416,6 +429,19 @@ class ReferencePosePipeline(DiffusionPipeline):
         inputs = self.image_processor(images=[seen], return_tensors="pt")["pixel_values"]
         inputs = inputs.to(picture.device, self.image_encoder.dtype)
         return self.image_encoder(inputs, output_hidden_states=True).hidden_states[-2].float()
+
+    def embedding(self, picture):
+        """What SVD's image encoder says of a picture [1, 3, 1, H, W] in -1..1: [1, 1, width]."""
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError(
+                "this network sees an embedding of the reference, and image_encoder or feature_extractor is not there: "
+                "give DiffusionPipeline.from_pretrained those of its base, Stable Video Diffusion"
+            )
+        small = (antialiased(picture[:, :, 0], ENCODED_SIDE) + 1) / 2
+        once = {"do_center_crop": False, "do_resize": False, "do_rescale": False, "do_normalize": True}
+        inputs = self.feature_extractor(images=small.cpu(), **once, return_tensors="pt")["pixel_values"]
+        inputs = inputs.to(picture.device, self.image_encoder.dtype)
+        return self.image_encoder(inputs).image_embeds.unsqueeze(1).float()
 
     def nothing(self, like):
         """Latents of a grey clip, where a pipeline has frames of a video that is not there."""
@@ -614,9 +640,11 @@ def latte(network, inputs, timestep, text, more):
 
 
 def svd(network, inputs, timestep, text, more):
-    clip = inputs.new_tensor([[6, 127, 0.0]])  # frames per second - 1, motion, noise on the reference
+    noise = REFERENCE_NOISE if "image" in more else 0.0
+    clip = inputs.new_tensor([[6, 127, noise]])  # frames per second - 1, motion, noise on the reference
     return network(
-        sample=inputs.transpose(1, 2), timestep=timestep, encoder_hidden_states=text, added_time_ids=clip,
+        sample=inputs.transpose(1, 2), timestep=timestep, encoder_hidden_states=more.get("image", text),
+        added_time_ids=clip,
         return_dict=False,
     )[0].transpose(1, 2)  # fmt: skip
 
@@ -653,6 +681,27 @@ def pixels(given):
     if video.ndim == 3:
         video = video[None]
     return video.transpose(0, 1)[None].float()
+
+
+def antialiased(pictures, side):
+    """Pictures [B, 3, H, W] as squares of a side: blurred by as much as they shrink, then bicubic."""
+    functional = torch.nn.functional
+    for axis in (2, 3):
+        sigma = max((pictures.shape[axis] / side - 1) / 2, 0.001)
+        taps = int(max(4 * sigma, 3)) | 1
+        places = torch.arange(taps, device=pictures.device, dtype=pictures.dtype) - taps // 2
+        weights = torch.softmax(-((places / sigma) ** 2) / 2, dim=0)
+        high, wide = (taps, 1) if axis == 2 else (1, taps)
+        padded = functional.pad(pictures, (wide // 2, wide // 2, high // 2, high // 2), mode="reflect")
+        pictures = functional.conv2d(padded, weights.view(1, 1, high, wide).expand(3, -1, -1, -1), groups=3)
+    return functional.interpolate(pictures, (side, side), mode="bicubic", align_corners=True)
+
+
+def own_noise(picture):
+    """The noise that a picture [1, 3, 1, H, W] in -1..1 was trained with: a function of its levels' sum."""
+    seed = int(((picture + 1) * 127.5).round().long().sum())
+    drawn = torch.empty(picture.shape[1:]).normal_(generator=torch.Generator().manual_seed(seed))
+    return drawn[None].to(picture)
 
 
 def opaque(picture, background):
