@@ -1,15 +1,18 @@
 """Frozen blocks in fp8: how near the numbers are, that thawing is to the bit, what it costs, whom it is refused to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from entprog import blocks, config
+from entprog import blocks, config, models
 from entprog.blocks import fp8, unfreeze
-from entprog.cost import counting, measuring
+from entprog.cost import counting, measuring, twins
 from entprog.errors import UserError
 from helpers.networks import latents, tiny_experiment
 from helpers.runs import Run
+from pipelines.training import expectation, outline
 
 FP8 = {"model": {"dtype": "bfloat16"}, "schedule": {"backward": "residual", "frozen_precision": "fp8"}}
 TRAINED = ["blocks.1", "blocks.4"]
@@ -122,6 +125,29 @@ def test_a_run_with_frozen_blocks_in_fp8_learns_and_freezes_what_it_should():
         before = after
         losses.append(step.held_out_loss)
     assert narrow > 0 and losses[-1] < losses[0]
+
+
+def test_both_ways_of_a_frozen_block_are_timed_where_it_gets_its_inputs(denoiser, found):
+    seconds, outputs = iter((3.0, 2.0)), []
+
+    def meter(run):
+        outputs.append(run()[0])
+        return next(seconds)
+
+    assert twins.share(found[2], lambda: prediction(denoiser, grad=False), meter) == 1.5
+    low, high = outputs
+    assert 0 < (low - high).norm() < 0.1 * high.norm(), "in fp8, and as it is"
+    assert blocks.variants(found[2].module).twin is None
+    assert "takes 1.5 times as long" in expectation.twins(1.5) and expectation.twins(0.8) is None
+
+
+def test_blocks_that_are_not_compiled_are_noted():
+    def notes(**model):
+        experiment = tiny_experiment(**config.merge(FP8, {"model": {"dtype": "bfloat16", **model}}))
+        there = SimpleNamespace(clips=lambda split: 100)
+        return outline.notes(experiment, there, models.family("wan").inspect(experiment.model))
+
+    assert "without model.compile_blocks was slower" in notes()[0] and not notes(compile_blocks=True)
 
 
 def test_it_is_refused_where_it_has_no_place(monkeypatch):

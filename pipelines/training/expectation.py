@@ -82,6 +82,16 @@ def encoding(experiment: Experiment, clips: int, encoding_flops: float, forward_
     )
 
 
+def twins(share: float) -> str | None:
+    """What to tell a person of frozen blocks in fp8 that gain nothing. share: `entprog.cost.twins.share`."""
+    if share < 1:
+        return None
+    return (
+        f"schedule.frozen_precision=fp8 gains nothing here: a frozen block's forward pass takes {share:.3g} times as "
+        "long as in bfloat16; the run goes on with it"
+    )
+
+
 def limit(experiment: Experiment, blocks: int, others: int = 0) -> Limit:
     """The least cost of the run's plans, by the counting of a network of equal blocks (F·[forward + gradients])."""
     train = experiment.train

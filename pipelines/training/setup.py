@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from entprog import config
-from entprog.blocks import Block, blocks, fp8, overlooked
+from entprog.blocks import Block, blocks, compile_blocks, fp8, overlooked
 from entprog.config import ClipShape, Experiment
-from entprog.cost import counting
+from entprog.cost import counting, twins
+from entprog.cost.measuring import Meter
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
@@ -113,6 +114,12 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         missed = overlooked(denoiser.network, *runs)
         for kind, name in missed.items():
             post({"warning": f"{kind} ({name}) seems to be a block without a bypass: it is never scored or frozen"})
+    if experiment.in_fp8:
+        if experiment.model.compile_blocks:
+            compile_blocks(found[:1])
+        whole = functools.partial(cei.blocks_in_order, [], denoiser.predict, sample)
+        if line := expectation.twins(twins.share(found[0], whole, Meter(True, device))):
+            post({"warning": line})
     cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
     if denoiser.vae is not None and data.shape not in cached:
         costs = encoding.get_total_flops() / len(sample.position), forward.get_total_flops()
