@@ -124,7 +124,7 @@ def extract(
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
         kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
-        more = {name: saved[name] for name in ("points", "native", "shape") if saved.get(name)}
+        more = {name: saved[name] for name in ("points", "native", "texts", "shape") if saved.get(name)}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         for option, side in zip(("--before", "--after"), sides, strict=True):
             finite.check(kind.inspect(side).part, option)

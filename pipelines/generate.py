@@ -33,7 +33,9 @@ DECIDING = ("generate", "prepare.margin", "prepare.point_visibility", "prepare.p
 """Settings, and parts of them, that an output belongs to."""
 FREE = ("generate.batch_size", "generate.gpus", "generate.max_bytes")
 """Of them those that a resumed command may change."""
-ADDED = {"generate.text": None, "generate.text_encoder": None, "prepare.pose": Prepare().pose}
+ADDED = {
+    "generate.text": None, "generate.text_encoder": None, "generate.text_guidance": 1.0, "prepare.pose": Prepare().pose,
+}  # fmt: skip
 """Of them those that outputs of earlier versions do not name, and what these were made with."""
 
 SCENE = 2
@@ -91,6 +93,7 @@ def main(
     ] = None,
     pose_guidance: Annotated[float | None, typer.Option(help="Strength of the pose (generate.pose_guidance).")] = None,
     text: Annotated[str | None, typer.Option(help="Text that the network is shown (generate.text).")] = None,
+    text_guidance: Annotated[float | None, typer.Option(help="Strength of the text (generate.text_guidance).")] = None,
     without: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="Show each clip without pose (or reference) beside.")
     ] = None,
@@ -107,7 +110,8 @@ def main(
 
     def work() -> dict[str, Any]:
         own = {"steps": steps, "seed": seed, "count": count, "start_s": start, "seconds": seconds, "sampler": sampler}
-        own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance, "text": text}
+        own |= {"reference_guidance": reference_guidance, "pose_guidance": pose_guidance}
+        own |= {"text": text, "text_guidance": text_guidance}
         given = {"reference": reference[0] if reference else None, "others": (reference or [])[1:], "pose": pose}
         given |= {"video": video, "shards": shards, "clip": clip, "split": split}
         given |= {"without": without, "retarget": retarget, "last": last, "mask": mask, "background": background}

@@ -111,7 +111,7 @@ def test_hunyuan_video_sees_of_each_caption_what_its_pipeline_shows(tmp_path, da
     pipe.save_pretrained(tmp_path / "base")
     settings = Model(family="hunyuan_video", base=str(tmp_path / "base"), conditions=())
     found = captions.prepared(settings, dataset, "caption")
-    denoiser = replace(models.family("hunyuan_video").load(settings), **found.of(""))
+    denoiser = found.given_to(models.family("hunyuan_video").load(settings))
     noise = torch.randn(1, 4, 3, 8, 8)
     batch = found.beside(Latents(noise.expand(4, -1, -1, -1, -1), {}, torch.arange(4)), "train", np.arange(4))
     batch = dropping.dropped(denoiser, batch.part(torch.tensor([0, 2])), Drop(text=0.0), 0)
@@ -334,7 +334,7 @@ def test_every_clip_of_a_stream_sees_its_own_caption(base, dataset):
 
 def test_a_dropped_caption_is_the_empty_text(base, dataset):
     found = captions.prepared(wan(base), dataset, "caption")
-    denoiser = type("Denoiser", (), found.of(""))()
+    denoiser = found.given_to(models.family("wan").load(wan(base)))
     batch = found.beside(latents(range(4)), "train", np.arange(4))
     dropped = dropping.dropped(denoiser, batch, Drop(text=1.0), 0)
     assert torch.equal(dropped.conditions["text"], found.of("")["text"].expand(4, -1, -1))

@@ -24,7 +24,7 @@ class Shown:
 
     def __init__(self, denoiser):
         self.denoiser, self.process, self.text = denoiser, denoiser.process, torch.ones(1, 3, 8)
-        self.hidden, self.time_range = {}, objectives.ALL
+        self.hidden, self.time_range, self.no_text = {}, objectives.ALL, {}
 
     def given(self, conditions):
         return None

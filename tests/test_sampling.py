@@ -140,11 +140,15 @@ def test_samplers_that_do_not_fit_are_one_line(process, name, message, caplog):
 
 def test_guidance_of_reference_and_pose():
     both = ("reference", "pose")
-    assert sampling.guidance(both, 1, 1) == {both: 1}
-    assert sampling.guidance(both, 3, 3) == {(): -2, both: 3}
-    assert sampling.guidance(both, 2, 5) == {(): -1, ("reference",): -3, both: 5}
-    assert sampling.guidance(("pose", "reference"), 1, 5) == {("reference",): -4, both: 5}
-    assert sampling.guidance(("reference",), 2, 5) == {(): -1, ("reference",): 2}
+    text, alone, whole = ("text",), ("text", "reference"), ("text", *both)
+    assert sampling.guidance(both, 1, 1) == {whole: 1}
+    assert sampling.guidance(both, 3, 3) == {text: -2, whole: 3}
+    assert sampling.guidance(both, 2, 5) == {text: -1, alone: -3, whole: 5}
+    assert sampling.guidance(("pose", "reference"), 1, 5) == {alone: -4, whole: 5}
+    assert sampling.guidance(("reference",), 2, 5) == {text: -1, alone: 2}
+    assert sampling.guidance(both, 1, 1, 5) == {whole: 5, both: -4}
+    assert sampling.guidance(both, 2, 3, 5) == {text: -1, alone: -1, whole: 7, both: -4}
+    assert sampling.guidance((), 1, 1, 5) == {text: 5, (): -4}
     latents = sampling.sample(Knowing(Flow()), POSE, SHAPE, how(steps=3, pose_guidance=2.0), (0, 1))
     torch.testing.assert_close(latents, torch.full(SHAPE, 1.0))
 

@@ -138,6 +138,10 @@ class Generate(Part):
     trained with conditions dropped (`train.drop`)."""
     pose_guidance: float = Field(default=1.0, ge=0)
     """Strength of the pose over a zeroed one; 1: none. Equal to `reference_guidance`: ordinary guidance by both."""
+    text_guidance: float = Field(default=1.0, ge=0)
+    """Strength of the text over none (the encoder's empty text, or zeros of networks that were trained with
+    `data.text=fixed`), reference and pose being shown in both; 1: none. What diffusers' pipelines call
+    `guidance_scale`."""
     shift: float | None = Field(default=None, gt=0)
     """Timestep shift: >1 spends more steps on noise. None: the checkpoint's own."""
     text: str | None = None

@@ -1,6 +1,6 @@
 """The protocol that every model family fulfils: what training, scoring and sampling ask of a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -31,6 +31,10 @@ class Denoiser(Protocol):
 
     text: torch.Tensor
     """What text cross-attention sees of a clip without text of its own, float [1, tokens, width]."""
+
+    no_text: Mapping[str, torch.Tensor]
+    """What stands for a text that is withheld: `text`, as above, and what belongs to it, by name, of networks that are
+    shown an encoder's texts; empty: zeros do."""
 
     process: Process
     """How noise and clip mix, and what the network predicts (`entprog.diffusion.processes`)."""

@@ -17,8 +17,8 @@ BELONGS = {"image": "reference", "pooled": "text", "face": "pose"}
 a face does beside the pose."""
 
 ALWAYS = ("text", "background")
-"""Conditions that guidance never withholds: a text is what both of its predictions are of, and so is what lies around a
-person that is replaced."""
+"""Conditions that are never zeroed: without a text a clip sees what stands for none (`textless`), and what lies around
+a person that is replaced is what all predictions are of."""
 
 
 def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latents:
@@ -32,15 +32,14 @@ def dropped(denoiser: Denoiser, batch: Latents, drop: Drop, seed: int) -> Latent
         if rate == 0 or (name != "text" and name not in conditions):
             continue
         whole = conditions[name] if name in conditions else denoiser.text.expand(len(batch.position), -1, -1)
-        nothing = torch.zeros_like(whole)
-        if name == "text" and name in conditions:  # captions: the denoiser's own is the empty one
-            nothing = denoiser.text.to(whole).expand_as(whole)
+        none = denoiser.no_text if name == "text" else {}
+        nothing = none[name].to(whole) if name in none else torch.zeros_like(whole)
         hidden = objectives.uniform(batch.position, seed, draw) < rate
         hidden = hidden.to(whole.device).view(-1, *[1] * (whole.ndim - 1))
         conditions[name] = torch.where(hidden, nothing, whole)
         for part in [part for part, whose in BELONGS.items() if whose == name and part in conditions]:
             seen = conditions[part]
-            gone = getattr(denoiser, part).to(seen) if name == "text" else seen.new_zeros(1)
+            gone = none[part].to(seen) if part in none else seen.new_zeros(1)
             conditions[part] = torch.where(hidden.view(-1, *[1] * (seen.ndim - 1)), gone, seen)
     return replace(batch, conditions=conditions)
 
@@ -52,6 +51,11 @@ def without(conditions: dict[str, torch.Tensor], shown: Collection[str]) -> dict
     return {name: value if name in kept else torch.zeros_like(value) for name, value in conditions.items()}
 
 
+def textless(denoiser: Denoiser, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The conditions with what stands for no text in place of a text, as in `dropped`."""
+    return {**conditions, "text": torch.zeros_like(denoiser.text), **denoiser.no_text}
+
+
 def named(conditions: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """The conditions that guidance has a strength for."""
+    """The conditions beside the text that guidance has a strength for."""
     return tuple(name for name in conditions if name not in (*ALWAYS, *BELONGS))

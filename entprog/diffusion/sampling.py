@@ -7,7 +7,7 @@ import torch
 
 from entprog.config import ClipShape, Generate
 from entprog.diffusion.denoiser import Denoiser
-from entprog.diffusion.dropping import named, without
+from entprog.diffusion.dropping import named, textless, without
 from entprog.diffusion.longclips import blended
 from entprog.diffusion.objectives import noise_like
 from entprog.diffusion.samplers import sampler, set_steps
@@ -34,7 +34,8 @@ def sample(
     set_steps(scheduler, settings.steps, device)
     window = window or shape[2]
     overlap = min(max(round(settings.overlap * window), 1), window - 1)
-    passes = guidance(named(conditions), settings.reference_guidance, settings.pose_guidance)
+    strengths = settings.reference_guidance, settings.pose_guidance, settings.text_guidance
+    passes = guidance(named(conditions), *strengths)
     latents = noise_like(torch.empty(tuple(shape), device=device), torch.tensor(places), settings.seed)
     latents = latents * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else latents
     extra = {}
@@ -51,7 +52,8 @@ def sample(
             predict = blended(lambda noisy, c, t=t, expert=expert: expert.predict(noisy, t, c), window, overlap)
             prediction = torch.zeros_like(latents)
             for kept, share in passes.items():
-                prediction += share * predict(seen, without(conditions, kept))
+                shown = without(conditions, kept)
+                prediction += share * predict(seen, shown if "text" in kept else textless(denoiser, shown))
             if given is not None:  # from its noise straight to what is given
                 prediction = _instead(prediction, given[0], denoiser.process.towards(seen, given[1], t))
             latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
@@ -63,22 +65,30 @@ def _instead(values: torch.Tensor, mask: torch.Tensor, others: torch.Tensor) -> 
     return torch.where(mask.bool(), others, values)
 
 
-def guidance(conditions: tuple[str, ...], reference: float, pose: float) -> dict[tuple[str, ...], float]:
-    """{conditions shown, others being zeroed: what that prediction counts}; the shares sum to 1.
+def guidance(
+    conditions: tuple[str, ...], reference: float, pose: float, text: float = 1.0
+) -> dict[tuple[str, ...], float]:
+    """{what is shown, other conditions being zeroed, and a text being none: what that prediction counts}; the shares
+    sum to 1.
 
-    ε̂ = ε̂(∅, ∅) + r·(ε̂(reference, ∅) - ε̂(∅, ∅)) + p·(ε̂(reference, pose) - ε̂(reference, ∅))
-    with r, p the two strengths, as InstructPix2Pix (arXiv 2211.09800, equation 3) has it for image and text. Equal
-    strengths are ordinary classifier-free guidance and cost two predictions, 1 and 1 cost one.
+    ε̂ = ε̂(∅, ∅, text) + r·(ε̂(reference, ∅, text) - ε̂(∅, ∅, text))
+        + p·(ε̂(reference, pose, text) - ε̂(reference, ∅, text))
+        + (t - 1)·(ε̂(reference, pose, text) - ε̂(reference, pose, ∅))
+    with r, p, t the strengths. Of reference and pose it is what InstructPix2Pix (arXiv 2211.09800, equation 3) has for
+    image and text: equal strengths are ordinary classifier-free guidance and cost two predictions, 1 and 1 cost one.
+    Of the text alone (r = p = 1) it is ordinary guidance as diffusers' pipelines have it, which show the picture in
+    both predictions; t = 1 leaves it out, another one costs one prediction more.
     """
     strengths = {"reference": reference, "pose": pose}
     steps = [(name, strengths.get(name, 1.0)) for name in sorted(conditions, key=lambda n: n != "reference")]
     shares: dict[tuple[str, ...], float] = {}
-    shown: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ("text",)
     left = 1.0
     for name, strength in steps:
         shares[shown] = left - strength
         shown, left = (*shown, name), strength
-    shares[shown] = left
+    shares[shown] = left + (text - 1)
+    shares[shown[1:]] = 1 - text
     return {names: share for names, share in shares.items() if share}
 
 

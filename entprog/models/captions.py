@@ -168,6 +168,13 @@ class Texts:
         what = f"folders of texts beside {self.folder} are of other encoders or numbers of tokens"
         return f"texts are encoded anew: {beside} {what}, and not used" if beside else ""
 
+    def given_to(self, denoiser: VideoDenoiser) -> VideoDenoiser:
+        """The denoiser, to be trained with them: clips without a text, or whose text is withheld, have the empty one.
+        Raises UserError and OSError as `of` does."""
+        empty = {field: value.to(denoiser.device) for field, value in self.of("").items()}
+        record = folders.Texts(shown="caption" if self.captions else "empty", key=self.folder.name)
+        return replace(denoiser, **empty, no_text=empty, texts=record)
+
     def of(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a denoiser's fields, float32: `text` [1, tokens, width], others [1, width]. Raises UserError for
         a file that is damaged, OSError where a bucket or a disk does not answer."""

@@ -4,7 +4,7 @@ A family derives its class from `VideoDenoiser`, and says in it what `interface.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,10 @@ class VideoDenoiser(Family):
     """Conditions that the network sees, in the order of its input channels."""
     text: torch.Tensor
     """What text cross-attention sees [1, tokens, width]."""
+    no_text: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What stands for a text that is withheld, by field; empty: zeros do."""
+    texts: folders.Texts | None = None
+    """Which texts it is trained with; None: one fixed text."""
     process: Process
     """How noise and clip mix, and what the network predicts."""
     autocast: torch.dtype | None
@@ -261,6 +265,7 @@ class VideoDenoiser(Family):
             "points": points or self.points,
             **({"last_frame": True} if self.last else {}),
             **({"native": True} if self.native else {}),
+            **({"texts": self.texts.model_dump()} if self.texts else {}),
             "provenance": self.provenance | record,
             "elsewhere": {name: place.model_dump() for name, place in left_out.items()},
         }
@@ -291,8 +296,10 @@ class VideoDenoiser(Family):
 
     @property
     def index_entries(self) -> dict[str, Any]:
-        """Entries of a base's index that the saved one keeps, for what they say of its networks."""
+        """Further entries of the saved index: those of the base's that say something of its networks, and what its text
+        is."""
         own = {whole.EXPAND: True} if self.base_index.get(whole.EXPAND) is True else {}
+        own |= {"empty_text": True} if self.texts else {}
         return own if self.expert is None else own | self.expert.entries(self)
 
     def save_text(self, folder: Path) -> None:

@@ -56,6 +56,15 @@ class Inputs(config.Part):
     input_channels: tuple[int, ...]
 
 
+class Texts(config.Part):
+    """The texts of an encoder that a network was shown in training, where that was not one fixed text."""
+
+    shown: Literal["empty", "caption"]
+    """`data.text`."""
+    key: str = Field(pattern="^[0-9a-f]{16}$")
+    """Folder of the encoded ones in `texts/` of the shards (`entprog.models.captions`)."""
+
+
 class Record(config.Part):
     """What `entprog.json` holds."""
 
@@ -79,6 +88,8 @@ class Record(config.Part):
     """Whether it sees the clip's last frame beside its first one."""
     native: bool = False
     """Whether it sees all that its base's pipeline shows it, where an earlier version left something out."""
+    texts: Texts | None = None
+    """What it was shown as text, if not one fixed text: the empty one lies in the folder (PROMPT)."""
     provenance: dict[str, Any]
     elsewhere: dict[str, Elsewhere] = Field(default_factory=dict)
     """Parts of the pipeline that are not in this folder, by name."""

@@ -142,6 +142,7 @@ def _with_parts(
     provenance |= {name: given for name in ("weights", "adapter") if (given := getattr(settings, name))}
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
+    tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()}
     denoiser = cls(
         network=network,
         vae=vae,
@@ -157,7 +158,9 @@ def _with_parts(
         vae_autocast=None if settings.vae_dtype == "float32" else getattr(torch, settings.vae_dtype),
         shape=ClipShape(**shape) if shape else None,
         provenance=provenance,
-        **{name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()},
+        texts=source.texts,
+        no_text={name: tensors[name] for name in cls.text_names()} if source.texts else {},
+        **tensors,
     )
     return cls.completed(denoiser, source.more)
 

@@ -63,6 +63,8 @@ class Source:
     form: str
     """As a denoiser's."""
     tensors: dict[str, torch.Tensor | None]
+    texts: folders.Texts | None
+    """As a denoiser's."""
     more: dict[str, Path]
     """Further folders of the base's pipeline that the network needs, by name."""
     process: Process
@@ -174,7 +176,8 @@ def inspect(
     rest = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
-        root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors, more, process,
+        root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors,
+        texts.trained(settings, root, of_adapter or about), more, process,
         skeleton, points, last, native, native and cls.FACES, cls.sees_around(native, vae is not None), expert, outside,
         partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip

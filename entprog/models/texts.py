@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,6 +45,13 @@ def file_of(settings: config.Model, root: Path | None) -> Path | None:
     trained = [adapters.located(settings.adapter, "model.adapter")] if settings.adapter else []
     beside = [folder / folders.PROMPT for folder in (*trained, *([] if root is None else [root]))]
     return next((file for file in beside if file.is_file()), None)
+
+
+def trained(settings: config.Model, root: Path | None, about: Mapping[str, Any]) -> folders.Texts | None:
+    """Which texts the network was trained with whose text `file_of` is; None: one fixed text. about: `entprog.json` of
+    the adapter, or of the base, that it lies beside."""
+    kept = about.get("texts")
+    return config.build(kept, folders.Texts) if kept and not settings.prompt_embeds else None
 
 
 def padded(embeds: torch.Tensor, tokens: int) -> torch.Tensor:

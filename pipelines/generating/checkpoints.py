@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entprog import config
 from entprog.config import ClipShape, Generate
 from entprog.errors import UserError
 from entprog.media import wholebody
+
+if TYPE_CHECKING:
+    from entprog.models import folders
 
 # torch and diffusers are imported where they are needed: wrong arguments are told at once, not after seconds.
 
@@ -34,6 +37,19 @@ class Checkpoint:
     def last(self) -> bool:
         """Whether it sees the clip's last frame."""
         return self.about.get("last_frame", False)
+
+    @property
+    def texts(self) -> "folders.Texts | None":
+        """Which texts it was trained with; None: one fixed text."""
+        from entprog.models import folders
+
+        kept = self.about.get("texts")
+        return kept and config.build(kept, folders.Texts)
+
+    @property
+    def no_text(self) -> str:
+        """What it was shown for a text that was withheld, in words."""
+        return "the empty text" if self.texts else "zeros"
 
     @property
     def replaces(self) -> bool:
@@ -145,7 +161,27 @@ def find(given: str, settings: Generate) -> Checkpoint:
             )
     if settings.text is not None:
         text_source(found, settings)
+    _check_text_guidance(found, settings, given)
     return found
+
+
+def _check_text_guidance(checkpoint: Checkpoint, settings: Generate, given: str) -> None:
+    """Raises UserError for guidance by a text where none is shown."""
+    from entprog import models
+    from entprog.models import folders
+
+    if settings.text_guidance == 1:
+        return
+    family, option = checkpoint.about["family"], "--text-guidance (generate.text_guidance)"
+    if models.family(family).load.args[0].TEXT_PIPELINE is None:
+        raise UserError(f"{option}: networks of family {family} are shown no text here: leave it out")
+    own = not checkpoint.texts and (settings.text == "" or (checkpoint.root / folders.PROMPT).is_file())
+    if settings.text or own:
+        return
+    raise UserError(
+        f"{option}: {given} is shown {checkpoint.no_text} unless --text gives another one, and so nothing to compare "
+        "it with: give --text, or leave it out"
+    )
 
 
 def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
@@ -172,4 +208,5 @@ def load(checkpoint: Checkpoint, settings: Generate):
         network = family.inspect(checkpoint.model()).network.config
         text = captions.one(text_source(checkpoint, settings), network, settings.text, device)
     denoiser = family.load(checkpoint.model(settings.dtype), device)
-    return replace(denoiser, **{field: value.to(device) for field, value in text.items()})
+    none = denoiser.no_text or {"text": torch.zeros_like(denoiser.text)}  # of as many tokens as in training
+    return replace(denoiser, no_text=none, **{field: value.to(device) for field, value in text.items()})

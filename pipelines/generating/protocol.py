@@ -28,11 +28,12 @@ def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
     text = {}
     if chosen.text is not None:
         text = {"text": chosen.text, "text encoder": checkpoints.text_source(maker, chosen).key}
+    of_text = "" if chosen.text_guidance == 1 else f", text {chosen.text_guidance:g} over {maker.no_text}"
     return text | {
         "checkpoint": fingerprints.base(maker.model()),
         "sampler": checkpoints.sampler_name(maker, chosen),
         "steps": chosen.steps,
-        "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}",
+        "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}{of_text}",
         "seed": chosen.seed,
         "dtype": chosen.dtype,
     }

@@ -122,6 +122,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         "shape": experiment.data.shape.model_dump(),
         **({"last_frame": True} if denoiser.last else {}),
         **({"native": True} if denoiser.native else {}),
+        **({"texts": denoiser.texts.model_dump()} if denoiser.texts else {}),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),
     }
     lora.save(denoiser.network, experiment.train.lora, whole, folder, denoiser.PART, about, brought)

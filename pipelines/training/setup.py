@@ -89,8 +89,7 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
             clock.over("texts")
 
         denoiser = networks.load(experiment, device)
-        if texts is not None:
-            denoiser = replace(denoiser, **{field: value.to(device) for field, value in texts.of("").items()})
+        denoiser = replace(denoiser, no_text={}, texts=None) if texts is None else texts.given_to(denoiser)
         dataset = replace(dataset, masks=dataset.masks and denoiser.replaces)  # others are not read
         clock.over("weights")
         for shape in plans.ladder(experiment.schedule, experiment.data.shape, last=False):

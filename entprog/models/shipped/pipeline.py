@@ -104,6 +104,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         experts=None,
         boundary_ratio=None,
         expand_timesteps=False,
+        empty_text=False,
     ):
         """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
         latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. encodes: the pipeline of
@@ -111,7 +112,9 @@ class ReferencePosePipeline(DiffusionPipeline):
         cross-attention sees lie in prompt_embeds.safetensors; otherwise they are zeros. clip: frames, height, width
         and fps of the clips it was trained on. elsewhere: where parts lie that are not in this folder. experts: of two
         networks the conditions that each sees, by part; transformer is in charge from boundary_ratio · 1000 up.
-        expand_timesteps: whether tokens of the network can have timesteps of their own, as the base's pipeline says."""
+        expand_timesteps: whether tokens of the network can have timesteps of their own, as the base's pipeline says.
+        empty_text: whether the text in prompt_embeds.safetensors is the empty one, which it was shown for none; without
+        it zeros are."""
         super().__init__()
         vae = vae or fetched("vae", elsewhere)
         if experts:
@@ -133,6 +136,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
             compression=list(compression), text_shape=list(text_shape), encodes=encodes, prompt=prompt, clip=clip,
             elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps,
+            empty_text=empty_text,
         )  # fmt: skip
 
     def register_to_config(self, **values):
@@ -175,14 +179,15 @@ class ReferencePosePipeline(DiffusionPipeline):
         pooled_prompt_embeds=None,
         background=None,
         mask=None,
+        text_guidance=1.0,
     ):
         """One clip.
 
         reference: PIL picture, or uint8 [H, W, 3], or float [3, H, W] in -1..1, of the clip's size; of VACE also a list
         of such. pose: as many drawn frames: PIL pictures, uint8 [F, H, W, 3], or float [F, 3, H, W] in -1..1. Guidance
-        1 is none, more strengthens a condition over a zeroed one. prompt: a text, instead of the folder's own, or
-        prompt_embeds [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width], and zeros for
-        tokens that its mask leaves out.
+        1 is none, more strengthens a condition over a zeroed one, the text over none. prompt: a text, instead of the
+        folder's own, or prompt_embeds [1, tokens, width] of one, of HunyuanVideo with pooled_prompt_embeds [1, width],
+        and zeros for tokens that its mask leaves out.
         last: the last frame, as the reference, of networks that were trained with it. face: as many pictures of a face,
         as pose has them, for networks of Wan-Animate that were trained with them; without any none is seen.
         background, mask: as many frames of a video that the person is put into, and of where: pictures in black and
@@ -261,7 +266,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         )
         if of_two and self.config.form == FIRST_FRAME:  # the last frame is unknown
             text[LAST] = self.tokens(torch.full_like(picture, GREY / 127.5 - 1))
-        passes = guidance(self.config.conditions, reference_guidance, pose_guidance)
+        none = {} if text_guidance == 1 else self.no_text(text)
+        passes = guidance(self.config.conditions, reference_guidance, pose_guidance, text_guidance)
         if latents is None:
             latents = randn_tensor(size, generator=generator, device=device)
         if type(self.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
@@ -282,7 +288,8 @@ class ReferencePosePipeline(DiffusionPipeline):
                     name: v if BELONGS.get(name, name) in (*kept, "background") else v * 0 + NOTHING.get(name, 0)
                     for name, v in shown.items()
                 }
-                prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, text)
+                said = text if "text" in kept else text | none
+                prediction += share * self.predict(seen, timestep.reshape(1).to(device), visible, said)
             if self.config.form == GIVEN_FRAME:  # from its noise straight to what is given
                 straight = (seen - shown["reference"][:, 1:]) / (timestep / 1000).clamp(min=1e-4)
                 prediction = instead(prediction, shown["reference"][:, :1], straight)
@@ -499,6 +506,15 @@ class ReferencePosePipeline(DiffusionPipeline):
             if not path.is_file():
                 raise ValueError(f"{name} is not in {self.folder}: give prompt_embeds")
         return {name: tensor[None] for name, tensor in load_file(path).items()}
+
+    def no_text(self, shown):
+        """What the network was shown for a text that was withheld, by name, where another one is shown."""
+        none = {name: torch.zeros_like(value) for name, value in shown.items() if name != LAST}
+        none = self.text(None, None) if self.config.empty_text else none | {PROMPT: torch.zeros(self.config.text_shape)}
+        none = {name: tensor.to(shown[name]) for name, tensor in none.items()}
+        if torch.equal(none[PROMPT], shown[PROMPT]):
+            raise ValueError("text_guidance compares a text with none, and none is shown: give prompt")
+        return none
 
     def encode(self, video):
         """Pixels [1, 3, F, H, W] in -1..1 → scaled latents: the posterior's mode."""
@@ -729,13 +745,15 @@ def shaped(video, output_type):
     return [[Image.fromarray(frame) for frame in (clip * 255).round().astype(np.uint8)] for clip in frames]
 
 
-def guidance(conditions, reference, pose):
-    """{conditions shown, others being zeroed: what that prediction counts} (InstructPix2Pix, arXiv 2211.09800)."""
-    strengths, shares, kept, left = {"reference": reference, "pose": pose}, {}, (), 1.0
+def guidance(conditions, reference, pose, text):
+    """{what is shown, others being zeroed and a text being none: what that prediction counts}: InstructPix2Pix (arXiv
+    2211.09800) for reference and pose, and for the text what diffusers' pipelines do."""
+    strengths, shares, kept, left = {"reference": reference, "pose": pose}, {}, ("text",), 1.0
     for name in sorted(conditions, key=lambda name: name != "reference"):
         shares[kept] = left - strengths[name]
         kept, left = (*kept, name), strengths[name]
-    shares[kept] = left
+    shares[kept] = left + (text - 1)
+    shares[kept[1:]] = 1 - text
     return {names: share for names, share in shares.items() if share}
 
 
