@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from entprog import config
 from entprog.errors import UserError
@@ -296,3 +297,37 @@ def test_counting_a_plan_is_no_part_of_its_first_update(monkeypatch):
     monkeypatch.setattr(fit_module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
     run = Run(tiny_experiment(train={"steps": 2}, schedule={"kind": "full"}))
     assert max(step.seconds for step in run.steps()) < 1000.0 <= late[0]
+
+
+class Looks(TorchFunctionMode):
+    """How often the host reads what was computed, and waits for a device; whole numbers (positions) lie on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        names = ("item", "tolist", "__float__", "__int__", "__bool__")
+        if getattr(function, "__name__", "") in names:
+            self.read += args[0].is_floating_point()
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_and_a_held_out_loss_are_each_read_once(monkeypatch):
+    """However many clips are held out, and finite or not; the run's clock, which waits as well, is asked five times."""
+    from entprog.training.fit import _Fit
+
+    asked, now = [], _Fit.now
+    monkeypatch.setattr(_Fit, "now", lambda run: asked.append(1) or now(run))
+    run = Run(tiny_experiment(train={"steps": 9, "held_out_every": 4}, schedule={"kind": "full"}))
+    run.held_out = run.held_out * 5
+    reads, clocks = [], []
+    steps = run.steps()
+    for _ in range(9):
+        asked.clear()
+        with Looks() as looks:
+            next(steps)
+        reads.append(looks.read)
+        clocks.append(len(asked))
+    assert reads[1:] == [1, 1, 2, 1, 1, 1, 2, 2]
+    assert clocks[2:] == [5] * 7

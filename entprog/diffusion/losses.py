@@ -39,7 +39,7 @@ def held_out_loss(
     own: which of a clip's draws are this rank's. spare: any batch, where the network is sharded and ranks may have no
     held-out clip: all of them take part in every forward pass, each in equally many.
     """
-    total, between = torch.zeros(2, dtype=torch.float64), denoiser.time_range
+    summed, clips, between = 0.0, 0, denoiser.time_range
     begin, end = between
     margin = 0.02 * (end - begin)  # at the very ends a prediction says little
     turns = [(batch, draw) for batch in held_out for draw in range(draws)[own]]
@@ -52,12 +52,13 @@ def held_out_loss(
             even = (draw + (batch.position * 0.6180339887) % 1) / draws
             t = objectives.quantiles(even, law, between).clamp(begin + margin, end - margin)
             losses = clip_losses(denoiser, batch, numbers, t, seed, law)
-            total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+            summed += losses.double().sum()  # read once, at the end: the device is not waited for at every pass
+            clips += len(losses)
         for _ in range(idle_turns):
             idle_pass(denoiser, spare)
     if sharded:
         fsdp.in_parts(denoiser.network)
-    losses, clips = agree.total(total.tolist())
+    losses, clips = agree.total([float(summed), float(clips)])
     return losses / clips
 
 

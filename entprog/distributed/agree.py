@@ -25,10 +25,14 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def means_of(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-    """The mean over ranks of each, in one exchange; the same bits on every rank."""
+def means_of(values: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of each, in one exchange; the same bits on every rank. They stay on their device: nobody
+    waits for it here."""
     ranks = world()[1]
-    return [each / ranks for each in _reduced(values, device, dist.ReduceOp.SUM)] if ranks > 1 else list(values)
+    if ranks > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values / ranks
 
 
 def largest_of(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:

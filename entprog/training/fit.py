@@ -318,9 +318,10 @@ class _Fit:
         self.pace = agree.pace(passes_s, self.device)
         limit = train.gradient_clip or math.inf
         norm = fsdp.whole(nn.utils.clip_grad_norm_([p for p in self.freeze.trained if p.grad is not None], limit))
-        my_loss, norm = torch.stack([loss, norm.detach().double()]).tolist()
-        odd = float(not (math.isfinite(my_loss) and math.isfinite(norm)))
-        mean_loss, skipped = agree.means_of([my_loss, odd], self.device)
+        norm = norm.detach().double()
+        odd = ~(loss.isfinite() & norm.isfinite())
+        means = agree.means_of(torch.stack([loss, odd.double()]))
+        mean_loss, skipped, norm = torch.cat([means, norm.view(1)]).tolist()  # the step's one look at the device
         if not skipped:
             if train.ema_decay:
                 averages.start(state.ema, self.denoiser.network)
@@ -370,11 +371,12 @@ class _Fit:
             if not starting and hasattr(self.stream[1], "close"):
                 self.stream[1].close()
             self.stream = shape, iter(self.open_batches(shape, self.state.position))
+        if not starting:
+            return next(self.stream[1])
         began = self.now()
         batch = next(self.stream[1])
-        if starting:
-            self.startup_s = self.now() - began
-            self.reported = self.spent()
+        self.startup_s = self.now() - began
+        self.reported = self.spent()
         return batch
 
     def spent(self) -> Spent:
