@@ -36,6 +36,7 @@ IMAGE_TO_VIDEO = {
     "wan_control": (bases.control, "whole"),
     "wan22_ti2v": (bases.given_frame, "whole"),
     "svd_embedded": (bases.svd, "whole", {"prompt_embeds": None}),
+    "cogvideox15_i2v": (lambda folder: bases.cogvideox(folder, of_pairs=True), "whole"),
 }
 """Bases with inputs of their own: (what makes one, how they are saved, settings)."""
 NINE = ClipShape(frames=9, height=64, width=32, fps=12)
@@ -132,7 +133,11 @@ def made(tmp_path_factory):
 
 
 def family_of(name):
-    return next(family for family in ("svd", "wan") if name.startswith(family)) if name in IMAGE_TO_VIDEO else name
+    return (
+        next(family for family in ("svd", "cogvideox15", "wan") if name.startswith(family))
+        if name in IMAGE_TO_VIDEO
+        else name
+    )
 
 
 @torch.no_grad()

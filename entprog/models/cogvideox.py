@@ -1,10 +1,14 @@
 """CogVideoX (1.0 and 1.5): diffusers' `CogVideoXTransformer3DModel`, whose blocks carry two streams, video and text.
 
-Reference and pose enter through new input channels; an image-to-video checkpoint's own image channels are fed zeros, as
-if no image was given. Text and video share one attention, so the number of text tokens matters: `model.prompt_embeds`,
-or zeros, is filled up with zeros to the network's own number.
+Reference and pose enter through new input channels. An image-to-video checkpoint, which takes twice the latents'
+channels, has the reference where its pipeline has the image: as latents of a first frame, with zeros after it. Networks
+that an earlier version trained from one are fed zeros there, and have the reference in new channels.
+
+Text and video share one attention, so the number of text tokens matters: `model.prompt_embeds`, or zeros, is filled up
+with zeros to the network's own number.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +19,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import nn
+from torch.nn import functional
 
 from entprog import config
 from entprog.blocks import bypass
@@ -25,6 +30,8 @@ from entprog.models.geometry import Geometry
 
 CLASS = "CogVideoXTransformer3DModel"
 
+FIRST_LATENT = "first latent frame"
+"""Form of a reference as an image-to-video checkpoint sees it."""
 OFS = 2.0
 """What CogVideoX 1.5's image-to-video networks get beside the timestep: a constant of diffusers' pipeline."""
 
@@ -56,11 +63,25 @@ class CogVideoXDenoiser(VideoDenoiser):
         "clip_sample": False,
     }
 
+    @property
+    def form(self) -> str:
+        return FIRST_LATENT if self.native else ""
+
+    def reference(self, image: torch.Tensor, frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.native:
+            return super().reference(image, frames)
+        latents = self.latents(image)
+        if self.vae.config.invert_scale_latents:  # of 1.5: the image was divided by the factor in training
+            latents = latents / self.vae.config.scaling_factor**2
+        return functional.pad(latents, (0, 0, 0, 0, 0, self._geometry.latent_frames(frames) - 1))
+
     def run(self, inputs: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         sizes = self.network.config
         # 1.5 takes frames in pairs. As in its training a clip that does not come out even begins with its first again.
         extra = -inputs.shape[2] % (sizes.patch_size_t or 1)
         inputs = torch.cat([inputs[:, :, :1].expand(-1, -1, extra, -1, -1), inputs], dim=2)
+        if extra and self.native:  # the image stays the first frame's alone
+            inputs[:, self.latent_channels : 2 * self.latent_channels, 1:] = 0
         (v,) = self.network(
             hidden_states=inputs.transpose(1, 2),
             encoder_hidden_states=texts.spread(text, len(inputs)),
@@ -70,6 +91,18 @@ class CogVideoXDenoiser(VideoDenoiser):
             return_dict=False,
         )
         return v.transpose(1, 2)[:, :, extra:]
+
+    @classmethod
+    def own_conditions(cls, network: Any, channels: int) -> tuple[str, ...]:
+        return ("reference",) if network.in_channels == 2 * channels else ()
+
+    @classmethod
+    def sees_native(
+        cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
+    ) -> bool:
+        # An adapter has no record of channels: its base decides, which an earlier version's does not fit.
+        of_base = network.in_channels == 2 * network.out_channels and "input_channels" not in trained
+        return trained.get("native", of_base)
 
     @classmethod
     def text_tokens(cls, network: Any) -> int:

@@ -206,7 +206,7 @@ class VideoDenoiser(Family):
         """The process's target, float32 [B, C, F', H', W'], of noisy latents [B, C, F', H', W'] at times t [B]."""
         given = [noisy, *(conditions[name] for name in self.conditions)]
         unused = self.network.config.in_channels - sum(part.shape[1] for part in given)
-        if unused:
+        if unused:  # of a network that an earlier version trained so (`inputs`)
             given.insert(1, noisy.new_zeros(1).expand(len(noisy), unused, *noisy.shape[2:]))
         with self.in_its_type():
             inputs = torch.cat(given, dim=1) if len(given) > 1 else noisy

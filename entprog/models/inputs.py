@@ -1,9 +1,9 @@
 """Input layers that take more channels than they were made for: how conditions enter a network that lacks them.
 
-What an input layer sees, channel by channel: the noisy latents; the base's own further inputs, fed zeros (such as an
-image-to-video checkpoint's image and mask: as if there were none); then the conditions, as many channels each as the
-latents. A condition that the base lacks starts with zero weights, and its part of the layer is computed apart and
-added: y + 0 = y, so step 0 equals the base bit for bit.
+What an input layer sees, channel by channel: the noisy latents; of networks that an earlier version trained, their
+base's own further inputs, fed zeros as then (an image-to-video checkpoint's image and mask); then the conditions, as
+many channels each as the latents. A condition that the base lacks starts with zero weights, and its part of the layer
+is computed apart and added: y + 0 = y, so step 0 equals the base bit for bit.
 """
 
 from collections.abc import Sequence

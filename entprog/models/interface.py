@@ -129,8 +129,17 @@ class Family:
         index: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """(conditions, input channels in groups) of a network after widening (`inputs.planned`). index: of its
-        pipeline."""
-        return inputs.planned(network.in_channels, about, cls.own_conditions(network, channels), channels, settings)
+        pipeline. Raises UserError too for a published network with channels for something else."""
+        own = cls.own_conditions(network, channels)
+        conditions, splits = inputs.planned(network.in_channels, about, own, channels, settings)
+        others = sum(splits) - channels * (1 + len(conditions))
+        if settings.base and not about and others and not cls.form_of(splits, channels, conditions):
+            raise UserError(
+                f"model.base: {settings.base} takes {network.in_channels} channels, {others} of them for what family "
+                f"{cls.FAMILY} does not know, beside {channels} of the clip's latents: give a base of another kind "
+                "(docs/bases.md)"
+            )
+        return conditions, splits
 
     @classmethod
     def initialise(cls, network: nn.Module) -> None:

@@ -3,7 +3,8 @@
 import diffusers
 import torch
 
-from entprog.diffusion.processes import Edm
+from entprog.diffusion.processes import Diffusion, Edm
+from entprog.models.cogvideox import CogVideoXDenoiser
 from entprog.models.svd import SvdDenoiser
 from entprog.models.wan import WanDenoiser
 from entprog.models.wan_animate import WanAnimateDenoiser
@@ -146,6 +147,29 @@ def svd(folder):
         vae=kind(**sizes).eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(),
         unet=diffusers.UNetSpatioTemporalConditionModel(**tiny).eval(), feature_extractor=CLIPImageProcessor(),
         scheduler=Edm.of(SvdDenoiser.SCHEDULER).scheduler(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def cogvideox(folder, of_pairs=False):
+    """A CogVideoX image-to-video pipeline, saved to a folder. of_pairs: as 1.5 has it, else as 5B."""
+    torch.manual_seed(0)
+    name = "cogvideox15" if of_pairs else "cogvideox"
+    own = {} if of_pairs else {
+        "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True, "sample_width": 8,
+        "sample_height": 8, "sample_frames": 9,
+    }  # fmt: skip
+    sizes = {**TINY[name]["init"], "in_channels": 2 * 4, "out_channels": 4, **own}
+    kind, of_vae = TINY[name]["vae"]
+    vae = kind(**of_vae, invert_scale_latents=of_pairs, scaling_factor=0.7).eval()
+    last = vae.encoder.conv_out.conv  # its pipeline draws from the posterior: make that as narrow as published ones are
+    torch.nn.init.zeros_(last.weight.data[4:])
+    torch.nn.init.constant_(last.bias.data[4:], -30.0)
+    pipe = diffusers.CogVideoXImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae,
+        transformer=diffusers.CogVideoXTransformer3DModel(**sizes).eval(),
+        scheduler=Diffusion.of(CogVideoXDenoiser.SCHEDULER).scheduler(),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

@@ -31,6 +31,8 @@ LAST_FRAME = "first and last frame"
 """Of one that sees its last frame too."""
 CONTROL = "control"
 """Of one that sees the pose as control video, and the reference as a first frame with zeros after it (Fun-Control)."""
+FIRST_LATENT = "first latent frame"
+"""Of one that sees the reference like that, and poses as further channels (CogVideoX's image-to-video)."""
 GIVEN_FRAME = "given frame"
 """Of one where the first latent frame itself is the reference, at timestep 0 (Wan's TI2V)."""
 FIRST_FRAMES = (FIRST_FRAME, LAST_FRAME)
@@ -247,7 +249,9 @@ class ReferencePosePipeline(DiffusionPipeline):
             shown["image"] = self.embedding(picture)
         if self.config.form in FIRST_FRAMES:
             shown["reference"] = self.masked(shown["reference"])
-        elif self.config.form == CONTROL:
+        elif self.config.form in (CONTROL, FIRST_LATENT):
+            if self.config.form == FIRST_LATENT and self.vae.config.invert_scale_latents:  # as it was trained
+                shown["reference"] = shown["reference"] / self.vae.config.scaling_factor**2
             after = shown["reference"].new_zeros(1).expand(1, size[1], size[2] - 1, *size[3:])
             shown["reference"] = torch.cat([shown["reference"], after], dim=2)
         elif self.config.form == GIVEN_FRAME:
@@ -339,11 +343,12 @@ class ReferencePosePipeline(DiffusionPipeline):
         inputs = [latents, *(shown[name] for name in conditions)]
         if self.config.family not in OWN_INPUTS:
             unused = network.config.in_channels - sum(each.shape[1] for each in inputs)
-            if unused:  # an image-to-video base's own image, as if none was given
+            if unused:  # the base's own image, which it was trained here without
                 inputs.insert(1, latents.new_zeros(1, unused, *latents.shape[2:]))
         dtype, family = network.dtype, self.config.family
         text = text | {name: shown[name] for name in (*BELONGS, "background") if name in shown}
         inputs, text = [each.to(dtype) for each in inputs], {name: value.to(dtype) for name, value in text.items()}
+        text[FIRST_LATENT] = self.config.form == FIRST_LATENT
         if family == "wan_animate":
             more = [text.get(name) for name in ("image", "face", "background")]
             return self.wan_animate(*inputs, timestep, text[PROMPT], *more).float()
@@ -614,6 +619,8 @@ def cogvideox(network, inputs, timestep, text, more):
     sizes = network.config
     extra = -inputs.shape[2] % (sizes.patch_size_t or 1)  # 1.5 takes frames in pairs
     inputs = torch.cat([inputs[:, :, :1].expand(-1, -1, extra, -1, -1), inputs], dim=2)
+    if extra and more[FIRST_LATENT]:  # the image stays the first frame's alone
+        inputs[:, sizes.out_channels : 2 * sizes.out_channels, 1:] = 0
     (v,) = network(
         hidden_states=inputs.transpose(1, 2), encoder_hidden_states=text, timestep=timestep,
         ofs=None if sizes.ofs_embed_dim is None else inputs.new_full((1,), 2.0),

@@ -1,0 +1,119 @@
+"""Image-to-video CogVideoX: the network sees at training what its diffusers pipeline shows it at inference."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from entprog.config import ClipShape, Drop, Generate, Model
+from entprog.data import latents as cache
+from entprog.diffusion import dropping, sampling
+from entprog.errors import UserError
+from entprog.models.cogvideox import inspect, load
+from helpers import bases
+from helpers.families import TINY, clips
+from helpers.recording import calls
+
+SHAPE = ClipShape(frames=9, height=64, width=64, fps=8)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["1.0", "1.5"])
+def made(request, tmp_path_factory):
+    """(pipeline, its folder, whether it takes frames in pairs)"""
+    folder = tmp_path_factory.mktemp("cogvideox")
+    return bases.cogvideox(folder, request.param), folder, request.param
+
+
+def of(folder, **settings):
+    return Model(family="cogvideox", base=str(folder), **settings)
+
+
+def test_inputs_at_training_are_those_of_the_pipeline(made):
+    pipe, folder, of_pairs = made
+    denoiser, batch = load(of(folder)), clips(1, SHAPE)
+    assert denoiser.native and denoiser.conditions == ("reference", "pose") and denoiser.input_channels == (8, 4)
+    theirs = calls(pipe.transformer, lambda: pipe(
+        Image.fromarray(batch.reference[0].numpy()), height=64, width=64, num_frames=9, num_inference_steps=2,
+        guidance_scale=1.0, prompt_embeds=denoiser.text, output_type="latent",
+    ))  # fmt: skip
+    assert len(theirs) == 2
+    encoded, extra = denoiser.encode(batch), int(of_pairs)  # 3 latent frames, of 1.5 one more before them
+    for told in theirs:
+        hidden = told["hidden_states"].transpose(1, 2)
+        t = denoiser.process.t(told["timestep"].float())
+        (ours,) = calls(
+            denoiser.network, lambda n=hidden[:, :4, extra:], t=t: denoiser.predict(n, t, encoded.conditions)
+        )
+        seen = ours["hidden_states"].transpose(1, 2)
+        assert seen.shape == (1, 12, 3 + extra, 8, 8) and hidden[:, 4:8, 0].any() and not hidden[:, 4:8, 1:].any()
+        torch.testing.assert_close(seen[:, 4:8], hidden[:, 4:8], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[:, :4, extra:], hidden[:, :4, extra:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[:, 8:, extra:], encoded.conditions["pose"])
+        assert (told["ofs"] is not None) == of_pairs
+        for name in ("timestep", "ofs", "image_rotary_emb", "encoder_hidden_states"):
+            for one, other in zip(_tensors(ours[name]), _tensors(told[name]), strict=True):
+                torch.testing.assert_close(one, other.to(one), rtol=1e-4, atol=1e-4)
+
+
+def _tensors(value):
+    return [] if value is None else [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def test_step_0_is_the_base_and_a_saved_network_the_same(made, tmp_path):
+    _, folder, of_pairs = made
+    denoiser, batch = load(of(folder)), clips(2, SHAPE)
+    encoded, t = denoiser.encode(batch), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        got = denoiser.predict(encoded.clean, t, encoded.conditions)
+        base = load(of(folder, conditions=("reference",)))
+        alone = base.predict(encoded.clean, t, encoded.conditions)
+        torch.testing.assert_close(alone, got, rtol=0, atol=1e-5 * of_pairs)  # a CPU's Linear of a slice: the last bit
+        denoiser.save(tmp_path / "model", shape=SHAPE)
+        again = load(of(tmp_path / "model"))
+        assert again.native and again.conditions == denoiser.conditions
+        assert torch.equal(again.encode(batch).conditions["reference"], encoded.conditions["reference"])
+        torch.testing.assert_close(again.predict(encoded.clean, t, encoded.conditions), got, rtol=1e-4, atol=1e-5)
+        dropped = dropping.dropped(denoiser, encoded, Drop(reference=1.0), 0).conditions
+        assert not dropped["reference"].any()
+        size, settings = (2, *denoiser.latent_shape(SHAPE)), Generate(steps=2, reference_guidance=2.0)
+        drawn = sampling.sample(denoiser, encoded.conditions, size, settings, [0, 1], window=2)
+    assert drawn.isfinite().all()
+    text_to_video = load(Model(family="cogvideox", init=TINY["cogvideox"]["init"], vae=str(folder)))
+    keys = [cache.key(one, "cogvideox", SHAPE) for one in (denoiser, again, text_to_video)]
+    assert keys[0] == keys[1] != keys[2] and not text_to_video.native
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_own_form(made, tmp_path):
+    """The image as zeros, the reference in new channels: what its weights were trained on."""
+    pipe, folder, _ = made
+    load(of(folder)).save(tmp_path / "old", shape=SHAPE)
+    sizes = {**pipe.transformer.config, "in_channels": 8 + 8}
+    diffusers.CogVideoXTransformer3DModel.from_config(sizes).save_pretrained(tmp_path / "old" / "transformer")
+    about = json.loads((tmp_path / "old" / "entprog.json").read_text()) | {"input_channels": [8, 8]}
+    del about["native"]
+    (tmp_path / "old" / "entprog.json").write_text(json.dumps(about))
+    denoiser = load(of(tmp_path / "old"))
+    encoded = denoiser.encode(clips(1, SHAPE))
+    (told,) = calls(denoiser.network, lambda: denoiser.predict(encoded.clean, torch.tensor([0.5]), encoded.conditions))
+    seen = told["hidden_states"].transpose(1, 2)[:, :, -3:]
+    assert denoiser.form == "" and not seen[:, 4:8].any()
+    torch.testing.assert_close(seen[:, 8:12], encoded.conditions["reference"])
+    assert torch.equal(encoded.conditions["reference"][:, :, 0], encoded.conditions["reference"][:, :, 2])
+
+
+def test_what_does_not_fit_is_one_line(made, tmp_path):
+    pipe, folder, _ = made
+    with pytest.raises(UserError, match=r"was trained with reference; add reference to model\.conditions") as error:
+        inspect(of(folder, conditions=("pose",)))
+    assert "\n" not in str(error.value)
+    sizes = {**pipe.transformer.config, "in_channels": 8 + 3}
+    diffusers.CogVideoXTransformer3DModel.from_config(sizes).save_pretrained(tmp_path / "transformer")
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    unknown = (
+        r"takes 11 channels, 7 of them for what family cogvideox does not know, beside 4 of the clip's latents: give"
+    )
+    with pytest.raises(UserError, match=unknown) as error:
+        inspect(of(tmp_path, conditions=()))
+    assert "\n" not in str(error.value)
