@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,11 @@ def test_a_saved_network_sees_the_same_and_an_older_one_what_it_was_trained_on(m
     assert fingerprints.base(of(folder)) != fingerprints.base(of(bare))
     about = json.loads((tmp_path / "model" / "entprog.json").read_text())
     assert about["native"]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    with pytest.raises(ValueError, match=r"embedding of the reference in place of a text: give no prompt_embeds"):
+        pipe.text(torch.ones(1, 1, 8), None)
     (tmp_path / "model" / "entprog.json").write_text(json.dumps({k: v for k, v in about.items() if k != "native"}))
     older = load(of(tmp_path / "model"))
     assert older.image_encoder is None and older.form == ""

@@ -493,6 +493,10 @@ class ReferencePosePipeline(DiffusionPipeline):
 
     def text(self, given, pooled):
         """What the network sees of a text, by name: [1, tokens, width] for cross-attention, perhaps more."""
+        if given is not None and self.config.form == EMBEDDED:
+            raise ValueError(
+                "this network sees an embedding of the reference in place of a text: give no prompt_embeds"
+            )
         if (given is not None and self.config.family == "hunyuan_video") != (pooled is not None):
             raise ValueError(
                 "networks of family hunyuan_video, and no others, need both prompt_embeds and pooled_prompt_embeds"
