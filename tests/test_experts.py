@@ -68,18 +68,19 @@ def test_a_sharded_network_stays_in_parts_while_one_rank_samples(base, tmp_path)
     leave()
 
 
-def test_beside_a_sharded_network_the_other_one_waits_on_the_host(base, tmp_path):
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_beside_a_sharded_network_the_other_one_waits_on_the_host(base, tmp_path, dtype, size):
     """Two blocks of it are on the device at a time; the very bits."""
-    whole = sampled(two(base, "high", dtype="bfloat16"))
+    whole = sampled(two(base, "high", dtype=dtype))
     join(0, 1, tmp_path)
-    denoiser = two(base, "high", dtype="bfloat16")
-    fsdp.shard(denoiser.network, blocks(denoiser.network), half=True)
+    denoiser = two(base, "high", dtype=dtype)
+    fsdp.shard(denoiser.network, blocks(denoiser.network), half=dtype == "bfloat16")
     assert torch.equal(sampled(denoiser), whole)
     other = denoiser.expert.other(denoiser).network
     layers = [[p.numel() for _, p in linear_weights(b.module)] for b in blocks(denoiser.network)]
-    assert waiting_bytes(other) == 2 * sum(map(sum, layers)) > 0
+    assert waiting_bytes(other) == size * sum(map(sum, layers)) > 0
     padded = 256 * max(map(len, layers))
-    assert 0 < room_bytes(other) <= 2 * (2 * max(map(sum, layers)) + padded)
+    assert 0 < room_bytes(other) <= 2 * (size * max(map(sum, layers)) + padded)
     leave()
 
 

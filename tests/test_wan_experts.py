@@ -238,7 +238,8 @@ def test_a_dry_run_says_the_expert(made):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "parallel", "where"), [("float32", "ddp", "or host"), ("bfloat16", "fsdp", "beside")]
+    ("dtype", "parallel", "where"),
+    [("float32", "ddp", "or host"), ("float32", "fsdp", "beside"), ("bfloat16", "fsdp", "beside")],
 )
 def test_a_dry_run_says_what_the_other_one_takes(made, dtype, parallel, where):
     model = {"init": {}, "base": str(made[1]), "vae": "auto", "expert": "low", "dtype": dtype}

@@ -1,4 +1,4 @@
-"""Weights of frozen linear layers in a byte (`fp8`) or half a byte (`nf4`) a number, and back.
+"""Weights of frozen linear layers in a byte (`fp8`) or half a byte (`nf4`) a number, and back; or as they are.
 
 fp8: 8-bit floating point (e4m3), a scale for each row. nf4: 4-bit NormalFloat (arXiv 2305.14314, appendix E), two
 numbers in a byte, a scale for every 64 of them. Scales are in bfloat16. A packed weight is plain tensors, and
@@ -11,14 +11,17 @@ from typing import Literal
 
 import torch
 
-Form = Literal["bfloat16", "fp8", "nf4"]
+Form = Literal["float32", "bfloat16", "fp8", "nf4"]
 """What a frozen weight is held in."""
 PARTS: dict[Form, tuple[str, ...]] = {
+    "float32": ("whole",),
     "bfloat16": ("rounded",),
     "fp8": ("codes", "scale"),
     "nf4": ("codes", "scale", "pairs"),
 }
 """Names of the tensors that hold it."""
+PLAIN: dict[Form, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Forms that are not packed."""
 GROUP = 64
 """Numbers that share a scale in nf4."""
 PAIRS_BYTES = 256 * 4
@@ -43,19 +46,19 @@ def nbytes(shape: Sequence[int], form: Form) -> int:
     numbers = math.prod(shape)
     if form == "nf4":
         return numbers // 2 + 2 * (numbers // GROUP) + PAIRS_BYTES
-    return 2 * numbers if form == "bfloat16" else numbers + 2 * shape[0]
+    return PLAIN[form].itemsize * numbers if form in PLAIN else numbers + 2 * shape[0]
 
 
 def unpacking_bytes(shape: Sequence[int], form: Form) -> int:
     """Bytes beside a packed weight while it is used in bfloat16: of nf4 where each pair lies in the table, too."""
-    return {"bfloat16": 0, "fp8": 2, "nf4": 4}[form] * math.prod(shape)
+    return {"float32": 0, "bfloat16": 0, "fp8": 2, "nf4": 4}[form] * math.prod(shape)
 
 
 @torch.no_grad()
 def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
     """A weight [outputs, inputs] → the tensors of PARTS, on its device."""
-    if form == "bfloat16":
-        return (weight.to(torch.bfloat16),)
+    if form in PLAIN:
+        return (weight.to(PLAIN[form]),)
     rows = weight.float() if form == "fp8" else weight.float().reshape(-1, GROUP)
     scale = rows.abs().amax(dim=1, keepdim=True)
     scale = (scale / LARGEST if form == "fp8" else scale).to(torch.bfloat16)
@@ -70,8 +73,8 @@ def pack(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, ...]:
 
 @torch.no_grad()
 def unpack(parts: Sequence[torch.Tensor], form: Form, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The weight again, in a type; of bfloat16 in bfloat16 itself, not a copy."""
-    if form == "bfloat16":
+    """The weight again, in a type; of a plain form in its own type itself, not a copy."""
+    if form in PLAIN:
         return parts[0].to(dtype)
     codes, scale, *pairs = parts
     if form == "fp8":

@@ -41,18 +41,19 @@ def keep_rounded(
     module: nn.Module, form: Form = "bfloat16", device: torch.device | None = None, swap: Swap | None = None
 ) -> None:
     """Hold a block that is never trained or saved in bfloat16 where autocast rounds it anyway, its linear layers'
-    weights in a form; their float32 bits go. device: which packs, None: where they are. swap: lets linear layers'
-    weights wait on the host; None: they do not."""
+    weights in a form; their float32 bits go, but of form "float32", which rounds nothing. device: which packs, None:
+    where they are. swap: lets linear layers' weights wait on the host; None: they do not."""
+    plain: Form = "float32" if form == "float32" else "bfloat16"
     some = []
     for name, parameter in list(layer_weights(module)):
         layer = _linear(module, name)
-        if form != "bfloat16" and layer and packed.fits(parameter.shape, form):
+        if form != plain and layer and packed.fits(parameter.shape, form):
             parts = packed.pack(parameter.data.to(device or parameter.device), form)
             some.append(Held(layer, [part.to(parameter.device) for part in parts], form))
         elif layer and swap:
-            some.append(Held(layer, packed.pack(parameter.data, "bfloat16"), "bfloat16"))
+            some.append(Held(layer, packed.pack(parameter.data, plain), plain))
         else:
-            parameter.data = parameter.data.to(HALF)
+            parameter.data = parameter.data.to(packed.PLAIN[plain])
     if swap and some:
         swap.wait(some)
 

@@ -94,12 +94,13 @@ def held(
 def frozen_sizes(
     module: nn.Module, trained: Collection[nn.Parameter], form: Form
 ) -> dict[nn.Parameter, tuple[int, bool]]:
-    """Weights of a block that are stored in bfloat16 or less while they are frozen → (bytes, whether it is a
+    """Weights of a block that are stored in a form, or bfloat16, while they are frozen → (bytes, whether it is a
     linear layer's, which may wait)."""
     matrices = {parameter for _, parameter in linear_weights(module)}
     out = {}
     for _, p in layer_weights(module):
         if p not in trained:
             is_packed = p in matrices and packed.fits(p.shape, form)
-            out[p] = (packed.nbytes(p.shape, form) if is_packed else HALF.itemsize * p.numel()), p in matrices
+            plain = packed.PLAIN.get(form, HALF).itemsize * p.numel()
+            out[p] = packed.nbytes(p.shape, form) if is_packed else plain, p in matrices
     return out

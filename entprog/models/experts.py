@@ -53,15 +53,16 @@ class Expert:
 
     def other(self, denoiser: "VideoDenoiser") -> "VideoDenoiser":
         """The denoiser with the other one's network; under bfloat16 autocast its blocks are held as that rounds them,
-        or as frozen blocks of the one that is trained are; as many of them wait on the host, beside a sharded one all.
-        It is saved from its folder."""
+        or as frozen blocks of the one that is trained are; as many of them wait on the host, beside a sharded one all,
+        in float32 too. It is saved from its folder."""
         if not self.loaded:
             network = weight_files.pretrained(denoiser.NETWORK, self.folder, "model.base")
             if len(self.splits) > 1:
                 inputs.widen(network, denoiser.INPUT, self.splits)
             network.requires_grad_(False).eval()
-            if denoiser.autocast == HALF:
+            if denoiser.autocast == HALF or fsdp.is_sharded(denoiser.network):
                 _hold(network, denoiser)
+            if denoiser.autocast == HALF:
                 match_norms(network)
             attention.choose(network, self.attention)
             self.loaded["network"] = network
@@ -89,8 +90,9 @@ def _hold(network: nn.Module, as_in: "VideoDenoiser") -> None:
     else:
         swap, number = (Swap(own.device), len(own.waiting)) if own else (None, 0)
     waiting = spread([block.name for block in found], number)
+    form = form_of(trained) if as_in.autocast == HALF else "float32"
     for block in found:
-        keep_rounded(block.module, form_of(trained), as_in.device, swap if block.name in waiting else None)
+        keep_rounded(block.module, form, as_in.device, swap if block.name in waiting else None)
 
 
 @contextmanager

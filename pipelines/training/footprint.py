@@ -169,12 +169,12 @@ def other_expert(experiment: Experiment, source: Source) -> str | None:
     if source.expert is None or not (experiment.train.samples or experiment.train.preview_every):
         return None
     full = 4 * sum(p.numel() for name, p in source.network.named_parameters() if ADAPTER not in name)
-    held, waiting = full, []
-    if experiment.model.dtype == "bfloat16":
-        sizes = [frozen_sizes(block.module, (), experiment.frozen_form) for block in blocks(source.network)]
-        held -= sum(4 * p.numel() - size for of_block in sizes for p, (size, _) in of_block.items())
-        if experiment.train.parallel == "fsdp":
-            waiting = [sum(size for size, is_matrix in of_block.values() if is_matrix) for of_block in sizes]
+    form = experiment.frozen_form if experiment.model.dtype == "bfloat16" else "float32"
+    sizes = [frozen_sizes(block.module, (), form) for block in blocks(source.network)]
+    held = full - sum(4 * p.numel() - size for of_block in sizes for p, (size, _) in of_block.items())
+    waiting = []
+    if experiment.train.parallel == "fsdp":
+        waiting = [sum(size for size, is_matrix in of_block.values() if is_matrix) for of_block in sizes]
     here = written(held - sum(waiting) + rooms_bytes(waiting))
     where = f"{here} on its device or host"
     if experiment.train.parallel == "fsdp":
