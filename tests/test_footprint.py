@@ -179,8 +179,10 @@ def test_what_blocks_are_given_is_foreseen_where_it_waits():
     assert footprint.written(one) in footprint.inputs(experiment, source(experiment))
     plain = settings()
     assert footprint.inputs(plain, source(plain)) is None
-    needed = 2 * (one + max(stage.host for stage in footprint.stages(experiment, source(experiment))))
-    two = settings(model={"gradient_checkpointing": "on_host", "dtype": "float32"}, train={"gpus": "no", "workers": 2})
+    two = config.build(config.merge(experiment.model_dump(), {"data": {"batch_size": 999}, "train": {"workers": 2}}))
+    most = footprint.inputs_bytes(two, source(two))
+    needed = 2 * (most + max(stage.host for stage in footprint.stages(two, source(two))))
+    assert most == 999 * one / experiment.data.batch_size
     assert footprint.host_advice(two, source(two), needed) is None
     assert "and blocks' inputs" in footprint.host_advice(two, source(two), needed - 1)
     of_svd = {"family": "svd", "init": families.TINY["svd"]["init"], "vae": "none", "gradient_checkpointing": "on_host"}
@@ -190,16 +192,39 @@ def test_what_blocks_are_given_is_foreseen_where_it_waits():
 
 def test_a_machine_with_too_little_memory_is_told():
     two, source_ = settings(train={"workers": 2}), source(settings())
-    needed = 2 * max(stage.host for stage in footprint.stages(two, source_))
-    assert needed and footprint.host_advice(two, source_, needed) is None
+    needed = 2 * footprint.loading_bytes(two, source_)
+    assert needed >= 2 * max(stage.host for stage in footprint.stages(two, source_))
+    assert footprint.host_advice(two, source_, needed) is None
     assert footprint.host_advice(two, source_, None) is None, "workers of a cluster are elsewhere"
     said = footprint.host_advice(two, source_, needed - 1)
-    assert f"2 worker(s) hold up to {footprint.written(needed // 2)} each" in said
-    assert "schedule.frozen_precision=full" in said
-    full = settings(train={"workers": 2}, schedule={"frozen_precision": "full"})
+    assert "2 worker(s) hold all of the network in float32" in said and footprint.written(needed // 2) in said
+    on_host = {"swap_blocks": 3, "gradient_checkpointing": "on_host"}
+    waiting = settings(model=on_host, data={"batch_size": 999})
+    host = max(stage.host for stage in footprint.stages(waiting, source(waiting)))
+    host += footprint.inputs_bytes(waiting, source(waiting))
+    said = footprint.host_advice(waiting, source(waiting), host - 1)
+    assert f"hold up to {footprint.written(host)} each" in said and "model.swap_blocks" in said
+    sharded = settings(train={"workers": 2, "parallel": "fsdp"})
+    assert "schedule.frozen_precision=full" in footprint.host_advice(sharded, source(sharded), 1)
+    full = settings(train={"workers": 2, "parallel": "fsdp"}, schedule={"frozen_precision": "full"})
     assert footprint.host_advice(full, source_, 1) is None
-    waiting = settings(model={"swap_blocks": 3})
-    assert "model.swap_blocks" in footprint.host_advice(waiting, source(waiting), 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train": {"lora": {"rank": 4}}, "schedule": {"frozen_precision": "nf4"}}])
+def test_what_loading_takes_on_the_host_is_said(changes, tmp_path):
+    """Of a base, all of which is read in float32 before any of it is packed."""
+    experiment = settings(**changes)
+    tiny_denoiser(experiment).save(tmp_path, shape=SHAPE)
+    based = config.build(config.merge(experiment.model_dump(), {"model": {"init": {}, "base": str(tmp_path)}}))
+    held = []
+    load = models.family("wan").load
+    load(based.model, prepare=lambda network: held.extend((p.nbytes, p.device.type) for p in network.parameters()))
+    foreseen = footprint.loading_bytes(based, source(based))
+    assert foreseen == sum(size for size, _ in held) and {place for _, place in held} == {"cpu"}
+    said = footprint.loading(based, source(based))
+    assert footprint.written(foreseen) in said and ("merged" in said) == bool(changes)
+    sharded = settings(train={"parallel": "fsdp", "workers": 2})
+    assert footprint.loading(sharded, source(sharded)) is None
 
 
 def test_the_table_of_a_dry_run():

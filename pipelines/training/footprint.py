@@ -107,22 +107,44 @@ def check_budget(experiment: Experiment, source: Source) -> None:
 
 
 def host_advice(experiment: Experiment, source: Source, there: int | None) -> str | None:
-    """What to set where the workers of this machine would hold more on their host than that has; None where it has
-    enough. there: bytes of the machine's memory; None: the workers may be elsewhere."""
+    """What to set where the workers of this machine would hold more on their host than that has, as they train or as
+    they load the network; None where it has enough. there: bytes of the machine's memory; None: the workers may be
+    elsewhere."""
     each = max(stage.host for stage in stages(experiment, source)) + (inputs_bytes(experiment, source) or 0)
-    needed = each * experiment.train.workers
+    loaded = loading_bytes(experiment, source)
+    needed = max(each, loaded) * experiment.train.workers
     if there is None or needed <= there:
         return None
+    workers = f"This machine has {written(there)} of memory, on the host {experiment.train.workers} worker(s) hold"
+    if loaded > each:
+        return (
+            f"{workers} all of the network in float32 while it is loaded, {written(loaded)} each: fewer workers a "
+            "machine, or train.parallel=fsdp, under which each loads its part."
+        )
     held = "frozen layers' weights" + (", and blocks' inputs" if inputs_bytes(experiment, source) else "")
     way_out = (
         "fewer blocks that wait (model.swap_blocks)"
         if experiment.model.swap_blocks
         else ("schedule.frozen_precision=full, which keeps them on the device")
     )
-    return (
-        f"This machine has {written(there)} of memory, on the host {experiment.train.workers} worker(s) hold up to "
-        f"{written(each)} each of {held}: fewer workers a machine, or {way_out}."
-    )
+    return f"{workers} up to {written(each)} each of {held}: fewer workers a machine, or {way_out}."
+
+
+def loading_bytes(experiment: Experiment, source: Source) -> int:
+    """What a worker's host holds while the network is loaded: all of it in float32, where it does not read its part
+    alone (`entprog.models.loading`)."""
+    if experiment.train.parallel == "fsdp" and not experiment.model.weights:
+        return 0
+    return 4 * sum(p.numel() for name, p in source.network.named_parameters() if ADAPTER not in name)
+
+
+def loading(experiment: Experiment, source: Source) -> str | None:
+    """What loading the network takes on the host, in words; None where each worker reads its part alone."""
+    if not (needed := loading_bytes(experiment, source)):
+        return None
+    again = experiment.train.lora and experiment.frozen_form != "bfloat16"  # `networks.merged`
+    end = ", and the first one's once more at the end, when adapters are merged" if again else ""
+    return f"While the network is loaded each worker's host holds all of it in float32, {written(needed)}{end}."
 
 
 def inputs_bytes(experiment: Experiment, source: Source) -> int | None:
