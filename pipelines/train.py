@@ -161,7 +161,8 @@ def _explain(
             terminal.console.print(line)
     terminal.show("Stages", outline.rows(experiment, len(eligible), len(found) - len(eligible)), outline.COLUMNS)
     terminal.show("A device's memory, beside what clips take", footprint.rows(experiment, source), footprint.COLUMNS)
-    telling = (footprint.loading, footprint.copying, footprint.inputs, footprint.other_expert, footprint.advice)
+    telling = (footprint.beside, footprint.loading, footprint.copying, footprint.inputs)
+    telling += (footprint.other_expert, footprint.advice)
     for line in (
         *(say(experiment, source) for say in telling),
         footprint.host_advice(experiment, source, footprint.machine_bytes()),

@@ -20,11 +20,13 @@ from entprog.blocks import (
 from entprog.blocks.held import all_held
 from entprog.cost import counting
 from entprog.diffusion.losses import training_loss
+from entprog.errors import UserError
 from entprog.models import lora
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import of_set
+from entprog.schedule.prices import Prices
 from entprog.training import averages, optimizer
-from helpers import families
+from helpers import bases, families
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
 from pipelines.training import footprint
 
@@ -244,3 +246,33 @@ def test_the_table_of_a_dry_run():
     found = [4 * sum(p.numel() for p in block.module.parameters()) for block in blocks(network)]
     beside = 4 * sum(p.numel() for p in network.parameters()) - sum(found)
     assert {each.unpacking for each in footprint.stages(full, source(full))} == {2 * max(found) + beside}
+
+
+def test_vae_and_image_encoder_are_counted_beside_the_network(tmp_path):
+    """They stay on the device; a budget holds them too."""
+    bases.image_to_video(tmp_path, clip=True)
+    model = {"init": {}, "base": str(tmp_path), "vae": "auto", "conditions": ["reference", "pose"]}
+
+    def with_budget(size):
+        shape = {"data": {"shape": families.FIVE.model_dump()}}
+        return settings(model=model, schedule={"memory_budget_bytes": size}, **shape)
+
+    experiment = with_budget(None)
+    there, denoiser = source(experiment), models.family("wan").load(experiment.model)
+    beside = footprint.beside_bytes(there)
+    held = sum(p.nbytes for module in (denoiser.vae, denoiser.image_encoder) for p in module.parameters())
+    assert beside == pytest.approx(held, rel=0.01) and footprint.written(beside) in footprint.beside(experiment, there)
+    assert footprint.beside(settings(), source(settings())) is None
+    least = max(s.weights + s.gradients + s.moments for s in footprint.stages(experiment, there, smallest=True))
+    footprint.check_budget(with_budget(least + beside), there)
+    with pytest.raises(UserError, match="of the smallest plan, with VAE and image encoder, alone are"):
+        footprint.check_budget(with_budget(least + beside - 1), there)
+    most = footprint.largest(experiment, there) + beside
+    assert footprint.advice(with_budget(most), there) is None
+    assert "and moments, with VAE and image encoder, alone are up to" in footprint.advice(with_budget(most - 1), there)
+
+    found = blocks(denoiser.network)
+    sample = denoiser.encode(families.clips(1))
+    prices = Prices(denoiser, found, sample, Freeze(denoiser, found, experiment), experiment, {})
+    of_network = prices.model(prices.full.shape).memory(prices.full.trainable, prices.full.backward)
+    assert prices.memory(prices.full) - of_network == pytest.approx(beside, rel=0.01)

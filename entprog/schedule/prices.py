@@ -10,6 +10,7 @@ import torch
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting, measuring
+from entprog.cost.holding import beside_bytes
 from entprog.cost.model import CostModel, scaled
 from entprog.data.clips import Latents
 from entprog.diffusion import losses
@@ -58,6 +59,8 @@ class Prices:
         self.whole = plans.full([block.name for block in self.found], shape)
         """Every block there is."""
         self.by_seconds = experiment.schedule.clock == "seconds"
+        self.beside_bytes = beside_bytes(denoiser)
+        """Of VAE and encoders, which stay on the device."""
 
     def counted(self, plan: Plan) -> counting.Cost:
         """Counted on the real network with one clip; once for all plans that cost the same, as draws of blocks do."""
@@ -140,15 +143,16 @@ class Prices:
         return flops * self.step(self.full) / self.step_flops(self.full) if self.by_seconds else flops
 
     def memory(self, plan: Plan, before: Collection[str] | None = None) -> int:
-        """Predicted peak bytes of an update on one device. before: blocks that have been trained by then; None: those
-        that have averages now."""
+        """Predicted peak bytes of an update on one device, VAE and encoders among them. before: blocks that have
+        been trained by then; None: those that have averages now."""
         model = self.model(plan.shape)
         trained = model.trained_bytes(plan.trainable)
         averaged = 0
         if self.experiment.train.ema_decay:
             others = None if before is None else model.trained_bytes({*before, *plan.trainable}) - trained
             averaged = trained + (self.kept_bytes(plan) if others is None else others)
-        return model.memory(plan.trainable, plan.backward) + averaged + self.under_way_bytes(trained)
+        beside = self.under_way_bytes(trained) + self.beside_bytes
+        return model.memory(plan.trainable, plan.backward) + averaged + beside
 
     def under_way_bytes(self, trained_bytes: int) -> int:
         """What gradients on their way to other workers take beside themselves."""

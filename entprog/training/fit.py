@@ -407,8 +407,8 @@ class _Fit:
             return torch.cuda.max_memory_allocated(self.device)
         averaged = sum(fsdp.held(tensor).nbytes for tensor in self.state.ema.values())
         counted = self.prices.counted(plan)
-        under_way = self.prices.under_way_bytes(counted.gradient_bytes)
-        return counted.memory_bytes(self.experiment.batch_size_at(plan.shape)) + averaged + under_way
+        beside = self.prices.under_way_bytes(counted.gradient_bytes) + self.prices.beside_bytes
+        return counted.memory_bytes(self.experiment.batch_size_at(plan.shape)) + averaged + beside
 
     def search_loss(self) -> float:
         return self.held_out_loss(self.search_held_out, 1)

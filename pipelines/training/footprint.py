@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
@@ -16,7 +17,7 @@ from entprog.blocks.swap import pinned_bytes, rooms_bytes
 from entprog.config import Experiment, Row
 from entprog.cost.holding import Held, frozen_sizes, held
 from entprog.errors import UserError
-from entprog.models import lora
+from entprog.models import lora, vision
 from entprog.models.sources import Source
 from entprog.schedule import plans
 from entprog.schedule.freezing import outside
@@ -61,11 +62,12 @@ def advice(experiment: Experiment, source: Source) -> str | None:
     budget, whose = experiment.schedule.memory_budget_bytes, "schedule.memory_budget_bytes is"
     if budget is None:
         budget, whose = card_bytes() if experiment.train.gpus != "no" else None, "this machine's GPU has"
-    if budget is None or (needed := largest(experiment, source)) <= budget:
+    if budget is None or (needed := largest(experiment, source) + beside_bytes(source)) <= budget:
         return None
     parts = (
         "weights, gradients, moments and averages" if experiment.train.ema_decay else "weights, gradients and moments"
     )
+    parts += _and_beside(source)
     said = f"{whose} {written(budget)}, {parts} alone are up to {written(needed)}"
     proposed = _proposal(experiment, source, budget)
     return f"{said}: {proposed}." if proposed else f"{said}: smaller shares of the blocks take less."
@@ -83,7 +85,7 @@ def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None
             part, _, leaf = name.partition(".")
             over.setdefault(part, {})[leaf] = value
         try:
-            less = largest(config.build(config.merge(values, over)), source)
+            less = largest(config.build(config.merge(values, over)), source) + beside_bytes(source)
         except UserError:  # it does not go with the other settings, the network, or what is installed
             continue
         if less <= budget:
@@ -94,15 +96,18 @@ def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None
 
 def check_budget(experiment: Experiment, source: Source) -> None:
     """Raises UserError where `schedule.memory_budget_bytes` is less than weights, gradients and moments of the smallest
-    plan that a stage may have: what clips take comes on top, and is measured once they are there."""
+    plan that a stage may have, with what lies beside the network: what clips take comes on top, and is measured once
+    they are there."""
     budget = experiment.schedule.memory_budget_bytes
     if budget is None:
         return
     needed = max(held.weights + held.gradients + held.moments for held in stages(experiment, source, smallest=True))
+    needed += beside_bytes(source)
     if needed > budget:
         raise UserError(
-            f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan "
-            f"alone are {written(needed)}; {_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
+            f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan"
+            f"{_and_beside(source)} alone are {written(needed)}; "
+            f"{_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
         )
 
 
@@ -167,6 +172,28 @@ def inputs(experiment: Experiment, source: Source) -> str | None:
     if needed is None:
         return "What blocks are given waits on the host: how much is not foreseen for this network."
     return f"What blocks are given waits on the host: up to {written(needed)} a worker." if needed else None
+
+
+def beside_bytes(source: Source) -> int:
+    """What a device holds beside the network for all of a run: VAE and image encoder, in float32."""
+    vae = [] if source.vae is None else [*source.vae.parameters(), *source.vae.buffers()]
+    numbers = sum(tensor.numel() for tensor in vae)
+    if (folder := source.more.get(vision.ENCODER)) is not None:
+        for path in folder.glob("*.safetensors"):
+            if path.name.count(".") == 1:  # not `model.fp16.safetensors` beside it
+                with safe_open(path, "pt") as file:
+                    numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return 4 * numbers
+
+
+def beside(experiment: Experiment, source: Source) -> str | None:
+    """What that is, in words; None where nothing lies there."""
+    needed = beside_bytes(source)
+    return f"VAE and image encoder take {written(needed)} of a device beside that." if needed else None
+
+
+def _and_beside(source: Source) -> str:
+    return ", with VAE and image encoder," if beside_bytes(source) else ""
 
 
 def machine_bytes() -> int | None:
