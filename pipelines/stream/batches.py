@@ -137,7 +137,7 @@ class Batches:
         started = time.perf_counter()
         out = latents.encode(self.denoiser, batch)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.spent = replace(self.spent, encode_s=self.spent.encode_s + time.perf_counter() - started)
         return out
 
