@@ -28,7 +28,7 @@ from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.cluster import capacity, joining, session
 from pipelines.command import usage
-from pipelines.generating import checkpoints, judging, motions, protocol
+from pipelines.generating import captioned, checkpoints, judging, motions, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
@@ -124,6 +124,8 @@ class Task:
     """Names of the metrics."""
     left_out: dict[str, str]
     """Metrics that do not fit, and why."""
+    text: captioned.Shown | None
+    """What clips are shown as text; None: they are there."""
     meter: Meter
     run_id: str | None
     """MLflow run that gets the figures."""
@@ -158,24 +160,30 @@ def plan(
     maker = None if checkpoint is None else checkpoints.find(str(checkpoint), settings.generate)
     if maker is not None and maker.shape != dataset.shape:
         raise UserError(f"shards {shards} hold clips of {dataset.shape}, the checkpoint makes {maker.shape}")
+    text = None
+    if maker is not None:
+        from entprog.models import captions  # and torch with it
+
+        text = captioned.shown(maker, settings.generate, dataset.folder, captions.of_clips(dataset, chosen.split))
+        checkpoints.check_text_guidance(maker, settings.generate, str(checkpoint), text.texts is not None)
     folder = generated or output / "generated"
     places = judging.places(dataset, chosen.split, chosen.clips, folder)
     if maker is None:
         made, places = protocol.how_given(folder), _given(places, folder)
     else:
-        made = protocol.how_made(maker, settings, dataset)
+        made = protocol.how_made(maker, settings, dataset, text.name)
     identity = {"clips of --shards": dataset.fingerprint, "evaluate.split": chosen.split}
     if maker is None:
         identity["--generated"] = str(folder.resolve())
     else:
         identity |= {"weights of --checkpoint": made["checkpoint"]}
-        sampled = ("sampler", "steps", "guidance", "seed", "dtype", "text", "text encoder")
+        sampled = ("sampler", "steps", "guidance", "seed", "dtype", "text", "text encoder", "texts")
         identity |= {name: made[name] for name in sampled if name in made}
     claim.check(output, "evaluate", identity)
     names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points)
     run_id = _mlflow_run(maker, run_id)
     meter = Meter(names, chosen)
-    return Task(settings, dataset, maker, folder, places, made, identity, names, left_out, meter, run_id)
+    return Task(settings, dataset, maker, folder, places, made, identity, names, left_out, text, meter, run_id)
 
 
 def explain(task: Task) -> dict[str, Any]:
@@ -194,21 +202,10 @@ def explain(task: Task) -> dict[str, Any]:
 
 
 def _tell_shown(task: Task) -> None:
-    """Print what clips are shown that is not what training showed, if anything: poses of other points, and one text
-    where clips have captions of their own."""
-    from entprog import models
-    from entprog.models import captions
-
-    cls = models.family(task.maker.about["family"]).load.args[0]
-    if (
-        task.settings.generate.text is None
-        and cls.TEXT_PIPELINE
-        and any(captions.of_clips(task.dataset, task.settings.evaluate.split))
-    ):
-        terminal.console.print(
-            "Captions of the clips are not shown to the network: every clip is made with the text that lies with the "
-            "checkpoint (generate.text gives another one)"
-        )
+    """Print which texts clips are shown, where they have captions, and what they are shown that is not what training
+    showed, poses of other points, if anything."""
+    if task.text.line:
+        terminal.console.print(task.text.line)
     if unlike := task.maker.unlike(task.dataset.points):
         terminal.console.print(f"{task.dataset.folder}: {unlike}")
 
@@ -232,7 +229,7 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
             terminal.console.print(f"{there} of {len(task.places)} clips are there already: {task.folder}")
     with terminal.stderr_into(output / "ray.log", verbose=verbose):
         if task.maker is not None and missing:
-            judging.generate(missing, task.maker, settings, workers, gpus)
+            judging.generate(missing, task.maker, settings, workers, gpus, task.text.texts)
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
     rows = {place.clip_id: rows[place.clip_id] for place in task.places}  # they came as they were ready
     figures, unmeasured = _figures(rows, [place.source for place in task.places], names, settings)

@@ -25,7 +25,7 @@ from entprog.masking import bare
 from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.command import usage
-from pipelines.generating import checkpoints, driving, motions, protocol, replacing, retargeting
+from pipelines.generating import captioned, checkpoints, driving, motions, protocol, replacing, retargeting
 from pipelines.generating.checkpoints import Checkpoint
 from pipelines.outputs import claim
 
@@ -185,10 +185,18 @@ def run(
     left_out = {}
     if shards is not None:
         made = motions.motions_from_shards(shards, clip, split or "held_out", settings, shape)
+        folder = storage.at(str(shards), "shards")
+        text = captioned.shown(found, settings.generate, folder, [motion.caption for motion in made])
+        checkpoints.check_text_guidance(found, settings.generate, str(checkpoint), text.texts is not None)
+        made = [motion.captioned(text.texts) for motion in made]
+        how |= {"texts": text.name} if text.name else {}
+        if text.line:
+            terminal.console.print(text.line)
         if reference is not None:
             who = motions.reference_image(reference, shape, settings.prepare)
             made = [replace(motion, reference=who, video_title="driving clip") for motion in made]
     else:
+        checkpoints.check_text_guidance(found, settings.generate, str(checkpoint))
         made, left_out, own = _from_files(reference, pose, video, settings, found, retarget, scene)
         made = _whole(made, found)
     if last is not None:

@@ -140,10 +140,12 @@ def test_where_no_text_is_shown_it_is_refused(made, tmp_path):
         (tmp_path / "bare", "is shown zeros unless --text gives"),
         (tmp_path / "svd", "networks of family svd are shown no text here"),
     ):
+        found = checkpoints.find(str(given), alone)
         with pytest.raises(UserError, match=rf"--text-guidance .generate.text_guidance.: .*{message}") as error:
-            checkpoints.find(str(given), alone)
+            checkpoints.check_text_guidance(found, alone, str(given))
         assert "\n" not in str(error.value)
-    checkpoints.find(str(tmp_path / "bare"), Generate())
+        checkpoints.check_text_guidance(found, Generate(), str(given))
+    checkpoints.check_text_guidance(checkpoints.find(str(folder), GUIDED), GUIDED, str(folder))
 
 
 @pytest.mark.parametrize("made", ["text to video"], indirect=True)

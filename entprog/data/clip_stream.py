@@ -348,8 +348,15 @@ def held_out(dataset: shards.Dataset, count: int, batch_size: int, rank: int = 0
     mine = np.array(held_out_share(count, rank, world)[0])
     parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     return [
-        to_clips({**decode(dataset, "held_out", part * clips // count), "position": part}, device) for part in parts
+        to_clips({**decode(dataset, "held_out", held_out_numbers(dataset, count, part)), "position": part}, device)
+        for part in parts
     ]
+
+
+def held_out_numbers(dataset: shards.Dataset, count: int, positions: np.ndarray) -> np.ndarray:
+    """Numbers in the split of clips of `held_out`, whose places among those `count` are given."""
+    clips = dataset.clips("held_out")
+    return positions * clips // min(count, clips)
 
 
 def held_out_share(count: int, rank: int, world: int) -> tuple[range, slice]:

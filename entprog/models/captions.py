@@ -190,6 +190,11 @@ class Texts:
             reason = one_line(error)
             raise UserError(f"damaged text {path} ({reason}): delete it and run the same command again") from None
 
+    def of_clip(self, split: str, clip: int) -> dict[str, torch.Tensor] | None:
+        """The text of a clip of its own, whose number in the split is given, as `of` gives it; None: all have the empty
+        one."""
+        return self.of(self.captions[split][clip]) if self.captions else None
+
     def beside(self, batch: Latents, split: str, clips: np.ndarray) -> Latents:
         """The batch with the texts of its clips, whose numbers in the split are given, as condition `text` and what
         belongs to it."""
@@ -273,7 +278,7 @@ def _share(
     """Encode this rank's share of what is not encoded yet. key: of the encoder's files."""
     found, rank, world = source(settings, key), *agree.world()
     network = models.family(settings.family).inspect(settings).network.config
-    folder = folder_of(dataset, found.key_for(network))
+    folder = folder_of(dataset.folder, found.key_for(network))
     due = _distinct(captions, dataset)[rank::world]  # what others have written by now decides no share
     due = missing(due, folder)
     names = found.family.text_names()
@@ -297,9 +302,17 @@ def one(found: Source, network, text: str, device: torch.device | str) -> dict[s
     return fields | {"text": texts.padded(fields["text"], found.family.text_tokens(network))}
 
 
-def folder_of(dataset: "shards.Dataset", key: str) -> "Where":
-    """Where the embeddings of a dataset's texts lie."""
-    return dataset.folder / FOLDER / key
+def there(folder: "Where", family: type[VideoDenoiser], network, some: Iterable[str]) -> Texts | None:
+    """Texts that lie encoded in a folder for a network; None unless some, and the empty one, are all there. network:
+    its configuration."""
+    if missing(["", *dict.fromkeys(some)], folder):
+        return None
+    return Texts(folder, family.text_tokens(network), {}, family.text_names())
+
+
+def folder_of(shards: "Where", key: str) -> "Where":
+    """Where embeddings of texts lie in a folder of shards."""
+    return shards / FOLDER / key
 
 
 def others(folder: "Where") -> int:

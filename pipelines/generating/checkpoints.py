@@ -133,7 +133,7 @@ def find(given: str, settings: Generate) -> Checkpoint:
     """The checkpoint of `--checkpoint`, and whether it can be sampled as the settings say.
 
     Raises UserError for a folder that is none, weights that are not finite, a sampler or shift that does not fit, or
-    guidance by what the network does not see.
+    guidance by a condition that the network does not see.
     """
     from entprog import models
     from entprog.diffusion.samplers import sampler
@@ -161,12 +161,11 @@ def find(given: str, settings: Generate) -> Checkpoint:
             )
     if settings.text is not None:
         text_source(found, settings)
-    _check_text_guidance(found, settings, given)
     return found
 
 
-def _check_text_guidance(checkpoint: Checkpoint, settings: Generate, given: str) -> None:
-    """Raises UserError for guidance by a text where none is shown."""
+def check_text_guidance(checkpoint: Checkpoint, settings: Generate, given: str, captioned: bool = False) -> None:
+    """Raises UserError for guidance by a text where none is shown. captioned: whether clips show their captions."""
     from entprog import models
     from entprog.models import folders
 
@@ -175,8 +174,9 @@ def _check_text_guidance(checkpoint: Checkpoint, settings: Generate, given: str)
     family, option = checkpoint.about["family"], "--text-guidance (generate.text_guidance)"
     if models.family(family).load.args[0].TEXT_PIPELINE is None:
         raise UserError(f"{option}: networks of family {family} are shown no text here: leave it out")
+    # Without --text it is the one that lies there, which is the empty one where captions were shown.
     own = not checkpoint.texts and (settings.text == "" or (checkpoint.root / folders.PROMPT).is_file())
-    if settings.text or own:
+    if settings.text or captioned or own:
         return
     raise UserError(
         f"{option}: {given} is shown {checkpoint.no_text} unless --text gives another one, and so nothing to compare "

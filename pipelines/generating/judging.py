@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -25,6 +25,9 @@ from entprog.storage import Where
 from pipelines import terminal
 from pipelines.cluster import failures
 from pipelines.generating import checkpoints, motions
+
+if TYPE_CHECKING:
+    from entprog.models.captions import Texts
 
 LONGEST_NAME = 229
 """Characters of a clip's file without its ending: disks take 255 bytes, and scratch files 26 of them."""
@@ -90,8 +93,8 @@ def places(dataset: shards.Dataset, split: str, count: int | None, folder: Where
 class Generator:
     """Samples clips and writes each as an mp4."""
 
-    def __init__(self, checkpoint: checkpoints.Checkpoint, settings: config.Generate):
-        self._checkpoint, self._settings = checkpoint, settings
+    def __init__(self, checkpoint: checkpoints.Checkpoint, settings: config.Generate, texts: "Texts | None"):
+        self._checkpoint, self._settings, self._texts = checkpoint, settings, texts
         with pipelines.importing():
             self._denoiser = checkpoints.load(checkpoint, settings)
 
@@ -99,7 +102,9 @@ class Generator:
         from pipelines.generating.rendering import make
 
         batch = [
-            motions.from_row(storage.at(path, "shards"), int(row), self._checkpoint.shape, int(number))
+            motions.from_row(storage.at(path, "shards"), int(row), self._checkpoint.shape, int(number)).captioned(
+                self._texts
+            )
             for path, row, number in zip(rows["shard"], rows["row"], rows["number"], strict=True)
         ]
         made = make(self._denoiser, batch, self._checkpoint.shape, self._settings)
@@ -156,11 +161,17 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def generate(
-    todo: Sequence[Place], checkpoint: checkpoints.Checkpoint, settings: Evaluation, workers: int, gpus: bool
+    todo: Sequence[Place],
+    checkpoint: checkpoints.Checkpoint,
+    settings: Evaluation,
+    workers: int,
+    gpus: bool,
+    texts: "Texts | None" = None,
 ) -> None:
-    """Write the clips of all places. Raises UserError for damaged shards."""
+    """Write the clips of all places. texts: their captions, encoded. Raises UserError for damaged shards or texts."""
     absolute = replace(checkpoint, root=checkpoint.root.resolve())  # actors work in another directory
     arguments = {"checkpoint": absolute, "settings": settings.generate}
+    arguments |= {"texts": texts and replace(texts, folder=texts.folder.resolve())}
     made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
     for _ in _counted("generating", made, len(todo)):
         pass

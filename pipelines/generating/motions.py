@@ -3,10 +3,11 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,11 @@ from entprog.preparing.rows import SUFFIXES
 from pipelines import terminal
 from pipelines.generating import driving
 from pipelines.generating.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from entprog.models.captions import Texts
 
 VIDEOS = SUFFIXES
 POSES = frozenset({".npz", ".npy"})
@@ -59,6 +65,10 @@ class Motion:
     """bool [F, H, W]: where in it; None without it."""
     others: np.ndarray | None = None
     """uint8 RGB [pictures, H, W, 3]: further reference pictures; None: there are none."""
+    caption: str = ""
+    """Of a clip of shards; shown where `text` is its embedding."""
+    text: "Mapping[str, torch.Tensor] | None" = None
+    """What it is shown as text, as fields of a denoiser, [1, …] each; None: the network's own."""
 
     @property
     def last_frame(self) -> np.ndarray | None:
@@ -70,6 +80,10 @@ class Motion:
         """This one, put into its own video in place of who is in it: person bool [F, H, W], where that is."""
         return replace(self, person=person, background=np.where(person[..., None], np.uint8(0), self.video))
 
+    def captioned(self, texts: "Texts | None") -> "Motion":
+        """This one with its caption as text, which lies among those; as it is without any."""
+        return self if texts is None else replace(self, text=texts.of(self.caption))
+
     @property
     def _scene(self) -> tuple[np.ndarray | None, ...]:
         return self.background, self.person, self.others
@@ -77,7 +91,8 @@ class Motion:
     def digest(self) -> str:
         """Hash of everything that decides what the clip shows."""
         found = hashlib.sha256(repr((self.name, self.video_title, self.place)).encode())
-        for array in (self.reference, self.pose, self.video, self.driver, self.last, *self._scene):
+        text = () if self.text is None else self.text.values()
+        for array in (self.reference, self.pose, self.video, self.driver, self.last, *self._scene, *text):
             if array is not None:
                 found.update(repr(array.shape).encode())
                 found.update(np.ascontiguousarray(array).data)
@@ -242,7 +257,7 @@ def _clip_ids(dataset: datasets.Dataset, split: str) -> dict[str, tuple[str, int
 def from_row(path: Path | storage.Place, row: int, shape: ClipShape, place: int = 0) -> Motion:
     """One clip of a shard whose clips have this shape, put into its own video where it has a mask. Raises
     DamagedShardError naming shard and row."""
-    (columns,) = datasets.read_rows(path, [row], ["clip_id", "reference", "pose", "video", "mask"])
+    (columns,) = datasets.read_rows(path, [row], ["clip_id", "caption", "reference", "pose", "video", "mask"])
     size = (shape.height, shape.width)
     try:
         reference = images.read(columns["reference"], replace(limits.LIMITS, max_pixels=shape.height * shape.width))
@@ -253,7 +268,8 @@ def from_row(path: Path | storage.Place, row: int, shape: ClipShape, place: int 
     except (videos.VideoError, ValueError) as error:
         why = one_line(error)
         raise datasets.DamagedShardError(f"damaged shard {path}, row {row}: {why}; prepare it again") from None
-    made = Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, place=place)
+    told = {"place": place, "caption": columns["caption"].strip()}
+    made = Motion(columns["clip_id"], reference, columns["pose"].copy(), frames, **told)
     return made if person is None else made.replacing(person)
 
 

@@ -39,9 +39,9 @@ def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
     }
 
 
-def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset) -> dict[str, Any]:
-    """All that decides what a checkpoint's clips of a split look like."""
-    made = how_sampled(maker, settings.generate)
+def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset, texts: str = "") -> dict[str, Any]:
+    """All that decides what a checkpoint's clips of a split look like. texts: `captioned.Shown.name`."""
+    made = how_sampled(maker, settings.generate) | ({"texts": texts} if texts else {})
     if dataset.masks and maker.replaces:  # what is drawn is then no whole clip
         made["guidance"] += ", put into clips with masks"
     return made | {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
@@ -95,6 +95,8 @@ def shown(made: dict[str, Any]) -> list[str]:
     out = []
     if made.get("text") is not None:
         out.append(f"text {json.dumps(made['text'], ensure_ascii=False)}")
+    if made.get("texts"):
+        out.append(f"shown {made['texts']}")
     if made.get("dtype", "float32") != "float32":
         out.append(f"network in {made['dtype']}")
     if instead := made.get("instead of the split's"):

@@ -56,6 +56,9 @@ def make(
     if motions[0].others is not None:
         others = _stacked(motion.others for motion in motions)
         conditions["reference"] = denoiser.with_others(conditions["reference"], others)
+    if (text := motions[0].text) is not None:
+        device = next(denoiser.network.parameters()).device
+        conditions |= {field: torch.cat([motion.text[field] for motion in motions]).to(device) for field in text}
     if without:
         conditions = dropping.without(conditions, [name for name in conditions if name != without])
     whole = shape.model_copy(update={"frames": motions[0].pose.shape[0]})

@@ -153,7 +153,7 @@ def texts(experiment: Experiment, dataset: Dataset, model: Model) -> str | None:
         return captions_left_out(experiment, dataset)
     wanted = captions.wanted(dataset, experiment.data.text)
     network = models.family(model.family).inspect(model).network.config
-    folder = captions.folder_of(dataset, captions.source(model).key_for(network))
+    folder = captions.folder_of(dataset.folder, captions.source(model).key_for(network))
     left = len(captions.missing(wanted, folder))
     others = captions.others(folder) if left else 0
     unused = f"; not used: {others} beside it, of other encoders or numbers of tokens"

@@ -131,6 +131,5 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
 def _seen(denoiser, dataset: shards.Dataset, data: config.Data, batch, count: int, texts) -> Latents:
     """Held-out clips as the network sees them. count: as given to `clip_stream.held_out`."""
     out = latents.encode(denoiser, batch.resized(data.shape))
-    clips = dataset.clips("held_out")
-    numbers = batch.position.numpy() * clips // min(count, clips)
+    numbers = clip_stream.held_out_numbers(dataset, count, batch.position.numpy())
     return out if texts is None else texts.beside(out, "held_out", numbers)

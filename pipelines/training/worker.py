@@ -259,10 +259,16 @@ def _leave_samples(setup: Setup, output: Where, shift: float | None) -> None:
 
 
 def _held_out_motions(setup: Setup, count: int) -> list[Motion]:
+    """The first held-out clips, each with its own caption where the network is trained with those."""
     data, out = setup.experiment.data, []
     for batch in clip_stream.held_out(setup.dataset, count, data.batch_size):
         names = [f"held-out clip {n}" for n in batch.position.tolist()]
-        out += rendering.motions_of(batch.resized(data.shape), names)
+        made = rendering.motions_of(batch.resized(data.shape), names)
+        if setup.texts is not None:
+            numbers = clip_stream.held_out_numbers(setup.dataset, count, batch.position.numpy()).tolist()
+            texts = [setup.texts.of_clip("held_out", number) for number in numbers]
+            made = [replace(motion, text=text) for motion, text in zip(made, texts, strict=True)]
+        out += made
     return out
 
 
