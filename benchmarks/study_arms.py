@@ -105,7 +105,7 @@ ARMS = {
         settings=ROTATING,
     ),
     "rotating_tokens": Arm(
-        title="… by lot, with larger batches of small clips",
+        title="half resolution for two thirds, a quarter of the blocks by lot, larger batches of small clips",
         settings=_table({"until": 0.67, **HALF, **BY_LOT}, {"until": 1, **BY_LOT}, tokens="constant"),
     ),
     "rotating_weighted": Arm(

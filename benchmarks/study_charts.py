@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines import charts
 
-HIGHLIGHTED = ("full", "paper", "progressive", "rotating", "past_linear", "past", "lisa")
+HIGHLIGHTED = ("full", "paper", "progressive", "rotating", "rotating_tokens", "past_linear", "past", "lisa")
 """Arms of the first chart."""
 
 

@@ -139,7 +139,7 @@ def _short(commit: str) -> str:
     return commit[:8] + ("+" if commit.endswith("+") else "")
 
 
-TOLD = ("paper", "progressive", "rotating", "rotating_routed", "past")
+TOLD = ("paper", "progressive", "rotating", "rotating_tokens", "rotating_routed", "past")
 """Arms that the page describes in sentences."""
 
 
