@@ -234,6 +234,15 @@ def test_clips_of_latents_keep_a_step_s_tokens_or_it_is_said():
     assert said(3) == ([6, 5, 243, 3], [("1", "3.86")])
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(19, 0), (20, 1), (30, 1)])
+def test_blocks_that_are_drawn_anew_before_they_have_warmed_up_are_said(warmup, said):
+    row = {"until": 1.0, "share": 0.25, "choose": "random", "redraw_every": 20}
+    values = {"train": {"steps": 100, "block_warmup_steps": warmup}, "schedule": {"table": [row]}}
+    dataset, source = SimpleNamespace(clips=lambda split: 100), SimpleNamespace(root=None)
+    lines = outline.notes(config.build(values), dataset, source)
+    assert [line.startswith(f"Note: train.block_warmup_steps is {warmup}, ") for line in lines] == [True] * said
+
+
 def test_the_timestep_shift_follows_the_number_of_pixels():
     values = {"train": {"steps": 1, "timestep_shift": 3.0}}
     assert config.build(values).timestep_shift_at(HALF) == 3.0

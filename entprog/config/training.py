@@ -76,7 +76,8 @@ class Train(Part):
     frozen_state: Literal["host", "keep", "drop"] = "host"
     """Optimizer moments of blocks that a stage freezes: moved to host memory, kept on the device, or forgotten."""
     block_warmup_steps: int = Field(default=0, ge=0)
-    """Linear learning-rate warm-up of each block from the step at which it begins to be trained."""
+    """Linear learning-rate warm-up of each block from the step at which it begins to be trained: short beside the steps
+    between two draws where a row of `schedule.table` draws blocks anew (`redraw_every`)."""
     timestep_shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """Flow-matching shift of timesteps: >1 trains more on noisy ones (Wan at 720p: 5). `auto`: by a clip's pixels over
     all its frames, 3 for 81 frames of 832x480 (Wan's own) and in proportion to their root for others."""

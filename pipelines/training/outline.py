@@ -86,6 +86,12 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
             f"train.warmup_steps is {train.warmup_steps}, the run ends after {train.steps} steps: the learning rate "
             "never comes to train.learning_rate"
         )
+    redraws = [row.redraw_every for row in plans.rows(experiment.schedule) if row.redraw_every]
+    if redraws and train.block_warmup_steps >= min(redraws):
+        out.append(
+            f"train.block_warmup_steps is {train.block_warmup_steps}, schedule.table draws blocks anew every "
+            f"{min(redraws)} steps: most never come to train.learning_rate"
+        )
     if train.drop.text and not _has_text(experiment, source):
         out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
     if experiment.in_fp8 and not experiment.model.compile_blocks:
