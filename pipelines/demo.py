@@ -277,11 +277,19 @@ def copy_person(folder: Path) -> None:
 
 def encode(arms: Sequence[config.Experiment], folders: Sequence[Path], *, verbose: bool) -> None:
     """Encode the subjects' training clips once, at every clip shape of an arm, instead of at every step."""
-    widest = max(arms, key=lambda arm: len(plans.ladder(arm.schedule, arm.data.shape, last=False)))
-    kind, shapes, table = widest.schedule.kind, widest.schedule.shapes, widest.schedule.table
-    schedule = config.Ladder(kind=kind, shapes=shapes, table=table)
-    encoding = config.Encoding(model=widest.model, schedule=schedule)
-    caching.run(*(folder / "shards" for folder in folders), encoding=encoding, verbose=verbose)
+    for schedule in ladders(arms):
+        encoding = config.Encoding(model=arms[0].model, schedule=schedule)
+        caching.run(*(folder / "shards" for folder in folders), encoding=encoding, verbose=verbose)
+
+
+def ladders(arms: Sequence[config.Experiment]) -> list[config.Ladder]:
+    """What decides the arms' clip shapes, the most first; without those that another one has all shapes of."""
+    of = [(set(plans.ladder(arm.schedule, arm.data.shape, last=False)), arm.schedule) for arm in arms]
+    found: list[tuple[set[config.ClipShape], config.Ladder]] = []
+    for shapes, one in sorted(of, key=lambda pair: -len(pair[0])):
+        if not any(shapes <= others for others, _ in found):
+            found.append((shapes, config.Ladder(kind=one.kind, shapes=one.shapes, table=one.table)))
+    return [ladder for _, ladder in found]
 
 
 def loss_before(experiment: config.Experiment) -> float:

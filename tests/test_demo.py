@@ -20,6 +20,7 @@ from entprog.errors import UserError
 from entprog.media import skeleton
 from entprog.models.wan import WanDenoiser
 from entprog.quality import posing
+from entprog.schedule import plans
 from pipelines import cli, demo
 from pipelines.generating import motions
 
@@ -87,6 +88,15 @@ def test_pictures_have_a_row_for_everybody(tmp_path):
     count = 2 * (4 + len(demo.ARMS))  # reference, pose, before and truth beside the arms
     assert Image.open(picture).height // count in range(192, 240)
     assert Image.open(moving).n_frames == 2 * 12
+
+
+@pytest.mark.parametrize(("pairs", "times"), [([], 1), (["schedule.shapes=[{frames: 1}]"], 2)])
+def test_clips_are_encoded_at_every_shape_of_every_arm(pairs, times, tmp_path):
+    arms = [demo.arm("person", name, 0, 9.0, tmp_path, None, pairs) for name in ("full", "progressive", "entprog")]
+    ladders = demo.ladders(arms)
+    encoded = {shape for ladder in ladders for shape in plans.ladder(ladder, SHAPE, last=False)}
+    wanted = [set(plans.ladder(arm.schedule, arm.data.shape, last=False)) for arm in arms]
+    assert len(ladders) == times and encoded == set().union(*wanted) and len(encoded) == times + 1
 
 
 def test_a_finished_demo_tells_again_what_came_out(tmp_path, capsys, monkeypatch):
