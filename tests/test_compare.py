@@ -511,6 +511,12 @@ def test_the_headline_is_true(pairs, said):
         assert found.best.ratio.low is None and any("One seed has no interval" in line for line in words.remarks(found))
 
 
+def test_losses_are_held_against_each_other_at_equal_seconds():
+    """Both end at one loss; when the group is there, the baseline is half way."""
+    best = judged([(10, 5)]).best
+    assert best.equal_seconds_loss_difference.value == pytest.approx(-0.5) and best.loss.value == pytest.approx(1.0)
+
+
 def test_a_seed_that_was_run_again_counts_once():
     pairs = [(10, 5), (12, 6.5), (9, 4)]
     plain, ours = [training("full", 0, straight(a), "full") for a, _ in pairs], [(0, b) for _, b in pairs]

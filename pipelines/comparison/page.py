@@ -108,8 +108,8 @@ def tiles(verdict: Verdict) -> list[dict[str, str]]:
     elif best.ratio_at_most is not None:
         value = f"< {words.times(best.ratio_at_most)}"
         said.append({"name": "Net speed-up to the target", "value": value, "detail": "not every run reached it"})
-    if best.loss_difference is not None and base.equal_seconds_loss is not None:
-        value, scale = best.loss_difference, base.equal_seconds_loss.value
+    if best.equal_seconds_loss_difference is not None and base.equal_seconds_loss is not None:
+        value, scale = best.equal_seconds_loss_difference, base.equal_seconds_loss.value
         shown = words.change(value.value / scale)
         detail = words.span(value, lambda v: words.change(v / scale), verdict.level)
         name = f"Held-out loss after {words.seconds(verdict.equal_s)}"

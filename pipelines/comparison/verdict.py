@@ -37,8 +37,8 @@ class Judged:
     """Final held-out loss; None where no run counts."""
     equal_seconds_loss: Estimate | None
     """Held-out loss after `Verdict.equal_s` charged seconds."""
-    loss_difference: Estimate | None
-    """Final held-out loss minus the baseline's; None for the baseline."""
+    equal_seconds_loss_difference: Estimate | None
+    """The same minus the baseline's; None for the baseline."""
     reached: int
     """Runs that reached the target loss, of those that count."""
     seconds_to_target: Estimate | None
@@ -153,7 +153,7 @@ def _judged(group: Group, baseline: Group, target: float, equal_s: float, confid
         group=group,
         loss=over_seeds(runs, [run.curve[-1].loss for run in runs], confidence),
         equal_seconds_loss=over_seeds(runs, here, confidence),
-        loss_difference=difference,
+        equal_seconds_loss_difference=difference,
         reached=reached,
         seconds_to_target=_typical(runs, seconds, confidence) if whole else None,
         steps_to_target=_typical(runs, steps, confidence) if whole else None,

@@ -57,8 +57,8 @@ def remarks(verdict: Verdict) -> list[str]:
         )
     elif best.ratio_at_most is not None:
         said.append(f"Its net speed-up is below {times(best.ratio_at_most)}, since not every run got there.")
-    if best.loss_difference is not None and verdict.baseline.equal_seconds_loss is not None:
-        said.append(_at_equal_seconds(verdict, best, best.loss_difference))
+    if best.equal_seconds_loss_difference is not None and verdict.baseline.equal_seconds_loss is not None:
+        said.append(_at_equal_seconds(verdict, best, best.equal_seconds_loss_difference))
     if best.overhead:
         said.append(
             f"Of its seconds {percent(best.overhead)} went into search and scoring: {break_even(best, verdict)}."
