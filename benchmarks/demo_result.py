@@ -1,6 +1,6 @@
 """What a demo came to, as a result file: losses, pose, cost, for both subjects.
 
-make demo && python -m benchmarks.demo_result                   # benchmarks/results/demo.json, on the same machine
+make demo && python -m benchmarks.demo_result                   # benchmarks/results/demo.json, on whatever machine
 python -m pipelines.demo --seeds 3 --output out/three
 python -m benchmarks.demo_result --of out/three --name demo_seeds
 """
@@ -21,6 +21,8 @@ from pipelines.command import usage
 app = usage.app("Write what a finished demo came to into benchmarks/results.")
 
 FIGURES = ("seconds", "steps", "flops", "peak_memory_bytes")
+KEPT = ("prepared", "wall_s", "commit", "command", "device", "versions", "load_average")
+"""Of the demo's result: what was run, and on what."""
 
 
 @app.command()
@@ -30,16 +32,20 @@ def main(
     dry_run: cli.DryRun = False,
     verbose: cli.Verbose = False,
 ) -> None:
-    """Write benchmarks/results/NAME.json; its commit is the demo's."""
+    """Write benchmarks/results/NAME.json; its commit, machine and versions are the demo's."""
 
     def work() -> dict[str, Any]:
         path = of / "result.json"
         result = json.loads(path.read_text()) if path.exists() else {}
         if result.get("job") != "demo" or result.get("status") != "done":
             raise UserError(f"--of {of}: no finished demo is there: run make demo first")
+        if lacking := [name for name in KEPT if name not in result]:
+            raise UserError(
+                f"--of {of}: made by an earlier version, which did not keep {lacking[0]}: run make demo again"
+            )
         rows = [row for subject in demo.SUBJECTS for row in figures(subject, came(result, subject))]
         if not dry_run:
-            more = {name: result[name] for name in ("prepared", "wall_s", "commit", "command")}
+            more = {name: result[name] for name in KEPT}
             more["compared"] = {subject: came(result, subject)["compared"] for subject in demo.SUBJECTS}
             common.write(name, rows, device="cpu", repeats=max(row.get("seeds", 1) for row in rows), more=more)
         shown = ("subject", "arm", "held_out_loss", "of_before", "pose_distance")

@@ -12,6 +12,8 @@ person, seen by one camera, they teach it the pose too.
 
 import json
 import math
+import os
+import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,7 @@ from pipelines.generating import driving, motions, rendering
 from pipelines.outputs import claim
 from pipelines.preparing import latents as caching
 from pipelines.tracking.store import how_to_open, tracking_uri
+from pipelines.tracking.tracker import versions
 
 app = usage.app("The whole pipeline on real clips: prepare, score, train in two ways, generate, compare.")
 
@@ -208,9 +211,19 @@ def run(runs: Mapping[str, Sequence[config.Experiment]], output: Path, *, verbos
         "wall_s": round(time.time() - started, 1),
         "commit": cli.commit(),  # what is told again later is of this one
         "command": cli.command(),
+        **where_it_ran(),
     }
     files.write_json(finished, {"identity": identity, "result": result})
     return _tell(result)
+
+
+def where_it_ran() -> dict[str, Any]:
+    """The machine and the versions, which may be others once the result is looked at."""
+    return {
+        "device": fingerprints.device_name(torch.device("cpu")),
+        "versions": {"python": platform.python_version(), **versions()},
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def outcome(

@@ -20,6 +20,7 @@ from benchmarks import (
     bases,
     checkpointing,
     common,
+    demo_result,
     gpu_check,
     gpu_parts,
     guidance,
@@ -35,6 +36,7 @@ from entprog.blocks import swap
 from entprog.config import Priority
 from entprog.data import shards
 from entprog.scoring import split
+from pipelines import demo
 
 TINY = "--device cpu --layers 4 --heads 1 --frames 1 --repeats 1 --no-compile"
 RATIOS = ["speedup", "speedup_limit", "flops_ratio", "memory_ratio"]
@@ -610,3 +612,20 @@ def test_guidance(results, tmp_path, local_ray, monkeypatch):
     assert all(row["steps"] == 2 and 0 <= row["pose_distance"] <= 1 for row in record["figures"])
     monkeypatch.setattr(guidance, "row", None)  # all of them are there
     assert CliRunner().invoke(guidance.app, given, catch_exceptions=False).exit_code == 0
+
+
+def test_a_demos_result_is_of_the_machine_and_the_versions_that_it_ran_on(results, tmp_path):
+    arm = {"seeds": [{"held_out_loss": 0.2}], "pose": 0.01, **dict.fromkeys(demo_result.FIGURES, 1)}
+    came = {"before": 0.3, "arms": {"full": arm}, "pose": {demo.BEFORE: 0.2, "truth": 0.0}, "compared": {}}
+    result = {"job": "demo", "status": "done", "prepared": {}, "wall_s": 9.0, **came, "real": came}
+    there = demo.where_it_ran() | {"device": "another CPU", "commit": "0123", "command": "make demo"}
+    there["versions"]["torch"] = "1.0"
+    of, words = tmp_path / "demo", ["--of", str(tmp_path / "demo"), "--name", "a_demo"]
+    of.mkdir()
+    (of / "result.json").write_text(json.dumps(result))
+    refused = CliRunner().invoke(demo_result.app, words)
+    assert refused.exit_code == 2 and "run make demo again" in refused.stderr
+    (of / "result.json").write_text(json.dumps(result | there))
+    assert CliRunner().invoke(demo_result.app, words).exit_code == 0
+    kept = json.loads((common.RESULTS / "a_demo.json").read_text())
+    assert {name: kept[name] for name in there} == there and kept["versions"]["torch"] == "1.0"

@@ -45,6 +45,11 @@ Point = tuple[str, float, int, int]
 VERSIONS = ("torch", "ray", "diffusers", "mlflow")
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes and how it is kept."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
 class Tracker:
     """Logs to one MLflow run. Metrics never block and never fail; all else tries for a bounded time, then warns."""
 
@@ -92,9 +97,9 @@ class Tracker:
         files.write_json(record, {"run_id": run_id, "experiment": experiment, "uri": masked(uri)})
         tracker = Tracker(uri, run_id, output, warn)
         tracker._client_made = client
-        versions = {f"version.{name}": importlib.metadata.version(name) for name in VERSIONS}
+        about = {f"version.{name}": version for name, version in versions().items()}
         nested = {"mlflow.parentRunId": parent} if parent else {}
-        tracker._describe(params, {**versions, **tags, **nested})
+        tracker._describe(params, {**about, **tags, **nested})
         return tracker
 
     def handle(self) -> dict[str, str]:
