@@ -1,5 +1,7 @@
 """Adapters inside the chosen blocks: what trains, what it costs, what a resume keeps, and what is saved."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,8 +13,10 @@ from entprog.errors import UserError
 from entprog.models import adapters, lora
 from entprog.schedule.freezing import outside
 from entprog.training import checkpoint
-from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.memory import Peak
+from helpers.networks import TINY, bfloat16_base, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable, differing
+from pipelines.training import networks
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
 
@@ -93,6 +97,39 @@ def test_resume_equals_no_interruption(runs, tmp_path):
     assert {name for name in whole.state.ema if name.startswith("blocks.")} == {
         name for name in whole.weights() if ADAPTER in name
     }
+
+
+@pytest.mark.parametrize("precision", ["auto", "full"])
+def test_a_checkpoint_holds_what_may_change_and_takes_no_memory_for_the_rest(precision, monkeypatch, tmp_path):
+    """One of before, which holds the base, is taken up too."""
+    small = {**TINY, "num_layers": 2}
+    bfloat16_base(tiny_experiment(model={"init": small}), tmp_path / "base")
+    experiment = tiny_experiment(
+        model={"init": {}, "base": str(tmp_path / "base"), "dtype": "bfloat16"},
+        train={"steps": 4, "lora": {"rank": 4}, "ema_decay": 0.9},
+        schedule={"kind": "progressive", "table": [{"until": 1, "share": 0.5}], "frozen_precision": precision},
+    )
+    monkeypatch.setattr("helpers.runs.tiny_denoiser", lambda experiment: networks.load(experiment, torch.device("cpu")))
+    run, expected = Run(experiment), []
+    network, state = run.denoiser.network, run.state
+    for step in run.steps():
+        expected.append(comparable(step))
+        if step.step == 2:
+            with Peak() as peak:
+                contents = checkpoint.contents(network, state)
+            checkpoint.save(tmp_path / "new", network, state, "id", keep=1)
+            before = contents | {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "contents", lambda *_, before=before: before)
+                checkpoint.save(tmp_path / "old", network, state, "id", keep=1)
+    kept, there = (load_file(next((tmp_path / name).glob("*/*.safetensors"))) for name in ("new", "old"))
+    adapted = {name for name in there if re.search(r"\.base_layer\.|\.ffn\.net\.", name)}
+    assert there.keys() - kept.keys() == adapted and len(adapted) == 2 * (8 + 2) * 2, "weights and biases"
+    assert peak.bytes <= sum(tensor.nbytes for name, tensor in contents.items() if name.startswith("network/"))
+    for folder in ("new", "old"):
+        again = Run(experiment, tmp_path / folder)
+        assert [comparable(step) for step in again.steps()] == expected[2:]
+        assert not differing(run.weights(), again.weights())
 
 
 def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):

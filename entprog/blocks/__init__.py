@@ -15,14 +15,12 @@ from entprog.blocks.block import (
     drop_twin,
     execution_order,
     form_of,
-    full_weights,
     in_full,
     is_checkpointed,
     kind,
     let_wait,
     make_twin,
     movable_bytes,
-    never_trained,
     own_forward,
     replaced,
     skipped,
@@ -39,6 +37,7 @@ from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.norms import match_norms
 from entprog.blocks.overlooking import overlooked
+from entprog.blocks.state import full_state, full_weights
 from entprog.blocks.stored import ADAPTER, HALF, is_adapted, keep_rounded, layer_weights, leave_out, round_frozen
 
 __all__ = [
@@ -58,6 +57,7 @@ __all__ = [
     "drop_twin",
     "execution_order",
     "form_of",
+    "full_state",
     "full_weights",
     "in_full",
     "is_adapted",
@@ -70,7 +70,6 @@ __all__ = [
     "make_twin",
     "match_norms",
     "movable_bytes",
-    "never_trained",
     "overlooked",
     "own_forward",
     "packed_bytes",

@@ -22,7 +22,7 @@ from entprog.blocks import fp8
 from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing
 from entprog.blocks.packed import Form
 from entprog.blocks.split import is_split
-from entprog.blocks.stored import ADAPTER, Stored, is_adapted, layer_weights
+from entprog.blocks.stored import ADAPTER, Stored, is_adapted
 from entprog.blocks.swap import Swap, chosen
 from entprog.config import Backward, FrozenPrecision
 from entprog.errors import UserError
@@ -253,12 +253,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return adapters or list(module.parameters())
 
 
-def never_trained(network: nn.Module) -> set[str]:
-    """Names of the weights that adapters adapt. A checkpoint may lack them: whoever loads the network has them."""
-    adapted = (block for block in blocks(network) if is_adapted(block.module))
-    return {f"{block.name}.{name}" for block in adapted for name, _ in layer_weights(block.module)}
-
-
 def train_block(module: nn.Module, trained: bool) -> None:
     """Unfreeze a block, or freeze it."""
     module.requires_grad_(False)
@@ -332,16 +326,6 @@ def in_full(module: nn.Module):
             stored.settle(module)
         if waiting:
             stored.wait(module, waiting.swap)
-
-
-def full_weights(network: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Those of the named weights that are stored in bfloat16 or less, and may be trained: in float32, on the host."""
-    out = {}
-    for block in blocks(network) if names else ():
-        if stored := variants(block.module).stored:
-            own = {f"{block.name}.{name}": name for name in stored.masters}
-            out |= {name: stored.full(own[name], network.get_parameter(name)) for name in own.keys() & set(names)}
-    return out
 
 
 def unfreeze(

@@ -10,7 +10,8 @@ Linear layers' weights may be packed beyond that (`entprog.blocks.packed`), or w
 Of a network that ranks hold in parts (`entprog.blocks.split`) a rank stores its own parts so. While a block is whole,
 for a pass, its parts stay as they are.
 
-Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`), sees float32 throughout. Packed weights
+Whoever asks for a block's state (`state_dict`), or sets it (`load_state_dict`), sees float32 throughout; with
+`keep_vars` the parameters themselves, as they are stored. Packed weights
 that are never trained, such as those under low-rank adapters, are in no state: whoever loads the network has them.
 """
 
@@ -185,8 +186,9 @@ class Stored:
 
         def shown(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
             for name in self.masters:
-                if prefix + name in state:
-                    state[prefix + name] = self.full(name, state[prefix + name])
+                kept = state.get(prefix + name)
+                if kept is not None and not isinstance(kept, nn.Parameter):  # which `keep_vars` asks for
+                    state[prefix + name] = self.full(name, kept)
             for name in self.held.keys() - self.masters.keys():
                 state.pop(prefix + name, None)
 

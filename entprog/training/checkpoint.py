@@ -1,7 +1,8 @@
 """Checkpoints: a folder with all that a resume needs, written beside the training, whole or not at all, no pickle.
 
 step-00000040/
-  *.safetensors   `network/NAME`: weights and buffers; `moments/KIND/NAME`: of the optimizer; `ema/NAME`: averages
+  *.safetensors   `network/NAME`: weights and buffers, without what adapters adapt; `moments/KIND/NAME`: of the
+                  optimizer; `ema/NAME`: averages
   state.json      RunState, the hash of the experiment it belongs to, and the size of every file: written last
 
 A network that every rank holds whole is written by rank 0; of a sharded one each rank writes its own parts, and any
@@ -25,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog import optimizers
-from entprog.blocks import ADAPTER, never_trained
+from entprog.blocks import ADAPTER, full_state
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
@@ -313,7 +314,7 @@ def _is_complete(place: Place) -> bool:
 
 def contents(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by its name in there."""
-    tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors = {f"network/{name}": tensor for name, tensor in full_state(network)}
     for name, parameter in network.named_parameters():
         for kind, value in state.optimizer.state.get(parameter, {}).items():
             for part, tensor in optimizers.parts(value).items():
@@ -347,10 +348,8 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
     reader = slices.Reader(place, chunks)
     kept = reader.metadata.state_dict_metadata
     parameters = dict(network.named_parameters())
-    weights = network.state_dict()
-    as_loaded = {f"network/{name}" for name in never_trained(network)}
+    weights = dict(full_state(network))
     wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
-    wanted = {name: tensor for name, tensor in wanted.items() if name in kept or name not in as_loaded}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     sharded = fsdp.is_sharded(network)
     host = None if sharded else torch.device("cpu")  # those of all blocks may be many
@@ -373,7 +372,8 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
         read()
     else:
         agree.filled_by_first(wanted.values(), read)
-    network.load_state_dict(weights)  # the network's own tensors, but for what blocks store in bfloat16
+    # The network's own tensors, but for what blocks store in bfloat16; all that is missing is what adapters adapt.
+    network.load_state_dict(weights, strict=False)
     state.optimizer.state.clear()
     state.optimizer.state.update({parameters[name]: optimizers.joined(values) for name, values in moments.items()})
     state.ema = ema

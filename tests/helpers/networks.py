@@ -49,6 +49,15 @@ def tiny_denoiser(experiment: config.Experiment, seed: int = 0):
     return models.family("wan").load(experiment.model, "cpu", seed)
 
 
+def bfloat16_base(experiment: config.Experiment, folder) -> None:
+    """Leave a base whose float32 numbers bfloat16 holds, as those of published ones."""
+    denoiser = tiny_denoiser(experiment)
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter.copy_(parameter.bfloat16())
+    denoiser.save(folder, shape=SHAPE)
+
+
 def latents(positions, conditions=("reference", "pose"), shape=SHAPE) -> Latents:
     """Latents that are a function of their position, as the stream's are: smooth blobs, moving. shape: of fewer frames
     than SHAPE's, if any."""
