@@ -17,10 +17,12 @@ from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze, outside
 from entprog.scoring import priorities
 from entprog.training import checkpoint, optimizer
+from entprog.training.fit import start
 from helpers.families import NAMES, load, ordered, predict
-from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
+from helpers.memory import Peak
+from helpers.networks import SHAPE, bfloat16_base, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
-from pipelines.training import checks
+from pipelines.training import checks, networks
 
 HALF = {"model": {"dtype": "bfloat16"}}
 FAMILIES = [name for name in NAMES if name != "svd"]
@@ -111,6 +113,20 @@ def test_a_saved_folder_is_the_same_with_averages_put_in(tmp_path):
         run.denoiser.save(tmp_path / precision)
     full, auto = (load_file(next((tmp_path / p / "transformer").glob("*.safetensors"))) for p in ("full", "auto"))
     assert_equal(auto, full)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_no_second_network_is_made_at_the_end(lora, tmp_path):
+    """Of a base whose numbers bfloat16 holds nothing else has float32 ones."""
+    bfloat16_base(tiny_experiment(), tmp_path)
+    experiment = settings("exact", model={"init": {}, "base": str(tmp_path)}, train={"lora": lora})
+    denoiser = networks.load(experiment, torch.device("cpu"))
+    network, state = denoiser.network, start(denoiser.network, experiment)
+    with Peak() as peak:
+        networks.final(denoiser, experiment, state)
+    own = sum(parameter.nbytes for parameter in network.parameters())
+    largest = max(4 * parameter.numel() for parameter in network.parameters())
+    assert peak.bytes < own + 2 * largest
 
 
 def adapted(experiment, seed=0):

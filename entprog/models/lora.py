@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprog.blocks import ADAPTER, Block, blocks, in_full
+from entprog.blocks import ADAPTER, Block, blocks, full_weights, in_full
 from entprog.config import Lora
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError, install
@@ -85,10 +85,10 @@ def save(
         layer: adapters.Pair(*(fsdp.whole(halves[f"{layer}{ADAPTER}{half}.weight"]) for half in "AB"), settings.alpha)
         for layer in layers
     }
-    weights = network.state_dict()  # in float32, whatever blocks store
-    kept = {names[parameter] for parameter in outside}
+    kept = {names[parameter]: parameter.detach() for parameter in outside}
+    kept |= full_weights(network, kept)
     # In one order on every rank.
-    rest = {adapters.plain_name(name): fsdp.whole(weights[name]) for name in names.values() if name in kept}
+    rest = {adapters.plain_name(name): fsdp.whole(kept[name]) for name in names.values() if name in kept}
     if agree.world()[0] == 0:
         adapters.write(folder, adapters.Adapter(pairs, {**brought, **rest}, about or {}), part)
 

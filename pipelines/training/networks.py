@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from entprog import models
-from entprog.blocks import blocks, leave_out, let_wait, round_frozen, store_frozen
+from entprog.blocks import blocks, full_state, full_weights, leave_out, let_wait, round_frozen, store_frozen
 from entprog.config import Experiment
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
@@ -72,11 +72,12 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
 
     Raises DivergedError on every rank if it is not finite.
     """
-    weights = denoiser.network.state_dict()
-    now = {n: averages.as_of_now(ema, weights[n], averages.gap_of(n, state.ema_gaps)) for n, ema in state.ema.items()}
-    denoiser.network.load_state_dict(now, strict=False)
-    odd = [name for name in agree.gathered(not_finite(denoiser.network.state_dict())) if name]
-    if odd:
+    network, gaps = denoiser.network, state.ema_gaps
+    weights = {name: network.get_parameter(name) for name in state.ema} | full_weights(network, state.ema)
+    now = {n: averages.as_of_now(ema, weights[n], averages.gap_of(n, gaps)) for n, ema in state.ema.items()}
+    network.load_state_dict(now, strict=False)
+    mine = next((name for name, tensor in full_state(network) if not_finite({name: tensor})), None)
+    if odd := [name for name in agree.gathered(mine) if name]:
         raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")
     return denoiser
 
@@ -110,7 +111,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
     whole, brought = {*outside(denoiser, experiment)}, {}
     if given := experiment.model.adapter:
         brought = adapters.read(given, "model.adapter").outside
-        there = denoiser.network.state_dict().keys()  # all but what is packed, which never changed
+        there = denoiser.network.state_dict(keep_vars=True).keys()  # all but what is packed, which never changed
         named = denoiser.network.named_parameters()
         whole |= {p for name, p in named if adapters.plain_name(name) in brought and name in there}
     about = {
