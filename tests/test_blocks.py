@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from entprog.blocks import (
     Block,
@@ -17,6 +18,7 @@ from entprog.blocks import (
     execution_order,
     overlooked,
     skipped,
+    store_frozen,
     unfreeze,
     variants,
 )
@@ -239,6 +241,29 @@ class Unit(nn.Module):
 
     def forward(self, x):
         return self.linear(self.norm(x))
+
+
+def test_every_form_of_a_block_runs_compiled():
+    """Trained or frozen, with a gradient to its input or without, in training or not, of one shape or of any."""
+
+    class Own(Unit):
+        pass
+
+    bypass.register(Own, lambda module, x: x)
+    network = nn.ModuleDict({"it": Own()})
+    found = blocks(network)
+    torch.compiler.reset()
+    counters.clear()
+    store_frozen(found)
+    compile_blocks(found, backend="eager")
+    for rows in (2, 3):
+        for trained in ([], ["it"]):
+            unfreeze(network, found, trained, [])
+            for graph, crossed in ((False, False), (True, False), (True, True)):
+                with torch.set_grad_enabled(graph), torch.autocast("cpu", torch.bfloat16):
+                    network["it"](torch.ones(rows, 4, requires_grad=crossed))
+    assert counters["stats"]["unique_graphs"] > 8, "torch's own limit"
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
 
 
 def test_units_of_another_type_than_their_input_are_looked_at_too():

@@ -9,6 +9,7 @@ skip itself and the extension point: a model family registers its block classes,
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,10 @@ from entprog.errors import UserError
 Kind = Literal["spatial", "temporal", "both", "control"]
 COMPILES = (2, 12)
 """First torch whose compiled code may be used where frozen weights are stored in another type."""
+GRAPHS = 32
+"""Forms of one block's code that torch may compile; it runs what is beyond that uncompiled, without a word. A block is
+trained or frozen (then in another type), with a gradient to its input or without, of one shape of clips or of any, in
+training or not; its fp8 twin too."""
 
 
 @dataclass(frozen=True)
@@ -241,10 +246,20 @@ def compile_blocks(found: Iterable[Block], backend: str = "inductor") -> None:
     Only the block's body is compiled: the ways around it (skip, residual backward, checkpointing) stay outside, so
     what is trained may change at any time.
     """
-    compiler = functools.partial(torch.compile, backend=backend)
+    compiler = functools.partial(torch.compile, backend=backend, **_limit())
     for block in found:
         compiled = compiler(type(block.module).forward.__get__(block.module))
         block.module.entprog = replace(variants(block.module), compiler=compiler, compiled=compiled)
+
+
+def _limit() -> dict[str, int]:
+    """What `torch.compile` takes to make so many graphs; before torch 2.13 a setting of the process."""
+    config = torch._dynamo.config
+    graphs = max(GRAPHS, config.recompile_limit)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": graphs}
+    config.recompile_limit = graphs
+    return {}
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
