@@ -443,6 +443,19 @@ def test_copies_that_workers_cannot_share_are_a_mistake_in_the_settings(train, s
         tiny_experiment(train=train)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_on_cpus_is_split_there_where_torch_sees_an_accelerator(half, tmp_path, monkeypatch):
+    join(0, 1, tmp_path)
+    network = tiny_denoiser(tiny_experiment()).network
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+        fsdp.begin(1, "cpu")
+        fsdp.shard(network, blocks(network), half=half)
+    assert {parameter.device_mesh.device_type for parameter in network.parameters()} == {"cpu"}
+    leave()
+
+
 class Apart(torch.nn.Module):
     """Weights of which one is made of another, or changed after others were drawn."""
 

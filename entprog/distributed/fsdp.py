@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,16 +28,22 @@ from entprog.masking import reason
 T = TypeVar("T")
 
 
-def shard(network: nn.Module, found: Sequence[Block], replicas: int = 1, half: bool = False) -> None:
+def shard(
+    network: nn.Module,
+    found: Sequence[Block],
+    replicas: int = 1,
+    half: bool = False,
+    device: str | torch.device = "cpu",
+) -> None:
     """Split every parameter over all ranks, block by block, in place; the network has new parameter objects then.
 
     replicas: so many groups of neighbouring ranks have a copy each, split over the group; gradients are averaged over
     all ranks. half: it runs under bfloat16 autocast. Then what that rounds of blocks without adapters is brought
     together as bfloat16, for equal bits, and its gradients are averaged in float32; the rest of such blocks, norms and
-    the like, goes with what lies outside blocks.
+    the like, goes with what lies outside blocks. device: where parts lie, and are brought together.
     Every rank must hold the same whole weights when it calls this, or none of them any memory (`entprog.models.parts`).
     """
-    split_up = functools.partial(fully_shard, mesh=_mesh(replicas), reshard_after_forward=True)
+    split_up = functools.partial(fully_shard, mesh=_mesh(replicas, device), reshard_after_forward=True)
     if not half or any(is_adapted(block.module) for block in found):
         for block in found:
             split_up(block.module)
@@ -69,18 +76,23 @@ def notice_thawed(found: Iterable[Block]) -> None:
             pass
 
 
-def begin(replicas: int) -> None:
+def begin(replicas: int, device: str | torch.device) -> None:
     """What ranks make together, made before anything can go wrong on one of them alone. Every rank calls it."""
-    _mesh(replicas)
+    _mesh(replicas, device)
     agree.wait_for_all()
 
 
-@functools.cache
-def _mesh(replicas: int) -> DeviceMesh | None:
-    """The groups of ranks that hold a copy each; None: all ranks hold one."""
+def _mesh(replicas: int, device: str | torch.device) -> DeviceMesh:
+    """Ranks by the copy that they hold a part of. device: what they train on, which need not be what torch takes by
+    itself: the accelerator that it sees."""
+    return _mesh_of(dist.group.WORLD, replicas, torch.device(device).type)
+
+
+@functools.lru_cache(maxsize=1)
+def _mesh_of(training: dist.ProcessGroup, replicas: int, kind: str) -> DeviceMesh:
+    """Made once: it makes groups of ranks."""
     if replicas == 1:
-        return None
-    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+        return init_device_mesh(kind, (shares(1),))
     return init_device_mesh(kind, (replicas, shares(replicas)), mesh_dim_names=("replica", "share"))
 
 

@@ -52,7 +52,7 @@ def load(
             network = _whole(cls, settings, source, seed)
             adapt(network)
             if sharded:
-                fsdp.shard(network, blocks(network), sharded, settings.dtype == "bfloat16")
+                fsdp.shard(network, blocks(network), sharded, settings.dtype == "bfloat16", device)
         if settings.adapter:
             adapter = adapters.read(settings.adapter, "model.adapter")
             adapters.merge(adapter, network, "model.adapter")

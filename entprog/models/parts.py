@@ -126,7 +126,7 @@ def _split(
     if len(splits) > 1:
         inputs.widen(network, layer, splits)
     adapt(network)
-    fsdp.shard(network, blocks(network), replicas, half)
+    fsdp.shard(network, blocks(network), replicas, half, device)
     held = {name: fsdp.held(tensor) for name, tensor in _tensors(network)}
     there = {name: tensor.clone() for name, tensor in held.items() if not tensor.is_meta}
     network.to_empty(device=device)
