@@ -3,7 +3,8 @@
 family, init    as `model.family` and `model.init` name them
 vae             diffusers class of its VAE, and a tiny configuration of it
 blocks          how many blocks that network has: counted by hand, so that a kind that was forgotten shows
-shift           timestep shift of the published checkpoints, where all have the same
+scheduler       configuration of the published checkpoints' scheduler, out of their scheduler/ and not of the family's
+                file; where those differ (Wan's shift, CogVideoX' snr_shift_scale), what a base without one has
 """
 
 from diffusers import (
@@ -35,12 +36,23 @@ COGVIDEOX_VAE = {
     "block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
 }  # fmt: skip
 
+WAN_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+}  # fmt: skip
+
+COGVIDEOX_SCHEDULER = {
+    "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing", "clip_sample": False,
+}  # fmt: skip
+
 TINY = {
     "wan": {
         "family": "wan",
         "init": WAN,
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
         "blocks": 3,
+        "scheduler": WAN_SCHEDULER,
     },
     "wan_animate": {
         "family": "wan_animate",
@@ -51,12 +63,14 @@ TINY = {
         },
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
         "blocks": 6,
+        "scheduler": WAN_SCHEDULER,
     },
     "wan_vace": {
         "family": "wan_vace",
         "init": {**WAN, "vace_layers": [0, 2]},
         "vae": (AutoencoderKLWan, {**WAN_VAE, "latents_std": [1.5, 0.5, 2.0, 1.0]}),
         "blocks": 5,
+        "scheduler": WAN_SCHEDULER,
     },
     "latte": {
         "family": "latte",
@@ -68,6 +82,10 @@ TINY = {
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
         "blocks": 4,
+        "scheduler": {
+            "_class_name": "DDIMScheduler", "prediction_type": "epsilon", "beta_schedule": "linear",
+            "beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False,
+        },
     },
     "svd": {
         "family": "svd",
@@ -82,6 +100,11 @@ TINY = {
             "down_block_types": ["DownEncoderBlock2D"] * 2,
         }),
         "blocks": 24,
+        "scheduler": {
+            "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous",
+            "timestep_spacing": "leading", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0, "steps_offset": 1,
+        },
     },
     "motion_unet": {
         "family": "motion_unet",
@@ -93,12 +116,18 @@ TINY = {
         },
         "vae": (AutoencoderKL, FRAMES_VAE),
         "blocks": 19,
+        "scheduler": {
+            "_class_name": "DDIMScheduler", "prediction_type": "epsilon", "beta_schedule": "linear",
+            "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "timestep_spacing": "linspace",
+            "steps_offset": 1,
+        },
     },
     "cogvideox": {
         "family": "cogvideox",
         "init": COGVIDEOX,
         "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
         "blocks": 3,
+        "scheduler": COGVIDEOX_SCHEDULER,
     },
     "cogvideox15": {
         "family": "cogvideox",
@@ -108,6 +137,7 @@ TINY = {
         },
         "vae": (AutoencoderKLCogVideoX, COGVIDEOX_VAE),
         "blocks": 3,
+        "scheduler": COGVIDEOX_SCHEDULER,
     },
     "hunyuan_video": {
         "family": "hunyuan_video",
@@ -120,6 +150,6 @@ TINY = {
             "block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
         }),
         "blocks": 4,
-        "shift": 7.0,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0},
     },
 }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Mistakes that a newcomer makes in a family of their own: each is planted in a two-stream family, and the suite that a
-new family goes through has to see it."""
+"""Mistakes that a newcomer makes in a family of their own: each is planted in a two-stream family, or in Latte, and the
+suite that a new family goes through has to see it."""
 
 from types import SimpleNamespace
 
@@ -8,9 +8,10 @@ import torch
 from diffusers.models.transformers import transformer_hunyuan_video as diffusers_blocks
 
 from entprog import blocks
-from entprog.models import hunyuan_video, loading
+from entprog.models import hunyuan_video, loading, vaes
 from entprog.models.geometry import Geometry
 from entprog.models.hunyuan_video import HunyuanVideoDenoiser
+from entprog.models.latte import LatteDenoiser
 from helpers import suite
 from helpers.families import predict, settings
 from helpers.networks import latents
@@ -44,6 +45,10 @@ class NoShift(HunyuanVideoDenoiser):
     SCHEDULER = {"shift": 1.0}  # noqa: RUF012
 
 
+class OtherPrediction(LatteDenoiser):
+    SCHEDULER = {**LatteDenoiser.SCHEDULER, "prediction_type": "v_prediction"}  # noqa: RUF012
+
+
 class OneTextForAll(HunyuanVideoDenoiser):
     def run(self, inputs, timestep, text):
         return super().run(inputs, timestep, self.text)
@@ -62,13 +67,16 @@ SEEN_BY = {
     "one kind of block is not registered": (HunyuanVideoDenoiser, ["all_blocks_are_found"]),
     "the first kind of block is not registered": (HunyuanVideoDenoiser, ["all_blocks_are_found"]),
     "a bypass zeroes the text": (HunyuanVideoDenoiser, ["bypasses_give_what_is_left_without_the_block"]),
-    "guidance a thousand times too small": (HunyuanVideoDenoiser, ["latents_are_those_of_the_pipeline"]),
-    "timesteps in 0..1": (TimestepsTooSmall, ["latents_are_those_of_the_pipeline"]),
-    "negated output": (Negated, ["latents_are_those_of_the_pipeline"]),
-    "no pooled text": (NoPooledText, ["latents_are_those_of_the_pipeline"]),
+    "guidance a thousand times too small": (HunyuanVideoDenoiser, ["clips_are_those_of_the_pipeline"]),
+    "timesteps in 0..1": (TimestepsTooSmall, ["clips_are_those_of_the_pipeline"]),
+    "negated output": (Negated, ["clips_are_those_of_the_pipeline"]),
+    "no pooled text": (NoPooledText, ["clips_are_those_of_the_pipeline"]),
     "a patch that is too small": (OtherPatch, ["clips_that_fit_are_those_that_run"]),
     "a patch that is too large": (LargePatch, ["clips_that_fit_are_those_that_run"]),
-    "no shift": (NoShift, ["the_shift_is_that_of_the_published_checkpoints"]),
+    "no shift": (NoShift, ["the_scheduler_is_that_of_the_published_checkpoints"]),
+    "another prediction": (OtherPrediction, ["the_scheduler_is_that_of_the_published_checkpoints"]),
+    "a VAE whose latents are not scaled": (HunyuanVideoDenoiser, ["clips_are_those_of_the_pipeline"]),
+    "a VAE scaled in decode alone": (HunyuanVideoDenoiser, ["what_is_encoded_is_scaled_as_what_is_decoded"]),
     "every clip has the same text": (OneTextForAll, ["a_clip_s_own_text_is_what_it_sees"]),
 }
 
@@ -80,6 +88,10 @@ def planted(request, monkeypatch):
     begins = next((words for words in registered if request.param.startswith(words)), None)
     if request.param.startswith("guidance"):
         monkeypatch.setattr(hunyuan_video, "GUIDANCE_STEPS", 1)
+    if request.param.startswith("a VAE"):
+        monkeypatch.setattr(vaes, "encode", lambda vae, video: vae.encode(video, return_dict=False)[0].mode())
+    if request.param == "a VAE whose latents are not scaled":
+        monkeypatch.setattr(vaes, "decode", lambda vae, latents: vae.decode(latents, return_dict=False)[0])
     if begins is None:
         yield request.param
         return
@@ -94,9 +106,9 @@ def planted(request, monkeypatch):
 @pytest.mark.parametrize("planted", SEEN_BY, indirect=True)
 def test_the_suite_sees_a_planted_mistake(planted, tmp_path):
     cls, expected = SEEN_BY[planted]
-    denoiser = loading.load(cls, settings(NAME))
-    case = suite.Case(NAME, denoiser, latents(range(2)), tmp_path)
-    slow = suite.latents_are_those_of_the_pipeline.__name__
+    denoiser = loading.load(cls, settings(cls.FAMILY))
+    case = suite.Case(cls.FAMILY, denoiser, latents(range(2)), tmp_path)
+    slow = suite.clips_are_those_of_the_pipeline.__name__
     checks = suite.CHECKS if slow in expected or not expected else suite.OF_A_NETWORK
     assert [check.__name__ for check in checks if fails(check, case)] == expected
 

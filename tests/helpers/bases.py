@@ -3,13 +3,10 @@
 import diffusers
 import torch
 
-from entprog.diffusion.processes import Diffusion, Edm
-from entprog.models.cogvideox import CogVideoXDenoiser
-from entprog.models.svd import SvdDenoiser
 from entprog.models.wan import WanDenoiser
 from entprog.models.wan_animate import WanAnimateDenoiser
 from entprog.models.wan_vace import WanVaceDenoiser
-from helpers.families import TINY
+from helpers.families import TINY, published
 
 IMAGE_TOKENS = {"image_dim": 8, "added_kv_proj_dim": 24}
 
@@ -146,7 +143,7 @@ def svd(folder):
     pipe = diffusers.StableVideoDiffusionPipeline(
         vae=kind(**sizes).eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(),
         unet=diffusers.UNetSpatioTemporalConditionModel(**tiny).eval(), feature_extractor=CLIPImageProcessor(),
-        scheduler=Edm.of(SvdDenoiser.SCHEDULER).scheduler(),
+        scheduler=published("svd"),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe
@@ -169,7 +166,7 @@ def cogvideox(folder, of_pairs=False):
     pipe = diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=None, text_encoder=None, vae=vae,
         transformer=diffusers.CogVideoXTransformer3DModel(**sizes).eval(),
-        scheduler=Diffusion.of(CogVideoXDenoiser.SCHEDULER).scheduler(),
+        scheduler=published(name),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return pipe

@@ -3,6 +3,7 @@
 `helpers.parity` holds, under the same name, what diffusers' own pipeline makes of such a network.
 """
 
+import diffusers
 import torch
 
 from benchmarks.tiny_families import TINY
@@ -24,6 +25,12 @@ def settings(name, **changes) -> Model:
 
 def load(name, seed=0, **changes):
     return models.family(TINY[name]["family"]).load(settings(name, **changes), seed=seed)
+
+
+def published(name):
+    """The scheduler of a family's published checkpoints."""
+    own = dict(TINY[name]["scheduler"])
+    return getattr(diffusers, own.pop("_class_name")).from_config(own)
 
 
 def again(folder, name, **changes):

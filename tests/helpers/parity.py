@@ -2,7 +2,7 @@
 makes of it from the same noise. Every entry of `helpers.families.TINY` has one here.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import diffusers
 import torch
@@ -12,19 +12,29 @@ from entprog import models
 from entprog.config import ClipShape, Generate, Model
 from entprog.diffusion import sampling
 from entprog.diffusion.objectives import noise_like
-from entprog.diffusion.samplers import sampler
 from entprog.media.skeleton import draw
 from entprog.models import loading
 from helpers import bases
-from helpers.families import TINY, clips
+from helpers.families import TINY, clips, published
 
 STEPS = 4
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a clip was made as."""
+
+    latents: torch.Tensor
+    """[1, C, F', H', W'], scaled as the network has them."""
+    frames: torch.Tensor | None = None
+    """What is made of the pipeline's latents: [1, F, 3, H, W] in 0..1; None: that is not compared."""
 
 
 def opened(name, folder, cls=None, conditions=(), **init):
     """(a denoiser of a pipeline's folder, with some text, its network and VAE as plain diffusers has them)
 
-    cls: the family's denoiser, if not its own. The scheduler is that of the published checkpoints.
+    cls: the family's denoiser, if not its own. The scheduler is that of the published checkpoints, whatever the family
+    says.
     """
     tiny = TINY[name]
     cls = cls or models.family(tiny["family"]).load.args[0]
@@ -36,8 +46,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
     vae = kind(**sizes).eval()
     network.save_pretrained(folder / cls.PART)
     vae.save_pretrained(folder / "vae")
-    published = {**cls.SCHEDULER, **({"shift": tiny["shift"]} if "shift" in tiny else {})}
-    cls.PROCESS.of(published).scheduler().save_pretrained(folder / "scheduler")
+    published(name).save_pretrained(folder / "scheduler")
     own = {"family": tiny["family"], "base": str(folder), "skeleton": "limbs"}
     denoiser = loading.load(cls, Model(conditions=conditions, **own))
     texts = {field: torch.randn_like(getattr(denoiser, field)) for field in ("text", *denoiser.FIXED)}
@@ -46,7 +55,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
 
 @torch.no_grad()
 def of(name, folder, cls=None, **init):
-    """(our latents, the pipeline's) from the same noise and text. name: of an entry; cls: as of `opened`."""
+    """(what we make, what the pipeline makes) from the same noise and text. name: of an entry; cls: as of `opened`."""
     special = {"svd": svd, "wan_animate": wan_animate, "wan_vace": wan_vace}.get(name)
     if special:
         return special(folder)
@@ -54,37 +63,57 @@ def of(name, folder, cls=None, **init):
         init["out_channels"] = 8
     denoiser, network, vae = opened(name, folder, cls, **init)
     frames, size = 12 if name == "latte" else 9, 64  # plain Latte takes its own number of frames alone
-    settings = Generate(steps=STEPS, seed=5, sampler="UniPCMultistepScheduler" if name == "wan" else None)
+    scheduler, text = published(name), denoiser.text
+    settings = Generate(steps=STEPS, seed=5, sampler=type(scheduler).__name__)
     shape = (1, *denoiser.latent_shape(ClipShape(frames=frames, height=size, width=size)))
     noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
-    scheduler, text = sampler(denoiser.process, settings.sampler), denoiser.text
     common = {
-        "height": size, "width": size, "num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent",
-        "prompt_embeds": text,
+        "height": size, "width": size, "num_inference_steps": STEPS, "guidance_scale": 1.0, "prompt_embeds": text,
+        "latents": noise,
     }  # fmt: skip
     parts = {"vae": vae, "tokenizer": None, "text_encoder": None, "scheduler": scheduler}
     if name == "wan":
         pipe = diffusers.WanPipeline(transformer=network, **parts)
-        theirs = pipe(num_frames=frames, latents=noise, **common).frames
+        theirs = made(pipe, num_frames=frames, **common)
     elif name == "latte":
         pipe = diffusers.LattePipeline(transformer=network, **parts)
-        theirs = pipe(
-            video_length=frames, latents=noise, clean_caption=False, mask_feature=False, negative_prompt=None, **common
-        ).frames
+        theirs = made(
+            pipe, video_length=frames, clean_caption=False, mask_feature=False, negative_prompt=None, **common
+        )
     elif name == "motion_unet":
         pipe = diffusers.AnimateDiffPipeline(unet=network, motion_adapter=None, **parts)
-        theirs = pipe(num_frames=frames, latents=noise, **common).frames
+        theirs = made(pipe, num_frames=frames, **common)
     elif name == "hunyuan_video":
-        published = diffusers.FlowMatchEulerDiscreteScheduler(shift=TINY[name]["shift"])
-        parts |= {"scheduler": published, "text_encoder_2": None, "tokenizer_2": None}
+        parts |= {"text_encoder_2": None, "tokenizer_2": None}
         pipe = diffusers.HunyuanVideoPipeline(transformer=network, **parts)
         mask = torch.ones(text.shape[:2], dtype=torch.int64)
         own = {"pooled_prompt_embeds": denoiser.pooled, "prompt_attention_mask": mask, "guidance_scale": 6.0}
-        theirs = pipe(num_frames=frames, latents=noise, **common | own).frames
-    else:
+        theirs = made(pipe, num_frames=frames, **common | own)
+    elif name == "cogvideox":
         pipe = diffusers.CogVideoXPipeline(transformer=network, **parts)
-        theirs = pipe(num_frames=frames, latents=noise.transpose(1, 2), **common).frames.transpose(1, 2)
-    return sampling.sample(denoiser, {}, shape, settings, [0]), theirs.float()
+        theirs = made(pipe, frames_first=True, num_frames=frames, **common | {"latents": noise.transpose(1, 2)})
+    else:
+        raise NotImplementedError(f"{__file__}: say here how diffusers' own pipeline makes a clip of {name}")
+    return ours(denoiser, {}, shape, settings, theirs), theirs
+
+
+def made(pipe, *given, frames_first=False, **settings):
+    """A pipeline's clip. frames_first: its latents are [1, F', C, H', W']."""
+    seen = []
+
+    def note(pipe, step, timestep, values):
+        seen.append(values["latents"])
+        return {}
+
+    frames = pipe(*given, callback_on_step_end=note, output_type="pt", **settings).frames
+    latents = seen[-1].transpose(1, 2) if frames_first else seen[-1]
+    return Made(latents.float(), frames.float())
+
+
+def ours(denoiser, conditions, shape, settings, theirs):
+    """What we make of the same noise, and of the pipeline's latents."""
+    latents = sampling.sample(denoiser, conditions, shape, settings, [0])
+    return Made(latents, denoiser.decode(theirs.latents) / 2 + 0.5)
 
 
 def svd(folder):
@@ -96,13 +125,13 @@ def svd(folder):
     shape = (1, *denoiser.latent_shape(ClipShape(frames=4, height=64, width=64)))
     noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
     of_reference = torch.Generator().manual_seed(int(reference.long().sum()))
-    theirs = pipe(
-        Image.fromarray(reference[0].numpy()), height=64, width=64, num_frames=4, num_inference_steps=STEPS,
-        max_guidance_scale=1.0, latents=noise.transpose(1, 2), generator=of_reference, output_type="latent",
-    ).frames.transpose(1, 2)  # fmt: skip
+    theirs = made(
+        pipe, Image.fromarray(reference[0].numpy()), frames_first=True, height=64, width=64, num_frames=4,
+        num_inference_steps=STEPS, max_guidance_scale=1.0, latents=noise.transpose(1, 2), generator=of_reference,
+    )  # fmt: skip
     conditions = denoiser.condition(reference, torch.zeros(1, 4, 33, 3))
     assert set(conditions) == {"reference", "image"}
-    return sampling.sample(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), [0]), theirs
+    return ours(denoiser, conditions, shape, Generate(steps=STEPS, seed=5), theirs), theirs
 
 
 def wan_vace(folder):
@@ -114,16 +143,16 @@ def wan_vace(folder):
     assert list(conditions) == ["pose"]
     shape = (1, *denoiser.latent_shape(ClipShape(frames=9, height=64, width=64)))
     noise = noise_like(torch.empty(shape), torch.tensor([0]), 5)
-    settings = Generate(steps=STEPS, seed=5, sampler="UniPCMultistepScheduler")
+    scheduler = published("wan_vace")
+    settings = Generate(steps=STEPS, seed=5, sampler=type(scheduler).__name__)
     pipe = diffusers.WanVACEPipeline(
-        transformer=network, vae=vae, tokenizer=None, text_encoder=None,
-        scheduler=sampler(denoiser.process, settings.sampler),
+        transformer=network, vae=vae, tokenizer=None, text_encoder=None, scheduler=scheduler
+    )
+    theirs = made(
+        pipe, video=draw(pose, 64, 64) / 2 + 0.5, height=64, width=64, num_frames=9, num_inference_steps=STEPS,
+        guidance_scale=1.0, latents=noise, prompt_embeds=denoiser.text,
     )  # fmt: skip
-    theirs = pipe(
-        video=draw(pose, 64, 64) / 2 + 0.5, height=64, width=64, num_frames=9, num_inference_steps=STEPS,
-        guidance_scale=1.0, latents=noise, prompt_embeds=denoiser.text, output_type="latent",
-    ).frames  # fmt: skip
-    return sampling.sample(denoiser, conditions, shape, settings, [0]), theirs
+    return ours(denoiser, conditions, shape, settings, theirs), theirs
 
 
 def wan_animate(folder):
@@ -150,4 +179,4 @@ def wan_animate(folder):
         torch.full((2, 3, 5, 8, 8), -1.0),
         return_dict=False,
     )
-    return got, expected[:, :, 1:]
+    return Made(got), Made(expected[:, :, 1:])

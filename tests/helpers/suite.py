@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
 from entprog import blocks
 from entprog.data.clips import Latents
+from entprog.models import vaes
 from helpers import parity
 from helpers.families import TINY, T, ordered, predict
 
@@ -111,14 +113,42 @@ def a_clip_s_own_text_is_what_it_sees(case):
         torch.testing.assert_close(alone, both[i : i + 1], rtol=1e-3, atol=1e-4)
 
 
-def the_shift_is_that_of_the_published_checkpoints(case):
-    if "shift" in case.entry:
-        assert case.denoiser.PROCESS.of(case.denoiser.SCHEDULER).shift == case.entry["shift"]
+def the_scheduler_is_that_of_the_published_checkpoints(case):
+    process = case.denoiser.PROCESS
+    assert "scheduler" in case.entry, f"benchmarks/tiny_families.py: {case.name} names no published scheduler"
+    assert process.of(case.denoiser.SCHEDULER) == process.of(case.entry["scheduler"])
 
 
-def latents_are_those_of_the_pipeline(case):
-    ours, theirs = parity.of(case.name, case.folder, type(case.denoiser))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+@torch.no_grad()
+def what_is_encoded_is_scaled_as_what_is_decoded(case):
+    """A clip through the VAE and back comes out as of the VAE alone, whatever the scale between; that itself shows in
+    `clips_are_those_of_the_pipeline`."""
+    kind, sizes = case.entry["vae"]
+    torch.manual_seed(0)
+    vae, video = kind(**sizes).eval(), torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    torch.testing.assert_close(vaes.decode(vae, vaes.encode(vae, video)), unscaled(vae, video), rtol=1e-3, atol=1e-4)
+
+
+def unscaled(vae, video):
+    """Clips [B, 3, F, H, W] through a VAE and back."""
+    if not isinstance(vae, AutoencoderKL | AutoencoderKLTemporalDecoder):
+        return vae.decode(vae.encode(video).latent_dist.mode()).sample
+    out = []
+    for clip in video.transpose(1, 2):
+        mode = vae.encode(clip).latent_dist.mode()
+        frames = {"num_frames": len(clip)} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+        out.append(vae.decode(mode, **frames).sample)
+    return torch.stack(out).transpose(1, 2)
+
+
+def clips_are_those_of_the_pipeline(case):
+    same_clips(*parity.of(case.name, case.folder, type(case.denoiser)))
+
+
+def same_clips(ours, theirs):
+    torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-3, atol=1e-3)
+    if theirs.frames is not None:
+        torch.testing.assert_close(ours.frames, theirs.frames, rtol=1e-3, atol=1e-3, msg=lambda m: f"decoded: {m}")
 
 
 OF_A_NETWORK = (
@@ -126,6 +156,7 @@ OF_A_NETWORK = (
     bypasses_give_what_is_left_without_the_block,
     clips_that_fit_are_those_that_run,
     a_clip_s_own_text_is_what_it_sees,
-    the_shift_is_that_of_the_published_checkpoints,
+    the_scheduler_is_that_of_the_published_checkpoints,
+    what_is_encoded_is_scaled_as_what_is_decoded,
 )
-CHECKS = (*OF_A_NETWORK, latents_are_those_of_the_pipeline)
+CHECKS = (*OF_A_NETWORK, clips_are_those_of_the_pipeline)
