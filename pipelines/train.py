@@ -276,8 +276,8 @@ def run(
             "startup_s": startup_s,
             "wall_s": round(time.time() - started, 3),
         }
-        encodes = source.vae is not None and result["stalls"]["encode_s"] > 0  # not from cached latents
-        message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, encodes)
+        on_latents = source.vae is not None
+        message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, on_latents)
         result |= {"advice": message, **watch.figures()}
         if failed := model_card.tried(output / "model", experiment.name, experiment, result):
             steplog.warn(output, failed)

@@ -21,11 +21,18 @@ def test_steps_are_added_up_and_what_is_part_of_waiting_counts_once():
 
 def test_waiting_names_the_cpus_that_are_missing():
     lost = Stalls(wait_s=43, open_s=0, encode_s=0, copy_s=1, compute_s=57)
-    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, encodes=False)
+    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=False)
     assert line.startswith("decode-bound: waiting 43% of the time: give decoding about 4 more CPUs (data.decode_cpus=8")
     assert "latents" not in line
-    (line,) = stalls.advice(lost, decode_cpus=4, workers=2, encodes=True)
+    encoding = Stalls(wait_s=43, open_s=0, encode_s=1, copy_s=1, compute_s=56)
+    (line,) = stalls.advice(encoding, decode_cpus=4, workers=2, vae=True)
     assert "4 more CPUs per worker" in line and "pipelines.prepare --latents" in line
+
+
+def test_where_all_latents_are_cached_nothing_is_said_of_decoding():
+    lost = Stalls(wait_s=43, open_s=0, encode_s=0, copy_s=1, compute_s=57)
+    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=True)
+    assert line.startswith("reading-bound: waiting 43% of the time for cached latents") and "decod" not in line
 
 
 def test_each_cause_has_its_own_advice():
@@ -37,12 +44,13 @@ def test_each_cause_has_its_own_advice():
 
 
 @given(SECONDS, SECONDS, SECONDS, SECONDS, SECONDS, st.floats(0.1, 64), st.integers(1, 64), st.booleans())
-def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s, compute_s, cpus, workers, encodes):
+def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s, compute_s, cpus, workers, vae):
     lost = Stalls(wait_s, open_s, encode_s, copy_s, compute_s)
-    lines = stalls.advice(lost, cpus, workers, encodes)
+    lines = stalls.advice(lost, cpus, workers, vae)
     running_s = max(lost.total_s - open_s, 1e-9)
-    assert any("decode-bound" in line for line in lines) == (wait_s / running_s >= stalls.WORTH_TELLING)
-    in_vae = encodes and encode_s / lost.total_s >= stalls.WORTH_TELLING
+    bound = "reading-bound" if vae and not encode_s else "decode-bound"
+    assert any(bound in line for line in lines) == (wait_s / running_s >= stalls.WORTH_TELLING)
+    in_vae = vae and encode_s / lost.total_s >= stalls.WORTH_TELLING
     assert any("encode-bound" in line for line in lines) == in_vae
 
 

@@ -50,15 +50,22 @@ def of(steps: Sequence[Mapping[str, Any]]) -> Stalls:
     return Stalls(max(wait_s - open_s - encode_s, 0.0), open_s, encode_s, copy_s, compute_s)
 
 
-def advice(stalls: Stalls, decode_cpus: float, workers: int, encodes: bool) -> list[str]:
+def advice(stalls: Stalls, decode_cpus: float, workers: int, vae: bool) -> list[str]:
     """What a person should do, a sentence each; [] where computing is what takes the time.
 
-    decode_cpus: of each worker. encodes: whether clips were encoded by a VAE in the run.
+    decode_cpus: of each worker. vae: whether the network works on latents: where it does and no second went into
+    encoding all of them were cached, and nothing was decoded.
     """
+    encodes = vae and stalls.encode_s > 0
     out = []
     running_s = max(stalls.total_s - stalls.open_s, 1e-9)
     waiting = stalls.wait_s / running_s
-    if waiting >= WORTH_TELLING:
+    if waiting >= WORTH_TELLING and vae and not encodes:
+        out.append(
+            f"reading-bound: waiting {waiting:.0%} of the time for cached latents: keep the shards, where they lie, on "
+            "faster storage (a disk of the machine that trains)"
+        )
+    elif waiting >= WORTH_TELLING:
         # Decoding took all of the time, and may take only what is not waited: so many more hands are needed.
         more = max(decode_cpus * stalls.wait_s / max(running_s - stalls.wait_s, 1e-9), 0.0)
         message = f"decode-bound: waiting {waiting:.0%} of the time: give decoding about {ceil(more)} more CPUs"
