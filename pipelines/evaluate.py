@@ -206,6 +206,8 @@ def _tell_shown(task: Task) -> None:
     showed, poses of other points, if anything."""
     if task.text.line:
         terminal.console.print(task.text.line)
+    if unmended := task.maker.unmended(task.settings.generate.text):
+        terminal.console.print(unmended)
     if unlike := task.maker.unlike(task.dataset.points):
         terminal.console.print(f"{task.dataset.folder}: {unlike}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import is_ftfy_available
 from torchmetrics.functional.image import structural_similarity_index_measure
 from typer.testing import CliRunner
 
@@ -76,13 +77,14 @@ def test_shards_of_a_layout_that_the_network_has_not_seen_are_said(made, tmp_pat
 def test_captions_that_are_not_shown_are_said(made, tmp_path):
     held_out = shards.write_shard(tmp_path / "shards", "held_out/0.parquet", [row(0) | {"caption": "a walk"}], SHAPE)
     shards.write_dataset(tmp_path / "shards", SHAPE, {"train": [], "held_out": [held_out]}, {})
-    for folder, more in ((made, ()), (tmp_path, ()), (tmp_path, ("--set", "generate.text=x"))):
+    for folder, more in ((made, ()), (tmp_path, ()), (tmp_path, ("--set", "generate.text=it’s"))):
         given = ["--checkpoint", made / "run", "--shards", folder / "shards", "--output", tmp_path / "out", *more]
         encoders.encoder(tmp_path / "encoders", width=NETWORK["text_dim"])
         given += ["--set", f"generate.text_encoder={tmp_path / 'encoders'}", "--dry-run"]
         done = CliRunner().invoke(evaluate.app, [*map(str, given)], env={"COLUMNS": "400"})
         assert done.exit_code == 0, done.output
         assert ("Captions of the clips are not shown" in done.output) == (folder == tmp_path and not more)
+        assert ("mended such by ftfy" in done.output) == (bool(more) and not is_ftfy_available())
 
 
 def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ray, tmp_path):
