@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from entprog.diffusion import losses
 from entprog.training import averages, checkpoint
 from helpers.networks import tiny_denoiser, tiny_experiment
-from helpers.runs import Run
-from pipelines.training import networks, previews
+from helpers.runs import Run, differing
+from pipelines.training import networks
 
 DECAY = 0.8
 TABLE = [{"until": 1.0, "share": 0.34, "choose": "random", "redraw_every": 4}]
@@ -22,7 +23,7 @@ def rotating():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a rotating run at its end, its averages by the formula, its checkpoints)"""
+    """(a rotating run at its end, its averages by the formula, its checkpoints, its last held-out loss)"""
     run, folder = Run(rotating()), tmp_path_factory.mktemp("checkpoints")
     expected = {name: weight.detach().clone() for name, weight in run.denoiser.network.named_parameters()}
     for step in run.steps():
@@ -30,7 +31,7 @@ def trained(tmp_path_factory):
             expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.detach()
         if step.step in (7, 16):
             checkpoint.save(folder, run.denoiser.network, run.state, "id", keep=2)
-    return run, expected, folder
+    return run, expected, folder, step.held_out_loss
 
 
 def assert_close(network, expected):
@@ -40,12 +41,12 @@ def assert_close(network, expected):
 
 
 def test_what_is_drawn_published_and_saved_is_the_average_of_every_update(trained):
-    run, expected, folder = trained
+    run, expected, folder, _ = trained
     network, state = run.denoiser.network, run.state
     behind = [name for name in state.ema if not torch.allclose(state.ema[name], expected[name], rtol=1e-5, atol=1e-6)]
     assert behind and min(state.ema_gaps.values()) < DECAY**4, "blocks stand still for longer than a draw"
     weights = run.weights()
-    with previews.averaged(network, state.ema, state.ema_gaps):
+    with averages.averaged(network, state.ema, state.ema_gaps):
         assert_close(network, expected)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())
     published = tiny_denoiser(run.experiment, seed=1).network
@@ -55,8 +56,29 @@ def test_what_is_drawn_published_and_saved_is_the_average_of_every_update(traine
     assert_close(networks.final(saved.denoiser, saved.experiment, saved.state).network, expected)
 
 
+def test_the_held_out_loss_is_that_of_the_averages_which_are_saved(trained):
+    run, _, folder, last = trained
+
+    def loss(denoiser):
+        data = run.experiment.data
+        return losses.held_out_loss(denoiser, run.held_out, data.held_out_draws, data.held_out_seed)
+
+    saved = Run(run.experiment, folder)
+    assert loss(networks.final(saved.denoiser, saved.experiment, saved.state)) == pytest.approx(last, rel=1e-6)
+    assert loss(run.denoiser) != pytest.approx(last, rel=1e-3), "that of the weights which go on being trained"
+
+
+def test_measuring_them_changes_nothing_that_is_trained(trained):
+    run, *_ = trained
+    train = run.experiment.train.model_copy(update={"held_out_every": 3})
+    often = Run(run.experiment.model_copy(update={"train": train}))
+    assert len([step for step in often.steps() if step.held_out_loss is not None]) == 7
+    assert not differing(run.weights(), often.weights())
+    assert all(torch.equal(average, often.state.ema[name]) for name, average in run.state.ema.items())
+
+
 def test_a_resumed_run_has_the_same_averages_to_the_bit(trained, tmp_path):
-    run, _, folder = trained
+    run, _, folder, _ = trained
     (folder / "step-00000007").rename(tmp_path / "step-00000007")
     again = Run(run.experiment, tmp_path)
     assert again.state.step == 7 and again.state.ema_gaps

@@ -72,7 +72,8 @@ class Train(Part):
     """Largest norm of the trained parameters' gradient; None: no clipping."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of trained weights, over all updates: a frozen block's goes on towards its weights,
-    which stand still. None: none."""
+    which stand still. The averages are what is saved, what previews draw and what held-out loss is of; in a search it
+    is of the weights themselves. None: none."""
     frozen_state: Literal["host", "keep", "drop"] = "host"
     """Optimizer moments of blocks that a stage freezes: moved to host memory, kept on the device, or forgotten."""
     block_warmup_steps: int = Field(default=0, ge=0)

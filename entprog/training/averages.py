@@ -2,14 +2,18 @@
 
 A frozen block's weights w stand still, so that k updates take its averages a known way towards them:
 ema ← w + gap · (ema − w) with gap = decay^k. Of those updates the gap alone is kept, `RunState.ema_gaps`: 1 while one
-is trained. The way is made good when the block thaws, and in what is drawn or saved meanwhile. So averages are those
-that every update of all weights would have given, whichever plans a run had.
+is trained. The way is made good when the block thaws, and in what is measured, drawn or saved meanwhile. So averages
+are those that every update of all weights would have given, whichever plans a run had.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from entprog.blocks import full_weights
+from entprog.distributed import fsdp
 
 Averages = dict[str, torch.Tensor]
 """Parameter → average, of what was trained so far."""
@@ -58,3 +62,33 @@ def gap_of(name: str, gaps: Mapping[str, float]) -> float:
 def as_of_now(average: torch.Tensor, weight: torch.Tensor, gap: float) -> torch.Tensor:
     """A parameter's average where it belongs: itself without a gap, else a new tensor beside it."""
     return average if gap == 1 else torch.lerp(weight.detach().to(average.device, average.dtype), average, gap)
+
+
+@contextmanager
+def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> Iterator[None]:
+    """Averaged weights for the length of a block, then the very weights that were there, to the bit. Of a sharded
+    network every rank calls it."""
+    if not ema:
+        yield
+        return
+    fsdp.in_parts(network)  # what is brought together already is not of the averages
+    named = [(name, fsdp.held(parameter)) for name, parameter in network.named_parameters() if name in ema]
+    whole = {name for name, weight in named if weight.numel() and weight.dtype == ema[name].dtype}
+    elsewhere = {name: ema[name] for name, _ in named if name not in whole}  # rounded, packed, or waiting on the host
+    swapped = [(name, weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
+    with torch.no_grad():
+        before = [weight.to("cpu", copy=True) for _, weight, _ in swapped]
+        own_elsewhere = full_weights(network, elsewhere)
+        try:
+            for name, weight, average in swapped:
+                weight.copy_(as_of_now(average, weight, gap_of(name, gaps)))
+            for name, average in elsewhere.items():
+                own = own_elsewhere.get(name, average)
+                elsewhere[name] = as_of_now(average, own, gap_of(name, gaps))
+            network.load_state_dict(elsewhere, strict=False)
+            yield
+        finally:
+            fsdp.in_parts(network)
+            for (_, weight, _), own in zip(swapped, before, strict=True):
+                weight.copy_(own)
+            network.load_state_dict(own_elsewhere, strict=False)

@@ -414,7 +414,9 @@ class _Fit:
         return self.held_out_loss(self.search_held_out, 1)
 
     def record_loss(self) -> float:
-        return self.held_out_loss(self.held_out, self.experiment.data.held_out_draws)
+        """Of the averages where there are any: they are what is saved."""
+        with averages.averaged(self.denoiser.network, self.state.ema, self.state.ema_gaps):
+            return self.held_out_loss(self.held_out, self.experiment.data.held_out_draws)
 
     def held_out_loss(self, held_out: Sequence[Latents], draws: int) -> float:
         seed, law = self.experiment.data.held_out_seed, self.experiment.timesteps

@@ -144,9 +144,8 @@ def _figures(experiment: Experiment | None, result: Mapping[str, Any]) -> str:
         return ""
     schedule, train = experiment.schedule, experiment.train
     blocks = ", ".join(str(len(decision["plan"]["trainable"])) for decision in result["decisions"])
-    measured = "held-out loss" + (" before weights were averaged" if train.ema_decay else "")
     rows = {
-        measured: f"{result['held_out_loss']:.5g}",
+        "held-out loss": f"{result['held_out_loss']:.5g}",
         "steps": result["steps"],
         "charged seconds": f"{result['seconds']:.0f}",
         "FLOPs": f"{result['flops']:.3g}",

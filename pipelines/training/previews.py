@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from entprog import files, storage
-from entprog.blocks import Block, full_weights
+from entprog.blocks import Block
 from entprog.config import ClipShape, Evaluate, Generate
 from entprog.data.clips import Latents
 from entprog.diffusion.denoiser import Denoiser
@@ -85,7 +85,7 @@ class Previews:
         first, network = agree.world()[0] == 0, self.denoiser.network
         if first:
             _note_unfinished(self.output, [*self.left_out, step])
-        with averaged(network, ema, gaps), undisturbed(network, self.compiled):
+        with averages.averaged(network, ema, gaps), undisturbed(network, self.compiled):
             along = partial(idle_pass, self.denoiser, self.spare)
             fits = fsdp.led(network, self.blocks, lambda: self._tried(step, charged_s), along)
             fsdp.in_parts(network)
@@ -200,29 +200,6 @@ def page(entries: Sequence[Mapping[str, Any]], title: str) -> str:
     ]
     content = json.dumps(shown).replace("<", "\\u003c")  # a motion's name must not end the script
     return PAGE.read_text().replace("{{ title }}", escape(title)).replace("{{ previews }}", content)
-
-
-@contextlib.contextmanager
-def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> Iterator[None]:
-    """Averaged weights for the length of a block, then the very weights that were there."""
-    named = [(name, fsdp.held(parameter)) for name, parameter in network.named_parameters() if name in ema]
-    elsewhere = {name: ema[name] for name, weight in named if not weight.numel()}  # packed, or waiting on the host
-    swapped = [(name, weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
-    with torch.no_grad():
-        before = [weight.to("cpu", copy=True) for _, weight, _ in swapped]
-        own_elsewhere = full_weights(network, elsewhere)
-        try:
-            for name, weight, average in swapped:
-                weight.copy_(averages.as_of_now(average, weight, averages.gap_of(name, gaps)))
-            for name, average in elsewhere.items():
-                own = own_elsewhere.get(name, average)
-                elsewhere[name] = averages.as_of_now(average, own, averages.gap_of(name, gaps))
-            network.load_state_dict(elsewhere, strict=False)
-            yield
-        finally:
-            for (_, weight, _), own in zip(swapped, before, strict=True):
-                weight.copy_(own)
-            network.load_state_dict(own_elsewhere, strict=False)
 
 
 @contextlib.contextmanager

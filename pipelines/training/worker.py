@@ -22,7 +22,7 @@ from entprog.schedule.state import RunState
 from entprog.scoring import cache
 from entprog.scoring.tables import ScoreTable
 from entprog.storage import Where
-from entprog.training import checkpoint
+from entprog.training import averages, checkpoint
 from entprog.training.fit import DivergedError, fit, start
 from entprog.training.steps import Step
 from pipelines.cluster import gauges
@@ -188,7 +188,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     if final_loss is None:  # its last step was taken before this start: what it came to is measured again
         law, spare = experiment.timesteps, setup.sample
         how = experiment.data.held_out_draws, experiment.data.held_out_seed, law, setup.held_out_draws, spare
-        final_loss = losses.held_out_loss(denoiser, setup.held_out, *how)
+        with averages.averaged(denoiser.network, state.ema, state.ema_gaps):
+            final_loss = losses.held_out_loss(denoiser, setup.held_out, *how)
     if not math.isfinite(final_loss):
         raise DivergedError(f"the held-out loss after step {state.step} is {final_loss}: no model is saved")
     setup = replace(setup, denoiser=networks.final(denoiser, experiment, state))
