@@ -13,7 +13,7 @@ from entprog.cost import counting, measuring
 from entprog.cost.model import CostModel, scaled
 from entprog.diffusion.losses import training_loss
 from entprog.errors import UserError
-from helpers.networks import latents, tiny_denoiser, tiny_experiment
+from helpers.networks import TINY, latents, tiny_denoiser, tiny_experiment
 
 
 class Tiny:
@@ -75,13 +75,19 @@ def test_predictions_hold_under_autocast():
             assert tiny.model.memory(trainable, backward) == pytest.approx(counted.memory_bytes(1), rel=0.1)
 
 
-def test_a_batch_costs_its_clips_and_its_weights_once():
-    one, three = Tiny(), Tiny(clips=3)
-    grown = scaled(one.model, 3)
-    assert grown.clips == 3 and grown.weight_bytes == three.model.weight_bytes
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_costs_its_clips_and_its_weights_once(dtype, checkpointing):
+    """And once what autocast makes of weights."""
+    wide = {"dtype": dtype, "init": {**TINY, "ffn_dim": 1024, "num_layers": 3}}
+    one, many = (Tiny(clips=clips, checkpointing=checkpointing, model=wide) for clips in (1, 8))
+    grown = scaled(one.model, 8)
+    assert grown.clips == 8 and grown.weight_bytes == many.model.weight_bytes
     for trainable in sets(one.names):
-        assert grown.step(trainable, "exact") == pytest.approx(three.model.step(trainable, "exact"), rel=0.01)
-        assert grown.memory(trainable, "exact") == pytest.approx(three.model.memory(trainable, "exact"), rel=0.01)
+        foreseen = many.model.memory(trainable, "exact")
+        assert grown.step(trainable, "exact") == pytest.approx(many.model.step(trainable, "exact"), rel=0.01)
+        assert grown.memory(trainable, "exact") == pytest.approx(foreseen, rel=0.01)
+        assert one.count(trainable, "exact").memory_bytes(8) == pytest.approx(foreseen, rel=0.02)
 
 
 def test_measuring_changes_no_weight_and_leaves_no_gradient():

@@ -1,8 +1,9 @@
 """What a plan's step costs: FLOPs and bytes, counted on the real network with one clip."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Cost:
     blocks, and attention's outputs where these are kept."""
     recomputed_bytes: int
     """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
+    copied_bytes: int
+    """Copies of weights that autocast makes and autograd keeps, with checkpointing those of the largest block."""
     weight_bytes: int
     """All weights that one device holds, frozen ones and their fp8 twins too."""
     gradient_bytes: int
@@ -47,7 +50,7 @@ class Cost:
 
     def memory_bytes(self, clips: int) -> int:
         """Counted peak of a training step, as `peak_bytes` says."""
-        activations = (self.saved_bytes + self.recomputed_bytes) * clips + self.unpacking_bytes
+        activations = (self.saved_bytes + self.recomputed_bytes) * clips + self.copied_bytes + self.unpacking_bytes
         return peak_bytes(self.weight_bytes, self.gradient_bytes, self.moment_bytes, activations)
 
 
@@ -137,21 +140,54 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
+class WeightCopies(TorchDispatchMode):
+    """Notes copies of weights in another type, which autocast makes: as many for any number of clips. Code that was
+    compiled does not run as such inside."""
+
+    def __init__(self, weights: Collection[int], brought: Collection[int] = ()):
+        """weights: addresses; brought: as `saving` takes it."""
+        super().__init__()
+        self.weights, self.brought = weights, brought
+        self.alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is aten._to_copy.default:
+            given, made = args[0].untyped_storage(), output.untyped_storage()
+            if id(given) in self.brought or given.data_ptr() in self.weights:
+                self.alive[id(made)] = weakref.ref(made)
+        return output
+
+    def __contains__(self, storage: torch.UntypedStorage) -> bool:
+        noted = self.alive.get(id(storage))
+        return noted is not None and noted() is storage
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What autograd keeps for the backward pass, weights apart: {address: bytes}."""
+
+    activations: dict[int, int] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)
+    """Of weights."""
+
+
 @contextmanager
-def saving(weights: Collection[int], brought: Collection[int] = ()):
-    """Notes what autograd keeps for the backward pass: {address: bytes}; `weights` are addresses that do not count, nor
-    does memory that is `brought` together of a sharded network's weights (`fsdp.noting_whole`)."""
-    saved: dict[int, int] = {}
+def saving(weights: Collection[int], brought: Collection[int] = (), copies: Container[torch.UntypedStorage] = ()):
+    """Notes what autograd keeps for the backward pass. `weights` are addresses that do not count, nor does memory that
+    is `brought` together of a sharded network's weights (`fsdp.noting_whole`); copies: `WeightCopies` of them."""
+    saved = Saved()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor.untyped_storage()) not in brought:
-            saved.update(storages([tensor]))
+        storage = tensor.untyped_storage()
+        if id(storage) not in brought:
+            (saved.copies if storage in copies else saved.activations).update(storages([tensor]))
         return tensor.detach()  # an operation's own output would hold the operation, which holds it: for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
     for address in weights:
-        saved.pop(address, None)
+        saved.activations.pop(address, None)
 
 
 class _Checkpointed:
@@ -159,10 +195,11 @@ class _Checkpointed:
     for those that wait on the host, and what else it keeps; and what the recomputation of the largest one brings
     back."""
 
-    def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounter):
-        self.weights, self.counter = weights, counter
+    def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounter, copies: WeightCopies):
+        self.weights, self.counter, self.copies = weights, counter, copies
         self.inputs: dict[int, int] = {}
         self.recomputed_bytes = 0
+        self.copied_bytes = 0
         self.extra_flops = 0
         self.kept_bytes = 0
         """Beside inputs."""
@@ -192,12 +229,14 @@ class _Checkpointed:
         wait on the host."""
         before = self.counter.get_total_flops()
         keeping = module.forward.keeping()
-        with fsdp.together(module), keeping, saving({*known, *storages(module.parameters())}) as saved:
+        weights = {*known, *storages(module.parameters())}
+        with fsdp.together(module), keeping, saving(weights, copies=self.copies) as saved:
             output = own_forward(module)(*args, **kwargs)
             del output
         self.extra_flops += self.counter.get_total_flops() - before
         kept = storages(keeping.tensors)
-        again = sum(size for address, size in saved.items() if address not in kept)
+        again = sum(size for address, size in saved.activations.items() if address not in kept)
+        self.copied_bytes = max(self.copied_bytes, sum(saved.copies.values()))
         self.recomputed_bytes = max(self.recomputed_bytes, again + sum(away.values()))
         return sum(kept.values())
 
@@ -218,8 +257,8 @@ def count(
         parameter.grad = None
     with fsdp.noting_whole(network) as brought, flop_counter() as counter:
         weights = storages(network.parameters()).keys()
-        checkpointed = _Checkpointed(network, weights, counter)
-        with saving(weights, brought) as saved:
+        with WeightCopies(weights, brought) as copies, saving(weights, brought, copies) as saved:
+            checkpointed = _Checkpointed(network, weights, counter, copies)
             loss = loss_of_one_clip()
         checkpointed.remove()
         forward_flops = counter.get_total_flops() - checkpointed.extra_flops
@@ -231,8 +270,9 @@ def count(
     return Cost(
         flops=counter.get_total_flops() - checkpointed.extra_flops,
         forward_flops=forward_flops,
-        saved_bytes=sum((saved | checkpointed.inputs).values()) + checkpointed.kept_bytes,
+        saved_bytes=sum((saved.activations | checkpointed.inputs).values()) + checkpointed.kept_bytes,
         recomputed_bytes=checkpointed.recomputed_bytes,
+        copied_bytes=sum(saved.copies.values()) + checkpointed.copied_bytes,
         weight_bytes=sum(fsdp.held(p).nbytes for p in network.parameters())
         + packed_bytes(network)
         + room_bytes(network)

@@ -79,14 +79,15 @@ def measure(
     with blocks.replaced({block.module: probe.watching(block) for block in found}):
         loss()
     with fsdp.noting_whole(network) as brought:
-        outside_cost, outside_bytes = _outside(found, outside, loss, meter, probe.weights, brought)
+        outside_cost, outside_saved = _outside(found, outside, loss, meter, probe.weights, brought)
     fsdp.in_parts(network)
     passes = probe.passes()
     frozen_bytes, unpacking_bytes = stored_bytes(network), blocks.unpacking_bytes(network)
     model = CostModel(
         clips=clips,
         outside=max(outside_cost - sum(bypass for _, bypass in passes), 0.0),
-        outside_bytes=outside_bytes,
+        outside_bytes=sum(outside_saved.activations.values()),
+        outside_copied_bytes=sum(outside_saved.copies.values()),
         outside_parameter_bytes=sum(p.nbytes for p in outside),
         common_bytes=sum(probe.common.values()),
         through_common=probe.through_common,
@@ -176,40 +177,46 @@ class Probe:
 
             return self.meter(run)
 
-        def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, bool]:
-            """Bytes kept, bytes recomputed, and whether common inputs are kept."""
+        def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, int, bool]:
+            """Bytes kept, bytes recomputed, bytes of weights' copies, and whether common inputs are kept. Compiled code
+            may keep copies too, which count among the others: nothing sees it make them."""
             blocks.train_block(module, trained)
             shared = counting.storages(t for i, t in enumerate(tensors) if i not in stream)
             given, named = leaves(wanted)
             keeping = body.keeping() if self.checkpointing else contextlib.nullcontext()
-            with torch.enable_grad(), keeping, counting.saving(self.weights) as saved:
+            weights = self.weights
+            noting = contextlib.nullcontext(()) if compiled else counting.WeightCopies(weights)
+            torch.clear_autocast_cache()  # of copies that were made before
+            with torch.enable_grad(), keeping, noting as copies, counting.saving(weights, copies=copies) as noted:
                 output = own(*given, **named)
             del output
+            saved, copied = noted.activations, sum(noted.copies.values())
             seen = {address: size for address, size in shared.items() if self.checkpointing or address in saved}
             self.common |= seen
             inside = sum(size for address, size in saved.items() if address not in shared)
             if not self.checkpointing:
-                return inside, 0, bool(seen)
+                return inside, 0, copied, bool(seen)
             inputs = counting.storages(tensors[i] for i in stream)
             away, beside = (counting.storages(some) for some in (body.away(args, kwargs), keeping.tensors))
             here = shared.keys() | inputs.keys() | beside.keys()
             again = sum(size for address, size in saved.items() if address not in here)
             brought = sum(away.values())
-            return sum(inputs.values()) + sum(beside.values()) - brought, again + brought, bool(seen)
+            return sum(inputs.values()) + sum(beside.values()) - brought, again + brought, copied, bool(seen)
 
-        own = blocks.own_forward(module)
+        own, compiled = blocks.own_forward(module), blocks.variants(module).compiled
         body = blocks.checkpointed(module, self.checkpointing) if self.checkpointing else own
         with torch.no_grad():
             given, named = leaves(())  # a counter of FLOPs takes no views of tensors that require gradient
             forward = self.meter(lambda: own(*given, **named))
             low, twin_bytes = self.in_twin(module, given, named) if self.frozen_precision == "fp8" else (forward, 0)
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
-        trained_bytes, recomputed_bytes, _ = kept(asked | stream, trained=True)
-        edge_bytes, _, _ = kept(asked - stream, trained=True)
+        trained_bytes, recomputed_bytes, copied_bytes, _ = kept(asked | stream, trained=True)
+        edge_bytes, *_ = kept(asked - stream, trained=True)
         spared_bytes = spared(module)
         parameter_bytes = sum(4 * p.numel() for p in blocks.trainable(module))
         movable_trained_bytes = blocks.movable_bytes(module)
-        through_bytes, through_recomputed_bytes, through_common = kept(asked | stream, trained=False)
+        crossed = kept(asked | stream, trained=False)
+        through_bytes, through_recomputed_bytes, through_copied_bytes, through_common = crossed
         movable_bytes = blocks.movable_bytes(module)
         self.through_common = self.through_common or through_common
         measured = BlockCost(
@@ -224,6 +231,8 @@ class Probe:
             through_bytes=through_bytes,
             recomputed_bytes=recomputed_bytes,
             through_recomputed_bytes=through_recomputed_bytes,
+            copied_bytes=copied_bytes,
+            through_copied_bytes=through_copied_bytes,
             parameter_bytes=parameter_bytes,
             spared_bytes=spared_bytes,
             movable_bytes=movable_bytes,
@@ -288,8 +297,8 @@ def _backward(outputs: Sequence[torch.Tensor]) -> None:
 
 def _outside(
     found, outside, loss, meter: Meter, weights: Collection[int], brought: Collection[int]
-) -> tuple[float, int]:
-    """(cost, bytes kept) of a forward and backward pass with every block skipped."""
+) -> tuple[float, counting.Saved]:
+    """(cost, what is kept) of a forward and backward pass with every block skipped."""
 
     def entering(module: nn.Module) -> Callable:
         def forward(*args, **kwargs):
@@ -308,10 +317,10 @@ def _outside(
         loss().backward()
 
     with blocks.replaced({block.module: entering(block.module) for block in found}):
-        with counting.saving(weights, brought) as saved:
+        with counting.WeightCopies(weights, brought) as copies, counting.saving(weights, brought, copies) as saved:
             kept = loss()
         del kept
-        return meter(run), sum(saved.values())
+        return meter(run), saved
 
 
 def _update_per_byte(block: Block, meter: Meter, kind: OptimizerKind) -> float:

@@ -43,6 +43,11 @@ class BlockCost:
     """What checkpointing brings back in the backward pass of a trained block; 0 without."""
     through_recomputed_bytes: int
     """Bytes recomputed at once for a frozen block that the exact backward crosses."""
+    copied_bytes: int = 0
+    """Copies of its weights that autocast makes, for any number of clips, when trained: kept beside `trained_bytes`, or
+    with checkpointing beside `recomputed_bytes`."""
+    through_copied_bytes: int = 0
+    """The same when frozen and crossed exactly: weights that are stored in float32."""
     parameter_bytes: int
     """What of it is trained when it is, in float32."""
     spared_bytes: int = 0
@@ -64,6 +69,8 @@ class CostModel(Record):
     outside: Cost
     """Forward and backward of what lies outside blocks, the objective included."""
     outside_bytes: int
+    outside_copied_bytes: int = 0
+    """Copies of weights outside blocks that autocast makes."""
     outside_parameter_bytes: int
     """Bytes of the trained parameters outside blocks."""
     common_bytes: int
@@ -126,17 +133,23 @@ class CostModel(Record):
 
     def memory(self, trainable: Collection[str], backward: Backward) -> int:
         """Peak bytes of an update (`costs.peak_bytes`)."""
-        kept, recomputed, common, weights = self.outside_bytes, 0, False, self.weight_bytes
+        kept, recomputed, common, weights = self.outside_bytes + self.outside_copied_bytes, 0, False, self.weight_bytes
         weights = self.part(weights - sum(block.spared_bytes for block in self.blocks if block.name not in trainable))
         for block, kind in self.passes(trainable, backward):
+            again = copied = 0
             if kind in ("trained", "edge"):
                 kept += block.trained_bytes if kind == "trained" else block.edge_bytes
-                recomputed, common = max(recomputed, block.recomputed_bytes), True
+                again, copied, common = block.recomputed_bytes, block.copied_bytes, True
             elif kind == "through":
                 kept += block.through_bytes
-                recomputed, common = max(recomputed, block.through_recomputed_bytes), common or self.through_common
+                again, copied = block.through_recomputed_bytes, block.through_copied_bytes
+                common = common or self.through_common
             elif kind == "along":
                 weights += block.twin_bytes
+            if again:
+                recomputed = max(recomputed, again + copied)
+            else:
+                kept += copied
         may = {b.name: b.movable_bytes for b in self.blocks if b.name not in trainable or b.movable_trained_bytes}
         waiting = [may[name] for name in chosen([block.name for block in self.blocks], may, self.swap_blocks)]
         weights += rooms_bytes(waiting) - sum(waiting)
@@ -162,5 +175,6 @@ def scaled(model: CostModel, clips: int) -> CostModel:
 FIXED = (
     "weight_bytes", "outside_parameter_bytes", "parameter_bytes", "spared_bytes", "movable_bytes",
     "movable_trained_bytes", "swap_blocks", "parts", "unpacking_bytes", "twin_bytes", "update_per_byte", "moments",
+    "copied_bytes", "through_copied_bytes", "outside_copied_bytes",
 )  # fmt: skip
 """What does not depend on the number of clips."""
