@@ -11,6 +11,7 @@ from entprog.config import ClipShape, Drop, Generate, Model
 from entprog.data import latents as cache
 from entprog.diffusion import dropping, sampling
 from entprog.errors import UserError
+from entprog.models import adapters
 from entprog.models.cogvideox import inspect, load
 from helpers import bases
 from helpers.families import TINY, clips
@@ -117,3 +118,22 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     with pytest.raises(UserError, match=unknown) as error:
         inspect(of(tmp_path, conditions=()))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("condition", ["reference", "pose"])
+def test_an_adapter_sees_what_the_base_that_it_was_trained_on_sees(condition, tmp_path):
+    """A text-to-video base with one condition has as many channels as an image-to-video base, and is none."""
+    init = {**TINY["cogvideox"]["init"], "in_channels": 4, "out_channels": 4}
+    kind, sizes = TINY["cogvideox"]["vae"]
+    kind(**sizes).save_pretrained(tmp_path / "base" / "vae")
+    diffusers.CogVideoXTransformer3DModel(**init).save_pretrained(tmp_path / "base" / "transformer")
+    settings = {"family": "cogvideox", "conditions": (condition,)}
+    load(Model(base=str(tmp_path / "base"), **settings)).save(tmp_path / "trained", shape=SHAPE)
+    base = load(Model(base=str(tmp_path / "trained"), **settings))
+    layer = "transformer_blocks.0.attn1.to_q"
+    width = base.network.get_submodule(layer).in_features
+    pair = adapters.Pair(torch.zeros(1, width), torch.zeros(width, 1), 1.0)
+    about = {"family": "cogvideox", "conditions": [condition], "skeleton": base.skeleton, "points": base.points}
+    adapters.write(tmp_path / "adapter", adapters.Adapter({layer: pair}, {}, about), base.PART)
+    with_it = inspect(Model(base=str(tmp_path / "trained"), adapter=str(tmp_path / "adapter"), **settings))
+    assert not base.native and not with_it.native and with_it.form == base.form == ""

@@ -42,6 +42,7 @@ def test_a_setting_that_nobody_uses_is_not_searched():
         with pytest.raises(UserError, match=said):
             spaces.check(spaces.read(space) if isinstance(space, str) else space, base)
     spaces.check(spaces.read("cei,convergence,plans"), TABLED)  # which tries kinds that use them
+    spaces.check(spaces.read("convergence,candidates"), TABLED)  # budgets, by a kind and generators that are drawn
 
 
 def test_there_are_the_five_and_they_join():

@@ -100,7 +100,7 @@ class CogVideoXDenoiser(VideoDenoiser):
     def sees_native(
         cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
     ) -> bool:
-        # An adapter has no record of channels: its base decides, which an earlier version's does not fit.
+        # An adapter has no record of channels: of a base that was trained here, that base's says what it is.
         of_base = network.in_channels == 2 * network.out_channels and "input_channels" not in trained
         return trained.get("native", of_base)
 

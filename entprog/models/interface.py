@@ -162,7 +162,8 @@ class Family:
         cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
     ) -> bool:
         """Whether a base's network sees all that its pipeline shows it, where earlier versions left something out.
-        network: its configuration, not yet widened; trained: as in `sees_last`; there: which of MORE the base has.
+        network: its configuration, not yet widened; trained: `entprog.json` of the base, under that of an adapter; {}
+        where neither was trained here; there: which of MORE the base has.
         Raises UserError for settings that contradict it."""
         return False
 

@@ -166,7 +166,7 @@ def inspect(
     more, native = {}, False
     if root is not None:
         there = [name for name in cls.MORE if (root / name).is_dir()]
-        native = cls.sees_native(network.config, of_adapter or about, settings, there)
+        native = cls.sees_native(network.config, {**about, **of_adapter}, settings, there)
         more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)
     process = process_of(cls, root, about)

@@ -1,5 +1,6 @@
 """Search spaces: found by name or file, joined, checked against the settings before anything starts."""
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -191,11 +192,26 @@ def check(space: Space, experiment: Experiment) -> list[tuple[dict[str, Any], Ex
         if not values or (not isinstance(domain, Categorical) and values[0] > values[1]):
             raise UserError(f"--space: {setting} has no value to choose from")
     tried = [(values, _applied_alone(experiment, values, space)) for values in alone(space)]
+    schedules = [one.schedule for _, one in tried] + _drawn_together(space, experiment)
     for name in space:
-        if not any(_is_used(one.schedule, name) for _, one in tried):
+        if not any(_is_used(schedule, name) for schedule in schedules):
             way_out = _way_out(experiment.schedule, name)
             raise UserError(f"--space: {name} changes nothing here: {way_out}, or leave it out")
     return tried
+
+
+DECIDING = tuple(f"schedule.{name}" for name in ("kind", "table", "shapes", "generators", "stages", "blocks"))
+"""Settings by which others are of use (`config.schedule.USED`)."""
+
+
+def _drawn_together(space: Space, experiment: Experiment) -> list[Schedule]:
+    """Schedules under every joint choice of DECIDING's values, less what does not go together: some settings are of use
+    only where two others are drawn beside them."""
+    names, out = [name for name in DECIDING if name in space], []
+    for values in itertools.product(*(ends(space[name]) for name in names)):
+        with contextlib.suppress(UserError):
+            out.append(applied(experiment, dict(zip(names, values, strict=True))).schedule)
+    return out
 
 
 def _is_used(schedule: Schedule, setting: str) -> bool:
