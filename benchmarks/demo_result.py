@@ -41,7 +41,8 @@ def main(
             raise UserError(f"--of {of}: no finished demo is there: run make demo first")
         if lacking := [name for name in KEPT if name not in result]:
             raise UserError(
-                f"--of {of}: made by an earlier version, which did not keep {lacking[0]}: run make demo again"
+                f"--of {of}: made by an earlier version, which did not keep {lacking[0]}: remove that folder, then "
+                "run make demo again"
             )
         rows = [row for subject in demo.SUBJECTS for row in figures(subject, came(result, subject))]
         if not dry_run:

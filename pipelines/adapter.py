@@ -126,8 +126,14 @@ def extract(
         kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
         more = {name: saved[name] for name in ("points", "native", "texts", "shape") if saved.get(name)}
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
-        for option, side in zip(("--before", "--after"), sides, strict=True):
-            finite.check(kind.inspect(side).part, option)
+        sources = [kind.inspect(side) for side in sides]
+        for option, source in zip(("--before", "--after"), sources, strict=True):
+            finite.check(source.part, option)
+        if len({sum(source.splits) for source in sources}) > 1:
+            raise UserError(
+                f"--after: {bare(after)} was trained by an earlier version, which gave networks of {bare(before)} "
+                "other input channels than this one: extract by that version, or train it anew"
+            )
         if extracted := kept["expert"]:
             other = experts.OTHER[extracted]
             terminal.console.print(f"Of the {extracted} expert. What changed in the other one: --expert {other}.")

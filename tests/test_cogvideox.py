@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from entprog.config import ClipShape, Drop, Generate, Model
 from entprog.data import latents as cache
@@ -16,6 +17,7 @@ from entprog.models.cogvideox import inspect, load
 from helpers import bases
 from helpers.families import TINY, clips
 from helpers.recording import calls
+from pipelines import adapter
 
 SHAPE = ClipShape(frames=9, height=64, width=64, fps=8)
 
@@ -102,6 +104,18 @@ def test_a_checkpoint_of_an_older_version_keeps_its_own_form(made, tmp_path):
     assert denoiser.form == "" and not seen[:, 4:8].any()
     torch.testing.assert_close(seen[:, 8:12], encoded.conditions["reference"])
     assert torch.equal(encoded.conditions["reference"][:, :, 0], encoded.conditions["reference"][:, :, 2])
+    given = [
+        "extract",
+        "--before",
+        str(folder),
+        "--after",
+        str(tmp_path / "old"),
+        "--output",
+        str(tmp_path / "adapter"),
+    ]
+    done = CliRunner().invoke(adapter.app, given)
+    assert done.exit_code == 2 and "was trained by an earlier version" in done.output
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_what_does_not_fit_is_one_line(made, tmp_path):

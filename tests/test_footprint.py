@@ -276,3 +276,7 @@ def test_vae_and_image_encoder_are_counted_beside_the_network(tmp_path):
     prices = Prices(denoiser, found, sample, Freeze(denoiser, found, experiment), experiment, {})
     of_network = prices.model(prices.full.shape).memory(prices.full.trainable, prices.full.backward)
     assert prices.memory(prices.full) - of_network == pytest.approx(beside, rel=0.01)
+    (encoder,) = (tmp_path / "image_encoder").glob("*.safetensors")
+    encoder.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=f"model.base: {encoder} cannot be read"):
+        footprint.beside_bytes(there)

@@ -5,11 +5,12 @@ fit.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from entprog import config
 from entprog.blocks import ADAPTER, blocks
@@ -17,6 +18,7 @@ from entprog.blocks.swap import pinned_bytes, rooms_bytes
 from entprog.config import Experiment, Row
 from entprog.cost.holding import Held, frozen_sizes, held
 from entprog.errors import UserError
+from entprog.masking import one_line
 from entprog.models import lora, vision
 from entprog.models.sources import Source
 from entprog.schedule import plans
@@ -181,9 +183,19 @@ def beside_bytes(source: Source) -> int:
     if (folder := source.more.get(vision.ENCODER)) is not None:
         for path in folder.glob("*.safetensors"):
             if path.name.count(".") == 1:  # not `model.fp16.safetensors` beside it
-                with safe_open(path, "pt") as file:
-                    numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                numbers += _numbers(path)
     return 4 * numbers
+
+
+def _numbers(path: Path) -> int:
+    """Of all tensors of a file, by its header. Raises UserError if it has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model.base: {path} cannot be read ({one_line(error)}): is it whole, and no pointer of Git LFS?"
+        ) from None
 
 
 def beside(experiment: Experiment, source: Source) -> str | None:
