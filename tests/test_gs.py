@@ -98,7 +98,7 @@ def test_clips_are_made_and_judged_there(bucket, tmp_path):
     task = evaluate.plan(str(tmp_path / "model"), tmp_path / "shards", output, chosen)
     assert len(task.missing) == 2
     columns = {name: np.array([vars(place)[name] for place in task.places]) for name in vars(task.places[0])}
-    judging.Generator(task.maker, task.settings.generate)(columns)
+    judging.Generator(task.maker, task.settings.generate, None)(columns)
     names = [f"generated/{place.clip.name}" for place in task.places]
     assert output.below().keys() == set(names) and task.missing == []
     found = judging.Judge(("psnr",), SHAPE, chosen.evaluate, "cpu")(columns)

@@ -229,10 +229,11 @@ class _Checkpointed:
         wait on the host."""
         before = self.counter.get_total_flops()
         keeping = module.forward.keeping()
-        weights = {*known, *storages(module.parameters())}
-        with fsdp.together(module), keeping, saving(weights, copies=self.copies) as saved:
-            output = own_forward(module)(*args, **kwargs)
-            del output
+        with fsdp.together(module), keeping:
+            weights = {*known, *storages(module.parameters())}  # once they are together
+            with saving(weights, copies=self.copies) as saved:
+                output = own_forward(module)(*args, **kwargs)
+                del output
         self.extra_flops += self.counter.get_total_flops() - before
         kept = storages(keeping.tensors)
         again = sum(size for address, size in saved.activations.items() if address not in kept)

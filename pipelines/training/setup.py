@@ -56,9 +56,9 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
     import ray.train
     import ray.train.torch
 
-    experiment, device = config.build(settings["experiment"]), ray.train.torch.get_device()
+    experiment = config.build(settings["experiment"])
     if experiment.train.parallel == "fsdp":
-        fsdp.begin(experiment.train.replicas, device)
+        fsdp.begin(experiment.train.replicas, ray.train.torch.get_device())
     # Passes of a sharded network come after it, in which ranks wait for each other.
     with agree.mistakes_of_all():
         dataset = shards.read_dataset(experiment.data.shards)
@@ -69,6 +69,7 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
             )
         if experiment.data.text == "empty":  # every clip has it already: there is none to drop
             experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
+        device = ray.train.torch.get_device()
         if device.type == "cpu":
             here = ray.train.get_context().get_local_world_size()
             torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
