@@ -1,10 +1,16 @@
 """Averages of weights (`train.ema_decay`): those of every update, whichever blocks a plan leaves frozen."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
+from entprog import config
+from entprog.blocks import full_weights
+from entprog.blocks.held import all_held
 from entprog.diffusion import losses
 from entprog.training import averages, checkpoint
+from helpers.memory import Peak
 from helpers.networks import tiny_denoiser, tiny_experiment
 from helpers.runs import Run, differing
 from pipelines.training import networks
@@ -13,12 +19,13 @@ DECAY = 0.8
 TABLE = [{"until": 1.0, "share": 0.34, "choose": "random", "redraw_every": 4}]
 
 
-def rotating():
+def rotating(**parts):
     """Two of six blocks at a time, by lot, so that some were trained last long before the end."""
-    return tiny_experiment(
-        train={"steps": 16, "ema_decay": DECAY, "held_out_every": 16},
-        schedule={"kind": "progressive", "table": TABLE},
-    )
+    values = {
+        "train": {"steps": 16, "ema_decay": DECAY, "held_out_every": 16},
+        "schedule": {"kind": "progressive", "table": TABLE},
+    }
+    return tiny_experiment(**config.merge(values, parts))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,39 @@ def test_the_held_out_loss_is_that_of_the_averages_which_are_saved(trained):
     saved = Run(run.experiment, folder)
     assert loss(networks.final(saved.denoiser, saved.experiment, saved.state)) == pytest.approx(last, rel=1e-6)
     assert loss(run.denoiser) != pytest.approx(last, rel=1e-3), "that of the weights which go on being trained"
+
+
+@pytest.mark.parametrize("form", [{}, {"swap_blocks": 3}, {"frozen_precision": "nf4"}])
+def test_no_second_network_is_made_of_what_is_stored_and_the_loss_is_that_of_what_is_saved(form, monkeypatch):
+    """Rounded, waiting on the host, packed."""
+    monkeypatch.setattr("helpers.runs.tiny_denoiser", lambda experiment: networks.load(experiment, torch.device("cpu")))
+    model = {"dtype": "bfloat16", "swap_blocks": form.get("swap_blocks", 0)}
+    schedule = {"frozen_precision": form.get("frozen_precision", "auto"), "table": [{**TABLE[0], "redraw_every": 2}]}
+    run = Run(rotating(model=model, train={"steps": 12}, schedule=schedule))
+    list(run.steps())
+    network, state, before = run.denoiser.network, run.state, run.weights()
+    stored = [average.nbytes for n, average in state.ema.items() if network.get_parameter(n).dtype == torch.bfloat16]
+    trained = sum(average.nbytes for average in state.ema.values()) - sum(stored)
+    little = 3 * max(average.nbytes for average in state.ema.values())
+    assert sum(stored) > 2 * little, "a second network would be seen"
+
+    def loss():
+        return losses.held_out_loss(run.denoiser, run.held_out, 1, 0)
+
+    there = [part for held in all_held(network) for part in held.parts()]
+    there += [*network.parameters(), *network.buffers(), *state.ema.values()]
+    there += full_weights(network, dict(network.named_parameters())).values()
+    with ExitStack() as stack:
+        with Peak(there) as peak:
+            stack.enter_context(averages.averaged(network, state.ema, state.ema_gaps))
+            assert peak.live() <= trained, "copies of what lies in float32 on the device alone"
+        assert peak.bytes < trained + little
+        seen = loss()
+    assert not differing(before, run.weights()) and loss() != seen
+    with Peak(there) as peak:
+        networks.final(run.denoiser, run.experiment, state)
+    assert peak.bytes < sum(stored) + little, "in place of the float32 numbers that the host kept"
+    assert loss() == seen
 
 
 def test_measuring_them_changes_nothing_that_is_trained(trained):

@@ -373,9 +373,11 @@ def test_a_preview_shows_averages_and_leaves_everything_as_it_was(settings):
     before = run.weights()
     now = {name: averages.as_of_now(ema[name], before[name], averages.gap_of(name, gaps)) for name in ema}
     with averages.averaged(network, ema, gaps):
-        inside = network.state_dict()
-        assert ema and all(torch.equal(inside[name], now[name]) for name in ema)
+        drawn = predict(run.denoiser, latents([0]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
+    own = predict(run.denoiser, latents([0]))
+    network.load_state_dict(now, strict=False)
+    assert torch.equal(predict(run.denoiser, latents([0])), drawn) and not torch.equal(own, drawn)
 
 
 # ---- what it costs ----

@@ -37,7 +37,7 @@ from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.norms import match_norms
 from entprog.blocks.overlooking import overlooked
-from entprog.blocks.state import full_state, full_weights
+from entprog.blocks.state import full_state, full_weights, put_weights, show
 from entprog.blocks.stored import ADAPTER, HALF, is_adapted, keep_rounded, layer_weights, leave_out, round_frozen
 
 __all__ = [
@@ -73,9 +73,11 @@ __all__ = [
     "overlooked",
     "own_forward",
     "packed_bytes",
+    "put_weights",
     "replaced",
     "room_bytes",
     "round_frozen",
+    "show",
     "skipped",
     "store_frozen",
     "swap_of",

@@ -1,11 +1,13 @@
 """A network's state in float32, whatever its blocks store (`entprog.blocks.stored`)."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
 
+from entprog.blocks import split
 from entprog.blocks.block import blocks, variants
+from entprog.blocks.held import HeldLinear
 from entprog.blocks.stored import Stored, is_adapted, layer_weights
 
 
@@ -27,9 +29,33 @@ def full_state(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def full_weights(network: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Those of the named weights that are stored in bfloat16 or less, and may be trained: in float32, on the host."""
+    """Those of the named weights that are stored in bfloat16 or less, and may be trained: in float32, on the host; the
+    very memory that keeps them there, where there is any."""
     stored = _stored(network).items() if names else ()
     return {name: block.full(own, network.get_parameter(name)) for name, (block, own) in stored if name in names}
+
+
+@torch.no_grad()
+def put_weights(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Give weights other float32 numbers, (name, this rank's part), one after the other."""
+    stored = _stored(network)
+    for name, numbers in weights:
+        if name in stored:
+            block, own = stored[name]
+            block.keep(own, numbers)
+        show(network, name, numbers)
+
+
+@torch.no_grad()
+def show(network: nn.Module, name: str, numbers: torch.Tensor) -> None:
+    """Let passes read other float32 numbers, this rank's part, of a weight, as it is stored: rounded or packed. The
+    network's state stays what it was where float32 numbers are kept on the host."""
+    owner, _, kind = name.rpartition(".")
+    layer = network.get_submodule(owner)
+    if isinstance(layer, HeldLinear) and kind == "weight":
+        layer.held.put(numbers)
+    else:
+        split.part(layer.get_parameter(kind)).copy_(numbers)
 
 
 def _stored(network: nn.Module) -> dict[str, tuple[Stored, str]]:

@@ -181,6 +181,11 @@ class Stored:
             master = self.held[name].parts()[0] if name in self.held else split.part(parameter.detach())
         return split.of_part(parameter, master.cpu().float())
 
+    def keep(self, name: str, full: torch.Tensor) -> None:
+        """Other float32 numbers of a stored weight that may be trained, this rank's part: on the host alone."""
+        packs = name in self.held and self.held[name].form != "bfloat16"
+        self.masters[name] = _least(full) if packs else _master(full, full.to(HALF))
+
     def watch(self, module: nn.Module) -> None:
         """Let the block's state be in float32 for all who ask for it or set it."""
 
@@ -198,8 +203,7 @@ class Stored:
                 if full is not None:
                     full = full.detach().float()
                     if name in self.masters:
-                        loses, own = held is not None and held.form != "bfloat16", split.part(full)
-                        self.masters[name] = _least(own) if loses else _master(own, own.to(HALF))
+                        self.keep(name, split.part(full))
                     if held:
                         held.put(full)
                 if held and (full is not None or name not in self.masters):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from entprog.blocks import full_weights
+from entprog.blocks import full_weights, put_weights, show
 from entprog.distributed import fsdp
 
 Averages = dict[str, torch.Tensor]
@@ -66,29 +66,42 @@ def as_of_now(average: torch.Tensor, weight: torch.Tensor, gap: float) -> torch.
 
 @contextmanager
 def averaged(network: nn.Module, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> Iterator[None]:
-    """Averaged weights for the length of a block, then the very weights that were there, to the bit. Of a sharded
-    network every rank calls it."""
+    """Averaged weights for passes within a block, then the very weights that were there, to the bit. Of a sharded
+    network every rank calls it.
+
+    Passes give what those of the network as it is saved would (`put_in`), to the bit. Meanwhile the host has a copy of
+    every weight that lies on the device in float32 alone. Of what a block stores the host keeps float32 numbers anyway:
+    these stay the weights' own, also in the network's state.
+    """
     if not ema:
         yield
         return
     fsdp.in_parts(network)  # what is brought together already is not of the averages
-    named = [(name, fsdp.held(parameter)) for name, parameter in network.named_parameters() if name in ema]
-    whole = {name for name, weight in named if weight.numel() and weight.dtype == ema[name].dtype}
-    elsewhere = {name: ema[name] for name, _ in named if name not in whole}  # rounded, packed, or waiting on the host
-    swapped = [(name, weight, fsdp.held(ema[name])) for name, weight in named if name not in elsewhere]
-    with torch.no_grad():
-        before = [weight.to("cpu", copy=True) for _, weight, _ in swapped]
-        own_elsewhere = full_weights(network, elsewhere)
-        try:
-            for name, weight, average in swapped:
-                weight.copy_(as_of_now(average, weight, gap_of(name, gaps)))
-            for name, average in elsewhere.items():
-                own = own_elsewhere.get(name, average)
-                elsewhere[name] = as_of_now(average, own, gap_of(name, gaps))
-            network.load_state_dict(elsewhere, strict=False)
-            yield
-        finally:
-            fsdp.in_parts(network)
-            for (_, weight, _), own in zip(swapped, before, strict=True):
-                weight.copy_(own)
-            network.load_state_dict(own_elsewhere, strict=False)
+    kept = full_weights(network, ema)
+    own = {n: fsdp.held(kept[n]) if n in kept else _weight(network, n).to("cpu", copy=True) for n in ema}
+    try:
+        for name, weight in own.items():
+            show(network, name, as_of_now(fsdp.held(ema[name]), weight, gap_of(name, gaps)))
+        yield
+    finally:
+        fsdp.in_parts(network)
+        for name, weight in own.items():
+            show(network, name, weight)
+
+
+def put_in(network: nn.Module, ema: Mapping[str, torch.Tensor], gaps: Mapping[str, float]) -> None:
+    """Averaged weights for good, one after the other: there is never a second network. Of a sharded network every rank
+    calls it."""
+    fsdp.in_parts(network)
+    kept = full_weights(network, ema)
+
+    def now() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, average in ema.items():
+            weight = fsdp.held(kept.pop(name)) if name in kept else _weight(network, name)
+            yield name, as_of_now(fsdp.held(average), weight, gap_of(name, gaps))
+
+    put_weights(network, now())
+
+
+def _weight(network: nn.Module, name: str) -> torch.Tensor:
+    return fsdp.held(network.get_parameter(name)).detach()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from entprog import models
-from entprog.blocks import blocks, full_state, full_weights, leave_out, let_wait, round_frozen, store_frozen
+from entprog.blocks import blocks, full_state, leave_out, let_wait, round_frozen, store_frozen
 from entprog.config import Experiment
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
@@ -72,10 +72,8 @@ def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denois
 
     Raises DivergedError on every rank if it is not finite.
     """
-    network, gaps = denoiser.network, state.ema_gaps
-    weights = {name: network.get_parameter(name) for name in state.ema} | full_weights(network, state.ema)
-    now = {n: averages.as_of_now(ema, weights[n], averages.gap_of(n, gaps)) for n, ema in state.ema.items()}
-    network.load_state_dict(now, strict=False)
+    network = denoiser.network
+    averages.put_in(network, state.ema, state.ema_gaps)
     mine = next((name for name, tensor in full_state(network) if not_finite({name: tensor})), None)
     if odd := [name for name in agree.gathered(mine) if name]:
         raise DivergedError(f"the trained network is not finite ({odd[0]}) after step {state.step}: no model is saved")

@@ -1,6 +1,7 @@
 """Memory behind tensors of this process, on every device, as it comes and goes."""
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,10 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once; those on the meta device have none."""
+    """The most bytes that tensors made or used inside held at once, but for those that are said to be there already;
+    those on the meta device have none."""
 
-    def __init__(self):
+    def __init__(self, there: Iterable[torch.Tensor] = ()):
         super().__init__()
+        self.there = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in there)}
         self.alive: dict[int, weakref.ref] = {}
         self.bytes = 0
 
@@ -26,6 +29,8 @@ class Peak(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
+                if id(storage) in self.there:
+                    continue
                 self.alive.setdefault(id(storage), weakref.ref(storage))
                 if self.alive[id(storage)]() is not storage:
                     self.alive[id(storage)] = weakref.ref(storage)
