@@ -151,3 +151,17 @@ def test_an_adapter_sees_what_the_base_that_it_was_trained_on_sees(condition, tm
     adapters.write(tmp_path / "adapter", adapters.Adapter({layer: pair}, {}, about), base.PART)
     with_it = inspect(Model(base=str(tmp_path / "trained"), adapter=str(tmp_path / "adapter"), **settings))
     assert not base.native and not with_it.native and with_it.form == base.form == ""
+
+
+def test_an_adapter_of_an_earlier_version_is_refused_by_an_image_to_video_base(made, tmp_path):
+    _, folder, _ = made
+    base = load(of(folder))
+    layer = "transformer_blocks.0.attn1.to_q"
+    width = base.network.get_submodule(layer).in_features
+    pair = adapters.Pair(torch.zeros(1, width), torch.zeros(width, 1), 1.0)
+    about = {"family": "cogvideox", "conditions": ["reference", "pose"], "points": base.points}
+    for name, more in (("old", {}), ("new", {"native": True})):
+        adapters.write(tmp_path / name, adapters.Adapter({layer: pair}, {}, about | more), base.PART)
+    assert inspect(of(folder, adapter=str(tmp_path / "new"))).native
+    with pytest.raises(UserError, match=r"old was trained by an earlier version, .* train it anew"):
+        inspect(of(folder, adapter=str(tmp_path / "old")))

@@ -24,6 +24,7 @@ from torch.nn import functional
 from entprog import config
 from entprog.blocks import bypass
 from entprog.diffusion.processes import Diffusion
+from entprog.errors import UserError
 from entprog.models import loading, sources, texts
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.geometry import Geometry
@@ -102,6 +103,11 @@ class CogVideoXDenoiser(VideoDenoiser):
     ) -> bool:
         # An adapter has no record of channels: of a base that was trained here, that base's says what it is.
         of_base = network.in_channels == 2 * network.out_channels and "input_channels" not in trained
+        if of_base and "conditions" in trained and "native" not in trained:
+            raise UserError(
+                f"model.adapter: {settings.adapter} was trained by an earlier version, which showed networks of "
+                f"{settings.base} zeros for the image: train it anew"
+            )
         return trained.get("native", of_base)
 
     @classmethod

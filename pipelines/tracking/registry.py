@@ -29,7 +29,10 @@ def register(
     try:
         about = folders.saved(folder)
         points = drawing.points(about.get("skeleton", styles.LIMBS))
-        packages = [f"{package}=={importlib.metadata.version(package)}" for package in ("entprog", *VERSIONS)]
+        versions = {package: importlib.metadata.version(package) for package in ("entprog", *VERSIONS)}
+        # Networks that see all that their base's pipeline shows them may need its image encoder.
+        extra = {"entprog": "[text]"} if about.get("native") else {}
+        packages = [f"{package}{extra.get(package, '')}=={version}" for package, version in versions.items()]
         mlflow.set_tracking_uri(tracker.uri)
         for known in mlflow.MlflowClient(tracker.uri).search_model_versions(f"run_id = '{tracker.run_id}'"):
             if known.name == name:  # by a command that was killed before it had written that down
