@@ -103,12 +103,14 @@ class CogVideoXDenoiser(VideoDenoiser):
     ) -> bool:
         # An adapter has no record of channels: of a base that was trained here, that base's says what it is.
         of_base = network.in_channels == 2 * network.out_channels and "input_channels" not in trained
-        if of_base and "conditions" in trained and "native" not in trained:
+        if "native" in trained or not of_base:
+            return trained.get("native", False)
+        if settings.adapter and "conditions" in trained:
             raise UserError(
                 f"model.adapter: {settings.adapter} was trained by an earlier version, which showed networks of "
                 f"{settings.base} zeros for the image: train it anew"
             )
-        return trained.get("native", of_base)
+        return "conditions" not in trained  # else an earlier version saved it
 
     @classmethod
     def text_tokens(cls, network: Any) -> int:
