@@ -121,7 +121,8 @@ def test_what_comes_after_a_message_that_cannot_be_kept_is_heard(local_ray):
         listener._done.set()
         listener._thread.join()
         said = {"step": {"step": 1}}, {"warning": "a"}, {"result": {"steps": 3}}
-        local_ray.get([listener.board.post.remote(item) for item in said])
+        for item in said:  # one by one: Ray keeps no order of what an async actor is told at once
+            local_ray.get(listener.board.post.remote(item))
         listener.read()
         assert listener.last == {"result": {"steps": 3}} and listener.step == 1
         assert [*told[0], *told[1], told[2]] == ["step", "warning", {"warning": "a"}]
