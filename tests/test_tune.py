@@ -52,6 +52,7 @@ def place(tmp_path_factory, local_ray):
     (folder / "mine.yaml").write_text(
         "train.learning_rate: {loguniform: [1e-4, 1e-2]}\nschedule.candidates: {choice: [[0.34, 1.0], [1.0]]}\n"
     )
+    (folder / "rates.yaml").write_text("train.learning_rate: {loguniform: [1e-4, 1e-2]}\n")  # of every schedule
     try:
         yield folder
     finally:
@@ -179,7 +180,7 @@ def test_seeds_objectives_and_chance(place):
         "objectives": ["held_out_loss", "peak_memory_bytes"],
     }
     plain = wanted(place, tune=over, train={"seconds": 1}, schedule={"kind": "full"})
-    result = tune.run(plain, spaces.read(str(place / "mine.yaml")), place / "seeds")
+    result = tune.run(plain, spaces.read(str(place / "rates.yaml")), place / "seeds")
     for row in result["trials"]:
         assert row["status"] == "finished" and [seed["seed"] for seed in row["seeds"]] == [0, 1]
         losses = [seed["held_out_loss"] for seed in row["seeds"]]
@@ -286,7 +287,7 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
     output = place / "killed"
     command = [sys.executable, "-m", "pipelines.tune", "--config", str(place / "tiny.yaml"), "--shards"]
-    command += [str(place / "shards"), "--space", str(place / "mine.yaml"), "--trials", "2", "--output", str(output)]
+    command += [str(place / "shards"), "--space", str(place / "rates.yaml"), "--trials", "2", "--output", str(output)]
     command += [
         "--set",
         "train.checkpoint_every=1",
