@@ -155,8 +155,8 @@ def at_steps(output: Path, *acts) -> threading.Thread:
             deadline = time.time() + PATIENCE_S
             while time.time() < deadline:
                 if (output / "steps.jsonl").exists():
-                    seen = (output / "steps.jsonl").read_bytes().splitlines()
-                    if seen and json.loads(seen[-1])["step"] >= lines:
+                    *_, seen, _ = [b"", b"", *(output / "steps.jsonl").read_bytes().split(b"\n")]  # whole lines alone
+                    if seen and json.loads(seen)["step"] >= lines:
                         break
                 time.sleep(0.01)
             done.append(act())
@@ -166,6 +166,18 @@ def at_steps(output: Path, *acts) -> threading.Thread:
     thread.done = done
     thread.start()
     return thread
+
+
+def once_saved(output: Path, act):
+    """The act, once the run has a whole checkpoint: it is written beside the steps, on a busy machine after many."""
+
+    def later():
+        deadline = time.time() + PATIENCE_S
+        while not list((output / "checkpoints").glob("step-*/state.json")) and time.time() < deadline:
+            time.sleep(0.01)
+        return act()
+
+    return later
 
 
 def no_space():
@@ -737,7 +749,8 @@ def test_elastic_two_workers_one_and_two_again(run, nodes, place):
     alone, _ = run("alone", lambda item: held.append(reserved()) if "step" in item else None, **one)
     (group,) = held[0]
     assert list(group["bundles"].values()) == [{"CPU": 3}] and alone["decode_cpus"] == 3, "and a CPU reads"
-    watcher = at_steps(folder / "elastic", (6, nodes.kill_one_with_a_worker), (12, lambda: nodes.add(4)))
+    loses = once_saved(folder / "elastic", nodes.kill_one_with_a_worker)
+    watcher = at_steps(folder / "elastic", (6, loses), (12, lambda: nodes.add(4)))
     result, message = run("elastic", **config.merge(plain, {"train": {"min_workers": 1, "resize_every_s": 1.0}}))
     worlds = [item["workers"] for item in message if "workers" in item]
     assert len(watcher.done) == 2 and worlds == [2, 1, 2]
