@@ -329,11 +329,8 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
     if last is None:
         raise RuntimeError(f"{unit.file}: scoring alone took the budget")
     state = run.state
-    if scale.clock == "seconds" and bench.device.type == "cpu" and state.seconds.total > MOST_WAITED * cpu_s:
-        raise UserError(
-            f"{unit.file}: {state.seconds.total:.0f} s were charged, in which this process had {cpu_s:.0f} s of a "
-            "processor: others work here; give it an idle core and repeat the command, which does this unit again"
-        )
+    if scale.clock == "seconds" and bench.device.type == "cpu":
+        check_had_a_core(unit, state.seconds.total, cpu_s)
     return {
         "rate": wanted.train.learning_rate,
         "batch": batch,
@@ -351,6 +348,15 @@ def _run(bench: Bench, unit: Unit, budget: float, rate: float, batch: int) -> di
         "quality": figures,
         "loss_tau": run.table.loss_tau if run.table else {},
     }
+
+
+def check_had_a_core(unit: Unit, charged_s: float, cpu_s: float) -> None:
+    """Raises UserError where what was charged is not what the unit's own work took of a processor."""
+    if charged_s > MOST_WAITED * cpu_s:
+        raise UserError(
+            f"{unit.file}: {charged_s:.0f} s were charged, in which this process had {cpu_s:.0f} s of a processor: "
+            "others work here; give it an idle core and repeat the command, which does this unit again"
+        )
 
 
 def _loss(run: Training, judged: Sequence[Latents], scale: Scale) -> float:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import common, study, study_figures, study_page, study_routing
 from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
-from benchmarks.study_units import Bench, Unit, material, without_seconds, work
+from benchmarks.study_units import Bench, Unit, check_had_a_core, material, without_seconds, work
 from entprog import config, files
 from entprog.blocks import blocks
 from entprog.data import shards
@@ -378,6 +378,13 @@ def test_candidates_of_two_clip_shapes_are_two_candidates(records):
     more = study_figures.summary(CPU, {unit: looked} | {u: r for u, r in records.items() if u.kind != "hindsight"})[1]
     assert sorted(more["residual"]["loss_minus_exact_at_same_cost"]["by_seed"]) == pytest.approx([-0.15, 0.1])
     assert "| 4/4 | 2 exact of half |" in study_page.choices(more["hindsight"])
+
+
+def test_seconds_of_a_machine_that_others_use_are_no_record():
+    unit = Unit(kind="run", task="wan_rendered", arm="full")
+    check_had_a_core(unit, 50.0, 49.0)
+    with pytest.raises(UserError, match=r"seed0\.json: 50 s were charged, .* had 40 s of a processor: others work"):
+        check_had_a_core(unit, 50.0, 40.0)
 
 
 def test_a_sitting_adds_to_a_result_file_whose_folder_is_gone(records, tmp_path, monkeypatch):

@@ -101,6 +101,8 @@ def test_a_saved_network_sees_the_same_and_an_older_one_what_it_was_trained_on(m
     )
     with pytest.raises(ValueError, match=r"embedding of the reference in place of a text: give no prompt_embeds"):
         pipe.text(torch.ones(1, 1, 8), None)
+    with pytest.raises(ValueError, match=r"embedding of the reference in place of a text: give no text_guidance"):
+        pipe.no_text({"prompt_embeds": torch.ones(1, 1, 8)})
     (tmp_path / "model" / "entprog.json").write_text(json.dumps({k: v for k, v in about.items() if k != "native"}))
     older = load(of(tmp_path / "model"))
     assert older.image_encoder is None and older.form == ""

@@ -518,6 +518,10 @@ class ReferencePosePipeline(DiffusionPipeline):
 
     def no_text(self, shown):
         """What the network was shown for a text that was withheld, by name, where another one is shown."""
+        if self.config.form == EMBEDDED:
+            raise ValueError(
+                "this network sees an embedding of the reference in place of a text: give no text_guidance"
+            )
         none = {name: torch.zeros_like(value) for name, value in shown.items() if name != LAST}
         none = self.text(None, None) if self.config.empty_text else none | {PROMPT: torch.zeros(self.config.text_shape)}
         none = {name: tensor.to(shown[name]) for name, tensor in none.items()}
