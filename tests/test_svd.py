@@ -26,11 +26,18 @@ IMAGE_PARTS = ("image_encoder", "feature_extractor")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(pipeline, its folder, the same folder without its image encoder)"""
+    """(pipeline, its folder, that of one without an image encoder)"""
     folder = tmp_path_factory.mktemp("svd")
     pipe = bases.svd(folder / "whole")
-    shutil.copytree(folder / "whole", folder / "bare", ignore=shutil.ignore_patterns(*IMAGE_PARTS))
+    without_encoder(folder / "whole", folder / "bare")
+    index = json.loads((folder / "bare" / "model_index.json").read_text())
+    nothing = {name: [None, None] for name in IMAGE_PARTS}  # as diffusers writes it
+    (folder / "bare" / "model_index.json").write_text(json.dumps(index | nothing))
     return pipe, folder / "whole", folder / "bare"
+
+
+def without_encoder(folder, new):
+    shutil.copytree(folder, new, ignore=shutil.ignore_patterns(*IMAGE_PARTS))
 
 
 def of(folder, **settings):
@@ -135,6 +142,23 @@ def test_what_a_base_lacks_is_said(made, tmp_path):
         UserError, match=r"tuned has no feature_extractor/, which this network was trained with: copy it"
     ):
         inspect(of(tmp_path / "tuned"))
+
+
+def test_an_encoder_that_its_index_names_and_nobody_fetched_is_missing(made, tmp_path, monkeypatch):
+    """An earlier version had no use for it: its copy of a base on the hub lacks it, and may stay all that there is."""
+    snapshot = tmp_path / "models--someone--dancer" / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    without_encoder(made[1], snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = r"^model\.base: .* has no image_encoder/ and feature_extractor/, which this network was trained with: {}$"
+    for base, remedy in (
+        ("someone/dancer", "it was fetched without, .*: run this once where the hub can be reached"),
+        (snapshot, "give its pipeline's whole folder, or its name on the hub"),
+    ):
+        with pytest.raises(UserError, match=line.format(remedy)):
+            inspect(of(base))
 
 
 def test_without_transformers_it_is_one_line(made, monkeypatch):

@@ -163,7 +163,7 @@ class Family:
     ) -> bool:
         """Whether a base's network sees all that its pipeline shows it, where earlier versions left something out.
         network: its configuration, not yet widened; trained: `entprog.json` of the base, under that of an adapter; {}
-        where neither was trained here; there: which of MORE the base has.
+        where neither was trained here; there: which of MORE its pipeline has, in its folder or by its index.
         Raises UserError for settings that contradict it."""
         return False
 

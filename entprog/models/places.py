@@ -30,7 +30,12 @@ def more(needed: tuple[str, ...], settings: config.Model, root: Path, about: dic
     out = {name: root / name for name in needed if (root / name).is_dir()}
     places = {name: place for name, place in about.get("elsewhere", {}).items() if name in needed and name not in out}
     if missing := [f"{name}/" for name in needed if name not in {**out, **places}]:
-        remedy = whole.remedy(root) if about else "give its pipeline's whole folder, or its name on the hub"
+        if about:
+            remedy = whole.remedy(root)
+        elif whole.is_cached(str(settings.base), root):
+            remedy = "it was fetched without, and the hub gives nothing now: run this once where the hub can be reached"
+        else:
+            remedy = "give its pipeline's whole folder, or its name on the hub"
         raise UserError(
             f"model.base: {settings.base} has no {' and '.join(missing)}, which this network was trained with: {remedy}"
         )

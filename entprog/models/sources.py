@@ -165,7 +165,7 @@ def inspect(
     tensors = cls.tensors(network.config, settings, root)
     more, native = {}, False
     if root is not None:
-        there = [name for name in cls.MORE if (root / name).is_dir()]
+        there = [name for name in cls.MORE if name in whole.parts(index) or (root / name).is_dir()]
         native = cls.sees_native(network.config, {**about, **of_adapter}, settings, there)
         more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)

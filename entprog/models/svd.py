@@ -10,7 +10,7 @@ reference, and the reference's latents are those of a picture with a little nois
 by default and tells the network. The noise is the picture's own, so that latents can be cached: the base was trained
 with more and less of it (arXiv 2311.15127, appendix: log strength of mean -3, spread 0.5), and never without.
 
-Of a base that lacks one of them, and of networks that an earlier version trained, cross-attention sees
+Of a base whose pipeline lacks one of them, and of networks that an earlier version trained, cross-attention sees
 `model.prompt_embeds` (one token of CLIP's image encoder) for all clips, or zeros, SVD's own for "no image", and the
 reference has no noise.
 """

@@ -58,7 +58,7 @@ def origin(given: str, root: Path, subfolder: str, library: str, kind: str, abou
     if kept and not folder.is_dir():  # that folder does not hold it either
         place = Elsewhere(**kept)
         return Origin(place, None if place.revision else _loadable(Path(place.name) / place.subfolder, subfolder))
-    cached = root.parent.name == "snapshots" and not Path(given).expanduser().is_dir()  # fetched, and given by its name
+    cached = is_cached(given, root)
     name = given if cached else str(root.resolve())
     place = Elsewhere(
         name=name, revision=root.name if cached else None, subfolder=subfolder, library=library, kind=kind
@@ -66,20 +66,25 @@ def origin(given: str, root: Path, subfolder: str, library: str, kind: str, abou
     return Origin(place, _loadable(folder, subfolder), "://" in given)
 
 
+def is_cached(given: str, root: Path) -> bool:
+    """Whether the pipeline in `root` was fetched from the hub, and given by its name there."""
+    return root.parent.name == "snapshots" and not Path(given).expanduser().is_dir()
+
+
 def encoders(given: str | None, root: Path | None, about: Mapping[str, Any]) -> dict[str, Origin]:
     """The encoders that the pipeline of a base names, but for those that are neither here nor on the hub."""
-    named = {name: kinds for name, kinds in _parts(index_of(root)).items() if name in ENCODERS}
+    named = {name: kinds for name, kinds in parts(index_of(root)).items() if name in ENCODERS}
     named |= {
         name: (kept["library"], kept["kind"]) for name, kept in about.get("elsewhere", {}).items() if name in ENCODERS
     }
     return _there({name: origin(str(given), root, name, *kinds, about) for name, kinds in named.items()})
 
 
-def text_encoders(given: str, root: Path, parts: Iterable[str]) -> dict[str, Origin]:
+def text_encoders(given: str, root: Path, wanted: Iterable[str]) -> dict[str, Origin]:
     """Those that texts are encoded with, of a folder that a person called `given`, whether an index names them or not,
-    as `encoders`. parts: their names."""
-    named = _parts(index_of(root))
-    kinds = {name: named.get(name) or ("transformers", part_files.kind(root / name, name)) for name in parts}
+    as `encoders`. wanted: their names."""
+    named = parts(index_of(root))
+    kinds = {name: named.get(name) or ("transformers", part_files.kind(root / name, name)) for name in wanted}
     return _there({name: origin(given, root, name, *of, {}) for name, of in kinds.items() if of[1]})
 
 
@@ -113,7 +118,7 @@ def deciding(root: Path) -> dict[str, Any]:
     return {name: index[name] for name in (BOUNDARY, EXPAND) if index.get(name)}
 
 
-def _parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """{name: (library, class)} of the parts that an index names."""
     entries = {name: entry for name, entry in index.items() if name[0] != "_" and name != "conditions"}
     pairs = {name: tuple(entry) for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
@@ -168,7 +173,7 @@ def leave(
     copied = {name: o.place for name, o in origins.items() if name != "vae" and name not in left_out}
     here |= {name: [place.library, place.kind] for name, place in copied.items()}
     seen = (about["conditions"], *more.get("experts", {}).values())
-    if not any(seen) and _parts(base).keys() == here.keys() and isinstance(base.get("_class_name"), str):
+    if not any(seen) and parts(base).keys() == here.keys() and isinstance(base.get("_class_name"), str):
         values = {**base, **here}
     else:
         clip = about["shape"] and {name: about["shape"][name] for name in ("frames", "height", "width", "fps")}
@@ -200,7 +205,7 @@ def missing(root: Path) -> list[str]:
     if not listed:
         return [folders.INDEX]
     out = [] if isinstance(listed.get("_class_name"), str) or (root / CODE.name).is_file() else [CODE.name]
-    out += [f"{name}/" for name in _parts(listed) if _loadable(root / name, name) is None]
+    out += [f"{name}/" for name in parts(listed) if _loadable(root / name, name) is None]
     if listed.get("prompt") and not (root / folders.PROMPT).is_file():
         out.append(folders.PROMPT)
     return out
