@@ -115,6 +115,38 @@ def test_what_waits_on_the_host_is_freed_until_the_backward_pass(denoiser, found
     assert all(alive[True]) and not any(alive["on_host"])
 
 
+def test_what_waits_on_the_host_is_on_its_way_when_it_is_wanted(denoiser, found):
+    """But for the first of a backward pass; one block's at a time. It goes with its graph, whether that had a backward
+    pass or not, and of two graphs each has its own."""
+    passes, waiting, ahead = {}, [], []
+
+    def look(*_):
+        ahead.append(sum(away() is not None and away().back is not None for away in waiting))
+
+    def gradients(loss, **kwargs):
+        loss.backward(**kwargs)
+        out = {n: p.grad for n, p in denoiser.network.named_parameters() if p.grad is not None}
+        denoiser.network.zero_grad(set_to_none=True)
+        return out, line.late
+
+    for block in found:
+        block.module.attn1.register_forward_hook(look)
+    for how in (True, "on_host"):
+        unfreeze(denoiser.network, found, [b.name for b in found], denoiser.outside()["conditions"], "exact", how)
+        line = found[0].module.forward.line
+        one, two, third = (predict(denoiser, n).square().mean() for n in (1, 2, 1))
+        away = line.last()
+        while away is not None:
+            waiting.append(weakref.ref(away))
+            away = away.before()
+        passes[how] = gradients(third), gradients(one, retain_graph=True), gradients(two), gradients(one)
+    assert [late for _, late in passes["on_host"]] == [1, 2, 3, 3] and max(ahead) == 1
+    del one, two, third
+    assert len(waiting) == 3 * len(found) and not any(away() for away in waiting)
+    for (got, _), (expected, _) in zip(passes["on_host"], passes[True], strict=True):
+        assert got.keys() == expected.keys() and all(torch.equal(got[n], expected[n]) for n in got)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True, "on_host", "keep_attention"])
 def test_residual_gradient_is_the_formulas(denoiser, found, checkpointing):
     """Reference: y = x + (f(x) - x).detach() written into the network by hand."""

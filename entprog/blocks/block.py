@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from entprog.blocks import fp8
-from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing
+from entprog.blocks.checkpointed import CheckpointedForward, Checkpointing, Line
 from entprog.blocks.packed import Form
 from entprog.blocks.split import is_split
 from entprog.blocks.stored import ADAPTER, Stored, is_adapted
@@ -171,9 +171,10 @@ def along_bypass(module: nn.Module, *args, **kwargs):
     return _AlongBypass.apply(run, shortcut)
 
 
-def checkpointed(module: nn.Module, how: Checkpointing) -> CheckpointedForward:
-    """A block's own forward under gradient checkpointing."""
-    waits = {"module": module, "bypass": bypass} if how == "on_host" else {}
+def checkpointed(module: nn.Module, how: Checkpointing, line: Line | None = None) -> CheckpointedForward:
+    """A block's own forward under gradient checkpointing. line: of the network's blocks whose inputs wait on the host;
+    None: one of its own."""
+    waits = {"module": module, "bypass": bypass, "line": line or Line()} if how == "on_host" else {}
     return CheckpointedForward(own_forward(module), **waits, keeps_attention=how == "keep_attention")
 
 
@@ -374,6 +375,7 @@ def unfreeze(
         swap = Swap(next(network.parameters()).device)
     found.sort(key=lambda b: (b.name in trainable, b.name not in waiting))  # room is made before it is taken
     network.requires_grad_(False)
+    line = Line()
     for block in found:
         block.module.__dict__.pop("forward", None)
         trained = block.name in trainable
@@ -390,7 +392,7 @@ def unfreeze(
         if along:
             block.module.forward = functools.partial(along_bypass, block.module)
         elif checkpointing:
-            block.module.forward = checkpointed(block.module, checkpointing)
+            block.module.forward = checkpointed(block.module, checkpointing, line)
         elif variants(block.module).compiled:
             block.module.forward = own_forward(block.module)
     for parameter in outside:

@@ -1,13 +1,15 @@
 """Gradient checkpointing of a block: only its inputs are kept for the backward pass, which runs it again.
 
 The inputs that blocks hand on, of which each keeps its own, can wait in host memory: of a long clip they are most of
-what is kept (Wan 14B: 0.8 GB a block at 75,000 tokens). Those that all blocks share stay on the device.
+what is kept (Wan 14B: 0.8 GB a block at 75,000 tokens). Those that all blocks share stay on the device. While a block
+runs again, what the one before it was given comes back on a stream of its own.
 
 Or self-attention's output is kept beside the inputs: it is as large as one of them, and of a long clip most of what
 would be computed again.
 """
 
 import functools
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +86,8 @@ class CheckpointedForward:
     module: nn.Module | None = None
     """The block, where the inputs that its bypass hands on as they are wait on the host. None: all stay."""
     bypass: Callable | None = None
+    line: "Line" = field(default_factory=lambda: Line())
+    """Shared by the blocks of a network."""
     keeps_attention: bool = False
     known: list[tuple[Any, list[int]]] = field(default_factory=list)
     """(how arguments are laid out, which of them wait), of those that were met: asked once, not at every step."""
@@ -99,7 +103,7 @@ class CheckpointedForward:
         places = self._places(args, kwargs)
         if not places or not self._has_a_graph(leaves):
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
-        away = _Away([leaves[place] for place in places])
+        away = _Away([leaves[place] for place in places], self.line)
         here = [None if place in places else leaf for place, leaf in enumerate(leaves)]
 
         def run(*here):
@@ -140,25 +144,74 @@ class CheckpointedForward:
         return any(t.requires_grad for t in given) or any(p.requires_grad for p in self.module.parameters())
 
 
+@dataclass(eq=False)
+class Line:
+    """Inputs that wait, in the order in which their blocks ran: a backward pass wants them from the last to the first.
+    They live as long as their graph."""
+
+    last: Callable[[], "_Away | None"] = lambda: None
+    """Of the block that ran last, while its graph is there."""
+    coming: Callable[[], "_Away | None"] = lambda: None
+    """Whose inputs are on their way: one block's at a time."""
+    late: int = 0
+    """Inputs so far that were not on their way when they were wanted: of each backward pass the first."""
+
+
 class _Away:
     """Tensors that are used at once, and again in the backward pass: until then they lie on the host."""
 
-    def __init__(self, tensors: list[torch.Tensor]):
+    back: list[torch.Tensor] | None = None
+    """On the device again, or on their way, and not used yet."""
+    ready: torch.cuda.Event | None = None
+    """Recorded behind the copy back."""
+
+    def __init__(self, tensors: list[torch.Tensor], line: Line):
         self.first: list[torch.Tensor] | None = tensors
         self.asked = [tensor.requires_grad for tensor in tensors]
-        self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.copied: torch.cuda.Event | None = None
+        self.device = tensors[0].device
         self.host = self._taken_away(tensors)
+        self.line, self.before, line.last = line, line.last, weakref.ref(self)
 
     def brought(self) -> list[torch.Tensor]:
         """The tensors themselves the first time; copies after that."""
         if self.first is not None:
             first, self.first = self.first, None
             return first
-        if self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
-        back = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in self.host]
+        if self.back is None:
+            self.line.late += 1
+            self._bring()
+        back, self.back = self.back, None
+        if self.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.ready)
+        if (before := self.before()) is not None and before.back is None:
+            before._bring()
         return [tensor.requires_grad_(asked) for tensor, asked in zip(back, self.asked, strict=True)]
+
+    def _bring(self) -> None:
+        """Begin to copy them to the device."""
+        if (other := self.line.coming()) is not None:
+            other._forget()
+        self.line.coming = weakref.ref(self)
+        if self.device.type != "cuda":
+            self.back = [tensor.clone() for tensor in self.host]
+            return
+        # Of the computing stream's memory, which is free again once that is done with it: what another stream lent
+        # would be new memory for as long as the host is ahead of the device.
+        self.back = [torch.empty_like(tensor, device=self.device) for tensor in self.host]
+        side, self.computing = _beside(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(self.computing)  # whatever used that memory before is done by then
+        with torch.cuda.stream(side):  # behind the copy to the host
+            for tensor, kept in zip(self.back, self.host, strict=True):
+                tensor.copy_(kept, non_blocking=True)
+            self.ready = side.record_event()
+
+    def _forget(self) -> None:
+        """Nobody came for what is on its way: its memory is free behind the copy."""
+        if self.back is not None and self.ready is not None:
+            self.computing.wait_event(self.ready)
+        self.back = None
+
+    __del__ = _forget
 
     def _taken_away(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.device.type != "cuda":
@@ -170,7 +223,6 @@ class _Away:
             for kept, tensor in zip(host, tensors, strict=True):
                 kept.copy_(tensor.detach(), non_blocking=True)
                 tensor.record_stream(side)
-            self.copied = side.record_event()
         return host
 
 

@@ -33,7 +33,8 @@ class Cost:
     """Activations kept for the backward pass of one clip on the device; with gradient checkpointing, the inputs of its
     blocks, and attention's outputs where these are kept."""
     recomputed_bytes: int
-    """Activations of one clip that checkpointing brings back in the backward pass, for the largest block."""
+    """Activations of one clip that checkpointing brings back in the backward pass, for the largest block; of inputs
+    that wait on the host also the next block's."""
     copied_bytes: int
     """Copies of weights that autocast makes and autograd keeps, with checkpointing those of the largest block."""
     weight_bytes: int
@@ -193,7 +194,7 @@ def saving(weights: Collection[int], brought: Collection[int] = (), copies: Cont
 class _Checkpointed:
     """What gradient checkpointing keeps, which no hook of autograd's sees: the inputs of every recomputed block, but
     for those that wait on the host, and what else it keeps; and what the recomputation of the largest one brings
-    back."""
+    back, with the inputs that wait of the block before it."""
 
     def __init__(self, network: nn.Module, weights: Collection[int], counter: FlopCounter, copies: WeightCopies):
         self.weights, self.counter, self.copies = weights, counter, copies
@@ -203,9 +204,11 @@ class _Checkpointed:
         self.extra_flops = 0
         self.kept_bytes = 0
         """Beside inputs."""
-        self.kinds: dict[tuple, int] = {}
-        """Of blocks that were recomputed once → what is kept of one: the counter keeps what it saw until it is left, so
-        not all are."""
+        self.before_bytes = 0
+        """Of the block that ran before, inputs that wait on the host."""
+        self.kinds: dict[tuple, tuple[int, int]] = {}
+        """Of blocks that were recomputed once → what is kept of one, and recomputed: the counter keeps what it saw
+        until it is left, so not all are."""
         self.hooks = [
             module.register_forward_hook(self.note, with_kwargs=True)
             for module in network.modules()
@@ -221,12 +224,16 @@ class _Checkpointed:
         tensors = (*tensors_in(args, kwargs), *module.parameters())
         kind = type(module), *((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
         if kind not in self.kinds:
-            self.kinds[kind] = self.recompute(module, args, kwargs, {*self.weights, *inputs}, away)
-        self.kept_bytes += self.kinds[kind]
+            self.kinds[kind] = self.recompute(module, args, kwargs, {*self.weights, *inputs})
+        kept, again = self.kinds[kind]
+        waiting = sum(away.values())
+        self.kept_bytes += kept
+        self.recomputed_bytes = max(self.recomputed_bytes, again + waiting + self.before_bytes)
+        self.before_bytes = waiting
 
-    def recompute(self, module: nn.Module, args, kwargs, known: set[int], away: dict[int, int]) -> int:
-        """Bytes that are kept of a block beside its inputs. known: addresses that do not count; away: its inputs that
-        wait on the host."""
+    def recompute(self, module: nn.Module, args, kwargs, known: set[int]) -> tuple[int, int]:
+        """Bytes that are kept of a block beside its inputs, and that are recomputed. known: addresses that do not
+        count."""
         before = self.counter.get_total_flops()
         keeping = module.forward.keeping()
         with fsdp.together(module), keeping:
@@ -238,8 +245,7 @@ class _Checkpointed:
         kept = storages(keeping.tensors)
         again = sum(size for address, size in saved.activations.items() if address not in kept)
         self.copied_bytes = max(self.copied_bytes, sum(saved.copies.values()))
-        self.recomputed_bytes = max(self.recomputed_bytes, again + sum(away.values()))
-        return sum(kept.values())
+        return sum(kept.values()), again
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -177,9 +177,10 @@ class Probe:
 
             return self.meter(run)
 
-        def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, int, bool]:
-            """Bytes kept, bytes recomputed, bytes of weights' copies, and whether common inputs are kept. Compiled code
-            may keep copies too, which count among the others: nothing sees it make them."""
+        def kept(wanted: Collection[int], trained: bool) -> tuple[int, int, int, int, bool]:
+            """Bytes kept, bytes recomputed, of those what waits on the host until then, bytes of weights' copies, and
+            whether common inputs are kept. Compiled code may keep copies too, which count among the others: nothing
+            sees it make them."""
             blocks.train_block(module, trained)
             shared = counting.storages(t for i, t in enumerate(tensors) if i not in stream)
             given, named = leaves(wanted)
@@ -195,13 +196,14 @@ class Probe:
             self.common |= seen
             inside = sum(size for address, size in saved.items() if address not in shared)
             if not self.checkpointing:
-                return inside, 0, copied, bool(seen)
+                return inside, 0, 0, copied, bool(seen)
             inputs = counting.storages(tensors[i] for i in stream)
             away, beside = (counting.storages(some) for some in (body.away(args, kwargs), keeping.tensors))
             here = shared.keys() | inputs.keys() | beside.keys()
             again = sum(size for address, size in saved.items() if address not in here)
             brought = sum(away.values())
-            return sum(inputs.values()) + sum(beside.values()) - brought, again + brought, copied, bool(seen)
+            stays = sum(inputs.values()) + sum(beside.values()) - brought
+            return stays, again + brought, brought, copied, bool(seen)
 
         own, compiled = blocks.own_forward(module), blocks.variants(module).compiled
         body = blocks.checkpointed(module, self.checkpointing) if self.checkpointing else own
@@ -210,13 +212,13 @@ class Probe:
             forward = self.meter(lambda: own(*given, **named))
             low, twin_bytes = self.in_twin(module, given, named) if self.frozen_precision == "fp8" else (forward, 0)
         around = cost(lambda *a, **k: blocks.bypass(module, *a, **k), asked | stream, trained=False)
-        trained_bytes, recomputed_bytes, copied_bytes, _ = kept(asked | stream, trained=True)
+        trained_bytes, recomputed_bytes, away_bytes, copied_bytes, _ = kept(asked | stream, trained=True)
         edge_bytes, *_ = kept(asked - stream, trained=True)
         spared_bytes = spared(module)
         parameter_bytes = sum(4 * p.numel() for p in blocks.trainable(module))
         movable_trained_bytes = blocks.movable_bytes(module)
         crossed = kept(asked | stream, trained=False)
-        through_bytes, through_recomputed_bytes, through_copied_bytes, through_common = crossed
+        through_bytes, through_recomputed_bytes, _, through_copied_bytes, through_common = crossed
         movable_bytes = blocks.movable_bytes(module)
         self.through_common = self.through_common or through_common
         measured = BlockCost(
@@ -231,6 +233,7 @@ class Probe:
             through_bytes=through_bytes,
             recomputed_bytes=recomputed_bytes,
             through_recomputed_bytes=through_recomputed_bytes,
+            away_bytes=away_bytes,
             copied_bytes=copied_bytes,
             through_copied_bytes=through_copied_bytes,
             parameter_bytes=parameter_bytes,

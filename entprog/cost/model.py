@@ -43,6 +43,8 @@ class BlockCost:
     """What checkpointing brings back in the backward pass of a trained block; 0 without."""
     through_recomputed_bytes: int
     """Bytes recomputed at once for a frozen block that the exact backward crosses."""
+    away_bytes: int = 0
+    """Of that, inputs that wait on the host: they come back while the block after it runs again."""
     copied_bytes: int = 0
     """Copies of its weights that autocast makes, for any number of clips, when trained: kept beside `trained_bytes`, or
     with checkpointing beside `recomputed_bytes`."""
@@ -135,6 +137,7 @@ class CostModel(Record):
         """Peak bytes of an update (`costs.peak_bytes`)."""
         kept, recomputed, common, weights = self.outside_bytes + self.outside_copied_bytes, 0, False, self.weight_bytes
         weights = self.part(weights - sum(block.spared_bytes for block in self.blocks if block.name not in trainable))
+        before = 0  # inputs that wait, of the block before
         for block, kind in self.passes(trainable, backward):
             again = copied = 0
             if kind in ("trained", "edge"):
@@ -147,7 +150,8 @@ class CostModel(Record):
             elif kind == "along":
                 weights += block.twin_bytes
             if again:
-                recomputed = max(recomputed, again + copied)
+                recomputed = max(recomputed, again + copied + before)
+                before = block.away_bytes
             else:
                 kept += copied
         may = {b.name: b.movable_bytes for b in self.blocks if b.name not in trainable or b.movable_trained_bytes}
