@@ -6,7 +6,8 @@
     waiting for data   = max(0, clips of a worker / decode rate - compute)
 
     ddp                all-reduce of the trained gradients: 2 · ring(trained, N), after the backward pass
-    fsdp               ring(weights, N) in the forward pass; 2 · ring(trained, N) in the backward pass
+    fsdp               ring(gathered, N) in the forward pass; ring(gathered again + trained, N) in the backward pass,
+                       of which every weight's rows are filled up to a multiple of N
     hsdp               as fsdp among the GPUs of a node; then 2 · ring(trained / GPUs of a node, nodes) between nodes
 
 What overlaps is exposed where it takes longer than the pass beside it, and always for one of its parts: the first that
@@ -18,15 +19,16 @@ nodes (HSDP) are `train.replicas`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
 
 from entprog import models
-from entprog.blocks import blocks, unfreeze
+from entprog.blocks import HALF, Block, blocks, layer_weights, unfreeze
 from entprog.cost import counting
 from entprog.distributed.reducing import BUCKET_BYTES
 from entprog.scoring.split import Costs
@@ -48,9 +50,10 @@ class Constants:
     """Schedule → forward, backward and update of one worker's batch."""
     forward_s: float
     """Of one worker's batch."""
-    weight_bytes: int
-    """All weights in float32, as they are trained. Under bfloat16 autocast what is gathered is half of that, without
-    adapters too, which no forecast here has yet: of `fsdp` and `hsdp` they foresee too much."""
+    forward_bytes: dict[int, int]
+    """Ranks that hold a copy in parts → bytes that are brought together for a forward pass."""
+    backward_bytes: dict[str, dict[int, int]]
+    """Schedule → the same of a backward pass, and what its gradients in float32 are reduced from."""
     reduced_bytes: dict[str, int]
     """Schedule → gradient bytes all-reduced in an update: of trained parameters only."""
     parts: int
@@ -115,12 +118,15 @@ def wire(constants: Constants, schedule: str, workers: int, parallel: Parallel) 
     if parallel == "ddp":
         return 0.0, 2 * _ring(trained, workers, constants.bandwidth) + wait
     if parallel == "fsdp":
-        gathered = _ring(constants.weight_bytes, workers, constants.bandwidth)
-        return gathered + wait, 2 * _ring(trained, workers, constants.bandwidth) + 2 * wait
+        ahead, back = constants.forward_bytes[workers], constants.backward_bytes[schedule][workers]
+        return (
+            _ring(ahead, workers, constants.bandwidth) + wait,
+            _ring(back, workers, constants.bandwidth) + 2 * wait,
+        )
     node = min(NODE, workers)
-    gathered = _ring(constants.weight_bytes, node, constants.inside_bandwidth)
+    ahead, back = constants.forward_bytes[node], constants.backward_bytes[schedule][node]
     between = 2 * _ring(trained / node, workers / node, constants.bandwidth) + wait
-    return gathered, 2 * _ring(trained, node, constants.inside_bandwidth) + between
+    return _ring(ahead, node, constants.inside_bandwidth), _ring(back, node, constants.inside_bandwidth) + between
 
 
 def predicted(constants: Constants, schedule: str, workers: int, arrangement: Arrangement = TODAY) -> dict[str, float]:
@@ -163,6 +169,21 @@ def plan(network, found, outside, schedule: str) -> list[torch.nn.Parameter]:
     return unfreeze(network, found, names[every - 1 :: every], outside, "residual")
 
 
+def gathered(network: nn.Module, found: Sequence[Block], ranks: int) -> dict[str, int]:
+    """Bytes that ranks which hold parts of a network bring together for a pass under bfloat16 autocast, without
+    adapters: of each block, and under "" of what lies outside them, norms of blocks among that
+    (`entprog.distributed.fsdp.shard`)."""
+    rounded = {block.name: [weight for _, weight in layer_weights(block.module)] for block in found}
+    halved = {weight for weights in rounded.values() for weight in weights}
+    out = {name: _filled(weights, ranks) * HALF.itemsize for name, weights in rounded.items()}
+    return out | {"": 4 * _filled((p for p in network.parameters() if p not in halved), ranks)}
+
+
+def _filled(weights: Iterable[torch.Tensor], ranks: int) -> int:
+    """Numbers of weights whose rows are filled up until every rank has as many."""
+    return sum(-(-len(weight) // ranks) * ranks * weight[0].numel() for weight in weights)
+
+
 # ---- networks on GPUs, counted without their weights ----
 
 WAN = {"text_dim": 4096, "freq_dim": 256}
@@ -183,6 +204,8 @@ def counted(sizes: dict[str, int], latents: Sequence[int], schedule: str) -> dic
     names = tuple(f"{block.name}." for block in found)
     outside = [p for name, p in network.named_parameters() if not name.startswith(names)]
     trained = plan(network, found, outside, schedule)
+    chosen = [block.name for block in found if any(p.requires_grad for p in block.module.parameters())]
+    whole = {ranks: gathered(network, found, ranks) for ranks in GPUS}
     marks: list[int] = []
     with counting.flop_counter() as counter:
         for block in found:
@@ -199,6 +222,11 @@ def counted(sizes: dict[str, int], latents: Sequence[int], schedule: str) -> dic
         "step": counter.get_total_flops(),
         "costs": Costs(own, forward - sum(own)),
         "trained_bytes": sum(p.nbytes for p in trained),
+        "forward_bytes": {ranks: sum(each.values()) for ranks, each in whole.items()},
+        "backward_bytes": {
+            ranks: sum(each[name] for name in ("", *chosen)) + 4 * _filled(trained, ranks)
+            for ranks, each in whole.items()
+        },
         "weight_bytes": sum(p.nbytes for p in network.parameters()),
     }
 
@@ -215,7 +243,8 @@ def gpus(network: str) -> tuple[Constants, dict[str, str]]:
     constants = Constants(
         compute_s={schedule: each["step"] / rate for schedule, each in found.items()},
         forward_s=full["forward"] / rate,
-        weight_bytes=full["weight_bytes"],
+        forward_bytes=full["forward_bytes"],
+        backward_bytes={schedule: each["backward_bytes"] for schedule, each in found.items()},
         reduced_bytes={schedule: each["trained_bytes"] for schedule, each in found.items()},
         parts=len(full["costs"].blocks) + 1,
         bucket_bytes=BUCKET_BYTES,
@@ -231,7 +260,8 @@ def gpus(network: str) -> tuple[Constants, dict[str, str]]:
     sources = {
         "compute_s": f"counted FLOPs {flops} over {rate:.3g} FLOP/s, measured: full training on an H200",
         "forward_s": f"counted FLOPs {full['forward']} over the same",
-        "weight_bytes": "counted: float32",
+        "forward_bytes": "counted: linear layers of blocks in bfloat16, the rest in float32",
+        "backward_bytes": "counted: those of trained blocks and outside blocks; float32 gradients of what is trained",
         "reduced_bytes": "counted: float32 gradients of trained parameters",
         "parts": "counted: blocks, and what lies outside them",
         "bucket_bytes": "setting",

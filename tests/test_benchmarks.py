@@ -472,7 +472,8 @@ def test_the_simulated_scoring_is_what_the_document_says():
 @pytest.mark.parametrize("schedule", scaling_forecast.SCHEDULES)
 def test_what_overlaps_is_hidden_as_far_as_there_is_computing_beside_it(schedule):
     constants = scaling_forecast.Constants(
-        compute_s={"full": 3.0, "entprog": 1.5}, forward_s=1.0, weight_bytes=80, parts=10, bandwidth=20.0,
+        compute_s={"full": 3.0, "entprog": 1.5}, forward_s=1.0, parts=10, bandwidth=20.0,
+        forward_bytes={8: 40, 16: 48}, backward_bytes={"full": {8: 120, 16: 128}, "entprog": {8: 32, 16: 36}},
         reduced_bytes={"full": 80, "entprog": 20}, latency_s=0.0, inside_bandwidth=400.0, decode_rate=99.0, clips=1,
         bucket_bytes=8, blocked_s=8.0, steps_between_checkpoints=100, spread=0.0,
     )  # fmt: skip
@@ -484,9 +485,10 @@ def test_what_overlaps_is_hidden_as_far_as_there_is_computing_beside_it(schedule
     assert before["exposed_s"] == pytest.approx(reduced)
     backward = constants.compute_s[schedule] - 1.0
     assert overlapped["exposed_s"] == pytest.approx(max(reduced - backward, reduced / -(-trained // 8)))
-    gathered = 15 / 16 * 80 / 20
-    assert sharded["exposed_s"] == pytest.approx(gathered - 1 + max(reduced - backward, (gathered + reduced) / 10))
-    inside, between = 7 / 8 * 80 / 400, 2 * 7 / 8 * trained / 400 + 2 * 1 / 2 * trained / 8 / 20
+    gathered, back = (15 / 16 * size / 20 for size in (48, constants.backward_bytes[schedule][16]))
+    assert sharded["exposed_s"] == pytest.approx(gathered - 1 + max(back - backward, (gathered + back) / 10))
+    inside, back = (7 / 8 * size / 400 for size in (40, constants.backward_bytes[schedule][8]))
+    between = back + 2 * 1 / 2 * trained / 8 / 20
     assert replicated["exposed_s"] == pytest.approx(max(between - backward, (inside + between) / 10))
     assert 16 * sharded["checkpoint_s"] == 8 * replicated["checkpoint_s"] == before["checkpoint_s"]
     assert scaling_forecast.predicted(constants, schedule, 1)["exposed_s"] == 0

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import scaling_forecast
 from entprog.blocks import blocks, layer_weights, store_frozen, unfreeze, variants
 from entprog.config import Priority
 from entprog.cost import counting, measuring
@@ -218,12 +219,17 @@ def test_bytes_are_counted(folder):
     alone = counted(experiment(1, "ddp", "searched"))
     network = networks.load(experiment(1, "ddp", "searched"), torch.device("cpu")).network
     layers = sum(p.numel() for _, p in layer_weights(network.blocks[0]))
+    foreseen = scaling_forecast.gathered(network, blocks(network), 2)
     for rank in range(2):
         got = torch.load(folder / f"counted {rank}.pt", weights_only=True)
         assert got["gradients"] == {"torch.float32"}
         assert set(got["wire"]) == {"torch.bfloat16", "torch.float32"}
         assert set(got["wire"]["torch.bfloat16"]) == {2 * layers} and len(got["wire"]["torch.bfloat16"]) == 8
         assert len(got["wire"]["torch.float32"]) == 2, "what lies outside, with norms: once forward, once backward"
+        assert all(1 <= size / foreseen[""] < 1.05 for size in got["wire"]["torch.float32"]), (
+            "rows are filled up to even"
+        )
+        assert {foreseen[block.name] for block in blocks(network)} == set(got["wire"]["torch.bfloat16"])
         assert 0 < got["together"] <= got["foreseen"]["unpacking"]
         for part in ("weights", "gradients", "moments", "host"):
             assert got["foreseen"][part] == pytest.approx(alone["foreseen"][part] / 2, abs=4)
