@@ -79,25 +79,21 @@ def arms(task: str, records: Records) -> dict[str, dict[str, Any]]:
     full = {seed: record for (arm, seed), record in runs.items() if arm == "full"}
     if not full:
         return {}
-    equal = min(record["steps"] for (_, seed), record in runs.items() if seed in full)
     tries = [(unit.batch, r) for unit, r in _of(records, "tune", task).items() if unit.arm == "full"]
     plain = {batch: r["peak_memory_bytes"] for batch, r in [*tries, *((r["batch"], r) for r in full.values())]}
     out = {}
     for name in ARMS:
         mine = {seed: runs[name, seed] for seed in sorted(full) if (name, seed) in runs}
         if mine:
-            out[name] = _arm(name, mine, full, equal, plain)
+            out[name] = _arm(name, mine, full, plain)
     return out
 
 
-def _arm(
-    name: str, mine: Mapping[int, Any], full: Mapping[int, Any], equal_steps: int, plain: Mapping[int, int]
-) -> dict[str, Any]:
+def _arm(name: str, mine: Mapping[int, Any], full: Mapping[int, Any], plain: Mapping[int, int]) -> dict[str, Any]:
     """plain: batch → bytes that full training takes with it, as far as it was tried."""
     seeds = list(mine)
     records = list(mine.values())
     losses = [record["held_out_loss"] for record in records]
-    at_steps = [at(record["curve"], "step", equal_steps) for record in records]
     return {
         "title": ARMS[name].title,
         "seeds": seeds,
@@ -106,7 +102,6 @@ def _arm(
         "held_out_loss": float(np.mean(losses)),
         "held_out_losses": losses,
         "loss_minus_full": over_seeds([r["held_out_loss"] - full[s]["held_out_loss"] for s, r in mine.items()]),
-        "equal_steps": {"step": equal_steps, "held_out_loss": float(np.mean(at_steps)), "held_out_losses": at_steps},
         "time_to_full_loss_ratio": over_seeds([sooner(r["curve"], full[s]["curve"], "spent") for s, r in mine.items()])
         | {"reached": sum(reached(r["curve"], full[s]["curve"]) for s, r in mine.items())},
         "time_to_full_loss_ratio_cpu": over_seeds(
@@ -164,11 +159,6 @@ def spread(figure: Mapping[str, Any], digits: str = "+.4f") -> str:
     if figure["median"] is None:
         return "–"
     return "{} [{}, {}]".format(*(format(figure[name], digits) for name in ("median", "low", "high")))
-
-
-def at(curve: Curve, name: str, value: float) -> float:
-    """The loss where a curve's `name` has a value; between two points on the straight line."""
-    return curves.at([(point[name], point["loss"]) for point in curve], value)
 
 
 def crossing(curve: Curve, target: float, name: str) -> float | None:

@@ -220,7 +220,6 @@ def table(arms: Mapping[str, Any]) -> str:
             "× as soon": spread(arm["time_to_full_loss_ratio"], ".2f"),
             "reached": f"{arm['time_to_full_loss_ratio']['reached']}/{len(arm['seeds'])}",
             "by CPU time": _of_seeds(arm["time_to_full_loss_ratio_cpu"], len(arm["seeds"])),
-            "loss at equal steps": f"{arm['equal_steps']['held_out_loss']:.4f}",
             "steps": f"{arm['steps']:.0f}",
             "memory": f"{arm['memory_over_full']:.2f}",
             "at the same batch": "–" if (same := arm.get("memory_over_full_of_same_batch")) is None else f"{same:.2f}",
@@ -236,7 +235,7 @@ def table(arms: Mapping[str, Any]) -> str:
     return (
         _markdown(rows)
         + "\n\nLoss: mean over seeds, on clips that neither searches nor tuning saw. − full's, × as soon: median over "
-        f"seeds [interval]. Equal steps: after step {full['equal_steps']['step']}. Memory: peak "
+        f"seeds [interval]. Memory: peak "
         "over full training's, each with its own batch, and over what full training takes with the arm's batch (–: "
         "never tried). "
         "–: full training ended no lower than it began, so that there is nothing to time. "

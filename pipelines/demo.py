@@ -311,7 +311,7 @@ def loss_before(experiment: config.Experiment) -> float:
     denoiser = models.family(model.family).load(model, "cpu", experiment.train.seed)
     clips = clip_stream.held_out(shards.read_dataset(Path(data.shards)), data.held_out_clips, data.batch_size)
     batches = [latents.encode(denoiser, batch.resized(data.shape)) for batch in clips]
-    return losses.held_out_loss(denoiser, batches, data.held_out_draws, data.held_out_seed)
+    return losses.held_out_loss(denoiser, batches, data.held_out_draws, data.held_out_seed, experiment.timesteps)
 
 
 def real_motion(output: Path, shape: config.ClipShape) -> HeldOut:

@@ -163,6 +163,16 @@ def test_the_person_that_comes_with_the_project_moves_on_where_a_clip_ends(tmp_p
     assert (np.load(held_out.pose)["pose"] == held_out.motion.pose).all()
 
 
+def test_the_base_is_judged_at_the_timesteps_that_its_runs_are_judged_at(tmp_path):
+    demo.copy_person(tmp_path / "person" / "shards")
+    few = ["data.held_out_clips=2", "data.held_out_draws=1"]
+    plain, other = (
+        demo.loss_before(demo.arm("person", "full", 0, 1.0, tmp_path, None, [*few, *more]))
+        for more in ([], ["train.timestep_shift=5"])
+    )
+    assert abs(other - plain) > 0.001
+
+
 def test_a_mirror_swaps_sides_and_twice_is_nothing():
     frame = np.random.default_rng(0).normal(size=44)
     once = demo_person.mirrored(frame)

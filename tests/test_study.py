@@ -253,7 +253,6 @@ def test_sooner_is_a_ratio_of_first_crossings():
     assert study_figures.sooner(curve(1.0, 0.4, 0.3, 0.2), full, "spent") == pytest.approx(3)
     assert study_figures.sooner(curve(1.0, 0.9, 0.8, 0.7), full, "spent") == pytest.approx(1.5 / 3)  # never there
     assert study_figures.sooner(curve(1.0, 1.1, 1.2, 1.3), full, "spent") == 0
-    assert study_figures.at(full, "step", 15) == pytest.approx(0.7)
 
 
 def run_record(loss, rate=1e-3):
