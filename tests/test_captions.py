@@ -1,9 +1,11 @@
 """Captions: encoded once, by the base's own encoder as its pipeline does, and shown to the clips that they are of."""
 
 import gc
+import io
 import runpy
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 
 import diffusers
@@ -21,7 +23,7 @@ from entprog.data import clip_stream, shards
 from entprog.data.clips import Latents
 from entprog.diffusion import dropping
 from entprog.errors import UserError
-from entprog.models import captions, fingerprints, folders, texts, whole
+from entprog.models import captions, fingerprints, folders, part_files, texts, whole
 from entprog.training.fit import fit, start
 from helpers import encoders, real_clips
 from helpers.families import TINY
@@ -455,6 +457,29 @@ def test_a_phase_may_bring_the_text_encoder(dataset, tmp_path):
     wrong = experiment.model_copy(update={"phases": {"first": {}, "second": {"data": {"text": "caption"}}}})
     with pytest.raises(UserError, match=r"phase second: model.text_encoder: .* has no text_encoder/ and tokenizer/"):
         checks.parts(wrong, tmp_path / "out")
+
+
+def test_a_tokenizers_own_code_is_neither_fetched_nor_run(base, tmp_path, monkeypatch):
+    """Whatever is typed where transformers would ask."""
+    shutil.copytree(base, tmp_path / "base")
+    folder, ran = tmp_path / "base" / "tokenizer", tmp_path / "ran"
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    found = captions.source(wan(tmp_path / "base"))
+    with pytest.raises(UserError, match="cannot load the tokenizer") as error:
+        captions.encoder(found, None, "cpu")
+    assert not ran.exists() and "\n" not in str(error.value)
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns, **_: asked.extend(allow_patterns)
+    )
+    with pytest.raises(TypeError):  # of no folder
+        captions.source(wan("some/base"))
+    taken = [any(fnmatch(f"tokenizer/{name}", pattern) for pattern in asked) for name in (*part_files.WORDS, "evil.py")]
+    assert taken == [True] * len(part_files.WORDS) + [False]
 
 
 def test_a_damaged_text_is_named(base, dataset, tmp_path):

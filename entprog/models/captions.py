@@ -342,7 +342,9 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
     def loaded(part: str, folder: Path):
         try:
             if part.startswith("tokenizer"):
-                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                # Not given, transformers asks on the terminal whether a folder's own Python may run.
+                own = {"local_files_only": True, "trust_remote_code": False}
+                return transformers.AutoTokenizer.from_pretrained(folder, **own)
             kind = getattr(transformers, _kind(folder))
             return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(device)
         except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -216,8 +216,8 @@ def located_text(name: str, setting: str, parts: Sequence[str], revision: str | 
     `setting`, if there is none."""
     if (there := here(name)) and there.exists():
         return locate(name, setting)
-    wanted = [f"{part}/*" for part in parts if part.startswith("tokenizer")]
-    wanted += [f"{part}/*.{end}" for part in parts if part.startswith("text") for end in ("safetensors", "json")]
+    ends = {"tokenizer": ("json", "txt", "model"), "text": ("json", "safetensors")}  # never Python
+    wanted = [f"{part}/*.{end}" for part in parts for kind in ends if part.startswith(kind) for end in ends[kind]]
     return _fetched(name, setting, wanted, revision)
 
 
