@@ -249,13 +249,13 @@ def test_the_table_of_a_dry_run():
 
 
 def test_vae_and_image_encoder_are_counted_beside_the_network(tmp_path):
-    """They stay on the device; a budget holds them too."""
+    """Where they stay on the device a budget holds them too; elsewhere they are the host's."""
     bases.image_to_video(tmp_path, clip=True)
     model = {"init": {}, "base": str(tmp_path), "vae": "auto", "conditions": ["reference", "pose"]}
 
-    def with_budget(size):
-        shape = {"data": {"shape": families.FIVE.model_dump()}}
-        return settings(model=model, schedule={"memory_budget_bytes": size}, **shape)
+    def with_budget(size, latents="never"):
+        data = {"shape": families.FIVE.model_dump(), "latents": latents}
+        return settings(model=model, schedule={"memory_budget_bytes": size}, data=data)
 
     experiment = with_budget(None)
     there, denoiser = source(experiment), models.family("wan").load(experiment.model)
@@ -270,6 +270,18 @@ def test_vae_and_image_encoder_are_counted_beside_the_network(tmp_path):
     most = footprint.largest(experiment, there) + beside
     assert footprint.advice(with_budget(most), there) is None
     assert "and moments, with VAE and image encoder, alone are up to" in footprint.advice(with_budget(most - 1), there)
+
+    footprint.check_budget(with_budget(least, "auto"), there)  # they may be cached
+    footprint.check_budget(with_budget(least, "require"), there)
+    assert "alone are up to" in footprint.advice(with_budget(most - 1, "auto"), there)
+    assert footprint.advice(with_budget(most - beside, "require"), there) is None
+    said = [footprint.beside(with_budget(None, latents), there) for latents in ("never", "auto", "require")]
+    assert [("of a device" in line, "wait on the host" in line) for line in said] == [(1, 0), (1, 1), (0, 1)]
+    host = with_budget(None, "require")
+    held = max(stage.host for stage in footprint.stages(host, there)) + beside
+    assert footprint.loading_bytes(host, there) < held
+    assert footprint.host_advice(host, there, held) is None
+    assert "with VAE and image encoder: fewer" in footprint.host_advice(host, there, held - 1)
 
     found = blocks(denoiser.network)
     sample = denoiser.encode(families.clips(1))

@@ -115,6 +115,11 @@ class Schedule(Part):
     """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
 
     @property
+    def searches_shapes(self) -> bool:
+        """Whether a search tries several clip shapes."""
+        return self.kind == "entprog" and bool(self.shapes)
+
+    @property
     def needs_scores(self) -> bool:
         """Whether blocks are ranked."""
         if self.kind == "progressive":

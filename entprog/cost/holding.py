@@ -12,7 +12,6 @@ from entprog.blocks.packed import Form
 from entprog.blocks.stored import HALF, is_adapted, layer_weights, linear_weights
 from entprog.blocks.swap import pinned_bytes, rooms_bytes
 from entprog.config import Experiment
-from entprog.diffusion.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,6 @@ class Held:
     @property
     def device(self) -> int:
         return self.weights + self.gradients + self.moments + self.averages
-
-
-def beside_bytes(denoiser: Denoiser) -> int:
-    """What a denoiser holds on its device beside its network: the VAE, encoders of conditions."""
-    others = (value for name, value in vars(denoiser).items() if name != "network" and isinstance(value, nn.Module))
-    return sum(tensor.nbytes for module in others for tensor in (*module.parameters(), *module.buffers()))
 
 
 def held(

@@ -10,10 +10,9 @@ import torch
 from entprog.blocks import Block
 from entprog.config import ClipShape, Experiment
 from entprog.cost import counting, measuring
-from entprog.cost.holding import beside_bytes
 from entprog.cost.model import CostModel, scaled
 from entprog.data.clips import Latents
-from entprog.diffusion import losses
+from entprog.diffusion import beside, losses
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import fsdp, reducing
 from entprog.schedule import plans
@@ -59,8 +58,8 @@ class Prices:
         self.whole = plans.full([block.name for block in self.found], shape)
         """Every block there is."""
         self.by_seconds = experiment.schedule.clock == "seconds"
-        self.beside_bytes = beside_bytes(denoiser)
-        """Of VAE and encoders, which stay on the device."""
+        self.beside_bytes = beside.device_bytes(denoiser)
+        """Of VAE and encoders, where they stay on the device."""
 
     def counted(self, plan: Plan) -> counting.Cost:
         """Counted on the real network with one clip; once for all plans that cost the same, as draws of blocks do."""
@@ -151,8 +150,8 @@ class Prices:
         if self.experiment.train.ema_decay:
             others = None if before is None else model.trained_bytes({*before, *plan.trainable}) - trained
             averaged = trained + (self.kept_bytes(plan) if others is None else others)
-        beside = self.under_way_bytes(trained) + self.beside_bytes
-        return model.memory(plan.trainable, plan.backward) + averaged + beside
+        others = self.under_way_bytes(trained) + self.beside_bytes
+        return model.memory(plan.trainable, plan.backward) + averaged + others
 
     def under_way_bytes(self, trained_bytes: int) -> int:
         """What gradients on their way to other workers take beside themselves."""

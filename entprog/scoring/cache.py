@@ -15,6 +15,7 @@ from entprog.blocks import Block
 from entprog.config import Experiment, Timesteps
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents
+from entprog.diffusion import beside
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree
 from entprog.media import styles
@@ -87,7 +88,8 @@ def clips(
         source = clip_stream.local_stream(
             dataset, "train", dataset.shape, size, start_position=number * size, seed=seed, device=device
         )
-        out = latents.encode(denoiser, next(source).resized(data.shape))
+        with beside.at_hand(denoiser):
+            out = latents.encode(denoiser, next(source).resized(data.shape))
         if texts is None:
             return out
         numbers = clip_stream.clips_at(out.position.numpy(), dataset.clips("train"), seed)

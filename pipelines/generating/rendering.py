@@ -13,7 +13,7 @@ import torch
 from entprog import config, files, storage
 from entprog.config import ClipShape, Generate
 from entprog.data.clips import Clips
-from entprog.diffusion import dropping, sampling
+from entprog.diffusion import beside, dropping, sampling
 from entprog.diffusion.denoiser import Denoiser
 from entprog.media import color, drawing, h264, sheet, styles
 from entprog.media import video as videos
@@ -121,7 +121,9 @@ def render(
     if len(todo) < len(files):
         terminal.console.print(f"{len(files) - len(todo)} of {len(files)} clips are there already: {output}")
     if todo:
-        _make_all(load(), todo, shape, settings, without)
+        denoiser = load()
+        with beside.at_hand(denoiser):
+            _make_all(denoiser, todo, shape, settings, without)
     if key is not None:
         _remove_others(files)
     shown = files[:: -(-len(files) // SHOWN)]

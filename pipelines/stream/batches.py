@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents, Spent
+from entprog.diffusion import beside
 from entprog.distributed import agree
 from entprog.errors import UserError
 from entprog.models.captions import Texts
@@ -54,7 +55,7 @@ class Batches:
         self.experiment, self.dataset, self.denoiser, self.device = experiment, dataset, denoiser, device
         self.decoding, self.caches, self.texts = decoding, caches, texts
         self.whole = dataset.shape
-        self.searches_shapes = experiment.schedule.kind == "entprog" and bool(experiment.schedule.shapes)
+        self.searches_shapes = experiment.schedule.searches_shapes
         self.rank, self.world = agree.world()
         self.batches = experiment.train.workers * experiment.train.accumulate
         """Batches of an update, over all ranks."""
@@ -135,11 +136,18 @@ class Batches:
 
     def _encoded(self, batch) -> Latents:
         started = time.perf_counter()
-        out = latents.encode(self.denoiser, batch)
+        with beside.at_hand(self.denoiser):
+            out = latents.encode(self.denoiser, batch)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         self.spent = replace(self.spent, encode_s=self.spent.encode_s + time.perf_counter() - started)
         return out
+
+
+def all_cached(experiment: Experiment, cached: Collection[ClipShape]) -> bool:
+    """Whether every batch of a run is read as cached latents; a search over clip shapes cuts its out of whole clips."""
+    shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
+    return not experiment.schedule.searches_shapes and all(shape in cached for shape in shapes)
 
 
 def caches(

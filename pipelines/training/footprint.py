@@ -64,12 +64,12 @@ def advice(experiment: Experiment, source: Source) -> str | None:
     budget, whose = experiment.schedule.memory_budget_bytes, "schedule.memory_budget_bytes is"
     if budget is None:
         budget, whose = card_bytes() if experiment.train.gpus != "no" else None, "this machine's GPU has"
-    if budget is None or (needed := largest(experiment, source) + beside_bytes(source)) <= budget:
+    if budget is None or (needed := largest(experiment, source) + staying_bytes(experiment, source)) <= budget:
         return None
     parts = (
         "weights, gradients, moments and averages" if experiment.train.ema_decay else "weights, gradients and moments"
     )
-    parts += _and_beside(source)
+    parts += _and_beside(staying_bytes(experiment, source))
     said = f"{whose} {written(budget)}, {parts} alone are up to {written(needed)}"
     proposed = _proposal(experiment, source, budget)
     return f"{said}: {proposed}." if proposed else f"{said}: smaller shares of the blocks take less."
@@ -87,7 +87,7 @@ def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None
             part, _, leaf = name.partition(".")
             over.setdefault(part, {})[leaf] = value
         try:
-            less = largest(config.build(config.merge(values, over)), source) + beside_bytes(source)
+            less = largest(config.build(config.merge(values, over)), source) + staying_bytes(experiment, source)
         except UserError:  # it does not go with the other settings, the network, or what is installed
             continue
         if less <= budget:
@@ -98,17 +98,18 @@ def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None
 
 def check_budget(experiment: Experiment, source: Source) -> None:
     """Raises UserError where `schedule.memory_budget_bytes` is less than weights, gradients and moments of the smallest
-    plan that a stage may have, with what lies beside the network: what clips take comes on top, and is measured once
-    they are there."""
+    plan that a stage may have, with what is sure to stay beside the network: what clips take comes on top, and is
+    measured once they are there."""
     budget = experiment.schedule.memory_budget_bytes
     if budget is None:
         return
     needed = max(held.weights + held.gradients + held.moments for held in stages(experiment, source, smallest=True))
-    needed += beside_bytes(source)
+    others = beside_bytes(source) if waits(experiment, source) is False else 0
+    needed += others
     if needed > budget:
         raise UserError(
             f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan"
-            f"{_and_beside(source)} alone are {written(needed)}; "
+            f"{_and_beside(others)} alone are {written(needed)}; "
             f"{_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
         )
 
@@ -118,6 +119,8 @@ def host_advice(experiment: Experiment, source: Source, there: int | None) -> st
     they load the network; None where it has enough. there: bytes of the machine's memory; None: the workers may be
     elsewhere."""
     each = max(stage.host for stage in stages(experiment, source)) + (inputs_bytes(experiment, source) or 0)
+    others = 0 if waits(experiment, source) is False else beside_bytes(source)
+    each += others
     loaded = loading_bytes(experiment, source)
     needed = max(each, loaded) * experiment.train.workers
     if there is None or needed <= there:
@@ -129,6 +132,7 @@ def host_advice(experiment: Experiment, source: Source, there: int | None) -> st
             "machine, or train.parallel=fsdp, under which each loads its part."
         )
     held = "frozen layers' weights" + (", and blocks' inputs" if inputs_bytes(experiment, source) else "")
+    held += _and_beside(others).rstrip(",")
     way_out = (
         "fewer blocks that wait (model.swap_blocks)"
         if experiment.model.swap_blocks
@@ -177,7 +181,7 @@ def inputs(experiment: Experiment, source: Source) -> str | None:
 
 
 def beside_bytes(source: Source) -> int:
-    """What a device holds beside the network for all of a run: VAE and image encoder, in float32."""
+    """VAE and image encoder, in float32."""
     vae = [] if source.vae is None else [*source.vae.parameters(), *source.vae.buffers()]
     numbers = sum(tensor.numel() for tensor in vae)
     if (folder := source.more.get(vision.ENCODER)) is not None:
@@ -198,14 +202,34 @@ def _numbers(path: Path) -> int:
         ) from None
 
 
+def waits(experiment: Experiment, source: Source) -> bool | None:
+    """Whether VAE and image encoder wait on the host while the network is trained: all clips are read as latents then.
+    None: if they are cached, which is not known here."""
+    if experiment.train.gpus == "no" or source.vae is None or experiment.schedule.searches_shapes:
+        return False
+    return {"never": False, "require": True, "auto": None}[experiment.data.latents]
+
+
+def staying_bytes(experiment: Experiment, source: Source) -> int:
+    """What a device holds of them while the network is trained, at most."""
+    return 0 if waits(experiment, source) else beside_bytes(source)
+
+
 def beside(experiment: Experiment, source: Source) -> str | None:
-    """What that is, in words; None where nothing lies there."""
-    needed = beside_bytes(source)
-    return f"VAE and image encoder take {written(needed)} of a device beside that." if needed else None
+    """What they take, in words; None where there are none."""
+    if not (size := beside_bytes(source)):
+        return None
+    waiting = waits(experiment, source)
+    if waiting:
+        return f"VAE and image encoder, {written(size)}, wait on the host while no picture is drawn."
+    cached = ""
+    if waiting is None:
+        cached = "; where all clips are cached as latents (data.latents=require sees to it) they wait on the host"
+    return f"VAE and image encoder take {written(size)} of a device beside that{cached}."
 
 
-def _and_beside(source: Source) -> str:
-    return ", with VAE and image encoder," if beside_bytes(source) else ""
+def _and_beside(size: int) -> str:
+    return ", with VAE and image encoder," if size else ""
 
 
 def machine_bytes() -> int | None:

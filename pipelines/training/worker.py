@@ -10,7 +10,7 @@ from typing import Any
 
 from entprog import config, files, storage
 from entprog.data import clip_stream
-from entprog.diffusion import losses
+from entprog.diffusion import beside, losses
 from entprog.diffusion.idle import idle_pass
 from entprog.diffusion.processes import Flow
 from entprog.distributed import agree, fsdp
@@ -31,7 +31,7 @@ from pipelines.cluster.stopping import LeavingError, Notices
 from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.stream import decoding
-from pipelines.stream.batches import Batches
+from pipelines.stream.batches import Batches, all_cached
 from pipelines.tracking import system_metrics
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import figures, networks, steplog
@@ -104,6 +104,8 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     output = storage.at(settings["output"], "the output")
     rank, _ = agree.world()
     table = scores(setup, settings) if experiment.schedule.needs_scores else None
+    if all_cached(experiment, setup.caches):
+        beside.rest(denoiser)  # until a picture is drawn, or blocks are ranked anew
     state = start(denoiser.network, experiment)
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
