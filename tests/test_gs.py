@@ -17,6 +17,7 @@ from entprog.data import clip_stream, shards
 from entprog.errors import UserError
 from entprog.models import folders
 from entprog.preparing import inputs
+from entprog.preparing.rows import is_video
 from entprog.training import checkpoint
 from helpers import real_clips, servers
 from helpers.networks import tiny_denoiser, tiny_experiment
@@ -58,6 +59,13 @@ def test_videos_in_folders_of_folders_are_found(bucket, monkeypatch):
     assert [row["file"] for row in found.rows] == names
     found = inputs.find("gs://anonymous@runs/videos/*/*.mp4", Prepare(), None)
     assert len(found.rows) == 1
+    odd = ["dance #3.mp4", "sub#1/x.mp4", "what?.mp4"]  # of a bucket these are letters
+    for name in odd:
+        (storage.Place.at(bucket("odd")) / name).write_bytes(b"x")
+    for asked in ("odd", "odd/m.csv"):
+        found = inputs.find(f"gs://anonymous@runs/{asked}", Prepare(), None)
+        assert [row["file"] for row in found.rows] == odd and all(map(is_video, found.rows))
+        (storage.Place.at(bucket("odd")) / "m.csv").write_bytes("\n".join(["path", *odd]).encode())
 
 
 def test_checkpoints_are_kept_and_the_old_ones_go(bucket):

@@ -20,7 +20,7 @@ from PIL import Image
 from entprog import config
 from entprog.errors import UserError
 from entprog.media import assets, footage, frames, h264, video
-from entprog.preparing import inputs, manifest, probing
+from entprog.preparing import inputs, manifest, probing, rows
 from entprog.preparing.rows import is_video
 
 
@@ -143,6 +143,36 @@ def test_a_manifest_says_caption_split_crop_and_rate(kind, folder):
         "gone.mp4": ("", "", "", 0),
     }
     assert Path(os.fsdecode(found.rows[1]["path"])).is_file(), "relative paths are meant from the manifest's folder"
+
+
+def test_a_rate_of_a_video_makes_it_no_folder(folder, tmp_path):
+    """A column that tables of videos often have."""
+    shutil.copytree(folder / "00001" / "images", tmp_path / "7.mp4")
+    far = "path,fps\nhttps://host/b.mp4,25\ns3://bucket/c.mov,25\ns3://bucket/images,12\nhttps://host/images,12\n"
+    (tmp_path / "m.csv").write_text(f"{far}{folder}/a/cam01.mp4,29.97\ngone.mp4,24\n7.mp4,12\ngone,12\n")
+    found = inputs.find(tmp_path / "m.csv")
+    rates = {row["file"].rpartition("/")[2]: row["frames_fps"] for row in found.rows if row["frames_fps"]}
+    assert rates == {"images": 12, "7.mp4": 12, "gone": 12} and len(found.rows) == 8
+    assert found.notes == (f"fps of 4 videos of {tmp_path}/m.csv is not used: it is the rate of folders of images",)
+    (row,) = (row for row in found.rows if row["file"].endswith("cam01.mp4"))
+    assert probing.probe(row, config.Preparation())["reason"] == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "ending"),
+    [
+        ("s3://bucket/dance #3.MP4", ".mp4"),
+        ("gs://bucket/sub?/what?.mov", ".mov"),
+        ("s3://bucket/a.mp4?X-Amz-Signature=1.5", ".mp4"),
+        ("s3://bucket/notes#1.md?token=a.secret", ""),
+        ("https://host/a.mp4?of=b.txt#c.mov", ".mp4"),
+        ("https://host/a?b.mp4", ""),
+        ("/here/what?.mp4", ".mp4"),
+    ],
+)
+def test_in_a_bucket_no_query_begins(path, ending):
+    """But no signature is shown that somebody has put there."""
+    assert rows.ending(path) == ending
 
 
 def test_a_list_of_videos(folder, tmp_path):

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from entprog.config import Prepare
-from entprog.masking import bare, reason
+from entprog.masking import reason
 from entprog.media import frames
 from entprog.media.video import VideoError
 from entprog.preparing import addresses
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.attempts import MachineError
-from entprog.preparing.rows import Source
+from entprog.preparing.rows import Source, ending
 
 PIECE_BYTES = 1 << 20
 
@@ -92,7 +92,7 @@ def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heartbeats
     try:
         files, path = addresses.filesystem(address, prepare.hosts)
         if not row["frames_fps"]:
-            target = scratch / f"source{Path(bare(address)).suffix}"
+            target = scratch / f"source{ending(address)}"
             download(files, path, target, prepare.max_bytes, row["file"], heartbeats)
             return target
         left = prepare.max_bytes

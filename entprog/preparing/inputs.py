@@ -24,7 +24,7 @@ from entprog.media.video import VideoError
 from entprog.names import plain
 from entprog.preparing import addresses, beside, fetching, manifest
 from entprog.preparing.addresses import AddressError
-from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
+from entprog.preparing.rows import SUFFIXES, Source, ending, is_video, suffix
 from entprog.storage import Place, Where
 
 
@@ -245,10 +245,10 @@ def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[
 def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     try:
         there, path = addresses.filesystem(address, prepare.hosts)
-        ending = Path(bare(address)).suffix.lower()
-        if ending in (*manifest.TABLES, *manifest.LISTS):
+        its_ending = ending(address)
+        if its_ending in (*manifest.TABLES, *manifest.LISTS):
             with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
-                copy = Path(scratch, f"manifest{ending}")
+                copy = Path(scratch, f"manifest{its_ending}")
                 fetching.download(there, path, copy, limits.of(prepare).max_decoded_bytes, shown(address))
                 base = addresses.split(address)._replace(query="", fragment="").geturl().rpartition("/")[0]
                 return _manifest(copy, shown(address), base, prepare)
@@ -256,7 +256,7 @@ def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         pattern = bare(path) if addresses.is_web(address) else path
         if glob.has_magic(pattern):
             kind, found = "glob", _lister(address, prepare).glob(path, detail=True)
-        elif ending in SUFFIXES or (addresses.is_web(address) and query(address)):
+        elif its_ending in SUFFIXES or (addresses.is_web(address) and query(address)):
             return Inputs("video", [_row(bare(address).rpartition("/")[2], address)])
         else:
             kind, found = "folder", _lister(address, prepare).find(path, detail=True, on_error="raise")
@@ -346,6 +346,9 @@ def _manifest(path: Path, name: str, base: str, prepare: Prepare) -> Inputs:
         if before != number:
             raise UserError(f"{kind} {name}: rows {before} and {number} are both {row['file']!r}; leave one out")
     notes = [f"columns of {name} that are not read: {', '.join(unread)}"] if unread else []
+    rates = sum(bool(entry.fps) and not row["frames_fps"] for entry, row in zip(entries, rows, strict=True))
+    if rates:
+        notes.append(f"fps of {rates} videos of {name} is not used: it is the rate of folders of images")
     bad = [error for row in rows if (error := _refused(row, prepare))]
     if bad:
         notes.append(f"{len(bad)} addresses of {name} are not read ({bad[0]})")
@@ -368,10 +371,15 @@ def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
     if text.startswith("file://") and not far:
         text = _local_path(text)
     if "://" not in text and not far:
-        row = _entry_at(text + at, Path(base, text), entry.fps or frames_fps)
-        return row | wishes | ({"frames_fps": entry.fps} if entry.fps else {})
+        path = Path(base, text)
+        row = _entry_at(text + at, path, entry.fps or frames_fps) | wishes
+        is_folder = suffix(row) not in SUFFIXES or os.path.isdir(path)  # noqa: PTH112 (of any name)
+        return row | ({"frames_fps": entry.fps} if entry.fps and is_folder else {})
     # A manifest on another machine may say file:// too, which the first stage refuses.
-    path = text if "://" in text else f"{base}/{text}"
-    name = bare(text) if "://" in text else bare(path)[len(bare(base)) + 1 :]
-    is_folder = entry.fps or not (Path(bare(path)).suffix or addresses.is_web(path))
+    if "://" in text:
+        path, name = text, bare(text)
+    else:  # in a bucket a path is a name to its end
+        path = f"{base}/{text}"
+        name = bare(path)[len(bare(base)) + 1 :] if addresses.is_web(base) else text
+    is_folder = ending(path) not in SUFFIXES and (entry.fps or not (Path(bare(path)).suffix or addresses.is_web(path)))
     return _row(name + at, path, frames_fps=(entry.fps or frames_fps) if is_folder else 0.0) | wishes

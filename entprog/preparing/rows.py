@@ -134,5 +134,12 @@ def is_video(row: Source) -> bool:
 
 def suffix(row: Source) -> str:
     """Ending of a source's name, in small letters."""
-    path = os.fsdecode(row["path"])
-    return Path(bare(path) if addresses.is_remote(path) else path).suffix.lower()
+    return ending(os.fsdecode(row["path"]))
+
+
+def ending(path: str) -> str:
+    """The same of a path or address. In buckets '?' and '#' are letters of a name; but what stands behind them is
+    shown only where it is a video's ending, as it may be a signature that somebody has put there."""
+    whole = Path(path).suffix.lower()
+    is_name = not addresses.is_remote(path) or (whole in SUFFIXES and not addresses.is_web(path))
+    return whole if is_name else Path(bare(path)).suffix.lower()
