@@ -96,30 +96,32 @@ def test_plans_of_every_kind_are_tried_and_trained():
     assert steps[-1].held_out_loss < steps[0].held_out_loss
 
 
-@functools.cache
-def uninterrupted(frozen_state):
-    """(experiment, steps, run) of a run with everything that a stage's change can touch."""
+STOPS = (3, 17, 30)
+"""In either search, and where a block's warm-up is over."""
+
+
+@pytest.fixture(scope="module", params=["host", "keep", "drop"])
+def uninterrupted(request, tmp_path_factory):
+    """(experiment, steps, run, its checkpoints) of a run with everything that a stage's change can touch."""
+    folder = tmp_path_factory.mktemp("stops")
     experiment = tiny_experiment(
-        train={"steps": 32, "frozen_state": frozen_state, "block_warmup_steps": 6, "ema_decay": 0.9},
+        train={"steps": 32, "frozen_state": request.param, "block_warmup_steps": 6, "ema_decay": 0.9},
         schedule=WIDE | {"candidates": [0.34]},
     )
-    run = Run(experiment)
-    return experiment, [comparable(step) for step in run.steps()], run
+    run, steps = Run(experiment), []
+    for step in run.steps():
+        steps.append(comparable(step))
+        if step.step in STOPS:
+            checkpoint.save(folder / str(step.step), run.denoiser.network, run.state, "id", keep=1)
+    return experiment, steps, run, folder
 
 
-@pytest.mark.parametrize("frozen_state", ["host", "keep", "drop"])
-@pytest.mark.parametrize("stop_at", [3, 17, 30])  # in either search, and where a block's warm-up is over
-def test_resume_equals_no_interruption_under_every_setting(tmp_path, stop_at, frozen_state):
-    experiment, expected, whole = uninterrupted(frozen_state)
-    first, got = Run(experiment), []
-    for step in first.steps():
-        got.append(comparable(step))
-        if step.step == stop_at:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
-    second = Run(experiment, tmp_path)
-    got += [comparable(step) for step in second.steps()]
-    assert got == expected
+@pytest.mark.parametrize("stop_at", STOPS)
+def test_resume_equals_no_interruption_under_every_setting(stop_at, uninterrupted):
+    """Nor does saving change anything: what goes on from the first checkpoint saves no other."""
+    experiment, expected, whole, folder = uninterrupted
+    second = Run(experiment, folder / str(stop_at))
+    assert [comparable(step) for step in second.steps()] == expected[stop_at:]
     assert not differing(whole.weights(), second.weights())
     assert second.state.begun == whole.state.begun and second.state.saved_cost == whole.state.saved_cost
 
