@@ -7,12 +7,13 @@ bin    := $(VENV)/bin
 
 # uv knows the package index of pip's environment too; where it cannot reach one, pip goes on.
 export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),https://pypi.org/simple)
-pip := $(bin)/python -m pip install --quiet
+pip := $(bin)/python -m pip install --quiet --no-compile
 install = { test -x $(bin)/uv && $(bin)/uv pip install --quiet --python $(bin)/python $(1); } || \
 	{ echo "without uv this takes minutes"; $(pip) $(1); }
 
 # A run has some ten processes. Where no bytecode lies on disk, each compiles what it imports: up to 7 s of CPU. So it is
-# always written, and set-up imports once what most of them import.
+# always written, and set-up imports once what most of them import, in two processes side by side. What nobody imports is
+# not compiled: pip would, for 8 s.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all setup assets lint format lock clean
@@ -40,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	@$(call install,--no-deps --require-hashes --requirement requirements.lock)
 	@$(pip) --constraint constraints.txt torch
 	@$(call install,--no-deps --editable .)
-	@$(bin)/python -c 'import mlflow, ray.train.torch, ray.tune, pipelines.training.worker'
+	@$(bin)/python -c 'import mlflow, ray.tune, ray.train.torch' & $(bin)/python -c 'import pipelines.training.worker' && wait $$!
 	@touch $@
 
 # Real human clips and pose networks: fetched once into the cache, checked by hash.
