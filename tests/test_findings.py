@@ -124,6 +124,33 @@ def test_what_early_stopping_has_shown_to_be_bad_is_said_to_be():
     assert "after 11% of the budget" in lines and "36 trials" in lines
 
 
+def test_values_of_which_only_failed_trials_tell_are_not_called_as_good(monkeypatch):
+    """A forest goes on flat from the last trial that has a loss into where all of them diverged."""
+    monkeypatch.setattr(findings, "BOOTSTRAPS", 8)
+
+    def diverges(values):
+        return values["train.learning_rate"] > 2e-4 or values["priority.sign"] == "absolute"
+
+    trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=48)
+    trials = [
+        {"id": row["id"], "settings": row["settings"], "status": "failed"} if diverges(row["settings"]) else row
+        for row in trials
+    ]
+    left = [row for row in trials if row["status"] == "finished"]
+    evidence = findings.evidence(trials, SPACE, 60.0, TUNE)
+    said = findings.findings(evidence, SPACE, min(left, key=lambda row: row["held_out_loss"]), trials, 2)
+    known = [row["settings"]["train.learning_rate"] for row in left]
+    rate, sign = said["responses"]["train.learning_rate"], said["responses"]["priority.sign"]
+    assert rate["values"][-1] == max(known) <= 2e-4 < rate["failed"][-1] <= 1e-3
+    assert rate["values"][0] <= min(known) and sign["values"] == ["signed"] and set(sign["failed"]) == {"absolute"}
+    assert said["responses"]["schedule.cei_threshold"]["worse"], "what the others tell is told"
+    lines = "\n".join(said["recommendation"])
+    assert f"{len(trials) - len(left)} of 48 trials failed" in lines
+    above = sum(value > max(known) for value in rate["failed"])
+    assert f"above {max(known):.3g}, where all {above} trials failed." in lines
+    assert f"take signed; not judged: absolute, with which all {len(sign['failed'])} trials failed." in lines
+
+
 def test_steps_of_a_range_may_be_rounded():
     space = {**SPACE, "train.ema_decay": tune.quniform(0, 0.4, 0.1)}
     trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=12)

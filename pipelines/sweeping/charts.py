@@ -75,16 +75,20 @@ def response_chart(
         panel = panels[number // columns][number % columns]
         values, domain = response["values"], space[name]
         choice = isinstance(domain, Categorical)
-        place = {value: i for i, value in enumerate(values)} if choice else {}
+        place = {value: i for i, value in enumerate(domain.categories)} if choice else {}
         xs = [place.get(value, value) for value in values]
         seen = [place.get(row[name], row[name]) for row in evidence.settings]
         panel.plot(seen, evidence.losses, "o", color="#777777", markersize=3.5, alpha=0.8, zorder=2)
+        if lost := [place.get(row[name], row[name]) for row in evidence.failed]:
+            top = panel.get_xaxis_transform()
+            panel.plot(lost, [0.96] * len(lost), "x", color=RED, markersize=4, transform=top, zorder=2)
         if choice:
             error = [[m - lo for m, lo in zip(response["mean"], response["low"], strict=True)],
                      [hi - m for m, hi in zip(response["mean"], response["high"], strict=True)]]  # fmt: skip
             panel.errorbar(xs, response["mean"], yerr=error, fmt="s", color=BLUE, capsize=4, zorder=3)
-            panel.set_xticks(xs, [str(value) for value in values], fontsize=7, rotation=0 if len(values) < 3 else 20)
-            panel.set_xlim(-0.5, len(values) - 0.5)
+            names = [str(value) for value in place]
+            panel.set_xticks(range(len(names)), names, fontsize=7, rotation=0 if len(names) < 3 else 20)
+            panel.set_xlim(-0.5, len(names) - 0.5)
             bands = [(place[value] - 0.5, place[value] + 0.5) for value in response["alike"]]
         else:
             panel.fill_between(xs, response["low"], response["high"], color=BLUE, alpha=0.2, linewidth=0)
@@ -105,7 +109,7 @@ def response_chart(
         line[0].set_ylabel("held-out loss", fontsize=9)
     figure.suptitle(
         f"Response of the {evidence.label}\npoints: trials; blue: mean with 90 % interval; green: cannot be told from "
-        "the best",
+        f"the best{'; red crosses: trials that failed' if evidence.failed else ''}",
         fontsize=10,
     )
     return save(figure, path)

@@ -7,12 +7,13 @@ between trainings that differ in nothing but the seed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.tune.search.sample import Categorical
+from ray.tune.search.sample import Categorical, Domain
 
 from entprog.config import Tune
 from entprog.training import curves
@@ -45,6 +46,8 @@ class Evidence:
     """Trainings that each of them is the mean of."""
     noise: float | None
     """Standard deviation of a training's such loss between seeds; None where no trial had two."""
+    failed: list[dict[str, Any]]
+    """Settings of the trials that failed, for whatever reason: they have no loss."""
 
 
 def pareto(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
@@ -66,10 +69,12 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
     Stopped trials are those of bad values: fitted to the others alone a response would be flat where it rises most.
     """
     finished = [row for row in rows if row["status"] == "finished"]
+    failed = [row["settings"] for row in rows if row["status"] == "failed" and row["settings"]]
     if not any(row["status"] == "stopped" for row in rows):
         losses = np.array([row["held_out_loss"] for row in finished])
         label = f"final held-out loss of {len(finished)} trials"
-        return Evidence([row["settings"] for row in finished], losses, label, 1.0, settings.seeds, seed_noise(rows))
+        given = [row["settings"] for row in finished]
+        return Evidence(given, losses, label, 1.0, settings.seeds, seed_noise(rows), failed)
     alike = [row for row in rows if row["status"] in ("finished", "stopped") and row.get("seeds")]
     shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
     passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
@@ -78,7 +83,7 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
     label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds, of their first seed"
     several = [[curves.at(seed["curve"], share * budget_s) for seed in row["seeds"]] for row in finished]
     noise = pooled([(float(np.var(of_seeds, ddof=1)), len(of_seeds) - 1) for of_seeds in several if len(of_seeds) > 1])
-    return Evidence([row["settings"] for row in alike], losses, label, share, 1, noise)
+    return Evidence([row["settings"] for row in alike], losses, label, share, 1, noise, failed)
 
 
 def seed_noise(rows: Sequence[Row]) -> float | None:
@@ -130,11 +135,13 @@ def _encode(space: Space, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[str, Any]]:
-    """{setting: {"values", "mean", "low", "high", "best", "alike", "worse"}}; {} for too few trials.
+    """{setting: {"values", "mean", "low", "high", "best", "alike", "worse", "failed"}}; {} for too few trials.
 
     mean, low, high: the response and its 90 % interval. best: the value of the smallest mean. alike: the values that
     cannot be told from it: whose excess over it is within `noise` (of a difference between trials' means) or whose 90 %
-    interval reaches 0. worse: {value: (excess, low, high)} of the others.
+    interval reaches 0. worse: {value: (excess, low, high)} of the others. failed: the value of each trial that failed
+    where no trial has a loss: of a choice that no other trial had, of a range beyond the others'. `values` leaves them
+    out, for there a forest goes on flat from the last trial that it knows.
     """
     from sklearn.ensemble import ExtraTreesRegressor
 
@@ -142,7 +149,8 @@ def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[
     if count < FEW:
         return {}
     rng = np.random.default_rng(0)
-    grids = {name: spaces.spread(domain, POINTS) for name, domain in space.items()}
+    judged = {name: _judged(name, domain, evidence) for name, domain in space.items()}
+    grids, failed = ({name: pair[place] for name, pair in judged.items()} for place in (0, 1))
     asked = [{**row, name: value} for name in space for value in grids[name] for row in evidence.settings]
     inputs, outputs = _encode(space, evidence.settings), _encode(space, asked)
     curves = []
@@ -156,8 +164,20 @@ def responses(evidence: Evidence, space: Space, noise: float) -> dict[str, dict[
     for name, grid in grids.items():
         part = curves[:, first : first + len(grid)]
         first += len(grid)
-        out[name] = _response(grid, part, noise)
+        out[name] = _response(grid, part, noise) | {"failed": failed[name]}
     return out
+
+
+def _judged(name: str, domain: Domain, evidence: Evidence) -> tuple[list[Any], list[Any]]:
+    """Values of a setting at which its response is drawn, and those of failed trials that it says nothing of."""
+    values = spaces.spread(domain, POINTS)
+    known, lost = ([row[name] for row in rows] for rows in (evidence.settings, evidence.failed))
+    if isinstance(domain, Categorical):
+        return [v for v in values if v in known], [v for v in lost if v not in known]
+    low, high = min(known), max(known)
+    below, above = sorted(v for v in lost if v < low), sorted(v for v in lost if v > high)
+    inside = {v for v in values if not ((below and v < low) or (above and v > high))}
+    return sorted({*inside, *([low] if below else []), *([high] if above else [])}), below + above
 
 
 def _response(grid: Sequence[Any], curves: np.ndarray, noise: float) -> dict[str, Any]:
@@ -196,6 +216,11 @@ def findings(evidence: Evidence, space: Space, best: Row, rows: Sequence[Row], s
         if noise is None
         else f"Seed noise: losses of equal settings differ by {noise:.2g} (standard deviation between seeds)."
     )
+    if evidence.failed:
+        lines.append(
+            f"{len(evidence.failed)} of {len(rows)} trials failed: they have no loss, so that shares of the variance "
+            "are those of the others."
+        )
     if not found:
         lines.append(f"{len(evidence.losses)} trials are too few to say which settings matter ({FEW} are needed).")
     else:
@@ -237,20 +262,31 @@ def in_words(name: str, response: Mapping[str, Any], space: Space, share: float 
     """'schedule.cei_threshold: 0.1–0.3 makes no difference beyond seed noise; 0.5 costs 0.012 (0.004 to 0.02).'"""
     beyond = "beyond seed noise" if known_noise else "beyond what these trials can tell"
     explains = f" (explains {share:.0%} of the variance)" if share is not None else ""
-    alike, worse = response["alike"], response["worse"]
-    if not worse:
+    alike, worse, failed = response["alike"], response["worse"], response["failed"]
+    if not worse and not failed:
         return f"{name}{explains}: no value makes a difference {beyond}; keep what you have."
     if isinstance(space[name], Categorical):
         same = " or ".join(_text(value) for value in alike)
-        kept = (
-            f"{same} make{'' if len(alike) > 1 else 's'} no difference {beyond}" if len(alike) > 1 else f"take {same}"
-        )
+        kept = f"{same} make no difference {beyond}" if len(alike) > 1 else f"take {same}"
+        lost = [f"{_text(value)}, with which {_all(count)} failed" for value, count in Counter(failed).items()]
     else:
         low, high = _around(response)
         kept = f"about {_text(low)}" if low == high else f"{_text(low)}–{_text(high)} makes no difference {beyond}"
-    most = max(worse, key=lambda item: item["excess"])
-    costs = f"{_text(most['value'])} costs {most['excess']:.2g} more loss ({most['low']:.2g} to {most['high']:.2g})"
-    return f"{name}{explains}: {kept}; {costs}."
+        first, last = response["values"][0], response["values"][-1]
+        sides = {"below": (first, sum(v < first for v in failed)), "above": (last, sum(v > last for v in failed))}
+        lost = [f"{side} {_text(v)}, where {_all(count)} failed" for side, (v, count) in sides.items() if count]
+    said = [f"{name}{explains}: {kept}"]
+    if worse:
+        most = max(worse, key=lambda item: item["excess"])
+        interval = f"{most['low']:.2g} to {most['high']:.2g}"
+        said.append(f"{_text(most['value'])} costs {most['excess']:.2g} more loss ({interval})")
+    if failed:
+        said.append(f"not judged: {' and '.join(lost)}")
+    return "; ".join(said) + "."
+
+
+def _all(trials: int) -> str:
+    return f"all {trials} trials" if trials > 1 else "the one trial"
 
 
 def _around(response: Mapping[str, Any]) -> tuple[Any, Any]:
