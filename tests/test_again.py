@@ -1,8 +1,10 @@
 """Sources that are tried again by the same command, or once a limit is raised; and those whose verdict stays."""
 
+import errno
 import functools
 import http.server
 import json
+import os
 import resource
 import socket
 import threading
@@ -15,7 +17,8 @@ from entprog import config
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.media import h264
-from entprog.preparing import attempts, cutting, inputs, ledger, probing
+from entprog.media.video import VideoError
+from entprog.preparing import attempts, cutting, extracting, inputs, ledger, probing
 from pipelines.preparing import additions, packing
 
 
@@ -119,3 +122,49 @@ def test_too_many_open_files_are_no_verdict_on_a_source(videos, tmp_path):
             with pytest.raises(attempts.MachineError, match=r"posed.mp4: Too many open files"):
                 stage(given, settings())
     assert probing.cut_shots(probing.probe(row, settings()), settings())["reason"] == ""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_no_verdict_on_a_source(code, videos):
+    (row,) = (row for row in inputs.find(videos).rows if row["file"] == "posed.mp4")
+
+    def work(*_):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(attempts.MachineError, match=rf"posed.mp4: {os.strerror(code)}; run it again"):
+        probing.tried(probing.probe(row, settings()), "cut", settings(), None, work)
+
+
+def test_a_machine_without_a_scratch_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    (tmp_path / "m.csv").write_text("path\nhttp://127.0.0.1:9/a.mp4\n")
+    (row,) = inputs.find(tmp_path / "m.csv").rows
+    with pytest.raises(attempts.MachineError, match=r"cannot make a scratch file .*: set TMPDIR"):
+        probing.probe(row, settings(hosts=["127.0.0.1"]))
+    with pytest.raises(attempts.MachineError, match=r"cannot make a scratch file .*: set TMPDIR"):
+        next(extracting.extract({"file": "a.mp4"}, [], iter(()), iter(()), settings()))
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "reason", "tries"),
+    [("nothing", "", 2), ("damage", "corrupt", 2), ("write", "changed", 1), ("rename", "unreadable", 1)],
+)
+def test_damage_is_a_verdict_once_the_content_was_read_again(meanwhile, reason, tries, videos):
+    """To a decoder a disk that is away, and a file that is being written, are damage; the file is looked at anew."""
+    path, asked = videos / "posed.mp4", []
+    (row,) = (row for row in inputs.find(videos).rows if row["file"] == "posed.mp4")
+    probed, known = probing.probe(row, settings()), path.stat()
+
+    def work(row, *_):
+        asked.append(row["file"])
+        if meanwhile == "write":
+            path.write_bytes(path.read_bytes()[::-1])
+            os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+        if meanwhile == "rename":
+            path.rename(videos / "other.mp4")
+        if len(asked) == 1 or meanwhile == "damage":
+            raise VideoError("corrupt", "Input/output error")
+        return row
+
+    assert probing.tried(probed, "shots", settings(), None, work)["reason"] == reason
+    assert len(asked) == tries

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -348,12 +349,19 @@ def test_a_source_that_crashes_its_process_again_and_again_is_left_alone(videos,
     row = {**source(videos, "cam01.mp4"), "key": "k"}
     probed = probing.probe(row, settings, tmp_path)
     assert probed["reason"] == "" and not list(tmp_path.iterdir())
-    mark = tmp_path / "k.cut.tried"  # as two crashed processes leave it
-    mark.write_bytes(b"..")
+    mark, here = tmp_path / "k.cut.tried", f"{platform.node()}\n"
+    for lost in ("one\n", "one\ntwo\n" + here):  # nodes that were taken while they read it
+        mark.write_text(lost)
+        with attempts.attempt(tmp_path, "k", "cut", 60) as may_try:
+            assert may_try and mark.read_text() == lost + here
+    mark.write_text("one\ntwo\nthree\nfour\n")
+    with attempts.attempt(tmp_path, "k", "cut", 60) as may_try:
+        assert not may_try, "nor is it tried on ever more nodes"
+    mark.write_text(2 * here)  # as two crashed processes leave it
     assert cutting.cut({**probed, "track": b"", "cuts": b"", "others": b""}, settings, tmp_path)["clips"] == 0
     (line,) = json.loads((tmp_path / "k.json").read_text())["ledger"]
     assert (line["kept"], line["reason"], line["stage"]) == (False, "crashed", "cut")
-    mark.write_bytes(b"..")
+    mark.write_text(here)
     attempts.forget(tmp_path)
     assert not mark.exists()
 

@@ -33,7 +33,7 @@ class Prepare(Part):
     max_decoded_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest array (a pose file) or table (a manifest) in memory, checked before and while it is unpacked."""
     stall_s: float = Field(default=300.0, gt=0, le=7 * 24 * 3600)
-    """Longest wait for one frame or one piece of a file; after it the process is ended, twice: `crashed`."""
+    """Longest wait for one frame or piece of a file; then the process is ended, twice on one machine: `crashed`."""
     shot_change: float | None = Field(default=20.0, gt=0)
     """Mean change between two clip frames, in levels of 0..255, from which there may be a cut (it must also stand out
     from the changes around it). No clip crosses a cut. None: only where time stamps start again."""

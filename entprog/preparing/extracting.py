@@ -13,7 +13,7 @@ from entprog.config import Preparation
 from entprog.media import h264, masks, video
 from entprog.media.pictures import png
 from entprog.media.video import VideoError
-from entprog.preparing import windows
+from entprog.preparing import attempts, windows
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.rows import Tracked
 
@@ -100,7 +100,7 @@ def extract(
     size, least = (settings.data.shape.height, settings.data.shape.width), settings.prepare.min_sharpness
     wanted, shown = Counter(at for window in kept for at, _ in window.candidates), {}
     waiting = deque(kept)
-    with tempfile.TemporaryFile(prefix="entprog-") as scratch:
+    with attempts.scratch(tempfile.TemporaryFile) as scratch:
         for i, frame, whole in _cut_out(row, kept, pictures, people, settings):
             if wanted[i]:
                 shown[i] = frame

@@ -15,7 +15,7 @@ from entprog.config import Prepare
 from entprog.masking import reason
 from entprog.media import frames
 from entprog.media.video import VideoError
-from entprog.preparing import addresses
+from entprog.preparing import addresses, attempts
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.rows import Source, ending
@@ -35,7 +35,7 @@ def fetched(row: Source, prepare: Prepare, heartbeats=lambda pieces: pieces) -> 
     if not addresses.is_remote(path):
         yield _local(Path(path), row, prepare.max_bytes)
         return
-    with tempfile.TemporaryDirectory(prefix="entprog-") as scratch:
+    with attempts.scratch(tempfile.TemporaryDirectory) as scratch:
         try:
             yield _copy(path, Path(scratch), row, prepare, heartbeats)
         except _RemoteError as error:

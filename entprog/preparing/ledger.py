@@ -14,7 +14,6 @@ from entprog.config import digest
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.names import plain
-from entprog.preparing.attempts import MAX_CRASHES
 from entprog.preparing.rows import Line, Probed, Source
 from entprog.storage import Where
 
@@ -76,7 +75,7 @@ def rejected(row: R, stage: str, reason: str, message: str) -> R:
 
 def crashed(row: R, stage: str) -> R:
     """The verdict on a source that brought its process down again and again."""
-    return rejected(row, stage, "crashed", f"it brought the process down, or stood still, {MAX_CRASHES} times")
+    return rejected(row, stage, "crashed", "it brought the process down, or stood still, again and again")
 
 
 def write(path: Where, rows: Iterable[Line]) -> None:

@@ -58,13 +58,30 @@ def tried(row: R, stage: str, settings: Preparation, parts: Where | None, work) 
             attempts.heartbeats, stall_s=prepare.stall_s, work_s=prepare.max_work_s, watched=parts is not None
         )
         try:
-            return work(row, settings, heartbeats)
+            return _surely(row, settings, heartbeats, work)
         except attempts.MachineError:
             raise
         except Exception as error:  # one bad file must not end a long job, nor vanish: the ledger names the exception
             if lack := attempts.lacking(error):
                 raise attempts.MachineError(f"cannot read {row['file']}: {lack.strerror}; run it again") from None
             return ledger.rejected(row, stage, *_verdict(row, error))
+
+
+def _surely(row: R, settings: Preparation, heartbeats, work) -> R:
+    """`work(row, settings, heartbeats)`, once more where it meets damage in a content that is as it was: to a decoder a
+    network disk that is away for a moment, or a file that is being written, looks like that.
+
+    Raises VideoError `changed` and `unreadable`, and OSError, for a content that is not.
+    """
+    try:
+        return work(row, settings, heartbeats)
+    except VideoError as error:
+        if error.reason != "corrupt":
+            raise
+    with opened(row, settings, heartbeats) as source:
+        if _sha256(source, heartbeats) != row["sha256"]:
+            raise VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
+    return work(row, settings, heartbeats)
 
 
 def _verdict(row: Probed, error: Exception) -> tuple[str, str]:
