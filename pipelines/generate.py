@@ -176,6 +176,7 @@ def run(
     beside |= {f"--reference {number}": path for number, path in enumerate(others, 2)}
     identity |= {name: str(Path(path).resolve()) for name, path in beside.items() if path is not None}
     identity |= {name: value for name, value in _flat(settings).items() if config.is_part_of(name, DECIDING)}
+    identity["generate.dtype"] = how["dtype"]
     for name in FREE:
         del identity[name]
     for name, before in ADDED.items():

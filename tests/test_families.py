@@ -385,6 +385,7 @@ def test_half_precision_and_checkpointing(tiny):
     with NormTypes() as seen:
         assert predict(half, batch).dtype == torch.float32
     assert bool(seen.given) == (name in ("wan", "wan_vace", "wan_animate")) and all(a == b for a, b in seen.given)
+    assert not any(seen.autocast), "which makes float32 of both on a GPU"
 
 
 class NormTypes(TorchFunctionMode):
@@ -392,12 +393,13 @@ class NormTypes(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.given = []
+        self.given, self.autocast = [], []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") == "rms_norm":
             input, weight = args[0], (kwargs or {}).get("weight", args[-2])
             self.given.append((input.dtype, weight.dtype))
+            self.autocast.append(torch.is_autocast_enabled(input.device.type))
         return function(*args, **(kwargs or {}))
 
 

@@ -120,6 +120,25 @@ def test_poses_with_a_reference_are_repeatable_and_follow_the_seed(made, tmp_pat
     assert one != bytes_of("guided", pose_guidance=3.0)
 
 
+def test_a_network_is_sampled_in_the_type_it_was_trained_under_where_there_is_a_gpu(made, tmp_path, monkeypatch):
+    load(Model(init=NETWORK, vae="none")).save(tmp_path / "model", shape=SHAPE, dtype="bfloat16")
+    found, before = (checkpoints.find(str(path), Generate()) for path in (tmp_path, made / "run"))
+    chosen = [Generate(), Generate(dtype="float32"), Generate(gpus="no"), Generate(dtype="bfloat16", gpus="no")]
+    assert [checkpoints.dtype_of(found, each) for each in chosen] == ["float32"] * 3 + ["bfloat16"]
+    half = checkpoints.load(found, chosen[-1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [checkpoints.dtype_of(found, each) for each in chosen] == ["bfloat16", "float32", "float32", "bfloat16"]
+    assert checkpoints.dtype_of(before, Generate()) == "float32", "of an earlier version, which did not say it"
+
+    plain = load(Model(base=str(tmp_path / "model"), conditions=("reference", "pose"), dtype="bfloat16"))
+    sizes = [sum(p.nbytes for p in of.network.blocks.parameters()) for of in (half, plain)]
+    assert sizes[0] < 0.6 * sizes[1]
+    noisy, t = torch.randn(1, *half.latent_shape(SHAPE)), torch.full((1,), 0.5)
+    seen = {name: noisy.roll(1, -1) for name in half.conditions}
+    with torch.no_grad():
+        assert torch.equal(half.predict(noisy, t, seen), plain.predict(noisy, t, seen))
+
+
 def test_poses_of_a_layout_that_the_network_has_not_seen_are_said(made, tmp_path):
     for points in (33, 133):
         denoiser = load(Model(init=NETWORK, vae="none", skeleton="dwpose"))

@@ -165,8 +165,9 @@ class Generate(Part):
     """Most memory for frames, at 3 bytes a pixel: of all driving videos or clips of a command together, and of the
     results that are sampled at once (which take some 20 times as much while they are made). `seconds=.inf` is cut to
     it; what else is larger is refused."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast type of the forward pass; `auto`: on a GPU the one that it was trained under, else float32. Under
+    bfloat16 blocks hold what it rounds in half the memory."""
     gpus: Literal["auto", "yes", "no"] = "auto"
     """`auto`: a GPU if there is one."""
 

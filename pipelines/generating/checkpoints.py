@@ -193,20 +193,36 @@ def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
     return name if shift == 1 else f"{name}, shift {shift:g}"
 
 
+def _device(settings: Generate) -> str:
+    """Where it is to run. Raises UserError if a GPU is asked for that is not there."""
+    import torch
+
+    if settings.gpus == "yes" and not torch.cuda.is_available():
+        raise UserError("generate.gpus=yes, but torch sees no GPU here")
+    return "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(checkpoint: Checkpoint, settings: Generate) -> str:
+    """The autocast type that it is to run under. Raises UserError as `_device` does."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return checkpoint.about.get("provenance", {}).get("dtype", "float32") if _device(settings) == "cuda" else "float32"
+
+
 def load(checkpoint: Checkpoint, settings: Generate):
     """The checkpoint's denoiser on the wanted device. Raises UserError if a GPU is asked for that is not there."""
     import torch
 
     from entprog import models
+    from entprog.blocks import blocks, round_frozen
     from entprog.models import captions
 
-    if settings.gpus == "yes" and not torch.cuda.is_available():
-        raise UserError("generate.gpus=yes, but torch sees no GPU here")
-    device = "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
+    device, dtype = _device(settings), dtype_of(checkpoint, settings)
     family, text = models.family(checkpoint.about["family"]), {}
     if settings.text is not None:  # before the network is loaded: the text encoder may be as large
         network = family.inspect(checkpoint.model()).network.config
         text = captions.one(text_source(checkpoint, settings), network, settings.text, device)
-    denoiser = family.load(checkpoint.model(settings.dtype), device)
+    rounded = (lambda network: round_frozen(blocks(network))) if dtype == "bfloat16" else (lambda network: None)
+    denoiser = family.load(checkpoint.model(dtype), device, prepare=rounded)
     none = denoiser.no_text or {"text": torch.zeros_like(denoiser.text)}  # of as many tokens as in training
     return replace(denoiser, no_text=none, **{field: value.to(device) for field, value in text.items()})

@@ -35,7 +35,7 @@ def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
         "steps": chosen.steps,
         "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}{of_text}",
         "seed": chosen.seed,
-        "dtype": chosen.dtype,
+        "dtype": checkpoints.dtype_of(maker, chosen),
     }
 
 

@@ -204,6 +204,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         denoiser = networks.merged(denoiser, experiment, settings["weights"])
     if rank == 0:
         kept = {"parts": experiment.train.save, "points": setup.dataset.points, **merged}
+        kept["dtype"] = experiment.model.dtype
         with storage.scratch_for(output / "model", last=folders.ABOUT) as folder:
             denoiser.save(folder, shape=experiment.data.shape, shift=shift, **kept)
     else:
