@@ -1,5 +1,6 @@
 """What --input takes: folders, globs, manifests, lists, images; here and elsewhere; and what it refuses."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -103,6 +104,45 @@ def test_a_glob_takes_what_links_lead_to_once(tmp_path):
     assert names(inputs.find(f"{tmp_path}/**/*.mp4")) == videos
     assert names(inputs.find(f"{tmp_path}/**/i*")) == ["day1/images"]
     assert names(inputs.find(tmp_path)) == [*videos, "day1/images"]
+
+
+def failing(call, *names: str):
+    """The function of `os`, on a network disk that is away for what has one of these names."""
+
+    def fails(path=".", *args, **options):
+        if Path(os.fsdecode(path)).name in names:
+            raise OSError(errno.ESTALE, "Stale file handle", os.fspath(path))
+        return call(path, *args, **options)
+
+    return fails
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.mp4", "/*/*.mp4", "/*/**"])
+def test_a_folder_that_cannot_be_listed_makes_no_smaller_dataset(pattern, tmp_path, monkeypatch):
+    for name in ("a/1.mp4", "b/2.mp4", "3.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(os, "scandir", failing(os.scandir, "b"))
+    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/b \(Stale file handle\)"):
+        inputs.find(f"{tmp_path}{pattern}")
+    assert names(inputs.find(f"{tmp_path}/a/*.mp4")) == ["1.mp4"], "a pattern may leave it out"
+
+
+@pytest.mark.parametrize("name", ["a.pose.npz", "a.mask.mp4", "a.txt"])
+def test_what_lies_beside_a_video_is_not_passed_over_where_a_disk_fails(name, tmp_path, monkeypatch):
+    for file in ("a.mp4", name):
+        (tmp_path / file).write_bytes(b"x")
+    monkeypatch.setattr(os, "stat", failing(os.stat, name))
+    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/{name} \(Stale file handle\)"):
+        inputs.find(tmp_path)
+
+
+def test_a_link_to_a_folder_on_a_disk_that_is_away_is_no_file_without_ending(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "b").symlink_to("a.mp4")
+    monkeypatch.setattr(os, "stat", failing(os.stat, "b"))
+    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/b "):
+        inputs.find(tmp_path)
 
 
 ENTRIES = [

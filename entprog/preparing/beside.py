@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from entprog.files import lies_in
+from entprog.files import lies_in, may_pass
 from entprog.masking import reason
 from entprog.media import masks, posefile
-from entprog.preparing import addresses
+from entprog.preparing import addresses, disk
 from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
 
 CAPTION_BYTES = 1 << 16
@@ -39,6 +39,8 @@ def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
+            if may_pass(error):  # kept without it, a clip would have no caption for good
+                disk.refuse(error)
             unread.append(f"{beside.name}: {reason(error)}")
     left = [row | {"caption": found.get(row["file"], "")} for row in rows if row["path"] not in taken]
     notes = [f"captions of {len(found)} videos are those of the .txt files beside them"] if found else []
@@ -93,7 +95,8 @@ def _beside(
         if addresses.is_remote(os.fsdecode(row["path"])) or not is_video(row):
             continue
         there = [Path(_stem(row) + ending) for ending in endings]
-        there = [path for path in there if os.path.isfile(path)]  # noqa: PTH113 (a name may be longer than any file's)
+        is_file = disk.is_file if row["stamp"] else os.path.isfile  # where the video itself cannot be read, it is told
+        there = [path for path in there if is_file(path)]
         taken |= {os.fsencode(path) for path in there}
         links += [path.name for path in there if not _stays(path, root)]
         there = [path for path in there if _stays(path, root)]

@@ -17,12 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 from entprog.config import Preparation, Prepare, digest
 from entprog.errors import UserError
-from entprog.files import home
+from entprog.files import home, may_pass
 from entprog.masking import bare, query, reason, shown
 from entprog.media import frames, limits, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
-from entprog.preparing import addresses, beside, fetching, manifest
+from entprog.preparing import addresses, beside, disk, fetching, manifest
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.rows import SUFFIXES, Source, ending, is_video, suffix
 from entprog.storage import Place, Where
@@ -144,7 +144,8 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         return _captioned(Inputs("video", [_file(path.name, path)]), _root(text))
     if glob.has_magic(text):
         root = _root(text)
-        found = _once({Path(match) for match in glob.iglob(text, recursive=True)})  # noqa: PTH207 (a path of any form)
+        found = _once(set(disk.matches(root, path.parts[len(root.parts) :])))
+        found = [match for match in found if match.is_dir()] if text.endswith("/") else found
         rows = [_entry_at(_name(match, root), match, fps) for match in found]
         rows = [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()]
         return _captioned(Inputs("glob", rows), root)
@@ -190,15 +191,16 @@ def _name(path: Path, root: Path) -> str:
 
 def _entry_at(file: str, path: Path, frames_fps: float) -> Source:
     """A path that may be a folder of numbered images."""
-    listable = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)  # noqa: PTH112 (of any name)
-    names = frames.numbered([entry.name for entry in path.iterdir()]) if listable else []
+    names = frames.numbered(disk.names(path))
     return _images(file, path, names, frames_fps) if names else _file(file, path)
 
 
 def _file(file: str, path: Path) -> Source:
     try:
         known = path.stat()
-    except (OSError, ValueError):  # a link to nowhere, or gone since it was listed: the first stage says so
+    except (OSError, ValueError) as error:  # a link to nowhere, or gone since it was listed: the first stage says so
+        if may_pass(error) and path.suffix.lower() not in SUFFIXES:  # perhaps a folder of videos
+            disk.refuse(error)
         return _row(file, str(path))
     return _row(file, str(path), bytes=known.st_size, stamp=fetching.stamp(known))
 
@@ -216,14 +218,8 @@ def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[
     not make a smaller dataset.
     """
 
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"cannot list {plain(str(error.filename))} ({error.strerror}), which lies in the input: make it readable, "
-            "or give a glob or a manifest that leaves it out"
-        )
-
     entered = {leave_out.resolve()} if isinstance(leave_out, Path) else set()
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=disk.refuse, followlinks=True):
         real = Path(parent).resolve()
         if real in entered:
             folders.clear()
@@ -363,6 +359,15 @@ def _refused(row: Source, prepare: Prepare) -> VideoError | None:
     return None
 
 
+def _listed(file: str, path: Path, frames_fps: float) -> Source:
+    """A path that a manifest names: what cannot be listed is a row of the ledger as others, which the first stage
+    rejects."""
+    try:
+        return _entry_at(file, path, frames_fps)
+    except UserError:
+        return _row(file, str(path))
+
+
 def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
     """A manifest's entry as a source. Its name is the path as it is written, without secrets, and its crop."""
     text, far = entry.path, addresses.is_remote(base)
@@ -372,7 +377,7 @@ def _entry_row(entry: manifest.Entry, base: str, frames_fps: float) -> Source:
         text = _local_path(text)
     if "://" not in text and not far:
         path = Path(base, text)
-        row = _entry_at(text + at, path, entry.fps or frames_fps) | wishes
+        row = _listed(text + at, path, entry.fps or frames_fps) | wishes
         is_folder = suffix(row) not in SUFFIXES or os.path.isdir(path)  # noqa: PTH112 (of any name)
         return row | ({"frames_fps": entry.fps} if entry.fps and is_folder else {})
     # A manifest on another machine may say file:// too, which the first stage refuses.
