@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from entprog.distributed.agree import world
 BUCKET_BYTES = 64 << 20
 UNDER_WAY_BYTES = 256 << 20
 """Of buckets on their way at once, but for one that is larger: each is a copy of its gradients. Where the network is
-slower than the backward pass the others are sent after it."""
+slower than the backward pass the others wait: on a GPU for the oldest, on a CPU for the pass to end."""
 
 
 def room_bytes(trained_bytes: int) -> int:
@@ -29,6 +30,9 @@ class Reducer:
     its gradients, in the same order on every rank, as all of them train the same parameters (see `agree`); how many
     before the pass ends is each rank's own affair, so that no rank may ask for anything else between `begin` and
     `finish`. In a single process it does nothing.
+
+    A GPU is asked for the whole pass long before it has done it, and so for its buckets: what has to be waited for, its
+    stream waits for, not this process.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
@@ -40,6 +44,8 @@ class Reducer:
         """Gradients that each bucket waits for; empty: the backward pass is not an update's last one."""
         self.sent = 0
         self.on_their_way: deque[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = deque()
+        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """Of the GPU's stream for buckets, since `begin`: from, to."""
         self.hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._there, number))
             for number, bucket in enumerate(self.buckets)
@@ -48,7 +54,17 @@ class Reducer:
 
     def begin(self) -> None:
         """The next backward pass is the last one before `finish`."""
-        self.lacking, self.sent = [len(bucket) for bucket in self.buckets], 0
+        self.lacking, self.sent, self.waits = [len(bucket) for bucket in self.buckets], 0, []
+
+    def flush(self) -> None:
+        """The backward pass is over: send what is not sent yet, as far as there is room without a wait for others."""
+        while self.sent < len(self.buckets) and self._has_room():
+            self._send()
+
+    @property
+    def waited_s(self) -> float:
+        """What the GPU's stream has waited for other ranks since `begin`; it has to have come so far."""
+        return sum(begun.elapsed_time(ended) for begun, ended in self.waits) / 1e3
 
     def finish(self) -> None:
         """Send what is not sent yet, and wait for all: every gradient that exists is the mean over ranks then."""
@@ -73,9 +89,14 @@ class Reducer:
 
     def _has_room(self) -> bool:
         """Never waits: how long this rank computes must not depend on the others (see `agree.pace`)."""
-        while self.on_their_way and self.on_their_way[0][-1].is_completed():
+        while self.on_their_way and self._is_due():
             self._take()
         return self._fits()
+
+    def _is_due(self) -> bool:
+        """Whether to take the oldest. That a GPU has done it is seen too late for the ones after it."""
+        _, flat, work = self.on_their_way[0]
+        return not self._fits() if in_stream(flat) else work.is_completed()
 
     def _fits(self) -> bool:
         under_way = sum(flat.nbytes for _, flat, _ in self.on_their_way)
@@ -90,10 +111,28 @@ class Reducer:
 
     def _take(self) -> None:
         gradients, flat, work = self.on_their_way.popleft()
-        work.wait()
+        with self._timed(flat):
+            work.wait()
         flat.div_(self.ranks)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    @contextmanager
+    def _timed(self, flat: torch.Tensor) -> Iterator[None]:
+        """Keep what a GPU's stream waits inside."""
+        if not flat.is_cuda:
+            yield
+            return
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        yield
+        ended.record()
+        self.waits.append((begun, ended))
+
+
+def in_stream(flat: torch.Tensor) -> bool:
+    """Whether to wait for a bucket is its device's affair, and returns at once: as NCCL's `Work.wait` does."""
+    return flat.is_cuda
 
 
 def _buckets(parameters: Iterable[nn.Parameter], limit_bytes: int) -> Iterator[list[nn.Parameter]]:

@@ -70,9 +70,9 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         if experiment.data.text == "empty":  # every clip has it already: there is none to drop
             experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
         device = ray.train.torch.get_device()
-        if device.type == "cpu":
-            here = ray.train.get_context().get_local_world_size()
-            torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
+        # For a GPU too, where Ray gives it one: the host rounds its weights, and looks through what is saved.
+        here = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
         if experiment.in_fp8:
             fp8.check_device(device)
         attention.check_device(experiment.model, device)
