@@ -283,6 +283,26 @@ def test_wide_colours_become_ordinary_ones(transfer, codec, container):
         assert unlike(small, video.scale(image, (8, 32))) < 6
 
 
+@pytest.mark.parametrize(
+    ("size", "matrix"),
+    [
+        ((1920, 800), "ITU709"),
+        ((1280, 534), "ITU709"),
+        ((544, 1280), "ITU709"),
+        ((960, 640), "ITU709"),
+        ((1024, 576), "ITU601"),
+        ((480, 854), "ITU601"),
+    ],
+)
+def test_untagged_video_has_the_matrix_that_players_take(size, matrix):
+    """720p that was cut to a film's format is HD too."""
+    width, height = size
+    picture = np.full((height, width, 3), (200, 40, 60), np.uint8)
+    frame = av.VideoFrame.from_ndarray(picture).reformat(format="yuv420p", dst_colorspace=matrix)
+    frame.colorspace = showing.UNSPECIFIED
+    assert np.abs(showing.pixels(frame).astype(int) - picture).max() <= 3
+
+
 def test_colours_that_cannot_be_converted_are_refused(frames):
     odd = hostile.wide(frames[0], "bt2020")
     odd.colorspace = 14  # ICtCp

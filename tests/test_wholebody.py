@@ -90,6 +90,23 @@ def test_poses_beside_videos_are_taken_and_need_no_network(folder, tmp_path):
         assert clip["visibility"] == 1
 
 
+def test_pixels_of_mmpose_are_those_that_are_stored(tmp_path):
+    """OpenCV, with which it reads, makes none square."""
+    points, high, wide = wholebodies.moving(14), 96, 128
+    with av.open(tmp_path / "a.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = wide, high, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        for image in wholebodies.pictures(points, high, wide):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(stream.encode(None))
+    (tmp_path / "a.pose.json").write_text(json.dumps(wholebodies.mmpose(points, high, wide)))
+    row = cut(tmp_path, tmp_path)["a"]
+    assert (row["source_width"], row["source_height"]) == (256, 96)
+    found = np.frombuffer(row["track"], np.float32).reshape(-1, 133, 3)
+    np.testing.assert_allclose(found[:14], points, atol=1e-5)
+
+
 def test_a_dataset_of_both_keeps_all_points_and_gives_each_its_own_back(folder, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -417,6 +434,6 @@ def test_parts_of_rtmlib_s_earlier_layout_are_done_anew(folder):
     rows, keys = inputs.find(folder).rows, {}
     for pose in ("blazepose", "rtmlib"):
         settings = config.build({"data": {"shape": SHAPE}, "prepare": {"pose": pose}}, config.Preparation)
-        same = config.digest(packing.cut_settings(settings), shards.FORMAT)
+        same = config.digest(packing.cut_settings(settings), shards.FORMAT, cutting.READING)
         keys[pose] = {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
         assert (packing.part_keys(rows, settings) == keys[pose]) == (pose == "blazepose")

@@ -73,7 +73,7 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
         message = f"{duration_s:.0f} s, more than {limits.max_duration_s:g} s are not read"
         raise VideoError("too_long", f"{folder}: {message}")
     height, width = pictures.read(found[0], limits).shape[:2]
-    return VideoInfo(width, height, own_fps, duration_s, len(found), "images")
+    return VideoInfo(width, height, (width, height), own_fps, duration_s, len(found), "images")
 
 
 def iter_frames(folder: Path, own_fps: float, fps: float, limits: Limits) -> Iterator[tuple[float, np.ndarray]]:

@@ -3,7 +3,8 @@
 NAME.pose.npz holds `pose` float [R, 33 or 133, 3], x and y in 0..1 of the upright picture, visibility 0..1, and may
 hold `fps`, its rows a second; without that there is a row for each frame of the video. NAME.pose.json is what MMPose
 writes of a video: {"instance_info": [{"instances": [{"keypoints": [[x, y], …], "keypoint_scores": […]}, …]}, …]}, or
-that list alone; 133 points in pixels of the upright picture, a list entry a frame.
+that list alone; 133 points in pixels of the upright picture as OpenCV gives it, which makes none square, a list entry a
+frame.
 """
 
 import json
@@ -62,7 +63,8 @@ def stamp(path: Path) -> str:
 
 
 def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
-    """The poses of a file beside a video whose upright picture has height × width pixels. Never unpickled.
+    """The poses of a file beside a video whose upright picture has height × width pixels as it is stored
+    (`VideoInfo.stored`). Never unpickled.
 
     Raises VideoError `bad_pose` for a file that holds none.
     """

@@ -80,16 +80,17 @@ def pixels(
 ) -> np.ndarray:
     """As it is stored, to uint8 RGB [height, width, 3] of `size` (width, height; None: its own).
 
-    By the frame's own matrix; untagged video is BT.709 from 720 lines up, else BT.601, as players do. Wide colours and
-    HDR become those of BT.709, and what is brighter than HDR's white is clipped to it. Transparent frames lie over the
-    background.
+    By the frame's own matrix; untagged video is BT.709 from 1280 pixels a line or 577 lines up, else BT.601, as players
+    do (mpv's mp_csp_guess_colorspace; of an upright picture its sides change places). Wide colours and HDR become those
+    of BT.709, and what is brighter than HDR's white is clipped to it. Transparent frames lie over the background.
     """
     width, height = size or (frame.width, frame.height)
     if not is_plain(frame):
         return _to_bt709(frame, width, height)
     matrix = None
     if frame.colorspace == UNSPECIFIED:
-        matrix = Colorspace.ITU709 if min(frame.width, frame.height) >= 720 else Colorspace.ITU601
+        short, long = sorted((frame.width, frame.height))
+        matrix = Colorspace.ITU709 if long >= 1280 or short > 576 else Colorspace.ITU601
     clear = any(component.is_alpha for component in frame.format.components)
     try:
         frame = frame.reformat(

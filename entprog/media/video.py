@@ -54,6 +54,8 @@ class VideoInfo:
     """Of the upright picture in square pixels, as every frame is given."""
     height: int
     """The same."""
+    stored: tuple[int, int]
+    """Width and height of the upright picture in pixels as they are stored, square or not: those of OpenCV."""
     fps: float
     """Average frames per second; 0 if the header does not say."""
     duration_s: float
@@ -75,6 +77,7 @@ def probe(source: Source, limits: Limits = LIMITS) -> VideoInfo:
         first = next(decoded_frames(source, container, stream, limits))
         with _named(source):
             width, height = showing.size(first)
+            stored = showing.size(first._replace(aspect=Fraction(1)))
         if stream.duration is not None:
             duration_s = float(stream.duration * stream.time_base)
         else:
@@ -84,6 +87,7 @@ def probe(source: Source, limits: Limits = LIMITS) -> VideoInfo:
         return VideoInfo(
             width=width,
             height=height,
+            stored=stored,
             fps=float(stream.average_rate or stream.guessed_rate or 0),
             duration_s=duration_s,
             frames=stream.frames or None,

@@ -36,6 +36,10 @@ PEOPLE_SHARE = 0.5
 """Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
 
 
+READING = 2
+"""Raised where the same source gives other pixels or poses than before, so that no part of an earlier version is taken
+for one of this. 2: MMPose's poses over pixels that are not square, untagged HD of less than 720 lines, colour profiles
+of pictures."""
 FILES = "files beside the videos"
 """Where poses come from that no estimator gave, in words."""
 
@@ -65,7 +69,7 @@ class Track:
         """The poses beside the video."""
         fps = settings.data.shape.fps
         bounds, path = limits.of(settings.prepare), Path(os.fsdecode(row["poses"]))
-        poses = posefile.read(path, row["source_height"], row["source_width"], bounds)
+        poses = posefile.read(path, row["stored_height"], row["stored_width"], bounds)
         if posefile.stamp(path) != row["poses_stamp"]:
             raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
         shown = None

@@ -64,6 +64,9 @@ class Probed(Source):
     source_height: int
     """Pixels of the whole upright picture."""
     source_width: int
+    stored_height: int
+    """The same as they are stored, square or not: what programs count in that read it with OpenCV."""
+    stored_width: int
     view_height: int
     """Pixels of what the crop leaves."""
     view_width: int

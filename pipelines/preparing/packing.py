@@ -17,7 +17,7 @@ from entprog.data import shards
 from entprog.data.shards import ShardInfo
 from entprog.errors import UserError
 from entprog.media import wholebody
-from entprog.preparing import again, ledger
+from entprog.preparing import again, cutting, ledger
 from entprog.preparing.rows import Line, Source
 from entprog.storage import Place, Where
 
@@ -55,7 +55,7 @@ def identity_of(dataset: shards.Dataset) -> Row:
 def part_keys(rows: Iterable[Source], settings: Preparation) -> dict[str, str]:
     """Name of each source's part: changes with the source and with every setting that its clips depend on."""
     points = [wholebody.POINTS] if settings.prepare.pose == "rtmlib" else []  # once its parts had 33
-    same = config.digest(cut_settings(settings), shards.FORMAT, *points)
+    same = config.digest(cut_settings(settings), shards.FORMAT, cutting.READING, *points)
     return {row["file"]: config.digest(row["file"], ledger.stamp(row), same) for row in rows}
 
 
