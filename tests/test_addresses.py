@@ -3,15 +3,19 @@
 import gzip
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 
 from entprog import config
 from entprog.errors import UserError
 from entprog.preparing import addresses, attempts, inputs, listings, probing
+from helpers import servers
 
 SECRET = "hUshhUsh"
 
@@ -279,3 +283,62 @@ def test_a_listing_is_not_unpacked(endless, monkeypatch):
     monkeypatch.setattr(listings, "MOST_BYTES", 1 << 20)
     assert len(inputs.find(f"{endless[0]}/packed/", config.Prepare(hosts=("127.0.0.1",))).rows) == 1, "no page of links"
     assert set(endless[1]) == {"identity"}
+
+
+class Folders(servers.Quiet):
+    """Folders of the web, and of a bucket, of which one cannot be listed."""
+
+    protocol_version = "HTTP/1.1"
+    status = 200
+    """Of the folder b; 0: its connection is reset."""
+
+    def do_GET(self):  # noqa: N802
+        name, asked = self.path.partition("?")[0].strip("/"), parse_qs(self.path.partition("?")[2])
+        prefix = asked.get("prefix", [""])[0]
+        status = self.status if "b" in (name[-1:], prefix.strip("/")[-1:]) else 200
+        if not status:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        inside = {"": ("<a href='a/'>", "<a href='b/'>", "<a href='0.mp4'>")}.get(name[1:], ("<a href='1.mp4'>",))
+        if asked:
+            file = f"<Contents><Key>{prefix}1.mp4</Key><Size>1</Size></Contents>"
+            folders = "".join(f"<CommonPrefixes><Prefix>v/{each}/</Prefix></CommonPrefixes>" for each in "ab")
+            inside = (f"<ListBucketResult><IsTruncated>false</IsTruncated>{file}", folders if prefix == "v/" else "")
+            inside = (*inside, "</ListBucketResult>")
+        body = "".join(inside).encode() if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml" if asked else "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.mp4"])
+def test_a_folder_that_cannot_be_listed_makes_no_smaller_dataset(pattern, monkeypatch):
+    with servers.answering(Folders) as address:
+        monkeypatch.setattr(Folders, "status", 0)
+        with pytest.raises(UserError, match=rf"cannot read input .*{address}/v/b: Client"):
+            inputs.find(f"{address}/v/{pattern}", config.Prepare(hosts=("127.0.0.1",)))
+        monkeypatch.setattr(Folders, "status", 404)  # no failure: a link that leads nowhere
+        found = inputs.find(f"{address}/v/{pattern}", config.Prepare(hosts=("127.0.0.1",)))
+        assert [row["file"] for row in found.rows] == ["0.mp4", "a/1.mp4"]
+        assert found.notes == (f"1 folders there were not found ({address}/v/b)",)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.mp4"])
+def test_a_buckets_folder_that_cannot_be_listed_makes_no_smaller_dataset(pattern, monkeypatch):
+    with servers.answering(Folders) as address:
+        for name, value in {**servers.CREDENTIALS, "AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(name, value)
+        addresses._bucket.cache_clear()
+        found = inputs.find(f"s3://data/v/{pattern}")
+        assert [row["file"] for row in found.rows] == ["1.mp4", "a/1.mp4", "b/1.mp4"]
+        monkeypatch.setattr(Folders, "status", 403)
+        with pytest.raises(UserError, match=r"cannot read input .* key 'v/b/' in bucket 'data'"):
+            inputs.find(f"s3://data/v/{pattern}")
+        addresses._bucket.cache_clear()

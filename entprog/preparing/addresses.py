@@ -85,7 +85,8 @@ def filesystem(address: str, hosts: Sequence[str] = (), *, listing: bool = False
     host only if `hosts` names it (`*.example.org` names several).
 
     Buckets are read by pyarrow, as checkpoints in them are: credentials, region and endpoint come from the environment.
-    listing: it is to list folders of the web, whose pages others write: those that do not end are an AddressError.
+    listing: it is to list folders of the web, whose pages others write: those that do not end are an AddressError, what
+    is not there lies in its `missing`. No folder inside of others is passed over where it cannot be listed.
 
     Raises AddressError as `check` does, OSError for a bucket that is not there or may not be read.
     """
@@ -97,6 +98,8 @@ def filesystem(address: str, hosts: Sequence[str] = (), *, listing: bool = False
     if protocol in WEB:
         bounds = listings.Bounds(shown(address)) if listing else None
         client = partial(_client, shown=shown(address), hosts=tuple(hosts), bounds=bounds)
+        if listing:
+            return listings.pages(client), f"{protocol}://{rest}"
         return fsspec.filesystem("http", get_client=client, skip_instance_cache=True), f"{protocol}://{rest}"
     bucket, _, key = rest.partition("/")
     files, root = _bucket(protocol, bucket)
@@ -121,6 +124,10 @@ def _bucket(protocol: str, bucket: str):
                 more = {f"{path}/{name}" for name in Place(system, path).folders()} - {each["name"] for each in entries}
                 entries += [{"name": name, "size": None, "type": "directory", "mtime": None} for name in sorted(more)]
             return entries if detail else [entry["name"] for entry in entries]
+
+        def walk(self, path: str, *args, **options):
+            # fsspec passes over a folder inside of others that cannot be listed: a smaller dataset, without a word
+            return super().walk(path, *args, **{**options, "on_error": "raise"})
 
     soon = "?retry_limit_seconds=20" if protocol == "gs" else ""  # Google's client tries for a quarter of an hour
     system, root = fs.FileSystem.from_uri(f"{protocol}://{bucket}{soon}")

@@ -250,12 +250,16 @@ def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
                 return _manifest(copy, shown(address), base, prepare)
         # On the web a '?' begins a query, which may be a signature; such an address is one file's.
         pattern = bare(path) if addresses.is_web(address) else path
+        lister = addresses.filesystem(address, prepare.hosts, listing=True)[0]
         if glob.has_magic(pattern):
-            kind, found = "glob", _lister(address, prepare).glob(path, detail=True)
+            kind, found = "glob", lister.glob(path, detail=True)
         elif its_ending in SUFFIXES or (addresses.is_web(address) and query(address)):
             return Inputs("video", [_row(bare(address).rpartition("/")[2], address)])
         else:
-            kind, found = "folder", _lister(address, prepare).find(path, detail=True, on_error="raise")
+            kind, found = "folder", lister.find(path, detail=True)
+        missing = getattr(lister, "missing", [])
+        if missing and not found:
+            raise FileNotFoundError(missing[0])
     except UserError:
         raise
     except Exception as error:  # each filesystem's library has exceptions of its own
@@ -265,13 +269,10 @@ def _remote(address: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         found = _without(found, address.partition("://")[0].lower(), path.rstrip("/"), leave_out)
     rows = _told_apart(list(_remote_rows(there, path, found, prepare.frames_fps)))
     texts = sum(suffix(row) == ".txt" for row in rows)
-    notes = (f"{texts} .txt files there are not read as captions: a manifest can hold them",) if texts else ()
-    return Inputs(f"{kind} on {address.partition('://')[0]}", rows, notes)
-
-
-def _lister(address: str, prepare: Prepare):
-    """The filesystem that lists what lies at an address."""
-    return addresses.filesystem(address, prepare.hosts, listing=True)[0]
+    notes = [f"{texts} .txt files there are not read as captions: a manifest can hold them"] if texts else []
+    if missing:
+        notes.append(f"{len(missing)} folders there were not found ({shown(missing[0])})")
+    return Inputs(f"{kind} on {address.partition('://')[0]}", rows, tuple(notes))
 
 
 def _without(found: dict[str, dict[str, Any]], protocol: str, root: str, output: Place) -> dict[str, dict[str, Any]]:

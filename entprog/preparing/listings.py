@@ -2,6 +2,8 @@
 
 import time
 
+from entprog.masking import reason, shown
+
 MOST_PAGES = 20_000
 MOST_BYTES = 256 << 20
 """Of all pages of a listing together,"""
@@ -43,6 +45,32 @@ class Bounds:
 
     def _refuse(self, bound: str) -> None:
         raise AddressError(f"{self.shown}: its listing goes on after {bound}; give a manifest, or a folder in it")
+
+
+def pages(client):
+    """fsspec's filesystem of the web, to list folders with, which asks by `client`.
+
+    A server that fails must not make a smaller dataset: a folder that cannot be listed is an OSError, where fsspec
+    passes over those inside of others. A folder that is not there, as of a link that leads nowhere, is put down in
+    `missing`.
+    """
+    from fsspec.implementations.http import HTTPFileSystem
+
+    class Pages(HTTPFileSystem):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.missing: list[str] = []
+
+        async def _walk(self, path: str, *args, **options):
+            def failed(error: OSError) -> None:
+                if not isinstance(error, FileNotFoundError):
+                    raise OSError(f"{shown(path)}: {reason(error, path)}") from error
+                self.missing.append(path)
+
+            async for found in super()._walk(path, *args, **{**options, "on_error": failed}):
+                yield found
+
+    return Pages(get_client=client, skip_instance_cache=True)
 
 
 def response(bounds: Bounds):
