@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from entprog.media import frames, pictures
 from entprog.media.limits import Limits
@@ -83,6 +83,40 @@ def test_transparency_of_every_kind_of_png_is_laid_over_the_background(mode):
         if mode == "P":
             image.putpalette(bytes(768))
     assert (pictures.read(saved(image, "PNG", **options)) == pictures.BACKGROUND).all()
+
+
+def of_swapped_colours() -> bytes:
+    """A profile in which red and blue have changed places, as no screen's have."""
+    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    made = made.replace("sRGB".encode("utf-16-be"), "none".encode("utf-16-be"))
+    return made.replace(b"rXYZ", b"????", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"????", b"bXYZ", 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("JPEG", "RGB"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("TIFF", "RGBA"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+    ],
+)
+def test_colours_are_those_of_the_pictures_profile(kind, mode):
+    image = Image.new("RGB", (16, 16), (200, 40, 60)).convert(mode)
+    if mode == "RGBA":
+        image.putpixel((3, 3), (0, 0, 0, 0))
+    profiles = {"none": None, "swapped": of_swapped_colours(), "broken": of_swapped_colours()[:200]}
+    profiles["srgb"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    got = {}
+    for name, profile in profiles.items():
+        how = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
+        got[name] = pictures.read(saved(image, kind, icc_profile=profile, **how))
+    assert np.array_equal(got["srgb"], got["none"]) and np.array_equal(got["broken"], got["none"])
+    assert np.abs(got["swapped"].astype(int) - got["none"][..., ::-1]).max() <= 1
+    assert (got["swapped"][3, 3] == 255).all() == (mode == "RGBA")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from entprog.masking import one_line
 from entprog.media.errors import VideoError
@@ -27,7 +27,8 @@ _BYTES_PER_PIXEL = 16
 def read(source: Path | bytes, limits: Limits = LIMITS, background: Color = BACKGROUND) -> np.ndarray:
     """A picture as people see it: uint8 RGB [H, W, 3]; the first one of several.
 
-    Turned as its EXIF orientation says, laid over the background where it is transparent, 16-bit grey scaled to 8 bits.
+    Turned as its EXIF orientation says, in the colours of sRGB where a profile says that they are others', laid over
+    the background where it is transparent, 16-bit grey scaled to 8 bits.
     Raises VideoError: `unreadable` (no such file, not permitted), `too_large` (over the limits), `corrupt` (no picture
     of FORMATS, damaged, or of numbers whose white is not known).
     """
@@ -40,7 +41,7 @@ def read(source: Path | bytes, limits: Limits = LIMITS, background: Color = BACK
             if image.width * image.height > limits.max_pixels:
                 message = f"{image.width}x{image.height}, more than {limits.max_pixels} pixels are not decoded"
                 raise VideoError("too_large", f"{name}: {message}")
-            return np.asarray(opaque(ImageOps.exif_transpose(_eight_bits(image)), background))
+            return np.asarray(opaque(_in_srgb(ImageOps.exif_transpose(_eight_bits(image))), background))
     except VideoError:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -65,6 +66,26 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         grey.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
     grey.info["exif"] = image.getexif().tobytes()
     return grey
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """A picture whose colour profile is of another space (Display P3, Adobe RGB, a press's) in sRGB, relative
+    colorimetric as videos are. A profile that cannot be used counts as none, as in browsers."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in (profile.profile.profile_description or ""):
+            return image
+        flat = image.convert({"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+        srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+        made = ImageCms.profileToProfile(flat, profile, srgb, renderingIntent=intent, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    if image.has_transparency_data:
+        made.putalpha(image.convert("RGBA").getchannel("A"))
+    return made
 
 
 def opaque(image: Image.Image, background: Color = BACKGROUND) -> Image.Image:
