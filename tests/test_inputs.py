@@ -429,7 +429,24 @@ def test_numbered_images():
     assert frames.numbered(["10.png", "9.png", "1.png"]) == ["1.png", "9.png", "10.png"]
     assert frames.numbered(["a1.jpg", "a2.jpg", "cover.jpg", "a.txt"]) == ["a1.jpg", "a2.jpg"]
     assert frames.numbered(["a1.jpg", "b1.jpg", "a2.jpg", "b2.jpg"]) == []
+    assert frames.numbered(["2.JPG", "1.jpg"]) == ["1.jpg", "2.JPG"], "as some cameras and programs write them"
     assert frames.numbered(["1.png"]) == frames.numbered(["1.mp4", "2.mp4"]) == []
+
+
+def test_several_sequences_in_one_folder_are_said(tmp_path):
+    for name in ("frame_0.png", "frame_1.png", "mask_0.png", "mask_1.png", "cover.jpg"):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        (tmp_path / "one" / name).touch()
+    assert inputs.find(tmp_path).notes == (
+        "one/{frame_*.png, mask_*.png}: several sequences of images in one folder, of which none is read: give each "
+        "its own",
+    )
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (note,) = inputs.find(tmp_path).notes
+    assert "one/{frame_*.png, mask_*.png} (and 1 more): " in note
+    for path in tmp_path.rglob("mask_*"):
+        path.unlink()
+    assert not inputs.find(tmp_path).notes
 
 
 def test_images_are_the_video_they_were_cut_from(folder):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import count, groupby
 from operator import itemgetter
@@ -22,12 +23,30 @@ _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 def numbered(names: list[str]) -> list[str]:
     """The images among file names if they are one numbered sequence, in its order; otherwise none.
 
-    One sequence: two images or more, alike in name but for the number.
+    One sequence: two images or more, alike in name but for the number (and capitals of the ending).
     """
-    found = [m for m in map(_NUMBERED.fullmatch, names) if m and m[3].lower() in SUFFIXES]
-    if len(found) < 2 or len({(m[1], m[3]) for m in found}) != 1:
+    found = _sequences(names)
+    if len(found) != 1:
         return []
-    return [m[0] for m in sorted(found, key=lambda m: (int(m[2]), m[0]))]
+    (images,) = found.values()
+    return [m[0] for m in sorted(images, key=lambda m: (int(m[2]), m[0]))] if len(images) > 1 else []
+
+
+def mixed(names: list[str]) -> list[str]:
+    """What the sequences are called (`frame_*.png`) where there are several, of which none is taken; otherwise none."""
+    found = _sequences(names)
+    if len(found) < 2 or max(map(len, found.values())) < 2:
+        return []
+    return [f"{name}*{ending}" for name, ending in sorted(found)]
+
+
+def _sequences(names: Iterable[str]) -> dict[tuple[str, str], list[re.Match[str]]]:
+    """Images among file names by what they have in common: {(before the number, ending in small letters): them}."""
+    found = defaultdict(list)
+    for m in map(_NUMBERED.fullmatch, names):
+        if m and m[3].lower() in SUFFIXES:
+            found[m[1], m[3].lower()].append(m)
+    return found
 
 
 def paths(folder: Path) -> list[Path]:
