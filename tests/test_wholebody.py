@@ -430,6 +430,21 @@ def test_parts_and_cards_say_where_poses_come_from(folder, tmp_path):
     assert said("hand_distance", (), "rtmlib").endswith("by rtmlib") and said("pck", ()).endswith("by blazepose")
 
 
+def test_parts_of_nodes_that_differ_are_said(folder, tmp_path):
+    cut(folder, tmp_path)
+    records = [packing.read_part(tmp_path, name) for name in "abc"]
+    assert records[0]["versions"]["av"] == av.__version__ and {"entprog", "pillow"} <= records[0]["versions"].keys()
+    earlier = {key: value for key, value in records[0].items() if key != "versions"}
+    assert packing.other_versions([*records, None, earlier]) is None
+    other = {**records[0], "versions": records[0]["versions"] | {"av": "9.0.0"}}
+    said = packing.other_versions([*records, other])
+    assert said.startswith(
+        f"clips were cut with different versions: av {av.__version__} (3 videos), 9.0.0 (1 videos): the same video"
+    )
+    del other["versions"]["ai-edge-litert"]
+    assert "ai-edge-litert" in packing.other_versions([*records, other])
+
+
 def test_parts_of_rtmlib_s_earlier_layout_are_done_anew(folder):
     rows, keys = inputs.find(folder).rows, {}
     for pose in ("blazepose", "rtmlib"):

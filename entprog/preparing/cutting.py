@@ -7,7 +7,9 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from functools import cached_property, partial
+from contextlib import suppress
+from functools import cache, cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, chain, count, groupby, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -42,6 +44,8 @@ for one of this. 2: MMPose's poses over pixels that are not square, untagged HD 
 of pictures."""
 FILES = "files beside the videos"
 """Where poses come from that no estimator gave, in words."""
+READERS = ("entprog", "av", "pillow", "ai-edge-litert")
+"""Packages that decide which pixels and poses come out of a video."""
 
 
 class Track:
@@ -133,9 +137,23 @@ def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     lines = [ledger.line(row), *row["lines"]]
     record = {"ledger": lines, "clips": row["clips"], "sha256": row["part_sha256"]}
     record |= {"points": row.get("points", pose.POINTS), "poses": FILES if row["poses"] else settings.prepare.pose}
-    record |= {"masks": bool(row["mask"]), "limits": again.limits(settings.prepare.model_dump(mode="json"))}
+    record |= {
+        "versions": versions(),
+        "masks": bool(row["mask"]),
+        "limits": again.limits(settings.prepare.model_dump(mode="json")),
+    }
     files.write_json(parts / f"{row['key']}.json", record, indent=None)
     return {"file": row["file"], "clips": row["clips"], "reason": row["reason"]}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of READERS, as far as they are installed here: another node may have others."""
+    found = {}
+    for name in READERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:

@@ -228,6 +228,23 @@ def made_by(records: Iterable[Row | None], before: Iterable[str] = ()) -> list[s
     return sorted({*before, *(record["poses"] for record in records if record and "poses" in record)})
 
 
+def other_versions(records: Iterable[Row | None]) -> str | None:
+    """In words that some finished parts were made with other versions than others; None: all with the same."""
+    made_with = [record["versions"] for record in records if record and "versions" in record]
+    found = {name: Counter(each.get(name, "none") for each in made_with) for name in cutting.READERS}
+    differing = [
+        f"{name} {', '.join(f'{version} ({videos} videos)' for version, videos in sorted(counted.items()))}"
+        for name, counted in found.items()
+        if len(counted) > 1
+    ]
+    if not differing:
+        return None
+    return (
+        f"clips were cut with different versions: {'; '.join(differing)}: the same video may come out otherwise; give "
+        "all nodes one image, and prepare into a new output"
+    )
+
+
 def pack_all(
     ray, plans: Sequence[Row], output: Where, shape: ClipShape, before: Mapping[str, Sequence[ShardInfo]]
 ) -> dict[str, list[ShardInfo]]:
