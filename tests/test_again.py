@@ -12,13 +12,14 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from entprog import config
 from entprog.config import Preparation
 from entprog.data import shards
 from entprog.media import h264
 from entprog.media.video import VideoError
-from entprog.preparing import attempts, cutting, extracting, inputs, ledger, probing
+from entprog.preparing import again, attempts, cutting, extracting, fetching, inputs, ledger, probing
 from pipelines.preparing import additions, packing
 
 
@@ -168,3 +169,40 @@ def test_damage_is_a_verdict_once_the_content_was_read_again(meanwhile, reason, 
 
     assert probing.tried(probed, "shots", settings(), None, work)["reason"] == reason
     assert len(asked) == tries
+
+
+def write(path, seed: int) -> None:
+    """Noise as a video, or as numbered images."""
+    pictures = np.random.default_rng(seed).integers(0, 255, (8, 64, 48, 3), np.uint8)
+    if path.suffix:
+        h264.write(path, pictures, fps=10)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(path / f"{i}.png")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "images"])
+def test_a_source_that_changes_between_stages_or_in_one_is_changed_and_tried_again(name, tmp_path):
+    """Else clips had the pixels of one content and the poses of another."""
+    folder, now = tmp_path / "in", settings(hosts=["127.0.0.1"], frames_fps=10)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "m.csv").write_text(f"path,fps\nhttp://127.0.0.1:{server.server_address[1]}/{name},10\n")
+        write(folder / name, 0)
+        (local,), (remote,) = inputs.find(folder, now.prepare).rows, inputs.find(tmp_path / "m.csv", now.prepare).rows
+        assert local["frames_fps"] == remote["frames_fps"] == (0 if "." in name else 10)
+        probed = [probing.probe(row, now) for row in (local, remote)]
+        assert [probing.cut_shots(row, now)["reason"] for row in probed] == ["", ""]
+        assert probed[0]["sha256"] == probed[1]["sha256"]
+        write(folder / name, 1)
+        for row in probed:
+            after = probing.cut_shots(row, now)
+            assert after["reason"] == "changed" and "it was changed" in after["message"], after
+            assert again.may_mend(row, ledger.line(after), {}, now.prepare)
+        server.shutdown()
+    (row,) = inputs.find(folder, now.prepare).rows
+    with pytest.raises(VideoError, match="it was changed") as error, fetching.fetched(row, now.prepare):
+        write(folder / name, 2)
+    assert error.value.reason == "changed"

@@ -430,6 +430,7 @@ def test_numbered_images():
     assert frames.numbered(["a1.jpg", "a2.jpg", "cover.jpg", "a.txt"]) == ["a1.jpg", "a2.jpg"]
     assert frames.numbered(["a1.jpg", "b1.jpg", "a2.jpg", "b2.jpg"]) == []
     assert frames.numbered(["2.JPG", "1.jpg"]) == ["1.jpg", "2.JPG"], "as some cameras and programs write them"
+    assert frames.numbered(["1.png", "2.png", "._1.png", "._2.png"]) == ["1.png", "2.png"]
     assert frames.numbered(["1.png"]) == frames.numbered(["1.mp4", "2.mp4"]) == []
 
 

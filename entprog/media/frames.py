@@ -23,7 +23,8 @@ _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 def numbered(names: list[str]) -> list[str]:
     """The images among file names if they are one numbered sequence, in its order; otherwise none.
 
-    One sequence: two images or more, alike in name but for the number (and capitals of the ending).
+    One sequence: two images or more, alike in name but for the number (and capitals of the ending); hidden files do not
+    count.
     """
     found = _sequences(names)
     if len(found) != 1:
@@ -44,7 +45,7 @@ def _sequences(names: Iterable[str]) -> dict[tuple[str, str], list[re.Match[str]
     """Images among file names by what they have in common: {(before the number, ending in small letters): them}."""
     found = defaultdict(list)
     for m in map(_NUMBERED.fullmatch, names):
-        if m and m[3].lower() in SUFFIXES:
+        if m and m[3].lower() in SUFFIXES and not m[0].startswith("."):
             found[m[1], m[3].lower()].append(m)
     return found
 

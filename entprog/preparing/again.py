@@ -12,6 +12,8 @@ from entprog.preparing.rows import Line, Source, is_video
 
 DECIDES = {"max_decoded_bytes": "bad_pose", "max_work_s": "too_long", "stall_s": "crashed"}
 """Settings of the job that are limits, and the reason of what is over them."""
+_PASSING = ("unreadable", "changed")
+"""Reasons of sources that were away, or were being written."""
 
 
 def limits(prepare: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,10 +31,10 @@ def may_mend(row: Source, line: Line, then: Mapping[str, Any], prepare: Prepare)
 
 
 def _not_read(row: Source, line: Line) -> bool:
-    """Whether a source did not answer, or could not be opened, and that may have passed."""
+    """Whether a source did not answer, could not be opened or was being written, and that may have passed."""
     path = os.fsdecode(row["path"])
     if addresses.is_remote(path):
-        return not line["sha256"] or line["reason"] == "unreadable"
-    refused = line["reason"] == "unreadable" or (line["reason"] == "crashed" and not line["sha256"])
+        return not line["sha256"] or line["reason"] in _PASSING
+    refused = line["reason"] in _PASSING or (line["reason"] == "crashed" and not line["sha256"])
     there = os.path.isdir if row["frames_fps"] else os.path.isfile
     return refused and there(path) and os.access(path, os.R_OK)

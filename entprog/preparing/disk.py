@@ -85,6 +85,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
+    except ValueError:  # a name that no folder can have
+        return []
     except OSError as error:
         if error.errno not in _NOTHING_THERE:
             refuse(error)

@@ -4,17 +4,19 @@ Local sources are read where they are. Remote ones (s3://, gs://, https://, http
 scratch folder, within the size limit, and are gone with the stage: a data set can be larger than a disk.
 """
 
+import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from entprog.config import Prepare
+from entprog.config import Prepare, digest
 from entprog.masking import reason
 from entprog.media import frames
 from entprog.media.video import VideoError
+from entprog.names import plain
 from entprog.preparing import addresses, attempts
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.attempts import MachineError
@@ -28,16 +30,21 @@ def fetched(row: Source, prepare: Prepare, heartbeats=lambda pieces: pieces) -> 
     """A source's path on this machine. `heartbeats` goes over the pieces of a remote file as they come in.
 
     Raises VideoError: `bad_address`, `unreadable` (missing, not permitted, not a plain file, not answered),
-    `too_large`, `changed` (a local file that is not what was listed).
+    `too_large`, `changed`: a local source is not what was listed, before or after it was read; a remote one is not what
+    the first stage has hashed.
     """
     check(row, prepare)
     path = os.fsdecode(row["path"])
     if not addresses.is_remote(path):
         yield _local(Path(path), row, prepare.max_bytes)
+        _local(Path(path), row, prepare.max_bytes)  # else what was read may be in part, or all, of another content
         return
     with attempts.scratch(tempfile.TemporaryDirectory) as scratch:
         try:
-            yield _copy(path, Path(scratch), row, prepare, heartbeats)
+            copy = _copy(path, Path(scratch), row, prepare, heartbeats)
+            if row.get("sha256", "") not in ("", sha256(copy, heartbeats)):
+                raise _changed(row)
+            yield copy
         except _RemoteError as error:
             refused = addresses.cause(error.reason)
             if refused is not None:
@@ -73,11 +80,14 @@ def _local(path: Path, row: Source, max_bytes: int) -> Path:
             raise VideoError("unreadable", f"{row['file']}: not a folder of numbered images")
         if row["bytes"] > max_bytes:
             raise VideoError("too_large", f"{row['file']}: {row['bytes']} bytes, more than {max_bytes} are not read")
+        now = _images_stamp(path)
+        if "" not in (row["stamp"], now) and row["stamp"] != now:
+            raise _changed(row)
         return path
     if not stat.S_ISREG(known.st_mode):  # a pipe would be waited for without end
         raise VideoError("unreadable", f"{row['file']}: not a plain file")
-    if row["stamp"] and row["stamp"] != stamp(known):
-        raise VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
+    if row["stamp"] not in ("", stamp(known)):
+        raise _changed(row)
     if known.st_size > max_bytes:
         raise VideoError("too_large", f"{row['file']}: {known.st_size} bytes, more than {max_bytes} are not read")
     return path
@@ -86,6 +96,37 @@ def _local(path: Path, row: Source, max_bytes: int) -> Path:
 def stamp(known: os.stat_result) -> str:
     """What tells a local file from a changed one without reading it."""
     return f"{known.st_size}-{known.st_mtime_ns}"
+
+
+def images(folder: Path, names: Iterable[str]) -> tuple[int, str]:
+    """(bytes of all, the same) of a folder of numbered images; the stamp is empty where one of them is gone."""
+    try:
+        known = [(name, (folder / name).stat()) for name in names]
+    except OSError:
+        return 0, ""
+    return sum(each.st_size for _, each in known), digest([(plain(name), stamp(each)) for name, each in known])
+
+
+def _images_stamp(folder: Path) -> str:
+    try:
+        return images(folder, [path.name for path in frames.paths(folder)])[1]
+    except VideoError:  # it is no such folder now: whoever reads it says so
+        return ""
+
+
+def sha256(path: Path, heartbeats=lambda pieces: pieces) -> str:
+    """Hash of a source's content: of a file, or of a folder of numbered images. `heartbeats`: over its pieces."""
+    if path.is_dir():
+        return frames.sha256(path, heartbeats)
+    whole = hashlib.sha256()
+    with path.open("rb") as stream:  # in pieces, as it may take long
+        for piece in heartbeats(iter(lambda: stream.read(PIECE_BYTES), b"")):
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+def _changed(row: Source) -> VideoError:
+    return VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
 
 
 def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heartbeats) -> Path:

@@ -207,7 +207,7 @@ def _name(path: Path, root: Path) -> str:
 
 def _entry_at(file: str, path: Path, frames_fps: float) -> Source:
     """A path that may be a folder of numbered images."""
-    names = frames.numbered(disk.names(path))
+    names = [name for name in frames.numbered(disk.names(path)) if Path(path, name).is_file()]
     return _images(file, path, names, frames_fps) if names else _file(file, path)
 
 
@@ -222,9 +222,8 @@ def _file(file: str, path: Path) -> Source:
 
 
 def _images(file: str, folder: Path, names: Iterable[str], fps: float) -> Source:
-    rows = [_file(name, folder / name) for name in names]
-    stamp = digest([(row["file"], row["stamp"]) for row in rows])
-    return _row(file, str(folder), bytes=sum(row["bytes"] for row in rows), stamp=stamp, frames_fps=fps)
+    size, stamp = fetching.images(folder, names)
+    return _row(file, str(folder), bytes=size, stamp=stamp, frames_fps=fps)
 
 
 def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[Source]:

@@ -5,7 +5,6 @@ to repeat. A source that cannot be used is not an exception: its row carries the
 the end, and becomes a line of the ledger.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from entprog.config import Preparation
-from entprog.media import footage, frames
+from entprog.media import footage
 from entprog.media.footage import Footage
 from entprog.media.video import VideoError
 from entprog.preparing import addresses, attempts, fetching, ledger, shots
@@ -79,7 +78,7 @@ def _surely(row: R, settings: Preparation, heartbeats, work) -> R:
         if error.reason != "corrupt":
             raise
     with opened(row, settings, heartbeats) as source:
-        if _sha256(source, heartbeats) != row["sha256"]:
+        if fetching.sha256(source.path, heartbeats) != row["sha256"]:
             raise VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
     return work(row, settings, heartbeats)
 
@@ -109,7 +108,7 @@ def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
     if addresses.is_remote(path) and not as_video:
         raise _not_a_video(row)
     with opened(row, settings, heartbeats) as source:
-        row["sha256"] = _sha256(source, heartbeats)
+        row["sha256"] = fetching.sha256(source.path, heartbeats)
         if not as_video:
             raise _not_a_video(row)
         if not row["bytes"] and not source.frames_fps:
@@ -130,17 +129,7 @@ def _not_a_video(row: Source) -> VideoError:
 def content_sha256(row: Source, settings: Preparation) -> str:
     """Hash of a source's content, decoding nothing. Raises VideoError as `fetching.fetched` does."""
     with opened(row, settings, lambda pieces: pieces) as source:
-        return _sha256(source, lambda pieces: pieces)
-
-
-def _sha256(source: Footage, heartbeats) -> str:
-    if source.frames_fps:
-        return frames.sha256(source.path, heartbeats)
-    whole = hashlib.sha256()
-    with source.path.open("rb") as stream:  # in pieces, as it may take long
-        for piece in heartbeats(iter(lambda: stream.read(fetching.PIECE_BYTES), b"")):
-            whole.update(piece)
-    return whole.hexdigest()
+        return fetching.sha256(source.path)
 
 
 def _cut_shots(row: Shots, settings: Preparation, heartbeats) -> Shots:
