@@ -132,10 +132,22 @@ def test_a_changed_mask_is_a_changed_input(folder, tmp_path):
     assert ledger.stamp(one) != ledger.stamp(other)
     (tmp_path / "moving.mask.png").write_bytes(b"")
     assert inputs.find(tmp_path).notes[-1].startswith("1 videos have several masks (moving.mp4): one of them is read")
-    away = [{**one, "file": name, "path": f"s3://x/{name}".encode()} for name in ("a.mp4", "a.mask.mp4", "b.mask.mp4")]
-    left, notes = beside.without_masks(away)
-    assert [row["file"] for row in left] == ["a.mp4", "b.mask.mp4"]
-    assert notes[0].startswith("1 masks there are not read")
+    there = ("a.mp4", "a.mask.mp4", "b.mask.mp4", "a.pose.npz", "b.pose.npz")
+    away = [{**one, "file": name, "path": f"s3://x/{name}".encode()} for name in there]
+    left, notes = beside.elsewhere(away)
+    assert [row["file"] for row in left] == ["a.mp4", "b.mask.mp4", "a.pose.npz", "b.pose.npz"]
+    poses, of_masks = notes
+    assert poses.startswith("1 files of poses there are not read") and "estimated" in poses
+    assert of_masks.startswith("1 masks there are not read")
+
+
+def test_what_lies_beside_no_video_is_named(tmp_path):
+    for name in ("a.mp4", "a.pose.npz", "b.pose.json", "b.mask.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    found = inputs.find(tmp_path)
+    assert [row["file"] for row in found.rows] == ["a.mp4", "b.mask.mp4", "b.pose.json"]
+    assert "1 files of poses belong to no video by their names (b.pose.json): not read" in found.notes
+    assert any(note.startswith("1 masks belong to no video by their names (b.mask.mp4)") for note in found.notes)
 
 
 # ---- in shards, and in what networks are shown ----

@@ -57,6 +57,8 @@ def poses(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
         notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
     if links:
         notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
+    if alone := _alone(left, posefile.ENDINGS):
+        notes.append(f"{len(alone)} files of poses belong to no video by their names ({alone[0]}): not read")
     return left, notes
 
 
@@ -69,18 +71,37 @@ def person_masks(rows: Sequence[Source], root: Path) -> tuple[list[Source], list
         notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
     if links:
         notes.append(f"{len(links)} masks are links out of the input ({links[0]}): not read")
+    if alone := _alone(left, masks.ENDINGS):
+        notes.append(f"{len(alone)} masks belong to no video by their names ({alone[0]}): taken for sources themselves")
     return left, notes
 
 
-def without_masks(rows: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """The rows without masks of videos on another machine, which are not read there."""
+def elsewhere(rows: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """The rows of another machine, where neither poses nor masks beside videos are read, without these masks: by their
+    names they are videos."""
     there = {_stem(row) for row in rows if is_video(row)}
-    endings = tuple(map(os.fsencode, masks.ENDINGS))
-    named = [row for row in rows if row["path"].endswith(endings)]
-    left_out = {row["file"] for row in named if _stem(row).removesuffix(".mask") in there}
-    left = [row for row in rows if row["file"] not in left_out]
-    note = f"{len(left_out)} masks there are not read: they are taken beside videos on this machine"
-    return left, [note] if left_out else []
+    poses, its_masks = (
+        {row["file"] for row in rows for ending in endings if _before(row, ending) in there}
+        for endings in (posefile.ENDINGS, masks.ENDINGS)
+    )
+    notes = [
+        f"{len(found)} {what} there are not read: they are taken beside videos on this machine{instead}"
+        for found, what, instead in ((poses, "files of poses", "; poses are estimated"), (its_masks, "masks", ""))
+        if found
+    ]
+    return [row for row in rows if row["file"] not in its_masks], notes
+
+
+def _before(row: Source, ending: str) -> str | None:
+    """A path as far as an ending; None if it has another."""
+    path = os.fsdecode(row["path"])
+    return path.removesuffix(ending) if path.endswith(ending) else None
+
+
+def _alone(rows: Sequence[Source], endings: Sequence[str]) -> list[str]:
+    """Names of files on this machine that are called so: there is no video that they lie beside."""
+    local = (row for row in rows if not addresses.is_remote(os.fsdecode(row["path"])))
+    return [row["file"] for row in local if any(_before(row, ending) for ending in endings)]
 
 
 def _beside(

@@ -50,7 +50,7 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
         text = _local_path(text)
     if addresses.is_remote(text):
         found = _remote(text, prepare, leave_out)
-        found = _with(found, *beside.without_masks(found.rows))
+        found = _with(found, *beside.elsewhere(found.rows))
     else:
         found = _local(text, prepare, leave_out)
         found = _with(found, *beside.poses(found.rows, _root(text)))
