@@ -284,6 +284,23 @@ def test_an_evaluation_is_a_forward_pass_whatever_the_backward_pass_computes(par
     assert prices.evaluation_flops() == forward.get_total_flops() * prices.search_clips > 0
 
 
+def test_a_smaller_group_foresees_the_seconds_of_the_batches_that_it_takes():
+    """An update of fewer ranks than `train.workers` is more batches for each: as many as if it added them up."""
+    from entprog.schedule.freezing import Freeze
+    from entprog.schedule.prices import Prices
+    from helpers.runs import Run
+
+    foreseen, models = [], {}
+    for train in ({"workers": 1, "accumulate": 6}, {"workers": 6}, {"workers": 3, "accumulate": 2}, {}):
+        run = Run(tiny_experiment(train=train, schedule={"clock": "seconds"}))
+        freeze = Freeze(run.denoiser, run.found, run.experiment)
+        prices = Prices(run.denoiser, run.found, latents([0, 1]), freeze, run.experiment, models)
+        foreseen.append((prices.step(prices.full), prices.evaluation()))
+    several, *others, once = foreseen
+    assert others == [several, several]
+    assert several[0] > once[0] and several[1] < once[1] * 1.001, "an evaluation is no more for that"
+
+
 def test_a_memory_budget_decides_what_is_tried():
     from helpers.runs import Run
 

@@ -14,7 +14,7 @@ from entprog.cost.model import CostModel, scaled
 from entprog.data.clips import Latents
 from entprog.diffusion import beside, losses
 from entprog.diffusion.denoiser import Denoiser
-from entprog.distributed import fsdp, reducing
+from entprog.distributed import agree, fsdp, reducing
 from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
@@ -132,9 +132,16 @@ class Prices:
     def step(self, plan: Plan) -> float:
         """Cost of one update in the schedule's clock: counted FLOPs of all ranks, or predicted seconds."""
         if self.by_seconds:
-            clips = self.experiment.batch_size_at(plan.shape) * self.experiment.train.accumulate
+            clips = self.experiment.batch_size_at(plan.shape) * self.rounds
             return scaled(self.model(plan.shape), clips).step(plan.trainable, plan.backward)
         return self.step_flops(plan)
+
+    @property
+    def rounds(self) -> int:
+        """Batches of an update that the rank with the most of them takes: where fewer ranks are there than
+        `train.workers`, each takes more than `train.accumulate`."""
+        train = self.experiment.train
+        return -(-train.workers * train.accumulate // agree.world()[1])
 
     def evaluation(self) -> float:
         """Expected cost of one search evaluation in the schedule's clock."""

@@ -148,7 +148,7 @@ class _Fit:
         self.rounds = self.batches_per_step
         """Forward and backward passes of an update."""
         if fsdp.is_sharded(denoiser.network):  # every pass brings weights together: all ranks take part in each
-            self.rounds = -(-total // self.world)
+            self.rounds = self.prices.rounds
         self.weight = self.world / total
         """Of each of them: what ranks then average is the mean over all."""
 
