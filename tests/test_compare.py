@@ -282,6 +282,25 @@ def test_more_workers_are_no_method_s_gain(store, tmp_path):
     assert status == 2 and "train.workers 8 in eight" in said and "train.accumulate 8 in alone" in said, said
 
 
+@pytest.mark.parametrize(
+    ("tag", "had", "field"),
+    [
+        ("entprog.way", "model.swap_blocks 4; then as by default", "way of running"),
+        ("entprog.device", "A100, H100", "device"),
+        ("entprog.latents", "encoded at every step, cached", "latents"),
+    ],
+)
+def test_a_run_that_changed_its_machine_is_none_of_the_last_one(tag, had, field):
+    throughout = {"entprog.device": "H100", "entprog.latents": "cached"}
+    before, always, mixed = (
+        dataclasses.replace(training(name, 0, straight(10)), tags=throughout | more)
+        for name, more in (("before", {}), ("always", {"entprog.way": "as by default"}), ("mixed", {tag: had}))
+    )
+    assert groups.differences([before, always], {}) == [], "an earlier version had no such tag"
+    (difference,) = groups.differences([always, mixed], {})
+    assert (difference.field, difference.b) == (field, had)
+
+
 def test_an_elastic_run_is_none_with_all_its_workers():
     always, elastic = (
         dataclasses.replace(training(name, 0, straight(10)), tags={"entprog.workers": had})

@@ -146,7 +146,7 @@ def test_mlflow_has_the_run(undisturbed, place):
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
-    for name in ("data", "held_out", "base", "scores", "device", "commit"):
+    for name in ("data", "held_out", "base", "scores", "device", "way", "commit"):
         assert run.data.tags[f"entprog.{name}"], name
     assert run.data.tags["entprog.kind"] == "training" and run.data.tags["entprog.workers"] == "1"
     names = ("loss", "held_out_loss", "trained_blocks", "charged_s", "samples_per_s")

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import pipelines
-from entprog import config
+from entprog import config, files
+from entprog.cost.model import CostModel
 from entprog.errors import UserError
-from entprog.models import folders
+from entprog.models import fingerprints, folders
 from entprog.models.finite import not_finite_in
 from entprog.schedule.state import RunState
 from entprog.training import checkpoint
@@ -141,6 +142,38 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken_up(tmp_path
     assert newest.name in line and str(folder) in line and "not used" in line
     assert again.state.step == 2 and {"resumed": 2} in posted
     assert again.state.workers == (4, 2, 1) and {"about": {"entprog.workers": "4, 2, 1"}} in posted
+
+
+def test_what_a_run_ran_on_and_how_is_kept_as_it_changes(tmp_path):
+    """By a checkpoint; one of an earlier version has none of it. Seconds of another device are measured anew."""
+    run, folder = Trained(), tmp_path / "checkpoints"
+    run.state.goes_on(devices="A100", latents="cached", ways="as by default")
+    costs = dict.fromkeys(("outside", "outside_bytes", "outside_parameter_bytes", "common_bytes", "weight_bytes"), 1)
+    costs |= {"clips": 1, "through_common": False, "below": True, "update_per_byte": 0.0, "blocks": ()}
+    run.state.models = {SHAPE: CostModel(**costs)}
+    checkpoint.save(folder, run.network, run.state, "id", keep=2)
+    here = fingerprints.device_name(torch.device("cpu"))
+
+    def resumed(accumulate):
+        again, posted = Trained(steps=0), []
+        checkpoint.load(folder, checkpoint.newest(folder), again.network, again.state, "id")
+        parts = {"train": {"accumulate": accumulate}, "schedule": {"clock": "seconds"}}
+        experiment = config.build(config.merge(again.experiment.model_dump(), parts))
+        setup = SimpleNamespace(
+            experiment=experiment, denoiser=again.denoiser, device=torch.device("cpu"), post=posted.append
+        )
+        worker._note_how(setup, again.state, cached=True)
+        return again.state, posted[0]["about"]
+
+    state, about = resumed(accumulate=2)
+    assert about["entprog.device"] == f"A100, {here}" and not state.models
+    assert about["entprog.way"] == "as by default; then train.accumulate 2"
+    assert about["entprog.latents"] == "cached, pixels"
+    kept = folder / checkpoint.newest(folder) / "state.json"
+    values = json.loads(kept.read_text())
+    files.write_json(kept, {k: v for k, v in values.items() if k not in ("devices", "latents", "ways")})
+    state, about = resumed(accumulate=1)
+    assert (about["entprog.device"], about["entprog.way"]) == (here, "as by default") and state.models
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

@@ -45,7 +45,7 @@ CostModels = Annotated[
 """In JSON a list of pairs, whose keys are text alone."""
 TENSORS = ("optimizer", "ema")
 """Fields of RunState whose tensors a checkpoint keeps in files of their own."""
-ADDED = ("opening_cost", "workers")
+ADDED = ("opening_cost", "workers", "devices", "latents", "ways")
 """Fields that a checkpoint may lack, which was written before there were any: their defaults stand."""
 
 
@@ -68,6 +68,12 @@ class RunState:
     """Clips consumed, over all ranks."""
     workers: tuple[int, ...] = ()
     """How many there were, one after another: an elastic run, or a resume, goes on with another number."""
+    devices: tuple[str, ...] = ()
+    """On what it ran, one after another: rank 0's device."""
+    latents: tuple[str, ...] = ()
+    """Where clips' latents came from, one after another, in words."""
+    ways: tuple[str, ...] = ()
+    """How it ran, one after another: settings that change a step's seconds alone, in words."""
     stage: int = -1
     """Stage in progress, 0-based; -1 before the first."""
     stage_step: int = 0
@@ -106,6 +112,13 @@ class RunState:
     """Step from which on that has paid for all search and scoring so far; None: not yet, or not for the last of it."""
     peak_memory_bytes: int = 0
     """Largest so far, per device (counted on the CPU)."""
+
+    def goes_on(self, **now: Any) -> None:
+        """Take down with how many workers, on what and how a run goes on, where that is not as it was last."""
+        for name, value in now.items():
+            had = getattr(self, name)
+            if had[-1:] != (value,):
+                setattr(self, name, (*had, value))
 
     def as_json(self) -> dict[str, Any]:
         """Every field but those that hold tensors. Floats survive JSON to the bit, also what is not finite."""

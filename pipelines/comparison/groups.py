@@ -10,6 +10,8 @@ from entprog.config import close_to
 from entprog.errors import UserError
 from entprog.quality import card
 from pipelines.comparison.runs import SHORTEST_ID, Training
+from pipelines.tracking import ways
+from pipelines.tracking.ways import DEFAULTS, text
 
 SEEDS = ("train.seed", "priority.seed")
 INCIDENTAL = (
@@ -19,8 +21,6 @@ INCIDENTAL = (
 UNKNOWN = "not recorded"
 LABEL = 48
 """Longest label that is made of settings, in characters."""
-DEFAULTS = config.settings(config.Experiment(train=config.Train(steps=1)))
-"""What a run had that was made before a setting came to be."""
 
 
 def _held_out(run: Training) -> str:
@@ -29,18 +29,12 @@ def _held_out(run: Training) -> str:
     return run.tags.get("entprog.held_out", f"{clips} clips × {draws} draws of seed {seed}")
 
 
-SPEED = (
-    "train.workers", "train.accumulate", "train.parallel", "train.replicas", "data.decode", "data.decode_cpus",
-    "model.swap_blocks",
-)  # fmt: skip
-"""Settings that change nothing but the seconds of a step: not what a method gains."""
-
-
 def _ran(run: Training) -> str:
-    """An elastic run's workers are all the numbers of them that it had, which a tag holds."""
-    settings = {name: text({**DEFAULTS, **run.settings}[name]) for name in SPEED}
-    settings["train.workers"] = run.tags.get("entprog.workers", settings["train.workers"])
-    said = [f"{name} {value}" for name, value in settings.items() if value != text(DEFAULTS[name])]
+    """All the numbers of workers that it had, and all the ways in which it ran, one after another, which tags hold;
+    of an earlier version's the last one."""
+    workers = run.tags.get("entprog.workers") or text({**DEFAULTS, **run.settings}["train.workers"])
+    way = run.tags.get("entprog.way") or ways.way(run.settings)
+    said = [f"train.workers {workers}"] * (workers != "1") + [way] * (way != ways.PLAIN)
     return ", ".join(said) or "one worker"
 
 
@@ -203,14 +197,3 @@ def _ignored(name: str) -> bool:
 
 def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def text(value: Any, digits: int = 6) -> str:
-    """A setting's value for people, numbers to so many significant digits."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return f"{value:.{digits}g}"
-    if isinstance(value, list | tuple) and value and not any(isinstance(v, dict | list) for v in value):
-        return "/".join(text(v, digits) for v in value)
-    return json.dumps(value, default=str)

@@ -12,9 +12,10 @@ from typing import Any
 from entprog import files
 from entprog.names import plain
 from pipelines.comparison import drawings, samples, tables, words
-from pipelines.comparison.groups import Difference, Group, text
+from pipelines.comparison.groups import Difference, Group
 from pipelines.comparison.runs import Training
 from pipelines.comparison.verdict import Estimate, Judged, Verdict, over_seeds
+from pipelines.tracking.ways import text
 
 FOLDER = Path(__file__).parent / "page"
 PARETO_METRICS = 3

@@ -32,7 +32,7 @@ from pipelines.generating import rendering
 from pipelines.generating.motions import Motion
 from pipelines.stream import decoding
 from pipelines.stream.batches import Batches, all_cached
-from pipelines.tracking import system_metrics
+from pipelines.tracking import system_metrics, ways
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import figures, networks, steplog
 from pipelines.training import previews as previewing
@@ -109,6 +109,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     state = start(denoiser.network, experiment)
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
+    shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
+    cached = all(shape in setup.caches for shape in shapes)
+    _note_how(setup, state, cached)
     notices = Notices(settings["board"], setup.device)
     dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
     log = steplog.StepLog(output / "steps.jsonl", state.step, warn) if rank == 0 else None
@@ -120,14 +123,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 f"steps {log.last + 1} to {state.step} are not in {output / 'steps.jsonl'}: they were made in another "
                 "output with these train.checkpoints, or lost; curves, charts and the MLflow run are without them"
             )
-        scored = {"entprog.scores": table.key} if table else {}
-        shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
-        cached = all(shape in setup.caches for shape in shapes)
         if not cached:
             setup.post({"decoding": str(decoded), "about": {"entprog.decode": decoded.where}})
-        encoded = "cached" if cached else "encoded at every step"
-        encoded = {"entprog.latents": "pixels" if denoiser.vae is None else encoded}
-        setup.post({"about": {"entprog.device": fingerprints.device_name(setup.device), **encoded, **scored}})
+        if table is not None:
+            setup.post({"about": {"entprog.scores": table.key}})
         if experiment.tracking.system_every_s:
             system_metrics.watch(tracker, experiment.tracking.system_every_s, lambda: state.step)
     for line in table.warnings(experiment.priority.sign) if table else ():
@@ -243,10 +242,22 @@ def _take_up(setup: Setup, settings: dict[str, Any], state: RunState, warn: Call
     if newest is not None:
         checkpoint.load(folder, newest, setup.denoiser.network, state, settings["identity"])
         setup.post({"resumed": state.step})
-    if state.workers[-1:] != (workers,):
-        state.workers += (workers,)
+    state.goes_on(workers=workers)
     setup.post({"about": {"entprog.workers": ", ".join(map(str, state.workers))}})
     return checkpoint.Saver(folder, settings["identity"], train.keep_checkpoints, warn)
+
+
+def _note_how(setup: Setup, state: RunState, cached: bool) -> None:
+    """Take down on what and how the run goes on, as rank 0 has it. Seconds that were measured on another device foresee
+    none of this one's. cached: whether no training step encodes clips."""
+    experiment = setup.experiment
+    latents = "pixels" if setup.denoiser.vae is None else "cached" if cached else "encoded at every step"
+    device, latents = agree.of_first(lambda: (fingerprints.device_name(setup.device), latents))
+    if experiment.schedule.clock == "seconds" and state.devices[-1:] not in ((), (device,)):
+        state.models = {}
+    state.goes_on(devices=device, latents=latents, ways=ways.way(config.settings(experiment)))
+    had = {"device": ", ".join(state.devices), "latents": ", ".join(state.latents), "way": "; then ".join(state.ways)}
+    setup.post({"about": {f"entprog.{name}": told for name, told in had.items()}})
 
 
 def _leave_samples(setup: Setup, output: Where, shift: float | None) -> None:
