@@ -103,7 +103,7 @@ def main(
 
 def claimed(wanted: Sweep, space: spaces.Space, output: Where) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
-    identity = checking.check(wanted, space)
+    identity = checking.check(wanted, space, terminal.console.print)
     claim.check(output, "tune", identity)
     state.read(output)
     claim.take(output, "tune", identity)
@@ -124,7 +124,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
 
 def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
-    claim.check(output, "tune", checking.check(wanted, space))
+    claim.check(output, "tune", checking.check(wanted, space, terminal.console.print))
     settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
@@ -134,10 +134,9 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
-    terminal.console.print(
-        f"Checked: {len(spaces.alone(space))} values of the space, each alone; a trial whose values do not go together "
-        "is marked as failed."
-    )
+    together = len(checking.combinations(space, settings))
+    beyond = f"{together} combinations of them" if together else "a trial whose values do not go together will fail"
+    terminal.console.print(f"Checked: {len(spaces.alone(space))} values of the space, each alone; {beyond}.")
     terminal.console.print(
         f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
         f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "

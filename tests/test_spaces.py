@@ -10,6 +10,8 @@ from helpers.networks import tiny_experiment
 from pipelines.sweeping import spaces
 
 BASE = tiny_experiment(data={"shape": {"frames": 4, "height": 32, "width": 32}})
+MOMENTS = {"train.frozen_state": tune.choice(["host", "drop"])}
+BY_LOT = tiny_experiment(priority={"kind": "random"})
 TABLED = config.build(config.merge(BASE.model_dump(), {"schedule": {"kind": "progressive"}}))
 
 
@@ -38,11 +40,50 @@ def test_a_setting_that_nobody_uses_is_not_searched():
         ("candidates", TABLED, of_kind.format("schedule.backward", "entprog or linear or lisa or badam", "prog.*")),
         ({"priority.draws": tune.choice([4])}, TABLED, of_kind.format("priority.draws", "entprog or linear", "prog.*")),
         ({"schedule.budgets": tune.choice(["[0.5]"])}, BASE, "schedule.budgets changes nothing here: train --help-"),
+        (MOMENTS, TABLED, of_kind.format("train.frozen_state", "entprog or lisa or badam", "progressive")),
+        ("cei", BY_LOT, "^--space: priority.sign changes nothing here: it is of priority.kind=cei or reverse_cei, and "
+         "that is random: set it, or leave it out$"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=said):
             spaces.check(spaces.read(space) if isinstance(space, str) else space, base)
     spaces.check(spaces.read("cei,convergence,plans"), TABLED)  # which tries kinds that use them
     spaces.check(spaces.read("convergence,candidates"), TABLED)  # budgets, by a kind and generators that are drawn
+    kinds = {"priority.kind": tune.choice(["random", "cei"]), "schedule.kind": tune.choice(["full", "linear"])}
+    drawn = {"priority.rescore": tune.choice([False, True]), **MOMENTS}
+    spaces.check(kinds | drawn, spaces.applied(BY_LOT, {"schedule.kind": "full", "schedule.stages": 3}))
+
+
+ROWS = {
+    "[{until: 1}]": False,
+    "[{until: 0.5, share: 0.5}, {until: 1}]": False,
+    "[{until: 0.2, share: 0.3}, {until: 0.5, share: 0.5}, {until: 1, share: 0.5}]": False,
+    "[{until: 0.5}, {until: 1, share: 0.5}]": True,
+    "[{until: 0.5, share: 0.5, choose: random}, {until: 1, share: 0.5}]": True,
+    "[{until: 1, share: 0.5, choose: random, redraw_every: 3}]": True,
+    "[{until: 1, choose: random, redraw_every: 3}]": False,
+}
+
+
+@pytest.mark.parametrize(("values", "freezes"), [
+    *(({"schedule.kind": "progressive", "schedule.table": table}, freezes) for table, freezes in ROWS.items()),
+    ({"schedule.kind": "progressive", "schedule.table": list(ROWS)[2], "priority.rescore": True}, True),
+    ({"schedule.kind": "full"}, False), ({"schedule.kind": "lisa"}, True), ({"schedule.kind": "badam"}, True),
+    ({"schedule.kind": "lisa", "schedule.stages": 1}, False),
+    ({"schedule.kind": "linear", "schedule.stages": 3}, False),
+    ({"schedule.kind": "linear", "schedule.stages": 3, "priority.rescore": True}, True),
+    ({"schedule.kind": "entprog"}, True), ({"schedule.kind": "entprog", "schedule.candidates": "[1.0]"}, False),
+])  # fmt: skip
+def test_moments_of_frozen_blocks_are_of_use_where_a_block_freezes(values, freezes):
+    assert spaces.applied(BASE, values).uses("train.frozen_state") == freezes
+    assert spaces.applied(BASE, values).uses("train.learning_rate")
+
+
+def test_what_is_read_of_a_priority_is_what_its_function_takes():
+    from entprog.config.experiment import BY_CLIPS, PRIORITY_KINDS, READ_BY
+    from entprog.scoring import priorities
+
+    assert set(priorities.KINDS) == set(PRIORITY_KINDS) == {*BY_CLIPS, *priorities.WITHOUT_DATA}
+    assert {"kind", *READ_BY} == set(config.Priority.model_fields)
 
 
 def test_there_are_the_five_and_they_join():

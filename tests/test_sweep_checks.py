@@ -40,4 +40,24 @@ def test_how_many_values_were_looked_at_is_said(tmp_path):
     space = "train.learning_rate: {loguniform: [1e-5, 1e-3]}\nschedule.outside: {choice: [always, conditions]}\n"
     result = dry(tmp_path, space, "--search", "grid")
     assert result.exit_code == 0, result.output
-    assert "Checked: 5 values of the space, each alone" in result.output and "Would run 6 trials" in result.output
+    assert "Checked: 5 values of the space, each alone; 6 combinations of them." in result.output
+    assert "Would run 6 trials" in result.output
+    space += "train.weight_decay: {loguniform: [1e-5, 1e-3]}\ntrain.warmup_steps: {choice: [0, 1, 2, 3]}\n"
+    assert "each alone; a trial whose values do not go together will fail." in dry(tmp_path, space).output
+
+
+PAIR = "schedule.efficiency: {choice: [paired, paper]}\nschedule.search_steps: {choice: [1, 2]}\n"
+TOGETHER = "--space: schedule.efficiency=paper, schedule.search_steps=1: schedule.efficiency=paper compares steps of"
+
+
+def test_values_that_do_not_go_together_are_told_before_anything_starts(tmp_path):
+    """A grid trains every combination; another search may draw it, or not."""
+    result = dry(tmp_path, PAIR, "--search", "grid")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {TOGETHER}"), result.output
+    assert len(result.stderr.splitlines()) == 1
+    result = dry(tmp_path, PAIR)
+    assert result.exit_code == 0, result.output
+    told = (
+        "1 of 4 combinations of values cannot be trained, and a trial that draws one is marked as failed. The first: "
+    )
+    assert told + TOGETHER in " ".join(result.output.split())

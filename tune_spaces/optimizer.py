@@ -14,6 +14,4 @@ SPACE = {
     "train.block_warmup_steps": tune.choice([0, 5, 10]),
     # Tight, usual, none.
     "train.gradient_clip": tune.choice([0.3, 1.0, None]),
-    # Moments of blocks that leave: kept for their return, or forgotten because they would be stale.
-    "train.frozen_state": tune.choice(["host", "drop"]),
 }

@@ -19,6 +19,8 @@ SPACE = {
     "schedule.tokens": tune.choice(["fewer", "constant"]),
     # The same noise hides less of a small clip.
     "schedule.timestep_shift": tune.choice(["fixed", "auto"]),
+    # Moments of blocks that leave: kept for their return, or forgotten because they would be stale.
+    "train.frozen_state": tune.choice(["host", "drop"]),
     # Parameters outside blocks train always, or only the input layer of the conditions.
     "schedule.outside": tune.choice(["always", "conditions"]),
 }

@@ -6,7 +6,7 @@ each field is its documentation (`python -m pipelines.train --help-settings` pri
 """
 
 from entprog.config.evaluation import Evaluate, Evaluation
-from entprog.config.experiment import Data, Experiment, Priority, Tracking
+from entprog.config.experiment import PRIORITY_KINDS, Data, Experiment, Priority, Tracking
 from entprog.config.jobs import Compare, Comparison, Encoding, Generate, Generation, Ladder, Preparation, Prepare, Shape
 from entprog.config.model import Attention, Model, Skeleton
 from entprog.config.part import Part
@@ -45,6 +45,7 @@ __all__ = [
     "KINDS",
     "OBJECTIVES",
     "PATHS",
+    "PRIORITY_KINDS",
     "WHOLE",
     "Attention",
     "Backward",

@@ -1,7 +1,7 @@
 """An experiment and its parts: typed, frozen, checked before anything starts."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,12 +53,24 @@ class Data(Part):
     byte of a folder, sizes of a bucket, where the checksum of what is read is looked at as it is read."""
 
 
+PriorityKind = Literal[
+    "cei", "reverse_cei", "gradient", "fisher", "loss_increase", "random", "depth_first", "depth_last"
+]
+PRIORITY_KINDS: tuple[PriorityKind, ...] = get_args(PriorityKind)
+BY_CEI: tuple[PriorityKind, ...] = ("cei", "reverse_cei")
+BY_CLIPS: tuple[PriorityKind, ...] = (*BY_CEI, "gradient", "fisher", "loss_increase")
+"""Those that measure on clips."""
+READ_BY: dict[str, tuple[PriorityKind, ...]] = {
+    "sign": BY_CEI, "estimator": BY_CEI, "seed": (*BY_CLIPS, "random"),
+    **dict.fromkeys(("conditions", "draws", "timestep_range", "until_stable", "rescore"), BY_CLIPS),
+}  # fmt: skip
+"""Setting of `priority` → the kinds that make use of it."""
+
+
 class Priority(Part):
     """Which blocks matter first (method: Conditional Entropy Inflation, Ent-Prog §3.2)."""
 
-    kind: Literal[
-        "cei", "reverse_cei", "gradient", "fisher", "loss_increase", "random", "depth_first", "depth_last"
-    ] = "cei"
+    kind: PriorityKind = "cei"
     """What blocks are ranked by; all but `cei` are controls (`entprog/scoring/priorities.py`)."""
     sign: Literal["signed", "absolute"] = "signed"
     """`signed` ranks by π (the paper), `absolute` by |π|. Both are reported. Of no effect on the other controls."""
@@ -122,6 +134,16 @@ class Experiment(Part):
         experts. Empty: one training."""
         both = {expert: {"model": {"expert": expert}} for expert in ("high", "low")}
         return both if self.model.expert == "both" else self.phases
+
+    def uses(self, setting: str) -> bool:
+        """Whether this training would be another one with another value of a setting, by its dotted name; False only
+        where it is known that it would not."""
+        part, _, name = setting.partition(".")
+        if part == "schedule":
+            return self.schedule.uses(name)
+        if part == "priority":
+            return self.schedule.needs_scores and self.priority.kind in READ_BY.get(name, PRIORITY_KINDS)
+        return setting != "train.frozen_state" or self.schedule.freezes(self.priority.rescore)
 
     def batch_size_at(self, shape: ClipShape) -> int:
         """Clips of a worker's batch at a clip shape (`schedule.tokens`)."""

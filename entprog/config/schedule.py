@@ -133,6 +133,16 @@ class Schedule(Part):
         """Whether this schedule would be another one with another value of a setting of this class, by its name."""
         return USED.get(setting, lambda schedule: True)(self)
 
+    def freezes(self, rescored: bool) -> bool:
+        """Whether a block may be frozen after it was trained. rescored: whether blocks are ranked anew in every stage
+        (`priority.rescore`)."""
+        if self.kind == "progressive":
+            redrawn = any(row.redraw_every is not None and row.share < 1 for row in self.table)
+            return redrawn or any(_drops(*pair, rescored) for pair in itertools.pairwise(self.table))
+        if self.kind == "linear":  # which only grows, and ends with all
+            return rescored and self.stages > 2
+        return self.needs_scores or (self.kind in ("lisa", "badam") and self.stages > 1)
+
     @property
     def has_smaller_clips(self) -> bool:
         """Whether it trains on clips smaller than `data.shape`."""
@@ -169,6 +179,12 @@ class Schedule(Part):
                 "schedule.table: the last row trains on whole clips (data.shape): leave its frames and shrink out"
             )
         return self
+
+
+def _drops(row: Row, after: Row, rescored: bool) -> bool:
+    """Whether a row may train a block that the one after it does not."""
+    nested = row.choose == after.choose == "top" and row.share <= after.share and not rescored
+    return after.share < 1 and not nested
 
 
 def _searches(schedule: Schedule) -> bool:

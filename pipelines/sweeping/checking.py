@@ -1,11 +1,13 @@
 """What can be known of a sweep before anything starts: it, and every value of its space, can be trained with."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from entprog import config
-from entprog.config import Experiment, Sweep
+from entprog.config import Experiment, Sweep, Tune
+from entprog.data import shards
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.schedule import plans
@@ -15,10 +17,16 @@ from pipelines.training import checks
 
 FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""
+MOST_TOGETHER = {"grid": 256, "optuna": 64, "random": 64}
+"""Combinations of a space's values, by `tune.search`, up to which each is looked at: one takes 0.04 s, of a network of
+14B 0.4 s. A grid trains them all."""
 
 
-def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
-    """All that can be known before anything starts. Raises UserError; returns the sweep's identity."""
+def check(wanted: Sweep, space: spaces.Space, warn: Callable[[str], None]) -> dict[str, Any]:
+    """All that can be known before anything starts. Raises UserError; returns the sweep's identity.
+
+    warn: gets a line on combinations of values that cannot be trained and may be drawn.
+    """
     experiment, settings = wanted.experiment(), wanted.tune
     if experiment.train.seconds is None or experiment.train.steps is not None:
         raise UserError(
@@ -50,9 +58,8 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
                 "measured on or by (data.*, train.timesteps, train.timestep_shift, train.min_snr): set them by --set"
             )
         with _of(values):
-            checks.check(_looked_at(one, experiment), dataset)
-            if one.in_fp8:
-                checks.check_room({"": (one, dataset)})
+            _check_trains(one, experiment, dataset)
+    _check_together(combinations(space, settings), experiment, settings, dataset, warn)
     of_search = {
         name: value
         for name, value in config.settings(wanted).items()
@@ -60,6 +67,50 @@ def check(wanted: Sweep, space: spaces.Space) -> dict[str, Any]:
     }
     drawn = {f"space of {name}": domain for name, domain in spaces.described(space)}
     return checks.deciding(experiment, dataset) | of_search | drawn
+
+
+def combinations(space: spaces.Space, settings: Tune) -> list[dict[str, Any]]:
+    """The combinations of a space's values that are looked at: all of a grid; else of every choice, and of every range
+    what is looked at alone. None where they are too many."""
+    if settings.search == "grid":
+        values = {name: spaces.spread(domain, settings.grid_points) for name, domain in space.items()}
+    else:
+        values = {name: spaces.some(domain) for name, domain in space.items()}
+    count = math.prod(len(each) for each in values.values())
+    return spaces.combined(values) if count <= MOST_TOGETHER[settings.search] else []
+
+
+def _check_together(
+    drawn: list[dict[str, Any]],
+    experiment: Experiment,
+    settings: Tune,
+    dataset: shards.Dataset,
+    warn: Callable[[str], None],
+) -> None:
+    """Look at combinations of values, each of which alone can be trained. Raises UserError where a grid holds one that
+    cannot, which it would train, or where none can."""
+    wrong = []
+    for values in drawn if len(drawn[0] if drawn else ()) > 1 else ():
+        try:
+            with _of(values):
+                _check_trains(spaces.applied(experiment, values), experiment, dataset)
+        except UserError as error:
+            if settings.search == "grid":
+                raise
+            wrong.append(error)
+    if wrong and len(wrong) == len(drawn):
+        raise wrong[0]
+    if wrong:
+        warn(
+            f"{len(wrong)} of {len(drawn)} combinations of values cannot be trained, and a trial that draws one is "
+            f"marked as failed. The first: {wrong[0]}"
+        )
+
+
+def _check_trains(one: Experiment, experiment: Experiment, dataset: shards.Dataset) -> None:
+    checks.check(_looked_at(one, experiment), dataset)
+    if one.in_fp8:
+        checks.check_room({"": (one, dataset)})
 
 
 def _check_is_one(experiment: Experiment) -> None:

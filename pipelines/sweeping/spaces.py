@@ -15,7 +15,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 
 import tune_spaces
 from entprog import config, masking
-from entprog.config import Experiment, Schedule
+from entprog.config import Experiment
 from entprog.errors import UserError
 
 Space = dict[str, Domain]
@@ -144,14 +144,16 @@ that their seconds are equal ones. Batches that an update adds up are of what it
 
 def alone(space: Space) -> list[dict[str, Any]]:
     """Every choice, and of every range both ends and a value between them, each as drawn values of that setting."""
-    out = [{name: value} for name, domain in space.items() for value in ends(domain)]
-    return out + [{name: _between(domain)} for name, domain in space.items() if isinstance(domain, Float)]
+    return [{name: value} for name, domain in space.items() for value in some(domain)]
 
 
-def _between(domain: Float) -> float:
+def some(domain: Domain) -> list[Any]:
+    """Every choice; of a range both ends and, unless it is of whole numbers, a value between them."""
+    if not isinstance(domain, Float):
+        return ends(domain)
     low, high = ends(domain)
     step = _step(domain)
-    return (low // step + 1) * step if step else low + (high - low) * 0.618
+    return [low, high, (low // step + 1) * step if step else low + (high - low) * 0.618]
 
 
 def _applied_alone(experiment: Experiment, values: Mapping[str, Any], space: Space) -> Experiment:
@@ -175,7 +177,7 @@ def check(space: Space, experiment: Experiment) -> list[tuple[dict[str, Any], Ex
     """(values, the experiment with them) for the values of `alone`.
 
     Raises UserError naming the first setting that does not exist or that all trials have alike, value that it does not
-    take, or setting that none of all these schedules makes use of.
+    take, or setting that none of all these trainings makes use of.
     """
     known = [name for name, *_ in config.settings_help()]
     for setting, domain in space.items():
@@ -192,39 +194,39 @@ def check(space: Space, experiment: Experiment) -> list[tuple[dict[str, Any], Ex
         if not values or (not isinstance(domain, Categorical) and values[0] > values[1]):
             raise UserError(f"--space: {setting} has no value to choose from")
     tried = [(values, _applied_alone(experiment, values, space)) for values in alone(space)]
-    schedules = [one.schedule for _, one in tried] + _drawn_together(space, experiment)
+    possible = [one for _, one in tried] + _drawn_together(space, experiment)
     for name in space:
-        if not any(_is_used(schedule, name) for schedule in schedules):
-            way_out = _way_out(experiment.schedule, name)
+        if not any(one.uses(name) for one in possible):
+            way_out = _way_out(experiment, name)
             raise UserError(f"--space: {name} changes nothing here: {way_out}, or leave it out")
     return tried
 
 
-DECIDING = tuple(f"schedule.{name}" for name in ("kind", "table", "shapes", "generators", "stages", "blocks"))
-"""Settings by which others are of use (`config.schedule.USED`)."""
+DECIDING = (
+    *(f"schedule.{name}" for name in ("kind", "table", "shapes", "generators", "stages", "blocks")),
+    *("priority.kind", "priority.rescore"),
+)
+"""Settings by which others are of use (`Experiment.uses`)."""
 
 
-def _drawn_together(space: Space, experiment: Experiment) -> list[Schedule]:
-    """Schedules under every joint choice of DECIDING's values, less what does not go together: some settings are of use
-    only where two others are drawn beside them."""
+def _drawn_together(space: Space, experiment: Experiment) -> list[Experiment]:
+    """Experiments under every joint choice of DECIDING's values, less what does not go together: some settings are of
+    use only where two others are drawn beside them."""
     names, out = [name for name in DECIDING if name in space], []
     for values in itertools.product(*(ends(space[name]) for name in names)):
         with contextlib.suppress(UserError):
-            out.append(applied(experiment, dict(zip(names, values, strict=True))).schedule)
+            out.append(applied(experiment, dict(zip(names, values, strict=True))))
     return out
 
 
-def _is_used(schedule: Schedule, setting: str) -> bool:
-    part, _, name = setting.partition(".")
-    return {"schedule": schedule.uses(name), "priority": schedule.needs_scores}.get(part, True)
-
-
-def _way_out(schedule: Schedule, setting: str) -> str:
+def _way_out(experiment: Experiment, setting: str) -> str:
     """What would have to be for a setting to be of use, in words."""
-    kinds = [kind for kind in config.KINDS if _is_used(schedule.model_copy(update={"kind": kind}), setting)]
-    if not kinds:
-        return f"train --help-settings says what {setting} is of, set that"
-    return f"it is of schedule.kind={' or '.join(kinds)}, and that is {schedule.kind}: set it"
+    for part, kinds in (("schedule", config.KINDS), ("priority", config.PRIORITY_KINDS)):
+        now = getattr(experiment, part)
+        others = {kind: experiment.model_copy(update={part: now.model_copy(update={"kind": kind})}) for kind in kinds}
+        if right := [kind for kind, other in others.items() if other.uses(setting)]:
+            return f"it is of {part}.kind={' or '.join(right)}, and that is {now.kind}: set it"
+    return f"train --help-settings says what {setting} is of, set that"
 
 
 def ends(domain: Domain) -> list[Any]:
@@ -266,10 +268,12 @@ def is_log(domain: Domain) -> bool:
 
 def grid(space: Space, points: int) -> list[dict[str, Any]]:
     """Every combination of the space's values, ranges cut into `points`."""
-    return [
-        dict(zip(space, values, strict=True))
-        for values in itertools.product(*(spread(domain, points) for domain in space.values()))
-    ]
+    return combined({name: spread(domain, points) for name, domain in space.items()})
+
+
+def combined(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of some values of settings."""
+    return [dict(zip(values, drawn, strict=True)) for drawn in itertools.product(*values.values())]
 
 
 def own_values(space: Space, experiment: Experiment) -> dict[str, Any]:
