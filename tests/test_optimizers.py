@@ -148,6 +148,17 @@ def test_moments_follow_the_freeze(kind):
     assert optimizer.state_bytes(adamw, torch.device("cpu")) == 0
 
 
+@pytest.mark.parametrize("kind", ["adamw", *SMALL])
+def test_moments_come_to_their_weights_device_and_torchaos_counts_stay_on_the_host(kind):
+    """Where it is compiled for them."""
+    weight = nn.Parameter(torch.empty(64, 64, device="meta"))
+    adamw = optimizers.make(kind, [weight], 1e-2)
+    adamw.state[weight] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(64, 64)}  # as a checkpoint is loaded
+    optimizer.follow(adamw, [weight], "host")
+    where = {name: value.device.type for name, value in adamw.state[weight].items()}
+    assert where == {"step": "cpu" if kind == "adamw_8bit" else "meta", "exp_avg": "meta"}
+
+
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, tmp_path):
     from pipelines import train
 

@@ -29,6 +29,11 @@ def make(
     return eight_bit.adamw(groups, learning_rate, weight_decay)
 
 
+def on_host(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of what lies on the host in every parameter's state, wherever the parameter lies."""
+    return eight_bit.ON_HOST if torch.is_tensor(optimizer.param_groups[0]["lr"]) else ()
+
+
 def parts(moment: torch.Tensor) -> dict[str, torch.Tensor]:
     """The plain tensors that a tensor of an optimizer's state holds, by the ends of their names: itself, or what 8 bits
     take."""

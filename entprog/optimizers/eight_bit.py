@@ -17,6 +17,9 @@ BLOCK = 256
 MOMENTS = 2 * (1 + 4 / BLOCK) / 4
 """Bytes of moments for each byte of float32 weights."""
 CODES, SCALE = ".codes", ".scale"
+ON_HOST = ("step",)
+"""Of a parameter's state, wherever the parameter lies: torchao makes it there, and where it came to a GPU the update
+of every shape would be compiled a second time."""
 
 
 def adamw(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from entprog.blocks import Block, bypass, execution_order, replaced
 from entprog.config import Priority, Timesteps
@@ -46,7 +47,8 @@ def cei(
     the x_0 of its draws, which run in batches as large as the first of these. Ranks share conditions, draws and blocks
     (`split`), and all get the whole table, with the same bits however many they are. law: of the timesteps drawn, as in
     training. replay: one forward records each block's output; a skip pass returns the recorded ones for the blocks
-    before b and computes only what follows: equal bits, about half the forwards' cost. progress: gets (conditions that
+    before b and computes only what follows: equal bits, about half the forwards' cost; not where a rank's GPU has no
+    room for so many outputs. progress: gets (conditions that
     this rank's share of the work amounts to so far, conditions).
 
     Raises ValueError if there are fewer clips than `settings.conditions`.
@@ -56,11 +58,12 @@ def cei(
 
     def begin():
         passes = counted(denoiser, blocks, clip(0), settings, seed, law)
+        replays = replay and _fits(min(at_once, settings.draws) * passes.outputs_bytes, clip(0).clean.device)
         score = partial(
             _score, denoiser, blocks, passes, clip, settings=settings, seed=seed, law=law, at_once=at_once,
-            replay=replay, progress=progress,
+            replay=replays, progress=progress,
         )  # fmt: skip
-        return passes.flops(replay), score
+        return passes.flops(replays), score
 
     found = tables.measured(begin, settings, measure, clip(0).clean.device)
     per_condition = {name: np.stack([row[name][-1] for row in found.rows]) for name in ("std", "elementwise", "loss")}
@@ -135,6 +138,8 @@ class Passes:
     costs: split.Costs
     bypasses: int
     """FLOPs of all blocks' bypasses: shortcuts that compute."""
+    outputs_bytes: int
+    """Of what all blocks give for one draw."""
 
     def flops(self, replay: bool) -> int:
         """Of all passes of a draw."""
@@ -149,17 +154,18 @@ def counted(
 ) -> Passes:
     """By one forward of one draw: FLOPs are the same for every draw. The same on every rank."""
     own: dict[str, int] = {}
-    bypasses = 0
+    bypasses = outputs_bytes = 0
 
     def counting_its(block: Block):
         original = block.module.forward
 
         def forward(*args, **kwargs):
-            nonlocal bypasses
+            nonlocal bypasses, outputs_bytes
             before = counter.get_total_flops()
             out = original(*args, **kwargs)
             between = counter.get_total_flops()
             bypass(block.module, *args, **kwargs)
+            outputs_bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
             own[block.name] = own.get(block.name, 0) + between - before
             bypasses += counter.get_total_flops() - between
             return out
@@ -173,7 +179,21 @@ def counted(
     outside = counter.get_total_flops() - bypasses - sum(own.values())
     named = {block.name: block for block in blocks}
     costs, outside = agree.of_first(lambda: (list(own.values()), outside))  # no rank may cut elsewhere than the others
-    return Passes([named[name] for name in own], split.Costs(tuple(costs), outside), bypasses)
+    return Passes([named[name] for name in own], split.Costs(tuple(costs), outside), bypasses, outputs_bytes)
+
+
+def _fits(outputs_bytes: int, device: torch.device) -> bool:
+    """Whether every rank's device has room for them, and a third of that for what a forward pass takes beside."""
+    free = free_bytes(device)
+    return free is None or not agree.total([float(outputs_bytes * 4 > free * 3)])[0]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU has left for this process; None: it is a CPU, whose outputs lie beside all else."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 class _Moments:

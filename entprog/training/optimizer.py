@@ -1,6 +1,6 @@
 """Optimizer state that follows the freeze."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -63,19 +63,19 @@ def follow(
 ) -> None:
     """Bring the moments of trained parameters to their device; those of the others stay, move to the host until they
     are trained again, or are forgotten."""
-    trained = set(trained)
+    trained, stays = set(trained), optimizers.on_host(optimizer)
     for parameter in list(optimizer.state):
         if parameter in trained:
-            _move(optimizer.state[parameter], parameter.device)
+            _move(optimizer.state[parameter], parameter.device, stays)
         elif frozen_state == "drop":
             del optimizer.state[parameter]
         elif frozen_state == "host":
-            _move(optimizer.state[parameter], torch.device("cpu"))
+            _move(optimizer.state[parameter], torch.device("cpu"), stays)
 
 
-def _move(state: dict, device: torch.device) -> None:
+def _move(state: dict, device: torch.device, stays: Collection[str]) -> None:
     for name, value in state.items():
-        if torch.is_tensor(value) and value.device != device:
+        if torch.is_tensor(value) and value.device != device and name not in stays:
             state[name] = value.to(device)
 
 
