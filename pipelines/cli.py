@@ -182,9 +182,11 @@ def _run(job: str, output: str | Where | None, work: Callable[[], dict[str, Any]
                 claim.release(folder, made)
         terminal.complain("error", str(error))
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        record |= {"status": "interrupted", "error": "interrupted (Ctrl-C, or told to stop): the same command resumes"}
+    except KeyboardInterrupt as stop:  # which may say where a job goes on
+        resumes = " ".join(("the same command resumes", *map(str, stop.args)))
+        record |= {"status": "interrupted", "error": f"interrupted (Ctrl-C, or told to stop): {resumes}"}
         status = 1
+        terminal.complain("interrupted", resumes)
     except Exception as error:  # failed at work: the reason in one line, the trace in a file
         record |= {"status": "failed", "error": masking.reason(error, most=2000)}
         status = 1

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -65,16 +73,18 @@ def show(title: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> N
     console.print(table)
 
 
-def progress_bar() -> Progress:
-    """A bar with what is done, the time it took and the time it will take; nothing where there is no terminal."""
+def progress_bar(left: ProgressColumn | None = None) -> Progress:
+    """A bar with what is done, the time it took and the time it will take; nothing where there is no terminal.
+
+    left: what says how long it will take, for work whose parts do not take equally long.
+    """
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        *([left] if left else [TextColumn("ETA"), TimeRemainingColumn()]),
         console=console,
         disable=not console.is_terminal,
     )
@@ -101,7 +111,7 @@ def advancing(what: str, total: int, units: str = "clips") -> Iterator[Callable[
             if not console.is_terminal and (done == total or now - printed >= LINE_EVERY_S):
                 printed = now
                 left_s = (total - done) / rate
-                console.print(f"{what}: {done}/{total} {units}, {rate:.2f} {units}/s, ETA {left_s:.0f} s")
+                console.print(f"{what}: {done}/{total} {units}, {rate:.2f} {units}/s, ETA {duration(left_s)}")
 
         yield advance
 

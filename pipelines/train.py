@@ -296,12 +296,24 @@ def run(
         if isinstance(error, UserError):  # what a command leaves that fails or is interrupted, it leaves itself
             record = {"job": "train", "status": "refused", "error": str(error), "mlflow_run_id": tracker.run_id}
             files.write_json(output / "result.json", masking.masked_in(record))
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(_resumes(experiment, output)) from None
         raise
     stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")
     files.write_json(finished, {"identity": key, "result": result})
     report.show(result, output, uri)
     return result
+
+
+def _resumes(experiment: Experiment, output: Where) -> str:
+    """Where the same command resumes, in words."""
+    checkpoints = experiment.train.checkpoints or storage.address(output / "checkpoints")
+    try:
+        newest = checkpoint.newest(storage.quickly(checkpoints))
+    except OSError:  # a bucket that is away
+        return "from the newest checkpoint"
+    return f"after step {int(newest.removeprefix('step-'))}" if newest else "from the start: there is no checkpoint yet"
 
 
 if __name__ == "__main__":

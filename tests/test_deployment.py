@@ -707,7 +707,7 @@ def test_a_submitted_job_is_followed_stopped_with_a_checkpoint_and_resumed(head,
     assert run["uri"] == head.env["MLFLOW_TRACKING_URI"], "a job has it from the head's Ray"
     (saved,) = checkpoint.found(tmp_path / "run" / "checkpoints")
     step = int(saved.removeprefix("step-"))
-    assert 5 <= step < 200
+    assert 5 <= step < 200 and record["error"].endswith(f"the same command resumes after step {step}")
     again = head.job("submit", "--submission-id", "two", "--working-dir", ".", "--", *command)  # waits, follows its log
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"Resumed from the checkpoint after step {step}" in again.stdout and "held-out loss" in again.stdout

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -30,7 +31,7 @@ from helpers.people import CLIPS, two_people
 from helpers.processes import running
 from helpers.servers import Server, metadata
 from pipelines import terminal, train, tune
-from pipelines.cluster import capacity, joining, launch, ray_internals, room, session, spot
+from pipelines.cluster import capacity, joining, launch, message_board, ray_internals, room, session, spot
 from pipelines.cluster.message_board import Listener
 from pipelines.preparing import latents
 from pipelines.stream import decoding, feed
@@ -589,23 +590,39 @@ def test_who_waits_for_nodes_can_be_stopped(nodes, tmp_path, monkeypatch, number
     nothing_reserved()
 
 
-def test_who_trains_is_interrupted_by_ctrl_c(nodes, tmp_path):
+def test_ctrl_c_asks_who_trains_for_a_checkpoint_and_once_more_ends_it(nodes, tmp_path):
     """Ray Train answers it by an end of the process, which is no failure of the run."""
     nodes.are(1)
 
     def begun(settings):
-        ray.get(settings["board"].post.remote({"warning": "here"}))
+        board = settings["board"]
+        ray.get(board.post.remote({"step": {"step": 1}}))
+        ray.get(board.post.remote({"warning": f"told {ray.get(board.notices.remote())}"}))
         time.sleep(100)
+
+    heard = []
+
+    def on_item(item):
+        heard.append(item)
+        if "waiting" not in item:
+            os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            launch.run_workers(
-                begun, {}, wanting(workers=1, gpus="no"), tmp_path, lambda item: os.kill(os.getpid(), signal.SIGINT)
-            )
+            launch.run_workers(begun, {}, wanting(workers=1, gpus="no"), tmp_path, on_item)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert [*map(next, map(iter, heard))] == ["step", "waiting", "warning"]
+    assert "Ctrl-C once more" in heard[1]["waiting"] and heard[2]["warning"] == f"told {message_board.JOB_ENDS}"
     nothing_reserved()
+
+
+def test_before_the_first_step_ctrl_c_has_nothing_to_save():
+    listener = SimpleNamespace(begun=threading.Event())  # nobody is to be told
+    ended = []
+    launch._Stop(listener, print).before(lambda number, frame: ended.append(number))(signal.SIGINT, None)
+    assert ended == [signal.SIGINT]
 
 
 @pytest.mark.parametrize("by", ["its node", "its job"])

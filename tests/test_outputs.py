@@ -22,14 +22,17 @@ from entprog import config, models
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.preparing import ledger
+from entprog.training import checkpoint
 from helpers import real_clips
 from helpers.commands import SETTINGS
 from helpers.people import CLIPS
-from pipelines import cli
+from helpers.runs import Trained
+from pipelines import cli, train
 from pipelines.cluster import session
 from pipelines.outputs import claim
 from pipelines.preparing import packing
 from pipelines.sweeping import state
+from pipelines.training import standing
 
 JOBS = ("prepare", "score", "train", "tune", "generate", "evaluate", "compare", "demo")
 WITH_RAY = ("prepare", "score", "train", "tune", "evaluate", "demo")
@@ -266,9 +269,20 @@ def test_of_a_training_that_its_workers_refused_the_corrected_command_takes_the_
     assert run("train", *corrected, "--output", output, "--dry-run").exit_code == 0 and everything(place) == before
     done = run("train", *corrected, "--output", output)
     assert done.exit_code == 1 and json.loads((output / "result.json").read_text())["status"] == "interrupted"
+    assert done.stderr == "interrupted: the same command resumes\n"
+    assert dict(standing.rows(standing.read(output)))["state"].startswith(
+        "interrupted (Ctrl-C, or told to stop): the sa"
+    )
     left = {"entprog-job.json", "result.json", "steps.jsonl", "cei", "checkpoints", claim.LOCK}
     assert set(names(output)) == left and (output / "cei" / "KEY.json").exists()
     assert "learning_rate was 0.5, now 0.001" in refused("train", *inputs["train"], "--output", output), "its own now"
+
+
+def test_who_is_interrupted_reads_where_the_same_command_resumes(tmp_path):
+    trained = Trained(steps=2)
+    assert train._resumes(trained.experiment, tmp_path) == "from the start: there is no checkpoint yet"
+    checkpoint.save(tmp_path / "checkpoints", trained.network, trained.state, "id", keep=1)
+    assert train._resumes(trained.experiment, tmp_path) == "after step 2"
 
 
 @pytest.mark.parametrize("worth", WORTH)

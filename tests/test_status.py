@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from entprog.errors import UserError
 from entprog.storage import Place
+from helpers.networks import tiny_experiment
 from pipelines import status
 from pipelines.training import standing, steplog
+from pipelines.training.display import Display
 
 NOW_S = 1_000_000.0
 
@@ -51,6 +53,25 @@ def test_share_and_time_left_follow_the_budget(tmp_path, budget, share, left_s):
     seen = standing.read(training(tmp_path, map(step, range(1, 21)), **budget), NOW_S)
     assert seen.state == "running" and seen.age_s == 1.0
     assert seen.share == pytest.approx(share) and seen.left_s == pytest.approx(left_s)
+
+
+def test_the_time_left_knows_that_later_stages_cost_more(tmp_path):
+    """Of 40 steps 20 are done, a second each; the others cost five times as much."""
+    steps = [step(n, time=NOW_S - 21 + n, flops_left=5e9 * 20 + 1e9 * (20 - n)) for n in range(1, 21)]
+    seen = standing.read(training(tmp_path, steps, **{"train.steps": 40}), NOW_S)
+    assert seen.share == 0.5 and seen.left_s == pytest.approx(100.0)
+    shown = Display(tiny_experiment(train={"steps": 40}))
+    shown.show({"workers": 1})
+    with shown.bar.console.capture() as said:
+        for each in steps:
+            shown.show({"step": each})
+    first, last = said.get().splitlines()
+    assert first.endswith(f"{2 / 0.5:.3g} clips/s, 5 s charged, ETA 1 min 50 s")
+    assert last.endswith("10 s charged, ETA 1 min 40 s")
+    shown.show({"workers": 1})  # a new group: the time between the two is no step's
+    with shown.bar.console.capture() as said:
+        shown.show({"step": step(20, time=NOW_S + 999, flops_left=1e11)})
+    assert "ETA" not in said.get()
 
 
 def test_states(tmp_path):
@@ -96,7 +117,7 @@ def test_a_training_in_phases_says_where_they_are(tmp_path):
 @pytest.mark.parametrize("follow", [[], ["--follow"]])
 @pytest.mark.parametrize(
     ("status_is", "shown"),
-    [("refused", "refused: no room"), ("failed", "failed, no step for"), ("interrupted", "failed")],
+    [("refused", "refused: no room"), ("failed", "failed, no step for"), ("interrupted", "no room; no step for")],
 )
 def test_an_attempt_that_ended_before_its_first_step_does_not_run(follow, status_is, shown, tmp_path):
     folder = training(tmp_path, [], **{"train.steps": 40})

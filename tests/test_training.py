@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from types import SimpleNamespace
@@ -103,6 +104,23 @@ def _full_step_flops(run):
     )
     list(plain.steps())
     return plain.state.flops.train
+
+
+def test_what_is_left_of_a_budget_of_steps_is_counted_over_stages_of_any_cost(tmp_path):
+    table = [{"until": 0.5, "frames": 1, "share": 0.34}, {"until": 0.75, "share": 0.34}, {"until": 1}]
+    experiment = tiny_experiment(schedule={"kind": "progressive", "table": table}, train={"steps": 8})
+    run, left = Run(experiment), []
+    for step in run.steps():
+        left.append((step.flops, step.flops_left))
+        if step.step == 5:
+            checkpoint.save(tmp_path, run.denoiser.network, run.state, "id", keep=1)
+    costs = [b - a for (a, _), (b, _) in itertools.pairwise(left)]
+    assert 2 * costs[0] < costs[4] < costs[6], "no stage costs as much as another"
+    assert [all_ for all_, _ in left] == pytest.approx([left[-1][0] - rest for _, rest in left]) and left[-1][1] == 0
+    resumed = [(step.flops, step.flops_left) for step in Run(experiment, tmp_path).steps()]
+    assert resumed == left[5:]
+    (by_flops,) = Run(tiny_experiment(train={"steps": None, "flops": 1.0}, schedule={"kind": "full"})).steps()
+    assert by_flops.flops_left is None
 
 
 def test_plain_training_is_the_same_path_without_search():

@@ -32,13 +32,44 @@ class Search:
         """Number of blocks that are never trained."""
         self.experiment, self.state = experiment, state
         self.schedule = experiment.schedule
+        self.stages: dict[int, Plan] = {}
+        """Plans of stages, as `foresee` found them."""
+
+    def foresee(self) -> None:
+        """Count what a step of the stages to come costs, for `flops_left`; of those that train as many blocks on clips
+        of one shape a step of the first. Nothing where searches decide. Raises UserError if no plan fits the memory
+        budget."""
+        state, schedule, train = self.state, self.schedule, self.experiment.train
+        if state.stage < 0:
+            self.check_memory()
+        if not train.steps or schedule.kind == "entprog":
+            return
+        alike: dict[tuple, Plan] = {}
+        for stage in range(len(plans.rows(schedule))):
+            shape = self.experiment.data.shape
+            plan = plans.fixed(self.names, self.priority, schedule, shape, stage, seed=train.seed, others=self.others)
+            self.stages[stage] = alike.setdefault((plan.m, plan.backward, plan.shape), plan)
+        for stage, plan in self.stages.items():
+            if stage >= state.stage:
+                self.prices.step_flops(plan)
+
+    def flops_left(self, now: Plan) -> float | None:
+        """Counted FLOPs of the updates until `train.steps`, all ranks; None where that is no budget. now: what the
+        stage trains, and where searches decide every stage after it."""
+        state, steps = self.state, self.experiment.train.steps
+        if not steps:
+            return None
+        left, done = 0.0, float(state.step)
+        for stage, row in enumerate(plans.rows(self.schedule)):
+            if stage >= state.stage and (end := row.until * steps) > done:
+                plan = now if stage == state.stage else self.stages.get(stage, now)
+                left, done = left + (end - done) * self.prices.step_flops(plan), end
+        return left
 
     def open(self, stage: int) -> None:
         """Begin a stage: its candidates, and what foresees their costs. Raises UserError if no plan fits the memory
         budget."""
         state, schedule, shape = self.state, self.schedule, self.experiment.data.shape
-        if stage == 0:
-            self.check_memory()
         before = state.plan
         if stage != state.stage:
             state.search_cost, state.stage_step, state.draw = 0.0, state.step, 0

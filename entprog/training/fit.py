@@ -154,6 +154,7 @@ class _Fit:
 
     def run(self) -> Iterator[Step]:
         try:
+            self.search.foresee()
             while not is_over(self.experiment, self.state):
                 self.check_it_goes_on()
                 self.begin_stage()
@@ -281,6 +282,7 @@ class _Fit:
             search_s=state.seconds.search,
             score_s=state.seconds.score,
             flops=state.flops.total,
+            flops_left=self.search.flops_left(plan),
             clips=self.clips_per_step(plan),
             memory_bytes=state.peak_memory_bytes,
             optimizer_bytes=self.moments[1],

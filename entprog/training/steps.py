@@ -43,6 +43,9 @@ class Step:
     """and into scoring."""
     flops: float
     """Counted so far."""
+    flops_left: float | None
+    """Counted of the updates until `train.steps`, later stages' among them; of those that search as this one's. None
+    where that is no budget."""
     clips: int
     """Clips of this update, all ranks."""
     memory_bytes: int

@@ -84,9 +84,9 @@ def run_workers(
     see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end, and
     `{"grows": step}` when there is room for more workers. Whatever else ends the workers, or their trainer, starts them
     again, up to `train.max_failures` times in a row without a step gained. While the cluster has no room for them it is
-    waited for, and `on_item` gets `{"waiting": line}` now and then. SIGTERM to this process ends that wait, or lets the
-    workers save a checkpoint, and raises KeyboardInterrupt. Raises UserError, or RuntimeError with the workers' own
-    reason in one line.
+    waited for, and `on_item` gets `{"waiting": line}` now and then. SIGTERM and Ctrl-C to this process end that wait,
+    or let the workers save a checkpoint, and raise KeyboardInterrupt; a second Ctrl-C, or one before the first step,
+    waits for nothing. Raises UserError, or RuntimeError with the workers' own reason in one line.
     """
     each = capacity.each_worker(experiment, capacity.use_gpus(experiment), trial=not ray_internals.is_driver())
     for name in ("ray.train", "ray.data", "ray.tune"):
@@ -102,13 +102,14 @@ def run_workers(
     settle_s = max(room.SETTLE_S, train.resize_every_s) if joining.address() else room.SETTLE_S
     say = lambda line: on_item({"waiting": line})  # noqa: E731
     try:
-        with _stopping(listener) as stop:
+        stop = _Stop(listener, say)
+        with stop.by_sigterm():
             while True:
-                workers = room.workers(least, train.workers, each, say, settle_s=settle_s, stop=stop, run=run)
+                workers = room.workers(least, train.workers, each, say, settle_s=settle_s, stop=stop.asked, run=run)
                 settle_s = room.SETTLE_S
                 with _leaving_nothing_reserved(), _growing(listener, train, workers, each, run):
                     boarded = {**settings, "board": listener.board}
-                    failure = _attempt(worker, boarded, experiment, workers, each, storage)
+                    failure = _attempt(worker, boarded, experiment, workers, each, storage, stop)
                 listener.read()
                 last = listener.last
                 if last.pop("grows", None) is not None:
@@ -154,14 +155,14 @@ def _growing(listener: Listener, train: Train, workers: int, each: Bundle, run: 
 
 
 def _attempt(
-    worker, settings: dict[str, Any], experiment: Experiment, workers: int, each: Bundle, storage: Where
+    worker, settings: dict[str, Any], experiment: Experiment, workers: int, each: Bundle, storage: Where, stop: "_Stop"
 ) -> Exception | None:
     """One group of workers from its start to its end; why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from pipelines.cluster import stopping
 
-    trainer = ray_internals.torch_trainer()(
+    trainer = ray_internals.torch_trainer(stop.before)(
         worker,
         train_loop_config={**settings, "experiment": absolute(experiment).model_dump(mode="json")},
         torch_config=ray_internals.torch_config("nccl" if "GPU" in each else "gloo", prepare=stopping.listen),
@@ -235,27 +236,44 @@ def _leaving_nothing_reserved():
             ray_internals.remove_placement_group(key)
 
 
-@contextmanager
-def _stopping(listener: Listener):
-    """Gives an event that SIGTERM sets. It also tells the workers to save and end; if they cannot within STOP_S, they
-    are ended."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep: the sweep hears it
-        yield stop
-        return
-    timers: list[threading.Timer] = []
+class _Stop:
+    """How a person ends the workers: told to, they save a checkpoint and end; if they cannot within STOP_S, they are
+    ended."""
 
-    def tell(*_) -> None:
-        stop.set()
-        listener.board.tell.remote(JOB_ENDS)
-        timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
-        timers[-1].daemon = True
-        timers[-1].start()
+    def __init__(self, listener: Listener, say: Callable[[str], None]):
+        self.listener, self.say = listener, say
+        self.asked = threading.Event()
+        self.timers: list[threading.Timer] = []
 
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        for timer in timers:
-            timer.cancel()
+    def ask(self, *_) -> None:
+        self.asked.set()
+        self.listener.board.tell.remote(JOB_ENDS)
+        self.timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
+        self.timers[-1].daemon = True
+        self.timers[-1].start()
+
+    def before(self, abort: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+        """What answers Ctrl-C while workers are there. abort: ends them at once."""
+
+        def answer(number: int, frame: Any) -> None:
+            if self.asked.is_set() or not self.listener.begun.is_set():  # or there is nothing to save yet
+                abort(number, frame)
+            else:
+                self.ask()
+                self.say("ends after this step, with a checkpoint; Ctrl-C once more ends it at once")
+
+        return answer
+
+    @contextmanager
+    def by_sigterm(self):
+        """Inside, SIGTERM asks. In a trial of a sweep the sweep hears it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self.ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            for timer in self.timers:
+                timer.cancel()

@@ -4,6 +4,7 @@ An upgrade may change any of them without notice: `tests/test_internals.py` and 
 `pyproject.toml` bounds Ray's version until they pass.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -174,8 +175,9 @@ def quietly() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def torch_trainer():
-    """Ray Train's TorchTrainer without two actors that it has for what does not happen here, a second and a half of CPU
+def torch_trainer(on_sigint: Callable[[Callable], Callable]):
+    """Ray Train's TorchTrainer, which answers SIGINT as `on_sigint` says, given what Ray Train does then: it ends its
+    workers at once. It is without two actors that it has for what does not happen here, a second and a half of CPU
     each: one shares out data sets, which workers open themselves; the other gives back what a controller that was
     killed had reserved. For a driver `launch` does that; trials of a sweep, which share a job, keep it."""
     from ray.train.torch import TorchTrainer
@@ -184,6 +186,10 @@ def torch_trainer():
         def _create_default_callbacks(self):
             unused = unused_callbacks()
             return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+        def _register_sigint_handler(self, controller):
+            super()._register_sigint_handler(controller)
+            signal.signal(signal.SIGINT, on_sigint(signal.getsignal(signal.SIGINT)))
 
     return Trainer
 

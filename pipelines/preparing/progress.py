@@ -57,6 +57,8 @@ def bar(total: int, what: str = "videos") -> Iterator[Callable[[int], None]]:
             if not terminal.console.is_terminal and now - said > SAID_EVERY_S:
                 said, done = now, int(drawn.tasks[0].completed)
                 left_s = (now - started) / done * (total - done)
-                terminal.console.print(f"{done} of {total} {what}, {clips} clips, {rate}, ETA {left_s:.0f} s")
+                terminal.console.print(
+                    f"{done} of {total} {what}, {clips} clips, {rate}, ETA {terminal.duration(left_s)}"
+                )
 
         yield advance

@@ -267,7 +267,7 @@ class Watch(Callback):
         eta_s = (time.time() - self.started) / max(here, 1) * left
         counts = ", ".join(f"{count} {how}" for how, count in self.ended.items() if count)
         kept = f" ({before} from before)" if before else ""
-        return f"  [{here + before}/{self.trials}{kept}: {counts}; ETA {eta_s:.0f} s]"
+        return f"  [{here + before}/{self.trials}{kept}: {counts}; ETA {terminal.duration(eta_s)}]"
 
     def _show(self, trials: Sequence[Any]) -> None:
         over = sum(trial.status in ("TERMINATED", "ERROR") for trial in trials)

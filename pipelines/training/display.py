@@ -1,10 +1,13 @@
 """A training on the terminal: a bar where there is one, a line now and then where there is none."""
 
-import time
+from collections import deque
 from typing import Any, Literal
+
+from rich.progress import TextColumn
 
 from entprog.config import Experiment
 from pipelines import terminal
+from pipelines.training import standing
 
 
 class Display:
@@ -17,11 +20,13 @@ class Display:
         )
         self.total = train.steps or train.seconds or train.flops
         self.elastic, self.most = train.min_workers is not None, train.workers
-        self.blocks = 0
-        self.clips, self.since, self.begun = 0, time.time(), 0.0
-        """Since the first step heard of."""
-        self.bar = terminal.progress_bar()
-        self.task = self.bar.add_task("starting workers", total=self.total)
+        self.budgets = {
+            entry: budget for name, entry in standing.BUDGETS.items() if (budget := getattr(train, name.split(".")[1]))
+        }
+        self.recent: deque[dict[str, Any]] = deque(maxlen=standing.RECENT_STEPS)
+        """Steps of the workers that train now."""
+        self.bar = terminal.progress_bar(TextColumn("{task.fields[eta]}"))
+        self.task = self.bar.add_task("starting workers", total=self.total, eta="")
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -34,6 +39,8 @@ class Display:
         self.bar.console.print(text)
 
     def show(self, item: dict[str, Any]) -> None:
+        if "workers" in item:
+            self.recent.clear()
         if "scored" in item:
             self.bar.update(self.task, description=f"scoring blocks: condition {item['scored']}/{item['of']}")
         elif "texts" in item:
@@ -52,20 +59,17 @@ class Display:
             self._step(item["step"])
 
     def _step(self, step: dict[str, Any]) -> None:
-        if self.clips == 0:
-            self.since, self.begun = time.time(), step[self.by]
-        self.clips += step["clips"]
-        elapsed = time.time() - self.since
-        rate = (self.clips - step["clips"]) / elapsed if elapsed else 0.0
-        done = step[self.by] - self.begun
-        eta = f", ETA {max(elapsed * (self.total - step[self.by]) / done, 0):.0f} s" if done else ""
+        self.recent.append(step)
+        recent = list(self.recent)
+        _, left_s = standing.ahead(recent, self.budgets)
+        eta = "" if left_s is None else f"ETA {terminal.duration(left_s)}"
         doing = f"stage {step['stage'] + 1} {step['phase']}, {len(step['trained'])} blocks"
-        text = f"{doing}, loss {step['loss']:.4f}, {rate:.1f} clips/s"
-        self.bar.update(self.task, completed=step[self.by], description=text)
+        text = f"{doing}, loss {step['loss']:.4f}, {standing.clips_per_s(recent):.3g} clips/s"
+        self.bar.update(self.task, completed=step[self.by], description=text, eta=eta)
         if step["held_out_loss"] is not None:
             self.bar.console.print(
-                f"step {step['step']:>6}  held-out loss {step['held_out_loss']:.5f}  {text}  "
-                f"{step['charged_s']:.0f} s charged{eta}"
+                f"step {step['step']:>6}  held-out loss {step['held_out_loss']:.5f}  {text}, "
+                f"{terminal.duration(step['charged_s'])} charged{eta and f', {eta}'}"
             )
         if "decision" in step:
             decision = step["decision"]

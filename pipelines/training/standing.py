@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ BARS = "▁▂▃▄▅▆▇█"
 class Standing:
     """A training at one moment."""
 
-    state: Literal["running", "silent", "finished", "failed", "refused"]
+    state: Literal["running", "silent", "finished", "failed", "refused", "interrupted"]
     steps: list[dict[str, Any]]
     """The lines of steps.jsonl."""
     share: float | None
@@ -69,13 +69,13 @@ def read(output: Where, now_s: float | None = None) -> Standing:
     ended, why = _ended(output, written_ns)
     trouble = why or _last_line(output / "error.log")
     finished = (output / "finished.json").exists()  # after its last step a run still saves its network
-    share, left_s = (1.0, 0.0) if finished else _ahead(steps, _budgets(output))
+    share, left_s = (1.0, 0.0) if finished else ahead(steps, _budgets(output))
     pace_s = _pace_s(steps)
-    state: Literal["running", "silent", "finished", "failed", "refused"]
+    state: Literal["running", "silent", "finished", "failed", "refused", "interrupted"]
     if finished:
         state = "finished"
     elif ended:
-        state = "refused" if ended == "refused" else "failed"
+        state = ended if ended in ("refused", "interrupted") else "failed"
     elif age_s > max(SILENT_S, 5 * (pace_s or 0.0)):
         state = "failed" if trouble else "silent"
     else:
@@ -133,18 +133,22 @@ def _budgets(output: Where) -> dict[str, float]:
     return {entry: float(settings[name]) for name, entry in BUDGETS.items() if settings.get(name)}
 
 
-def _ahead(steps: Sequence[dict[str, Any]], budgets: dict[str, float]) -> tuple[float | None, float | None]:
-    """(share of the budget spent, wall seconds left); the budget that is nearest to its end counts."""
+def ahead(steps: Sequence[dict[str, Any]], budgets: Mapping[str, float]) -> tuple[float | None, float | None]:
+    """(share of the budget spent, wall seconds left); the budget that is nearest to its end counts. budgets: by the
+    entry of a step that counts towards each.
+
+    Steps of one stage cost another's many times over: what is left of a budget of steps is their counted FLOPs.
+    """
     if not steps or not budgets:
         return None, None
-    recent = steps[-RECENT_STEPS:]
+    first, last = steps[-RECENT_STEPS:][0], steps[-1]
     shares, lefts = [], []
     for entry, budget in budgets.items():
-        done = steps[-1][entry]
-        shares.append(min(done / budget, 1.0))
-        gained, passed_s = recent[-1][entry] - recent[0][entry], recent[-1]["time"] - recent[0]["time"]
-        if gained > 0:
-            lefts.append(max(budget - done, 0.0) * passed_s / gained)
+        shares.append(min(last[entry] / budget, 1.0))
+        counted = last.get("flops_left") if entry == "step" else None  # older runs' steps have none
+        by, left = (entry, max(budget - last[entry], 0.0)) if counted is None else ("flops", counted)
+        if (gained := last[by] - first[by]) > 0:
+            lefts.append(left * (last["time"] - first["time"]) / gained)
     return max(shares), min(lefts, default=None)
 
 
@@ -195,7 +199,7 @@ def rows(standing: Standing) -> list[tuple[str, str]]:
     doing = {"search": "searching", "train": "training"}[last["phase"]]
     out.append(("stage", f"{last['stage'] + 1}, {doing} {len(last['trained'])} blocks, {last['backward']} backward"))
     out.append(("trained blocks", compact(last["trained"])))
-    out.append(("clips", f"{last['shape']}, {_clips_per_s(steps):.2f} clips/s"))
+    out.append(("clips", f"{last['shape']}, {clips_per_s(steps):.2f} clips/s"))
     lost = stalls.of(steps)
     parts = {
         "updates": lost.compute_s,
@@ -245,9 +249,12 @@ def _state(standing: Standing) -> str:
     trouble = f": {standing.trouble}" if standing.trouble else ""
     if standing.state == "refused":
         return f"refused{trouble}"
+    if standing.state == "interrupted":  # in its own words, which say how it goes on
+        return f"{standing.trouble}; no step for {terminal.duration(standing.age_s)}"
     return f"{standing.state}, no step for {terminal.duration(standing.age_s)}{trouble} (the same command resumes it)"
 
 
-def _clips_per_s(steps: Sequence[dict[str, Any]]) -> float:
+def clips_per_s(steps: Sequence[dict[str, Any]]) -> float:
+    """The recent pace."""
     recent = steps[-RECENT_STEPS:]
     return sum(s["clips"] for s in recent) / max(sum(s["seconds"] + s["wait_s"] for s in recent), 1e-9)
