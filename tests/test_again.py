@@ -206,3 +206,22 @@ def test_a_source_that_changes_between_stages_or_in_one_is_changed_and_tried_aga
     with pytest.raises(VideoError, match="it was changed") as error, fetching.fetched(row, now.prepare):
         write(folder / name, 2)
     assert error.value.reason == "changed"
+
+
+def test_a_source_of_the_same_name_at_another_address_is_another(tmp_path):
+    def found(address: str) -> dict:
+        (tmp_path / "m.txt").write_text(f"{address}\n")
+        return inputs.find(tmp_path / "m.txt").rows[0] | {"file": "1.mp4"}  # as a manifest there calls it
+
+    def to_do(row, line) -> list[str]:
+        return [row["file"] for row in additions.to_do(additions.Before(empty, [line]), [row], tmp_path, now)]
+
+    now = settings(hosts=["127.0.0.1"])
+    one, other, anew = (found(f"http://127.0.0.1:9/{name}") for name in ("A/1.mp4?sig=1", "B/1.mp4", "A/1.mp4?sig=2"))
+    key, another, same = (packing.part_keys([row], now) for row in (one, other, anew))
+    assert key == same != another
+    empty = shards.write_dataset(tmp_path, now.data.shape, {"train": [], "held_out": []}, {})
+    line = ledger.line({**one, "sha256": "5" * 64, "stage": "probe", "reason": "corrupt", "message": ""})
+    assert to_do(one, line) == to_do(anew, line) == [] and to_do(other, line) == ["1.mp4"]
+    earlier = line | {"stamp": f" {line['stamp'].rpartition(' ')[2]}"}
+    assert to_do(one, earlier) == [], "nothing is read again for a ledger of an earlier version"

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from entprog import files
 from entprog.config import digest
 from entprog.errors import UserError
-from entprog.masking import one_line
+from entprog.masking import bare, one_line
 from entprog.names import plain
+from entprog.preparing import addresses
 from entprog.preparing.rows import Line, Probed, Source
 from entprog.storage import Where
 
@@ -61,10 +62,13 @@ def line(row: Mapping[str, Any]) -> Line:
 
 
 def stamp(row: Source) -> str:
-    """What an input is, as far as its listing tells: its own stamp and what lies beside it or a manifest says."""
+    """What an input is, as far as its listing tells: its own stamp, or for want of one (on the web, in a manifest) its
+    address on another machine without what is signed anew; and what lies beside it or a manifest says."""
     beside = [row["poses_stamp"]] if row["poses"] else []
     beside += ["mask", row["mask_stamp"]] if row["mask"] else []
-    return f"{row['stamp']} {digest(row['caption'], row['crop'], row['frames_fps'], *beside)}"
+    path = os.fsdecode(row["path"])
+    own = row["stamp"] or (bare(path) if addresses.is_remote(path) else "")
+    return f"{own} {digest(row['caption'], row['crop'], row['frames_fps'], *beside)}"
 
 
 def rejected(row: R, stage: str, reason: str, message: str) -> R:

@@ -118,7 +118,7 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     """
     lines = before.inputs()
     new = [row for row in sources if row["file"] not in lines]
-    other = [row for row in sources if row["file"] in lines and ledger.stamp(row) != lines[row["file"]]["stamp"]]
+    other = [row for row in sources if row["file"] in lines and not _as_listed(row, lines[row["file"]])]
     looks = track(other, "files touched since", console=terminal.console, disable=len(other) < 100, transient=True)
     changed = [row for row in looks if _has_changed(row, lines[row["file"]], settings)]
     kept = [row["file"] for row in changed if lines[row["file"]]["kept"]]
@@ -151,6 +151,12 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     if once_more:
         terminal.console.print(f"{len(once_more)} inputs that gave no clip before are tried again")
     return [*new, *once_more.values()]
+
+
+def _as_listed(row: Source, line: Line) -> bool:
+    """Whether a source looks as it did. Ledgers of earlier versions do not say where one lay that has no stamp."""
+    now, then = ledger.stamp(row), line["stamp"]
+    return now == then or (not row["stamp"] and then.startswith(" ") and now.endswith(then))
 
 
 def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
