@@ -76,7 +76,7 @@ def trained(settings, folder, rank, world, resumed=False):
             out["held"].append((sum(fsdp.held(p).nbytes for p in network.parameters()), foreseen))
         if step.step == SAVED and not resumed:
             checkpoint.save(folder, network, state, "id", keep=1)
-    out["tensors"] = {n: fsdp.whole(t).clone() for n, t in checkpoint.contents(network, state).items()}
+    out["tensors"] = {n: fsdp.whole(t.float()).clone() for n, t in checkpoint.contents(network, state).items()}
     final = networks.final(denoiser, settings, state)
     if rank == 0:
         saving.save(final.network, folder / "model")

@@ -1,6 +1,8 @@
 """Frozen weights stored in bfloat16: the very bits of a training without that, and a block's memory to the byte."""
 
 import functools
+import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from entprog import blocks, config
-from entprog.blocks import store_frozen, unfreeze
+from entprog.blocks import full_state, lasting, store_frozen, unfreeze
 from entprog.blocks.stored import layer_weights
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
@@ -20,7 +22,7 @@ from entprog.training import checkpoint, optimizer
 from entprog.training.fit import start
 from helpers.families import NAMES, load, ordered, predict
 from helpers.memory import Peak
-from helpers.networks import SHAPE, bfloat16_base, latents, tiny_denoiser, tiny_experiment
+from helpers.networks import SHAPE, TINY, bfloat16_base, latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, comparable
 from pipelines.training import checks, networks
 
@@ -40,6 +42,11 @@ def assert_equal(got, expected):
     assert got.keys() == expected.keys()
     for name in expected:
         assert got[name].dtype == expected[name].dtype and torch.equal(got[name], expected[name]), name
+
+
+def in_float32(tensors):
+    """Of a checkpoint, which holds some in bfloat16 to the bit."""
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,14 +102,14 @@ def test_a_training_that_freezes_and_thaws_has_the_bits_of_one_without(backward,
             if step.step == 5:
                 checkpoint.save(tmp_path / precision, run.denoiser.network, run.state, "id", keep=1)
     assert steps["auto"] == steps["full"] and len(thawed) > 2, "it froze and thawed"
-    state = {precision: checkpoint.contents(run.denoiser.network, run.state) for precision, run in runs.items()}
+    state = {kind: in_float32(checkpoint.contents(run.denoiser.network, run.state)) for kind, run in runs.items()}
     assert_equal(state["auto"], state["full"])
-    kept = [load_file(next((tmp_path / precision).glob("*/*.safetensors"))) for precision in runs]
+    kept = [in_float32(load_file(next((tmp_path / precision).glob("*/*.safetensors")))) for precision in runs]
     assert_equal(*kept)
     for precision, other in (("auto", "full"), ("full", "auto"), ("auto", "auto")):
         again = Run(settings(backward, precision), tmp_path / other)
         assert [record(step) for step in again.steps()] == steps["full"][5:]
-        assert_equal(checkpoint.contents(again.denoiser.network, again.state), state["full"])
+        assert_equal(in_float32(checkpoint.contents(again.denoiser.network, again.state)), state["full"])
 
 
 def test_a_saved_folder_is_the_same_with_averages_put_in(tmp_path):
@@ -113,6 +120,50 @@ def test_a_saved_folder_is_the_same_with_averages_put_in(tmp_path):
         run.denoiser.save(tmp_path / precision)
     full, auto = (load_file(next((tmp_path / p / "transformer").glob("*.safetensors"))) for p in ("full", "auto"))
     assert_equal(auto, full)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_checkpoint_is_saved_and_taken_up_without_a_second_network(rounded, tmp_path, monkeypatch):
+    """Only what may change meanwhile is copied, frozen weights in bfloat16, or not at all where the host has their
+    float32 numbers; what training does while it is written does not come into it."""
+    model, go_on = {"init": {**TINY, "num_layers": 8}}, threading.Event()
+    if rounded:
+        bfloat16_base(tiny_experiment(model=model), tmp_path / "base")
+        model = {"init": {}, "base": str(tmp_path / "base")}
+    table = [{"until": 1, "share": 0.13, "choose": "random", "redraw_every": 1}]
+    experiment = settings("exact", model=model, train={"steps": 5, "ema_decay": None}, schedule={"table": table})
+    monkeypatch.setattr("helpers.runs.tiny_denoiser", lambda experiment: networks.load(experiment, torch.device("cpu")))
+    run, write, expected, thawed = Run(experiment), checkpoint._save, [], set()
+    network, state = run.denoiser.network, run.state
+    monkeypatch.setattr(checkpoint, "_save", lambda *given: go_on.wait(60) and write(*given))
+    with closing(checkpoint.Saver(tmp_path / "kept", "id", 1)) as saver:
+        for step in run.steps():
+            expected.append(record(step))
+            thawed |= {*step.plan.trainable} if step.step > 2 else set()
+            if step.step == 2:
+                before = {name: tensor.clone() for name, tensor in full_state(network)}
+                least, masters = checkpoint.contents(network, state), lasting(network)
+                with Peak([*least.values(), *network.parameters()]) as peak:
+                    saver.save(network, state)
+                copied = {n: t for n, t in least.items() if n.removeprefix("network/") not in masters}
+                trained = {*step.plan.trainable}
+        go_on.set()
+
+    size = lambda tensors: sum(t.nbytes for n, t in tensors.items() if n.startswith("network/blocks."))  # noqa: E731
+    whole = size({f"network/{name}": tensor for name, tensor in before.items()})
+    assert peak.bytes < sum(tensor.nbytes for tensor in copied.values()) + 100
+    assert size(copied) < (0.6 if rounded else 0.2) * whole
+    assert len(trained) == 1 and thawed - trained
+    file = load_file(next((tmp_path / "kept").glob("*/*.safetensors")))
+    assert_equal({name: file[f"network/{name}"].float() for name in before}, before)
+    again = Run(experiment)
+    with Peak(again.denoiser.network.parameters()) as peak:
+        checkpoint.load(tmp_path / "kept", "step-00000002", again.denoiser.network, again.state, "id")
+    of_block = sum(4 * p.numel() for p in run.found[0].module.parameters())
+    moments = sum(tensor.nbytes for name, tensor in file.items() if name.startswith("moments/"))
+    if rounded:  # else float32 numbers come for those that the host has
+        assert peak.bytes < moments + 4 * of_block < moments + whole, "two blocks', and of two that were trained"
+    assert [record(step) for step in again.steps()] == expected[2:]
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])

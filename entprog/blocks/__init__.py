@@ -37,7 +37,7 @@ from entprog.blocks.checkpointed import Checkpointing
 from entprog.blocks.held import packed_bytes, room_bytes, unpacking_bytes, waiting_bytes
 from entprog.blocks.norms import match_norms
 from entprog.blocks.overlooking import overlooked
-from entprog.blocks.state import full_state, full_weights, put_weights, show
+from entprog.blocks.state import full_state, full_weights, lasting, least_state, put_weights, show
 from entprog.blocks.stored import ADAPTER, HALF, is_adapted, keep_rounded, layer_weights, leave_out, round_frozen
 
 __all__ = [
@@ -64,7 +64,9 @@ __all__ = [
     "is_checkpointed",
     "keep_rounded",
     "kind",
+    "lasting",
     "layer_weights",
+    "least_state",
     "leave_out",
     "let_wait",
     "make_twin",

@@ -1,6 +1,6 @@
 """A network's state in float32, whatever its blocks store (`entprog.blocks.stored`)."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -20,12 +20,27 @@ def never_trained(network: nn.Module) -> set[str]:
 def full_state(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of each weight and buffer but for those that are `never_trained`, in float32, one after the other:
     the network's own memory, or on the host what is stored in less, made when it is its turn where nothing holds it."""
+    return _state(network, Stored.full)
+
+
+def least_state(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same with what is stored as and where it is kept: in bfloat16 where that holds its bits."""
+    return _state(network, Stored.least)
+
+
+def _state(network: nn.Module, kept: Callable[[Stored, str, torch.Tensor], torch.Tensor]) -> Iterator:
     as_loaded, stored = never_trained(network), _stored(network)
     for name, tensor in network.state_dict(keep_vars=True).items():
         if name in as_loaded:
             continue
         of_block, own = stored.get(name, (None, name))
-        yield name, of_block.full(own, tensor) if of_block else tensor.detach()
+        yield name, kept(of_block, own, tensor) if of_block else tensor.detach()
+
+
+def lasting(network: nn.Module) -> set[str]:
+    """Names of the weights of `least_state` that lie in host memory which nothing is written into any more."""
+    kept = {name for name, (block, own) in _stored(network).items() if block.masters[own] is not None}
+    return kept - never_trained(network)
 
 
 def full_weights(network: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:

@@ -96,7 +96,7 @@ class Stored:
     """Whether ranks hold the block in parts: `masters` are of this rank's."""
     masters: dict[str, torch.Tensor | None] = field(default_factory=dict)
     """Name in the block → its numbers on the host, in float32 or, where that loses nothing, in bfloat16; None where
-    what is stored is in bfloat16 and loses nothing."""
+    what is stored is in bfloat16 and loses nothing. Other numbers come in other memory: who reads some may go on."""
     held: dict[str, Held] = field(default_factory=dict)
     """Name in the block → weight that does not lie in its parameter. One without a master is never trained."""
     waiting: Waiting | None = None
@@ -136,7 +136,7 @@ class Stored:
         for name in names:
             parameter, master, held = parameters[name], self.masters.pop(name), self.held.pop(name, None)
             kept = master if master is not None else held.parts()[0] if held else split.part(parameter.detach())
-            split.put(parameter, kept.to(parameter.device).float())
+            split.put(parameter, kept.to(parameter.device, torch.float32, copy=True))
             if held:
                 held.release()
         if self.waiting and not self.held:
@@ -176,10 +176,17 @@ class Stored:
 
     def full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         """A stored weight that may be trained, in float32 on the host: a device may have no room for all of it."""
+        return split.of_part(parameter, self._numbers(name, parameter).cpu().float())
+
+    def least(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The same where and as it is kept: on the host, or in bfloat16 on the device."""
+        return split.of_part(parameter, self._numbers(name, parameter))
+
+    def _numbers(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         master = self.masters[name]
-        if master is None:
-            master = self.held[name].parts()[0] if name in self.held else split.part(parameter.detach())
-        return split.of_part(parameter, master.cpu().float())
+        if master is not None:
+            return master
+        return self.held[name].parts()[0] if name in self.held else split.part(parameter.detach())
 
     def keep(self, name: str, full: torch.Tensor) -> None:
         """Other float32 numbers of a stored weight that may be trained, this rank's part: on the host alone."""

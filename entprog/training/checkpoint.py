@@ -1,14 +1,15 @@
 """Checkpoints: a folder with all that a resume needs, written beside the training, whole or not at all, no pickle.
 
 step-00000040/
-  *.safetensors   `network/NAME`: weights and buffers, without what adapters adapt; `moments/KIND/NAME`: of the
-                  optimizer; `ema/NAME`: averages
+  *.safetensors   `network/NAME`: weights and buffers, without what adapters adapt, in bfloat16 where a frozen block
+                  holds all their bits so; `moments/KIND/NAME`: of the optimizer; `ema/NAME`: averages
   state.json      RunState, the hash of the experiment it belongs to, and the size of every file: written last
 
 A network that every rank holds whole is written by rank 0; of a sharded one each rank writes its own parts, and any
 number of ranks, sharded or not, can take them up again.
 """
 
+import itertools
 import re
 import time
 import uuid
@@ -26,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from entprog import optimizers
-from entprog.blocks import ADAPTER, full_state
+from entprog.blocks import ADAPTER, blocks, full_state, lasting, least_state
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
 from entprog.models.finite import not_finite
@@ -65,7 +66,9 @@ class Saver:
         if sharded and self.group is None:
             self.group = dist.new_group(backend="gloo", timeout=agree.PATIENCE)
         if sharded or self.rank == 0:
-            tensors = _on_host(contents(network, state))
+            tensors = contents(network, state)
+            kept = {name: tensors.pop(f"network/{name}") for name in lasting(network)}
+            tensors = _on_host(tensors) | {f"network/{name}": tensor for name, tensor in kept.items()}
             values = {"experiment": self.experiment_hash, **state.as_json()}
             self.pending = self.thread.submit(self._write, tensors, values)
         return time.perf_counter() - started
@@ -314,7 +317,7 @@ def _is_complete(place: Place) -> bool:
 
 def contents(network: nn.Module, state: RunState) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by its name in there."""
-    tensors = {f"network/{name}": tensor for name, tensor in full_state(network)}
+    tensors = {f"network/{name}": tensor for name, tensor in least_state(network)}
     for name, parameter in network.named_parameters():
         for kind, value in state.optimizer.state.get(parameter, {}).items():
             for part, tensor in optimizers.parts(value).items():
@@ -348,8 +351,7 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
     reader = slices.Reader(place, chunks)
     kept = reader.metadata.state_dict_metadata
     parameters = dict(network.named_parameters())
-    weights = dict(full_state(network))
-    wanted = {f"network/{name}": tensor for name, tensor in weights.items()}
+    wanted: dict[str, torch.Tensor] = {}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     sharded = fsdp.is_sharded(network)
     host = None if sharded else torch.device("cpu")  # those of all blocks may be many
@@ -361,19 +363,28 @@ def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunSta
             wanted[full_name] = moments.setdefault(name, {})[kind] = _like(parameters[name], about, host)
         elif part == "ema":
             wanted[full_name] = ema[rest] = _like(parameters[rest], about)
-    if missing := wanted.keys() - kept.keys():
-        raise KeyError(min(missing))
 
-    def read() -> None:
-        with slices.bare():
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
+    def fill(wanted: dict[str, torch.Tensor]) -> None:
+        if missing := wanted.keys() - kept.keys():
+            raise KeyError(min(missing))
 
-    if sharded:
-        read()
-    else:
-        agree.filled_by_first(wanted.values(), read)
-    # The network's own tensors, but for what blocks store in bfloat16; all that is missing is what adapters adapt.
-    network.load_state_dict(weights, strict=False)
+        def read() -> None:
+            with slices.bare():
+                dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+        if sharded:
+            read()
+        else:
+            agree.filled_by_first(wanted.values(), read)
+
+    fill(wanted)
+    found = [f"{block.name}." for block in blocks(network)]
+    of_block = lambda item: next(filter(item[0].startswith, found), None)  # noqa: E731
+    for _, some in itertools.groupby(full_state(network), of_block):  # those of one block at a time are made
+        weights = dict(some)
+        fill({f"network/{name}": tensor for name, tensor in weights.items()})
+        # The network's own tensors, but for what blocks store in bfloat16; what is missing is other blocks'.
+        network.load_state_dict(weights, strict=False)
     state.optimizer.state.clear()
     state.optimizer.state.update({parameters[name]: optimizers.joined(values) for name, values in moments.items()})
     state.ema = ema
