@@ -99,6 +99,22 @@ def test_masks_are_cut_out_as_their_clips_are_and_bad_ones_are_in_the_ledger(fol
     assert kept == [False, False] and not packing.masked([records["bare"], records["black"]])
 
 
+def test_no_clip_has_another_mask_than_the_one_that_was_listed(folder, tmp_path, monkeypatch):
+    for name in ("still.mp4", "still.pose.npz", "still.mask.png"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    settings = config.build({"data": {"shape": CUT.model_dump()}}, config.Preparation)
+    (row,) = inputs.find(tmp_path).rows
+    row = cutting.Track(settings)(probing.cut_shots(probing.probe({**row, "key": "k"}, settings), settings))
+    read = masks.read
+
+    def overwritten(path, *options):
+        Image.fromarray(boxes()[-1]).save(path)
+        return read(path, *options)
+
+    monkeypatch.setattr(masks, "read", overwritten)
+    assert cutting.cut(row, settings, tmp_path) == {"file": "still.mp4", "clips": 0, "reason": "changed"}
+
+
 @pytest.mark.parametrize("ending", [".mask.png", ".mask.mov"])
 def test_where_a_mask_is_transparent_it_is_black(ending, tmp_path):
     """As editors save what was cut free: white, and nothing around it."""

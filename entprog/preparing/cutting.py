@@ -7,7 +7,7 @@ where the person is, and a 1080p video held whole would be gigabytes. Equal inpu
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, chain, count, groupby, repeat
@@ -175,7 +175,7 @@ def _cut(row: Cut, settings: Preparation, heartbeats, parts: Where) -> Cut:
             window.video = window.reference = window.mask = b""  # written: hours of clips are not to be held
 
     if kept:
-        with opened(row, settings, heartbeats) as source:
+        with opened(row, settings, heartbeats) as source, _unchanged_mask(row):
             pictures = heartbeats(footage.pictures(source, settings.data.shape.fps))
             extracted = extract(row, kept, pictures, _people(row, source, settings), settings)
             of_source = clips(heartbeats(extracted))  # many may come at once, with the frame that all wait for
@@ -240,13 +240,26 @@ def _choose(row: Tracked, track: np.ndarray, settings: Preparation) -> tuple[lis
     return kept, verdicts
 
 
+@contextmanager
+def _unchanged_mask(row: Tracked) -> Iterator[None]:
+    """Raises VideoError `changed` where the mask beside a source, if there is one, is not what was listed, before or
+    after what is done with it."""
+    path = Path(os.fsdecode(row["mask"]))
+
+    def check() -> None:
+        if row["mask"] and posefile.stamp(path) != row["mask_stamp"]:
+            raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
+
+    check()
+    yield
+    check()
+
+
 def _people(row: Tracked, source: footage.Footage, settings: Preparation) -> Iterator[np.ndarray | None]:
     """The frames of the mask beside a source, uint8 RGB, as its own are given; None for each where there is none."""
     if not row["mask"]:
         return repeat(None)
     fps, path = settings.data.shape.fps, Path(os.fsdecode(row["mask"]))
-    if posefile.stamp(path) != row["mask_stamp"]:
-        raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
     size = row["source_height"], row["source_width"]
     return masks.read(path, *size, row["length"] / fps, source.crop, fps, source.limits)
 
