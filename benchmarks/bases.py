@@ -10,7 +10,6 @@ benchmarks/results/bases.json.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
@@ -19,23 +18,20 @@ from benchmarks import common
 from entprog import config, models
 from entprog.blocks import blocks
 from entprog.config import Experiment
-from entprog.cost import counting
-from entprog.models import reference_frame, vaes
+from entprog.models import vaes
 from entprog.models.denoising import VideoDenoiser, process_of
 from pipelines import cli, terminal
 from pipelines.command import usage
-from pipelines.training import footprint
+from pipelines.training import footprint, workload
 
 app = usage.app("What fine-tuning each published base takes.")
 
-GPU, FLOPS_PER_S, SHARE = "H100 SXM", 989e12, 0.4
-"""A GPU's bfloat16 FLOPs a second, and the share of them that a training of large transformers reaches, as a rule."""
 PASSES = 4
 """Forward passes that a step costs: one, one recomputed by gradient checkpointing, and two for the backward pass."""
 WAYS: dict[str, dict[str, Any]] = {
     "all blocks": {"schedule": {"kind": "full"}, "train": {"lora": None}},
     "a quarter": {"schedule": {"kind": "progressive", "table": [{"until": 1, "share": 0.25}]}, "train": {"lora": None}},
-    "LoRA": {"schedule": {"kind": "full", "outside": "conditions"}, "train": {"lora": {"rank": 16, "alpha": 16}}},
+    "LoRA": {"schedule": {"kind": "full"}, "train": {"lora": {"rank": 16, "alpha": 16}}},
 }
 """Settings over a preset's own."""
 SD_VAE = (
@@ -135,7 +131,7 @@ def row(preset: str) -> dict[str, Any]:
     """What fine-tuning the base of a preset takes."""
     experiment = cli.settings(Experiment, preset, None, None)
     plain = denoiser(preset, experiment)
-    flops = PASSES * experiment.data.batch_size * forward_flops(plain, experiment)
+    flops = PASSES * experiment.data.batch_size * workload.forward_flops(plain, experiment.data.shape)
     return {
         "preset": preset,
         "parameters": sum(parameter.numel() for parameter in plain.network.parameters()),
@@ -143,7 +139,7 @@ def row(preset: str) -> dict[str, Any]:
         "clips": str(experiment.data.shape),
         **{f"{way} bytes": held_bytes(preset, experiment, way) for way in WAYS},
         "step_flops": flops,
-        "forecast_step_s": flops / (FLOPS_PER_S * SHARE),
+        "forecast_step_s": flops / (workload.FLOPS_PER_S * workload.SHARE),
     }
 
 
@@ -175,24 +171,6 @@ def held_bytes(preset: str, experiment: Experiment, way: str) -> int:
     """Bytes of weights, gradients and moments on a device."""
     settings = config.build(config.merge(experiment.model_dump(), WAYS[way]))
     return footprint.largest(settings, denoiser(preset, settings))
-
-
-@torch.no_grad()
-def forward_flops(plain: VideoDenoiser, experiment: Experiment) -> int:
-    """FLOPs of a forward pass of one clip."""
-    channels, *places = plain.latent_shape(experiment.data.shape)
-    with torch.device("meta"):
-        noisy, t = torch.empty(1, channels, *places), torch.empty(1)
-        shown = {name: torch.empty(1, channels, *places) for name in plain.conditions}
-    if plain.form:
-        marks = {"first frame": getattr(plain, "mask_channels", 0), "given frame": 1, "control": 0}[plain.form]
-        shown["reference"] = torch.empty(1, channels + marks, *places, device="meta")
-    anything = lambda like, *draw, **more: torch.empty_like(like)  # noqa: E731 - values do not matter here
-    with mock.patch.object(reference_frame, "noise_like", anything):
-        plain.predict(noisy, t, shown)  # a grey clip is encoded once
-        with counting.flop_counter() as counter:
-            plain.predict(noisy, t, shown)
-    return counter.get_total_flops()
 
 
 if __name__ == "__main__":

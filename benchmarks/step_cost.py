@@ -363,7 +363,7 @@ class Bench:
                 **asdict(setting),
             },
             "trained": list(plan.trainable),
-            "outside": self.experiment.schedule.outside,
+            "outside": self.experiment.outside,
             "speedup": None,
             "speedup_limit": self.limit(plan, setting.checkpointing),
             "speedup_smallest": None,
@@ -407,7 +407,7 @@ class Bench:
         share = plan.m / len(self.names)
         if plan.backward == "residual":
             crossed = share
-        elif self.experiment.schedule.outside == "never":
+        elif self.experiment.outside == "never":
             crossed = 1 - self.names.index(plan.trainable[0]) / len(self.names)
         else:
             crossed = 1.0

@@ -46,7 +46,8 @@ def _past(**parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lora(rank: int) -> dict[str, Any]:
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    return {"schedule": {"kind": "full"}, "train": {"lora": {"rank": rank, "alpha": rank, "targets": targets}}}
+    lora = {"rank": rank, "alpha": rank, "targets": targets}
+    return {"schedule": {"kind": "full", "outside": "always"}, "train": {"lora": lora}}
 
 
 HALF = {"shrink": 2}

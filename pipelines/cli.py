@@ -80,8 +80,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' ow
 
 def explain_settings(title: str, whole: type, only: str | tuple[str, ...] = "") -> None:
     """A table of what `whole`'s settings mean, or those of them whose names begin with `only`."""
-    rows = [(name, default, meaning) for name, _, default, meaning in config.settings_help(whole)]
-    terminal.show(title, [row for row in rows if row[0].startswith(only)], ("name", "default", "meaning"))
+    rows = [row for row in config.explained(whole) if row[0].startswith(only)]
+    terminal.show(title, rows, ("name", "default", "meaning"))
 
 
 def show_settings(title: str, part: config.Part) -> None:

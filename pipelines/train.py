@@ -28,7 +28,18 @@ from pipelines.outputs import tables as score_tables
 from pipelines.stream import decoding
 from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
-from pipelines.training import checks, expectation, footprint, model_card, outline, phases, report, startup, steplog
+from pipelines.training import (
+    checks,
+    expectation,
+    footprint,
+    model_card,
+    outline,
+    phases,
+    report,
+    startup,
+    steplog,
+    workload,
+)
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
@@ -154,8 +165,10 @@ def _explain(
         outline.texts(experiment, dataset, model),
         outline.withheld(experiment, source),
         outline.timesteps(experiment),
+        workload.epochs(experiment, dataset.clips("train")),
     )
     said += (outline.expert(source), outline.poses(dataset, source), outline.masks(dataset, source))
+    said += (capacity.unused_gpus(experiment, nodes),)
     for line in said:
         if line:
             terminal.console.print(line)
@@ -197,6 +210,11 @@ def run(
     started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
     tables = score_tables.place(output, tables)
+    if parent is None and not (output / "finished.json").exists():  # trials of a sweep share what there is
+        import ray
+
+        if line := capacity.unused_gpus(experiment, ray.nodes()):
+            terminal.console.print(line)
     if experiment.parts:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()
@@ -209,7 +227,7 @@ def run(
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     said = (outline.poses(dataset, source), outline.masks(dataset, source))
-    said += (outline.captions_left_out(experiment, dataset),)
+    said += (outline.captions_left_out(experiment, dataset), workload.epochs(experiment, dataset.clips("train")))
     for line in (*said, *outline.notes(experiment, dataset, source)):
         if line:
             terminal.console.print(line)

@@ -60,6 +60,22 @@ def test_every_setting_is_explained():
     assert all(meaning for _, _, _, meaning in config.settings_help())
 
 
+def test_help_names_the_words_that_settings_take_and_explains_what_lies_in_parts():
+    meanings = {name: meaning for name, _, meaning in config.explained()}
+    assert meanings.keys() >= {name for name, *_ in config.settings_help()}
+    for name, words in {
+        "priority.kind": "cei, reverse_cei, gradient, fisher, loss_increase, random, depth_first, depth_last",
+        "model.gradient_checkpointing": "true, false, on_host, keep_attention",
+        "train.timestep_shift": "auto",
+        "model.conditions": "reference, pose",
+        "schedule.backward": "exact, residual",
+        "schedule.table[].choose": "top, random, weighted",
+    }.items():
+        assert meanings[name].endswith(f" Words: {words}."), name
+    for name in ("train.steps", "train.lora", "train.lora.rank", "schedule.table", "schedule.shapes[].shrink"):
+        assert meanings[name] and "Words:" not in meanings[name], name
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [

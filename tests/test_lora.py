@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from entprog import config
 from entprog.blocks import ADAPTER, blocks, unfreeze
 from entprog.cost import counting, measuring
 from entprog.diffusion.losses import training_loss
@@ -35,6 +36,19 @@ def experiment():
 @pytest.fixture
 def runs(monkeypatch):
     monkeypatch.setattr("helpers.runs.tiny_denoiser", adapted)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("given", [None, "always", "conditions", "never"])
+def test_outside_blocks_adapters_leave_all_but_the_input_layer_unless_told(given, adapters):
+    """A run of before, whose settings say `always`, is the same one only where that is what is trained now."""
+    lora = LORA["train"]["lora"] if adapters else None
+    experiment = tiny_experiment(schedule={"outside": given}, train={"lora": lora})
+    wanted = given or ("conditions" if adapters else "always")
+    groups = (denoiser := tiny_denoiser(experiment)).outside()
+    trained = {"always": [p for each in groups.values() for p in each], "conditions": groups["conditions"], "never": []}
+    assert list(map(id, outside(denoiser, experiment))) == list(map(id, trained[wanted])) and groups["rest"]
+    assert config.deciding(experiment)["schedule.outside"] == wanted
 
 
 def prediction(denoiser, network=None):
@@ -149,8 +163,8 @@ def test_saved_merged_and_as_an_adapter(runs, experiment, tmp_path):
 
     other = tiny_denoiser(experiment)  # the base, with what was trained beside it
     rest = load_file(tmp_path / "adapter" / adapters.OUTSIDE)
-    missing = other.network.load_state_dict(rest, strict=False).missing_keys
-    assert all(name.startswith("blocks.") for name in missing)
+    assert not other.network.load_state_dict(rest, strict=False).unexpected_keys
+    assert rest.keys() == {"patch_embedding.weight", "patch_embedding.bias"}
     PeftModel.from_pretrained(other.network, str(tmp_path / "adapter"))  # adapts the network in place
     torch.testing.assert_close(prediction(other), expected, rtol=1e-4, atol=1e-5)
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from entprog.config.model import Model
 from entprog.config.part import Part
-from entprog.config.schedule import Schedule
+from entprog.config.schedule import Outside, Schedule
 from entprog.config.shapes import ClipShape
 from entprog.config.timesteps import KNOWN_PIXELS, KNOWN_SHIFT, SPREADS, Timesteps
 from entprog.config.training import Place, Train
@@ -134,6 +134,11 @@ class Experiment(Part):
         experts. Empty: one training."""
         both = {expert: {"model": {"expert": expert}} for expert in ("high", "low")}
         return both if self.model.expert == "both" else self.phases
+
+    @property
+    def outside(self) -> Outside:
+        """What is trained of what lies outside blocks: `schedule.outside`, or its default."""
+        return self.schedule.outside or ("always" if self.train.lora is None else "conditions")
 
     def uses(self, setting: str) -> bool:
         """Whether this training would be another one with another value of a setting, by its dotted name; False only

@@ -3,9 +3,10 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -36,8 +37,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
-    """{dotted name: JSON value} of every setting, as MLflow and `settings_help` show them."""
-    return flat(experiment.model_dump(mode="json"))
+    """{dotted name: JSON value} of every setting, as MLflow and `settings_help` show them; `schedule.outside` as it is
+    where another setting decides it."""
+    return flat(experiment.model_dump(mode="json")) | {"schedule.outside": experiment.outside}
 
 
 def changed(part: Part) -> dict[str, Any]:
@@ -60,6 +62,37 @@ def settings_help(whole: type[Part] = Experiment) -> list[tuple[str, str, Any, s
                 yield prefix + name, kind, default, (field.description or "").strip()
 
     return list(rows(whole, ""))
+
+
+def explained(whole: type[Part] = Experiment) -> list[tuple[str, Any, str]]:
+    """(dotted name, default, meaning and words) of every setting, for people: also those of parts that lie in a list
+    (`schedule.table[].share`) or may be left out (`train.lora.rank`)."""
+
+    def rows(part: type[Part], prefix: str):
+        for name, field in part.model_fields.items():
+            kinds = list(_kinds(field.annotation, prefix + name))
+            parts = [(place, kind) for place, kind in kinds if isinstance(kind, type) and issubclass(kind, Part)]
+            words = dict.fromkeys(word for _, kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+            if words and any(kind is bool for _, kind in kinds):
+                words = {"true": None, "false": None} | words
+            if parts != [(prefix + name, field.annotation)]:
+                said = (field.description or "").strip() + (f" Words: {', '.join(words)}." if words else "")
+                yield prefix + name, "required" if field.is_required() else field.default, said
+            for place, one in parts:
+                yield from rows(one, f"{place}.")
+
+    return list(rows(whole, ""))
+
+
+def _kinds(kind: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of all that a setting's type is made of; what lies in a list is at `name[]`."""
+    if get_origin(kind) is tuple:
+        place += "[]"
+    if get_origin(kind) in (tuple, Annotated, Union, types.UnionType):
+        for part in get_args(kind):
+            yield from _kinds(part, place)
+    else:
+        yield place, kind
 
 
 def close_to(wrong: str, names: Iterable[str]) -> str:

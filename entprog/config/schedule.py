@@ -12,6 +12,7 @@ from entprog.config.shapes import Smaller
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Backward = Literal["exact", "residual"]
 FrozenPrecision = Literal["auto", "full", "fp8", "fp8_alone", "nf4"]
+Outside = Literal["always", "conditions", "never"]
 Choose = Literal["top", "random", "weighted"]
 Kind = Literal["full", "progressive", "entprog", "linear", "lisa", "badam"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -108,9 +109,10 @@ class Schedule(Part):
     """Which blocks may be trained: all; those that mix positions within a frame, or those that mix frames (a network
     without any of that kind trains all); or those of a VACE base's control branch, as its makers fine-tune it (another
     base is refused)."""
-    outside: Literal["always", "conditions", "never"] = "always"
-    """Parameters outside blocks: all trained, only the layer through which conditions enter (of VACE the control's
-    embedding, not the clip's), or none."""
+    outside: Outside | None = None
+    """Parameters outside blocks: `always`, all are trained; `conditions`, only the layer through which conditions enter
+    (of VACE the control's embedding, not the clip's); `never`, none. None: `conditions` with `train.lora`, else
+    `always`."""
     clock: Literal["seconds", "flops"] = "seconds"
     """What a step costs the search: measured seconds, or counted FLOPs (repeatable to the bit)."""
 

@@ -20,7 +20,7 @@ def outside(denoiser: Denoiser, experiment: Experiment) -> list[nn.Parameter]:
         "always": [p for group in groups.values() for p in group],
         "conditions": groups["conditions"],
         "never": [],
-    }[experiment.schedule.outside]
+    }[experiment.outside]
 
 
 class Freeze:

@@ -100,6 +100,24 @@ def _gpus_of(experiment: Experiment, gpus: int, cpus: int, grows: bool = False, 
     return wanted
 
 
+def unused_gpus(experiment: Experiment, nodes: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """That there are more GPUs than the run takes, in words; None where there are not, or it takes none. nodes: of a
+    cluster, as `ray.nodes` gives them; None: this machine alone."""
+    import torch  # here: Ray Train's controller needs none
+
+    if nodes is None:
+        there = torch.cuda.device_count()
+    else:
+        there = int(sum(node["Resources"].get("GPU", 0) for node in nodes if node["Alive"]))
+    train, batches = experiment.train, experiment.data.batch_size * experiment.train.accumulate
+    if train.gpus == "no" or there <= train.workers:
+        return None
+    return (
+        f"{train.workers} of {there} GPUs {'is' if train.workers == 1 else 'are'} used: --set train.workers={there} "
+        f"takes all; a step then has {batches * there} clips instead of {batches * train.workers}."
+    )
+
+
 def each_worker(experiment: Experiment, gpus: bool, trial: bool = False) -> Bundle:
     """What Ray reserves for each worker: a GPU or a CPU, and the CPUs of its decoding where it is said how many.
 

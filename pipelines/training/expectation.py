@@ -12,6 +12,7 @@ from entprog.config import Experiment, Model, Row
 from entprog.schedule import plans
 from entprog.scoring import priorities
 from pipelines import terminal
+from pipelines.training import workload
 
 STUDY = "docs/study.md"
 LONG_STEPS, LONG_S = 1000, 600.0
@@ -31,15 +32,17 @@ class Limit:
 
 
 def tell(experiment: Experiment, model: Model | None = None) -> None:
-    """Print what a run can be expected to gain, if it is long and not plain training.
+    """Print what a long run computes, and what it can be expected to gain if it is not plain training.
 
     model: with as many blocks as the experiment's, where that is not there yet (a later phase's).
     """
-    network = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape).network
-    found = blocks(network)
+    source = models.family(experiment.model.family).inspect(model or experiment.model, experiment.data.shape)
+    found = blocks(source.network)
     eligible = len(plans.eligible(found, experiment.schedule.blocks))
-    for line in lines(experiment, eligible, len(found) - eligible):
-        terminal.console.print(line)
+    work = workload.line(experiment, source) if is_long(experiment) else None
+    for line in (*lines(experiment, eligible, len(found) - eligible), work):
+        if line:
+            terminal.console.print(line)
 
 
 def lines(experiment: Experiment, blocks: int, others: int = 0) -> list[str]:
@@ -120,7 +123,7 @@ def least_step(experiment: Experiment, row: Row, stage: int, blocks: int, others
     costs = []
     for backward in backwards:
         # Of the blocks that gradient runs through; none before the first that is trained, and those may be the last.
-        through = share if backward == "residual" or schedule.outside == "never" else 1.0
+        through = share if backward == "residual" or experiment.outside == "never" else 1.0
         recomputed = through if passes == 4 else 0.0
         costs.append((1 + through + share + recomputed) / passes)
     return min(costs) * clips / (whole.pixels * experiment.data.batch_size)
