@@ -141,8 +141,9 @@ def test_a_link_to_a_folder_on_a_disk_that_is_away_is_no_file_without_ending(tmp
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "b").symlink_to("a.mp4")
     monkeypatch.setattr(os, "stat", failing(os.stat, "b"))
-    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/b "):
-        inputs.find(tmp_path)
+    for where in (tmp_path, tmp_path / "b", f"{tmp_path}/*"):
+        with pytest.raises(UserError, match=rf"cannot list {tmp_path}/b "):
+            inputs.find(where)
 
 
 ENTRIES = [

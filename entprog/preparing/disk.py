@@ -5,7 +5,7 @@ import fnmatch
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from entprog.errors import UserError
@@ -79,6 +79,17 @@ def matches(folder: Path, parts: Sequence[str], above: frozenset[str] = frozense
                 yield from matches(folder / name, rest)
     elif known(folder / first, follow_links=False) is not None:
         yield from matches(folder / first, rest)
+
+
+def once(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order, of those that links lead to several times only the shortest, which is the first of its length. A
+    link to a file is a file of its own, as it is in a folder that is searched."""
+    of_place = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        # with os.path: a link in a circle raises nothing
+        place = os.path.realpath(path) if is_folder(path) else os.path.realpath(path.parent) + f"/{path.name}"
+        of_place.setdefault(place, path)
+    return sorted(of_place.values())
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

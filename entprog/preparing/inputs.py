@@ -127,13 +127,13 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
     if text.startswith("~"):
         text = str(home(text))
     path, fps = Path(text), prepare.frames_fps
-    if path.is_dir():
+    if disk.is_folder(path):
         if isinstance(leave_out, Path) and leave_out.resolve() == path.resolve():
             raise UserError(f"input and output are the same folder, {text}: give another --output")
         rows = list(_walk(path, fps, leave_out))
         kind = "frame folder" if len(rows) == 1 and rows[0]["frames_fps"] else "folder"
         return _captioned(Inputs(kind, rows, _tables_among(rows)), _root(text))
-    if path.is_file():
+    if disk.is_file(path):
         if path.suffix.lower() in (*manifest.TABLES, *manifest.LISTS):
             found = _manifest(path, text, str(path.parent), prepare)
             return _captioned(found, _root(text)) if path.suffix.lower() in manifest.LISTS else found
@@ -145,25 +145,13 @@ def _local(text: str, prepare: Prepare, leave_out: Where | None) -> Inputs:
         return _captioned(Inputs("video", [_file(path.name, path)]), _root(text))
     if glob.has_magic(text):
         root = _root(text)
-        found = _once(set(disk.matches(root, path.parts[len(root.parts) :])))
-        found = [match for match in found if match.is_dir()] if text.endswith("/") else found
+        found = disk.once(set(disk.matches(root, path.parts[len(root.parts) :])))
+        found = [match for match in found if not text.endswith("/") or disk.is_folder(match)]
         rows = [_entry_at(_name(match, root), match, fps) for match in found]
-        rows = [row for row in rows if row["frames_fps"] or not Path(os.fsdecode(row["path"])).is_dir()]
+        rows = [row for row in rows if row["frames_fps"] or not disk.is_folder(Path(os.fsdecode(row["path"])))]
         return _captioned(Inputs("glob", rows), root)
     wrong = "is neither a file nor a folder" if path.exists() else "does not exist"
     raise UserError(f"input {text} {wrong}: give --input a folder, a glob, a manifest or a list of videos")
-
-
-def _once(paths: Iterable[Path]) -> list[Path]:
-    """Paths in order, of those that links lead to several times only the shortest, which is the first of its length. A
-    link to a file is a file of its own, as it is in a folder that is searched."""
-    of_place = {}
-    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
-        # with os.path: a link in a circle raises nothing
-        is_folder = os.path.isdir(path)  # noqa: PTH112
-        place = os.path.realpath(path) if is_folder else os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118
-        of_place.setdefault(place, path)
-    return sorted(of_place.values())
 
 
 def _captioned(found: Inputs, root: Path) -> Inputs:
