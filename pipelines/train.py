@@ -44,7 +44,7 @@ from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
 
-app = usage.app("Fine-tune a human-video diffusion model with Ent-Prog (or plainly) on a Ray cluster.")
+app = usage.app("Fine-tune a human-video diffusion model: progressively, by Ent-Prog's search or plainly.")
 
 
 @app.command()

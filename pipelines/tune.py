@@ -7,7 +7,6 @@ python -m pipelines.tune --preset demo --space cei,convergence --trials 20 --sec
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -119,7 +118,7 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
         return now | {k: max(now.get(k, 0), least) for k, least in sweep.needs(experiment, settings, gpus).items()}
     import torch
 
-    return {"CPU": max(os.cpu_count() or 1, capacity.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
+    return {"CPU": session.local_cpus(capacity.LOCAL_CPUS), "GPU": torch.cuda.device_count()}
 
 
 def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
@@ -130,17 +129,18 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
     terminal.show("Space", rows, ("setting", "values", "without the sweep"))
     terminal.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
-    share = sweep.share(experiment, settings, resources(experiment, settings), os.cpu_count() or 1)
+    share = sweep.share(experiment, settings, resources(experiment, settings), session.cores())
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
+    takes = " to ".join(dict.fromkeys(map(_minutes, (least, most))))
     together = len(checking.combinations(space, settings))
     beyond = f"{together} combinations of them" if together else "a trial whose values do not go together will fail"
     terminal.console.print(f"Checked: {len(spaces.alone(space))} values of the space, each alone; {beyond}.")
     terminal.console.print(
         f"Would run {trials} trials × {settings.seeds} seed(s) × {experiment.train.seconds:g} charged s, "
         f"{share.concurrent} at once ({experiment.train.workers} worker(s), {share.decode_cpus:.3g} decoding CPUs and "
-        f"{share.threads} thread(s) each): about {_minutes(least)} to {_minutes(most)} with start-up."
+        f"{share.threads} thread(s) each): about {takes} with start-up."
         + ("" if sweep.stops_early(settings) else " No trial is ended early.")
     )
     return {"trials": trials, "concurrent": share.concurrent, "seconds_low": least, "seconds_high": most}
@@ -176,7 +176,7 @@ def run(
         wait(sweep.needs(experiment, settings, with_gpus))
     if settings.early_stop and not sweep.stops_early(settings):
         terminal.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
-    now = sweep.share(experiment, settings, ray.cluster_resources(), _cores())
+    now = sweep.share(experiment, settings, ray.cluster_resources(), session.cores())
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
     begun = begun or state.begin(output, {**vars(now), "gpus": gpus})
     given = begun.share
@@ -248,10 +248,6 @@ def cluster() -> str:
     import ray
 
     return ray.get_runtime_context().gcs_address if joining.address() else "local"
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
 
 
 def _row(output: Where, trial_id: str, status: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.text import Text
 from typer.main import get_command
 
 from pipelines import cli
+from pipelines.command import verbs
 from pipelines.command.verbs import VERBS
 from test_layout import SHARED
 
@@ -49,6 +50,17 @@ def test_help_names_the_verbs_and_loads_nothing(asked):
     assert done.returncode == 0 and done.stderr == ""
     *lines, loaded = done.stdout.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(VERBS) and loaded == "[]"
+
+
+def test_the_command_says_its_version_and_which_verbs_check_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["entprog", "--version"])
+    verbs.main()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert capsys.readouterr().out == f"entprog {version}\n"
+    commands = {verb: get_command(importlib.import_module(f"pipelines.{verb}").app) for verb in VERBS}
+    each = {v: [*getattr(c, "commands", {"": c}).values()] for v, c in commands.items()}
+    dry = {v for v, all_ in each.items() if all(any("--dry-run" in p.opts for p in one.params) for one in all_)}
+    assert set(VERBS) - dry == {"status"} and "All but\nstatus take --dry-run" in verbs.usage()
 
 
 @pytest.mark.parametrize(("given", "meant"), [("trian", "train"), ("generat", "generate"), ("eval", "evaluate")])

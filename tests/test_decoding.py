@@ -60,7 +60,7 @@ def test_where_no_node_has_a_gpu_those_without_a_worker_decode():
     ],
 )
 def test_a_dry_run_says_where_as_far_as_that_is_known(nodes, settings, said, cpus, monkeypatch):
-    monkeypatch.setattr(decoding.capacity, "cores", lambda: 2)
+    monkeypatch.setattr(decoding.session, "cores", lambda: 2)
     experiment = config.build(config.merge(SETTINGS, config.merge({"train": {"workers": 2}}, settings)))
     where, counted = decoding._foreseen(experiment, nodes)
     assert where.startswith(said) and counted == cpus

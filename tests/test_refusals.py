@@ -168,7 +168,7 @@ AWAY = "gs://anonymous@bucket/run?scheme=http&endpoint_override=127.0.0.1:1&retr
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.workers=9999", "train.gpus=no"], "train.workers=9999 needs 10000 CPUs"),
+        (["train.workers=9999", "train.gpus=no"], "needs 10000 CPUs (9999 for the workers, 1 for decoding), a Ray of"),
         (FP8, "schedule.frozen_precision=fp8 needs a GPU"),
     ],
 )

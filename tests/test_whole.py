@@ -2,14 +2,17 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from entprog.config import ClipShape, Generate, Model
@@ -45,6 +48,7 @@ ELSEWHERE = """
 import json, sys
 sys.modules["entprog"] = sys.modules["pipelines"] = None
 import torch
+from PIL import Image
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -396,3 +400,16 @@ def test_encoders_that_lie_here_are_copied_without_programs(bare, tmp_path):
     again(tmp_path / "base", "wan", conditions=()).save(tmp_path / "same")
     assert json.loads((tmp_path / "same" / "model_index.json").read_text())["_class_name"] == "WanPipeline"
     assert not (tmp_path / "same" / "pipeline.py").exists(), "a network that was not widened keeps its base's pipeline"
+
+
+def test_a_picture_is_taken_without_a_warning_of_torch():
+    """Once a process it warned of every picture's own numbers, which nothing can be written to."""
+    pixels = runpy.run_path(str(whole.CODE))["pixels"]
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(action="error"):
+            seen = pixels(Image.new("RGB", (4, 2), (255, 0, 0)))
+    finally:
+        torch.set_warn_always(before)
+    assert seen.shape == (1, 3, 1, 2, 4) and seen[0, :, 0, 0, 0].tolist() == [1.0, -1.0, -1.0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from entprog.training.fit import DivergedError
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, Trained
 from pipelines import charts, cli, generate
-from pipelines.cluster import capacity, launch
+from pipelines.cluster import capacity, launch, session
 from pipelines.outputs import tables as score_tables
 from pipelines.stream import decoding
 from pipelines.training import figures, networks, report, steplog, worker
@@ -82,6 +83,16 @@ def test_the_log_is_strict_json(tmp_path):
     assert metrics["skipped_updates"] == 0
     assert (metrics["wait_s"], metrics["open_s"]) == (step.wait_s, step.open_s)  # docs/stream.md: in both
     assert figures.final(run.experiment, run.state)["skipped_updates"] == 0
+
+
+def test_a_ray_of_this_machine_has_the_cores_that_this_process_may_use():
+    """A scheduler, or a container, may leave it few of the host's."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert session.local_cpus(1) == 1 and session.local_cpus(4) == 4
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 7), (8, 2, 3), (64, 8, 7), (2, 4, 1), (1, 1, 1)])

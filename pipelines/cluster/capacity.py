@@ -1,7 +1,6 @@
 """What workers take, whether a cluster can hold it, and what of it a job uses."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -84,18 +83,17 @@ def _gpus_of(experiment: Experiment, gpus: int, cpus: int, grows: bool = False, 
     train = experiment.train
     workers = train.min_workers or train.workers
     name = "train.min_workers" if train.min_workers else "train.workers"
+    there = joining.has()
     wanted = _chosen(train.gpus, "train.gpus", gpus, cpus >= workers + CPUS_FOR_DATA)
     each = each_worker(experiment, wanted, trial=trial)
     needed = math.ceil(sum(bundle.get("CPU", 0) for bundle in room.bundles(workers, each)))
     if wanted and gpus < workers and not grows:
-        raise UserError(
-            f"{name}={workers} needs {workers} GPUs, the cluster has {gpus}: lower {name}, or set train.gpus=no"
-        )
+        raise UserError(f"{name}={workers} needs {workers} GPUs, {there} {gpus}: lower {name}, or set train.gpus=no")
     if cpus < needed and not grows:
         lower = f"{name} or data.decode_cpus" if experiment.data.decode_cpus else name
         raise UserError(
             f"{name}={workers} needs {needed} CPUs ({needed - CPUS_FOR_DATA} for the workers, {CPUS_FOR_DATA} for "
-            f"decoding), the cluster has {cpus}: lower {lower} or join a larger cluster"
+            f"decoding), {there} {cpus}: lower {lower} or join a larger cluster"
         )
     return wanted
 
@@ -168,8 +166,3 @@ def threads(cores: int, workers: int) -> int:
     """torch threads of each of some CPU workers on one machine: its cores shared evenly, one of each share left for
     decoding."""
     return max(1, cores // workers - 1)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

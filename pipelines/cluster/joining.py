@@ -20,6 +20,11 @@ def address() -> str | None:
     return None if given in (None, "", "local") else given
 
 
+def has() -> str:
+    """Whose resources a job is told of, in words."""
+    return "the cluster has" if address() else "a Ray of this machine has"
+
+
 def check_form() -> None:
     """Raises UserError if RAY_ADDRESS is none that a job can join a cluster by; nothing is asked there."""
     if given := address():

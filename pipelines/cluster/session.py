@@ -11,9 +11,14 @@ LEAST_STORE_BYTES = 75 << 20
 """Least object store that Ray starts with."""
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def local_cpus(least: int) -> int:
     """Logical CPUs of a Ray that a job starts here."""
-    return max(os.cpu_count() or 1, least)
+    return max(cores(), least)
 
 
 def object_store_bytes() -> int | None:

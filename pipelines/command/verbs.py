@@ -4,6 +4,7 @@ Only the verb asked for is imported: help must not wait for torch and Ray.
 """
 
 import importlib
+import importlib.metadata
 import sys
 
 import pipelines
@@ -12,7 +13,7 @@ VERBS = {
     "demo": "All of it on real clips, small, in minutes: to see it once.",
     "prepare": "Cut videos of people into shards of clips with pose, ready for training.",
     "score": "Score the blocks of a network by Conditional Entropy Inflation: to look at them first.",
-    "train": "Fine-tune on prepared clips with Ent-Prog (or plainly), on one machine or a Ray cluster.",
+    "train": "Fine-tune on prepared clips: progressively, by Ent-Prog's search or plainly, on a machine or a cluster.",
     "status": "Show where a training stands: steps, time left, losses, where time goes.",
     "tune": "Search for settings: many trainings at equal seconds, the best ones with their uncertainty.",
     "generate": "Generate clips from a checkpoint, a reference image and a motion.",
@@ -29,6 +30,9 @@ def main() -> None:
     verb, *rest = sys.argv[1:] or ["--help"]
     if verb in ("--help", "-h", "help"):
         print(usage())
+        return
+    if verb == "--version":
+        print(f"entprog {importlib.metadata.version('entprog')}")
         return
     if verb not in VERBS:
         from entprog.config import close_to
@@ -47,6 +51,6 @@ def usage() -> str:
     return (
         "Usage: entprog VERB [OPTIONS]\n\n"
         f"Entropy-guided prioritized progressive fine-tuning of human-video diffusion models, on Ray.\n\n{verbs}\n\n"
-        "entprog VERB --help explains a verb's options, entprog VERB --help-settings its settings,\n"
-        "and --dry-run checks everything and does nothing."
+        "entprog VERB --help explains a verb's options; where it has settings --help-settings explains those. All but\n"
+        "status take --dry-run, which checks what it can and does nothing. entprog --version says which one this is."
     )

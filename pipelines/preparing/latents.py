@@ -195,7 +195,7 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
         gpus = capacity.gpus_there(encoding.latents.gpus, "latents.gpus", terminal.console.print, CPUS)
         with terminal.console.status("loading the VAE, measuring"):
             works = _works(ray, asked, encoding, gpus)
-        encoders = gpus or (1 if joining.address() else min(ENCODERS, capacity.cores()))
+        encoders = gpus or (1 if joining.address() else min(ENCODERS, session.cores()))
         figures = {work.folder: _figures(work, encoders) for work in works}
         for work in works:
             _tell(work, figures[work.folder], encoders)

@@ -60,7 +60,8 @@ def of_this_worker(experiment: Experiment) -> Decoding:
         cpus = ray.cluster_resources().get("CPU", 0)
         return Decoding("cluster", data.decode_cpus or share(cpus, context.get_world_size()))
     (here,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == mine)
-    return Decoding("worker", data.decode_cpus or share(here.get("CPU", 0), context.get_local_world_size()))
+    cpus = min(here.get("CPU", 0), session.cores())  # a local Ray may be told of more
+    return Decoding("worker", data.decode_cpus or share(cpus, context.get_local_world_size()))
 
 
 def elsewhere(
@@ -116,9 +117,9 @@ def _foreseen(experiment: Experiment, nodes: Sequence[Node] | None) -> tuple[str
     """(where, CPUs in all if that can be said)."""
     data, workers = experiment.data, experiment.train.workers
     if nodes is None:  # a Ray of this machine alone
-        given = workers * data.decode_cpus if data.decode_cpus else capacity.cores()
+        given = workers * data.decode_cpus if data.decode_cpus else session.cores()
         how = "by tasks of Ray Data" if data.decode == "cluster" else "by threads of each worker"
-        return f"{how} on this machine", min(given, capacity.cores())
+        return f"{how} on this machine", min(given, session.cores())
     gpus = any(node["Resources"].get("GPU") for node in nodes)
     if data.decode == "cluster":
         return "by tasks of Ray Data on any node", None

@@ -20,7 +20,7 @@ from entprog.config import Experiment, Tune
 from entprog.errors import UserError
 from entprog.storage import Where
 from pipelines import terminal
-from pipelines.cluster import room
+from pipelines.cluster import joining, room
 from pipelines.sweeping import spaces
 from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable
 
@@ -72,8 +72,8 @@ def share(experiment: Experiment, settings: Tune, resources: Mapping[str, float]
         fits = min(fits, gpus // workers)
     if fits < 1:
         raise UserError(
-            f"a trial needs {workers} workers and {each - workers:g} CPUs for decoding, the cluster has {cpus} CPUs "
-            f"and {gpus} GPUs: lower train.workers or join a larger cluster"
+            f"a trial needs {workers} workers and {each - workers:g} CPUs for decoding, {joining.has()} {cpus} "
+            f"CPUs and {gpus} GPUs: lower train.workers or join a larger cluster"
         )
     if settings.concurrent and min(settings.concurrent, settings.trials) > fits:
         raise UserError(f"tune.concurrent={settings.concurrent}, but the cluster holds {fits} trials at once")

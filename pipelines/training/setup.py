@@ -20,7 +20,7 @@ from entprog.errors import UserError
 from entprog.models import attention, captions
 from entprog.schedule import plans
 from entprog.scoring import cei
-from pipelines.cluster import capacity
+from pipelines.cluster import capacity, session
 from pipelines.stream.batches import caches
 from pipelines.training import expectation, networks
 from pipelines.training.startup import Startup
@@ -72,7 +72,7 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         device = ray.train.torch.get_device()
         # For a GPU too, where Ray gives it one: the host rounds its weights, and looks through what is saved.
         here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(experiment.train.threads or capacity.threads(capacity.cores(), here))
+        torch.set_num_threads(experiment.train.threads or capacity.threads(session.cores(), here))
         if experiment.in_fp8:
             fp8.check_device(device)
         attention.check_device(experiment.model, device)

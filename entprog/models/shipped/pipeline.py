@@ -705,7 +705,7 @@ def pixels(given):
     if isinstance(given, list | tuple):
         given = np.stack([np.asarray(opaque(frame, "white").convert("RGB")) for frame in given])
     elif isinstance(given, Image.Image):
-        given = np.asarray(opaque(given, "white").convert("RGB"))
+        given = np.array(opaque(given, "white").convert("RGB"))  # a picture's own cannot be written to
     video = torch.as_tensor(given)
     if video.dtype == torch.uint8:
         video = video.movedim(-1, -3).float() / 127.5 - 1
