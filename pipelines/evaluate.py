@@ -293,9 +293,10 @@ def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
         elif named is not None and named.is_file():
             path = named
         if path is None:
+            fewer = f"; --clips {len(results)} judges those that it lists" if 0 < len(results) < len(todo) else ""
             raise UserError(
                 f"--generated: {folder} has no clip for {place.clip_id}: it should be {place.clip.name}, or be "
-                "listed in the result.json of pipelines.generate"
+                f"listed in the result.json of pipelines.generate{fewer}"
             )
         out.append(replace(place, file=storage.address(path.resolve())))
     return out

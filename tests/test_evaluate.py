@@ -229,6 +229,23 @@ def test_wrong_input_is_one_clear_line(made, tmp_path, store, given, message):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_fewer_clips_than_the_split_has_are_told_how_to_be_judged(made, tmp_path):
+    """`generate` makes four by default, `evaluate` judges all."""
+    (only,) = truth_as_generated(made, tmp_path / "truth").glob("square%200*")
+    listed = {"clips": [{"clip": "square 0.mp4#000000", "result": str(only)}]}
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "result.json").write_text(json.dumps(listed))
+
+    def plan(**chosen):
+        return evaluate.plan(
+            None, made / "shards", tmp_path / "out", Evaluation.model_validate(chosen), generated=tmp_path / "made"
+        )
+
+    with pytest.raises(UserError, match=r"has no clip for square 1.*; --clips 1 judges those that it lists$"):
+        plan()
+    assert len(plan(evaluate={"clips": 1}).places) == 1
+
+
 def test_a_damaged_clip_is_one_line_from_the_actor(made, local_ray, tmp_path):
     folder = truth_as_generated(made, tmp_path / "clips")
     victim = sorted(folder.glob("*.mp4"))[1]

@@ -32,6 +32,12 @@ def test_a_long_label_fits(clip, tmp_path):
     assert Image.open(path).width > 1000
 
 
+def test_labels_in_any_letters_can_be_told_apart(clip, tmp_path):
+    names = ["день", "дань", "ダンス", "グンス", "舞蹈", "舞踊", "💃", "🕺"]
+    rows = [np.asarray(Image.open(sheet.contact_sheet([(n, clip[:1])], tmp_path / "a.png")))[:26] for n in names]
+    assert len({row[:, :100].tobytes() for row in rows}) == len(names)
+
+
 def test_side_by_side_can_be_encoded(clip, tmp_path):
     joined = sheet.side_by_side(
         [("reference", clip), ("pose", clip[:, :95, :31]), ("a title wider than that", clip[:, :, :9])]

@@ -27,6 +27,7 @@ def test_any_pose_gives_finite_values_in_range(poses):
     assert drawn.shape == (2, 3, 24, 16) and drawn.dtype == torch.float32
     assert bool(((drawn >= -1) & (drawn <= 1)).all())
     torch.testing.assert_close(drawn, torch.stack([draw(torch.from_numpy(pose), 24, 16) for pose in poses]))
+    assert torch.equal(draw(poses, 24, 16), drawn), "an array, as pose files hold, is as good as a tensor"
 
 
 @settings(max_examples=20, deadline=None)

@@ -22,7 +22,10 @@ def dry(folder: Path, space: str, *more):
     [
         ("schedule.blocks: {choice: [all, control]}", "schedule.blocks=control: schedule.blocks=control: this network"),
         ("model.swap_blocks: {choice: [0, 99]}", "model.swap_blocks cannot be searched"),
-        ("schedule.memory_budget_bytes: {choice: [null, 1]}", "schedule.memory_budget_bytes=1: schedule.memory_budget"),
+        (
+            "schedule.memory_budget_bytes: {choice: [null, 1]}",
+            "schedule.memory_budget_bytes=1: schedule.memory_budget_bytes is 1 b",
+        ),
         ("train.lora: {choice: [null, {targets: [no]}]}", "train.lora={targets: ['no']}: train.lora"),
         ("train.timesteps_mean: {choice: [0, 1]}", "train.timesteps_mean=1: train.timesteps_mean is of logit_normal"),
         ("model.expert: {choice: [null, both]}", "model.expert=both: a sweep is of one training"),

@@ -107,7 +107,8 @@ CHUNK_PIXELS = 2**22
 def draw(points: torch.Tensor, height: int, width: int, look: Look | None = None) -> torch.Tensor:
     """float [..., 133, 3] (COCO-WholeBody: x, y in 0..1, score) → float32 [..., 3, H, W] in -1..1, black where nothing
     is drawn. What has an end that is less sure than the look wants, or NaN, is not drawn, nor is a face or a hand of
-    which fewer points are seen, or fewer than half are there at all."""
+    which fewer points are seen, or fewer than half are there at all. points: a tensor or an array."""
+    points = torch.as_tensor(points)
     leading = points.shape[:-2]
     points = points.reshape(-1, *points.shape[-2:]).float()
     frames = max(1, CHUNK_PIXELS // (height * width))

@@ -1,6 +1,8 @@
 """Pictures for people: contact sheets and videos side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ def contact_sheet(
     strips = []
     for label, frames in rows:
         images = [_scale_to_height(frames[i], frame_height) for i in spread(len(frames), columns)]
-        strips.append((label, images))
+        strips.append((_legible(label), images))
     width = max(sum(image.width + GAP for image in images) for _, images in strips) + GAP
     width = max(width, *(int(font.getlength(label)) + 2 * GAP for label, _ in strips), 1)
     sheet = Image.new("RGB", (width, len(strips) * (label_height + frame_height) + GAP), PAPER)
@@ -62,6 +64,7 @@ def side_by_side(parts: Sequence[tuple[str, np.ndarray]], min_height: int = 384)
 
     All clips [F, H, W, 3] of one F; scaled to the tallest one's height, or to `min_height` if that is more.
     """
+    parts = [(_legible(title), frames) for title, frames in parts]
     lengths = {len(frames) for _, frames in parts}
     if len(lengths) != 1:
         raise ValueError(f"clips side by side need one length, given {sorted(lengths)}")
@@ -97,8 +100,29 @@ def overlay(frames: np.ndarray, points: np.ndarray) -> np.ndarray:
     return out
 
 
+@cache
+def _font_file() -> str:
+    """DejaVu Sans of matplotlib, which takes its time to import: Latin, Greek, Cyrillic and Arabic letters."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
 def _font(size: int):
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(_font_file(), size)
+
+
+@cache
+def _drawable() -> Collection[int]:
+    """Code points of its letters."""
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(_font_file()).get_charmap().keys()
+
+
+def _legible(text: str) -> str:
+    """With letters that the font lacks as Python escapes them: names of files must not look alike."""
+    return "".join(c if ord(c) in _drawable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _scale_to_height(image: np.ndarray, height: int) -> Image.Image:

@@ -38,9 +38,10 @@ def draw(
 ) -> torch.Tensor:
     """float [..., 33, 3] (x, y in 0..1, visibility) → float32 [..., 3, H, W] in -1..1, black where there is no limb.
 
-    line_width in pixels; by default 1/40 of the geometric mean of the sides, at least 1.5. Edges fade over one pixel.
-    Limbs with an end less visible than min_visibility, or NaN, are not drawn.
+    points: a tensor or an array. line_width in pixels; by default 1/40 of the geometric mean of the sides, at least
+    1.5. Edges fade over one pixel. Limbs with an end less visible than min_visibility, or NaN, are not drawn.
     """
+    points = torch.as_tensor(points)
     leading = points.shape[:-2]
     points = points.reshape(-1, *points.shape[-2:]).float()
     line_width = line_width or max(1.5, (height * width) ** 0.5 / 40)
