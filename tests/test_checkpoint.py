@@ -60,6 +60,22 @@ def test_whole_pruned_and_guarded(tmp_path):
         checkpoint.load(tmp_path, newest.name, run.network, run.state, "id")
 
 
+def test_what_is_left_of_a_removal_that_was_cut_short_goes_with_the_next(tmp_path):
+    """By a kill: it is called damaged at no later start. What is not this run's for sure stays."""
+    run = Trained(layers=1)
+    for step in range(1, 8):
+        run.state.step = step
+        checkpoint.save(tmp_path, run.network, run.state, "id", keep=4)
+        if step == 4:
+            next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
+            (tmp_path / "step-00000002" / "state.json").unlink()
+            (tmp_path / "step-00000003" / "state.json").write_text("{")
+            assert checkpoint.damaged(tmp_path) == [f"step-{left:08d}" for left in (1, 2, 3)]
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
+    assert checkpoint.damaged(tmp_path) == ["step-00000003"]
+    assert checkpoint.found(tmp_path) == ["step-00000006", "step-00000007"]
+
+
 def test_folders_of_others_stay_and_checkpoints_of_others_are_refused_before(tmp_path):
     names = ["mine.partial", ".step-1.partial", "step-one", "step-00000001-best", ".step-00000009.0123abcd.partial"]
     for name in names:

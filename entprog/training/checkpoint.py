@@ -130,18 +130,31 @@ class Saver:
         return None
 
     def _prune(self) -> str | None:
-        """Remove old checkpoints, and what saves left that failed or were killed; returns what went wrong."""
+        """Remove old checkpoints, and what saves and removals left that failed or were killed; returns what went
+        wrong."""
         try:
             self.leftovers = [place for place in self.leftovers if not _is_complete(place)]
             self._clear_away()
-            for name in _complete_names(self.place)[: -self.keep]:
-                (self.place / name).remove()
+            kept = _complete_names(self.place)[-self.keep :]
+            for name in itertools.takewhile(lambda name: name not in kept, _names(self.place) if kept else ()):
+                if self._is_own(self.place / name):
+                    (self.place / name).remove()
             for name in self.place.folders():
                 if PARTIAL.fullmatch(name):
                     (self.place / name).remove()
         except OSError as error:
             return f"old checkpoints in {self.place} could not be removed: {_reason(error)}; training goes on"
         return None
+
+    def _is_own(self, place: Place) -> bool:
+        """Whether a checkpoint is of this run, or the rest of one whose removal or upload was cut short. Raises OSError
+        where that cannot be seen now."""
+        try:
+            return place.read_json(STATE)["experiment"] == self.experiment_hash
+        except FileNotFoundError:
+            return True
+        except (ValueError, KeyError, TypeError):  # named as damaged at a start: it may be looked at
+            return False
 
     def _clear_away(self) -> None:
         """Remove the leftovers that can be removed now: a bucket that is away may be back for the next save."""
