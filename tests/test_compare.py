@@ -39,7 +39,8 @@ LIKE = {
 CARDS = {"c1": {"metric": "psnr", "better": "higher", "network": None, "frames": 2}}
 
 
-PREVIEWED = (2, 4, 6, 8, 10, 12)
+PREVIEWED = (2, 4, 6, 8, 10, 12, 14)
+"""Runs have 12 steps at most: the last one is of an attempt that was lost."""
 TRAINED: dict[str, tuple[Run, list]] = {}
 """What was trained already: equal settings are told to MLflow again under another name."""
 

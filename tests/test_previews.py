@@ -140,6 +140,22 @@ def test_the_page_plays_them_in_order_and_a_motions_name_is_a_text(tmp_path):
     assert not re.search(r"https?://", page)
 
 
+def test_what_was_drawn_of_a_lost_attempt_goes_when_the_run_goes_on(tmp_path):
+    """A run may end before it comes to that step again."""
+    for step in (10, 20):
+        previews.leave(tmp_path, {"step": step, "charged_s": 1.0, "motions": [], "videos": []})
+    for done, left in ((20, [10, 20]), (19, [10])):
+        previews.cut(tmp_path, done, pytest.fail)
+        assert [line["step"] for line in steplog.lines_of(tmp_path / steplog.PREVIEWS)] == left
+        assert ('"step": 20' in (tmp_path / "previews" / "index.html").read_text()) == (20 in left)
+    previews.cut(tmp_path, 0, pytest.fail)
+    assert not list((tmp_path / "previews").iterdir()), "a page plays at least one"
+    (tmp_path / steplog.PREVIEWS).write_text("damaged\n")
+    warnings = []
+    previews.cut(tmp_path, 5, warnings.append)
+    assert len(warnings) == 1 and "previews after step 5" in warnings[0], "a look must not cost the run"
+
+
 @pytest.mark.parametrize("fault", ["disk", "sampler", "tracking"])
 def test_a_failure_is_a_warning_and_weights_come_back(fault, tmp_path):
     run, warnings = Run(tiny_experiment(train={"ema_decay": 0.9, "steps": 3})), []

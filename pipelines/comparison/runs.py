@@ -290,7 +290,8 @@ def _training(client, run, scratch: Path) -> Training:
     changed = {k.removeprefix("changed."): v for k, v in data.tags.items() if k.startswith("changed.")}
     entries = client.list_artifacts(info.run_id)
     paths = tuple(entry.path for entry in entries if not entry.is_dir)
-    previews = _previews(client, info.run_id) if any(entry.path == PREVIEWS for entry in entries) else {}
+    drawn = any(entry.path == PREVIEWS for entry in entries)
+    previews = _previews(client, info.run_id, max(charged, default=0)) if drawn else {}
     readable = {*paths, *(path for some in previews.values() for path in some)}
 
     def files(path: str) -> bytes | None:
@@ -320,10 +321,11 @@ def _training(client, run, scratch: Path) -> Training:
     )
 
 
-def _previews(client, run_id: str) -> dict[int, tuple[str, ...]]:
-    """Few of them: a run may have hundreds, and each is a question to the store."""
+def _previews(client, run_id: str, last: int) -> dict[int, tuple[str, ...]]:
+    """Few of them: a run may have hundreds, and each is a question to the store. last: the run's last step: what was
+    drawn after it is of an attempt that was lost."""
     matches = {entry.path: PREVIEW.fullmatch(entry.path) for entry in client.list_artifacts(run_id, PREVIEWS)}
-    steps = {int(match[1]): path for path, match in matches.items() if match}
+    steps = {int(match[1]): path for path, match in matches.items() if match and int(match[1]) <= last}
     places = np.linspace(0, len(steps) - 1, min(len(steps), PREVIEWS_SHOWN)).round().astype(int)
     chosen = [sorted(steps)[place] for place in places]
     return {step: tuple(entry.path for entry in client.list_artifacts(run_id, steps[step])) for step in chosen}

@@ -178,10 +178,31 @@ def _note_unfinished(output: Where, steps: Sequence[int]) -> None:
             (output / UNFINISHED).unlink(missing_ok=True)
 
 
+def cut(output: Where, done: int, warn: Callable[[str], None]) -> None:
+    """Take previews of steps that a resume went back behind out of the list and the page: the run never had their
+    weights. done: steps of the run so far. What goes wrong is a warning."""
+    try:
+        entries = steplog.lines_of(output / steplog.PREVIEWS)
+        kept = [each for each in entries if each["step"] <= done]
+        if kept != entries:
+            _write(output, kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn(f"previews after step {done}, of an attempt that was lost, are still shown: {reason(error)}")
+
+
 def leave(output: Where, entry: Mapping[str, Any]) -> None:
-    """Add a preview to the list and to the page; those of the same step or later, of a run that was cut short, go."""
+    """Add a preview to the list and to the page; one of the same step, of a run that was cut short, goes."""
+    before = [each for each in steplog.lines_of(output / steplog.PREVIEWS) if each["step"] < entry["step"]]
+    _write(output, [*before, dict(entry)])
+
+
+def _write(output: Where, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Of no previews there is neither list nor page."""
     path = output / steplog.PREVIEWS
-    entries = [each for each in steplog.lines_of(path) if each["step"] < entry["step"]] + [dict(entry)]
+    if not entries:
+        path.unlink(missing_ok=True)
+        (path.parent / "index.html").unlink(missing_ok=True)
+        return
     files.write_text(path, "".join(files.strict_json(each) + "\n" for each in entries))
     files.write_text(path.parent / "index.html", page(entries, output.resolve().name))
 

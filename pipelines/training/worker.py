@@ -123,6 +123,7 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
                 f"steps {log.last + 1} to {state.step} are not in {output / 'steps.jsonl'}: they were made in another "
                 "output with these train.checkpoints, or lost; curves, charts and the MLflow run are without them"
             )
+        previewing.cut(output, state.step, warn)
         if not cached:
             setup.post({"decoding": str(decoded), "about": {"entprog.decode": decoded.where}})
         if table is not None:
