@@ -28,7 +28,8 @@ import typer
 
 from benchmarks import common, mocap, study_figures, study_page
 from benchmarks.study_arms import ARMS, FEW, SCALES, SEARCHED, TASKS, Scale
-from benchmarks.study_units import Bench, Unit, without_seconds, work
+from benchmarks.study_units import Bench, Unit, without_seconds
+from benchmarks.study_work import work
 from entprog import config, files
 from entprog.errors import UserError
 from entprog.media import assets

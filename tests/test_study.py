@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from benchmarks import common, study, study_figures, study_page, study_routing
 from benchmarks.study_arms import CPU, GPU, SCALES, SMOKE, TASKS, experiment
-from benchmarks.study_units import Bench, Unit, check_had_a_core, material, without_seconds, work
+from benchmarks.study_material import material
+from benchmarks.study_trainings import check_had_a_core
+from benchmarks.study_units import Bench, Unit, without_seconds
+from benchmarks.study_work import work
 from entprog import config, files
 from entprog.blocks import blocks
 from entprog.data import shards
