@@ -1,4 +1,5 @@
-"""Texts from outside (names of files, runs and settings, messages about them) made harmless for whoever shows them."""
+"""Texts from outside (names of files, runs and settings, messages about them) made harmless for whoever shows them;
+and how many there are of a thing, in words."""
 
 import re
 
@@ -17,6 +18,11 @@ def plain(text: str, keep: str = "") -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 video`, `2 videos`."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def cell(value: object) -> object:

@@ -147,7 +147,7 @@ def test_a_changed_mask_is_a_changed_input(folder, tmp_path):
     (other,) = inputs.find(tmp_path).rows
     assert ledger.stamp(one) != ledger.stamp(other)
     (tmp_path / "moving.mask.png").write_bytes(b"")
-    assert inputs.find(tmp_path).notes[-1].startswith("1 videos have several masks (moving.mp4): one of them is read")
+    assert inputs.find(tmp_path).notes[-1].startswith("1 video with several masks (moving.mp4): one of them is read")
     there = ("a.mp4", "a.mask.mp4", "b.mask.mp4", "a.pose.npz", "b.pose.npz")
     away = [{**one, "file": name, "path": f"s3://x/{name}".encode()} for name in there]
     left, notes = beside.elsewhere(away)

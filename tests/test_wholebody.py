@@ -393,7 +393,7 @@ def test_of_two_files_of_poses_one_is_read_and_neither_is_a_source(folder, tmp_p
     assert [row["file"] for row in found.rows] == ["a.mp4"]
     assert (
         found.rows[0]["poses"].endswith(b"a.pose.npz")
-        and found.notes[1] == "1 videos have both (a.mp4): .pose.npz is read"
+        and found.notes[1] == "1 video with both (a.mp4): .pose.npz is read"
     )
 
 

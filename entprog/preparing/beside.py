@@ -14,6 +14,7 @@ from typing import Any
 from entprog.files import lies_in, may_pass
 from entprog.masking import reason
 from entprog.media import masks, posefile
+from entprog.names import counted
 from entprog.preparing import addresses, disk
 from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
 
@@ -43,18 +44,22 @@ def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str
                 disk.refuse(error)
             unread.append(f"{beside.name}: {reason(error)}")
     left = [row | {"caption": found.get(row["file"], "")} for row in rows if row["path"] not in taken]
-    notes = [f"captions of {len(found)} videos are those of the .txt files beside them"] if found else []
+    notes = [f"captions of {counted(len(found), 'video')} are those of the .txt files beside them"] if found else []
     if unread:
-        notes.append(f"{len(unread)} .txt files beside videos cannot be read as captions ({unread[0]})")
+        notes.append(f"{counted(len(unread), '.txt file')} beside videos cannot be read as captions ({unread[0]})")
     return left, notes
 
 
 def poses(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
     """Of videos with a file of poses its path and stamp, as `poses` and `poses_stamp`."""
     left, count, several, links = _beside(rows, posefile.ENDINGS, "poses", root)
-    notes = [f"poses of {count} videos are those of the .pose.npz and .pose.json files beside them"] if count else []
+    notes = (
+        [f"poses of {counted(count, 'video')} are those of the .pose.npz and .pose.json files beside them"]
+        if count
+        else []
+    )
     if several:
-        notes.append(f"{len(several)} videos have both ({several[0]}): .pose.npz is read")
+        notes.append(f"{counted(len(several), 'video')} with both ({several[0]}): .pose.npz is read")
     if links:
         notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
     if alone := _alone(left, posefile.ENDINGS):
@@ -65,10 +70,12 @@ def poses(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
 def person_masks(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
     """Of videos with a mask its path and stamp, as `mask` and `mask_stamp`."""
     left, count, several, links = _beside(rows, masks.ENDINGS, "mask", root)
-    notes = [f"masks of {count} videos are those of the .mask files beside them"] if count else []
+    notes = [f"masks of {counted(count, 'video')} are those of the .mask files beside them"] if count else []
     if several:
         first = " before ".join(masks.ENDINGS)
-        notes.append(f"{len(several)} videos have several masks ({several[0]}): one of them is read, {first}")
+        notes.append(
+            f"{counted(len(several), 'video')} with several masks ({several[0]}): one of them is read, {first}"
+        )
     if links:
         notes.append(f"{len(links)} masks are links out of the input ({links[0]}): not read")
     if alone := _alone(left, masks.ENDINGS):
