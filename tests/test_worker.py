@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,20 @@ def test_a_resume_cuts_the_log_off_and_rewrites_nothing(tmp_path):
     assert path.stat().st_ino == file, "the file itself, whose first lines nobody touched"
     assert path.read_bytes() == before[: before.index(b'{"step": 5')]
     assert steplog.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+
+
+def test_a_clock_that_is_behind_that_of_the_machine_before_mixes_no_attempts(tmp_path):
+    """`compare` takes of a step what was logged last."""
+    path, ahead_s = tmp_path / "steps.jsonl", time.time() + 1000.0
+    path.write_text("".join(json.dumps({"step": step, "time": ahead_s + step}) + "\n" for step in range(1, 6)) + "{")
+    for done in (3, 4):  # the second time no step is lost
+        before = max([ahead_s + 5, *(line["time"] for line in steplog.steps_of(tmp_path))])
+        log = steplog.StepLog(path, done)
+        times = [log.now_s() for _ in range(3)]
+        log.add({"step": done + 1, "time": times[-1]})
+        log.close()
+        in_ms = [int(1000 * moment) for moment in (before, *times)]
+        assert sorted(set(in_ms)) == in_ms
 
 
 @pytest.mark.parametrize("end", [b'{"step": 3, "lo', b"\0\0\0\0\n", b"[]\n", b'{"step": 9}\n', b"\xff\xfe\n"])

@@ -62,10 +62,20 @@ class StepLog:
         size, last = 0, b'{"step": 0}'
         for last in _before(self.file, done):
             size += len(last)
+        self.file.seek(size)
+        lost = self.file.readlines()
         self.file.seek(self.file.truncate(size))
         self.last: int = files.from_json(last)["step"]
         """Number of the last step that was left; 0: none was."""
+        self.newest_s = max(map(_written_s, (last, *lost)))
+        """When the newest line was written, lines that were cut off among them: seconds since 1970."""
         self.sender = None if isinstance(path, Path) else _Sender(Path(self.file.name), path, warn)
+
+    def now_s(self) -> float:
+        """Seconds since 1970 for the next line: after every line before it, for a machine's clock may be behind that of
+        the machine before, and MLflow tells a lost attempt's points from those that count by their time."""
+        self.newest_s = max(time.time(), self.newest_s + 0.002)  # MLflow has milliseconds
+        return self.newest_s
 
     def add(self, record: dict[str, Any]) -> None:
         self.file.write(files.strict_json(record).encode() + b"\n")
@@ -141,6 +151,14 @@ def _copy(path: storage.Place) -> Any:
         with path.open() as there:
             shutil.copyfileobj(there, file)
     return file
+
+
+def _written_s(line: bytes) -> float:
+    """A line's time; 0 where there is none that can be read."""
+    try:
+        return float(files.from_json(line)["time"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _before(lines: Iterable[bytes], done: int) -> Iterator[bytes]:

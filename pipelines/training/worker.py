@@ -146,9 +146,9 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
             if rank == 0:
-                record = figures.as_record(step)
+                record = figures.as_record(step, log.now_s())
                 log.add(record)
-                tracker.metrics(step.step, figures.metrics(step))
+                tracker.metrics(step.step, figures.metrics(step), record["time"])
                 if step.decision is not None:
                     log.keep()  # who listens reads the stage before
                 if step.held_out_loss is not None:
