@@ -25,7 +25,7 @@ from pipelines.cluster import capacity, launch, session, stalls
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
-from pipelines.stream import decoding
+from pipelines.stream import batches, decoding
 from pipelines.tracking import registry, stages, store
 from pipelines.tracking.tracker import Tracker, deliver_pending
 from pipelines.training import (
@@ -295,7 +295,9 @@ def run(
             "wall_s": round(time.time() - started, 3),
         }
         on_latents = source.vae is not None
-        message = stalls.advice(stalls.of(steps), result["decode_cpus"], experiment.train.workers, on_latents)
+        message = stalls.advice(
+            stalls.of(steps), result["decode_cpus"], experiment.train.workers, on_latents, batches.caching(experiment)
+        )
         result |= {"advice": message, **watch.figures()}
         if failed := model_card.tried(output / "model", experiment.name, experiment, result):
             steplog.warn(output, failed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,11 @@ from entprog.config import ClipShape
 from entprog.data import clip_stream, latents, shards
 from entprog.errors import UserError
 from entprog.models import fingerprints
+from entprog.schedule import plans
 from helpers import families, real_clips, stores
 from helpers.commands import PATIENCE_S
 from helpers.networks import TINY
-from pipelines import prepare, train
+from pipelines import cli, prepare, train
 from pipelines.preparing import latents as caching
 from pipelines.stream import batches, feed
 from pipelines.training import checks, expectation
@@ -303,6 +305,19 @@ def test_a_long_run_without_a_cache_is_told_what_encoding_costs(settings, said):
     experiment = config.build(config.merge({"data": {"batch_size": 4}}, parts))
     line = expectation.encoding(experiment, clips, 201e12, 100e12)
     assert line is None if said is None else said in line and "prepare --latents" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("preset", ["wan21_t2v_1_3b", "svd"])
+def test_the_command_that_is_proposed_makes_the_latents_that_the_run_reads(preset):
+    pairs = ["train.steps=9", "model.base=my bases/it's #1", "data.shards=shards of mine"]
+    experiment = cli.settings(config.Experiment, preset, None, pairs)
+    words = shlex.split(batches.caching(experiment))
+    assert words[:6] == ["python", "-m", "pipelines.prepare", "--latents", "--output", "shards of mine"]
+    assert set(words[6::2]) == {"--set"}
+    of_clips, of_model = caching.mine(words[7::2])
+    encoding = cli.settings(config.Encoding, None, None, of_model)
+    ladders = [plans.ladder(each.schedule, experiment.data.shape, last=False) for each in (encoding, experiment)]
+    assert not of_clips and encoding.model == experiment.model and ladders[0] == ladders[1] and len(ladders[0]) == 2
 
 
 def test_it_is_said_for_which_schedule_latents_are_made():

@@ -8,6 +8,7 @@ from pipelines.cluster import stalls
 from pipelines.cluster.ray_internals import Store
 from pipelines.cluster.stalls import Stalls
 
+CACHING = "prepare --latents"
 SECONDS = st.floats(0, 1e5)
 
 
@@ -21,32 +22,32 @@ def test_steps_are_added_up_and_what_is_part_of_waiting_counts_once():
 
 def test_waiting_names_the_cpus_that_are_missing():
     lost = Stalls(wait_s=43, open_s=0, encode_s=0, copy_s=1, compute_s=57)
-    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=False)
+    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=False, caching=CACHING)
     assert line.startswith("decode-bound: waiting 43% of the time: give decoding about 4 more CPUs (data.decode_cpus=8")
     assert "latents" not in line
     encoding = Stalls(wait_s=43, open_s=0, encode_s=1, copy_s=1, compute_s=56)
-    (line,) = stalls.advice(encoding, decode_cpus=4, workers=2, vae=True)
-    assert "4 more CPUs per worker" in line and "pipelines.prepare --latents" in line
+    (line,) = stalls.advice(encoding, decode_cpus=4, workers=2, vae=True, caching=CACHING)
+    assert "4 more CPUs per worker" in line and CACHING in line
 
 
 def test_where_all_latents_are_cached_nothing_is_said_of_decoding():
     lost = Stalls(wait_s=43, open_s=0, encode_s=0, copy_s=1, compute_s=57)
-    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=True)
+    (line,) = stalls.advice(lost, decode_cpus=4, workers=1, vae=True, caching=CACHING)
     assert line.startswith("reading-bound: waiting 43% of the time for cached latents") and "decod" not in line
 
 
 def test_each_cause_has_its_own_advice():
-    assert stalls.advice(Stalls(1, 50, 0, 5, 50), 2, 1, True) == []  # starting is no stall
-    (line,) = stalls.advice(Stalls(0, 0, 30, 5, 70), 2, 1, True)
-    assert line.startswith("encode-bound: 30% of the time in the VAE") and "--latents" in line
-    lines = stalls.advice(Stalls(50, 0, 0, 60, 50), 2, 1, False)
+    assert stalls.advice(Stalls(1, 50, 0, 5, 50), 2, 1, True, CACHING) == []  # starting is no stall
+    (line,) = stalls.advice(Stalls(0, 0, 30, 5, 70), 2, 1, True, CACHING)
+    assert line.startswith("encode-bound: 30% of the time in the VAE") and CACHING in line
+    lines = stalls.advice(Stalls(50, 0, 0, 60, 50), 2, 1, False, CACHING)
     assert [line.split(":")[0] for line in lines] == ["decode-bound", "copy-bound"]
 
 
 @given(SECONDS, SECONDS, SECONDS, SECONDS, SECONDS, st.floats(0.1, 64), st.integers(1, 64), st.booleans())
 def test_advice_is_given_exactly_where_it_pays(wait_s, open_s, encode_s, copy_s, compute_s, cpus, workers, vae):
     lost = Stalls(wait_s, open_s, encode_s, copy_s, compute_s)
-    lines = stalls.advice(lost, cpus, workers, vae)
+    lines = stalls.advice(lost, cpus, workers, vae, CACHING)
     running_s = max(lost.total_s - open_s, 1e-9)
     bound = "reading-bound" if vae and not encode_s else "decode-bound"
     assert any(bound in line for line in lines) == (wait_s / running_s >= stalls.WORTH_TELLING)

@@ -15,7 +15,6 @@ WORTH_TELLING = 0.1
 LOOK_EVERY_S = 30.0
 """Between two looks at Ray's object store: the driver's, never a worker's."""
 NEARLY_FULL = 0.9
-CACHE = "python -m pipelines.prepare --latents encodes all clips once"
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ def of(steps: Sequence[Mapping[str, Any]]) -> Stalls:
     return Stalls(max(wait_s - open_s - encode_s, 0.0), open_s, encode_s, copy_s, compute_s)
 
 
-def advice(stalls: Stalls, decode_cpus: float, workers: int, vae: bool) -> list[str]:
+def advice(stalls: Stalls, decode_cpus: float, workers: int, vae: bool, caching: str) -> list[str]:
     """What a person should do, a sentence each; [] where computing is what takes the time.
 
     decode_cpus: of each worker. vae: whether the network works on latents: where it does and no second went into
-    encoding all of them were cached, and nothing was decoded.
+    encoding all of them were cached, and nothing was decoded. caching: the command that encodes clips once.
     """
     encodes = vae and stalls.encode_s > 0
-    out = []
+    out, cache = [], f"`{caching}` encodes all clips once"
     running_s = max(stalls.total_s - stalls.open_s, 1e-9)
     waiting = stalls.wait_s / running_s
     if waiting >= WORTH_TELLING and vae and not encodes:
@@ -73,9 +72,9 @@ def advice(stalls: Stalls, decode_cpus: float, workers: int, vae: bool) -> list[
         message += (
             f"{each} (data.decode_cpus={ceil(decode_cpus + more)}; nodes without GPUs decode where there are any)"
         )
-        out.append(message + (f", or cache latents: {CACHE}" if encodes else ""))
+        out.append(message + (f", or cache latents: {cache}" if encodes else ""))
     if encodes and stalls.share(stalls.encode_s) >= WORTH_TELLING:
-        out.append(f"encode-bound: {stalls.share(stalls.encode_s):.0%} of the time in the VAE: {CACHE}")
+        out.append(f"encode-bound: {stalls.share(stalls.encode_s):.0%} of the time in the VAE: {cache}")
     if waiting >= WORTH_TELLING and stalls.copy_s > stalls.compute_s:
         out.append(
             "copy-bound: copying clips to the device takes longer than computing on them: smaller clips or batches"

@@ -2,12 +2,16 @@
 
 import functools
 import itertools
+import json
+import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from entprog import config
 from entprog.config import ClipShape, Experiment
 from entprog.data import clip_stream, latents, shards
 from entprog.data.clips import Latents, Spent
@@ -150,6 +154,17 @@ def all_cached(experiment: Experiment, cached: Collection[ClipShape]) -> bool:
     return not experiment.schedule.searches_shapes and all(shape in cached for shape in shapes)
 
 
+def caching(experiment: Experiment) -> str:
+    """The command that encodes the clips of a run once, for others to read: its shards, and its settings that latents
+    depend on."""
+    encoding = config.build(config.only(experiment.model_dump(), config.Encoding), config.Encoding)
+    words = ["python", "-m", "pipelines.prepare", "--latents", "--output", str(experiment.data.shards)]
+    for name, value in config.flat(encoding.model_dump(mode="json", exclude_defaults=True)).items():
+        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+        words += ["--set", f"{name}={value if plain else json.dumps(value)}"]
+    return shlex.join(words)
+
+
 def caches(
     experiment: Experiment, dataset: shards.Dataset, denoiser, warn: Callable[[str], None] = lambda line: None
 ) -> dict[ClipShape, latents.Cache]:
@@ -168,7 +183,6 @@ def caches(
                 "data.latents=require, but this network works on pixels, it has no VAE: use data.latents=auto"
             )
         return found
-    make = "python -m pipelines.prepare --latents"
     for shape in plans.ladder(experiment.schedule, data.shape, last=False):
         key = latents.key(denoiser, experiment.model.family, shape, dataset.masks)
         cache = latents.find(dataset, key)
@@ -178,10 +192,11 @@ def caches(
         elif data.latents == "require":
             raise UserError(
                 f"data.latents=require, but shards {dataset.folder} hold no latents of {shape} by this VAE and these "
-                f"conditions: make them with {make}, or use data.latents=auto"
+                f"conditions: make them with `{caching(experiment)}`, or use data.latents=auto"
             )
         elif latents.folder_of(dataset, key).exists():
             warn(
-                f"latents of {shape} are not finished, or of the shards as they were before: not used; run {make} again"
+                f"latents of {shape} are not finished, or of the shards as they were before: not used; make them anew "
+                f"with `{caching(experiment)}`"
             )
     return found

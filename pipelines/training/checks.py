@@ -122,7 +122,7 @@ def _check_latents(experiment: Experiment, dataset: shards.Dataset) -> None:
     else:
         raise UserError(
             f"data.latents=require, but shards {dataset.folder} hold no latents: make them with "
-            "python -m pipelines.prepare --latents, or use data.latents=auto"
+            f"`{batches.caching(experiment)}`, or use data.latents=auto"
         )
 
 

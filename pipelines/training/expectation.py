@@ -12,6 +12,7 @@ from entprog.config import Experiment, Model, Row
 from entprog.schedule import plans
 from entprog.scoring import priorities
 from pipelines import terminal
+from pipelines.stream import batches
 from pipelines.training import workload
 
 STUDY = "docs/study.md"
@@ -81,7 +82,7 @@ def encoding(experiment: Experiment, clips: int, encoding_flops: float, forward_
     return (
         f"no latents are cached: every step encodes its clips{times}, which takes {encoding_flops / 1e12:.3g} TFLOP a "
         f"clip in {experiment.model.vae_dtype}, {encoding_flops / step_flops:.3g} times what full training computes; "
-        "python -m pipelines.prepare --latents encodes each once"
+        f"`{batches.caching(experiment)}` encodes each once"
     )
 
 

@@ -107,13 +107,9 @@ def check_budget(experiment: Experiment, source: Source) -> None:
     others = beside_bytes(source) if waits(experiment, source) is False else 0
     needed += others
     if needed > budget:
-        if budget < 10**6:
-            raise UserError(
-                f"schedule.memory_budget_bytes is {budget} bytes, and the smallest plan takes {written(needed)}: write "
-                "the unit too, as in 24GB"
-            )
+        given = written(budget) if budget >= 10**6 else f"{budget} bytes (a size has its unit, as in 24GB)"
         raise UserError(
-            f"schedule.memory_budget_bytes is {written(budget)}: weights, gradients and moments of the smallest plan"
+            f"schedule.memory_budget_bytes is {given}: weights, gradients and moments of the smallest plan"
             f"{_and_beside(others)} alone are {written(needed)}; "
             f"{_proposal(experiment, source, budget) or 'raise it'} (docs/memory.md)"
         )
