@@ -1,10 +1,10 @@
 """Everything that needs a GPU, by one command and within a time.
 
     python -m benchmarks.gpu_check --seconds 400    # called again, it goes on where it stopped
-    python -m benchmarks.gpu_check --tiny           # all of it on the CPU with tiny networks: two minutes
+    python -m benchmarks.gpu_check --tiny           # all of it on the CPU with tiny networks: some minutes
 
-Needs torch, diffusers, pydantic, pyyaml and typer; Ray, MLflow, pyarrow and av for the part `train` alone; torchao and
-peft for rows in fp8, with 8-bit moments and LoRA. What is not installed is skipped, with a line that says so.
+Needs torch, diffusers, pydantic, pyyaml and typer; Ray, MLflow, pyarrow and av for the parts `train …` alone; torchao
+and peft for rows in fp8, with 8-bit moments and LoRA. What is not installed is skipped, with a line that says so.
 
 Parts (`benchmarks.gpu_parts`) run one after another, the most important first, in a process beside this one. A part has
 120 seconds; one that takes longer, runs out of memory or crashes is a result too, and the next one goes on in a new

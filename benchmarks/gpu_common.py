@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from benchmarks.tiny_families import WAN
 from entprog import config
 from entprog.config import ClipShape, Experiment
 
 Row = dict[str, Any]
 REPEATS = 3
 """Timed steps of each plan, interleaved."""
+FP8_WAN = {**WAN, "attention_head_dim": 16}
+"""Sizes that fp8 kernels take."""
 QUARTER = 0.25
 """m/L of the plans beside full training."""
 CLIPS = {3_200: (2, ClipShape(frames=5, height=64, width=40)), 20_000: (1, ClipShape(frames=25, height=64, width=50))}

@@ -4,16 +4,10 @@ Tiny parts do the same on the CPU with tiny networks, and run what is compiled a
 """
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,21 +15,22 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import cei_cost, common, gpu_large, step_cost
-from benchmarks.gpu_common import QUARTER, REPEATS, Row, SkippedError, step_experiment
+from benchmarks import cei_cost, common, gpu_large, gpu_train, step_cost
+from benchmarks.gpu_common import FP8_WAN, QUARTER, REPEATS, Row, SkippedError, step_experiment
 from benchmarks.gpu_large import large_rows
 from benchmarks.step_cost import Bench, Setting
-from benchmarks.tiny_families import TINY, WAN
+from benchmarks.tiny_families import TINY
 from entprog import config, models
 from entprog.blocks import blocks, check_compiles, fp8
-from entprog.config import ClipShape
 from entprog.data.clips import Latents
 from entprog.diffusion import objectives
 from entprog.errors import UserError
 from entprog.models import lora
+from entprog.schedule import plans
 from entprog.schedule.freezing import Freeze
 from entprog.schedule.plans import Plan
 from entprog.scoring import cei
+from entprog.training import optimizer
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,11 @@ def parts(tiny: bool) -> list[Part]:
         Part("numbers in fp8", partial(fp8_number_rows, device, compiled=False)),
         Part("numbers of frozen weights elsewhere", partial(elsewhere_number_rows, device)),
         *steps[:4],
-        Part("train", partial(train_rows, device)),
+        Part("train", partial(gpu_train.train_rows, device)),
+        Part("train in other ways", partial(gpu_train.other_rows, device)),
+        Part("blocks drawn anew", partial(redraw_rows, device)),
         *large,
+        Part("train 1.3B's shape", partial(gpu_train.large_rows, device)),
         Part("scoring", partial(scoring_rows, device)),
         Part("numbers, compiled", partial(number_rows, device, compiled=True)),
         Part("numbers in fp8, compiled", partial(fp8_number_rows, device, compiled=True)),
@@ -112,13 +110,12 @@ ELSEWHERE: dict[str, Row] = {
     "bfloat16, blocks wait": {"model": {"swap_blocks": 3}},
     "nf4, blocks wait": {"model": {"swap_blocks": 3}, "schedule": {"frozen_precision": "nf4"}},
     "bfloat16, inputs wait": {"model": {"gradient_checkpointing": "on_host"}},
+    "bfloat16, attention kept": {"model": {"gradient_checkpointing": "keep_attention"}},
 }
 """How a base lies under adapters, and what blocks keep → settings."""
 TOLERANCES |= dict.fromkeys(ELSEWHERE, TOLERANCES["bfloat16"])
 """Largest relative difference between two devices, of loss and gradient."""
 COMPILED = ("wan", "cogvideox", "hunyuan_video", "svd")
-FP8_WAN = {**WAN, "attention_head_dim": 16}
-"""Sizes that fp8 kernels take."""
 DEEP_WAN = {**FP8_WAN, "num_layers": 6}
 """So deep that some blocks can wait."""
 WIDE_LAYERS = {"attention_head_dim": 128, "ffn_dim": 8192}
@@ -269,6 +266,34 @@ def step_rows(tokens: int, setting: Setting, device: str) -> Iterator[Row]:
     yield from bench.figures(setting, REPEATS if on_gpu else 1)
 
 
+def redraw_rows(device: str) -> Iterator[Row]:
+    """What it takes to freeze a quarter of the blocks and thaw another one, of a Wan of 1.3B's shape whose weights
+    bfloat16 does not hold: moments and float32 weights go to the host and come from there."""
+    network = step_cost.network_of(*((4, 1, False) if device == "cpu" else (30, 12, True)))
+    experiment = step_experiment(network, 3_200, device)
+    bench = Bench(experiment, "scattered", device, (QUARTER,))
+    freeze = Freeze(bench.denoiser, bench.found, experiment)
+    shape = experiment.data.shape
+    quarters = [plans.of_set(bench.names[first::4], bench.names, "residual", shape) for first in range(2)]
+
+    def draw(plan: Plan) -> None:
+        freeze.put(plan)
+        bench.trained = freeze.trained
+        optimizer.follow(bench.optimizer, bench.trained, experiment.train.frozen_state)
+
+    def both() -> None:
+        for plan in quarters:
+            draw(plan)
+
+    for plan in quarters:  # moments come with a first step
+        draw(plan)
+        bench.turn("", {})
+    measured = common.interleaved({"both": both}, REPEATS, device)["both"]
+    drawn = [block for block in bench.found if block.name in quarters[0].trainable]
+    moved = sum(p.numel() for block in drawn for p in block.module.parameters())
+    yield {"redraw_s": measured.median_s / len(quarters), "blocks": len(drawn), "parameters": moved}
+
+
 def rounded(network: nn.Module) -> None:
     """Weights become numbers that bfloat16 has, as a published checkpoint's are: none wait on the host while they are
     frozen, and plans change quickly."""
@@ -290,83 +315,6 @@ def needs_fp8(device: str) -> None:
         raise SkippedError("torchao is not installed")
     if not has_fp8(device):
         raise SkippedError(f"a {common.describe(device)} has no fp8")
-
-
-# ---- a training by the command ----
-
-TRAINED_CLIPS = 8
-SHAPE = ClipShape(frames=5, height=64, width=32)
-
-
-def train_rows(device: str) -> Iterator[Row]:
-    """`prepare --latents` and `train` as a person types them, on encoded clips of moving patterns, with a tiny Wan and
-    its VAE, then with one of 1.3B's shape: how long the start-up takes, part by part."""
-    for package in ("ray", "mlflow", "pyarrow", "av"):
-        if importlib.util.find_spec(package) is None:
-            raise SkippedError(f"{package} is not installed")
-    from benchmarks import stream  # here: what reads and writes shards is needed for this part alone
-
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        frames = [pattern(number) for number in range(TRAINED_CLIPS + 2)]
-        rows = [stream.row_of(f"pattern#{number}", each, SHAPE) for number, each in enumerate(frames)]
-        stream.write_rows(place / "shards", rows, SHAPE, held_out=2)
-        base_of(FP8_WAN, place / "tiny")
-        yield ran(place, "shards", ["prepare", "--latents", "--base", "tiny"])
-        large = {} if device == "cpu" else {"1.3B's shape": step_cost.network_of(30, 12, True)}
-        for name, sizes in {"tiny": None, **large}.items():
-            if sizes:
-                base_of(sizes, place / name)
-            words = [word for pair in TRAINING for word in ("--set", pair)]
-            row = ran(place, f"run {name}", ["train", "--shards", "shards", "--base", name, *words])
-            yield {**row, "base": name}
-
-
-def ran(place: Path, output: str, words: list[str]) -> Row:
-    """A command's row. Raises RuntimeError with the last lines of a command that fails."""
-    run_job(place, [sys.executable, "-m", f"pipelines.{words[0]}", *words[1:], "--output", output])
-    result = json.loads((place / output / "result.json").read_text())
-    kept = ("status", "seconds", "startup_s", "stalls", "peak_memory_bytes")
-    return {"command": words[0]} | {key: result[key] for key in kept if key in result}
-
-
-TRAINING = (
-    "train.steps=8", "train.samples=0", "data.batch_size=2", "data.held_out_clips=2", "data.latents=require",
-    "data.shape.frames=5", "data.shape.height=64", "data.shape.width=32", "schedule.kind=full", "model.dtype=bfloat16",
-)  # fmt: skip
-
-
-def run_job(place: Path, words: list[str]) -> None:
-    """Raises RuntimeError with the last lines of a command that fails."""
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [own.get("PYTHONPATH")])]
-    own |= {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True)
-    if done.returncode:
-        said = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-        raise RuntimeError(f"{' '.join(words[2:4])} ended with {done.returncode}: {' | '.join(said[-12:])[-1500:]}")
-
-
-def pattern(number: int):
-    """A moving pattern, uint8 RGB [F, H, W, 3]."""
-    generator = torch.Generator().manual_seed(number)
-    coarse = torch.rand(1, 3, SHAPE.frames, 4, 2, generator=generator)
-    size = (SHAPE.frames, SHAPE.height, SHAPE.width)
-    fine = functional.interpolate(coarse, size=size, mode="trilinear")[0]
-    return (fine.permute(1, 2, 3, 0) * 255).to(torch.uint8).contiguous().numpy()
-
-
-def base_of(sizes: Row, folder: Path) -> None:
-    """A Wan of random bfloat16 weights with a tiny VAE, as training leaves it."""
-    kind, vae_sizes = TINY["wan"]["vae"]
-    vae = folder.with_name("vae")
-    torch.manual_seed(0)
-    kind(**vae_sizes).save_pretrained(vae)
-    init = {**sizes, "out_channels": vae_sizes["z_dim"], "patch_size": [1, 2, 2]}
-    settings = config.build({"init": init, "vae": str(vae)}, config.Model)
-    denoiser = models.family("wan").load(settings, "cpu", 0)
-    denoiser.network.bfloat16()
-    denoiser.save(folder, shape=SHAPE)
 
 
 # ---- scoring ----

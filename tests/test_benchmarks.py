@@ -23,6 +23,7 @@ from benchmarks import (
     demo_result,
     gpu_check,
     gpu_parts,
+    gpu_train,
     guidance,
     memory,
     scaling,
@@ -31,8 +32,8 @@ from benchmarks import (
     step_cost,
     stream,
 )
-from entprog import config
-from entprog.blocks import swap
+from entprog import config, models
+from entprog.blocks import blocks, swap
 from entprog.config import Priority
 from entprog.data import shards
 from entprog.scoring import split
@@ -331,9 +332,25 @@ def test_gpu_check_parts_name_the_package_that_they_lack(monkeypatch, lacking):
     known = {part.name: part for part in gpu_parts.parts(tiny=True)}
     fp8 = [name for name in known if "fp8" in name and "base in" not in name]
     assert {"numbers in fp8", "numbers in fp8, compiled"} < set(fp8)
-    for name in fp8 if lacking == "torchao" else ["train"]:
+    trainings = [name for name in known if name.startswith("train")]
+    assert len(trainings) == 3
+    for name in fp8 if lacking == "torchao" else trainings:
         with pytest.raises(gpu_parts.SkippedError, match=f"{lacking} is not installed"):
             next(iter(known[name].rows()))
+
+
+def test_gpu_check_draws_a_base_as_training_leaves_it(tmp_path):
+    gpu_train.base_of(step_cost.network_of(4, 1, False), tmp_path / "base", "cpu")
+    denoiser = models.family("wan").load(config.build({"base": str(tmp_path / "base")}, config.Model))
+    network = denoiser.network
+    assert len(blocks(network)) == 4 and denoiser.vae is not None
+    assert denoiser.conditions == ("reference", "pose") and network.patch_embedding.in_channels == 3 * 4
+    assert torch.equal(network.proj_out.weight, network.proj_out.weight.bfloat16().float())
+
+
+def test_gpu_check_draws_blocks_anew():
+    (row,) = gpu_parts.redraw_rows("cpu")
+    assert row["redraw_s"] > 0 and row["blocks"] == 1 and row["parameters"] > 0
 
 
 def test_gpu_check_lets_blocks_be_copied_ahead_and_compares_bits(monkeypatch):
