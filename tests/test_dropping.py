@@ -13,7 +13,7 @@ from entprog.errors import UserError
 from helpers.families import NAMES
 from helpers.families import load as family
 from helpers.networks import TINY, latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, course
 from pipelines.training import checks, outline
 
 NAMES_OF_CONDITIONS = ("text", "reference", "pose")
@@ -108,15 +108,8 @@ def test_what_belongs_to_a_text_is_dropped_with_it():
 
 
 def test_a_run_with_drops_resumes_to_the_bit(tmp_path):
-    from entprog.training import checkpoint
-
     experiment = tiny_experiment(train={"steps": 6, "drop": {"reference": 0.5, "pose": 0.3}}, schedule={"kind": "full"})
-    whole = [comparable(step) for step in Run(experiment).steps()]
-    first = Run(experiment)
-    for step in first.steps():
-        if step.step == 3:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
+    whole = course(Run(experiment), {3: tmp_path})
     assert [comparable(step) for step in Run(experiment, tmp_path).steps()] == whole[3:]
     plain = tiny_experiment(train={"steps": 6}, schedule={"kind": "full"})
     assert [step.loss for step in Run(plain).steps()] != [step["loss"] for step in whole]

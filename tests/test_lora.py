@@ -16,7 +16,7 @@ from entprog.schedule.freezing import outside
 from entprog.training import checkpoint
 from helpers.memory import Peak
 from helpers.networks import TINY, bfloat16_base, latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable, differing
+from helpers.runs import Run, comparable, course, differing
 from pipelines.training import networks
 
 LORA = {"train": {"steps": 12, "lora": {"rank": 4, "alpha": 8}}, "schedule": {"search_steps": 1}}
@@ -97,16 +97,10 @@ def test_costs_are_foreseen(experiment, backward):
 
 def test_resume_equals_no_interruption(runs, tmp_path):
     experiment = tiny_experiment(**LORA | {"train": LORA["train"] | {"ema_decay": 0.9}})
-    whole, first, got = Run(experiment), Run(experiment), []
-    expected = [comparable(step) for step in whole.steps()]
-    for step in first.steps():
-        got.append(comparable(step))
-        if step.step == 5:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
+    whole = Run(experiment)
+    expected = course(whole, {5: tmp_path})
     second = Run(experiment, tmp_path)
-    got += [comparable(step) for step in second.steps()]
-    assert got == expected
+    assert [comparable(step) for step in second.steps()] == expected[5:]
     assert not differing(whole.weights(), second.weights())
     assert {name for name in whole.state.ema if name.startswith("blocks.")} == {
         name for name in whole.weights() if ADAPTER in name

@@ -15,7 +15,7 @@ from entprog.optimizers import eight_bit
 from entprog.optimizers.rounded import RoundedAdamW, generator, rounded
 from entprog.training import checkpoint, optimizer
 from helpers.networks import TINY, latents, tiny_experiment
-from helpers.runs import Run, comparable
+from helpers.runs import Run, comparable, course
 
 SMALL = ("adamw_bf16", "adamw_8bit")
 ANEW = [{"until": 0.7, "share": 0.34, "choose": "random", "redraw_every": 2}, {"until": 1, "share": 0.5}]
@@ -91,17 +91,11 @@ def test_draws_depend_on_seed_update_and_parameter_alone():
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_resume_equals_no_interruption_while_blocks_freeze_and_thaw(kind, tmp_path):
-    whole, got = Run(settings(kind)), []
-    expected = [comparable(step) for step in whole.steps()]
-    first = Run(settings(kind))
-    for step in first.steps():
-        got.append(comparable(step))
-        if step.step == 5:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
+    whole = Run(settings(kind))
+    expected = course(whole, {5: tmp_path})
     second = Run(settings(kind), tmp_path)
-    got += [comparable(step) for step in second.steps()]
-    assert got == expected and len({step["plan"].trainable for step in got}) > 2
+    assert [comparable(step) for step in second.steps()] == expected[5:]
+    assert len({step["plan"].trainable for step in expected}) > 2
     kept, again = (checkpoint.contents(run.denoiser.network, run.state) for run in (whole, second))
     assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
     moments = {t.dtype for name, t in kept.items() if name.startswith("moments/exp_avg_sq") and t.ndim > 1}

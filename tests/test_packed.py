@@ -24,7 +24,7 @@ from entprog.models import adapters, fingerprints, lora
 from entprog.training import averages, checkpoint
 from helpers.families import NAMES, load, ordered, predict
 from helpers.networks import SHAPE, TINY, latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable, differing
+from helpers.runs import Run, comparable, course, differing
 from pipelines.training import checks, networks
 
 FORMS = ("fp8", "nf4")
@@ -259,12 +259,8 @@ def test_adapters_over_a_packed_base_learn_as_over_bfloat16(form, backward):
 )
 def test_a_resume_goes_on_bit_for_bit(form, settings, checkpointing, tmp_path):
     experiment = settings(form, model={"gradient_checkpointing": checkpointing})
-    whole, first = Run(experiment), Run(experiment)
-    expected = steps_of(whole)
-    for step in first.steps():
-        if step.step == 4:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
+    whole = Run(experiment)
+    expected = course(whole, {4: tmp_path})
     again = Run(experiment, tmp_path)
     assert steps_of(again) == expected[4:]
     contents = (checkpoint.contents(run.denoiser.network, run.state) for run in (whole, again))

@@ -1,6 +1,5 @@
 """Blocks by lot: only the drawn ones move, drawn anew in time; batches that grow; runs that end by counted FLOPs."""
 
-import functools
 import itertools
 
 import pytest
@@ -10,10 +9,9 @@ from entprog import config
 from entprog.blocks import blocks
 from entprog.errors import UserError
 from entprog.schedule import rotation
-from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
-from helpers.runs import Run, comparable, differing
+from helpers.runs import Run, comparable, course, differing
 
 
 def run(experiment):
@@ -119,39 +117,23 @@ def test_every_step_sees_the_next_clips_whatever_their_shape():
     assert seen == list(range(state.position))
 
 
-@functools.cache
-def uninterrupted(frozen_state):
+@pytest.mark.parametrize(("frozen_state", "stops"), [("host", (4, 15)), ("drop", (12, 22))])
+def test_resume_from_the_middle_of_a_row_equals_no_interruption(tmp_path, frozen_state, stops):
     experiment = tiny_experiment(schedule=ROTATING, train={"frozen_state": frozen_state, "block_warmup_steps": 2})
     whole = Run(experiment)
-    return experiment, [comparable(step) for step in whole.steps()], whole.weights()
-
-
-@pytest.mark.parametrize(("stop_at", "frozen_state"), [(4, "host"), (12, "drop"), (15, "host"), (22, "drop")])
-def test_resume_from_the_middle_of_a_row_equals_no_interruption(tmp_path, stop_at, frozen_state):
-    experiment, expected, weights = uninterrupted(frozen_state)
-    first, got = Run(experiment), []
-    for step in first.steps():
-        got.append(comparable(step))
-        if step.step == stop_at:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
-    second = Run(experiment, tmp_path)
-    got += [comparable(step) for step in second.steps()]
-    assert got == expected
-    assert not differing(weights, second.weights())
+    expected = course(whole, {stop: tmp_path / str(stop) for stop in stops})
+    for stop in stops:
+        second = Run(experiment, tmp_path / str(stop))
+        assert [comparable(step) for step in second.steps()] == expected[stop:]
+        assert not differing(whole.weights(), second.weights())
 
 
 def test_blocks_that_were_scored_again_are_drawn_by_the_new_scores_after_a_resume_too(tmp_path):
     rows = [{"until": until, "share": 0.34, "choose": "weighted", "redraw_every": 2} for until in (0.5, 1)]
     experiment = tiny_experiment(schedule={"kind": "progressive", "table": rows}, priority={"rescore": True})
     whole = Run(experiment)
-    expected = [comparable(step) for step in whole.steps()]
+    expected = course(whole, {14: tmp_path})
     assert whole.state.priority and whole.state.priority != whole.table.priority("signed")
-    first = Run(experiment)
-    for step in first.steps():
-        if step.step == 14:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
     again = Run(experiment, tmp_path)
     got = [comparable(step) for step in again.steps()]
     assert [step["plan"].trainable for step in got] == [step["plan"].trainable for step in expected[14:]]

@@ -14,7 +14,7 @@ from entprog.schedule.search import Search
 from entprog.schedule.state import RunState
 from entprog.training import checkpoint, optimizer
 from helpers.networks import TINY, tiny_experiment
-from helpers.runs import Run, comparable, differing
+from helpers.runs import Run, comparable, course, differing
 
 WIDE = {
     "generators": ["count", "suffix", "budget"],
@@ -108,17 +108,12 @@ def uninterrupted(request, tmp_path_factory):
         train={"steps": 32, "frozen_state": request.param, "block_warmup_steps": 6, "ema_decay": 0.9},
         schedule=WIDE | {"candidates": [0.34]},
     )
-    run, steps = Run(experiment), []
-    for step in run.steps():
-        steps.append(comparable(step))
-        if step.step in STOPS:
-            checkpoint.save(folder / str(step.step), run.denoiser.network, run.state, "id", keep=1)
-    return experiment, steps, run, folder
+    run = Run(experiment)
+    return experiment, course(run, {stop: folder / str(stop) for stop in STOPS}), run, folder
 
 
 @pytest.mark.parametrize("stop_at", STOPS)
 def test_resume_equals_no_interruption_under_every_setting(stop_at, uninterrupted):
-    """Nor does saving change anything: what goes on from the first checkpoint saves no other."""
     experiment, expected, whole, folder = uninterrupted
     second = Run(experiment, folder / str(stop_at))
     assert [comparable(step) for step in second.steps()] == expected[stop_at:]

@@ -1,7 +1,6 @@
 """fit(): frozen parameters never move, a resumed run equals an uninterrupted one, the search keeps to its share."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -17,7 +16,7 @@ from entprog.schedule.state import TENSORS, RunState
 from entprog.training import checkpoint
 from entprog.training.fit import DivergedError, fit
 from helpers.networks import batches, latents, tiny_experiment
-from helpers.runs import Run, comparable, differing
+from helpers.runs import Run, comparable, course, differing
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
@@ -36,29 +35,25 @@ def test_frozen_parameters_never_move(backward):
     assert narrow > 0
 
 
-@functools.cache
-def uninterrupted():
-    """(experiment, steps, run)"""
+STOPS = (1, 3, 5, 12, 20)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(experiment, steps, run, its checkpoints)"""
+    folder = tmp_path_factory.mktemp("stops")
     experiment = tiny_experiment(
         train={"ema_decay": 0.9}, model={"gradient_checkpointing": True}, schedule={"memory_budget_bytes": 10**9}
     )
     whole = Run(experiment)
-    return experiment, [comparable(step) for step in whole.steps()], whole
+    return experiment, course(whole, {stop: folder / str(stop) for stop in STOPS}), whole, folder
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 12, 20])
-def test_resume_equals_no_interruption(tmp_path, stop_at):
-    experiment, expected, whole = uninterrupted()
-    first = Run(experiment)
-    got = []
-    for step in first.steps():
-        got.append(comparable(step))
-        if step.step == stop_at:
-            checkpoint.save(tmp_path, first.denoiser.network, first.state, "id", keep=1)
-            break
-    second = Run(experiment, tmp_path)
-    got += [comparable(step) for step in second.steps()]
-    assert got == expected
+@pytest.mark.parametrize("stop_at", STOPS)
+def test_resume_equals_no_interruption(stop_at, uninterrupted):
+    experiment, expected, whole, folder = uninterrupted
+    second = Run(experiment, folder / str(stop_at))
+    assert [comparable(step) for step in second.steps()] == expected[stop_at:]
     assert not differing(whole.weights(), second.weights())
     for name, tensor in whole.state.ema.items():
         assert torch.equal(tensor, second.state.ema[name]), name

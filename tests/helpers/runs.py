@@ -51,6 +51,17 @@ def comparable(step):
     return {k: v for k, v in vars(step).items() if k not in TIMED}
 
 
+def course(run, stops):
+    """A run's steps as they may be compared, with a checkpoint saved after some of them: number of the step → folder.
+    Whoever goes on from one of them saves none, and so sees whether saving changes a run."""
+    steps = []
+    for step in run.steps():
+        steps.append(comparable(step))
+        if step.step in stops:
+            checkpoint.save(stops[step.step], run.denoiser.network, run.state, "id", keep=1)
+    return steps
+
+
 class Trained:
     """A tiny network after a few updates, with moments of some blocks alone and an average."""
 
