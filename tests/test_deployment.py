@@ -23,7 +23,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
-import mlflow.cli
 import psutil
 import pytest
 import ray
@@ -288,9 +287,11 @@ def mlflow_server(name):
 
 @pytest.mark.parametrize("name", [*CLUSTERS, "kuberay.yaml"])
 def test_every_cluster_starts_mlflows_server_inside_its_network_and_gives_it_to_jobs(name):
+    from mlflow import cli as of_mlflow  # with all of its server, which other files do not need
+
     line, address = mlflow_server(name)
     words = shlex.split(line.replace(HERE, "HEAD").split("mlflow server")[1].split(">")[0])
-    options = mlflow.cli.server.make_context("server", words).params
+    options = of_mlflow.server.make_context("server", words).params
     assert options["backend_store_uri"].startswith("sqlite:////shared/mlflow/")
     assert options["artifacts_destination"].startswith("/shared/mlflow/") and options["serve_artifacts"]
     assert options["workers"] == "1", "one process writes to the file"
