@@ -260,7 +260,7 @@ class _Stop:
                 abort(number, frame)
             else:
                 self.ask()
-                self.say("ends after this step, with a checkpoint; Ctrl-C once more ends it at once")
+                self.say("Ends after this step, with a checkpoint; Ctrl-C once more ends it at once")
 
         return answer
 
