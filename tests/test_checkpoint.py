@@ -70,9 +70,11 @@ def test_what_is_left_of_a_removal_that_was_cut_short_goes_with_the_next(tmp_pat
             next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
             (tmp_path / "step-00000002" / "state.json").unlink()
             (tmp_path / "step-00000003" / "state.json").write_text("{")
-            assert checkpoint.damaged(tmp_path) == [f"step-{left:08d}" for left in (1, 2, 3)]
+            (tmp_path / "step-00000000").mkdir()  # as another program names its own
+            (tmp_path / "step-00000000" / "lit_model.pth").write_text("x")
+            assert checkpoint.damaged(tmp_path) == [f"step-{left:08d}" for left in range(4)]
     checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
-    assert checkpoint.damaged(tmp_path) == ["step-00000003"]
+    assert checkpoint.damaged(tmp_path) == ["step-00000000", "step-00000003"]
     assert checkpoint.found(tmp_path) == ["step-00000006", "step-00000007"]
 
 

@@ -72,6 +72,7 @@ ROWS = {
     ({"schedule.kind": "linear", "schedule.stages": 3}, False),
     ({"schedule.kind": "linear", "schedule.stages": 3, "priority.rescore": True}, True),
     ({"schedule.kind": "entprog"}, True), ({"schedule.kind": "entprog", "schedule.candidates": "[1.0]"}, False),
+    ({"schedule.kind": "entprog", "schedule.candidates": "[1.0]", "schedule.generators": "[suffix]"}, True),
 ])  # fmt: skip
 def test_moments_of_frozen_blocks_are_of_use_where_a_block_freezes(values, freezes):
     assert spaces.applied(BASE, values).uses("train.frozen_state") == freezes

@@ -135,7 +135,7 @@ def test_a_checkpoint_is_saved_and_taken_up_without_a_second_network(rounded, tm
     monkeypatch.setattr("helpers.runs.tiny_denoiser", lambda experiment: networks.load(experiment, torch.device("cpu")))
     run, write, expected, thawed = Run(experiment), checkpoint._save, [], set()
     network, state = run.denoiser.network, run.state
-    monkeypatch.setattr(checkpoint, "_save", lambda *given: go_on.wait(60) and write(*given))
+    monkeypatch.setattr(checkpoint, "_save", lambda *given: go_on.wait() and write(*given))
     with closing(checkpoint.Saver(tmp_path / "kept", "id", 1)) as saver:
         for step in run.steps():
             expected.append(record(step))

@@ -143,6 +143,8 @@ class Schedule(Part):
             return redrawn or any(_drops(*pair, rescored) for pair in itertools.pairwise(self.table))
         if self.kind == "linear":  # which only grows, and ends with all
             return rescored and self.stages > 2
+        if self.kind == "entprog" and "suffix" in self.generators:
+            return True
         return self.needs_scores or (self.kind in ("lisa", "badam") and self.stages > 1)
 
     @property

@@ -6,6 +6,7 @@ of ranks that wrote and that read; this reads them, a piece of bounded size at a
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from pyarrow import NativeFile
 
 SUFFIX = ".safetensors"
+FILE = re.compile(rf"part-\d{{5,}}-[0-9a-f]{{8}}{re.escape(SUFFIX)}")
+"""Names of the files that hold tensors."""
 OFFSETS = "DCP_SHARDING_INFO"
 """Text of a file that says where in the whole tensors its own begin, as torch writes it."""
 DTYPES = {

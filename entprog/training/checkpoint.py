@@ -152,7 +152,7 @@ class Saver:
         try:
             return place.read_json(STATE)["experiment"] == self.experiment_hash
         except FileNotFoundError:
-            return True
+            return all(slices.FILE.fullmatch(name) for name in (*place.files(), *place.folders()))
         except (ValueError, KeyError, TypeError):  # named as damaged at a start: it may be looked at
             return False
 

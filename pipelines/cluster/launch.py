@@ -237,17 +237,21 @@ def _leaving_nothing_reserved():
 
 
 class _Stop:
-    """How a person ends the workers: told to, they save a checkpoint and end; if they cannot within STOP_S, they are
-    ended."""
+    """How workers are told to save a checkpoint and end. Who sends SIGTERM will not wait for long: if they have not
+    within STOP_S, they are ended; a person may press Ctrl-C once more."""
 
     def __init__(self, listener: Listener, say: Callable[[str], None]):
         self.listener, self.say = listener, say
         self.asked = threading.Event()
         self.timers: list[threading.Timer] = []
 
-    def ask(self, *_) -> None:
+    def ask(self) -> None:
         self.asked.set()
         self.listener.board.tell.remote(JOB_ENDS)
+
+    def ask_in_time(self, *_) -> None:
+        """What answers SIGTERM."""
+        self.ask()
         self.timers.append(threading.Timer(STOP_S, os.kill, (os.getpid(), signal.SIGINT)))
         self.timers[-1].daemon = True
         self.timers[-1].start()
@@ -270,7 +274,7 @@ class _Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self.ask)
+        before = signal.signal(signal.SIGTERM, self.ask_in_time)
         try:
             yield
         finally:

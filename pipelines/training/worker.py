@@ -17,7 +17,6 @@ from entprog.distributed import agree, fsdp
 from entprog.errors import UnreachableError, UserError
 from entprog.masking import reason
 from entprog.models import fingerprints, folders, saving
-from entprog.schedule import plans
 from entprog.schedule.state import RunState
 from entprog.scoring import cache
 from entprog.scoring.tables import ScoreTable
@@ -104,13 +103,12 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
     output = storage.at(settings["output"], "the output")
     rank, _ = agree.world()
     table = scores(setup, settings) if experiment.schedule.needs_scores else None
-    if all_cached(experiment, setup.caches):
+    cached = all_cached(experiment, setup.caches)
+    if cached:
         beside.rest(denoiser)  # until a picture is drawn, or blocks are ranked anew
     state = start(denoiser.network, experiment)
     warn = lambda line: setup.post({"warning": line})  # noqa: E731
     saver = _take_up(setup, settings, state, warn)
-    shapes = plans.ladder(experiment.schedule, experiment.data.shape, last=False)
-    cached = all(shape in setup.caches for shape in shapes)
     _note_how(setup, state, cached)
     notices = Notices(settings["board"], setup.device)
     dials = gauges.Gauges(lambda line: setup.post({"warning": line, "about": {"entprog.straggler": line}}))
