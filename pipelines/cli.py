@@ -222,8 +222,13 @@ def command() -> str:
     return shlex.join([*job, *map(masking.masked, sys.argv[1:])])
 
 
+WRITTEN = (":!benchmarks/results", ":!docs")
+"""What is no code, as git leaves it out."""
+
+
 def commit() -> str:
-    """Commit of this project's own checkout (with '+' when it has changes); else what ENTPROG_COMMIT says, where files
+    """Commit of this project's own checkout (with '+' when it has changes, other than results and documents, which
+    benchmarks write while they run); else what ENTPROG_COMMIT says, where files
     were copied without git; else the installed version, or `unknown`."""
     root = Path(__file__).resolve().parents[1]
 
@@ -234,7 +239,7 @@ def commit() -> str:
     try:
         # An installed package may lie inside a repository of somebody else's, in a folder that it ignores or not.
         if Path(git("rev-parse", "--show-toplevel")) == root and git("ls-files", f"pipelines/{Path(__file__).name}"):
-            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", *WRITTEN) else "")
     except (OSError, subprocess.CalledProcessError):
         pass
     if said := os.environ.get("ENTPROG_COMMIT"):

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import cli
 
-WAYS = ("own", "own, changed", "inside another", "ignored by another", "root of another", "none")
+WAYS = ("own", "own, changed", "own, with a result", "inside another", "ignored by another", "root of another", "none")
 
 
 def _git(folder, *words):
@@ -33,6 +33,10 @@ def test_the_commit_is_that_of_the_projects_own_checkout(way, tmp_path, monkeypa
         _git(root, "commit", "-qm", "one")
     if way == "own, changed":
         (root / "more.txt").write_text("")
+    if way == "own, with a result":
+        for name in ("benchmarks/results", "docs"):
+            (root / name).mkdir(parents=True)
+            (root / name / "study.json").write_text("")
     monkeypatch.setattr(cli, "__file__", str(place))
     if way.startswith("own"):
         monkeypatch.setenv("ENTPROG_COMMIT", "of an image")  # a checkout knows better
