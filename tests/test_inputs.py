@@ -137,6 +137,19 @@ def test_what_lies_beside_a_video_is_not_passed_over_where_a_disk_fails(name, tm
         inputs.find(tmp_path)
 
 
+def test_a_caption_that_fails_as_it_is_read_is_named(tmp_path, monkeypatch):
+    """Such an error names no file itself."""
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for file in ("a.mp4", "a.txt"):
+        (tmp_path / file).write_bytes(b"x")
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(UserError, match=rf"cannot list {tmp_path}/a.txt \(Input/output error\)"):
+        inputs.find(tmp_path)
+
+
 def test_a_link_to_a_folder_on_a_disk_that_is_away_is_no_file_without_ending(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "b").symlink_to("a.mp4")

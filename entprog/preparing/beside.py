@@ -41,7 +41,7 @@ def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str
             continue
         except (OSError, ValueError) as error:
             if may_pass(error):  # kept without it, a clip would have no caption for good
-                disk.refuse(error)
+                disk.refuse(error, beside)
             unread.append(f"{beside.name}: {reason(error)}")
     left = [row | {"caption": found.get(row["file"], "")} for row in rows if row["path"] not in taken]
     notes = [f"captions of {counted(len(found), 'video')} are those of the .txt files beside them"] if found else []

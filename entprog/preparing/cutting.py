@@ -25,6 +25,7 @@ from entprog.media.video import VideoError
 from entprog.preparing import again, ledger, shots, windows
 from entprog.preparing.attempts import MachineError
 from entprog.preparing.extracting import Window, extract
+from entprog.preparing.fetching import changed
 from entprog.preparing.probing import opened, tried
 from entprog.preparing.rows import Cut, Done, Shots, Tracked
 from entprog.storage import Where
@@ -75,7 +76,7 @@ class Track:
         bounds, path = limits.of(settings.prepare), Path(os.fsdecode(row["poses"]))
         poses = posefile.read(path, row["stored_height"], row["stored_width"], bounds)
         if posefile.stamp(path) != row["poses_stamp"]:
-            raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
+            raise changed(path.name)
         shown = None
         if poses.fps is None:
             with opened(row, settings, heartbeats) as source:
@@ -248,7 +249,7 @@ def _unchanged_mask(row: Tracked) -> Iterator[None]:
 
     def check() -> None:
         if row["mask"] and posefile.stamp(path) != row["mask_stamp"]:
-            raise VideoError("changed", f"{path.name}: it was changed after it was listed; run the command again")
+            raise changed(path.name)
 
     check()
     yield

@@ -14,10 +14,10 @@ from entprog.names import plain
 _NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
-def refuse(error: OSError) -> None:
-    """Raises UserError for what cannot be looked at."""
+def refuse(error: OSError, path: str | Path) -> None:
+    """Raises UserError for what cannot be looked at. (An error of reading, unlike one of opening, names no file.)"""
     raise UserError(
-        f"cannot list {plain(os.fsdecode(error.filename))} ({error.strerror}), which lies in the input: make it "
+        f"cannot list {plain(os.fspath(path))} ({error.strerror}), which lies in the input: make it "
         "readable, or give a glob or a manifest that leaves it out"
     )
 
@@ -30,7 +30,7 @@ def known(path: Path, follow_links: bool = True) -> os.stat_result | None:
         return None
     except OSError as error:
         if error.errno not in _NOTHING_THERE:
-            refuse(error)
+            refuse(error, path)
         return None
 
 
@@ -100,5 +100,5 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         return []
     except OSError as error:
         if error.errno not in _NOTHING_THERE:
-            refuse(error)
+            refuse(error, folder)
         return []

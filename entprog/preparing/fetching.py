@@ -43,7 +43,7 @@ def fetched(row: Source, prepare: Prepare, heartbeats=lambda pieces: pieces) -> 
         try:
             copy = _copy(path, Path(scratch), row, prepare, heartbeats)
             if row.get("sha256", "") not in ("", sha256(copy, heartbeats)):
-                raise _changed(row)
+                raise changed(row["file"])
             yield copy
         except _RemoteError as error:
             refused = addresses.cause(error.reason)
@@ -82,12 +82,12 @@ def _local(path: Path, row: Source, max_bytes: int) -> Path:
             raise VideoError("too_large", f"{row['file']}: {row['bytes']} bytes, more than {max_bytes} are not read")
         now = _images_stamp(path)
         if "" not in (row["stamp"], now) and row["stamp"] != now:
-            raise _changed(row)
+            raise changed(row["file"])
         return path
     if not stat.S_ISREG(known.st_mode):  # a pipe would be waited for without end
         raise VideoError("unreadable", f"{row['file']}: not a plain file")
     if row["stamp"] not in ("", stamp(known)):
-        raise _changed(row)
+        raise changed(row["file"])
     if known.st_size > max_bytes:
         raise VideoError("too_large", f"{row['file']}: {known.st_size} bytes, more than {max_bytes} are not read")
     return path
@@ -125,8 +125,9 @@ def sha256(path: Path, heartbeats=lambda pieces: pieces) -> str:
     return whole.hexdigest()
 
 
-def _changed(row: Source) -> VideoError:
-    return VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
+def changed(name: str) -> VideoError:
+    """The verdict on a file of this name whose content is not what was listed."""
+    return VideoError("changed", f"{name}: it was changed after it was listed; run the command again")
 
 
 def _copy(address: str, scratch: Path, row: Source, prepare: Prepare, heartbeats) -> Path:

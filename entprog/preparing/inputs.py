@@ -204,7 +204,7 @@ def _file(file: str, path: Path) -> Source:
         known = path.stat()
     except (OSError, ValueError) as error:  # a link to nowhere, or gone since it was listed: the first stage says so
         if may_pass(error) and path.suffix.lower() not in SUFFIXES:  # perhaps a folder of videos
-            disk.refuse(error)
+            disk.refuse(error, path)
         return _row(file, str(path))
     return _row(file, str(path), bytes=known.st_size, stamp=fetching.stamp(known))
 
@@ -222,7 +222,9 @@ def _walk(folder: Path, frames_fps: float, leave_out: Where | None) -> Iterator[
     """
 
     entered = {leave_out.resolve()} if isinstance(leave_out, Path) else set()
-    for parent, folders, files in os.walk(folder, onerror=disk.refuse, followlinks=True):
+    for parent, folders, files in os.walk(
+        folder, onerror=lambda error: disk.refuse(error, error.filename), followlinks=True
+    ):
         real = Path(parent).resolve()
         if real in entered:
             folders.clear()

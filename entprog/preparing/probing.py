@@ -77,9 +77,10 @@ def _surely(row: R, settings: Preparation, heartbeats, work) -> R:
     except VideoError as error:
         if error.reason != "corrupt":
             raise
-    with opened(row, settings, heartbeats) as source:
-        if fetching.sha256(source.path, heartbeats) != row["sha256"]:
-            raise VideoError("changed", f"{row['file']}: it was changed after it was listed; run the command again")
+    if not addresses.is_remote(os.fsdecode(row["path"])):  # what is fetched anew is compared as it comes
+        with opened(row, settings, heartbeats) as source:
+            if fetching.sha256(source.path, heartbeats) != row["sha256"]:
+                raise fetching.changed(row["file"])
     return work(row, settings, heartbeats)
 
 
