@@ -30,17 +30,22 @@ def test_where_blocks_outputs_do_not_fit_scoring_is_naive(denoiser, found, exper
     """Those of a batch of two draws: bytes that were seen, three quarters of what is free."""
     batch, seen = [latents(range(2))], []
     forward = found[0].module.register_forward_hook(lambda module, args, out: seen.append(out.nbytes // len(out)))
-    replayed = cei.cei(denoiser, found, batch, experiment.priority)
+    cei.cei(denoiser, found, batch, experiment.priority)
     forward.remove()
     needed = 2 * seen[0] * len(found)
-    flops = {}
-    for free in (needed * 4 // 3, needed * 4 // 3 - 2):
+    ran = []
+    found[0].module.ffn.register_forward_hook(lambda *_: ran.append(1))
+
+    def runs(**how):
+        ran.clear()
+        table = cei.cei(denoiser, found, batch, experiment.priority, **how)
+        return table.blocks, table.flops, len(ran)
+
+    (*replayed, fewer), (_, flops, more) = runs(), runs(replay=False)
+    for free, times in ((needed * 4 // 3, fewer), (needed * 4 // 3 - 2, more)):
         monkeypatch.setattr(cei, "free_bytes", lambda device, free=free: free)
-        table = cei.cei(denoiser, found, batch, experiment.priority)
-        assert table.blocks == replayed.blocks
-        flops[free] = table.flops
-    naive = cei.cei(denoiser, found, batch, experiment.priority, replay=False)
-    assert list(flops.values()) == [replayed.flops, naive.flops] and replayed.flops < naive.flops
+        assert runs() == (*replayed, times), "what is free changes neither scores nor counted FLOPs"
+    assert fewer < more and replayed[1] < flops
 
 
 def test_replayed_predictions_equal_naive_predictions_and_run_each_block_less(denoiser, found):

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from entprog import config
 from entprog.errors import UserError
+from entprog.schedule.prices import Prices
 from entprog.schedule.state import TENSORS, RunState
 from entprog.training import checkpoint
 from entprog.training.fit import DivergedError, fit
@@ -101,7 +102,7 @@ def _full_step_flops(run):
     return plain.state.flops.train
 
 
-def test_what_is_left_of_a_budget_of_steps_is_counted_over_stages_of_any_cost(tmp_path):
+def test_what_is_left_of_a_budget_of_steps_is_counted_over_stages_of_any_cost(tmp_path, monkeypatch):
     table = [{"until": 0.5, "frames": 1, "share": 0.34}, {"until": 0.75, "share": 0.34}, {"until": 1}]
     experiment = tiny_experiment(schedule={"kind": "progressive", "table": table}, train={"steps": 8})
     run, left = Run(experiment), []
@@ -112,8 +113,12 @@ def test_what_is_left_of_a_budget_of_steps_is_counted_over_stages_of_any_cost(tm
     costs = [b - a for (a, _), (b, _) in itertools.pairwise(left)]
     assert 2 * costs[0] < costs[4] < costs[6], "no stage costs as much as another"
     assert [all_ for all_, _ in left] == pytest.approx([left[-1][0] - rest for _, rest in left]) and left[-1][1] == 0
-    resumed = [(step.flops, step.flops_left) for step in Run(experiment, tmp_path).steps()]
-    assert resumed == left[5:]
+    again = Run(experiment, tmp_path)
+    counted, count = [], Prices.counted
+    monkeypatch.setattr(Prices, "counted", lambda prices, plan: counted.append(plan.shape) or count(prices, plan))
+    resumed = [(step.flops, step.flops_left, set(counted)) for step in again.steps()]
+    assert resumed[0][2] == {again.state.decisions[1].plan.shape}, "of other stages it is known"
+    assert [step[:2] for step in resumed] == left[5:]
     (by_flops,) = Run(tiny_experiment(train={"steps": None, "flops": 1.0}, schedule={"kind": "full"})).steps()
     assert by_flops.flops_left is None
 

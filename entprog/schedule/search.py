@@ -32,26 +32,21 @@ class Search:
         """Number of blocks that are never trained."""
         self.experiment, self.state = experiment, state
         self.schedule = experiment.schedule
-        self.stages: dict[int, Plan] = {}
-        """Plans of stages, as `foresee` found them."""
 
     def foresee(self) -> None:
-        """Count what a step of the stages to come costs, for `flops_left`; of those that train as many blocks on clips
-        of one shape a step of the first. Nothing where searches decide. Raises UserError if no plan fits the memory
-        budget."""
+        """Count what a step of each stage costs, for `flops_left`, once in a run; of those that train as many blocks on
+        clips of one shape a step of the first. Nothing where searches decide. Raises UserError if no plan fits the
+        memory budget."""
         state, schedule, train = self.state, self.schedule, self.experiment.train
         if state.stage < 0:
             self.check_memory()
-        if not train.steps or schedule.kind == "entprog":
+        if not train.steps or schedule.kind == "entprog" or state.stage_flops:
             return
-        alike: dict[tuple, Plan] = {}
+        shape, alike = self.experiment.data.shape, {}
         for stage in range(len(plans.rows(schedule))):
-            shape = self.experiment.data.shape
             plan = plans.fixed(self.names, self.priority, schedule, shape, stage, seed=train.seed, others=self.others)
-            self.stages[stage] = alike.setdefault((plan.m, plan.backward, plan.shape), plan)
-        for stage, plan in self.stages.items():
-            if stage >= state.stage:
-                self.prices.step_flops(plan)
+            first = alike.setdefault((plan.m, plan.backward, plan.shape), plan)
+            state.stage_flops = (*state.stage_flops, self.prices.step_flops(first))
 
     def flops_left(self, now: Plan) -> float | None:
         """Counted FLOPs of the updates until `train.steps`, all ranks; None where that is no budget. now: what the
@@ -59,11 +54,11 @@ class Search:
         state, steps = self.state, self.experiment.train.steps
         if not steps:
             return None
-        left, done = 0.0, float(state.step)
+        left, done, now_flops = 0.0, float(state.step), self.prices.step_flops(now)
         for stage, row in enumerate(plans.rows(self.schedule)):
             if stage >= state.stage and (end := row.until * steps) > done:
-                plan = now if stage == state.stage else self.stages.get(stage, now)
-                left, done = left + (end - done) * self.prices.step_flops(plan), end
+                foreseen = state.stage_flops and stage != state.stage
+                left, done = left + (end - done) * (state.stage_flops[stage] if foreseen else now_flops), end
         return left
 
     def open(self, stage: int) -> None:

@@ -45,7 +45,7 @@ CostModels = Annotated[
 """In JSON a list of pairs, whose keys are text alone."""
 TENSORS = ("optimizer", "ema")
 """Fields of RunState whose tensors a checkpoint keeps in files of their own."""
-ADDED = ("opening_cost", "workers", "devices", "latents", "ways")
+ADDED = ("opening_cost", "workers", "devices", "latents", "ways", "stage_flops")
 """Fields that a checkpoint may lack, which was written before there were any: their defaults stand."""
 
 
@@ -104,6 +104,8 @@ class RunState:
     """By which blocks are ranked since they were scored again (`priority.rescore`); empty: by the first table."""
     models: CostModels = field(default_factory=dict)
     """Measured before the first search."""
+    stage_flops: tuple[float, ...] = ()
+    """Of each stage: counted FLOPs of a step, all ranks; empty where searches decide, or no number of steps is set."""
     begun: dict[str, int] = field(default_factory=dict)
     """Trained block → step at which it began to be trained."""
     saved_cost: float = 0.0

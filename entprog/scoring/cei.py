@@ -48,8 +48,8 @@ def cei(
     (`split`), and all get the whole table, with the same bits however many they are. law: of the timesteps drawn, as in
     training. replay: one forward records each block's output; a skip pass returns the recorded ones for the blocks
     before b and computes only what follows: equal bits, about half the forwards' cost; not where a rank's GPU has no
-    room for so many outputs. progress: gets (conditions that
-    this rank's share of the work amounts to so far, conditions).
+    room for so many outputs, where the FLOPs of replayed passes are counted all the same. progress: gets (conditions
+    that this rank's share of the work amounts to so far, conditions).
 
     Raises ValueError if there are fewer clips than `settings.conditions`.
     """
@@ -63,7 +63,7 @@ def cei(
             _score, denoiser, blocks, passes, clip, settings=settings, seed=seed, law=law, at_once=at_once,
             replay=replays, progress=progress,
         )  # fmt: skip
-        return passes.flops(replays), score
+        return passes.flops(replay), score  # a budget of FLOPs must not hang on what a GPU has free
 
     found = tables.measured(begin, settings, measure, clip(0).clean.device)
     per_condition = {name: np.stack([row[name][-1] for row in found.rows]) for name in ("std", "elementwise", "loss")}
