@@ -102,10 +102,19 @@ def main(
 
 def claimed(wanted: Sweep, space: spaces.Space, output: Where) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
-    identity = checking.check(wanted, space, terminal.console.print)
-    claim.check(output, "tune", identity)
-    state.read(output)
+    identity, _ = checked(wanted, space, output)
     claim.take(output, "tune", identity)
+
+
+def checked(wanted: Sweep, space: spaces.Space, output: Where) -> tuple[dict[str, Any], state.State | None]:
+    """Check everything; the sweep's identity, and what was begun of it. Raises UserError; changes nothing."""
+    identity, dataset = checking.check(wanted, space)
+    claim.check(output, "tune", identity)
+    begun = state.read(output)
+    if begun is None:  # one that an earlier version began goes on: a trial that cannot be trained is marked as failed
+        with terminal.console.status("looking at combinations of values"):
+            checking.check_together(wanted, space, dataset, terminal.console.print)
+    return identity, begun
 
 
 def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str, float]:
@@ -123,8 +132,8 @@ def resources(experiment: config.Experiment, settings: config.Tune) -> dict[str,
 
 def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]:
     """Print the space, the cost and the plan of work."""
-    claim.check(output, "tune", checking.check(wanted, space, terminal.console.print))
-    settings, experiment = wanted.tune, as_begun(wanted.experiment(), state.read(output))
+    _, begun = checked(wanted, space, output)
+    settings, experiment = wanted.tune, as_begun(wanted.experiment(), begun)
     now = config.settings(experiment)
     rows = [(setting, domain, now[setting]) for setting, domain in spaces.described(space)]
     terminal.show("Space", rows, ("setting", "values", "without the sweep"))
@@ -134,7 +143,7 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
     takes = " to ".join(dict.fromkeys(map(_minutes, (least, most))))
-    together = len(checking.combinations(space, settings))
+    together = 0 if begun else len(checking.combinations(space, settings))
     beyond = f"{together} combinations of them" if together else "a trial whose values do not go together will fail"
     terminal.console.print(f"Checked: {len(spaces.alone(space))} values of the space, each alone; {beyond}.")
     terminal.console.print(

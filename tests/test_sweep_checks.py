@@ -6,6 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 import pipelines.tune
+from entprog.config import Sweep
+from entprog.errors import UserError
+from pipelines import cli
+from pipelines.outputs import claim
+from pipelines.sweeping import checking, spaces, state
 
 DEMO = Path(pipelines.tune.__file__).parent
 SWEEP = ["--preset", "demo", "--seconds", "20", "--shards", DEMO / "demo_person", "--base", DEMO / "demo_base"]
@@ -64,3 +69,19 @@ def test_values_that_do_not_go_together_are_told_before_anything_starts(tmp_path
         "1 of 4 combinations of values cannot be trained, and a trial that draws one is marked as failed. The first: "
     )
     assert told + TOGETHER in " ".join(result.output.split())
+
+
+def test_a_grid_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
+    """Its trials that cannot be trained are marked as failed, as they were."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    pairs = ["train.seconds=20", "train.steps=null", "tune.search=grid"]
+    parts = {"data": {"shards": str(DEMO / "demo_person")}, "model": {"base": str(DEMO / "demo_base")}}
+    wanted, output = cli.settings(Sweep, "demo", None, pairs, **parts), tmp_path / "sweep"
+    (tmp_path / "mine.yaml").write_text(PAIR)
+    space = spaces.read(str(tmp_path / "mine.yaml"))
+    with pytest.raises(UserError, match=TOGETHER):
+        pipelines.tune.claimed(wanted, space, output)
+    identity, _ = checking.check(wanted, space)
+    claim.take(output, "tune", identity)
+    state.begin(output, {})
+    pipelines.tune.claimed(wanted, space, output)

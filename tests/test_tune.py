@@ -230,20 +230,20 @@ def _walk_a_grid(place, output):
 def test_what_losses_are_measured_by_is_not_searched(place, line):
     (place / "unlike.yaml").write_text(line + "\n")
     with pytest.raises(UserError, match="ranked by their held-out loss"):
-        checking.check(wanted(place), spaces.read(str(place / "unlike.yaml")), pytest.fail)
+        checking.check(wanted(place), spaces.read(str(place / "unlike.yaml")))
 
 
 def test_trainings_that_cannot_be_ranked_are_not_swept(place):
     space = spaces.read(str(place / "mine.yaml"))
     phases = {"a": {"train": {"seconds": 2}}, "b": {"train": {"seconds": 3}}}
     with pytest.raises(UserError, match="a sweep is of one training, these settings have several"):
-        checking.check(wanted(place, phases=phases), space, pytest.fail)
+        checking.check(wanted(place, phases=phases), space)
     vae, sizes = TINY["wan"]["vae"]
     three = {**sizes, "z_dim": 3, "latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}
     vae(**three).save_pretrained(place / "vae")
     (place / "vaes.yaml").write_text(f"model.vae: {{choice: [none, {place / 'vae'}]}}\n")
     with pytest.raises(UserError, match="values of this space change the VAE"):
-        checking.check(wanted(place), spaces.read(str(place / "vaes.yaml")), pytest.fail)
+        checking.check(wanted(place), spaces.read(str(place / "vaes.yaml")))
 
 
 def steps_of(output: Path) -> dict[str, int]:

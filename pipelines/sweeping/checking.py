@@ -22,11 +22,9 @@ MOST_TOGETHER = {"grid": 256, "optuna": 64, "random": 64}
 14B 0.4 s. A grid trains them all."""
 
 
-def check(wanted: Sweep, space: spaces.Space, warn: Callable[[str], None]) -> dict[str, Any]:
-    """All that can be known before anything starts. Raises UserError; returns the sweep's identity.
-
-    warn: gets a line on combinations of values that cannot be trained and may be drawn.
-    """
+def check(wanted: Sweep, space: spaces.Space) -> tuple[dict[str, Any], shards.Dataset]:
+    """All that can be known before anything starts, but for combinations of values. Raises UserError; returns (the
+    sweep's identity, its data set)."""
     experiment, settings = wanted.experiment(), wanted.tune
     if experiment.train.seconds is None or experiment.train.steps is not None:
         raise UserError(
@@ -59,14 +57,13 @@ def check(wanted: Sweep, space: spaces.Space, warn: Callable[[str], None]) -> di
             )
         with _of(values):
             _check_trains(one, experiment, dataset)
-    _check_together(combinations(space, settings), experiment, settings, dataset, warn)
     of_search = {
         name: value
         for name, value in config.settings(wanted).items()
         if config.is_part_of(name, ["tune"]) and not config.is_part_of(name, FREE)
     }
     drawn = {f"space of {name}": domain for name, domain in spaces.described(space)}
-    return checks.deciding(experiment, dataset) | of_search | drawn
+    return checks.deciding(experiment, dataset) | of_search | drawn, dataset
 
 
 def combinations(space: spaces.Space, settings: Tune) -> list[dict[str, Any]]:
@@ -80,17 +77,16 @@ def combinations(space: spaces.Space, settings: Tune) -> list[dict[str, Any]]:
     return spaces.combined(values) if count <= MOST_TOGETHER[settings.search] else []
 
 
-def _check_together(
-    drawn: list[dict[str, Any]],
-    experiment: Experiment,
-    settings: Tune,
-    dataset: shards.Dataset,
-    warn: Callable[[str], None],
-) -> None:
+def check_together(wanted: Sweep, space: spaces.Space, dataset: shards.Dataset, warn: Callable[[str], None]) -> None:
     """Look at combinations of values, each of which alone can be trained. Raises UserError where a grid holds one that
-    cannot, which it would train, or where none can."""
+    cannot, which it would train, or where none can.
+
+    warn: gets a line on those that cannot be trained and may be drawn.
+    """
+    experiment, settings = wanted.experiment(), wanted.tune
+    drawn = combinations(space, settings) if len(space) > 1 else []
     wrong = []
-    for values in drawn if len(drawn[0] if drawn else ()) > 1 else ():
+    for values in drawn:
         try:
             with _of(values):
                 _check_trains(spaces.applied(experiment, values), experiment, dataset)
