@@ -172,7 +172,7 @@ def test_mlflow_has_one_run_with_the_phases_in_it(interrupted):
     done = 0  # what a killed driver had heard of is there as well, at its own time
     for phase in ("subject", "pose", "video"):
         steps = [json.loads(line) for line in (output / phase / "steps.jsonl").read_text().splitlines()]
-        measured = {(done + s["step"], int(s["time"] * 1000)) for s in steps if s["held_out_loss"] is not None}
+        measured = {(done + s["step"], int(s["logged_s"] * 1000)) for s in steps if s["held_out_loss"] is not None}
         assert measured and measured <= set(message), phase
         done += len(steps)
     assert {p.step: p.value for p in points} == {1: 1, 4: 1, 5: 2, 8: 2, 12: 2, 16: 2, 17: 3, 20: 3, 24: 3, 28: 3}

@@ -65,10 +65,10 @@ def test_a_clock_that_is_behind_that_of_the_machine_before_mixes_no_attempts(tmp
     path, ahead_s = tmp_path / "steps.jsonl", time.time() + 1000.0
     path.write_text("".join(json.dumps({"step": step, "time": ahead_s + step}) + "\n" for step in range(1, 6)) + "{")
     for done in (3, 4):  # the second time no step is lost
-        before = max([ahead_s + 5, *(line["time"] for line in steplog.steps_of(tmp_path))])
+        before = max([ahead_s + 5, *map(steplog.logged_s, steplog.steps_of(tmp_path))])
         log = steplog.StepLog(path, done)
-        times = [log.now_s() for _ in range(3)]
-        log.add({"step": done + 1, "time": times[-1]})
+        times = [log.later_s(ahead_s - 1000.0) for _ in range(3)]
+        log.add({"step": done + 1, "time": ahead_s - 1000.0, "logged_s": times[-1]})
         log.close()
         in_ms = [int(1000 * moment) for moment in (before, *times)]
         assert sorted(set(in_ms)) == in_ms

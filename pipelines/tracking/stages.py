@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.tracking.tracker import Tracker
+from pipelines.training.steplog import logged_s
 
 Record = Mapping[str, Any]
 """A line of steps.jsonl."""
@@ -29,8 +30,8 @@ def log(tracker: Tracker, steps: Sequence[Record], ended: str = "RUNNING", newes
                 tags={"entprog.kind": "stage", "entprog.stage": group[0]["stage"]},
                 params=params(group) if over else {},
                 metrics=[*points(group), *figures(group, before)] if over else [],
-                started_s=group[0]["time"] - group[0]["seconds"] - group[0]["wait_s"],
-                ended_s=group[-1]["time"],
+                started_s=logged_s(group[0]) - group[0]["seconds"] - group[0]["wait_s"],
+                ended_s=logged_s(group[-1]),
                 status=status,
             )
         before = group[-1]
@@ -52,7 +53,7 @@ def params(stage: Sequence[Record]) -> dict[str, Any]:
 def points(stage: Sequence[Record]) -> list[tuple[str, float, float, int]]:
     """(name, value, seconds since 1970, step) of held-out losses and charged seconds where they were measured."""
     return [
-        (name, step[name], step["time"], step["step"])
+        (name, step[name], logged_s(step), step["step"])
         for step in stage
         if step["held_out_loss"] is not None
         for name in ("held_out_loss", "charged_s")
@@ -73,4 +74,4 @@ def figures(stage: Sequence[Record], before: Record) -> list[tuple[str, float, f
         values["stage/mean_loss"] = sum(losses) / len(losses)
     if trained:
         values["stage/median_step_s"] = trained[len(trained) // 2]
-    return [(name, value, last["time"], last["step"]) for name, value in values.items()]
+    return [(name, value, logged_s(last), last["step"]) for name, value in values.items()]

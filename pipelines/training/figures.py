@@ -12,11 +12,11 @@ from entprog.training.steps import Step
 from pipelines.cluster import gauges
 
 
-def as_record(step: Step, at_s: float | None = None) -> dict[str, Any]:
-    """A step as a line of steps.jsonl. at_s: when it was done, seconds since 1970; None: now."""
+def as_record(step: Step) -> dict[str, Any]:
+    """A step that was just done as a line of steps.jsonl."""
     record = {k: v for k, v in vars(step).items() if k not in ("plan", "decision", "pace")}
     record |= gauges.record(step)
-    record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": at_s or time.time()}
+    record |= {"trained": list(step.plan.trainable), "backward": step.plan.backward, "time": time.time()}
     record |= {"shape": str(step.plan.shape), "pixels": step.plan.shape.pixels}
     return record | ({"decision": step.decision.as_json()} if step.decision else {})
 

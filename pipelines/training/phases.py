@@ -112,7 +112,7 @@ def _teller(tracker: Tracker, phase: int, steps: int, seconds: float) -> Callabl
             "trained_blocks": len(step["trained"]),
             "charged_s": seconds + step["charged_s"],
         }
-        tracker.metrics(steps + step["step"], point, step["time"])
+        tracker.metrics(steps + step["step"], point, steplog.logged_s(step))
 
     return tell
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ def lines_of(path: Where) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines; none where there is no file. Raises ValueError for a damaged one."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [files.from_json(line) for line in lines if line.endswith("\n")]
+
+
+def logged_s(step: Mapping[str, Any]) -> float:
+    """A step's time in MLflow, seconds since 1970; an earlier version's lines have one time."""
+    return step["logged_s"] if "logged_s" in step else step["time"]
 
 
 def warn(output: Where, line: str) -> None:
@@ -67,14 +72,15 @@ class StepLog:
         self.file.seek(self.file.truncate(size))
         self.last: int = files.from_json(last)["step"]
         """Number of the last step that was left; 0: none was."""
-        self.newest_s = max(map(_written_s, (last, *lost)))
-        """When the newest line was written, lines that were cut off among them: seconds since 1970."""
+        self.newest_s = max(map(_logged_s, (last, *lost)))
+        """Time of the newest line in MLflow, lines that were cut off among them: seconds since 1970."""
         self.sender = None if isinstance(path, Path) else _Sender(Path(self.file.name), path, warn)
 
-    def now_s(self) -> float:
-        """Seconds since 1970 for the next line: after every line before it, for a machine's clock may be behind that of
-        the machine before, and MLflow tells a lost attempt's points from those that count by their time."""
-        self.newest_s = max(time.time(), self.newest_s + 0.002)  # MLflow has milliseconds
+    def later_s(self, time_s: float) -> float:
+        """The next line's time in MLflow (`logged_s`), of when its step was done: after that of every line before it,
+        for a machine's clock may be behind that of the machine before, and MLflow tells a lost attempt's points from
+        those that count by their time. Seconds since 1970."""
+        self.newest_s = max(time_s, self.newest_s + 0.002)  # MLflow has milliseconds
         return self.newest_s
 
     def add(self, record: dict[str, Any]) -> None:
@@ -153,10 +159,10 @@ def _copy(path: storage.Place) -> Any:
     return file
 
 
-def _written_s(line: bytes) -> float:
-    """A line's time; 0 where there is none that can be read."""
+def _logged_s(line: bytes) -> float:
+    """A line's time in MLflow; 0 where there is none that can be read."""
     try:
-        return float(files.from_json(line)["time"])
+        return float(logged_s(files.from_json(line)))
     except (ValueError, KeyError, TypeError):
         return 0.0
 

@@ -144,9 +144,10 @@ def _train(setup: Setup, settings: dict[str, Any]) -> dict[str, Any]:
         for step in _saved_though_it_diverges(steps, saver):
             dials.show(step)
             if rank == 0:
-                record = figures.as_record(step, log.now_s())
+                record = figures.as_record(step)
+                record["logged_s"] = log.later_s(record["time"])
                 log.add(record)
-                tracker.metrics(step.step, figures.metrics(step), record["time"])
+                tracker.metrics(step.step, figures.metrics(step), record["logged_s"])
                 if step.decision is not None:
                     log.keep()  # who listens reads the stage before
                 if step.held_out_loss is not None:
