@@ -99,9 +99,19 @@ def main(
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
             clock.over("ray")
+            _tell_unused_gpus(experiment, folder)
             return run(experiment, folder, parts=parts, tables=tables, clock=clock)
 
     cli.run("train", None if dry_run else output, work, verbose=verbose)
+
+
+def _tell_unused_gpus(experiment: Experiment, output: Where) -> None:
+    """Of the command alone: runs that another job begins share what there is, or are to be small."""
+    import ray
+
+    line = capacity.unused_gpus(experiment, ray.nodes())
+    if line and not (output / "finished.json").exists():
+        terminal.console.print(line)
 
 
 def claimed(experiment: Experiment, output: Where) -> Parts:
@@ -122,6 +132,8 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     checks.check_reach(parts)
     nodes = decoding.nodes_there()
     cli.show_settings("Experiment", experiment)
+    if line := capacity.unused_gpus(experiment, nodes):
+        terminal.console.print(line)
     first = next(iter(parts.values()))[0]
     for name, (part, dataset) in parts.items():
         if name:
@@ -168,7 +180,6 @@ def _explain(
         workload.epochs(experiment, dataset.clips("train")),
     )
     said += (outline.expert(source), outline.poses(dataset, source), outline.masks(dataset, source))
-    said += (capacity.unused_gpus(experiment, nodes),)
     for line in said:
         if line:
             terminal.console.print(line)
@@ -210,11 +221,6 @@ def run(
     started, clock = time.time(), clock or Startup()
     parts = parts or claimed(experiment, output)
     tables = score_tables.place(output, tables)
-    if parent is None and not (output / "finished.json").exists():  # trials of a sweep share what there is
-        import ray
-
-        if line := capacity.unused_gpus(experiment, ray.nodes()):
-            terminal.console.print(line)
     if experiment.parts:
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()

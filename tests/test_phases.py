@@ -26,6 +26,7 @@ from helpers.commands import PATIENCE_S
 from helpers.networks import TINY, tiny_experiment
 from helpers.runs import Run
 from pipelines import cli, train
+from pipelines.cluster import capacity
 from pipelines.training import figures, phases, report
 
 SHAPE = {"frames": 2, "height": 48, "width": 32, "fps": 12}
@@ -198,13 +199,15 @@ def test_wrong_phases_are_one_line_before_anything_starts(place):
     assert not (place / "refused" / "subject").exists()
 
 
-def test_a_dry_run_tells_every_phase(place):
+def test_a_dry_run_tells_every_phase(place, monkeypatch):
+    monkeypatch.setattr(capacity, "unused_gpus", lambda *_: "GPUs are left over")
     result = CliRunner().invoke(train.app, arguments(place, "dry", "--dry-run"))
     assert result.exit_code == 0, result.output
     assert (
         result.output.count("Would train") == 3 and "Phase pose, conditions reference, pose, 1 frames" in result.output
     )
     assert result.output.count("A device's memory, beside what clips take") == 3
+    assert result.output.count("GPUs are left over") == 1, "of all phases alike"
     assert not (place / "dry").exists()
 
 

@@ -92,6 +92,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, shards):
     assert whole_folder.missing(output / "model") == []
     card = (output / "model" / "README.md").read_text()
     assert f"| held-out loss | {result['held_out_loss']:.5g} |" in card and result["data"] in card
+    assert all(step["time"] <= step["logged_s"] for step in steplog.steps_of(output))
     shown = steplog.lines_of(output / steplog.PREVIEWS)
     assert [line["step"] for line in shown] == [8, 16] and (output / "previews" / "index.html").is_file()
     assert all((output / video).is_file() for line in shown for video in line["videos"])
