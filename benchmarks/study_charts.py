@@ -1,5 +1,6 @@
 """The study's charts."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def ratio_chart(arms: Mapping[str, Any], path: Path) -> Path:
         axes.plot(dots, [place] * len(dots), "o", color=charts.ORANGE, markersize=4)
         axes.plot([ratio["median"]], [place], "s", color=charts.BLUE, markersize=6)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [arms[name]["title"] for name in names])
+    axes.set_yticks(range(len(names)), [textwrap.fill(arms[name]["title"], 42) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times as soon at full training's loss (dots: seeds)")
     return charts.save(figure, path)
