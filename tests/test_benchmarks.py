@@ -409,7 +409,7 @@ def test_gpu_check_says_what_is_wrong_before_it_begins(results):
 def test_parts_of_gpu_check_that_need_no_process(results):
     """The tiny parts give the rows that a card's do."""
     known = {part.name: part for part in gpu_parts.parts(tiny=True)}
-    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 36
+    assert known.keys() == {part.name for part in gpu_parts.parts(tiny=False)} and len(known) == 39
     with torch.compiler.set_stance("force_eager"):
         steps = list(known["step of 20000 tokens, compiled"].rows())
         (large,) = known["14B, LoRA, 24 GB"].rows()

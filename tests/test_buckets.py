@@ -469,7 +469,8 @@ def test_a_command_ends_as_it_should_while_its_bucket_does_not_answer(when, gone
         assert ended.value.exit_code == 1 and said.startswith("failed: s3://data/none/result.json could not be written")
         assert said.count("\n") == 1
         return
-    assert (ended.value.exit_code, said) == ((1, "") if when == "asked for" else (2, "error: no such base\n"))
+    interrupted = 1, "interrupted: the same command resumes\n"
+    assert (ended.value.exit_code, said) == (interrupted if when == "asked for" else (2, "error: no such base\n"))
 
 
 def test_what_a_refused_or_killed_command_leaves_in_a_bucket_is_in_nobodys_way(s3):
