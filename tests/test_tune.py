@@ -284,7 +284,8 @@ def test_the_attack_is_one(tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_of_the_driver_then_the_same_command(place):
-    """Killed once one trial is finished and another trains: the first is kept, the other goes on where it was."""
+    """Killed once one trial is finished and another trains, as Ray Tune writes its state: the first is kept, the other
+    goes on where it was."""
     output = place / "killed"
     command = [sys.executable, "-m", "pipelines.tune", "--config", str(place / "tiny.yaml"), "--shards"]
     command += [str(place / "shards"), "--space", str(place / "rates.yaml"), "--trials", "2", "--output", str(output)]
@@ -316,6 +317,10 @@ def test_sigkill_of_the_driver_then_the_same_command(place):
     kept = {path: path.read_bytes() for path in finished}
     before = steps_of(output)
     planted = plant(output / "tune")
+    cut_off = [*state.read(output).folder.glob(f"{sweep.NAME}/experiment_state-*.json")]
+    assert cut_off
+    for path in cut_off:
+        path.write_bytes(b"")
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     assert not planted.exists(), "a state that lay in OUTPUT was run"

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from entprog.errors import UserError
 from entprog.storage import Where
 from pipelines import terminal
 from pipelines.cluster import joining, room
-from pipelines.sweeping import spaces
+from pipelines.sweeping import keeping, spaces
 from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable
 
 NAME = "tune"
@@ -177,10 +178,12 @@ def run(
     if not verbose:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         logging.getLogger("optuna").setLevel(logging.ERROR)
+    if not keeping.mend(state / NAME):
+        terminal.console.print("Note: the sweep was ended as its first state was written; it begins anew.")
     resume = any((state / NAME).glob("experiment_state-*.json"))
     samples = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     output = storage.at(spec.output, "the output")
-    with Watch(samples, settings.objectives[0], output) as watch:
+    with Watch(samples, settings.objectives[0], output, state / NAME) as watch:
         analysis = tune.run(
             tune.with_resources(trainable(spec), NEXT_TO_NOTHING),
             name=NAME,
@@ -207,10 +210,13 @@ def run(
 
 
 class Watch(Callback):
-    """The terminal: a bar, and a line whenever a trial ends. What the trial's process may have left is given back."""
+    """The terminal: a bar, and a line whenever a trial ends. What the trial's process may have left is given back, and
+    Ray Tune's state in a folder is kept (`keeping`)."""
 
-    def __init__(self, trials: int, objective: str, output: Where):
-        self.trials, self.objective, self.output = trials, objective, output
+    def __init__(self, trials: int, objective: str, output: Where, state: Path):
+        self.trials, self.objective, self.output, self.state = trials, objective, output, state
+        self.kept_s = 0.0
+        """When the state was kept, on a clock of its own."""
         self.best = math.inf
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}
         self.running: set[str] = set()
@@ -229,6 +235,12 @@ class Watch(Callback):
 
     def setup(self, **_) -> None:
         self.started = time.time()
+
+    def on_step_end(self, iteration: int, trials: Sequence[Any], **_) -> None:
+        if time.monotonic() - self.kept_s > STATE_EVERY_S:
+            self.kept_s = time.monotonic()
+            with suppress(OSError):  # as it was before: the next one may be kept
+                keeping.keep(self.state)
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **_) -> None:
         self.running.add(trial.trial_id)
