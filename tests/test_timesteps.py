@@ -9,7 +9,7 @@ from entprog.diffusion import losses
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from helpers.families import load as family
-from helpers.networks import latents, tiny_experiment
+from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
 from pipelines.training import checks, outline
 
@@ -102,6 +102,24 @@ def test_what_a_base_cannot_do_is_one_line(monkeypatch):
         check(monkeypatch, train={"min_snr": 5})
     with pytest.raises(UserError, match=r"train\.timestep_shift=auto is of flow-matching networks"):
         check(monkeypatch, model=latte, train={"timestep_shift": "auto"})
+
+
+def test_conditions_that_could_never_be_seen_are_refused(monkeypatch, tmp_path):
+    for conditions in ([], ["reference"], ["reference", "pose"]):
+        one = tiny_experiment(model={"conditions": conditions})
+        tiny_denoiser(one).save(tmp_path / str(len(conditions)), shape=one.data.shape)
+
+    def base(conditions):
+        return {"base": str(tmp_path / str(conditions)), "init": {}}
+
+    for conditions in (0, 1):
+        check(monkeypatch, model=base(conditions))
+        with pytest.raises(
+            UserError, match=r"outside=never: .* no input yet for all of reference, pose.* conditions or"
+        ):
+            check(monkeypatch, model=base(conditions), schedule={"outside": "never"})
+    check(monkeypatch, model=base(2), schedule={"outside": "never"})
+    check(monkeypatch, schedule={"outside": "never"})
 
 
 def test_held_out_losses_of_different_laws_are_kept_apart():

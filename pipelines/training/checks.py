@@ -36,10 +36,11 @@ Parts = dict[str, tuple[Experiment, shards.Dataset]]
 """A training's phases by name, each with its data; of a training without phases the one part ''."""
 
 
-def check(experiment: Experiment, known: shards.Dataset | None = None) -> shards.Dataset:
+def check(experiment: Experiment, known: shards.Dataset | None = None, later: bool = False) -> shards.Dataset:
     """What can be checked before anything starts. Raises UserError; returns the data set.
 
-    known: the data set, where its shards were checked already: none of them is looked at again.
+    known: the data set, where its shards were checked already: none of them is looked at again. later: whether another
+    phase trains the base before this one does.
     """
     joining.check_form()
     data = experiment.data
@@ -78,6 +79,13 @@ def check(experiment: Experiment, known: shards.Dataset | None = None) -> shards
     plans.eligible(found, experiment.schedule.blocks)
     if (wanted := experiment.model.swap_blocks) > (there := len(found)):
         raise UserError(f"model.swap_blocks is {wanted}, the network has {there} blocks: give {there} or fewer")
+    begun = later or experiment.model.adapter is not None
+    if experiment.outside == "never" and not begun and sum(source.splits) > source.network.config.in_channels:
+        raise UserError(
+            f"schedule.outside=never: {experiment.model.base} has no input yet for all of "
+            f"{', '.join(source.conditions)}, and the one that it is given starts with zeros, which only training "
+            "changes: set it to conditions or always"
+        )
     if data.text != "fixed":
         captions.source(experiment.model)
         captions.wanted(dataset, data.text)
@@ -141,7 +149,10 @@ def parts(experiment: Experiment, output: Where) -> Parts:
         # Of shards every byte is read once.
         data = phase.data.model_copy(update={"verify": "size"} if phase is not first else {})
         try:
-            out[name] = phase, check(phase.model_copy(update={"model": network, "data": data}))
+            out[name] = (
+                phase,
+                check(phase.model_copy(update={"model": network, "data": data}), later=phase is not first),
+            )
         except UserError as error:
             raise UserError(f"phase {name}: {error}") from None
     _shown_alike(found)
