@@ -364,3 +364,13 @@ def test_what_is_drawn_otherwise_than_in_training_is_said():
     assert "it was trained on 33" in line("dwpose", 33, 133)
     nothing = [line("dwpose", 133, 133), line("dwpose", 33, 133, about={}), line("limbs", 133, 33)]
     assert [*nothing, line("dwpose", 33, 33, conditions=("reference",))] == [None] * 4
+
+
+@pytest.mark.parametrize("look", [dwpose.DWPOSE, dwpose.WAN_ANIMATE])
+def test_a_device_is_waited_for_twice_not_for_every_limb(look, person, monkeypatch):
+    waits, own = [], torch.Tensor.tolist
+    for name in ("tolist", "item", "__int__", "__bool__"):
+        ask = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, ask=ask: (waits.append(ask), ask(self))[1])
+    dwpose.draw(np.stack([person] * 3), 96, 64, look)
+    assert waits == [own, own]  # limbs, and what lies over them

@@ -8,8 +8,10 @@ lies beside saved weights as skeleton.py.
 """
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
@@ -137,54 +139,62 @@ def _draw(points: torch.Tensor, height: int, width: int, look: Look) -> torch.Te
     sizes = look.sizes(min(height, width))
     canvas = points.new_zeros(len(points), height, width, 3)
 
-    def paint(a, b, visible, radius, color, tapered=False):
-        _paint(canvas, a, b, visible, radius, color, tapered)
+    def strokes(of, visible, ends, radius, colors):
+        return [
+            _Stroke(of[:, start], of[:, end], visible[:, start] & visible[:, end], radius, color)
+            for (start, end), color in zip(ends, colors, strict=False)
+        ]
 
-    for (start, end), color in zip(look.limbs, _COLORS, strict=False):  # one limb fewer than joints
-        paint(joints[:, start], joints[:, end], there[:, start] & there[:, end], sizes.limb, color, tapered=True)
+    def dots(of, visible, places, radius, colors):
+        return strokes(of, visible, [(place, place) for place in places], radius, colors)
+
+    _paint(canvas, strokes(joints, there, look.limbs, sizes.limb, _COLORS), tapered=True)  # one fewer than joints
     canvas *= _DIM
-    for place, color in zip(range(len(look.joints)), _COLORS, strict=False):
-        paint(joints[:, place], joints[:, place], there[:, place], sizes.joint, color)
+    over = dots(joints, there, range(len(look.joints)), sizes.joint, _COLORS)
     for first in _HANDS:
-        for (start, end), color in zip(_BONES, _BONE_COLORS, strict=True):
-            start, end = first + start, first + end
-            paint(x_y[:, start], x_y[:, end], seen[:, start] & seen[:, end], sizes.bone, color)
-        for place in range(first, first + 21):
-            paint(x_y[:, place], x_y[:, place], seen[:, place], sizes.finger, _BLUE)
-    for place in _FACE if look.face else ():
-        paint(x_y[:, place], x_y[:, place], seen[:, place], sizes.dot, _WHITE)
+        bones = [(first + start, first + end) for start, end in _BONES]
+        over += strokes(x_y, seen, bones, sizes.bone, _BONE_COLORS)
+        over += dots(x_y, seen, range(first, first + 21), sizes.finger, repeat(_BLUE))
+    if look.face:
+        over += dots(x_y, seen, _FACE, sizes.dot, repeat(_WHITE))
+    _paint(canvas, over)
     return canvas.permute(0, 3, 1, 2).mul(2).sub(1).contiguous()
 
 
-def _paint(
-    canvas: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    seen: torch.Tensor,
-    radius: float,
-    color: tuple[float, float, float],
-    tapered: bool,
-) -> None:
-    """Draw a limb from a to b [N, 2] in pixels on those frames [N, H, W, 3] where it is `seen` [N]; only the pixels
-    around it are touched. tapered: an ellipse with these ends, `radius` wide at its middle; otherwise a line with round
-    ends."""
+class _Stroke(NamedTuple):
+    """A limb from a to b [N, 2] in pixels, on those frames where it is `seen` [N]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    seen: torch.Tensor
+    radius: float
+    color: tuple[float, float, float]
+
+
+def _paint(canvas: torch.Tensor, strokes: Sequence[_Stroke], tapered: bool = False) -> None:
+    """Draw limbs over frames [N, H, W, 3], one after the other; only the pixels around each are touched. tapered:
+    ellipses with these ends, `radius` wide at their middle; otherwise lines with round ends."""
     height, width = canvas.shape[1:3]
     sides = canvas.new_tensor([width, height])
-    low = torch.minimum(a, b).sub(radius + 1).floor().clamp_min(0).minimum(sides)
-    high = torch.maximum(a, b).add(radius + 1).ceil().clamp_min(0).minimum(sides)
-    reach = torch.where(seen[:, None], high - low, 0).amax(0)
-    wide, tall = map(int, reach.tolist())
-    if not wide or not tall:
-        return
-    corner = low.minimum(sides - reach).long()
-    columns = corner[:, :1] + torch.arange(wide, device=canvas.device)
-    rows = corner[:, 1:] + torch.arange(tall, device=canvas.device)
+    a, b, seen = (torch.stack([getattr(stroke, name) for stroke in strokes]) for name in ("a", "b", "seen"))
+    around = canvas.new_tensor([stroke.radius + 1 for stroke in strokes])[:, None, None]
+    low = torch.minimum(a, b).sub(around).floor().clamp_min(0).minimum(sides)
+    high = torch.maximum(a, b).add(around).ceil().clamp_min(0).minimum(sides)
+    reaches = torch.where(seen[..., None], high - low, 0).amax(1)
+    corners = low.minimum(sides - reaches[:, None]).long()
     frames = torch.arange(len(canvas), device=canvas.device)
-    place = frames[:, None, None], rows[:, :, None], columns[:, None, :]
-    off = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), -1) + 0.5
-    distance = (_from_ellipse if tapered else _from_line)(off, a[:, None, None], b[:, None, None], radius)
-    cover = (0.5 - distance).clamp(0, 1) * seen[:, None, None]
-    canvas[place] = torch.lerp(canvas[place], canvas.new_tensor(color), cover[..., None])
+    # A GPU is waited for once, not for every limb.
+    for stroke, corner, (wide, tall) in zip(strokes, corners, reaches.long().tolist(), strict=True):
+        if not wide or not tall:
+            continue
+        columns = corner[:, :1] + torch.arange(wide, device=canvas.device)
+        rows = corner[:, 1:] + torch.arange(tall, device=canvas.device)
+        place = frames[:, None, None], rows[:, :, None], columns[:, None, :]
+        off = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), -1) + 0.5
+        ends = stroke.a[:, None, None], stroke.b[:, None, None]
+        distance = (_from_ellipse if tapered else _from_line)(off, *ends, stroke.radius)
+        cover = (0.5 - distance).clamp(0, 1) * stroke.seen[:, None, None]
+        canvas[place] = torch.lerp(canvas[place], canvas.new_tensor(stroke.color), cover[..., None])
 
 
 def _from_line(at: torch.Tensor, a: torch.Tensor, b: torch.Tensor, radius: float) -> torch.Tensor:
