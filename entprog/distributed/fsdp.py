@@ -8,7 +8,6 @@ not sharded as it is.
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -22,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from entprog.blocks import HALF, Block, bypass_layers, is_adapted, layer_weights, replaced, split
 from entprog.config import Backward
 from entprog.distributed import agree
-from entprog.errors import UserError
 from entprog.masking import reason
 
 T = TypeVar("T")
@@ -56,15 +54,6 @@ def shard(
     for block in found:
         rest = set(block.module.parameters()) - rounded[block.name]
         split_up(block.module, ignored_params=rest, mp_policy=policy)
-
-
-def check_half() -> None:
-    """Raises UserError where torch cannot `shard` a network that runs under bfloat16 autocast, without adapters."""
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise UserError(
-            f"train.parallel=fsdp with model.dtype=bfloat16: torch {torch.__version__} splits blocks of one type "
-            "alone; install a later one, or set model.dtype=float32, train.lora or train.parallel=ddp"
-        )
 
 
 def notice_thawed(found: Iterable[Block]) -> None:

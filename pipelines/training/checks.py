@@ -10,7 +10,6 @@ from entprog.blocks import blocks, check_compiles, fp8
 from entprog.config import ClipShape, Experiment
 from entprog.data import latents, shards
 from entprog.diffusion.processes import Flow
-from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.media import styles, wholebody
@@ -48,8 +47,6 @@ def check(experiment: Experiment, known: shards.Dataset | None = None, later: bo
         fp8.check_installed()
     if experiment.model.compile_blocks and experiment.stores_frozen and not experiment.gathers_half:
         check_compiles()
-    if experiment.gathers_half:
-        fsdp.check_half()
     if experiment.train.optimizer == "adamw_8bit":
         eight_bit.check_installed()
     if not data.shards:
