@@ -89,6 +89,17 @@ def imported(path: Path) -> list[list[str]]:
     return found
 
 
+def test_parquet_is_read_without_threads_which_would_abort_a_process_that_ends_meanwhile():
+    reads, threaded = {"read_table", "iter_batches", "read_row_group", "read_row_groups", "read_pandas"}, []
+    for path in [*(ROOT / "entprog").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            alone = any(word.arg == "use_threads" and ast.unparse(word.value) == "False" for word in call.keywords)
+            if ast.unparse(call.func).rpartition(".")[2] in reads and not alone:
+                threaded.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert not threaded
+
+
 def test_every_module_at_the_top_of_pipelines_is_a_job():
     for path in (ROOT / "pipelines").glob("*.py"):
         if path.stem not in {"__init__", *SHARED}:

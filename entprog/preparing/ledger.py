@@ -91,7 +91,8 @@ def write(path: Where, rows: Iterable[Line]) -> None:
 def read(path: Where) -> list[Line]:
     """All rows. Raises UserError if there is no readable ledger."""
     try:
-        return pq.read_table(io.BytesIO(path.read_bytes()), columns=SCHEMA.names).to_pylist()
+        # A process that ends while Arrow's threads still run, as one that is refused does, was aborted now and then.
+        return pq.read_table(io.BytesIO(path.read_bytes()), columns=SCHEMA.names, use_threads=False).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read the ledger {path}: {one_line(error)}") from None
 
