@@ -268,15 +268,23 @@ def test_texts_beside_videos_are_their_captions(tmp_path):
             path.with_suffix(".txt").write_text(text, "utf-8")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "notes.txt").write_text("no caption")
+    (tmp_path / "a.mask.mp4").touch()
+    (tmp_path / "images.v1").mkdir()
+    for number in (1, 2):
+        (tmp_path / "images.v1" / f"{number}.png").touch()
+    (tmp_path / "images.v1.txt").write_text("a dance")
+    (tmp_path / "images.caption").touch()
     (tmp_path / "metadata.jsonl").write_text("{}")
     found = inputs.find(tmp_path)
     message = {row["file"]: row["caption"] for row in found.rows}
     assert message == {
-        "a.mp4": "a man", "b/b.MOV": "a woman", "c.mp4": "", "c.txt": "", "gone.mp4": "", "images.mp4": "",
-        "images.txt": "", "metadata.jsonl": "", "notes.txt": "",
+        "a.mp4": "a man", "b/b.MOV": "a woman", "c.mp4": "", "c.txt": "", "gone.mp4": "", "images.caption": "",
+        "images.mp4": "", "images.txt": "", "images.v1": "a dance", "metadata.jsonl": "", "notes.txt": "",
     }  # fmt: skip
     notes = " | ".join(found.notes)
-    assert "captions of 3 videos" in notes and "2 .txt files beside videos cannot be read" in notes
+    assert "captions of 3 of 6 videos" in notes and "1 video with an empty .txt file beside (gone.mp4)" in notes
+    assert "2 .txt files beside videos cannot be read" in notes
+    assert "2 files of text (images.caption) not read: a caption is NAME.txt" in notes
     assert "metadata.jsonl: not read; if that is the manifest, give it as --input" in notes
     for one in (tmp_path / "a.mp4", f"{tmp_path}/a.*"):
         (row,) = inputs.find(one).rows

@@ -16,19 +16,21 @@ from entprog.masking import reason
 from entprog.media import masks, posefile
 from entprog.names import counted
 from entprog.preparing import addresses, disk
-from entprog.preparing.rows import SUFFIXES, Source, is_video, suffix
+from entprog.preparing.rows import Source, is_video, suffix
 
 CAPTION_BYTES = 1 << 16
 """Largest text beside a video that is taken for its caption."""
+TEXTS = (".txt", ".caption")
+"""Endings, in small letters, of files that people mean as captions."""
 
 
 def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
     """Of videos with a NAME.txt its text, as `caption`."""
-    found, taken, unread = {}, set(), []
+    found, taken, unread = {}, set(), {}
     for row in rows:
-        if suffix(row) not in SUFFIXES or not row["stamp"]:  # no video, or none that is there
+        if not is_video(row) or not row["stamp"]:  # no video, or none that is there
             continue
-        beside = Path(os.fsdecode(row["path"])).with_suffix(".txt")
+        beside = Path(_stem(row) + ".txt")
         try:
             if not _stays(beside, root):
                 raise ValueError("a link out of the input")
@@ -42,11 +44,22 @@ def captions(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str
         except (OSError, ValueError) as error:
             if may_pass(error):  # kept without it, a clip would have no caption for good
                 disk.refuse(error, beside)
-            unread.append(f"{beside.name}: {reason(error)}")
+            unread[os.fsencode(beside)] = f"{beside.name}: {reason(error)}"
     left = [row | {"caption": found.get(row["file"], "")} for row in rows if row["path"] not in taken]
-    notes = [f"captions of {counted(len(found), 'video')} are those of the .txt files beside them"] if found else []
+    videos = sum(is_video(row) and not any(_before(row, ending) for ending in masks.ENDINGS) for row in left)
+    texts, empty = sum(map(bool, found.values())), [file for file, text in found.items() if not text]
+    alone = [row["file"] for row in left if suffix(row) in TEXTS and row["stamp"] and row["path"] not in unread]
+    notes = []
+    if texts:
+        notes.append(f"captions of {texts} of {counted(videos, 'video')} are those of the .txt files beside them")
+    if empty:
+        notes.append(f"{counted(len(empty), 'video')} with an empty .txt file beside ({empty[0]}): no caption")
     if unread:
-        notes.append(f"{counted(len(unread), '.txt file')} beside videos cannot be read as captions ({unread[0]})")
+        first = next(iter(unread.values()))
+        notes.append(f"{counted(len(unread), '.txt file')} beside videos cannot be read as captions ({first})")
+    if alone:
+        these = f"{counted(len(alone), 'file')} of text ({alone[0]})"
+        notes.append(f"{these} not read: a caption is NAME.txt, in small letters, beside NAME.mp4 or a folder NAME")
     return left, notes
 
 
