@@ -292,3 +292,14 @@ def test_vae_and_image_encoder_are_counted_beside_the_network(tmp_path):
     encoder.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match=f"model.base: {encoder} cannot be read"):
         footprint.beside_bytes(there)
+
+
+def test_what_is_proposed_leaves_the_network_as_it_was():
+    wide = {"model": {"init": {**TINY, "attention_head_dim": 128, "ffn_dim": 1024}}}
+    experiment = settings(**wide, schedule={"memory_budget_bytes": 1}, train={"parallel": "fsdp", "workers": 2})
+    there = source(experiment)
+    before, names = footprint.stages(experiment, there), [name for name, _ in there.network.named_parameters()]
+    advice = footprint.host_advice(experiment, there, 1)
+    assert "alone are up to" in footprint.advice(experiment, there)
+    assert [name for name, _ in there.network.named_parameters()] == names
+    assert (footprint.stages(experiment, there), footprint.host_advice(experiment, there, 1)) == (before, advice)

@@ -4,7 +4,9 @@ What the clips take comes on top: a run with `schedule.memory_budget_bytes` meas
 fit.
 """
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ def _proposal(experiment: Experiment, source: Source, budget: int) -> str | None
     """Settings with which every stage's weights, gradients, moments and averages are within a budget, in words; None:
     none of `smaller` is enough."""
     values, given = experiment.model_dump(), config.settings(experiment)
+    # What is proposed is tried on another network: one keeps the adapters that `stages` gives it.
+    source = replace(source, **copy.deepcopy({"network": source.network, "outside": source.outside}))
     for change in smaller(len(blocks(source.network))):
         kept = {"train.lora"} if experiment.train.lora else set()
         new = {name: value for name, value in change.items() if name not in kept and given.get(name) != value}
@@ -280,7 +284,7 @@ def largest(experiment: Experiment, source: Source) -> int:
 
 def stages(experiment: Experiment, source: Source, *, smallest: bool = False) -> list[Held]:
     """What every stage holds at most: with the largest blocks that it may train, and the most of them. smallest: at
-    least, with the smallest and the fewest."""
+    least, with the smallest and the fewest. A network that adapters are trained of has them from then on."""
     network, found = source.network, blocks(source.network)
     if experiment.train.lora and not any(ADAPTER in name for name, _ in network.named_parameters()):
         lora.add(network, found, experiment.train.lora, experiment.train.seed)
