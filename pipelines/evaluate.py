@@ -153,6 +153,9 @@ def plan(
         raise UserError(
             f"--checkpoint generates clips, --generated takes some that are there: give one, {message} given"
         )
+    if settings.generate.gpus != "auto":
+        asked = settings.generate.gpus
+        raise UserError(f"generate.gpus={asked} is of generate alone: give evaluate.gpus={asked}")
     joining.check_form()
     chosen, dataset = settings.evaluate, datasets.read_dataset(storage.quickly(str(shards)))
     datasets.verify(dataset, "size")
@@ -171,6 +174,7 @@ def plan(
     if maker is None:
         made, places = protocol.how_given(folder), _given(places, folder)
     else:
+        settings = _decided(maker, settings)
         made = protocol.how_made(maker, settings, dataset, text.name)
     identity = {"clips of --shards": dataset.fingerprint, "evaluate.split": chosen.split}
     if maker is None:
@@ -362,6 +366,36 @@ def _show(evaluation: dict[str, Any], clips: int) -> None:
 
 
 # ---- around ----
+
+
+def _decided(maker: checkpoints.Checkpoint, settings: Evaluation) -> Evaluation:
+    """The settings with `generate.dtype`, and what it depends on, `evaluate.gpus`, spelled out: the cards and the
+    actors, on whatever machines, have the same. Raises UserError as `capacity.takes_gpus` does.
+    """
+    if settings.generate.dtype != "auto" or maker.dtype == "float32":
+        return settings
+    gpu = _gpus(settings)
+    dtype = checkpoints.dtype_of(maker, settings.generate, gpu)
+    parts = {
+        "evaluate": settings.evaluate.model_copy(update={"gpus": "yes" if gpu else "no"}),
+        "generate": settings.generate.model_copy(update={"dtype": dtype}),
+    }
+    return settings.model_copy(update=parts)
+
+
+def _gpus(settings: Evaluation) -> bool:
+    """Whether the actors will have GPUs: a cluster that is joined is asked."""
+    import ray
+
+    asked = settings.evaluate.gpus
+    if asked != "auto":
+        return asked == "yes"
+    if not (joining.address() or ray.is_initialized()):
+        import torch
+
+        return torch.cuda.is_available()
+    with session.ray_cluster(capacity.LOCAL_CPUS):
+        return capacity.takes_gpus(asked, "evaluate.gpus")
 
 
 def _workers(settings: Evaluation) -> tuple[int, bool]:

@@ -165,7 +165,7 @@ def run(
             "each makes clips of its own; VACE networks that see a reference take several together"
         )
     scene = replacing.scene(mask, background, found, pose or video, video is not None)
-    how = protocol.how_sampled(found, settings.generate)
+    how = protocol.how_sampled(found, settings.generate, checkpoints.gpu_here(settings.generate))
     if video is not None or retarget:
         settings = motions.estimating(settings, found)
     asked = {"reference": reference, "pose": pose, "video": video, "shards": shards}

@@ -185,6 +185,22 @@ def test_clips_of_another_text_are_not_judged_as_these(made, tmp_path):
     assert [card.details for card in cards] == ['text "a man walks"', "", "network in bfloat16"]
 
 
+def test_the_dtype_is_that_of_the_actors_and_not_of_the_machine_that_plans(made, local_ray, tmp_path, monkeypatch):
+    load(Model(init=NETWORK, vae="none")).save(tmp_path / "model", shape=SHAPE, dtype="bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # here; the Ray that is joined has no GPU
+    for gpus, dtype, there in (("auto", "float32", "no"), ("no", "float32", "no"), ("yes", "bfloat16", "yes")):
+        chosen = Evaluation.model_validate({"evaluate": {**FAST["evaluate"], "gpus": gpus}})
+        task = evaluate.plan(tmp_path, made / "shards", tmp_path / "out", chosen)
+        assert [task.made["dtype"], task.identity["dtype"], task.settings.generate.dtype] == [dtype] * 3
+        assert task.settings.evaluate.gpus == there
+    over = []
+    monkeypatch.setattr(judging, "_over", lambda todo, actor, arguments, *_: over.append(arguments) or [])
+    judging.generate([], task.maker, task.settings, 1, gpus=False)
+    assert over[0]["settings"].gpus == "no", "an actor without a GPU of its own may see the machine's"
+    with pytest.raises(UserError, match=r"generate\.gpus=no is of generate alone: give evaluate\.gpus=no"):
+        evaluate.plan(tmp_path, made / "shards", tmp_path / "out", how(gpus="no"))
+
+
 def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
     dataset = shards.read_dataset(made / "shards")
     named = motions.motions_from_shards(made / "shards", ["square 2.mp4#000000"], "held_out", how(), SHAPE)

@@ -124,11 +124,15 @@ def test_a_network_is_sampled_in_the_type_it_was_trained_under_where_there_is_a_
     load(Model(init=NETWORK, vae="none")).save(tmp_path / "model", shape=SHAPE, dtype="bfloat16")
     found, before = (checkpoints.find(str(path), Generate()) for path in (tmp_path, made / "run"))
     chosen = [Generate(), Generate(dtype="float32"), Generate(gpus="no"), Generate(dtype="bfloat16", gpus="no")]
-    assert [checkpoints.dtype_of(found, each) for each in chosen] == ["float32"] * 3 + ["bfloat16"]
+
+    def dtypes(of):
+        return [checkpoints.dtype_of(of, each, checkpoints.gpu_here(each)) for each in chosen]
+
+    assert dtypes(found) == ["float32"] * 3 + ["bfloat16"]
     half = checkpoints.load(found, chosen[-1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [checkpoints.dtype_of(found, each) for each in chosen] == ["bfloat16", "float32", "float32", "bfloat16"]
-    assert checkpoints.dtype_of(before, Generate()) == "float32", "of an earlier version, which did not say it"
+    assert dtypes(found) == ["bfloat16", "float32", "float32", "bfloat16"]
+    assert dtypes(before)[0] == "float32", "of an earlier version, which did not say it"
 
     plain = load(Model(base=str(tmp_path / "model"), conditions=("reference", "pose"), dtype="bfloat16"))
     sizes = [sum(p.nbytes for p in of.network.blocks.parameters()) for of in (half, plain)]

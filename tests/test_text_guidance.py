@@ -121,11 +121,11 @@ def test_no_text_is_what_training_shows_for_one_that_is_withheld(made, tmp_path)
     encoders.encoder(tmp_path / "fixed")
     kept = folders.saved(tmp_path / "fixed"), folders.saved(folder)
     assert "texts" not in kept[0] and kept[1]["texts"]["shown"] == "caption"
-    card = protocol.how_sampled(captioned, settings)["guidance"]
+    card = protocol.how_sampled(captioned, settings, False)["guidance"]
     assert card == "reference 2, pose 3, text 5 over the empty text"
     found = checkpoints.find(str(tmp_path / "fixed"), settings)
-    assert protocol.how_sampled(found, settings)["guidance"] == "reference 2, pose 3, text 5 over zeros"
-    assert protocol.how_sampled(found, Generate())["guidance"] == "reference 1, pose 1"
+    assert protocol.how_sampled(found, settings, False)["guidance"] == "reference 2, pose 3, text 5 over zeros"
+    assert protocol.how_sampled(found, Generate(), False)["guidance"] == "reference 1, pose 1"
 
 
 @pytest.mark.parametrize("made", ["text to video"], indirect=True)

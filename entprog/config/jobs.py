@@ -169,7 +169,7 @@ class Generate(Part):
     """Autocast type of the forward pass; `auto`: on a GPU the one that it was trained under, else float32. Under
     bfloat16 blocks hold what it rounds in half the memory."""
     gpus: Literal["auto", "yes", "no"] = "auto"
-    """`auto`: a GPU if there is one."""
+    """`auto`: a GPU if there is one. Of `generate` alone: `evaluate` has `evaluate.gpus`."""
 
 
 class Generation(Part):

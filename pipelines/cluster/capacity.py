@@ -136,19 +136,25 @@ def gpus_there(asked: Asked, setting: str, say: Callable[[str], None], cpus: int
     A cluster that has none of what is needed yet is waited for until it has. Raises UserError for GPUs that a Ray of
     this machine does not have, and where nothing says which of the two a cluster would get.
     """
-    import ray
-
-    def there(resource: str) -> int:
-        return int(ray.cluster_resources().get(resource, 0))
-
-    if not _chosen(asked, setting, there("GPU"), there("CPU") >= cpus):
+    if not takes_gpus(asked, setting, cpus):
         room.cpus(cpus, say)
         return 0
     if joining.address():
         room.wait([{"GPU": 1, "CPU": 1}], 1, lambda placed: f"{placed} of 1 GPU is free", say)
-    elif not there("GPU"):
+    elif not _there("GPU"):
         raise UserError(f"{setting}=yes, but Ray has no GPU here: set {setting}=auto, or join a cluster with GPUs")
-    return there("GPU")
+    return _there("GPU")
+
+
+def takes_gpus(asked: Asked, setting: str, cpus: int = 1) -> bool:
+    """Whether a job takes GPUs of the connected Ray, as it is now. Raises UserError where nothing says it."""
+    return _chosen(asked, setting, _there("GPU"), _there("CPU") >= cpus)
+
+
+def _there(resource: str) -> int:
+    import ray
+
+    return int(ray.cluster_resources().get(resource, 0))
 
 
 def _chosen(asked: Asked, setting: str, gpus: int, enough_cpus: bool) -> bool:

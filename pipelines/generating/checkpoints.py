@@ -102,6 +102,11 @@ class Checkpoint:
 
         return captions.unmended(self.about["family"], [text or ""])
 
+    @property
+    def dtype(self) -> str:
+        """The autocast type that it was trained under; float32 where an earlier version did not say it."""
+        return self.about.get("provenance", {}).get("dtype", "float32")
+
     def model(self, dtype: str = "float32") -> config.Model:
         """The settings that load it."""
         return config.Model(family=self.about["family"], base=str(self.root), conditions=self.conditions, dtype=dtype)
@@ -193,20 +198,20 @@ def sampler_name(checkpoint: Checkpoint, settings: Generate) -> str:
     return name if shift == 1 else f"{name}, shift {shift:g}"
 
 
-def _device(settings: Generate) -> str:
-    """Where it is to run. Raises UserError if a GPU is asked for that is not there."""
+def gpu_here(settings: Generate) -> bool:
+    """Whether this process samples on a GPU. Raises UserError if one is asked for that is not there."""
     import torch
 
     if settings.gpus == "yes" and not torch.cuda.is_available():
         raise UserError("generate.gpus=yes, but torch sees no GPU here")
-    return "cuda" if settings.gpus != "no" and torch.cuda.is_available() else "cpu"
+    return settings.gpus != "no" and torch.cuda.is_available()
 
 
-def dtype_of(checkpoint: Checkpoint, settings: Generate) -> str:
-    """The autocast type that it is to run under. Raises UserError as `_device` does."""
+def dtype_of(checkpoint: Checkpoint, settings: Generate, gpu: bool) -> str:
+    """The autocast type that it is to run under, on a GPU or without."""
     if settings.dtype != "auto":
         return settings.dtype
-    return checkpoint.about.get("provenance", {}).get("dtype", "float32") if _device(settings) == "cuda" else "float32"
+    return checkpoint.dtype if gpu else "float32"
 
 
 def load(checkpoint: Checkpoint, settings: Generate):
@@ -217,7 +222,8 @@ def load(checkpoint: Checkpoint, settings: Generate):
     from entprog.blocks import blocks, round_frozen
     from entprog.models import captions
 
-    device, dtype = _device(settings), dtype_of(checkpoint, settings)
+    gpu = gpu_here(settings)
+    device, dtype = "cuda" if gpu else "cpu", dtype_of(checkpoint, settings, gpu)
     family, text = models.family(checkpoint.about["family"]), {}
     if settings.text is not None:  # before the network is loaded: the text encoder may be as large
         network = family.inspect(checkpoint.model()).network.config

@@ -170,7 +170,8 @@ def generate(
 ) -> None:
     """Write the clips of all places. texts: their captions, encoded. Raises UserError for damaged shards or texts."""
     absolute = replace(checkpoint, root=checkpoint.root.resolve())  # actors work in another directory
-    arguments = {"checkpoint": absolute, "settings": settings.generate}
+    asked = settings.generate.model_copy(update={"gpus": "yes" if gpus else "no"})  # one without may see the machine's
+    arguments = {"checkpoint": absolute, "settings": asked}
     arguments |= {"texts": texts and replace(texts, folder=texts.folder.resolve())}
     made = _over(todo, Generator, arguments, settings.generate.batch_size, workers, gpus)
     for _ in _counted("generating", made, len(todo)):

@@ -23,8 +23,8 @@ FILE = "protocol.json"
 """The file in a folder of generated clips that records how they were made."""
 
 
-def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
-    """All that decides what a checkpoint makes of a motion."""
+def how_sampled(maker: Checkpoint, chosen: Generate, gpu: bool) -> dict[str, Any]:
+    """All that decides what a checkpoint makes of a motion, on a GPU or without."""
     text = {}
     if chosen.text is not None:
         text = {"text": chosen.text, "text encoder": checkpoints.text_source(maker, chosen).key}
@@ -35,13 +35,14 @@ def how_sampled(maker: Checkpoint, chosen: Generate) -> dict[str, Any]:
         "steps": chosen.steps,
         "guidance": f"reference {chosen.reference_guidance:g}, pose {chosen.pose_guidance:g}{of_text}",
         "seed": chosen.seed,
-        "dtype": checkpoints.dtype_of(maker, chosen),
+        "dtype": checkpoints.dtype_of(maker, chosen, gpu),
     }
 
 
 def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset, texts: str = "") -> dict[str, Any]:
-    """All that decides what a checkpoint's clips of a split look like. texts: `captioned.Shown.name`."""
-    made = how_sampled(maker, settings.generate) | ({"texts": texts} if texts else {})
+    """All that decides what a checkpoint's clips of a split look like. settings: with `generate.dtype` spelled out
+    where they are made on GPUs; texts: `captioned.Shown.name`."""
+    made = how_sampled(maker, settings.generate, gpu=False) | ({"texts": texts} if texts else {})
     if dataset.masks and maker.replaces:  # what is drawn is then no whole clip
         made["guidance"] += ", put into clips with masks"
     return made | {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
