@@ -102,6 +102,14 @@ def test_candidates_are_distinct_and_full_training_is_the_last(generators, backw
         assert any(plan.backward == "residual" for plan in found)
 
 
+@pytest.mark.parametrize("narrow", [{"generators": ["suffix"], "suffixes": [0.25]}, {"generators": ["budget"]}])
+def test_where_generators_make_nothing_of_blocks_above_the_threshold_the_highest_is_tried(narrow):
+    schedule = Schedule(kind="entprog", stages=2, cei_threshold=7, budgets=[0.05], backward="residual", **narrow)
+    models = {SHAPE: model([(1.0, 1.0, 1.0)] * 8)}
+    early, late = ([p.trainable for p in candidates(names, scores, schedule, SHAPE, s, models=models)] for s in (0, 1))
+    assert early == [("b3",)] and late[-1] == tuple(names)
+
+
 def test_labels_are_the_number_of_blocks_where_that_says_it_all():
     assert labels(candidates(names, scores, SEARCH, SHAPE, 0)) == ["m2", "m4", "m6", "m8"]
 

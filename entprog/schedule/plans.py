@@ -165,7 +165,8 @@ def candidates(
     shape: of whole clips. models: cost model of each shape on the ladder, for generator `budget`. seed: of the
     kinds that draw blocks. others: as `of_set` has it.
 
-    A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in).
+    A block below `cei_threshold` is left out until the last stage (if none is above, the highest stays in). Where the
+    generators make nothing of those that are left, the highest of them alone is tried.
     `monotone` keeps only sets no smaller than `now`. A schedule other than entprog leaves one plan.
     """
     if plan := fixed(names, priority, schedule, shape, stage, seed=seed, others=others):
@@ -176,13 +177,17 @@ def candidates(
         eligible = [name for name in names if priority[name] >= schedule.cei_threshold]
         eligible = eligible or [max(names, key=lambda name: priority[name])]
     found: list[Plan] = []
-    for each in ladder(schedule, shape, last):
+    shapes = ladder(schedule, shape, last)
+    for each in shapes:
         for backward in schedule.backwards:
             for generator in schedule.generators:
                 sets = GENERATORS[generator](names, eligible, priority, schedule, backward, (models or {}).get(each))
                 found += [of_set(chosen, names, backward, each, others) for chosen in sets]
     if len(eligible) == len(names):
         found.append(full(names, shape))
+    if not found:  # none of the last blocks is above the threshold, or a budget pays for none that is
+        one = best(1, eligible, priority)
+        found = [of_set(one, names, backward, each, others) for each in shapes for backward in schedule.backwards]
     if schedule.monotone and now is not None:
         same = of_set(best(now.m, names, priority), names, now.backward, shape, others)
         found = [plan for plan in found if plan.m >= now.m] or [same]
