@@ -58,8 +58,8 @@ def main(
     generated: Annotated[
         str | None,
         typer.Option(
-            help="Clips that are there already: an output of pipelines.generate, or CLIP_ID.mp4 files; also s3:// or "
-            "gs://."
+            help="Clips that are there already: an output of pipelines.generate or pipelines.evaluate, or CLIP_ID.mp4 "
+            "files; also s3:// or gs://."
         ),
     ] = None,
     output: Annotated[
@@ -169,7 +169,7 @@ def plan(
 
         text = captioned.shown(maker, settings.generate, dataset.folder, captions.of_clips(dataset, chosen.split))
         checkpoints.check_text_guidance(maker, settings.generate, str(checkpoint), text.texts is not None)
-    folder = generated or output / "generated"
+    folder = (generated and _clips_of(generated)) or output / "generated"
     places = judging.places(dataset, chosen.split, chosen.clips, folder)
     if maker is None:
         made, places = protocol.how_given(folder), _given(places, folder)
@@ -279,12 +279,19 @@ def _files(folder: Where) -> set[str]:
         return set()
 
 
+def _clips_of(given: Where) -> Where:
+    """The folder of clips in what --generated names: of an output of evaluate, which made them, the one inside."""
+    made = given / "generated"
+    return made if (made / protocol.FILE).is_file() else given
+
+
 def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
     """Places with the files that a folder holds for them. Raises UserError for the first clip that it lacks."""
     if not folder.is_dir():
         raise UserError(f"--generated: no such folder: {folder}")
-    listed = protocol.read_json(folder / "result.json").get("clips", []) if (folder / "result.json").is_file() else []
-    results = {r["clip"]: Path(r["result"]) for r in listed if isinstance(r, dict) and "result" in r}
+    listed = protocol.read_json(folder / "result.json").get("clips") if (folder / "result.json").is_file() else None
+    records = listed if isinstance(listed, list) else []  # a number in an output of evaluate
+    results = {r["clip"]: Path(r["result"]) for r in records if isinstance(r, dict) and "result" in r}
     own, videos = _files(folder), _files(folder / "videos")
     out = []
     for place in todo:

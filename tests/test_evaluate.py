@@ -220,6 +220,19 @@ def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
     assert done.exit_code == 0 and "Would judge 3 clips" in done.output and not (tmp_path / "out").exists()
 
 
+def test_clips_of_an_earlier_evaluate_are_taken(made, tmp_path):
+    before = evaluate.plan(made / "run", made / "shards", tmp_path / "before", how())
+    (tmp_path / "before").mkdir()
+    truth_as_generated(made, before.folder)
+    files.write_json(tmp_path / "before" / "result.json", {"clips": 3})
+    given = tmp_path / "out", how()
+    with pytest.raises(UserError, match="has no clip for square 0"):
+        evaluate.plan(None, made / "shards", *given, generated=tmp_path / "before")
+    evaluate.protocol.leave(before.folder, before.made)
+    task = evaluate.plan(None, made / "shards", *given, generated=tmp_path / "before")
+    assert task.made == before.made and all(place.clip.parent == before.folder for place in task.places)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
