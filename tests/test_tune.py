@@ -1,7 +1,9 @@
 """Sweeps through the real command: real clips, real Ray Tune and Train, real MLflow, a real kill."""
 
 import csv
+import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
 from entprog import config, models, storage
+from entprog.data.shards import read_dataset
 from entprog.errors import UserError
 from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
@@ -168,6 +172,51 @@ def test_checkpoints_of_trainings_that_ended_are_gone_wherever_they_lay(tmp_path
     assert [folder.name for folder in (there / "abc").iterdir()] == ["seed-2"]
     away = tiny_experiment(train={"checkpoints": "s3://b/ck?region=x"})
     assert trial.checkpoints(away, place) == "s3://b/ck/abc/seed-1?region=x"
+
+
+def test_a_trial_waits_for_an_mlflow_that_is_away(tmp_path, monkeypatch):
+    """None of its values is wrong, and Tune is told nothing of them."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shards = str(Path(tune.__file__).parent / "demo_person")
+    experiment = tiny_experiment(data={"shards": shards}).model_dump(mode="json")
+    about = {"tables": "", "tracking_uri": "", "cluster": "local", "sweep_run_id": ""}
+    spec = trial.Spec(experiment=experiment, tune=config.Tune(seeds=2).model_dump(mode="json"), output=str(tmp_path),
+                      data=read_dataset(shards).fingerprint, **about)  # fmt: skip
+    watch = sweep.Watch(1, "held_out_loss", tmp_path, tmp_path)
+    watch.running.add("a")
+    tries = iter((spec, spec, replace(spec, data="others")))
+    shown = []
+    monkeypatch.setattr(watch.bar.console, "print", lambda line, **_: shown.append(line))
+
+    def begin():
+        watch.on_step_end(0, [])
+        watch.looked_s = -math.inf
+        return trial.run({}, next(tries), "a", pytest.fail)
+
+    assert trial.patiently(begin, spec, (0.0,))["held_out_loss"] == math.inf
+    (line,) = shown
+    assert re.match("trial a waits, and is tried again: .*MLflow at http://127.0.0.1:1 cannot be used", line)
+    assert "other clips" in json.loads((trial.folder_of(tmp_path, "a") / trial.RECORD).read_text())["reason"]
+    assert trial.waiting(trial.folder_of(tmp_path, "a")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "output", "away"),
+    [
+        (RuntimeError("entprog.errors.UnreachableError: cannot read s3://a/b"), "out", True),
+        (RuntimeError("torch.OutOfMemoryError: no memory"), "out", False),
+        (TimeoutError(errno.ETIMEDOUT, "no answer"), "out", True),
+        (OSError("AWS Error NETWORK_CONNECTION"), "s3://a/b", True),
+        (OSError("AWS Error NETWORK_CONNECTION"), "out", False),
+        (FileNotFoundError("gone"), "s3://a/b", False),
+        (UserError("wrong"), "s3://a/b", False),
+    ],
+)
+def test_what_is_away_for_a_while_is_no_fault_of_a_trial(error, output, away):
+    about = dict.fromkeys(("tables", "tracking_uri", "cluster", "sweep_run_id", "data"), "")
+    spec = trial.Spec(experiment=tiny_experiment().model_dump(mode="json"), tune={}, output=output, **about)
+    assert trial.is_away(error, spec) == away
 
 
 @pytest.mark.slow

@@ -23,12 +23,14 @@ from entprog.storage import Where
 from pipelines import terminal
 from pipelines.cluster import joining, room
 from pipelines.sweeping import keeping, spaces
-from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable
+from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable, waiting
 
 NAME = "tune"
 """Ray Tune's own folder in that of the sweep's state."""
 STATE_EVERY_S = 2
 """Between two states that a killed driver can be resumed from."""
+WAITING_EVERY_S = 30
+"""Between looks at whether trials wait for MLflow or a bucket."""
 NEXT_TO_NOTHING = {"memory": 1}
 """What a trial's own process holds (a byte): a CPU of it would be missing from decoding, and none at all is refused."""
 STARTUP_S = 20.0
@@ -217,6 +219,10 @@ class Watch(Callback):
         self.trials, self.objective, self.output, self.state = trials, objective, output, state
         self.kept_s = 0.0
         """When the state was kept, on a clock of its own."""
+        self.looked_s = 0.0
+        """When it was last looked at what trials wait for, on the same clock."""
+        self.waited: set[tuple[str, str]] = set()
+        """Trials, and what they were last seen to wait for."""
         self.best = math.inf
         self.ended: dict[str, int] = {"done": 0, "stopped": 0, "failed": 0}
         self.running: set[str] = set()
@@ -241,6 +247,15 @@ class Watch(Callback):
             self.kept_s = time.monotonic()
             with suppress(OSError):  # as it was before: the next one may be kept
                 keeping.keep(self.state)
+        if time.monotonic() - self.looked_s > WAITING_EVERY_S:
+            self.looked_s = time.monotonic()
+            self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        now = {(name, why) for name in self.running if (why := waiting(folder_of(self.output, name)))}
+        for name, why in sorted(now - self.waited):
+            self.bar.console.print(f"trial {name} waits, and is tried again: {why}", soft_wrap=True)
+        self.waited = now
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **_) -> None:
         self.running.add(trial.trial_id)

@@ -5,6 +5,8 @@ between two held-out evaluations its loss is drawn in a straight line between th
 at equal seconds, whatever the steps they took.
 """
 
+import contextlib
+import itertools
 import math
 import os
 import time
@@ -23,6 +25,8 @@ from entprog.training import curves
 from pipelines.training import steplog
 
 RECORD = "trial.json"
+WAITS_S = (5.0, 15.0, 60.0)
+"""Waits between tries of a trial while MLflow or a bucket does not answer; the last one goes on."""
 Report = tuple[str, dict[str, Any]]
 """A trial's id, and what it reported to Ray Tune."""
 Point = tuple[float, float]
@@ -61,9 +65,33 @@ def trainable(spec: Spec) -> Callable[[dict[str, Any]], None]:
         from ray import tune
 
         here(spec)
-        tune.report(run(values, spec, tune.get_context().get_trial_id(), tune.report))
+        name = tune.get_context().get_trial_id()
+        tune.report(patiently(lambda: run(values, spec, name, tune.report), spec))
 
     return trial
+
+
+def patiently(work: Callable[[], Any], spec: Spec, waits_s: Sequence[float] = WAITS_S) -> Any:
+    """What the work returns, begun again for as long as it takes where what it needs is away: no setting of the trial's
+    is wrong then, and the next trial would fare no better."""
+    waits = itertools.chain(waits_s, itertools.repeat(waits_s[-1]))
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_away(error, spec):
+                raise
+        time.sleep(next(waits))
+
+
+def is_away(error: BaseException, spec: Spec) -> bool:
+    """Whether an error is of MLflow, a bucket, a hub or a network disk that may answer later."""
+    if isinstance(error, UnreachableError) or files.may_pass(error):
+        return True
+    if isinstance(error, RuntimeError):  # of workers, in words
+        return f"{UnreachableError.__name__}: " in str(error)
+    in_bucket = "://" in spec.output or "://" in (spec.experiment["train"]["checkpoints"] or "")
+    return in_bucket and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def here(spec: Spec) -> None:
@@ -78,7 +106,7 @@ def run(
 
     report: gets {"tick", "held_out_loss", …} as the first seed's training passes equal shares of its budget. A
     person's mistake and a loss that is not finite end the trial as failed, with the reason; a crash raises and is
-    tried again from the checkpoint.
+    tried again from the checkpoint; so is, by `patiently`, what does not answer.
     """
     from pipelines import train
     from pipelines.sweeping import spaces
@@ -131,15 +159,16 @@ def run(
             remove_checkpoints(place, experiment)  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
         last = {name: objective(name, record, one.train.seconds) for name in config.OBJECTIVES}
-    except UserError as error:
-        record |= {"status": "failed", "reason": str(error)}
-        if isinstance(error, UnreachableError):
+    except BaseException as error:
+        if is_away(error, spec):
+            with contextlib.suppress(OSError):  # which may be what is away
+                files.write_json(folder / RECORD, record | {"waiting": _reason(error)})
+            raise
+        record |= {"status": "failed", "reason": str(error) if isinstance(error, UserError) else _reason(error)}
+        if not isinstance(error, UserError):
             files.write_json(folder / RECORD, record)
             raise
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
-    except BaseException as error:
-        files.write_json(folder / RECORD, record | {"status": "failed", "reason": _reason(error)})
-        raise
     finally:
         if tracker is not None:
             tracker.summary({k: v for k, v in record.items() if isinstance(v, float)})
@@ -190,6 +219,14 @@ def reports(output: Where) -> list[Report]:
         for tick, said in _said(folder).items()
     ]
     return [(name, {"tick": tick, "held_out_loss": loss}) for _, name, tick, loss in sorted(found)]
+
+
+def waiting(folder: Where) -> str | None:
+    """What a trial waits for, in words; None where it does not, or that cannot be read now."""
+    try:
+        return files.from_json((folder / RECORD).read_text()).get("waiting")
+    except (OSError, ValueError):
+        return None
 
 
 def _said(folder: Where) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from entprog import files
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.masking import masked, reason
 
 
@@ -76,13 +76,13 @@ def connect(uri: str):
         return MlflowClient(tracking_uri=uri)
 
 
-def unusable(uri: str, error: Exception) -> UserError:
-    return UserError(f"MLflow at {masked(uri)} cannot be used: {reason(error, uri)}; check MLFLOW_TRACKING_URI")
+def unusable(uri: str, error: Exception) -> UnreachableError:
+    return UnreachableError(f"MLflow at {masked(uri)} cannot be used: {reason(error, uri)}; check MLFLOW_TRACKING_URI")
 
 
 def check_answers() -> None:
-    """Raises UserError where MLFLOW_TRACKING_URI names a server that does not answer. Other stores are not opened: that
-    would make them."""
+    """Raises UnreachableError where MLFLOW_TRACKING_URI names a server that does not answer. Other stores are not
+    opened: that would make them."""
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
         try:

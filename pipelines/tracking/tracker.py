@@ -81,7 +81,7 @@ class Tracker:
         """On the driver: the run of an output folder, continued if it was begun before.
 
         params: {dotted name: JSON value}. parent: id of the run under which this one is nested.
-        Raises UserError if MLflow does not answer.
+        Raises UnreachableError if MLflow does not answer.
         """
         uri, experiment, run_name = tracking_uri(), masked(experiment), masked(run_name)
         record = output / RUN_FILE
