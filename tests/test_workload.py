@@ -40,6 +40,7 @@ def test_a_runs_clips_and_flops_are_those_of_its_stages(capsys):
     experiment, source = of("wan", train=train, schedule={**STAGES, "tokens": "constant"})
     assert [(steps, clips) for steps, _, clips in workload.stages(experiment)] == [(500, 2 * 4 * 6), (1500, 2 * 6)]
     assert "2000 steps see 42000 clips, so each of the 100 there are 420 times" in workload.epochs(experiment, 100)
+    assert "encodes its clips, 420 times each" in expectation.encoding(experiment, 100, 1.0, 1.0)
     plain = workload.denoiser(experiment, source)
     small, whole = (workload.forward_flops(plain, shape) for _, shape, _ in workload.stages(experiment))
     counted = 3 * (500 * 48 * small + 1500 * 12 * whole)

@@ -157,6 +157,10 @@ class Experiment(Part):
         clips = self.data.batch_size * self.data.shape.pixels / shape.pixels
         return min(round(clips), int(MOST_PIXELS * clips))
 
+    def clips_at(self, shape: ClipShape) -> int:
+        """Clips of a step at a clip shape, of all workers and batches."""
+        return self.batch_size_at(shape) * self.train.workers * self.train.accumulate
+
     def timestep_shift_at(self, shape: ClipShape) -> float:
         """Shift of timesteps at a clip shape, which `auto` takes from a shape where it is known to another by the root
         of the number of pixels (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""

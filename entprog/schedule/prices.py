@@ -100,9 +100,7 @@ class Prices:
 
     def step_flops(self, plan: Plan) -> float:
         """FLOPs of one update, all ranks."""
-        train = self.experiment.train
-        clips = self.experiment.batch_size_at(plan.shape) * train.workers * train.accumulate
-        return float(self.counted(plan).step_flops(clips))
+        return float(self.counted(plan).step_flops(self.experiment.clips_at(plan.shape)))
 
     def evaluation_flops(self) -> float:
         """One search evaluation: a forward pass per clip."""

@@ -103,7 +103,7 @@ def outlook(experiment: Experiment, dataset: shards.Dataset, nodes: Sequence[Nod
     """Where clips will be decoded and how fast that is, in words. nodes: of `nodes_there`."""
     where, cpus = _foreseen(experiment, nodes)
     a_core = clips_per_s(dataset, experiment.data.shape.frames)
-    clips = experiment.data.batch_size * experiment.train.workers * experiment.train.accumulate
+    clips = experiment.clips_at(experiment.data.shape)
     line = f"Clips are decoded {where}; a core like this machine's decodes {a_core:.3g} clips/s (measured)"
     if cpus:
         in_all = a_core * cpus

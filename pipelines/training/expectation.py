@@ -74,7 +74,7 @@ def encoding(experiment: Experiment, clips: int, encoding_flops: float, forward_
     train = experiment.train
     if not is_long(experiment) or experiment.data.latents == "never":
         return None
-    seen = (train.steps or 0) * experiment.data.batch_size * train.workers * train.accumulate
+    seen = workload.clips_seen(experiment) if train.steps else 0
     if train.steps and seen < 2 * clips:
         return None
     step_flops = (4 if experiment.model.gradient_checkpointing else 3) * forward_flops
@@ -105,7 +105,7 @@ def limit(experiment: Experiment, blocks: int, others: int = 0) -> Limit:
         costs.append(least_step(experiment, row, number, blocks, others))
         spent += (row.until - begun) * costs[-1]
         begun = row.until
-    clips = experiment.data.batch_size * train.workers * train.accumulate
+    clips = experiment.clips_at(experiment.data.shape)
     scoring = scoring_forwards(experiment, blocks + others) / (passes * clips)
     sooner = train.steps / (train.steps * spent + scoring) if train.steps else None
     return Limit(min(costs), scoring, sooner)

@@ -150,8 +150,7 @@ def _figures(experiment: Experiment | None, result: Mapping[str, Any]) -> str:
         "charged seconds": f"{result['seconds']:.0f}",
         "FLOPs": f"{result['flops']:.3g}",
         "schedule": f"{schedule.kind}, blocks trained by stage: {blocks or 'all'}",
-        "learning rate, clips a step": f"{train.learning_rate:g}, "
-        f"{experiment.data.batch_size * train.workers * train.accumulate}",
+        "learning rate, whole clips a step": f"{train.learning_rate:g}, {experiment.clips_at(experiment.data.shape)}",
     }
     return "| figure | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
 

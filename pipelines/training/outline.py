@@ -32,14 +32,14 @@ UNEVEN = 0.1
 
 def rows(experiment: Experiment, blocks: int, others: int = 0) -> list[tuple[str, ...]]:
     """A line of COLUMNS for each stage. blocks: how many may be trained (`plans.eligible`); others: how many never."""
-    schedule, train = experiment.schedule, experiment.train
+    schedule = experiment.schedule
     out, begun = [], 0.0
     for number, row in enumerate(plans.rows(schedule), 1):
         shapes = [row.of(experiment.data.shape)]
         if schedule.kind == "entprog":
             last = number == schedule.stages
             shapes = plans.ladder(schedule, experiment.data.shape, last)
-        clips = [experiment.batch_size_at(shape) * train.workers * train.accumulate for shape in shapes]
+        clips = [experiment.clips_at(shape) for shape in shapes]
         backwards = schedule.backwards if schedule.kind == "entprog" else [row.backward or schedule.backwards[0]]
         whole = schedule.kind not in ("entprog", "lisa", "badam") and plans.count(row.share, blocks) == blocks
         out.append(
@@ -74,7 +74,8 @@ def withheld(experiment: Experiment, source: Source) -> str | None:
 def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]:
     """Settings that will not do what they say, each in words."""
     data, train, out = experiment.data, experiment.train, []
-    there, clips = dataset.clips("train"), data.batch_size * train.workers * train.accumulate
+    there = dataset.clips("train")
+    clips = max(map(experiment.clips_at, plans.ladder(experiment.schedule, data.shape, last=False)))
     if clips > there:
         out.append(f"a step takes {clips} clips, the shards have {there} to train on: some come twice in a step")
     if data.held_out_clips > (held_out := dataset.clips("held_out")):

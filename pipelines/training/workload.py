@@ -25,16 +25,20 @@ def stages(experiment: Experiment) -> Iterator[tuple[float, ClipShape, int]]:
     train, begun = experiment.train, 0.0
     for row in plans.rows(experiment.schedule):
         shape = experiment.data.shape if experiment.schedule.kind == "entprog" else row.of(experiment.data.shape)
-        clips = experiment.batch_size_at(shape) * train.workers * train.accumulate
-        yield (row.until - begun) * train.steps, shape, clips
+        yield (row.until - begun) * train.steps, shape, experiment.clips_at(shape)
         begun = row.until
+
+
+def clips_seen(experiment: Experiment) -> float:
+    """Clips that a run whose budget is in steps sees, each as often as it comes."""
+    return sum(steps * clips for steps, _, clips in stages(experiment))
 
 
 def epochs(experiment: Experiment, there: int) -> str | None:
     """How often the run sees each of so many training clips, in words; None where its budget is not in steps."""
     if experiment.train.steps is None:
         return None
-    seen = sum(steps * clips for steps, _, clips in stages(experiment))
+    seen = clips_seen(experiment)
     return (
         f"Epochs: {experiment.train.steps} steps see {seen:.0f} clips, so each of the {there} there are "
         f"{seen / there:.3g} times."
