@@ -472,6 +472,30 @@ def test_several_sequences_in_one_folder_are_said(tmp_path):
     assert not inputs.find(tmp_path).notes
 
 
+@pytest.mark.parametrize(
+    ("numbers", "cuts", "step"),
+    [
+        ([1, 2, 3, 4, 7, 8, 9, 40, 41], [4, 7], 1),
+        ([1, 2, 3, 5, 6, 8, 9], [], 1),  # single ones are missing
+        ([0, 10, 20, 30, 60, 70, 80], [4], 10),
+        ([0, 3, 6, 10, 13, 16, 20], [], 3),
+        ([7, 7 + 10**40], [], 10**40),
+    ],
+)
+def test_a_gap_in_the_numbers_of_images_is_a_cut_and_said(numbers, cuts, step, tmp_path):
+    for number in numbers:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number:04d}.png")
+    found = inputs.find(tmp_path, config.Prepare(frames_fps=8))
+    settings = config.build({"data": {"shape": {"fps": 8}}}, config.Preparation)
+    row = probing.cut_shots(probing.probe(found.rows[0], settings), settings)
+    assert np.frombuffer(row["cuts"], np.int32).tolist() == cuts and row["length"] == len(numbers)
+    gap, thinned = (
+        "a new shot begins after each such gap",
+        f"numbers of images go up by {step} in {tmp_path.name}: prep",
+    )
+    assert [text in " ".join(found.notes) for text in (gap, thinned)] == [bool(cuts), step > 1]
+
+
 def test_images_are_the_video_they_were_cut_from(folder):
     prepare = config.Prepare()
     of_images = footage.footage(folder / "00001" / "images", 10, "", prepare)

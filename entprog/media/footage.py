@@ -71,15 +71,17 @@ def numbers(of: Footage, frames: int, fps: float, heartbeats) -> tuple[np.ndarra
     wanted = np.arange(frames) / fps
     if of.frames_fps:
         there = len(images.paths(of.path))
-        return np.array([min(round(time_s * of.frames_fps), there - 1) for time_s in wanted], np.int64), there
+        return np.array([images.shown(time_s, of.frames_fps, there) for time_s in wanted], np.int64), there
     times = np.fromiter(heartbeats(video.times(of.path, of.limits, of.order)), float)
     return video.nearest(times, wanted), len(times)
 
 
 def thumbnails(of: Footage, fps: float, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """(part, small picture uint8 [height, width, 3]) of the same frames, cropped; without a crop not turned."""
+    """(part, small picture uint8 [height, width, 3]) of the same frames, cropped; without a crop not turned. The part
+    goes up where time stamps start again, or numbers of images are missing."""
     if not of.frames_fps:
         yield from video.thumbnails(of.path, fps, size, of.limits, of.crop)
         return
-    for frame in pictures(of, fps, size):
-        yield 0, frame
+    parts = images.parts([path.name for path in images.paths(of.path)])
+    for i, frame in enumerate(pictures(of, fps, size)):
+        yield parts[images.shown(i / fps, of.frames_fps, len(parts))], frame

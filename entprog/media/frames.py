@@ -4,10 +4,11 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import count, groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, count, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
+from statistics import median_low
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from entprog.media.limits import Limits
 from entprog.media.video import VideoError, VideoInfo
 
 SUFFIXES = pictures.SUFFIXES - {".gif"}  # each GIF is a video by itself
+GAP = 2
+"""Numbers are missing where they go up by more than so many times what they usually do: where one alone is missing, or
+every third was left out, motion is hardly changed."""
 _PIECE_BYTES = 1 << 20
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 
@@ -31,6 +35,21 @@ def numbered(names: list[str]) -> list[str]:
         return []
     (images,) = found.values()
     return [m[0] for m in sorted(images, key=lambda m: (int(m[2]), m[0]))] if len(images) > 1 else []
+
+
+def step(names: Sequence[str]) -> int:
+    """What the numbers of a sequence (`numbered`) usually go up by, from image to image: the median, at least 1."""
+    return max(1, median_low(_differences(names)))
+
+
+def parts(names: Sequence[str]) -> list[int]:
+    """How many gaps lie before each image of a sequence: [N]. No motion is to be seen from one part to the next."""
+    most = GAP * step(names)
+    return [0, *accumulate(difference > most for difference in _differences(names))]
+
+
+def _differences(names: Sequence[str]) -> list[int]:
+    return [after - before for before, after in pairwise(int(_NUMBERED.fullmatch(name)[2]) for name in names)]
 
 
 def mixed(names: list[str]) -> list[str]:
@@ -96,6 +115,11 @@ def probe(folder: Path, own_fps: float, limits: Limits) -> VideoInfo:
     return VideoInfo(width, height, (width, height), own_fps, duration_s, len(found), "images")
 
 
+def shown(time_s: float, own_fps: float, images: int) -> int:
+    """The number of the image nearest to a time, counted from 0, of so many."""
+    return min(round(time_s * own_fps), images - 1)
+
+
 def iter_frames(folder: Path, own_fps: float, fps: float, limits: Limits) -> Iterator[tuple[float, np.ndarray]]:
     """(time_s, uint8 RGB [H, W, 3]) of the image nearest to each i / fps, as `video.iter_frames` gives frames."""
     found = paths(folder)
@@ -104,7 +128,7 @@ def iter_frames(folder: Path, own_fps: float, fps: float, limits: Limits) -> Ite
         time_s = i / fps
         if time_s >= len(found) / own_fps:
             return
-        at = min(round(time_s * own_fps), len(found) - 1)
+        at = shown(time_s, own_fps, len(found))
         if at != before:
             before, image = at, pictures.read(found[at], limits)
         yield time_s, image

@@ -39,10 +39,10 @@ PEOPLE_SHARE = 0.5
 """Share of the looks at a clip in which another person must be seen: the detector errs in single frames."""
 
 
-READING = 2
-"""Raised where the same source gives other pixels or poses than before, so that no part of an earlier version is taken
-for one of this. 2: MMPose's poses over pixels that are not square, untagged HD of less than 720 lines, colour profiles
-of pictures."""
+READING = 3
+"""Raised where the same source gives other pixels, poses or shots than before, so that no part of an earlier version is
+taken for one of this. 2: MMPose's poses over pixels that are not square, untagged HD of less than 720 lines, colour
+profiles of pictures. 3: shots of numbered images that lack numbers."""
 FILES = "files beside the videos"
 """Where poses come from that no estimator gave, in words."""
 READERS = ("entprog", "av", "pillow", "ai-edge-litert")

@@ -22,7 +22,7 @@ from entprog.masking import bare, query, reason, shown
 from entprog.media import frames, limits, posefile
 from entprog.media.video import VideoError
 from entprog.names import plain
-from entprog.preparing import addresses, beside, disk, fetching, manifest
+from entprog.preparing import addresses, beside, disk, fetching, manifest, sequences
 from entprog.preparing.addresses import AddressError
 from entprog.preparing.rows import SUFFIXES, Source, ending, is_video, suffix
 from entprog.storage import Place, Where
@@ -55,7 +55,7 @@ def find(given: str | Path, prepare: Prepare = Prepare(), leave_out: Where | Non
         found = _local(text, prepare, leave_out)
         found = _with(found, *beside.poses(found.rows, _root(text)))
         found = _with(found, *beside.person_masks(found.rows, _root(text)))
-    found = _with(found, found.rows, _mixed_images(found.rows))
+    found = _with(found, found.rows, sequences.notes(found.rows))
     if not found.rows:
         raise UserError(f"input {found.kind} {shown(text)} has no files: give --input videos")
     rows = sorted(found.rows, key=lambda row: (row["file"], row["path"]))
@@ -163,21 +163,6 @@ def _tables_among(rows: Iterable[Source]) -> tuple[str, ...]:
     named = [row for row in rows if "/" not in row["file"] and suffix(row) in manifest.TABLES]
     found = [row["file"] for row in named if not row["file"].endswith(posefile.ENDINGS)]
     return (f"{', '.join(found[:3])}: not read; if that is the manifest, give it as --input",) if found else ()
-
-
-def _mixed_images(rows: Iterable[Source]) -> tuple[str, ...]:
-    """A note on folders whose numbered images are no sequence, as they are several."""
-    names_in = defaultdict(list)
-    for row in rows:
-        folder, _, name = row["file"].rpartition("/")
-        names_in[folder].append(name)
-    found = [
-        f"{folder or '.'}/{{{', '.join(kinds)}}}" for folder in names_in if (kinds := frames.mixed(names_in[folder]))
-    ]
-    if not found:
-        return ()
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return (f"{found[0]}{more}: several sequences of images in one folder, of which none is read: give each its own",)
 
 
 def _root(text: str) -> Path:

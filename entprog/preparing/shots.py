@@ -2,7 +2,8 @@
 
 A cut changes the whole picture between two frames: by much, and by far more than the frames around it change, which
 tells it from a fast dance or a shaking camera. (PySceneDetect's adaptive detector rests on the same two thoughts.)
-Slow dissolves are not found. Where a file's time stamps start again there is a cut, whatever it shows.
+Slow dissolves are not found. Where a file's time stamps start again, or numbers of a folder's images are missing, there
+is a cut, whatever it shows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ STANDS_OUT = 3.0
 def changes(pictures: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
     """Mean absolute change between neighbouring pictures (part, uint8 [H, W, 3]), in levels: float32 [T - 1].
 
-    Infinite between pictures of two parts (`video.thumbnails`).
+    Infinite between pictures of two parts (`footage.thumbnails`).
     """
     out, before, last = [], None, 0
     for part, picture in pictures:
