@@ -136,8 +136,8 @@ class _Fit:
         """Bytes of moments on the device, and where they were counted: a plan, and how many have any."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
         self.startup_s = 0.0
-        """Until the first batch was there: the same for every schedule and repeated by every resume, so that no budget
-        pays for it."""
+        """Until every rank's first batch was there: the same for every schedule and repeated by every resume, so that
+        no budget pays for it."""
         self.reported = self.spent()
         """Of what the batches have cost, what Steps have carried."""
         total = experiment.train.workers * experiment.train.accumulate
@@ -156,6 +156,7 @@ class _Fit:
         try:
             self.search.foresee()
             while not is_over(self.experiment, self.state):
+                agree.wait_for_all()  # what one did alone since the last step, a checkpoint or a log, is in no budget
                 self.check_it_goes_on()
                 self.begin_stage()
                 yield self.search_step() if self.state.plan is None else self.train_step()
@@ -378,6 +379,7 @@ class _Fit:
             return next(self.stream[1])
         began = self.now()
         batch = next(self.stream[1])
+        agree.wait_for_all()  # the slowest rank's, on all of them
         self.startup_s = self.now() - began
         self.reported = self.spent()
         return batch
@@ -426,8 +428,8 @@ class _Fit:
         return losses.held_out_loss(self.denoiser, held_out, draws, seed, law, self.held_out_draws, self.sample)
 
     def now(self) -> float:
-        """The run's clock: it stands still while the first batch is waited for. On a GPU what was asked of it is done
-        by then, but for gradients on their way to other ranks."""
+        """The run's clock: it stands still while the ranks' first batches are waited for. On a GPU what was asked of it
+        is done by then, but for gradients on their way to other ranks."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter() - self.startup_s
