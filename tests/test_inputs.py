@@ -472,6 +472,16 @@ def test_several_sequences_in_one_folder_are_said(tmp_path):
     assert not inputs.find(tmp_path).notes
 
 
+def test_images_masks_and_poses_of_one_scene_are_said(tmp_path):
+    for name in ("1/images", "1/masks", "2/images", "2/masks", "3/images", "3/masks", "4/cam1", "4/cam2"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(3 if name == "3/masks" else 4):
+            (tmp_path / name / f"{number}.png").touch()
+    (note,) = inputs.find(tmp_path).notes
+    assert note.startswith("1/{images, masks} (and 1 more): beside each other") and "--input 'FOLDER/*/NAME'" in note
+    assert names(inputs.find(f"{tmp_path}/*/images")) == ["1/images", "2/images", "3/images"]
+
+
 @pytest.mark.parametrize(
     ("numbers", "cuts", "step"),
     [

@@ -13,10 +13,10 @@ from entprog.preparing.rows import Source
 
 
 def notes(rows: Sequence[Source]) -> list[str]:
-    """In lines, of all that were listed; gaps are looked for on this machine only."""
+    """In lines, of all that were listed; gaps, and what is alike, are looked for on this machine only."""
     local = [row for row in rows if row["frames_fps"] and not addresses.is_remote(os.fsdecode(row["path"]))]
     names = {row["file"]: _names(row) for row in local}
-    return [*_mixed(rows), *_gaps(names)]
+    return [*_mixed(rows), *_gaps(names), *_alike(names)]
 
 
 def _names(row: Source) -> list[str]:
@@ -58,3 +58,20 @@ def _gaps(names: dict[str, list[str]]) -> list[str]:
             "those that are there"
         )
     return out
+
+
+def _alike(names: dict[str, list[str]]) -> list[str]:
+    """Sequences beside each other that have as many images, and names without a number: perhaps one scene's pictures,
+    masks and drawn poses. The split goes by source, and would not keep them on one side."""
+    beside = defaultdict(list)
+    for file, images in names.items():
+        folder, _, name = file.rpartition("/")
+        if images and not any(map(str.isdigit, name)):
+            beside[folder, len(images)].append(name)
+    found = [f"{folder or '.'}/{{{', '.join(sorted(its))}}}" for (folder, _), its in beside.items() if len(its) > 1]
+    if not found:
+        return []
+    return [
+        f"{_more(found)}: beside each other, with as many images each, and each taken for a video: if they show one "
+        "scene (pictures, masks, poses), give one of them as --input 'FOLDER/*/NAME'"
+    ]
