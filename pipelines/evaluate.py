@@ -7,9 +7,8 @@ Clips are generated for the split's references and poses, or taken from a folder
 of unlike cards say nothing about each other.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +21,12 @@ from entprog.errors import UserError
 from entprog.masking import masked, reason
 from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
-from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS, Meter, choose
 from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.cluster import capacity, joining, session
 from pipelines.command import usage
-from pipelines.generating import captioned, checkpoints, judging, motions, protocol
+from pipelines.generating import captioned, checkpoints, judgement, judging, motions, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
@@ -238,24 +236,29 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
             judging.generate(missing, task.maker, settings, workers, gpus, task.text.texts)
         rows = judging.judge(task.places, names, task.dataset.shape, settings, workers, gpus)
     rows = {place.clip_id: rows[place.clip_id] for place in task.places}  # they came as they were ready
-    figures, unmeasured = _figures(rows, [place.source for place in task.places], names, settings)
+    values = judgement.values(rows, task.places)
+    before = judgement.earlier(output, values)
+    if gone := [name for name in before.gone if name not in names]:
+        terminal.console.print(f"figures of other clips, or of an earlier version, are not kept: {', '.join(gone)}")
+    values = [{**before.clips.get(row["clip"], {}), **row} for row in values]
+    files.write_json(output / judgement.CLIPS, values)  # before the intervals, which may take long
+    figures = judgement.figures(rows, [place.source for place in task.places], names, settings.evaluate)
+    unmeasured = {name: "no clip has this value" for name in names if name not in figures}
+    for name, why in unmeasured.items():
+        terminal.console.print(f"left out: {name}: {why}")
     with storage.local_copy(task.places[0].clip) as clip:
         cards = {name: _card(task, name, clip) for name in figures}
-    evaluation = {
-        "figures": {name: asdict(figure) | {"card": cards[name].id} for name, figure in figures.items()},
-        "cards": {card.id: asdict(card) for card in cards.values()},
-    }
-    files.write_json(output / "evaluation.json", evaluation)
-    files.write_json(output / "clips.json", [_values(rows[place.clip_id], place) for place in task.places])
+    evaluation = judgement.evaluation(figures, cards, judgement.key(values), before.evaluation)
+    files.write_json(output / judgement.EVALUATION, evaluation)
     picture = _sheet(task.places, task.dataset.shape, output)
     if task.run_id:
         _log(task.run_id, output, figures)
-    _show(evaluation, len(task.places))
-    terminal.console.print(f"How each was measured: {output / 'evaluation.json'}")
+    judgement.show(evaluation, len(task.places))
+    terminal.console.print(f"How each was measured: {output / judgement.EVALUATION}")
     terminal.console.print(f"At a glance: {picture}")
     return {
-        "figures": {name: figure.value for name, figure in figures.items()},
-        "evaluation": str(output / "evaluation.json"),
+        "figures": {name: figure["value"] for name, figure in evaluation["figures"].items()},
+        "evaluation": str(output / judgement.EVALUATION),
         "clips": len(task.places),
         "generated": str(task.folder),
         "generated_now": 0 if task.maker is None else len(missing),
@@ -313,34 +316,7 @@ def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
     return out
 
 
-# ---- figures ----
-
-
-def _figures(
-    rows: dict[str, dict[str, Any]], sources: Sequence[str], names: Sequence[str], settings: Evaluation
-) -> tuple[dict[str, Figure], dict[str, str]]:
-    """({metric: Figure}, {metric: why there is none}). sources: of the clips of `rows`."""
-    chosen = settings.evaluate
-    drawn = {"confidence": chosen.confidence, "seed": chosen.bootstrap_seed, "sources": sources}
-    figures, without = {}, {}
-    for name in names:
-        if METRICS[name].of == "set":
-            real, made = ([row[f"{side}/{name}"] for row in rows.values()] for side in ("real", "made"))
-            figures[name] = frechet_figure(real, made, chosen.frechet_bootstrap, **drawn)
-            continue
-        values = [float(row[f"value/{name}"]) for row in rows.values()]
-        try:
-            figures[name] = mean_figure(values, chosen.bootstrap, **drawn)
-        except ValueError as error:
-            without[name] = str(error)
-            terminal.console.print(f"left out: {name}: {error}")
-    return figures, without
-
-
-def _values(row: dict[str, Any], place: judging.Place) -> dict[str, Any]:
-    values = {name.removeprefix("value/"): float(v) for name, v in row.items() if name.startswith("value/")}
-    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return {"clip": place.clip_id, "file": str(place.clip), **known}
+# ---- around ----
 
 
 def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Where) -> Where:
@@ -350,29 +326,6 @@ def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Where
         truth = motions.from_row(storage.at(place.shard, "shards"), place.row, shape).video
         rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(place.clip, truth.shape))]
     return sheet.contact_sheet(rows, output / "sheet.png")
-
-
-def _show(evaluation: dict[str, Any], clips: int) -> None:
-    def interval(figure: dict[str, Any]) -> str:
-        return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
-
-    rows = [
-        (
-            name,
-            figure["value"],
-            interval(figure),
-            evaluation["cards"][figure["card"]]["better"],
-            figure["clips"],
-            figure["sources"],
-        )
-        for name, figure in evaluation["figures"].items()
-    ]
-    terminal.show(
-        f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips", "sources")
-    )
-
-
-# ---- around ----
 
 
 def _decided(maker: checkpoints.Checkpoint, settings: Evaluation) -> Evaluation:
@@ -441,7 +394,7 @@ def _log(run_id: str, output: Where, figures: dict[str, Any]) -> None:
         warn=lambda text: terminal.console.print(f"warning: {text}"),
     )
     tracker.metrics(0, {f"evaluation/{name}": figure.value for name, figure in figures.items()})
-    for name in ("evaluation.json", "sheet.png"):
+    for name in (judgement.EVALUATION, "sheet.png"):
         tracker.artifact(output / name, None if name.endswith("json") else "evaluation")
     tracker.close()
 

@@ -108,7 +108,7 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ra
 
 
 def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_training_s_run(
-    made, local_ray, tmp_path, store, monkeypatch
+    made, local_ray, tmp_path, store, monkeypatch, capsys
 ):
     run = shutil.copytree(made / "run", tmp_path / "run")
     tracker = Tracker.start(run, "test", "training", params={}, tags={})
@@ -162,6 +162,19 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     monkeypatch.setattr(judging, "judge", lambda *given: dict(reversed(judged[-1].items())))
     evaluated(run / "model", made / "shards", out, every)
     assert json.loads((out / "evaluation.json").read_text()) == evaluation
+
+    # One metric alone: what was measured of the same clips stays, of other frames it goes.
+    rows = {clip: {k: v for k, v in row.items() if k in ("sha256", "value/psnr")} for clip, row in judged[-1].items()}
+    monkeypatch.setattr(judging, "judge", lambda *given: rows)
+    only = Evaluation.model_validate({**how().model_dump(), "evaluate": {"metrics": ["psnr"], **alone}})
+    clips = json.loads((out / "clips.json").read_text())
+    assert evaluated(run / "model", made / "shards", out, only)["figures"].keys() == evaluation["figures"].keys()
+    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+    assert json.loads((out / "clips.json").read_text()) == clips
+    rows[min(rows)]["sha256"] = "0"
+    assert evaluated(run / "model", made / "shards", out, only)["figures"].keys() == {"psnr"}
+    assert "not kept: ssim, frechet_transnetv2, pck" in " ".join(capsys.readouterr().out.split())
+    assert [len(row) for row in json.loads((out / "clips.json").read_text())] == [4, 6, 6]
 
     # Clips made in another way are not mixed with these.
     with pytest.raises(UserError, match=r"\(steps was 2, now 3\): choose another --output"):

@@ -49,10 +49,11 @@ def frechet_figure(
     confidence: float,
     seed: int,
     sources: Sequence[str] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Figure:
     """Fréchet distance of all clips' features ([rows of a clip, D] each), both sides of a clip drawn together.
 
-    sources: as `mean_figure` has it.
+    sources: as `mean_figure` has it; advance: called with 1 after every replicate.
 
     A replicate holds fewer distinct clips than the set, which alone makes the distance larger. Its percentiles are
     therefore moved by the difference between the replicates' mean and the value.
@@ -60,7 +61,9 @@ def frechet_figure(
     value = frechet_distance(np.concatenate(list(real)), np.concatenate(list(made)))
 
     def replicate(rows: np.ndarray) -> float:
-        return frechet_distance(np.concatenate([real[i] for i in rows]), np.concatenate([made[i] for i in rows]))
+        found = frechet_distance(np.concatenate([real[i] for i in rows]), np.concatenate([made[i] for i in rows]))
+        advance(1)
+        return found
 
     of = np.asarray(_each(sources, len(real)))
     found = _interval(replicate, of, replicates, confidence, seed, around=value)

@@ -4,6 +4,7 @@ Every clip is a row that names a place in the shards; what was generated lies in
 is there is not generated again.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,12 +125,13 @@ class Judge:
         self._meter = Meter(names, settings, device)
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = []
+        found, hashes = [], []
         for path, row, file in zip(rows["shard"], rows["row"], rows["file"], strict=True):
             motion = motions.from_row(storage.at(path, "shards"), int(row), self._shape)
             result = read_result(storage.at(file, "generated clips"), motion.video.shape)
+            hashes.append(hashlib.sha256(result).hexdigest())
             found.append(self._meter.measure(result, motion.video, motion.reference, motion.pose))
-        out = {"clip_id": rows["clip_id"]}
+        out = {"clip_id": rows["clip_id"], "sha256": np.array(hashes)}
         for name in found[0].values:
             out[f"value/{name}"] = np.array([m.values[name] for m in found])
         for name in found[0].features:
@@ -181,7 +183,7 @@ def generate(
 def judge(
     todo: Sequence[Place], names: Sequence[str], shape: config.ClipShape, settings: Evaluation, workers: int, gpus: bool
 ) -> dict[str, dict[str, Any]]:
-    """{clip id: {`value/METRIC`, `real/METRIC`, `made/METRIC`}} of all places."""
+    """{clip id: {`sha256` of its frames, `value/METRIC`, `real/METRIC`, `made/METRIC`}} of all places."""
     paths = {name: value for name in WEIGHTS if (value := getattr(settings.evaluate, name)) is not None}
     absolute = {name: str(Path(value).expanduser().resolve()) for name, value in paths.items()}
     chosen = settings.evaluate.model_copy(update=absolute)

@@ -1,0 +1,121 @@
+"""What an evaluation leaves: values of clips, figures with intervals and cards, also those of an earlier command on the
+same clips.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from entprog import config, files
+from entprog.config import Evaluate
+from entprog.quality.card import ProtocolCard
+from entprog.quality.figures import Figure, frechet_figure, mean_figure
+from entprog.quality.metrics import METRICS
+from entprog.storage import Where
+from pipelines import terminal
+from pipelines.generating import judging
+
+EVALUATION = "evaluation.json"
+CLIPS = "clips.json"
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""{clip id: what `judging.judge` found}, in the clips' order."""
+
+
+def figures(rows: Rows, sources: Sequence[str], names: Sequence[str], chosen: Evaluate) -> dict[str, Figure]:
+    """{metric: Figure}, without those that no clip has. sources: of the clips of `rows`."""
+    drawn = {"confidence": chosen.confidence, "seed": chosen.bootstrap_seed, "sources": sources}
+    found = {}
+    for name in names:
+        if METRICS[name].of == "set":
+            real, made = ([row[f"{side}/{name}"] for row in rows.values()] for side in ("real", "made"))
+            # A distance of thousands of features takes seconds, and so each replicate.
+            with terminal.advancing(f"interval of {name}", chosen.frechet_bootstrap, "replicates") as advance:
+                found[name] = frechet_figure(real, made, chosen.frechet_bootstrap, **drawn, advance=advance)
+            continue
+        values = [float(row[f"value/{name}"]) for row in rows.values()]
+        if any(map(math.isfinite, values)):
+            found[name] = mean_figure(values, chosen.bootstrap, **drawn)
+    return found
+
+
+def values(rows: Rows, places: Sequence[judging.Place]) -> list[dict[str, Any]]:
+    """Every clip's own values, and the hash of the frames that they are of."""
+    out = []
+    for place in places:
+        row = rows[place.clip_id]
+        own = {name.removeprefix("value/"): float(v) for name, v in row.items() if name.startswith("value/")}
+        known = {name: value if math.isfinite(value) else None for name, value in own.items()}
+        out.append({"clip": place.clip_id, "file": str(place.clip), "sha256": str(row["sha256"]), **known})
+    return out
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier command left of the clips that are judged now."""
+
+    evaluation: Mapping[str, Any]
+    clips: Mapping[str, Mapping[str, Any]]
+    """{clip id: its values} of clips that are as they were."""
+    gone: tuple[str, ...] = ()
+    """Metrics whose figures are of other clips."""
+
+
+def earlier(output: Where, clips: Sequence[Mapping[str, Any]]) -> Earlier:
+    """What lies in `output` of the clips of `values`. A file that is not there, or damaged, says nothing."""
+    own = {row["clip"]: row["sha256"] for row in clips}
+    before = _read(output / CLIPS, list)
+    same = {
+        row["clip"]: row for row in before if isinstance(row, dict) and own.get(row.get("clip")) == row.get("sha256")
+    }
+    evaluation = _read(output / EVALUATION, dict)
+    there = tuple(evaluation.get("figures", ()))
+    return Earlier(evaluation, same) if evaluation.get("clips") == key(clips) else Earlier({}, same, there)
+
+
+def key(clips: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of the clips of `values`: figures of another one are of other clips, or of other frames."""
+    return config.digest({row["clip"]: row["sha256"] for row in clips})
+
+
+def _read(path: Where, kind: type) -> Any:
+    try:
+        found = files.from_json(path.read_text())
+    except (OSError, ValueError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
+
+
+def evaluation(
+    found: Mapping[str, Figure], cards: Mapping[str, ProtocolCard], key: str, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Content of evaluation.json. before: that of an earlier command on the same clips, whose figures stay where a
+    metric was not measured now."""
+    new = {name: asdict(figure) | {"card": cards[name].id} for name, figure in found.items()}
+    every = {**before.get("figures", {}), **new}
+    known = {**before.get("cards", {}), **{card.id: asdict(card) for card in cards.values()}}
+    kept = {name: every[name] for name in METRICS if name in every}
+    return {"figures": kept, "cards": {f["card"]: known[f["card"]] for f in kept.values()}, "clips": key}
+
+
+def show(evaluation: Mapping[str, Any], clips: int) -> None:
+    """Print the figures."""
+
+    def interval(figure: Mapping[str, Any]) -> str:
+        return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
+
+    rows = [
+        (
+            name,
+            figure["value"],
+            interval(figure),
+            evaluation["cards"][figure["card"]]["better"],
+            figure["clips"],
+            figure["sources"],
+        )
+        for name, figure in evaluation["figures"].items()
+    ]
+    terminal.show(
+        f"{clips} clips against their truth", rows, ("metric", "value", "interval", "better", "clips", "sources")
+    )
