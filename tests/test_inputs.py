@@ -464,7 +464,7 @@ def test_several_sequences_in_one_folder_are_said(tmp_path):
         "one/{frame_*.png, mask_*.png}: several sequences of images in one folder, of which none is read: give each "
         "its own",
     )
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tmp_path / "one", tmp_path / "take2")
     (note,) = inputs.find(tmp_path).notes
     assert "one/{frame_*.png, mask_*.png} (and 1 more): " in note
     for path in tmp_path.rglob("mask_*"):
