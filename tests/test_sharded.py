@@ -29,7 +29,6 @@ from entprog.schedule.freezing import Freeze
 from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
-from helpers import bases
 from helpers.families import NAMES, load, settings
 from helpers.memory import Peak
 from helpers.networks import SHAPE, TINY, batches, latents, tiny_denoiser, tiny_experiment
@@ -140,29 +139,6 @@ def test_loading_never_takes_more_than_a_rank_keeps_and_a_block(tmp_path):
         for name, (peak, held, live) in json.loads((tmp_path / f"{rank}.json").read_text()).items():
             assert held == pytest.approx(weights / 2, rel=0.02), name
             assert held <= live and peak < weights / 2 + block, (name, peak / weights)
-
-
-def _unreadable_rank(rank, world, folder):
-    join(rank, world, folder, timeout_s=300)
-    base = folder / ("damaged" if rank == 1 else "whole")
-    model = Model(family="wan_animate", base=str(base))
-    try:
-        loaded(model, 1)
-    except UserError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-    leave()
-
-
-def test_a_base_that_one_rank_cannot_read_is_told_on_all_of_them(tmp_path):
-    """Wan-Animate's ranks bring its motion encoder together while they load."""
-    bases.animate(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
-    weights = tmp_path / "damaged" / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    run_ranks(_unreadable_rank, 2, tmp_path)
-    for rank in range(2):
-        line = (tmp_path / f"{rank}.txt").read_text()
-        assert line.startswith("model.base: ") and str(tmp_path / "damaged") in line and "\n" not in line
 
 
 # ---- before, during and after training

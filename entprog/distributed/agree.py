@@ -2,6 +2,7 @@
 
 import functools
 import json
+import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,19 +128,30 @@ def of_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
+class _EverybodysError(UserError):
+    """A mistake that every rank has been told of."""
+
+
 @contextmanager
 def mistakes_of_all() -> Iterator[None]:
     """A person's mistake (UserError) that one rank meets inside is raised on every rank, once all of them have come to
-    the end. What does not answer (UnreachableError) is none, and ends its own rank at once."""
+    the end; where machines without it are among them its message names one that has it. What does not answer
+    (UnreachableError) is none, and ends its own rank at once.
+
+    These may lie in each other: a rank that fails before an inner one meets the others there, and its mistake goes
+    through all outer ones. Any other exchange needs one that ends before it: who fails does not come to it."""
     mistake = None
     try:
         yield
-    except UnreachableError:
+    except (UnreachableError, _EverybodysError):
         raise
     except UserError as error:
         mistake = str(error)
-    if mistakes := [line for line in gathered(mistake) if line]:
-        raise UserError(mistakes[0])
+    every = gathered((platform.node(), mistake))
+    if met := [(machine, line) for machine, line in every if line]:
+        machine, line = met[0]
+        elsewhere = any(other != machine and not told for other, told in every)
+        raise _EverybodysError(f"{line} (on {machine})" if elsewhere else line)
 
 
 def filled_by_first(tensors: Iterable[torch.Tensor], fill: Callable[[], None]) -> None:

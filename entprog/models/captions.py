@@ -256,15 +256,8 @@ def prepared(
     """
     # Rank 0 looks for all: the clips of a bucket may be very many, and the encoder's files have gigabytes.
     captions, key = agree.of_first(lambda: (_of_splits(dataset, mode), source(settings).key))
-    texts_of_clips, mistake = None, None
-    try:
-        texts_of_clips = _share(settings, dataset, captions, key, device, progress)
-    except UserError as error:
-        mistake = str(error)
-    mistakes = [line for line in agree.gathered(mistake) if line]  # waits for all
-    if texts_of_clips is None or mistakes:
-        raise UserError(mistakes[0])
-    return texts_of_clips
+    with agree.mistakes_of_all():  # waits for all
+        return _share(settings, dataset, captions, key, device, progress)
 
 
 def _share(

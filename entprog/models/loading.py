@@ -40,7 +40,7 @@ def load(
     Raises UserError as `inspect` does, and for weights that are missing or do not fit; sharded, on all ranks,
     whichever of them met it.
     """
-    # Told on every rank before one of them brings weights together, for which it needs the others.
+    # Told on every rank before one of them brings weights together (`completed`), for which it needs the others.
     with agree.mistakes_of_all() if sharded else nullcontext():
         source = inspect(cls, settings)
         network, merged = None, {}
@@ -61,7 +61,8 @@ def load(
         if settings.dtype != "float32":
             match_norms(network)
         attention.choose(network, settings.attention)
-    denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
+        denoiser = _with_parts(cls, settings, source, network if sharded else network.to(device), device)
+    denoiser = cls.completed(denoiser, source.more)
     denoiser.check_type()
     origins = _origins(cls, settings, source, denoiser.vae)
     return replace(denoiser, origins=origins, provenance=denoiser.provenance | merged)
@@ -125,13 +126,13 @@ def encoder(cls: type[VideoDenoiser], settings: config.Model, device: str | torc
         folder = inspect(cls, settings).part  # with its weights, fetched and looked at
         part.load_state_dict(weight_files.part_of_network(folder, name, "model.base"))
         source.network.set_submodule(name, part)
-    return _with_parts(cls, settings, source, source.network, device)
+    return cls.completed(_with_parts(cls, settings, source, source.network, device), source.more)
 
 
 def _with_parts(
     cls: type[VideoDenoiser], settings: config.Model, source: Source, network: nn.Module, device: str | torch.device
 ) -> VideoDenoiser:
-    """A network's denoiser, with its VAE and all else that it needs on a device."""
+    """A network's denoiser, with its VAE, on a device; not `completed` yet."""
     vae = None
     if source.vae_folder is not None:  # in float32: video VAEs lose quality in half precision
         vae = weight_files.pretrained(type(source.vae), source.vae_folder, source.vae_setting, settings.trust_pickle)
@@ -143,7 +144,7 @@ def _with_parts(
     if source.about:
         provenance["of_base"] = source.about.get("provenance")
     tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in source.tensors.items()}
-    denoiser = cls(
+    return cls(
         network=network,
         vae=vae,
         conditions=source.conditions,
@@ -162,7 +163,6 @@ def _with_parts(
         no_text={name: tensors[name] for name in cls.text_names()} if source.texts else {},
         **tensors,
     )
-    return cls.completed(denoiser, source.more)
 
 
 def _said(name: str | None) -> str | None:

@@ -59,7 +59,6 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
     experiment = config.build(settings["experiment"])
     if experiment.train.parallel == "fsdp":
         fsdp.begin(experiment.train.replicas, ray.train.torch.get_device())
-    # Passes of a sharded network come after it, in which ranks wait for each other.
     with agree.mistakes_of_all():
         dataset = shards.read_dataset(experiment.data.shards)
         if dataset.fingerprint != settings["data"]:
@@ -76,18 +75,19 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         if experiment.in_fp8:
             fp8.check_device(device)
         attention.check_device(experiment.model, device)
-        texts = None
-        if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
+    texts = None
+    if experiment.data.text != "fixed":  # before the network is loaded: the text encoder may be as large
 
-            def encoded(done: int, of: int) -> None:
-                post({"texts": done, "of": of})
+        def encoded(done: int, of: int) -> None:
+            post({"texts": done, "of": of})
 
-            texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
-            shown = {text for of_split in texts.captions.values() for text in of_split}
-            for line in filter(None, (texts.unused, captions.unmended(experiment.model.family, shown))):
-                post({"warning": line})
-            clock.over("texts")
-
+        texts = captions.prepared(experiment.model, dataset, experiment.data.text, device, encoded)
+        shown = {text for of_split in texts.captions.values() for text in of_split}
+        for line in filter(None, (texts.unused, captions.unmended(experiment.model.family, shown))):
+            post({"warning": line})
+        clock.over("texts")
+    # Passes of a sharded network come after it, in which ranks wait for each other.
+    with agree.mistakes_of_all():
         denoiser = networks.load(experiment, device)
         denoiser = replace(denoiser, no_text={}, texts=None) if texts is None else texts.given_to(denoiser)
         dataset = replace(dataset, masks=dataset.masks and denoiser.replaces)  # others are not read

@@ -1,0 +1,77 @@
+"""What one rank alone meets while it opens a run, on a machine that lacks something, is told on all of them."""
+
+import datetime
+import json
+import platform
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+import ray.train.torch
+import torch
+
+import pipelines
+from entprog import models
+from entprog.config import Experiment, Model
+from entprog.data import shards
+from entprog.distributed import agree
+from entprog.errors import UserError
+from helpers import bases
+from helpers.networks import tiny_experiment
+from helpers.processes import join, leave, run_ranks
+from pipelines.training import worker
+
+SHARDS = Path(pipelines.__file__).parent / "demo_person"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def told(experiment: Experiment) -> list[dict]:
+    """What this rank tells the driver of a run that must not begin."""
+    posted = []
+    board = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
+    settings = {"experiment": experiment.model_dump(mode="json"), "data": shards.read_dataset(SHARDS).fingerprint}
+    worker._reporting_mistakes({**settings, "board": board}, lambda *_: pytest.fail("it began"))
+    return posted
+
+
+def _mistaken_rank(rank, world, folder):
+    """Rank 1 has a machine of its own. Whoever waits in vain fails."""
+    agree.PATIENCE = datetime.timedelta(seconds=60)
+    join(rank, world, folder, timeout_s=60)
+    platform.node = lambda: f"machine {rank}"
+    ray.train.torch.get_device = lambda: torch.device("cpu")  # which a worker of Ray Train asks
+    ray.train.get_context = lambda: SimpleNamespace(get_local_world_size=lambda: 1)
+    out = {}
+    for part in ("transformer", "vae"):
+        base = folder / (f"damaged {part}" if rank == 1 else "whole")
+        with pytest.raises(UserError) as met:
+            models.family("wan_animate").load(Model(family="wan_animate", base=str(base)), sharded=1)
+        out[part] = str(met.value)
+    data = {"shards": str(SHARDS if rank == 0 else folder / "not mounted")}
+    for more in ({"train": {"parallel": "fsdp", "workers": 2}}, {"model": {"init": {}, "base": "…"}}):
+        parts = {"data": data | ({} if "train" in more else {"text": "empty"}), **more}
+        out[f"shards {[*more]}"] = told(tiny_experiment(**parts))
+    (folder / f"{rank}.json").write_text(json.dumps(out))
+    leave()
+
+
+def test_a_mistake_that_one_rank_alone_meets_is_told_on_all_of_them(tmp_path):
+    """Wherever it lies between what ranks do together: Wan-Animate's bring its motion encoder together while they load,
+    all encode texts each its share, and load a sharded network in step."""
+    bases.animate(tmp_path / "whole")
+    for part in ("transformer", "vae"):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"damaged {part}")
+        weights = tmp_path / f"damaged {part}" / part / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    run_ranks(_mistaken_rank, 2, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for part in ("transformer", "vae"):
+        line = first.pop(part)
+        assert line == second.pop(part) and line.endswith(" (on machine 1)") and "\n" not in line
+        assert line.startswith("model.") and str(tmp_path / f"damaged {part}") in line
+    assert len(first) == 2
+    for (posted,), none in zip(first.values(), second.values(), strict=True):
+        assert not none and str(tmp_path / "not mounted") in posted["user_error"]
+        assert posted["user_error"].endswith(" (on machine 1)")
