@@ -193,10 +193,9 @@ def run(
     of_clips = {"decode_cpus": given["decode_cpus"], "verify": "size"}  # the sweep has read every byte of them once
     if gpus == "no" and experiment.data.decode == "auto":
         of_clips["decode"] = "worker"  # a node that a trial leaves free is another one's
-    shared = config.merge(
-        launch.absolute(experiment).model_dump(mode="json"),
-        {"data": of_clips, "train": {"threads": given["threads"], "gpus": gpus}},
-    )
+    measured = {*experiment.train.held_out_shares, *(settings.decisions if sweep.stops_early(settings) else ())}
+    of_train = {"threads": given["threads"], "gpus": gpus, "held_out_shares": sorted(measured)}
+    shared = config.merge(launch.absolute(experiment).model_dump(mode="json"), {"data": of_clips, "train": of_train})
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,

@@ -44,8 +44,9 @@ def uninterrupted(tmp_path_factory):
     """(experiment, steps, run, its checkpoints)"""
     folder = tmp_path_factory.mktemp("stops")
     experiment = tiny_experiment(
-        train={"ema_decay": 0.9}, model={"gradient_checkpointing": True}, schedule={"memory_budget_bytes": 10**9}
-    )
+        train={"ema_decay": 0.9, "held_out_shares": [0.23]}, model={"gradient_checkpointing": True},
+        schedule={"memory_budget_bytes": 10**9},
+    )  # fmt: skip
     whole = Run(experiment)
     return experiment, course(whole, {stop: folder / str(stop) for stop in STOPS}), whole, folder
 
@@ -58,6 +59,11 @@ def test_resume_equals_no_interruption(stop_at, uninterrupted):
     assert not differing(whole.weights(), second.weights())
     for name, tensor in whole.state.ema.items():
         assert torch.equal(tensor, second.state.ema[name]), name
+
+
+def test_the_loss_at_a_share_of_the_budget_is_known(uninterrupted):
+    """Before and after it: step 5 ends at 0.21 of the budget, step 6 at 0.25."""
+    assert [step["step"] for step in uninterrupted[1] if step["held_out_loss"] is not None] == [1, 5, 6, 8, 16, 24]
 
 
 def test_two_runs_are_bit_identical_on_the_flops_clock():

@@ -34,7 +34,7 @@ from helpers.people import two_people
 from pipelines import train, tune
 from pipelines.cluster import room
 from pipelines.sweeping import checking, spaces, state, sweep, trial
-from pipelines.training import footprint
+from pipelines.training import footprint, steplog
 
 TRIALS = {
     "train": {"steps": None, "seconds": 6, "held_out_every": 4},
@@ -93,6 +93,9 @@ def test_every_trial_is_accounted_for(swept, place):
         else:
             assert row["held_out_loss"] > 0 and row["seconds"] > row["search_seconds"] >= 0
             assert row["peak_memory_bytes"] > 0 and row["mlflow_run_id"]
+            steps = steplog.steps_of(trial.folder_of(place / "swept", row["id"]) / "seed-0")
+            judged = next(step for step in steps if step["charged_s"] >= 3.0)
+            assert judged["held_out_loss"] is not None, "it is decided at half of the seconds, however long steps are"
     assert swept["counts"]["failed"] >= 1, "the seed draws such a value"
     finished = [row for row in trials if row["status"] == "finished"]
     assert swept["best"]["id"] == min(finished, key=lambda row: row["held_out_loss"])["id"]

@@ -134,7 +134,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 FREE = (
     "train.gpus", "train.workers", "train.min_workers", "train.resize_every_s", "train.accumulate", "train.parallel",
     "train.replicas", "train.checkpoints", "train.keep_checkpoints", "train.max_failures", "train.max_nonfinite",
-    "train.save", "train.preview_every", "train.preview_clips", "train.preview_metrics",
+    "train.save", "train.held_out_shares", "train.preview_every", "train.preview_clips", "train.preview_metrics",
     "data.verify", "data.decode", "data.decode_cpus", "data.latents", "model.trust_pickle", "model.swap_blocks",
     "tracking",
 )  # fmt: skip

@@ -40,6 +40,11 @@ class Tune(Part):
     seed: int = Field(default=0, ge=0)
     """Seed of the search."""
 
+    @property
+    def decisions(self) -> tuple[float, ...]:
+        """Shares of a trial's seconds after which it is decided whether it goes on, rising."""
+        return tuple(self.reduction**-k for k in range(self.rungs, 0, -1))
+
     @model_validator(mode="after")
     def _is_whole(self):
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):

@@ -127,6 +127,9 @@ class Train(Part):
     share left for decoding."""
     held_out_every: int = Field(default=50, ge=1)
     """Steps between held-out losses."""
+    held_out_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the budget at which a held-out loss is to be known too, however few steps they take: one is measured
+    before each and one after. Uncharged; `tune` adds those at which trials are judged."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -135,6 +135,8 @@ class _Fit:
         self.moments: tuple[tuple[Plan, int] | None, int] = None, 0
         """Bytes of moments on the device, and where they were counted: a plan, and how many have any."""
         self.stream: tuple[ClipShape, Iterator[Latents]] | None = None
+        self.before = 0.0
+        """Progress at the end of the step before."""
         self.startup_s = 0.0
         """Until every rank's first batch was there: the same for every schedule and repeated by every resume, so that
         no budget pays for it."""
@@ -157,6 +159,7 @@ class _Fit:
             self.search.foresee()
             while not is_over(self.experiment, self.state):
                 agree.wait_for_all()  # what one did alone since the last step, a checkpoint or a log, is in no budget
+                self.before = progress(self.experiment, self.state)
                 self.check_it_goes_on()
                 self.begin_stage()
                 yield self.search_step() if self.state.plan is None else self.train_step()
@@ -267,9 +270,11 @@ class _Fit:
         decision, self.news = self.news, None
         drifted, self.drift = self.drift, None
         model = state.models.get(plan.shape)
-        last = is_over(self.experiment, state)
+        last, now = is_over(self.experiment, state), progress(self.experiment, state)
+        next_one = now + (now - self.before)  # where the next step will end, if it takes as long
+        at_share = any(self.before < share <= next_one for share in train.held_out_shares)
         state.peak_memory_bytes = max(state.peak_memory_bytes, update.plan_memory_bytes)
-        evaluate = last or state.step == 1 or state.step % train.held_out_every == 0
+        evaluate = last or state.step == 1 or state.step % train.held_out_every == 0 or at_share
         if self.moments[0] != (at := (plan, len(state.optimizer.state))):  # they come with a plan's first step
             self.moments = at, optimizer.state_bytes(state.optimizer, self.device)
         return Step(

@@ -76,9 +76,8 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
         given = [row["settings"] for row in finished]
         return Evidence(given, losses, label, 1.0, settings.seeds, seed_noise(rows), failed)
     alike = [row for row in rows if row["status"] in ("finished", "stopped") and row.get("seeds")]
-    shares = [settings.reduction**-k for k in range(settings.rungs, 0, -1)]
-    passed = [s for s in shares if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
-    share = passed[-1] if passed else shares[0]
+    passed = [s for s in settings.decisions if all(row["seeds"][0]["curve"][-1][0] >= s * budget_s for row in alike)]
+    share = passed[-1] if passed else settings.decisions[0]
     losses = np.array([curves.at(row["seeds"][0]["curve"], share * budget_s) for row in alike])
     label = f"held-out loss of {len(alike)} trials after {share * budget_s:.0f} charged seconds, of their first seed"
     several = [[curves.at(seed["curve"], share * budget_s) for seed in row["seeds"]] for row in finished]

@@ -1,8 +1,9 @@
 """What one trial of a sweep does: the very same training that `pipelines.train` runs, once a seed, and its report.
 
 A trial reports at equal shares of its budget of charged seconds, search and scoring included: where a share ends
-between two held-out evaluations its loss is drawn in a straight line between them. So plans of unlike speed are judged
-at equal seconds, whatever the steps they took.
+between two held-out evaluations its loss is drawn in a straight line between them. Around the shares after which it is
+decided whether a trial goes on there is an evaluation at the steps before and after (`train.held_out_shares`). So plans
+of unlike speed are judged at equal seconds, whatever the steps they took.
 """
 
 import contextlib
