@@ -23,7 +23,7 @@ from helpers.networks import tiny_denoiser, tiny_experiment
 torch.set_num_threads(1)
 gc.disable()  # while test files are imported: a third of it is a search for garbage that is not there
 LONGEST = (
-    *("test_train.py", "test_tune.py", "test_family_commands.py", "test_phases.py", "test_deployment.py"),
+    *("test_train.py", "test_phases.py", "test_tune.py", "test_family_commands.py", "test_deployment.py"),
     *("test_bucket_runs.py", "test_benchmarks.py", "test_clips.py", "test_buckets.py"),
     *("test_evaluate.py", "test_prepare_more.py", "test_prepare.py", "test_latents.py"),
     *("test_faults.py", "test_secrets.py", "test_hostile.py"),
@@ -31,7 +31,8 @@ LONGEST = (
     *("test_family_forms.py", "test_packed.py", "test_quality.py", "test_training.py", "test_compare.py"),
     *("test_generate.py", "test_wheel.py"),
 )
-"""The longest of those with the shared Ray, then of those with one of their own or none."""
+"""The longest of those with the shared Ray, then of those with one of their own or none. The second does not wait for
+the clips that the first prepares."""
 SHARED_RAY = contextlib.ExitStack()
 USERS = pytest.StashKey[set[Path]]()
 """Files that ask for the shared Ray."""

@@ -261,7 +261,7 @@ def test_a_state_of_an_earlier_version_is_read():
 
 def test_compiled_blocks_train_alike(monkeypatch):
     # Inductor, the default, gives the same but takes minutes to compile on two cores; each block takes half a second.
-    monkeypatch.setattr(blocks, "compile_blocks", functools.partial(blocks.compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(blocks, "compile_blocks", functools.partial(blocks.compile_blocks, backend="eager"))
     settings = {"train": {"steps": 8}, "schedule": {"backward": "residual", "search_steps": 1, "stages": 1}}
     few = {"init": {**TINY, "num_layers": 2}}
     plain, compiled = (Run(tiny_experiment(**settings, model=few | {"compile_blocks": each})) for each in (False, True))
