@@ -381,8 +381,9 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
         terminal.console.print(
             f"faces and hands of the new videos are left out: the dataset has poses of {points} points"
         )
-    if differing := packing.other_versions(of_kept):
-        terminal.console.print(differing, style="yellow")
+    for wrong in (packing.other_versions(of_kept), packing.slower(of_kept, settings.data.shape.fps)):
+        if wrong:
+            terminal.console.print(wrong, style="yellow")
     masks = packing.masked(of_kept)
     plans = packing.shard_plans(new, splits, keys, settings.prepare.clips_per_shard, first, points, masks)
     written = packing.pack_all(ray, plans, output, settings.data.shape, listed)

@@ -441,6 +441,12 @@ def test_parts_of_nodes_that_differ_are_said(folder, tmp_path):
     assert said.startswith(
         f"clips were cut with different versions: av {av.__version__} (3 videos), 9.0.0 (1 videos): the same video"
     )
+    assert packing.slower([*records, None, earlier], FPS) is None
+    of_slow = packing.slower([*records, {**records[1], "source_fps": FPS / 2}], FPS)
+    assert of_slow.startswith(
+        f"1 video with fewer frames a second than clips have, {FPS:g} (b.mp4 {FPS / 2:g}): frames"
+    )
+    assert packing.slower(records, 2 * FPS).startswith("3 videos")
     del other["versions"]["ai-edge-litert"]
     assert "ai-edge-litert" in packing.other_versions([*records, other])
 

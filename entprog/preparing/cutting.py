@@ -140,6 +140,7 @@ def cut(row: Tracked, settings: Preparation, parts: Where) -> Done:
     record |= {"points": row.get("points", pose.POINTS), "poses": FILES if row["poses"] else settings.prepare.pose}
     record |= {
         "versions": versions(),
+        "source_fps": row.get("source_fps", 0.0),
         "masks": bool(row["mask"]),
         "limits": again.limits(settings.prepare.model_dump(mode="json")),
     }

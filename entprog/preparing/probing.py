@@ -28,10 +28,10 @@ def probe(row: Source, settings: Preparation, parts: Where | None = None) -> Pro
     """Hash the source and look at its first frame.
 
     Adds sha256, source_height and source_width (of the whole upright picture), stored_height and stored_width (of that
-    before its pixels are made square), view_height and view_width (of what the crop leaves), field_order, and the
-    verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
+    before its pixels are made square), view_height and view_width (of what the crop leaves), source_fps,
+    field_order, and the verdict if it is bad. With a folder of `parts`, a source that crashes the process is rejected.
     """
-    row = {**row, "sha256": "", "stage": "", "reason": "", "message": "", "field_order": ""}
+    row = {**row, "sha256": "", "stage": "", "reason": "", "message": "", "field_order": "", "source_fps": 0.0}
     row |= dict.fromkeys((f"{of}_{side}" for of in ("source", "stored", "view") for side in ("height", "width")), 0)
     return tried(row, "probe", settings, parts, _probe)
 
@@ -118,7 +118,7 @@ def _probe(row: Probed, settings: Preparation, heartbeats) -> Probed:
         row["field_order"] = footage.field_order(source, heartbeats)
     width, height = source.crop[2:] if source.crop else (info.width, info.height)
     sizes = {"source_height": info.height, "source_width": info.width, "view_height": height, "view_width": width}
-    return {**row, **sizes, "stored_height": info.stored[1], "stored_width": info.stored[0]}
+    return {**row, **sizes, "source_fps": info.fps, "stored_height": info.stored[1], "stored_width": info.stored[0]}
 
 
 def _not_a_video(row: Source) -> VideoError:

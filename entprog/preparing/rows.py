@@ -70,6 +70,8 @@ class Probed(Source):
     view_height: int
     """Pixels of what the crop leaves."""
     view_width: int
+    source_fps: float
+    """Frames a second, on average; 0 if its header does not say."""
     field_order: str
     """`tff` or `bff` of an interlaced video that does not say it is one, else empty."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from entprog import config, files
+from entprog import config, files, names
 from entprog.config import ClipShape, Preparation
 from entprog.data import shards
 from entprog.data.shards import ShardInfo
@@ -23,6 +23,8 @@ from entprog.storage import Place, Where
 
 Row = dict[str, Any]
 
+SLOWER = 0.95
+"""Share of the clips' frame rate below which a source is slower: 23.976 is 24, 15 is not 16."""
 JOB_SETTINGS = ("hosts", "max_decoded_bytes", "max_rejected", "max_work_s", "stall_s", "track_gpus")
 """Settings of the job, that no clip depends on; where a verdict on a source does, it is tried again (`again`)."""
 OF_PARTS = re.compile(r"[0-9a-f]{16}\.(json|parquet|\w+\.tried)|(train|held_out)-\d{5,}\.parquet\.done|\..*\.tmp")
@@ -242,6 +244,20 @@ def other_versions(records: Iterable[Row | None]) -> str | None:
     return (
         f"clips were cut with different versions: {'; '.join(differing)}: the same video may come out otherwise; give "
         "all nodes one image, and prepare into a new output"
+    )
+
+
+def slower(records: Iterable[Row | None], fps: float) -> str | None:
+    """In words that some finished parts are of sources with clearly fewer frames a second than clips have; None: none
+    is: of these frames come twice."""
+    found = [record for record in records if record and 0 < record.get("source_fps", 0) < SLOWER * fps]
+    if not found:
+        return None
+    least = min(found, key=lambda record: record["source_fps"])
+    return (
+        f"{names.counted(len(found), 'video')} with fewer frames a second than clips have, {fps:g} "
+        f"({least['ledger'][0]['file']} {least['source_fps']:.4g}): frames come twice, and motion stutters; lower the "
+        "clips' fps, or leave them out"
     )
 
 
