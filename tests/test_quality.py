@@ -219,6 +219,9 @@ def test_networks_give_what_their_authors_code_gives():
     one, other = wave(4, 96, 64, 0.0), wave(4, 96, 64, 1.0)
     distance = networks.load("stlpips", Evaluate()).judge(one, other)
     assert distance.tolist() == pytest.approx([0.13179885, 0.13099015, 0.13124523, 0.12760982], rel=1e-4)
+    least = METRICS["stlpips"].least_side
+    small = networks.load("stlpips", Evaluate()).judge(*(side[:, :, :least] for side in (one, other)))
+    assert small.isfinite().all()
     features = networks.load("efficientnet_lite0", Evaluate()).judge(one)
     assert features.shape == (4, 1280)
     assert features[:, 2].tolist() == pytest.approx([0.84434539, 0.93462467, 0.82136208, 0.68392795], rel=1e-3)
@@ -417,6 +420,7 @@ def test_metrics_that_fit_are_chosen_and_those_that_do_not_are_told():
         (("psrn",), large, 4, "no metric 'psrn' .did you mean psnr"),
         (("fvd",), small, 4, "fvd needs clips of 10 frames, these have 9"),
         (("frechet_transnetv2",), small, 1, "needs 2 clips, there is 1"),
+        (("stlpips",), ClipShape(frames=9, height=16, width=64, fps=12), 4, "needs frames of 21 pixels a side"),
     ):
         with pytest.raises(UserError, match=message):
             choose(wanted, shape, clips)

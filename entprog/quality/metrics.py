@@ -15,7 +15,7 @@ from entprog.errors import UserError, install
 from entprog.media import assets, wholebody
 from entprog.media.pose import PoseEstimator
 from entprog.media.rtm import RtmEstimator
-from entprog.quality import consistency, networks, pictures, posing
+from entprog.quality import consistency, networks, perceptual, pictures, posing
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ METRICS = {
     "psnr": Metric("peak signal-to-noise ratio, dB, frame by frame", "higher"),
     "ssim": Metric("structural similarity, frame by frame", "higher", least_side=pictures.SSIM_SIDE),
     "ms_ssim": Metric("multi-scale structural similarity", "higher", least_side=pictures.MS_SSIM_SIDE),
-    "stlpips": Metric("shift-tolerant perceptual distance (not LPIPS)", "lower", "stlpips"),
+    "stlpips": Metric(
+        "shift-tolerant perceptual distance (not LPIPS)", "lower", "stlpips", least_side=perceptual.LEAST_SIDE
+    ),
     "frechet_efficientnet_lite0": Metric(
         "Fréchet distance on EfficientNet-Lite0's features of frames (not FID)", "lower", "efficientnet_lite0", "set"
     ),

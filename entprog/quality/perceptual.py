@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 CHANNELS = (64, 192, 384, 256, 256)
+LEAST_SIDE = 21
+"""Of a frame, in pixels: of a smaller one the last blur has nothing to reflect."""
 
 
 class _Blur(nn.Module):
