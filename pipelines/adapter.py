@@ -4,6 +4,7 @@ python -m pipelines.adapter merge --adapter out/run/adapter --base Wan-AI/Wan2.1
 python -m pipelines.adapter extract --before out/base --after out/run/model --rank 16 --output out/adapter
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def merge(
                 f"--expert: {bare(adapter)} was trained for the {said} expert, given {expert}: leave it out"
             )
         about = {**saved, **found.about} if found.about else saved
-        shape = about.get("shape")
+        shape, dtype = about.get("shape"), _dtype(found.about) or _dtype(saved)
         chosen = config.Model(
             family=family or about.get("family", "wan"), base=base, adapter=adapter,
             expert=str(expert) if expert else said,
@@ -85,8 +86,13 @@ def merge(
         if name := finite.not_finite(merged.network.state_dict()):
             raise UserError(f"--base: {bare(base)} with {bare(adapter)} is no trained network: {name} is not finite")
         with storage.scratch_for(folder / "model", last=folders.ABOUT) as scratch:
-            merged.save(scratch, shape=config.ClipShape(**shape) if shape else None)
+            merged.save(scratch, shape=config.ClipShape(**shape) if shape else None, **dtype)
         terminal.console.print(f"Merged {parts} of {bare(adapter)} into {bare(base)}: {folder / 'model'}")
+        if not dtype:
+            terminal.console.print(
+                "Neither says which type it was trained under, so that it is sampled in float32: "
+                "generate.dtype=bfloat16 takes half of the memory."
+            )
         return {"model": str(folder / "model"), "layers": len(found.pairs), "whole_weights": len(found.outside)}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
@@ -124,7 +130,7 @@ def extract(
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
         kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
-        more = {name: saved[name] for name in ("points", "native", "texts", "shape") if saved.get(name)}
+        more = {name: saved[name] for name in ("points", "native", "texts", "shape") if saved.get(name)} | _dtype(saved)
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         sources = [kind.inspect(side) for side in sides]
         for option, source in zip(("--before", "--after"), sources, strict=True):
@@ -161,6 +167,12 @@ def extract(
         return {"adapter": str(folder / "adapter"), "layers": len(found.pairs), "whole_weights": whole, "lost": lost}
 
     cli.run("adapter", None if dry_run else output, work, verbose=verbose)
+
+
+def _dtype(about: Mapping[str, Any]) -> dict[str, str]:
+    """{"dtype": the autocast type of training}, as an adapter's or a saved network's record has it; {} where none."""
+    known = about.get("dtype") or about.get("provenance", {}).get("dtype")
+    return {"dtype": known} if known else {}
 
 
 def _own_conditions(kind: Any, chosen: Any) -> tuple[str, ...]:

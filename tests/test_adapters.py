@@ -271,17 +271,22 @@ def test_commands(saved, tmp_path):
     assert (result["layers"], result["whole_weights"]) == (60, 2)
     said = shutil.copytree(folder, tmp_path / "said")  # as training leaves it: with clip shape, and text where one is
     about = json.loads((said / adapters.ABOUT).read_text())
-    (said / adapters.ABOUT).write_text(json.dumps(about | {"shape": SHAPE.model_dump()}))
+    (said / adapters.ABOUT).write_text(json.dumps(about | {"shape": SHAPE.model_dump(), "dtype": "bfloat16"}))
     text = torch.rand(3, denoiser.text.shape[-1])
     save_file({"prompt_embeds": text}, said / folders.PROMPT)
     again = ["merge", "--adapter", str(said), "--base", str(base), "--output", str(tmp_path / "with text")]
-    assert CliRunner().invoke(job.app, again).exit_code == 0
+    known = CliRunner().invoke(job.app, again)
+    assert known.exit_code == 0 and ["Neither says which type" in each.output for each in (done, known)] == [
+        True,
+        False,
+    ]
     merged = folders.saved(tmp_path / "with text" / "model")
-    assert merged["shape"] == SHAPE.model_dump()
+    assert merged["shape"] == SHAPE.model_dump() and merged["provenance"]["dtype"] == "bfloat16"
     assert torch.equal(load_file(tmp_path / "with text" / "model" / folders.PROMPT)["prompt_embeds"], text)
     after = Path(result["model"])
     about = json.loads((after / folders.ABOUT).read_text())
-    (after / folders.ABOUT).write_text(json.dumps(about | {"native": True, "shape": SHAPE.model_dump()}))
+    trained = {"provenance": about["provenance"] | {"dtype": "bfloat16"}}
+    (after / folders.ABOUT).write_text(json.dumps(about | {"native": True, "shape": SHAPE.model_dump()} | trained))
     save_file({"prompt_embeds": text}, after / folders.PROMPT)
     options = ["extract", "--before", str(base), "--after", result["model"], "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(job.app, [*options, "--rank", "4"])
@@ -291,7 +296,7 @@ def test_commands(saved, tmp_path):
     )
     assert torch.equal(again.text[0], text), "an adapter's own text is shown, whoever loads it"
     kept = json.loads((tmp_path / "out/adapter" / adapters.ABOUT).read_text())
-    assert kept["native"] and kept["shape"] == SHAPE.model_dump()
+    assert kept["native"] and kept["shape"] == SHAPE.model_dump() and kept["dtype"] == "bfloat16"
     again = replace(again, text=denoiser.text)
     torch.testing.assert_close(prediction(again), prediction(denoiser), rtol=1e-4, atol=1e-5)
     weights = Path(result["model"]) / "transformer" / f"{folders.STEM}.safetensors"
@@ -331,6 +336,7 @@ def test_the_network_that_a_training_of_adapters_leaves_says_which_is_in_it(save
     wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"base": str(base), "init": {}})})
     trained = replace(tuned(wanted), provenance={"base": str(base)})
     said = networks.leave_adapter(trained, wanted, tmp_path / "adapter", 33)
+    assert adapters.read(str(tmp_path / "adapter"), "it").about["dtype"] == wanted.model.dtype
     networks.merged(trained, wanted, "").save(tmp_path / "model", shape=SHAPE, **said)
     model = wanted.model.model_copy(update={"base": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")})
     with pytest.raises(UserError, match=r"model\.adapter: .* is in the weights of .*/model already"):

@@ -119,6 +119,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         "points": points,
         "base": experiment.model.base,
         "shape": experiment.data.shape.model_dump(),
+        "dtype": experiment.model.dtype,
         **({"last_frame": True} if denoiser.last else {}),
         **({"native": True} if denoiser.native else {}),
         **({"texts": denoiser.texts.model_dump()} if denoiser.texts else {}),
