@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote
 
 HIDDEN = "***"
 _ADDRESS = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://"
+    r"[A-Za-z][A-Za-z0-9+.-]{0,31}://"  # no longer than schemes are: a run of letters is not read again from each
     # A user or a password may hold a quote or a space, which else end an address in a text: it goes on to the '@',
     # unless what follows ':' is a port, or ': ' words. Only so far: long texts are not read again for each address.
     r"(?:(?:[^\s/?#@]{0,500}?"

@@ -46,9 +46,14 @@ console = Terminal()
 errors = Terminal(stderr=True)
 
 
+MOST = 4000
+"""Characters of a message: what it quotes of a file may be all of that."""
+
+
 def complain(what: str, message: str) -> None:
-    """One line on standard error."""
-    errors.print(Text.assemble((f"{what}:", "red"), f" {plain(masking.masked(message))}"))
+    """One line on standard error, of MOST characters of the message at most."""
+    said = masking.cut(masking.masked(message), MOST)
+    errors.print(Text.assemble((f"{what}:", "red"), f" {plain(said)}"))
 
 
 def duration(seconds: float) -> str:

@@ -51,6 +51,13 @@ def test_a_secret_is_shown_nowhere(address):
         assert SECRET not in shown and quoted not in shown and "hUsh" not in shown, shown
 
 
+def test_a_long_run_of_letters_is_read_once():
+    """Read again from each of its letters it takes minutes."""
+    text = "a" * 400_000
+    assert masking.masked(text) == text
+    assert masking.masked(f"{text}https://me:{SECRET}@host/a.mp4") == f"{text}https://***@host/a.mp4"
+
+
 @pytest.mark.parametrize("address", ODD)
 def test_a_password_does_not_end_at_a_quote_or_a_space(address):
     for text in (address, f"cannot read {address}: gone", f"MLflow at {address} and {ADDRESSES[0]}", f"<{address}>"):

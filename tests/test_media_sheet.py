@@ -1,10 +1,16 @@
 """Contact sheets and videos side by side."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from entprog.data import shards
+from entprog.errors import UserError
 from entprog.media import assets, h264, sheet, video
+from pipelines.preparing import contact_sheet
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +64,21 @@ def test_overlay_draws_only_limbs(clip):
     changed = (sheet.overlay(clip, points) != clip).any(-1)
     assert changed[1].any() and not changed[[0, 2, 3, 4]].any()
     assert not changed[1, :40].any() and not changed[1, 56:].any()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "EPS"])
+def test_a_picture_in_others_shards_is_read_with_care(kind, tmp_path):
+    """Not larger than a clip, and none for which Pillow starts a program."""
+    person = Path(contact_sheet.__file__).parents[1] / "demo_person"
+    dataset = shards.read_dataset(person)
+    rows = shards.read_rows(person / dataset.splits["held_out"][0].file, range(1))
+    picture = io.BytesIO()
+    Image.new("RGB", (4000, 4000) if kind == "PNG" else (8, 8)).save(picture, kind)
+    rows[0]["reference"] = picture.getvalue()
+    written = {
+        split: [shards.write_shard(tmp_path, f"{split}/0.parquet", rows, dataset.shape, dataset.points)]
+        for split in shards.SPLITS
+    }
+    foreign = shards.write_dataset(tmp_path, dataset.shape, written, {}, dataset.points)
+    with pytest.raises(UserError, match=r"clip 0 is damaged: .* (more than|no picture)"):
+        contact_sheet.of_dataset(tmp_path, foreign)

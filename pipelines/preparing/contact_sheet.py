@@ -1,17 +1,19 @@
 """The contact sheet of a dataset: what was kept, with the pose drawn on it, for a person to look at."""
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from entprog.config import ClipShape
 from entprog.data import shards
-from entprog.media import h264, masks, sheet, video
+from entprog.errors import UserError
+from entprog.media import h264, masks, pictures, sheet, video
+from entprog.media.errors import VideoError
+from entprog.media.limits import LIMITS
 from entprog.storage import Where
 
 Row = dict[str, Any]
@@ -35,9 +37,11 @@ def of_dataset(output: Where, dataset: shards.Dataset) -> None:
         its = of_source[source]
         for split_name, file, at in [its[i] for i in sorted({len(its) // 4, 3 * len(its) // 4})]:
             (clip,) = shards.read_rows(output / file, [at], ["video", "reference", "pose", "start_s", "mask"])
-            rows.append(
-                (f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", _strip(clip, dataset.shape))
-            )
+            try:
+                strip = _strip(clip, dataset.shape)
+            except VideoError as error:
+                raise UserError(f"{output / file}, clip {at} is damaged: {error}") from None
+            rows.append((f"{source}   {clip['start_s']:.2f} s   {split_name}   reference | clip", strip))
     sheet.contact_sheet(rows, output / "contact_sheet.png", columns=9)
 
 
@@ -54,7 +58,7 @@ def _strip(clip: Row, shape: ClipShape) -> np.ndarray:
     if clip["mask"]:
         shown = masks.unpacked(clip["mask"], shape.frames, height, width)[some]
         frames = np.where(shown[..., None], frames, frames // 3)
-    reference = np.asarray(Image.open(io.BytesIO(clip["reference"])).convert("RGB"))
+    reference = pictures.read(clip["reference"], replace(LIMITS, max_pixels=height * width))
     times = max(1.0, 192 / height)
     size = round(height * times), round(width * times)
     threads = torch.get_num_threads()
