@@ -9,8 +9,8 @@ class UserError(ValueError):
 
 
 class UnreachableError(UserError):
-    """A bucket, hub or MLflow that does not answer, or not to us. A command that has not begun is refused; work that
-    has is tried again."""
+    """A disk, bucket, hub or MLflow that does not answer, or not to us. A command that has not begun is refused; work
+    that has is tried again."""
 
 
 def install(extra: str) -> str:

@@ -25,6 +25,18 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in PASSING
 
 
+def cause(error: BaseException, path: Path) -> BaseException:
+    """What kept a file from being opened, as the system has it: safetensors calls all of that a FileNotFoundError, and
+    gives no number. Any other error as it is."""
+    if not isinstance(error, FileNotFoundError) or error.errno is not None:
+        return error
+    try:
+        path.open("rb").close()
+    except OSError as own:
+        return own
+    return OSError(errno.EAGAIN, "could not be opened, and can be a moment later", str(path))
+
+
 def home(path: str | Path) -> Path:
     """The path, with the home folder for a `~` at its start: a shell leaves that as it is in quotes and after `=`."""
     try:

@@ -232,7 +232,7 @@ def written(folder: Where, piece: Piece) -> Written | None:
             )
             return Written(piece, local.stat().st_size, files.sha256(local)) if whole else None
     except (OSError, SafetensorError, KeyError, IndexError) as error:
-        shards.answered(path, error)
+        storage.answered(path, error)
         return None
 
 
@@ -261,22 +261,22 @@ def finish(
 
 
 def read_cache(folder: Where) -> Cache:
-    """A finished cache's description. Raises DamagedLatentsError, OSError where a bucket does not answer."""
+    """A finished cache's description. Raises DamagedLatentsError, OSError where a bucket or a disk does not answer."""
     try:
         record = from_json((folder / RECORD).read_text())
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
-        files = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])
+        pieces = tuple(Written(**{**file, "piece": Piece(**file["piece"])}) for file in record["files"])
         shapes = {name: tuple(shape) for name, shape in record["tensors"].items()}
-        for file in files:
+        for file in pieces:
             if not storage.inside(folder, file.piece.file):
                 raise ValueError(f"a file outside the folder: {file.piece.file!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(folder, Place) and isinstance(error, OSError):  # it may answer the next time
-            raise
+        if files.may_pass(error) or (isinstance(folder, Place) and isinstance(error, OSError)):
+            raise  # it may answer the next time
         reason = masking.reason(error)
         raise DamagedLatentsError(f"{folder}/latents.json is damaged ({reason}): {AGAIN}") from None
-    return Cache(folder, shapes, files)
+    return Cache(folder, shapes, pieces)
 
 
 def find(dataset: shards.Dataset, key: str) -> Cache | None:
@@ -310,7 +310,7 @@ def verify(cache: Cache, how: Literal["auto", "sha256", "size"]) -> None:
             if size == file.bytes and (how == "size" or files.sha256(path) == file.sha256):
                 continue
         except OSError as error:
-            shards.answered(path, error)
+            storage.answered(path, error)
         raise DamagedLatentsError(f"damaged latents {path}: not what latents.json says; {AGAIN}")
 
 
@@ -345,8 +345,8 @@ def _rows(path: Path, rows: Sequence[int], names: Sequence[str]) -> Iterator[dic
                 clip = {name: _in_full(file.get_slice(name)[row : row + 1]) for name in names}
                 yield clip if _crc32(clip) == sums[row] else None
     except (OSError, SafetensorError, IndexError) as error:
-        if files.may_pass(error):
-            raise
+        if files.may_pass(error := files.cause(error, path)):
+            raise error from None
         yield from [None] * len(rows)
 
 

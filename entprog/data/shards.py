@@ -211,6 +211,7 @@ def read_dataset(folder: str | Where) -> Dataset:
         what = f"cannot read {folder}/dataset.json ({masking.one_line(error)})"
         if isinstance(folder, Place) and isinstance(error, OSError):
             raise UnreachableError(f"{what}: look at its name and at the credentials in the environment") from None
+        storage.answered(folder / DATASET, error)
         raise UserError(f"{what}: {again} again") from None
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
@@ -248,6 +249,7 @@ def verify(dataset: Dataset, how: Literal["auto", "sha256", "size"] = "sha256") 
             try:
                 size = there[shard.file] if remote else path.stat().st_size
             except (OSError, KeyError) as error:
+                storage.answered(path, error)
                 reason = getattr(error, "strerror", None) or "no such object"
                 raise DamagedShardError(f"shard {path} is missing ({reason}): {again}") from None
             if size != shard.bytes:
@@ -274,16 +276,8 @@ def _sha256(path: Where) -> str:
     try:
         return files.sha256(path)
     except OSError as error:
-        answered(path, error)
+        storage.answered(path, error)
         raise
-
-
-def answered(path: Where, error: Exception) -> None:
-    """Raises UnreachableError for an error that leaves open whether a file is there and what is in it: such a file is
-    neither missing nor damaged."""
-    away = isinstance(path, Place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if away or files.may_pass(error):
-        raise UnreachableError(f"cannot read {path}: {masking.one_line(error)}") from None
 
 
 def _size(found: int, due: int) -> str:

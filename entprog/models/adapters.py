@@ -31,6 +31,7 @@ from entprog.files import from_json
 from entprog.masking import bare, one_line
 from entprog.models import folders
 from entprog.models.finite import not_finite
+from entprog.storage import answered
 
 DIFFUSERS, COMFYUI, PEFT = "pytorch_lora_weights.safetensors", "comfyui.safetensors", "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -275,6 +276,7 @@ def _load(path: Path, setting: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        answered(path, error)
         raise UserError(f"{setting}: cannot read {path}: {one_line(error)}") from None
 
 

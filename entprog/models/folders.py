@@ -15,7 +15,7 @@ from entprog import config, files
 from entprog.errors import UnreachableError, UserError
 from entprog.masking import bare, one_line
 from entprog.media import assets
-from entprog.storage import Where, address, at, fetched, quickly
+from entprog.storage import Where, address, answered, at, fetched, quickly
 
 FORMAT = "entprog-model-1"
 ABOUT = "entprog.json"
@@ -234,10 +234,11 @@ def part(root: Where, name: str) -> Where | None:
 
 
 def read_json(path: Where) -> dict[str, Any]:
-    """A JSON object. Raises UserError if it is not one."""
+    """A JSON object. Raises UserError if it is not one, UnreachableError where a bucket or a disk does not answer."""
     try:
         values = files.from_json(path.read_text())
     except (OSError, ValueError) as error:
+        answered(path, error)
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it does not hold a JSON object")

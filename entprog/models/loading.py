@@ -16,6 +16,7 @@ from entprog.masking import bare, one_line
 from entprog.models import adapters, attention, experts, folders, inputs, parts, weight_files, whole
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.sources import Source, inspect
+from entprog.storage import answered
 
 
 def load(
@@ -109,6 +110,7 @@ def _in_parts(
             cls.NETWORK, source.network.config, files, cls.INPUT, source.splits, device, replicas, adapt, half
         )
     except OSError as error:
+        answered(source.part, error)
         raise UserError(f"model.base: cannot read {source.part}: {one_line(error)}") from None
     if network is not None:
         network.register_to_config(_name_or_path=_said(settings.base))

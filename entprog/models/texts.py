@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from entprog import config
 from entprog.errors import UserError
 from entprog.models import adapters, folders
+from entprog.storage import answered
 
 NAME = "prompt_embeds"
 
@@ -90,6 +91,7 @@ def _tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
+        answered(path, error)
         raise UserError(f"model.prompt_embeds: cannot read {path}: {' '.join(str(error).split())}") from None
     if name not in tensors:
         raise UserError(f"model.prompt_embeds: {path} has no tensor named {name}, only {', '.join(tensors)}")

@@ -21,6 +21,7 @@ from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models.folders import STEM, located_files, read_json
 from entprog.models.quiet import quiet
+from entprog.storage import answered
 
 OLDER = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 """How older names of weights end, which diffusers changes as it reads them."""
@@ -84,7 +85,8 @@ def _named(index: Path, setting: str) -> list[Path]:
 
 
 def check_file(path: Path, setting: str, trust_pickle: bool = False) -> None:
-    """Raises UserError for a file of weights that is damaged, or no safetensors and not trusted."""
+    """Raises UserError for a file of weights that is damaged, or no safetensors and not trusted, UnreachableError where
+    a disk does not answer."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -100,6 +102,7 @@ def check_file(path: Path, setting: str, trust_pickle: bool = False) -> None:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, UserError):
             raise
+        answered(path, error)
         raise UserError(f"{setting}: cannot read {path}: {one_line(error)}") from None
 
 
@@ -153,8 +156,10 @@ def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        said, _, _ = str(_first_cause(error)).partition(" If you want to instead")  # what one who programs might pass
-        reason = one_line(said or _first_cause(error))
+        cause = _first_cause(error)
+        answered(found.files[-1], cause)
+        said, _, _ = str(cause).partition(" If you want to instead")  # what one who programs might pass
+        reason = one_line(said or cause)
         raise UserError(f"{setting}: cannot load {cls.__name__} from {folder}: {reason}") from None
     _check_names(cls, folder, setting, info["missing_keys"], info["unexpected_keys"])
     return model
@@ -204,6 +209,7 @@ def from_single_file(cls: type, path: Path, configuration: Path, setting: str):
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         cause = _first_cause(error)
+        answered(path, cause)
         if "meta tensor" in str(cause):  # what no weight was found for
             raise UserError(
                 f"{setting}: {path} lacks weights that the {cls.__name__} of model.base has: it is another base's, or "

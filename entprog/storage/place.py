@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import quote
 
 from entprog import files
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from entprog.masking import bare, has_credentials, masked, one_line, query
 
 if TYPE_CHECKING:
@@ -321,3 +321,12 @@ class Place:
 
 Where = Path | Place
 """A folder or file of this machine, or one in a bucket, which answers as a Path does as far as it is asked."""
+
+
+def answered(path: Where, error: BaseException) -> None:
+    """Raises UnreachableError for an error that leaves open whether a file is there and what is in it: such a file is
+    neither missing nor damaged."""
+    away = isinstance(path, Place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    error = files.cause(error, path) if isinstance(path, Path) else error
+    if away or files.may_pass(error):
+        raise UnreachableError(f"cannot read {path}: {one_line(error)}") from None

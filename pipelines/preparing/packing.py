@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from entprog import config, files, names
+from entprog import config, files, names, storage
 from entprog.config import ClipShape, Preparation
 from entprog.data import shards
 from entprog.data.shards import ShardInfo
@@ -69,7 +69,7 @@ def read_part(parts: Where, key: str) -> Row | None:
         if record["clips"] and not _is_whole(parts / f"{key}.parquet", record["sha256"]):
             return None
     except (OSError, ValueError, KeyError) as error:
-        shards.answered(parts / f"{key}.json", error)
+        storage.answered(parts / f"{key}.json", error)
         return None
     return record
 
@@ -325,6 +325,6 @@ def _packed(receipt: Where, shard: Where, plan: str) -> Row | None:
         entry = json.loads(receipt.read_text())
         whole = entry["plan"] == config.digest(plan) and _is_whole(shard, entry["info"]["sha256"])
     except (OSError, ValueError, KeyError) as error:
-        shards.answered(receipt, error)
+        storage.answered(receipt, error)
         return None
     return entry["info"] if whole else None
