@@ -1,5 +1,6 @@
 """Parquet whose footer or pages lie about their sizes, as a manifest and as a shard: a line, and no memory taken."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from entprog.data import shards
-from entprog.media import limits
+from entprog.media import limits, parquet_pages
 from helpers import parquet_lies
 
 MOST_BYTES, TAKEN_BYTES = 8 << 20, 64 << 20
@@ -109,3 +110,20 @@ def test_sound_files_of_any_kind_are_read_as_they_are(options, tmp_path):
     )
     pq.write_table(table, tmp_path / "a.parquet", **options)
     assert limits.table(tmp_path / "a.parquet").to_pylist() == table.to_pylist()
+
+
+def test_any_byte_of_a_pages_header_may_be_another():
+    file = io.BytesIO()
+    pq.write_table(pa.table({"path": [f"{i}.mp4" for i in range(20)]}), file, use_dictionary=False)
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    (page,) = parquet_pages.of_column(file, column)
+    told = 0
+    for at in range(column.data_page_offset, column.data_page_offset + 16):
+        for byte in range(256):
+            wrong = bytearray(file.getvalue())
+            wrong[at] = byte
+            try:
+                list(parquet_pages.of_column(io.BytesIO(wrong), column))
+            except ValueError as error:
+                told += "damaged" in str(error)
+    assert page.values == 20 and told > 500

@@ -44,19 +44,21 @@ def of_column(file: BinaryIO, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
     end, seen, pages = at + column.total_compressed_size, 0, 0
     while seen < column.num_values and at < end:
         header, length = _header(file, at)
-        field = _HEADER_OF.get(header.get(1), 0)
+        kind = header.get(1)
+        field = _HEADER_OF.get(kind, 0) if isinstance(kind, int) else 0
         of_kind = header.get(field)
         of_kind = of_kind if isinstance(of_kind, dict) else {}
-        sizes = (header.get(2), header.get(3), of_kind.get(1) if field else 0)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        numbers = (kind, header.get(2), header.get(3), of_kind.get(1) if field else 0)
+        written_as = of_kind.get(_ENCODING_IN.get(field), 0)
+        if not all(isinstance(number, int) and number >= 0 for number in (*numbers, written_as)):
             raise ValueError("a page's header is damaged")
-        unpacked, packed, values = sizes
-        if encoding := _UNREAD.get(of_kind.get(_ENCODING_IN.get(field))):
+        _, unpacked, packed, values = numbers
+        if encoding := _UNREAD.get(written_as):
             raise ValueError(f"column {column.path_in_schema} is written as {encoding}, which is not read")
         pages += 1
         if pages > MAX_PAGES:
             raise ValueError(f"column {column.path_in_schema} has more than {MAX_PAGES} pages")
-        if header[1] == _DICTIONARY:
+        if kind == _DICTIONARY:
             yield Page(max(packed, unpacked, _ENTRY_BYTES * values), 0)
         else:
             yield Page(max(packed, unpacked), values)
