@@ -114,6 +114,8 @@ def checked(wanted: Sweep, space: spaces.Space, output: Where) -> tuple[dict[str
     if begun is None:  # one that an earlier version began goes on: a trial that cannot be trained is marked as failed
         with terminal.console.status("looking at combinations of values"):
             checking.check_together(wanted, space, dataset, terminal.console.print)
+    else:
+        checking.check_runs_as_before(wanted.experiment(), begun.share)
     return identity, begun
 
 
@@ -187,7 +189,7 @@ def run(
         terminal.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), session.cores())
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
-    begun = begun or state.begin(output, {**vars(now), "gpus": gpus})
+    begun = begun or state.begin(output, {**vars(now), "gpus": gpus, "runs": checking.runs(experiment)})
     given = begun.share
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     of_clips = {"decode_cpus": given["decode_cpus"], "verify": "size"}  # the sweep has read every byte of them once

@@ -71,12 +71,31 @@ def test_values_that_do_not_go_together_are_told_before_anything_starts(tmp_path
     assert told + TOGETHER in " ".join(result.output.split())
 
 
+def settings(*pairs: str) -> Sweep:
+    parts = {"data": {"shards": str(DEMO / "demo_person")}, "model": {"base": str(DEMO / "demo_base")}}
+    return cli.settings(Sweep, "demo", None, ["train.seconds=20", "train.steps=null", *pairs], **parts)
+
+
+def test_trials_to_come_run_as_those_before():
+    """A training that goes on may run otherwise; trials of which some do cannot be ranked at equal seconds."""
+    share = {"gpus": "no", "runs": checking.runs(settings().experiment())}
+    for same in ((), ("train.gpus=no", "data.verify=size")):
+        checking.check_runs_as_before(settings(*same).experiment(), share)
+    for other, said in {
+        "data.decode=cluster": "data.decode was auto, now cluster",
+        "train.workers=3": "train.workers was 2, now 3",
+        "train.gpus=yes": "train.gpus was no, now yes",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            checking.check_runs_as_before(settings(other).experiment(), share)
+    with pytest.raises(UserError, match="some would run on fewer than 2 workers"):
+        checking.check(settings("train.workers=2", "train.min_workers=1"), {})
+
+
 def test_a_grid_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     """Its trials that cannot be trained are marked as failed, as they were."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    pairs = ["train.seconds=20", "train.steps=null", "tune.search=grid"]
-    parts = {"data": {"shards": str(DEMO / "demo_person")}, "model": {"base": str(DEMO / "demo_base")}}
-    wanted, output = cli.settings(Sweep, "demo", None, pairs, **parts), tmp_path / "sweep"
+    wanted, output = settings("tune.search=grid"), tmp_path / "sweep"
     (tmp_path / "mine.yaml").write_text(PAIR)
     space = spaces.read(str(tmp_path / "mine.yaml"))
     with pytest.raises(UserError, match=TOGETHER):
@@ -85,3 +104,6 @@ def test_a_grid_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     claim.take(output, "tune", identity)
     state.begin(output, {})
     pipelines.tune.claimed(wanted, space, output)
+    state.begin(output, {"runs": checking.runs(wanted.experiment())})
+    with pytest.raises(UserError, match="trials of this sweep have run otherwise"):
+        pipelines.tune.claimed(settings("tune.search=grid", "data.decode=cluster"), space, output)
