@@ -13,6 +13,10 @@ class UnreachableError(UserError):
     that has is tried again."""
 
 
+class LastingError(RuntimeError):
+    """What ended the work, and would end another try of it too: a loss that is no number, a device without room."""
+
+
 def install(extra: str) -> str:
     """How an extra of this package is installed, which no index has, in words for a message."""
     return f"pip install '.[{extra}]' in the checkout, or pip install 'WHEEL[{extra}]'"

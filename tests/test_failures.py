@@ -1,6 +1,9 @@
 """What Ray wraps around an error of ours is taken off; every other comes as it is."""
 
 import pytest
+import torch
+from ray.exceptions import OutOfMemoryError
+from ray.train import WorkerGroupError
 
 from entprog.data.latents import DamagedLatentsError
 from entprog.data.shards import DamagedShardError
@@ -34,3 +37,10 @@ def test_the_reason_is_the_line_that_names_the_cause():
     error.worker_failures = {0: "Traceback\n  File x\ntorch.OutOfMemoryError: no memory\n"}
     assert failures.reason(error) == "torch.OutOfMemoryError: no memory"
     assert failures.reason(TaskError("")) == "TaskError"
+
+
+def test_a_device_without_room_is_seen_whoever_is_named_last():
+    peer = RuntimeError("peer closed")
+    assert failures.lacks_memory(WorkerGroupError("", {0: torch.OutOfMemoryError("no memory"), 1: peer}))
+    for other in (WorkerGroupError("", {1: peer}), WorkerGroupError("", {0: OutOfMemoryError("node")}), peer):
+        assert not failures.lacks_memory(other), "who fills a machine may be another"

@@ -22,7 +22,7 @@ from ray.util import placement_group, placement_group_table
 
 from entprog import config, storage
 from entprog.data import clip_stream
-from entprog.errors import UserError
+from entprog.errors import LastingError, UserError
 from entprog.media import assets
 from entprog.training import checkpoint
 from helpers import real_clips, stores
@@ -616,6 +616,20 @@ def test_ctrl_c_asks_who_trains_for_a_checkpoint_and_once_more_ends_it(nodes, tm
     assert [*map(next, map(iter, heard))] == ["step", "waiting", "warning"]
     assert "Ctrl-C once more" in heard[1]["waiting"] and heard[2]["warning"] == f"told {message_board.JOB_ENDS}"
     nothing_reserved()
+
+
+@pytest.mark.slow
+def test_a_device_without_room_is_asked_once_more(nodes, tmp_path):
+    """Not `train.max_failures` times, and not by Ray Tune again: a trial that draws such values has failed."""
+    nodes.are(1)
+
+    def starved(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    heard = []
+    with pytest.raises(LastingError, match="CUDA out of memory"):
+        launch.run_workers(starved, {}, wanting(workers=1, gpus="no"), tmp_path, heard.append)
+    assert [*map(next, map(iter, heard))] == ["warning"]
 
 
 def test_before_the_first_step_ctrl_c_has_nothing_to_save():

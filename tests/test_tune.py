@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.train import WorkerGroupError
 from ray.tune import loguniform
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.search.search_generator import SearchGenerator
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 
 from entprog import config, models, storage
 from entprog.data.shards import read_dataset
-from entprog.errors import UserError
+from entprog.errors import UnreachableError, UserError
 from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.families import TINY
@@ -204,11 +205,18 @@ def test_a_trial_waits_for_an_mlflow_that_is_away(tmp_path, monkeypatch):
     assert trial.waiting(trial.folder_of(tmp_path, "a")) is None
 
 
+def of_a_worker(error):
+    """As `run_workers` raises what a worker has."""
+    told = RuntimeError("a line")
+    told.__cause__ = WorkerGroupError("", {0: error})
+    return told
+
+
 @pytest.mark.parametrize(
     ("error", "output", "away"),
     [
-        (RuntimeError("entprog.errors.UnreachableError: cannot read s3://a/b"), "out", True),
-        (RuntimeError("torch.OutOfMemoryError: no memory"), "out", False),
+        (of_a_worker(UnreachableError("cannot read s3://a/b")), "out", True),
+        (of_a_worker(RuntimeError("peer closed")), "out", False),
         (TimeoutError(errno.ETIMEDOUT, "no answer"), "out", True),
         (OSError("AWS Error NETWORK_CONNECTION"), "s3://a/b", True),
         (OSError("AWS Error NETWORK_CONNECTION"), "out", False),
@@ -260,12 +268,14 @@ def test_a_grid_is_walked_whole_into_a_bucket_and_a_loss_that_is_no_number_is_to
 
 def _walk_a_grid(place, output):
     (place / "grid.yaml").write_text("train.learning_rate: {choice: [1.0e-3, 1.0e+30]}\n")
-    grid = {"trials": 2, "search": "grid", "early_stop": False, "concurrent": 1}  # so both in one process
+    grid = {"trials": 2, "search": "grid", "early_stop": False, "retries": 1, "concurrent": 1}  # so both in one process
     plain = wanted(place, tune=grid, train={"seconds": 1, "max_nonfinite": 1}, schedule={"kind": "full"})
     result = tune.run(plain, spaces.read(str(place / "grid.yaml")), output)
     rows = {row["settings"]["train.learning_rate"]: row for row in result["trials"]}
     assert [rows[rate]["status"] for rate in (1e-3, 1e30)] == ["finished", "failed"]
     assert re.search("not finite|is nan", rows[1e30]["reason"])  # after one step or more
+    ended = max(state.read(output).folder.glob(f"{sweep.NAME}/experiment_state-*.json")).read_text()
+    assert "ERROR" not in ended, "the search learns that its values are bad, and it is not trained again"
     assert result["best"]["id"] == rows[1e-3]["id"]
     from mlflow import MlflowClient
 

@@ -35,8 +35,20 @@ def ours(error: BaseException) -> UserError | None:
 
 def reason(error: BaseException) -> str:
     """The line that names the cause, out of Ray's nested traces."""
-    failures = getattr(error, "worker_failures", None) or {}
-    text = "\n".join(str(failure) for failure in failures.values()) or str(error)
+    text = "\n".join(map(str, of_workers(error))) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Exception"))]
     return (named or lines or [type(error).__name__])[-1]
+
+
+def of_workers(error: BaseException | None) -> list[BaseException]:
+    """What each of the workers that failed has raised, where an error of Ray Train's says so."""
+    return list((getattr(error, "worker_failures", None) or {}).values())
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the device of a worker had no room. (A process that Ray ends, since its machine has none, may not be to
+    blame.)"""
+    import torch  # here: tasks that read clips need none
+
+    return any(isinstance(each, torch.OutOfMemoryError) for each in of_workers(error))

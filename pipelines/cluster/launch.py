@@ -13,7 +13,7 @@ from typing import Any
 import pipelines
 from entprog import files
 from entprog.config import Experiment, Model, Train
-from entprog.errors import UserError
+from entprog.errors import LastingError, UserError
 from entprog.storage import Place, Where, remove
 from pipelines.cluster import capacity, failures, joining, ray_internals, room
 from pipelines.cluster.message_board import GROWS, JOB_ENDS, Listener
@@ -83,10 +83,11 @@ def run_workers(
     A worker posts `{"result": {…}}` when all is done, `{"user_error": line}` for a person's mistake that only it could
     see, `{"failure": line}` for what another try would not mend, `{"stopped": step}` when it was told to end, and
     `{"grows": step}` when there is room for more workers. Whatever else ends the workers, or their trainer, starts them
-    again, up to `train.max_failures` times in a row without a step gained. While the cluster has no room for them it is
-    waited for, and `on_item` gets `{"waiting": line}` now and then. SIGTERM and Ctrl-C to this process end that wait,
-    or let the workers save a checkpoint, and raise KeyboardInterrupt; a second Ctrl-C, or one before the first step,
-    waits for nothing. Raises UserError, or RuntimeError with the workers' own reason in one line.
+    again, up to `train.max_failures` times in a row without a step gained; once where a device had no room. While the
+    cluster has no room for them it is waited for, and `on_item` gets `{"waiting": line}` now and then. SIGTERM and
+    Ctrl-C to this process end that wait, or let the workers save a checkpoint, and raise KeyboardInterrupt; a second
+    Ctrl-C, or one before the first step, waits for nothing. Raises UserError, or RuntimeError with the workers' own
+    reason in one line: LastingError where another try would end alike.
     """
     each = capacity.each_worker(experiment, capacity.use_gpus(experiment), trial=not ray_internals.is_driver())
     for name in ("ray.train", "ray.data", "ray.tune"):
@@ -126,10 +127,14 @@ def run_workers(
                 reason = last.get("failure") or (
                     failures.reason(failure) if failure else "the workers ended without a result"
                 )
+                starved = failure is not None and failures.lacks_memory(failure)
                 if listener.step > furthest:
                     tries, furthest = train.max_failures, listener.step
-                if "failure" in last or not tries:
-                    raise RuntimeError(reason) from failure
+                elif starved:  # memory of a process that has just ended may not have been free
+                    tries = min(tries, 1)
+                lasts = "failure" in last or (starved and not tries)
+                if lasts or not tries:
+                    raise (LastingError if lasts else RuntimeError)(reason) from failure
                 tries -= 1
                 on_item({"warning": f"{reason}: starting the workers again, from the newest checkpoint"})
     except UserError:

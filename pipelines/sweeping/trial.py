@@ -20,9 +20,10 @@ from typing import Any
 from entprog import config, files, masking, storage
 from entprog.config import Experiment
 from entprog.data import shards
-from entprog.errors import UnreachableError, UserError
+from entprog.errors import LastingError, UnreachableError, UserError
 from entprog.storage import Where
 from entprog.training import curves
+from pipelines.cluster import failures
 from pipelines.training import steplog
 
 RECORD = "trial.json"
@@ -89,8 +90,8 @@ def is_away(error: BaseException, spec: Spec) -> bool:
     """Whether an error is of MLflow, a bucket, a hub or a network disk that may answer later."""
     if isinstance(error, UnreachableError) or files.may_pass(error):
         return True
-    if isinstance(error, RuntimeError):  # of workers, in words
-        return f"{UnreachableError.__name__}: " in str(error)
+    if of_workers := failures.of_workers(error.__cause__):
+        return any(is_away(each, spec) for each in of_workers)
     in_bucket = "://" in spec.output or "://" in (spec.experiment["train"]["checkpoints"] or "")
     return in_bucket and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
@@ -106,8 +107,9 @@ def run(
     """Train with the drawn values, once a seed; the trial's last report.
 
     report: gets {"tick", "held_out_loss", …} as the first seed's training passes equal shares of its budget. A
-    person's mistake and a loss that is not finite end the trial as failed, with the reason; a crash raises and is
-    tried again from the checkpoint; so is, by `patiently`, what does not answer.
+    person's mistake, a loss that is not finite and a device without room end the trial as failed, with the reason, and
+    the search learns that its values are bad; a crash raises and is tried again from the checkpoint; so is, by
+    `patiently`, what does not answer.
     """
     from pipelines import train
     from pipelines.sweeping import spaces
@@ -152,10 +154,6 @@ def run(
                 tags={"entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
                 listen=ticks.on_item if number == 0 else lambda item: None,
             )
-            if not math.isfinite(result["held_out_loss"]):
-                raise UserError(
-                    f"held-out loss was not finite ({result['held_out_loss']}) after {result['steps']} steps"
-                )
             results.append(figures(result, seed, settings.target_loss))
             remove_checkpoints(place, experiment)  # it has ended: model/ is what it came to
         record |= {"status": "finished", "seeds": results} | summary(results)
@@ -165,8 +163,9 @@ def run(
             with contextlib.suppress(OSError):  # which may be what is away
                 files.write_json(folder / RECORD, record | {"waiting": _reason(error)})
             raise
-        record |= {"status": "failed", "reason": str(error) if isinstance(error, UserError) else _reason(error)}
-        if not isinstance(error, UserError):
+        of_values = isinstance(error, UserError | LastingError)
+        record |= {"status": "failed", "reason": str(error) if of_values else _reason(error)}
+        if not of_values:
             files.write_json(folder / RECORD, record)
             raise
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
