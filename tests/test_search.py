@@ -2,6 +2,7 @@
 survives a resume to the bit."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -235,6 +236,21 @@ def test_a_later_search_or_scoring_is_to_be_paid_back_too():
     search.note(Trial(candidate=0, loss_before=1.0, loss=0.9, cost=0.5), 1.5)
     assert state.break_even_step is None, "a run may end here"
     assert [*train(3)] == [None, 8, 8]
+
+
+@pytest.mark.parametrize(("m", "full_cost"), [(8, 3.0), (6, 2.0)])
+def test_what_a_plan_saves_is_forecast_by_the_trials_alone(m, full_cost):
+    """Those of a half cost twice what is predicted, and those of all blocks three times; three quarters, twice."""
+    search, state = search_between_two()
+    half, full = state.candidates
+    other = replace(full, trainable=full.trainable[:m])
+    state.candidates, state.seconds.score = (half, other), 10.0
+    costs = {half: 1.0, other: 3.0 if m == 8 else 1.5}
+    for number, plan in enumerate(state.candidates):
+        state.trials.append(Trial(candidate=number, loss_before=1.0, loss=1.0 - 1 / (1 + plan.m), cost=costs[plan]))
+    decision = search.decide()
+    assert (decision.plan, decision.step_cost, decision.full_step_cost) == (half, 1.0, pytest.approx(full_cost))
+    assert decision.break_even_step == 10 / (full_cost - 1)
 
 
 @pytest.mark.parametrize("opening_s", [0.0, 30.0])

@@ -55,7 +55,7 @@ class Decision(Record):
     step_cost: float | None = None
     """Expected seconds or FLOPs of a step of the plan; None where the schedule alone decided."""
     full_step_cost: float | None = None
-    """Seconds (or FLOPs) of a step of full training: measured in the search if it was a candidate."""
+    """The same of full training. Both go by the trials, where there were any."""
     memory_bytes: int | None = None
     """Predicted peak of the plan on one device."""
     break_even_step: int | None = None

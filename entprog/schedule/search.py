@@ -205,8 +205,7 @@ class Search:
     def with_forecast(self, decision: Decision) -> Decision:
         """The decision with what its plan is expected to cost and to save."""
         state, full = self.state, self.prices.full
-        measured = [e.mean_cost for p, e in zip(decision.candidates, decision.efficiencies, strict=False) if p == full]
-        step_cost, full_cost = self.prices.step(decision.plan), (measured or [self.prices.step(full)])[0]
+        step_cost, full_cost = (self.expected_cost(plan, decision) for plan in (decision.plan, full))
         saving, open_cost = full_cost - step_cost, self.overhead() - state.saved_cost
         pays = saving > 0 and decision.plan != full
         return replace(
@@ -216,6 +215,15 @@ class Search:
             memory_bytes=self.prices.memory(decision.plan),
             break_even_step=state.step + math.ceil(max(open_cost, 0.0) / saving) if pays else None,
         )
+
+    def expected_cost(self, plan: Plan, decision: Decision) -> float:
+        """Cost of a step by the decision's trials, in the schedule's clock: the plan's own mean; of one that was not
+        tried as predicted, and more by as much as the trials cost more than that."""
+        tried = {p: e.mean_cost for p, e in zip(decision.candidates, decision.efficiencies, strict=False)}
+        if plan in tried:
+            return tried[plan]
+        off = sum(tried.values()) / sum(map(self.prices.step, tried)) if tried else 1.0
+        return off * self.prices.step(plan)
 
     def overhead(self) -> float:
         """Search and scoring so far, in the schedule's clock."""
