@@ -186,10 +186,10 @@ def test_running_it_again_does_nothing_and_other_settings_are_refused(prepared, 
     shutil.copytree(videos, copy, symlinks=True, ignore=shutil.ignore_patterns("notes.txt", "loop"))
     fewer = run("--input", copy, "--output", output, *ARGUMENTS)
     assert fewer.exit_code == 0
-    assert "1 inputs of before are not there any more (notes.txt): their 0 clips stay" in fewer.output
+    assert "1 input of before not there any more (notes.txt): 0 clips of them in the dataset" in fewer.output
     (copy / "cam01.mp4").write_bytes((copy / "cam04.mp4").read_bytes())
     changed = run("--input", copy, "--output", output, *ARGUMENTS)
-    assert changed.exit_code == 2 and "1 inputs have changed since" in changed.output
+    assert changed.exit_code == 2 and "of inputs that have changed: the content of 1 input" in changed.output
     assert "(cam01.mp4)" in changed.output
 
 

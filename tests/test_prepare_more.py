@@ -84,7 +84,7 @@ def grown(frames, tmp_path_factory):
 
 def test_new_videos_are_added_in_new_shards(grown):
     _, output, ((_, before, files, message), (said, after, more, told_after)) = grown
-    assert "adding 5 inputs" in said and "1 inputs that gave no clip before are tried again" in said
+    assert "adding 5 inputs" in said and "tried again: 1 input that gave no clip before" in said
     old_shards = {file: sha for file, sha in files.items() if not file.startswith("ledger")}
     assert old_shards.items() <= more.items() and len(more) > len(files)
     for split in shards.SPLITS:
@@ -113,10 +113,15 @@ def test_what_is_gone_or_changed_is_said(grown, tmp_path):
             (copy / path.name).write_bytes(path.read_bytes())
     done = run("--input", copy, *again)  # other time stamps alone are no change
     assert done.exit_code == 0 and "nothing to do" in done.output
-    assert "1 inputs of before are not there any more (7.mp4)" in done.output
+    assert "1 input of before not there any more (7.mp4)" in done.output
     (copy / "2.mp4").write_bytes((copy / "5.mp4").read_bytes())
     done = run("--input", copy, *again)
-    assert done.exit_code == 2 and "1 inputs have changed" in done.output and "(2.mp4)" in done.output
+    assert done.exit_code == 2 and "the content of 1 input (2.mp4): restore that" in done.output
+    (copy / "2.mp4").write_bytes((folder / "2.mp4").read_bytes())
+    for name in ("2.txt", "5.txt"):
+        (copy / name).write_text("a caption")
+    done = run("--input", copy, *again)
+    assert done.exit_code == 2 and "the caption of 2 inputs (2.mp4, 5.mp4): restore that" in done.output
     done = run("--input", folder, *again, "--set", "prepare.seed=3")
     assert done.exit_code == 2 and "prepare.seed was 0, now 3" in done.output
     assert hashes(output) == before

@@ -1,5 +1,6 @@
 """What a finished dataset has of the inputs already: new videos are added in new shards, old shards never change."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from entprog.data import shards
 from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media.video import VideoError
+from entprog.names import counted
 from entprog.preparing import again, ledger, probing
 from entprog.preparing.rows import Line, Source
 from entprog.storage import Where
@@ -120,12 +122,14 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     new = [row for row in sources if row["file"] not in lines]
     other = [row for row in sources if row["file"] in lines and not _as_listed(row, lines[row["file"]])]
     looks = track(other, "files touched since", console=terminal.console, disable=len(other) < 100, transient=True)
-    changed = [row for row in looks if _has_changed(row, lines[row["file"]], settings)]
-    kept = [row["file"] for row in changed if lines[row["file"]]["kept"]]
+    what = {row["file"]: _change(row, lines[row["file"]], settings) for row in looks}
+    changed = [row for row in other if what[row["file"]]]
+    kept = {row["file"]: what[row["file"]] for row in changed if lines[row["file"]]["kept"]}
     if kept:
+        news = [f"the {name} of {counted(count, 'input')}" for name, count in Counter(kept.values()).items()]
         raise UserError(
-            f"{len(kept)} inputs have changed since {output} was prepared from them ({', '.join(kept[:3])}): restore "
-            "them, give them other names, or choose another --output"
+            f"{output} holds clips, which never change, of inputs that have changed: {', '.join(news)} "
+            f"({', '.join([*kept][:3])}): restore that, give these inputs other names, or choose another --output"
         )
     then = again.limits(before.dataset.settings.get("prepare", {}))
     passed = [
@@ -138,8 +142,8 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
     clips = sum(line["kept"] for line in before.lines if line["kind"] == "clip" and line["file"] in gone)
     if gone:
         terminal.console.print(
-            f"{len(gone)} inputs of before are not there any more ({', '.join(sorted(gone)[:3])}): "
-            f"their {clips} clips stay in the dataset",
+            f"{counted(len(gone), 'input')} of before not there any more ({', '.join(sorted(gone)[:3])}): "
+            f"{counted(clips, 'clip')} of them in the dataset",
         )
     asked = {row["file"]: row["split"] for row in sources if row["split"]}
     moved = [file for file, name in before.splits().items() if asked.get(file, name) != name]
@@ -149,7 +153,7 @@ def to_do(before: Before, sources: Sequence[Source], output: Where, settings: Pr
             f"({', '.join(sorted(moved)[:3])}): choose another --output"
         )
     if once_more:
-        terminal.console.print(f"{len(once_more)} inputs that gave no clip before are tried again")
+        terminal.console.print(f"tried again: {counted(len(once_more), 'input')} that gave no clip before")
     return [*new, *once_more.values()]
 
 
@@ -159,10 +163,14 @@ def _as_listed(row: Source, line: Line) -> bool:
     return now == then or (not row["stamp"] and then.startswith(" ") and now.endswith(then))
 
 
-def _has_changed(row: Source, line: Line, settings: Preparation) -> bool:
-    if line["stamp"].rpartition(" ")[2] != ledger.stamp(row).rpartition(" ")[2]:
-        return True  # a manifest says something else of it
+def _change(row: Source, line: Line, settings: Preparation) -> str:
+    """What of a source is not as it was, in words; empty: nothing is."""
+    then = line["stamp"].rpartition(" ")[2]
+    if then != ledger.stamp(row).rpartition(" ")[2]:  # of all that belongs to it, which is known by a hash
+        without = {"caption": {"caption": ""}, "poses": {"poses": b""}, "mask": {"mask": b""}}
+        added = (name for name, less in without.items() if ledger.stamp({**row, **less}).rpartition(" ")[2] == then)
+        return next(added, "caption, poses, mask, crop or rate")
     try:
-        return probing.content_sha256(row, settings) != line["sha256"]
+        return "" if probing.content_sha256(row, settings) == line["sha256"] else "content"
     except (VideoError, OSError):  # gone, or not to be read: the stages will say so
-        return True
+        return "content"
