@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import runpy
 import shutil
 from dataclasses import replace
@@ -457,6 +458,28 @@ def test_a_phase_may_bring_the_text_encoder(dataset, tmp_path):
     wrong = experiment.model_copy(update={"phases": {"first": {}, "second": {"data": {"text": "caption"}}}})
     with pytest.raises(UserError, match=r"phase second: model.text_encoder: .* has no text_encoder/ and tokenizer/"):
         checks.parts(wrong, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"d_model": 24}, "cannot load the text encoder .*: its weights are not those of its config.json"),
+        ({"d_model": "x"}, "cannot load the text encoder"),
+        ({"dtype": "zz"}, "cannot load the text encoder"),
+        ({"architectures": 5}, "is a network of unknown class: known are"),
+        ({"attn_implementation": "some/kernels"}, "asks for a quantised network or foreign kernels"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "asks for a quantised network or foreign kernels"),
+        (None, "cannot load the tokenizer"),
+    ],
+)
+def test_parts_that_do_not_fit_or_ask_for_more_are_a_line(changes, said, base, tmp_path):
+    encoders.encoder(tmp_path / "odd")
+    path = tmp_path / "odd" / ("tokenizer/tokenizer.json" if changes is None else "text_encoder/config.json")
+    path.write_text("[]" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
+    found = captions.source(wan(base, text_encoder=str(tmp_path / "odd")))
+    with pytest.raises(UserError, match=said) as error:
+        captions.encoder(found, None, "cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizers_own_code_is_neither_fetched_nor_run(base, tmp_path, monkeypatch):

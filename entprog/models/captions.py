@@ -339,10 +339,14 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
                 own = {"local_files_only": True, "trust_remote_code": False}
                 return transformers.AutoTokenizer.from_pretrained(folder, **own)
             kind = getattr(transformers, _kind(folder))
-            return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(device)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            network = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+        except UserError:
+            raise
+        except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
             what = "tokenizer" if part.startswith("tokenizer") else "text encoder"
-            raise UserError(f"cannot load the {what} {folder}: {one_line(error)}") from None
+            unfit = "its weights are not those of its config.json" if "mismatched" in str(error) else error
+            raise UserError(f"cannot load the {what} {folder}: {one_line(unfit)}") from None
+        return network.to(device)
 
     pipeline = getattr(diffusers, found.family.TEXT_PIPELINE)
     parameters = python_inspect.signature(pipeline).parameters.values()
@@ -364,10 +368,11 @@ def _kind(encoder: Path) -> str:
         import transformers  # noqa: F401
     except ImportError:
         raise UserError(f"texts are encoded by transformers, which is not there: {install('text')}") from None
-    names = folders.read_json(encoder / "config.json").get("architectures") or ["of unknown class"]
-    if names[0] not in ENCODERS:
-        raise UserError(f"text encoder {encoder} is a {names[0]}: known are {', '.join(ENCODERS)}")
-    return names[0]
+    names = folders.of_transformers(encoder).get("architectures")
+    name = names[0] if isinstance(names, list) and names else "network of unknown class"
+    if name not in ENCODERS:
+        raise UserError(f"text encoder {encoder} is a {name}: known are {', '.join(ENCODERS)}")
+    return name
 
 
 def _file(text: str) -> str:

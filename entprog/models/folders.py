@@ -245,6 +245,17 @@ def read_json(path: Where) -> dict[str, Any]:
     return values
 
 
+def of_transformers(folder: Path) -> dict[str, Any]:
+    """The configuration of a network of transformers. Raises UserError for one that would have it quantised, or fetch
+    kernels by their address: transformers does what its configuration says."""
+    path = folder / "config.json"
+    config = read_json(path)
+    kernels = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
+    if config.get("quantization_config") is not None or any(name and "/" in str(name) for name in kernels):
+        raise UserError(f"{path} asks for a quantised network or foreign kernels: give one of plain weights")
+    return config
+
+
 def saved(folder: str | Where) -> dict[str, Any]:
     """A saved checkpoint's `entprog.json`; {} for a foreign one. Raises UserError if it is damaged."""
     path = at(folder, "the checkpoint") / ABOUT

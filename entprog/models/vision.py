@@ -8,6 +8,7 @@ from torch import nn
 
 from entprog.errors import UserError
 from entprog.masking import one_line
+from entprog.models import folders
 from entprog.models.quiet import quiet
 
 ENCODER = "image_encoder"
@@ -21,13 +22,14 @@ def load(parts: Mapping[str, Path], kinds: Mapping[str, tuple[str, str]]) -> tup
     from transformers.utils import logging
 
     loaded = {}
+    folders.of_transformers(parts[ENCODER])
     try:
         with quiet(logging):
             for name, (_, kind) in kinds.items():
                 own = {"use_safetensors": True} if name == ENCODER else {}
                 cls = getattr(transformers, kind)
                 loaded[name] = cls.from_pretrained(parts[name], local_files_only=True, **own)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
         raise UserError(f"cannot load the image encoder {parts[ENCODER]}: {one_line(error)}") from None
     encoder = loaded.pop(ENCODER).float().eval()
     return loaded.popitem()[1], encoder
