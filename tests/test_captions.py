@@ -476,9 +476,8 @@ def test_parts_that_do_not_fit_or_ask_for_more_are_a_line(changes, said, base, t
     encoders.encoder(tmp_path / "odd")
     path = tmp_path / "odd" / ("tokenizer/tokenizer.json" if changes is None else "text_encoder/config.json")
     path.write_text("[]" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
-    found = captions.source(wan(base, text_encoder=str(tmp_path / "odd")))
     with pytest.raises(UserError, match=said) as error:
-        captions.encoder(found, None, "cpu")
+        captions.encoder(captions.source(wan(base, text_encoder=str(tmp_path / "odd"))), None, "cpu")
     assert "\n" not in str(error.value)
 
 
