@@ -31,9 +31,9 @@ PASSES = 4
 WAYS: dict[str, dict[str, Any]] = {
     "all blocks": {"schedule": {"kind": "full"}, "train": {"lora": None}},
     "a quarter": {"schedule": {"kind": "progressive", "table": [{"until": 1, "share": 0.25}]}, "train": {"lora": None}},
-    "LoRA": {"schedule": {"kind": "full"}, "train": {"lora": {"rank": 16, "alpha": 16}}},
+    "LoRA": {"schedule": {"kind": "full"}, "train": {"lora": config.Lora().model_dump()}},
 }
-"""Settings over a preset's own."""
+"""Settings over a preset's own; adapters as they are by default, of all presets alike."""
 SD_VAE = (
     diffusers.AutoencoderKL,
     {
