@@ -7,7 +7,6 @@ Clips are generated for the split's references and poses, or taken from a folder
 of unlike cards say nothing about each other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +18,13 @@ from entprog.config import Evaluation
 from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import masked, reason
-from entprog.media import sheet
 from entprog.quality.card import ProtocolCard
 from entprog.quality.metrics import METRICS, Meter, choose
 from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.cluster import capacity, joining, session
 from pipelines.command import usage
-from pipelines.generating import captioned, checkpoints, judgement, judging, motions, protocol
+from pipelines.generating import captioned, checkpoints, judgement, judging, protocol
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
@@ -35,8 +33,6 @@ app = usage.app("Judge what a checkpoint generates against the truth.")
 
 CPUS_PER_WORKER = 4
 """Logical CPUs for every actor where there is no GPU."""
-SHOWN = 6
-"""Clips on the contact sheet."""
 
 
 def _explain_metrics() -> None:
@@ -171,6 +167,11 @@ def plan(
     places = judging.places(dataset, chosen.split, chosen.clips, folder)
     if maker is None:
         made, places = protocol.how_given(folder), _given(places, folder)
+        if (other := made.get("dataset", dataset.fingerprint)) != dataset.fingerprint:
+            terminal.console.print(
+                f"{folder}: its clips were made for shards of fingerprint {other}, these have {dataset.fingerprint}: "
+                "where they were cut anew since, clips are judged against others of the same names"
+            )
     else:
         settings = _decided(maker, settings)
         made = protocol.how_made(maker, settings, dataset, text.name)
@@ -248,9 +249,11 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
         terminal.console.print(f"left out: {name}: {why}")
     with storage.local_copy(task.places[0].clip) as clip:
         cards = {name: _card(task, name, clip) for name in figures}
+        if line := judgement.other_rate(clip, task.dataset.shape):
+            terminal.console.print(f"{task.places[0].file} {line}")
     evaluation = judgement.evaluation(figures, cards, judgement.key(values), before.evaluation)
     files.write_json(output / judgement.EVALUATION, evaluation)
-    picture = _sheet(task.places, task.dataset.shape, output)
+    picture = judgement.sheet(task.places, task.dataset.shape, output)
     if task.run_id:
         _log(task.run_id, output, figures)
     judgement.show(evaluation, len(task.places))
@@ -317,15 +320,6 @@ def _given(todo: list[judging.Place], folder: Where) -> list[judging.Place]:
 
 
 # ---- around ----
-
-
-def _sheet(todo: Sequence[judging.Place], shape: config.ClipShape, output: Where) -> Where:
-    """Some clips, truth over result."""
-    rows = []
-    for place in todo[:: -(-len(todo) // SHOWN)]:
-        truth = motions.from_row(storage.at(place.shard, "shards"), place.row, shape).video
-        rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(place.clip, truth.shape))]
-    return sheet.contact_sheet(rows, output / "sheet.png")
 
 
 def _decided(maker: checkpoints.Checkpoint, settings: Evaluation) -> Evaluation:

@@ -20,6 +20,7 @@ import typer
 
 from entprog import config, storage
 from entprog.config import Generate, Generation, Prepare
+from entprog.data import shards as datasets
 from entprog.errors import UserError
 from entprog.masking import bare
 from entprog.storage import Where
@@ -248,8 +249,12 @@ def run(
     if retarget:
         shown["preview"] = str(retargeting.preview(driving, made, own, output / "retarget.png"))
         terminal.console.print(f"Retargeted motions beside the driving ones: {shown['preview']}")
+    said = how
+    if shards is not None:
+        dataset = datasets.read_dataset(storage.quickly(str(shards)))
+        said = protocol.of_shards(how, found, dataset, None if clip else split or "held_out", last=last is None)
     given = {"checkpoint": bare(str(checkpoint))} if "://" in str(checkpoint) else {}  # not where it was fetched to
-    return _generate(found, made, output, settings, how) | {"left_out": left_out, **given, **shown}
+    return _generate(found, made, output, settings, how, said) | {"left_out": left_out, **given, **shown}
 
 
 def _flat(settings: Generation) -> dict[str, Any]:
@@ -359,12 +364,14 @@ def _generate(
     output: Where,
     settings: Generation,
     how: dict[str, Any],
+    said: dict[str, Any],
 ) -> dict[str, Any]:
+    """how: decides, beside the motions, what the clips look like; said: what the folder says of them."""
     from pipelines.generating.rendering import render
 
     def load():
         denoiser = checkpoints.load(checkpoint, settings.generate)
-        protocol.leave(output, how)  # after all that may be refused, before the first clip
+        protocol.leave(output, said)  # after all that may be refused, before the first clip
         return denoiser
 
     without = how["without"]

@@ -21,7 +21,7 @@ from entprog.quality.card import unlike
 from entprog.quality.metrics import Meter
 from helpers import encoders, stores
 from pipelines import cli, evaluate, generate
-from pipelines.generating import judging, motions
+from pipelines.generating import judgement, judging, motions
 from pipelines.outputs import claim
 from pipelines.tracking.store import connect, tracking_uri
 from pipelines.tracking.tracker import Tracker
@@ -231,6 +231,12 @@ def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
     args = ["--shards", made / "shards", "--generated", moved, "--output", tmp_path / "out", "--dry-run"]
     done = CliRunner().invoke(evaluate.app, [str(a) for a in args])
     assert done.exit_code == 0 and "Would judge 3 clips" in done.output and not (tmp_path / "out").exists()
+    assert "made for shards" not in done.output and folder["dataset"] == dataset.fingerprint
+    evaluate.protocol.leave(moved, {**folder, "dataset": "others"})
+    assert "made for shards of fingerprint others" in CliRunner().invoke(evaluate.app, [str(a) for a in args]).output
+    clip = min((moved / "videos").glob("*_result.mp4"))
+    said = [judgement.other_rate(clip, SHAPE.model_copy(update={"fps": fps})) for fps in (SHAPE.fps, 24.0)]
+    assert said == ["", "has 8 frames a second, its truth 24: they are compared frame by frame"]
 
 
 def test_clips_of_an_earlier_evaluate_are_taken(made, tmp_path):

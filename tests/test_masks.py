@@ -269,6 +269,11 @@ def test_a_card_tells_clips_that_are_put_into_videos(dataset, animate, tmp_path)
         protocol.how_made(maker, settings, replace(dataset, masks=with_them)) for with_them in (False, True)
     )
     assert masked == {**whole, "guidance": "reference 1, pose 1, put into clips with masks"}
+    how, last = protocol.how_sampled(maker, settings.generate, gpu=False), {**maker.about, "last_frame": True}
+    assert protocol.of_shards(how, maker, dataset, "held_out") == masked, "as generate --shards leaves it"
+    ending = protocol.of_shards(how, replace(maker, about=last), dataset, "held_out")
+    assert protocol.shown(ending) == ["shown the last frame of the truth"] and protocol.shown(masked) == []
+    assert "of the truth" not in protocol.of_shards(how, replace(maker, about=last), dataset, "held_out", last=False)
 
 
 def test_other_networks_are_shown_none_and_that_is_said(dataset):

@@ -5,19 +5,26 @@ same clips.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from entprog import config, files
-from entprog.config import Evaluate
+from entprog import config, files, storage
+from entprog.config import ClipShape, Evaluate
+from entprog.media import sheet as sheets
+from entprog.media import video as videos
 from entprog.quality.card import ProtocolCard
 from entprog.quality.figures import Figure, frechet_figure, mean_figure
 from entprog.quality.metrics import METRICS
 from entprog.storage import Where
 from pipelines import terminal
-from pipelines.generating import judging
+from pipelines.generating import judging, motions
 
 EVALUATION = "evaluation.json"
 CLIPS = "clips.json"
+SHOWN = 6
+"""Clips on the contact sheet."""
+SAME_FPS = 0.05
+"""Frames a second by which a clip's rate and its truth's differ at most: files round them."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """{clip id: what `judging.judge` found}, in the clips' order."""
@@ -97,6 +104,22 @@ def evaluation(
     known = {**before.get("cards", {}), **{card.id: asdict(card) for card in cards.values()}}
     kept = {name: every[name] for name in METRICS if name in every}
     return {"figures": kept, "cards": {f["card"]: known[f["card"]] for f in kept.values()}, "clips": key}
+
+
+def other_rate(clip: Path, shape: ClipShape) -> str:
+    """That a generated clip has another frame rate than its truth, in words; empty where it has the same."""
+    rate = videos.probe(clip).fps
+    same = abs(rate - shape.fps) <= SAME_FPS
+    return "" if same else f"has {rate:g} frames a second, its truth {shape.fps:g}: they are compared frame by frame"
+
+
+def sheet(places: Sequence[judging.Place], shape: ClipShape, output: Where) -> Where:
+    """Picture of some clips, truth over result."""
+    rows = []
+    for place in places[:: -(-len(places) // SHOWN)]:
+        truth = motions.from_row(storage.at(place.shard, "shards"), place.row, shape).video
+        rows += [(f"{place.clip_id}: truth", truth), ("result", judging.read_result(place.clip, truth.shape))]
+    return sheets.contact_sheet(rows, output / "sheet.png")
 
 
 def show(evaluation: Mapping[str, Any], clips: int) -> None:

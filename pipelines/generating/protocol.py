@@ -43,9 +43,20 @@ def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset, texts: s
     """All that decides what a checkpoint's clips of a split look like. settings: with `generate.dtype` spelled out
     where they are made on GPUs; texts: `captioned.Shown.name`."""
     made = how_sampled(maker, settings.generate, gpu=False) | ({"texts": texts} if texts else {})
+    return of_shards(made, maker, dataset, settings.evaluate.split)
+
+
+def of_shards(
+    made: dict[str, Any], maker: Checkpoint, dataset: Dataset, split: str | None, last: bool = True
+) -> dict[str, Any]:
+    """How clips of shards are made: `how_sampled`, which shards, and what of each clip's truth the network is shown.
+    split: None for clips that were named; last: whether a network that sees the last frame is shown the truth's."""
+    made = made | {"dataset": dataset.fingerprint, "split": split}
     if dataset.masks and maker.replaces:  # what is drawn is then no whole clip
         made["guidance"] += ", put into clips with masks"
-    return made | {"dataset": dataset.fingerprint, "split": settings.evaluate.split}
+    if last and maker.last:
+        made["of the truth"] = "the last frame"
+    return made
 
 
 def how_given(folder: Where) -> dict[str, Any]:
@@ -98,6 +109,8 @@ def shown(made: dict[str, Any]) -> list[str]:
         out.append(f"text {json.dumps(made['text'], ensure_ascii=False)}")
     if made.get("texts"):
         out.append(f"shown {made['texts']}")
+    if made.get("of the truth"):
+        out.append(f"shown {made['of the truth']} of the truth")
     if made.get("dtype", "float32") != "float32":
         out.append(f"network in {made['dtype']}")
     if instead := made.get("instead of the split's"):
