@@ -266,7 +266,10 @@ def _row(output: Where, trial_id: str, status: str) -> dict[str, Any]:
     path = folder / trial.RECORD
     if not path.exists():
         return {"id": trial_id, "settings": {}, "status": "failed", "reason": "it never started"}
-    row = {name: value for name, value in json.loads(path.read_text()).items() if name != "reports"}
+    record = json.loads(path.read_text())
+    devices = dict.fromkeys(record.get("devices", {}).values())
+    row = {name: value for name, value in record.items() if name not in ("reports", "devices")}
+    row["device"] = ", ".join(devices) or None
     if not _cut_short(folder):
         return row
     steps = [step for place in _trainings(folder) for step in steplog.steps_of(place)]
@@ -324,13 +327,16 @@ def _leave(
 ) -> dict[str, Any]:
     settings = wanted.tune
     ranked = sorted(rows, key=lambda row: (row["status"] != "finished", row.get("held_out_loss", math.inf)))
-    finished = [row for row in ranked if row["status"] == "finished"]
+    judged, apart = findings.of_one_device(ranked)
+    finished = [row for row in judged if row["status"] == "finished"]
     front = findings.pareto(finished, settings.objectives)
     best = min(front, key=lambda row: trial.objective(settings.objectives[0], row, wanted.train.seconds))
     _write_best(wanted, best, len(rows), output / "best.yaml")
     _write_table(ranked, space, output / "trials.csv")
-    evidence = findings.evidence(rows, space, wanted.train.seconds, settings)
-    said = findings.findings(evidence, space, best, rows, settings.seeds)
+    evidence = findings.evidence(judged, space, wanted.train.seconds, settings)
+    said = findings.findings(evidence, space, best, judged, settings.seeds)
+    if apart:
+        said["recommendation"].insert(0, findings.of_devices(judged, apart))
     left = [output / "best.yaml", output / "trials.csv"]
     left.append(charts.trials_chart(ranked, best["id"], output / "trials.png"))
     if said["responses"]:
@@ -378,7 +384,7 @@ def _write_best(wanted: Sweep, best: Mapping[str, Any], trials: int, path: Where
 
 SHOWN = 10
 FIGURES = ("held_out_loss", "held_out_loss_std", "seconds", "search_seconds", "score_seconds", "seconds_to_target",
-           "peak_memory_bytes", "mlflow_run_id", "reason")  # fmt: skip
+           "peak_memory_bytes", "device", "mlflow_run_id", "reason")  # fmt: skip
 
 
 def _write_table(rows: Sequence[Mapping[str, Any]], space: spaces.Space, path: Where) -> None:

@@ -151,6 +151,20 @@ def test_values_of_which_only_failed_trials_tell_are_not_called_as_good(monkeypa
     assert f"take signed; not judged: absolute, with which all {len(sign['failed'])} trials failed." in lines
 
 
+def test_trials_on_another_device_are_not_ranked():
+    """A trial on a quicker one has a lower loss at equal seconds whatever its settings are."""
+    trials = rows(lambda v: 0.1, count=6)
+    ran_on = ["A100", "H100, A100", "A100", None, "H100", "H100"]
+    statuses = ["finished"] * 5 + ["failed"]
+    trials = [row | {"device": d, "status": how} for row, d, how in zip(trials, ran_on, statuses, strict=True)]
+    judged, apart = findings.of_one_device(trials)
+    assert [row["id"] for row in judged] == ["t0", "t2", "t3", "t5"] and [row["id"] for row in apart] == ["t1", "t4"]
+    assert "2 of 6 trials ran on another device than A100 (t1 on H100, A100; t4 on H100)" in findings.of_devices(
+        judged, apart
+    )
+    assert findings.of_one_device(rows(lambda v: 0.1, count=2))[1] == [], "of an earlier version's nothing is known"
+
+
 def test_steps_of_a_range_may_be_rounded():
     space = {**SPACE, "train.ema_decay": tune.quniform(0, 0.4, 0.1)}
     trials = rows(lambda v: 0.1 + v["schedule.cei_threshold"], count=12)
@@ -286,8 +300,9 @@ def test_a_trial_that_is_ended_for_its_loss_has_failed_whatever_it_was_before(lo
     folder = trial.folder_of(tmp_path, "a")
     (folder / "seed-0").mkdir(parents=True)
     log = steplog.StepLog(folder / "seed-0" / "steps.jsonl", 0)
-    record = {"id": "a", "settings": {}, "status": "running", "seeds": []}
-    files.write_json(folder / trial.RECORD, record)
+    record = {"id": "a", "settings": {}, "status": "running", "seeds": [], **trial._kept(folder)}
+    trial._listen(folder, record, "seed-0", None, {"about": {"entprog.device": "H100", "entprog.way": "as by default"}})
+    assert trial._kept(folder)["devices"] == {"seed-0": "H100"}, "a trial that goes on knows what it ran on before"
     ticks = trial.Ticks(90.0, 3, partial(trial._reported, lambda tick: None, folder, record))
     for number, loss in enumerate(losses, 1):
         step = {
@@ -295,12 +310,13 @@ def test_a_trial_that_is_ended_for_its_loss_has_failed_whatever_it_was_before(lo
             "phase": "train", "seconds": 1.0, "wait_s": 0.0, "search_s": 3.0, "score_s": 1.0,
         }  # fmt: skip
         log.add(step)
-        ticks.on_item({"step": step})
+        trial._listen(folder, record, "seed-0", ticks, {"step": step})
     log.close()
     row = pipelines.tune._row(tmp_path, "a", "TERMINATED")
     assert row["status"] == ("failed" if said else "stopped")
     assert said is None or said in row["reason"]
     assert said or (row["held_out_loss"], row["search_seconds"]) == (losses[-1], 3.0)
+    assert row["device"] == "H100"
 
 
 def test_figures_of_seeds():

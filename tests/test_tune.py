@@ -93,7 +93,7 @@ def test_every_trial_is_accounted_for(swept, place):
             assert "memory" in row["reason"]
         else:
             assert row["held_out_loss"] > 0 and row["seconds"] > row["search_seconds"] >= 0
-            assert row["peak_memory_bytes"] > 0 and row["mlflow_run_id"]
+            assert row["peak_memory_bytes"] > 0 and row["mlflow_run_id"] and "thread" in row["device"]
             steps = steplog.steps_of(trial.folder_of(place / "swept", row["id"]) / "seed-0")
             judged = next(step for step in steps if step["charged_s"] >= 3.0)
             assert judged["held_out_loss"] is not None, "it is decided at half of the seconds, however long steps are"

@@ -50,6 +50,29 @@ class Evidence:
     """Settings of the trials that failed, for whatever reason: they have no loss."""
 
 
+def of_one_device(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(trials that are ranked, those apart): the device that most finished trials ran on, and what has losses of
+    another: at equal seconds these are those of the machine. Of an earlier version's trials the device is not known."""
+    known = Counter(row["device"] for row in rows if row["status"] == "finished" and row.get("device"))
+    if not known:
+        return list(rows), []
+    ((device, _),) = known.most_common(1)
+    is_apart = [row["status"] != "failed" and row.get("device") not in (None, device) for row in rows]
+    judged, apart = ([row for row, is_one in zip(rows, is_apart, strict=True) if is_one == of] for of in (False, True))
+    return judged, apart
+
+
+def of_devices(rows: Sequence[Row], apart: Sequence[Row]) -> str:
+    """What is to be known where trials ran on unlike devices. rows: those that are ranked."""
+    device = next(row["device"] for row in rows if row["status"] == "finished" and row.get("device"))
+    others = "; ".join(f"{row['id']} on {row['device']}" for row in apart)
+    return (
+        f"{len(apart)} of {len(rows) + len(apart)} trials ran on another device than {device} ({others}): at equal "
+        "seconds their losses are those of the machine, so they are not ranked, and what follows is without them. "
+        "Beside them a trial may have been ended early that is good among its like: a sweep wants one kind of device."
+    )
+
+
 def pareto(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
     """The rows that no other beats: none is as small in every objective and smaller in one. A figure that a row lacks
     (a target never reached) counts as larger than any."""

@@ -117,7 +117,7 @@ def run(
     experiment = config.build(spec.experiment)
     settings = config.build(spec.tune, config.Tune)
     folder = folder_of(storage.at(spec.output, "the output"), trial_id)
-    record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": [], "reports": _said(folder)}
+    record = {"id": trial_id, "settings": dict(values), "status": "running", "seeds": [], **_kept(folder)}
     files.write_json(folder / RECORD, record)
     ticks = Ticks(
         experiment.train.seconds,
@@ -152,7 +152,7 @@ def run(
                 tables=spec.tables,
                 parent=parent,
                 tags={"entprog.sweep": spec.sweep_run_id, "entprog.trial": trial_id},
-                listen=ticks.on_item if number == 0 else lambda item: None,
+                listen=partial(_listen, folder, record, place.name, ticks if number == 0 else None),
             )
             results.append(figures(result, seed, settings.target_loss))
             remove_checkpoints(place, experiment)  # it has ended: model/ is what it came to
@@ -203,11 +203,26 @@ def _reported(report: Callable[[dict[str, Any]], None], folder: Where, record: d
     said = {"held_out_loss": tick["held_out_loss"], "time": time.time()}
     record.setdefault("reports", {}).setdefault(str(tick["tick"]), said)  # what is reported again was heard of before
     diverged = {} if math.isfinite(tick["held_out_loss"]) else {"diverged": tick["charged_s"]}
-    try:
-        files.write_json(folder / RECORD, record | diverged)
-    except OSError as error:  # the next report, or the trial's end, writes this one too
-        warnings.warn(f"trial {folder.name}: {RECORD} could not be written: {_reason(error)}", stacklevel=2)
+    _keep(folder, record | diverged)
     report(tick)
+
+
+def _listen(
+    folder: Where, record: dict[str, Any], training: str, ticks: "Ticks | None", item: Mapping[str, Any]
+) -> None:
+    """Take down what a training runs on, all devices one after another, and follow its losses."""
+    if device := item.get("about", {}).get("entprog.device"):
+        record["devices"][training] = device
+        _keep(folder, record)
+    if ticks is not None:
+        ticks.on_item(item)
+
+
+def _keep(folder: Where, record: Mapping[str, Any]) -> None:
+    try:
+        files.write_json(folder / RECORD, record)
+    except OSError as error:  # the next report, or the trial's end, writes this one too
+        warnings.warn(f"trial {folder.name}: {RECORD} could not be written: {_reason(error)}", stacklevel=3)
 
 
 def reports(output: Where) -> list[Report]:
@@ -216,7 +231,7 @@ def reports(output: Where) -> list[Report]:
     found = [
         (said["time"], folder.name, int(tick), math.inf if said["held_out_loss"] is None else said["held_out_loss"])
         for folder in folders
-        for tick, said in _said(folder).items()
+        for tick, said in _kept(folder)["reports"].items()
     ]
     return [(name, {"tick": tick, "held_out_loss": loss}) for _, name, tick, loss in sorted(found)]
 
@@ -229,10 +244,12 @@ def waiting(folder: Where) -> str | None:
         return None
 
 
-def _said(folder: Where) -> dict[str, Any]:
-    """{share of the budget: {"held_out_loss", "time"}} as a trial's record has it."""
+def _kept(folder: Where) -> dict[str, dict[str, Any]]:
+    """What a trial that goes on keeps of its record: {"reports": {share of the budget: {"held_out_loss", "time"}},
+    "devices": {training: device}}."""
     path = folder / RECORD
-    return files.from_json(path.read_text()).get("reports", {}) if path.exists() else {}
+    known = files.from_json(path.read_text()) if path.exists() else {}
+    return {name: known.get(name, {}) for name in ("reports", "devices")}
 
 
 def _reason(error: BaseException) -> str:
