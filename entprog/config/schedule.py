@@ -22,7 +22,8 @@ class Row(Smaller):
     """A row of `schedule.table`: what is trained until a share of the budget is used up."""
 
     until: Fraction
-    """Share of the budget at which the row ends; the last row's is 1."""
+    """Share of the budget at which the row ends, in the budget's own unit (of several, of the one that is ahead); the
+    last row's is 1. Half of `train.steps` on small clips is far less than half of the FLOPs or seconds."""
     share: Fraction = 1.0
     """Share of the blocks that is trained."""
     backward: Backward | None = None
