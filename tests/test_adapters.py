@@ -221,6 +221,24 @@ def test_scales_are_peft_s(saved, change, tmp_path):
         assert pair.alpha / pair.rank == pytest.approx(scale), given
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha_pattern": {"(a+)+b": 1}},  # of a long name of a's, it would never end
+        {"alpha_pattern": {".*.*.*b": 1}},
+        {"alpha_pattern": {"a{99999999999}": 1}},
+        {"lora_alpha": 10**400},
+    ],
+)
+def test_an_alpha_that_cannot_be_told_is_a_line(change, saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "a")
+    (tmp_path / "a" / adapters.DIFFUSERS).unlink()
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="says its alpha in no known way"):
+        adapters.read(str(tmp_path / "a"), "it")
+
+
 def test_whole_weights_of_adapted_layers_go_on_too(tmp_path):
     """A full training changed biases beside the weights that an adapter was extracted from."""
     wanted = experiment()

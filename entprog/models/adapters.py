@@ -28,7 +28,7 @@ from entprog.config import Lora
 from entprog.distributed import fsdp
 from entprog.errors import UserError
 from entprog.files import from_json
-from entprog.masking import bare, one_line
+from entprog.masking import bare, cut, one_line
 from entprog.models import folders
 from entprog.models.finite import not_finite
 from entprog.storage import answered
@@ -44,6 +44,8 @@ DIGEST = "adapter_digest"
 """Where a saved network's provenance has the `digest` of the adapter that was merged into it."""
 PREFIXES = ("transformer.", "unet.", "base_model.model.", "diffusion_model.")
 """Before the names of layers: diffusers' two, peft's, and ComfyUI's."""
+_LONGEST = 300
+"""Characters of a layer's name, or of an expression for some."""
 ENDS = {"lora_A.weight": 0, "lora_down.weight": 0, "lora_B.weight": 1, "lora_up.weight": 1}
 TO_COMFYUI = (
     (".attn1.to_out.0", ".self_attn.o"), (".attn2.to_out.0", ".cross_attn.o"), (".attn1.to_", ".self_attn."),
@@ -291,17 +293,27 @@ def _alphas(
                 config = folders.read_json(each)
         for key, value in from_json(metadata.get(METADATA, "{}")).items():
             config[next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)] = value
-        patterns = {re.compile(rf"(?:.*\.)?(?:{key})"): v for key, v in (config.get("alpha_pattern") or {}).items()}
+        patterns = {_compiled(key): value for key, value in (config.get("alpha_pattern") or {}).items()}
         common, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))
 
         def alpha(layer: str, rank: int) -> float:
+            if len(layer) > _LONGEST:
+                raise ValueError(f"a layer's name has {len(layer)} characters")
             own = next((value for key, value in patterns.items() if key.fullmatch(layer)), common)
             value = float(rank if own is None else own)
             return value * math.sqrt(rank) if by_root else value  # rsLoRA's scale is alpha / √rank
 
         return {layer: alpha(layer, len(pair[0])) for layer, pair in halves.items()}
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error) as error:
         raise UserError(f"{setting}: {path} says its alpha in no known way: {one_line(error)}") from None
+
+
+def _compiled(key: str) -> re.Pattern:
+    """peft's `alpha_pattern`: an expression for ends of layers' names. Raises ValueError for one that could take for
+    ever: a group that is repeated, or more than two repetitions."""
+    if len(key) > _LONGEST or re.search(r"\)[*+{]", key) or len(re.findall(r"[*+{]", key)) > 2:
+        raise ValueError(f"the expression {cut(key, 60)!r} is too intricate")
+    return re.compile(rf"(?:.*\.)?(?:{key})")
 
 
 def check(adapter: Adapter, network: nn.Module, setting: str) -> None:
