@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from entprog.errors import UserError
 from entprog.storage.place import Place
 from entprog.training import checkpoint, optimizer
-from helpers import servers
+from helpers import disks, servers
 from helpers.processes import forks, join, leave, run_ranks
 from helpers.runs import Trained
 
@@ -226,16 +226,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
     with closing(checkpoint.Saver(tmp_path, "id", keep=2, warn=message.append)) as saver:
         saver.save(run.network, run.state)
         saver.wait()
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        try:
-            run.update()
+        run.update()
+        with disks.full(100_000):
             saver.save(run.network, run.state)
             saver.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            signal.signal(signal.SIGXFSZ, ignored)
         assert len(message) == 1 and "after step 3 was not saved" in message[0] and "training goes on" in message[0]
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
         run.update()

@@ -20,6 +20,7 @@ from entprog.models.finite import not_finite_in
 from entprog.schedule.state import RunState
 from entprog.training import checkpoint
 from entprog.training.fit import DivergedError
+from helpers import disks
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run, Trained
 from pipelines import charts, cli, generate
@@ -72,6 +73,21 @@ def test_a_clock_that_is_behind_that_of_the_machine_before_mixes_no_attempts(tmp
         log.close()
         in_ms = [int(1000 * moment) for moment in (before, *times)]
         assert sorted(set(in_ms)) == in_ms
+
+
+def test_lines_for_which_there_is_no_room_come_once_there_is(tmp_path):
+    path, message = tmp_path / "steps.jsonl", []
+    logged(path, 1, 2)
+    log = steplog.StepLog(path, 2, message.append)
+    with disks.full(path.stat().st_size + 10):  # a part of a line has room
+        for step in (3, 4):
+            log.add({"step": step, "loss": 1 / step})
+        assert len(message) == 1 and "steps.jsonl is not up to date" in message[0]
+        with pytest.raises(OSError, match="File too large"):
+            log.close()
+    log.add({"step": 5, "loss": 1 / 5})
+    log.close()
+    assert steplog.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in range(1, 6)]
 
 
 @pytest.mark.parametrize("end", [b'{"step": 3, "lo', b"\0\0\0\0\n", b"[]\n", b'{"step": 9}\n', b"\xff\xfe\n"])

@@ -4,6 +4,7 @@ Light to import, for those that only read them.
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -61,7 +62,8 @@ class StepLog:
 
     def __init__(self, path: Where, done: int, warn: Callable[[str], None] = lambda line: None):
         """done: steps of the run so far; what was logged of them is left as it is. warn: gets what went wrong with a
-        bucket. Raises OSError."""
+        disk or a bucket. Raises OSError."""
+        self.path, self.warn = path, warn
         self.file = files.opened(path, "a+b") if isinstance(path, Path) else _copy(path)
         self.file.seek(0)
         size, last = 0, b'{"step": 0}'
@@ -69,7 +71,10 @@ class StepLog:
             size += len(last)
         self.file.seek(size)
         lost = self.file.readlines()
-        self.file.seek(self.file.truncate(size))
+        self.file.truncate(size)
+        os.lseek(self.file.fileno(), 0, os.SEEK_END)
+        self.unwritten = b""
+        """Lines, or the end of one, that the disk has not taken yet."""
         self.last: int = files.from_json(last)["step"]
         """Number of the last step that was left; 0: none was."""
         self.newest_s = max(map(_logged_s, (last, *lost)))
@@ -84,8 +89,15 @@ class StepLog:
         return self.newest_s
 
     def add(self, record: dict[str, Any]) -> None:
-        self.file.write(files.strict_json(record).encode() + b"\n")
-        self.file.flush()
+        """Of a disk that is full, or away, the first of failures in a row is a warning: its lines come with the next
+        that can be written."""
+        first = not self.unwritten
+        self.unwritten += files.strict_json(record).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if first:
+                self.warn(f"{self.path} is not up to date: {one_line(error)}; tried again at every step")
 
     def keep(self) -> None:
         """What was added so far must not be lost with this machine. A bucket that does not answer is a warning."""
@@ -93,11 +105,17 @@ class StepLog:
             self.sender.tried()
 
     def close(self) -> None:
-        """Keep what was added. Raises OSError where a bucket does not take it."""
+        """Keep what was added. Raises OSError where a disk or a bucket does not take it."""
+        self._write()
         if self.sender:
             self.sender.stop()
             self.sender.send()
         self.file.close()
+
+    def _write(self) -> None:
+        """Past Python's buffer, which does not say how much of it was written where that fails. Raises OSError."""
+        while self.unwritten:
+            self.unwritten = self.unwritten[os.write(self.file.fileno(), self.unwritten) :]
 
     def __enter__(self) -> "StepLog":
         return self
