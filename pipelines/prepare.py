@@ -8,7 +8,7 @@ folder without it is no dataset. Run again when there are new videos, the comman
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.masking import masked
 from entprog.media import pose
-from entprog.preparing import attempts, cutting, inputs, ledger, probing
+from entprog.preparing import attempts, beside, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
-from entprog.preparing.rows import Source, is_video
+from entprog.preparing.rows import Line, Source, is_video
 from entprog.storage import Where
 from pipelines import cli, terminal
 from pipelines.cluster import joining, room, session
@@ -229,7 +229,7 @@ def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, A
     said = {name: sum(bool(row[name]) for row in rows) for name in ("caption", "split", "crop")}
     if work.found.kind == "manifest" and any(said.values()):
         say("of the manifest: " + ", ".join(f"{count} {name}s" for name, count in said.items() if count))
-    for note in work.found.notes:
+    for note in (*work.found.notes, *beside.bad_poses(rows, settings.prepare)):
         say(note)
     if work.before is not None:
         say(f"{output} is a finished dataset: {len(work.to_do)} inputs would be added to it")
@@ -258,7 +258,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
             contact_sheet.of_dataset(output, work.before.dataset)
             packing.remove_parts(output / "parts")
         terminal.console.print(f"nothing to do: {output} is finished, with the same input and settings")
-        return _report(output, ledger.summary(work.before.lines))
+        return _report(output, work.before.lines)
     if work.before is not None:
         terminal.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
@@ -286,7 +286,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
     (output / "ledger.partial.parquet").unlink(missing_ok=True)
     contact_sheet.of_dataset(output, dataset)
     packing.remove_parts(parts)
-    return _report(output, ledger.summary(lines))
+    return _report(output, lines)
 
 
 def needs_estimator(rows: Iterable[Source]) -> bool:
@@ -358,8 +358,7 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
     kept = [line["file"] for line in new if line["kind"] == "input" and line["kept"]]
     if not kept and before is None:
         ledger.write(output / "ledger.parquet", new)
-        figures = ledger.summary(new)
-        _show(figures)
+        figures = _show(new)
         message = ", ".join(f"{reason} {count}" for reason, count in list(figures["inputs"]["rejected"].items())[:3])
         raise UserError(f"no clip could be kept of {len(keys)} files ({message}): see {output / 'ledger.parquet'}")
     asked = {row["file"]: row["split"] for row in work.to_do if row["split"]}
@@ -397,10 +396,10 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
 # ---- what a person sees ----
 
 
-def _report(output: Where, figures: Row) -> Row:
+def _report(output: Where, lines: Sequence[Line]) -> Row:
     """Print the summary; the job's figures."""
     dataset = shards.read_dataset(output)
-    _show(figures)
+    figures = _show(lines)
     splits = {}
     for name, infos in dataset.splits.items():
         size = sum(shard.bytes for shard in infos)
@@ -416,13 +415,17 @@ def _report(output: Where, figures: Row) -> Row:
     return {**figures, "splits": splits, "shape": shape, "fingerprint": dataset.fingerprint, "output": str(output)}
 
 
-def _show(figures: Row) -> None:
-    """The table of what was found, kept and rejected."""
+def _show(lines: Sequence[Line]) -> Row:
+    """Print what was found, kept and rejected, with examples; the figures of `ledger.summary`."""
+    figures = ledger.summary(lines)
     rows = [(what, figures["inputs"][what], figures["clips"][what]) for what in ("found", "kept")]
     for reason in {**figures["inputs"]["rejected"], **figures["clips"]["rejected"]}:
         counts = (figures[kind]["rejected"].get(reason, 0) for kind in ("inputs", "clips"))
         rows.append((f"rejected: {reason}", *counts))
     terminal.show("prepared", rows, ("", "files", "clips"))
+    for example in ledger.examples(lines):
+        terminal.console.print(example)
+    return figures
 
 
 if __name__ == "__main__":

@@ -224,6 +224,12 @@ def test_mostly_bad_input_is_stopped_with_the_reasons(frames, tmp_path):
     assert done.exit_code == 2, done.output
     assert "of 5 videos are rejected, more than prepare.max_rejected=0.5 allows: corrupt" in done.output
     partial = ledger.read(tmp_path / "out" / "ledger.partial.parquet")
+    found = ledger.examples(partial)
+    assert (
+        found[0].startswith("corrupt, such as bad0.mp4: ")
+        and found[0].count("bad0") == 1
+        and len(found) == len({*found}) <= 3
+    )
     assert {row["reason"] for row in partial} >= {"corrupt"} and not (tmp_path / "out" / "dataset.json").exists()
     done = run(*arguments, "--max-rejected", "0.8")
     assert done.exit_code == 0 and "resuming" in done.output, done.output

@@ -17,7 +17,7 @@ from entprog.data import clip_stream, shards
 from entprog.media import footage, h264, posefile, wholebody
 from entprog.media.limits import LIMITS, Limits
 from entprog.media.video import VideoError
-from entprog.preparing import cutting, inputs, ledger, probing
+from entprog.preparing import beside, cutting, inputs, ledger, probing
 from helpers import wholebodies
 from pipelines import prepare
 from pipelines.generating import protocol
@@ -71,6 +71,7 @@ def test_poses_beside_videos_are_taken_and_need_no_network(folder, tmp_path):
     found = inputs.find(folder)
     assert [row["file"] for row in found.rows] == ["a.mp4", "b.mp4", "bad.mp4", "c.mp4"], "they are no sources"
     assert found.notes == ("poses of 4 videos are those of the .pose.npz and .pose.json files beside them",)
+    assert beside.bad_poses(found.rows, config.Prepare()) == []
     rows = cut(folder, tmp_path)
     assert {name: row["points"] for name, row in rows.items() if not row["reason"]} == {"a": 133, "b": 133, "c": 33}
     (line,) = json.loads((tmp_path / "bad.json").read_text())["ledger"]
@@ -164,6 +165,7 @@ BAD_JSON = {
     "deep": "[" * 100_000,
     "too large a number": f'[{{"instances": [{{"keypoints": [[1{"0" * 400}, 2]], "keypoint_scores": [1]}}]}}]',
     "metadata": '{"title": "a dance", "duration": 3}',
+    "OpenPose": '{"version": 1.3, "people": [{"pose_keypoints_2d": [1, 2, 1]}]}',
 }
 
 
@@ -173,7 +175,13 @@ def test_what_holds_no_poses_is_said_in_one_line(name, tmp_path):
     BAD[name](path) if name in BAD else path.write_text(BAD_JSON[name])
     with pytest.raises(VideoError) as error:
         posefile.read(path, HEIGHT, WIDTH, LIMITS)
-    assert error.value.reason == "bad_pose" and "\n" not in str(error.value) and str(error.value).startswith("x.pose.")
+    said = str(error.value)
+    assert error.value.reason == "bad_pose" and "\n" not in said and said.startswith("x.pose.")
+    assert ("OpenPose's `people` are not read" in said) == (name == "OpenPose")
+    assert ("predictions of MMPose" in said) == (name in ("OpenPose", "metadata"))
+    assert [*beside.bad_poses([{"poses": b""}, {"poses": bytes(path)}], config.Prepare())] == [
+        f"{said}: videos with such poses are rejected (bad_pose)"
+    ]
 
 
 def followed(poses: posefile.Poses) -> tuple[np.ndarray, np.ndarray]:
@@ -390,6 +398,8 @@ def test_of_two_files_of_poses_one_is_read_and_neither_is_a_source(folder, tmp_p
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "a.pose.json").write_bytes((folder / "b.pose.json").read_bytes())
     found = inputs.find(tmp_path)
+    (tmp_path / "a_000_keypoints.json").touch()
+    assert any("1 file of OpenPose (a_000_keypoints.json) not read" in note for note in inputs.find(tmp_path).notes)
     assert [row["file"] for row in found.rows] == ["a.mp4"]
     assert (
         found.rows[0]["poses"].endswith(b"a.pose.npz")

@@ -19,7 +19,7 @@ import numpy as np
 
 from entprog import files
 from entprog.errors import UserError
-from entprog.masking import reason
+from entprog.masking import one_line, reason
 from entprog.media import limits, person, rtm, wholebody
 from entprog.media.limits import Limits
 from entprog.media.video import VideoError
@@ -80,7 +80,8 @@ def read(path: Path, height: int, width: int, bounds: Limits) -> Poses:
         OverflowError,
         RecursionError,
     ) as error:
-        raise VideoError("bad_pose", f"{path.name}: {reason(error)}") from None
+        said = one_line(error) if isinstance(error, UserError | ValueError) else reason(error)
+        raise VideoError("bad_pose", f"{path.name}: {said}") from None
     for points in found.people:
         points[~np.isfinite(points).all(-1)] = np.nan, np.nan, 0
         points[..., 2] = points[..., 2].clip(0, 1)
@@ -196,6 +197,9 @@ def _npz(path: Path, bounds: Limits) -> Poses:
 
 def _json(path: Path, height: int, width: int, bounds: Limits) -> Poses:
     values = json.loads(_text(path, LARGEST_JSON * bounds.max_decoded_bytes))
+    if isinstance(values, dict) and "instance_info" not in values:
+        openpose = ": OpenPose's `people` are not read" if "people" in values else ""
+        raise ValueError(f"it has no predictions of MMPose (`instance_info`){openpose}; save them as .pose.npz")
     listed = values["instance_info"] if isinstance(values, dict) else values
     people, scale = [], np.array([width, height, 1], np.float32)
     for entry in listed:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entprog.config import Prepare
 from entprog.files import lies_in, may_pass
 from entprog.masking import reason
-from entprog.media import masks, posefile
+from entprog.media import limits, masks, posefile
+from entprog.media.video import VideoError
 from entprog.names import counted
 from entprog.preparing import addresses, disk
 from entprog.preparing.rows import Source, is_video, suffix
@@ -77,7 +79,23 @@ def poses(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:
         notes.append(f"{len(links)} files of poses are links out of the input ({links[0]}): not read")
     if alone := _alone(left, posefile.ENDINGS):
         notes.append(f"{len(alone)} files of poses belong to no video by their names ({alone[0]}): not read")
+    if openpose := [row["file"] for row in left if row["file"].endswith("_keypoints.json")]:
+        notes.append(
+            f"{counted(len(openpose), 'file')} of OpenPose ({openpose[0]}) not read: poses are taken from NAME.pose.npz"
+        )
     return left, notes
+
+
+def bad_poses(rows: Sequence[Source], prepare: Prepare) -> list[str]:
+    """In words what is wrong with the first file of poses, which is read: whoever wrote it wrote the others. Whether
+    it is as long as its video is seen when that is decoded."""
+    first = next((Path(os.fsdecode(row["poses"])) for row in rows if row["poses"]), None)
+    try:
+        if first is not None:
+            posefile.read(first, 1, 1, limits.of(prepare))
+    except VideoError as error:
+        return [f"{error}: videos with such poses are rejected ({error.reason})"]
+    return []
 
 
 def person_masks(rows: Sequence[Source], root: Path) -> tuple[list[Source], list[str]]:

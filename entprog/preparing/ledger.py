@@ -108,6 +108,14 @@ def summary(rows: Sequence[Line]) -> dict[str, dict[str, Any]]:
     return out
 
 
+def examples(rows: Sequence[Line], most: int = 3) -> list[str]:
+    """Of each of the most frequent reasons one input's message. Files that are no videos by name are not among them."""
+    of = [row for row in rows if row["kind"] == "input" and row["reason"] not in ("", "not_a_video")]
+    first = {row["reason"]: f"{row['file']}: {row['message'].removeprefix(row['file'] + ': ')}" for row in reversed(of)}
+    frequent = Counter(row["reason"] for row in of).most_common(most)
+    return [f"{reason}, such as {first[reason]}" for reason, _ in frequent]
+
+
 def check(rows: Sequence[Line], files: Iterable[str], shard_clips: int | None = None) -> None:
     """Nothing may vanish: every file found has one row, every clip one, and what is kept is what the shards hold.
 
