@@ -129,7 +129,7 @@ def extract(
         family, conditions = saved["family"], tuple(saved["conditions"])
         kind = models.family(family)
         kept = {"family": family, "conditions": conditions, "expert": str(expert) if expert else saved.get("expert")}
-        kept |= {"skeleton": saved.get("skeleton"), "last_frame": saved.get("last_frame")}
+        kept |= {name: saved.get(name) for name in ("skeleton", "last_frame", "first_frame")}
         more = {name: saved[name] for name in ("points", "native", "texts", "shape") if saved.get(name)} | _dtype(saved)
         sides = [config.Model(base=name, **kept) for name in (before, str(root))]
         sources = [kind.inspect(side) for side in sides]

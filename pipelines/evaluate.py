@@ -205,10 +205,12 @@ def explain(task: Task) -> dict[str, Any]:
 
 
 def _tell_shown(task: Task) -> None:
-    """Print which texts clips are shown, where they have captions, and what they are shown that is not what training
-    showed, poses of other points, if anything."""
+    """Print which texts clips are shown, where they have captions, whether the reference is their own first frame, and
+    what they are shown that is not what training showed, poses of other points, if anything."""
     if task.text.line:
         terminal.console.print(task.text.line)
+    if task.maker.first:
+        terminal.console.print("The reference is each clip's own first frame, as in training (model.first_frame).")
     if unmended := task.maker.unmended(task.settings.generate.text):
         terminal.console.print(unmended)
     if unlike := task.maker.unlike(task.dataset.points):

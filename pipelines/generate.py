@@ -222,7 +222,7 @@ def run(
     for points in sorted({len(motion.pose[0]) for motion in made}):
         if unlike := found.unlike(points):
             terminal.console.print(unlike)
-    for line in (found.faceless(made), found.unmended(settings.generate.text)):
+    for line in (found.faceless(made), found.begins(made), found.unmended(settings.generate.text)):
         if line:
             terminal.console.print(line)
     if retarget:
@@ -252,7 +252,8 @@ def run(
     said = how
     if shards is not None:
         dataset = datasets.read_dataset(storage.quickly(str(shards)))
-        said = protocol.of_shards(how, found, dataset, None if clip else split or "held_out", last=last is None)
+        truth = {"first": reference is None, "last": last is None}
+        said = protocol.of_shards(how, found, dataset, None if clip else split or "held_out", **truth)
     given = {"checkpoint": bare(str(checkpoint))} if "://" in str(checkpoint) else {}  # not where it was fetched to
     return _generate(found, made, output, settings, how, said) | {"left_out": left_out, **given, **shown}
 

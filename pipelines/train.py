@@ -176,6 +176,7 @@ def _explain(
         outline.chosen(schedule, len(eligible), len(found)),
         outline.texts(experiment, dataset, model),
         outline.withheld(experiment, source),
+        outline.begins(experiment, source),
         outline.timesteps(experiment),
         workload.epochs(experiment, dataset.clips("train")),
     )

@@ -179,16 +179,17 @@ def test_a_light_save_holds_what_was_trained_here(base, tmp_path):
 # ---- both are shown the same
 
 
-@pytest.mark.parametrize(("first", "second"), [("high", "low"), ("low", "high")])
-def test_experts_that_are_trained_one_after_the_other_see_the_same_last_frame(first, second, tmp_path):
+@pytest.mark.parametrize(("first", "second", "which"), [("high", "low", "last"), ("low", "high", "first")])
+def test_experts_that_are_trained_one_after_the_other_see_the_same_frames(first, second, which, tmp_path):
     bases.two_experts(tmp_path / "base", first_frame=True)
-    for last in (True, False):
-        two(tmp_path / "base", first, last_frame=last).save(tmp_path / str(last), shape=SHAPE)
-        of = {"base": str(tmp_path / str(last)), "expert": second}
-        assert inspect(Model(**of)).last is last and inspect(Model(**of, last_frame=last)).last is last
-        with pytest.raises(UserError, match=r"^model\.last_frame: .* both are shown the same, set") as error:
-            inspect(Model(**of, last_frame=not last))
-        assert f"set model.last_frame={str(last).lower()}" in str(error.value) and "\n" not in str(error.value)
+    for shown in (True, False):
+        two(tmp_path / "base", first, **{f"{which}_frame": shown}).save(tmp_path / str(shown), shape=SHAPE)
+        of = {"base": str(tmp_path / str(shown)), "expert": second}
+        for more in ({}, {f"{which}_frame": shown}):
+            assert getattr(inspect(Model(**of, **more)), which) is shown
+        with pytest.raises(UserError, match=rf"^model\.{which}_frame: .* both are shown the same, set") as error:
+            inspect(Model(**of, **{f"{which}_frame": not shown}))
+        assert f"set model.{which}_frame={str(shown).lower()}" in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- hashes

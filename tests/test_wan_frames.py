@@ -53,6 +53,12 @@ def picture(batch):
     return Image.fromarray(batch.reference[0].numpy())
 
 
+def frame(batch, number):
+    """One of a clip's own frames."""
+    pixels = (yuv420_to_rgb(batch.video)[0, number] + 1) * 127.5
+    return Image.fromarray(pixels.round().byte().movedim(0, -1).numpy())
+
+
 def noise(denoiser):
     return noise_like(torch.empty(1, *denoiser.latent_shape(SHAPE)), torch.tensor([0]), 5)
 
@@ -91,15 +97,13 @@ def test_a_last_frame_that_is_unknown_is_what_the_pipeline_has_without_one(first
 
 @pytest.mark.parametrize("clip", [True, False], ids=["FLF2V", "2.2 I2V"])
 def test_the_last_frame_is_seen_as_the_pipeline_shows_it(clip, first_and_last, tmp_path):
-    """In training the clip's own; latents, mask and tokens."""
+    """In training the clip's own, and so its first one; latents, mask and tokens."""
     pipe, folder = first_and_last if clip else (bases.image_to_video(tmp_path / "i2v", clip=False), tmp_path / "i2v")
     denoiser, batch = load(Model(base=str(folder), last_frame=None if clip else True)), clips(1, SHAPE)
     assert denoiser.form == "first and last frame" and denoiser.last
-    end = yuv420_to_rgb(batch.video)[0, -1]
-    end = Image.fromarray(((end + 1) * 127.5).round().byte().movedim(0, -1).numpy())
     theirs = calls(pipe.transformer, lambda: pipe(
-        picture(batch), last_image=end, height=32, width=32, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
-        latents=noise(denoiser), prompt_embeds=TEXT, output_type="latent",
+        frame(batch, 0), last_image=frame(batch, -1), height=32, width=32, num_frames=9, num_inference_steps=2,
+        guidance_scale=1.0, latents=noise(denoiser), prompt_embeds=TEXT, output_type="latent",
     ))  # fmt: skip
     encoded = denoiser.encode(batch)
     for told in theirs:
@@ -272,7 +276,7 @@ def test_tokens_of_the_first_frame_are_the_picture_at_timestep_0(given):
     pipe.scheduler = sampler(denoiser.process, UNIPC)
     made = []
     theirs = calls(pipe.transformer, lambda: made.append(pipe(
-        picture(batch), height=32, width=32, num_frames=9, num_inference_steps=3, guidance_scale=1.0,
+        frame(batch, 0), height=32, width=32, num_frames=9, num_inference_steps=3, guidance_scale=1.0,
         latents=noise(denoiser), prompt_embeds=TEXT, output_type="latent",
     ).frames))  # fmt: skip
     encoded = denoiser.encode(batch)

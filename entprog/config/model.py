@@ -46,6 +46,10 @@ class Model(Part):
     last_frame: bool | None = None
     """Whether a network that sees the reference as the first frame sees the last one too (Wan FLF2V, Wan 2.2 I2V): in
     training the clip's own. None: as it was trained here; of a published FLF2V base yes."""
+    first_frame: bool | None = None
+    """Whether the reference is in training each clip's own first frame, of networks that take it for how a clip begins
+    (Wan I2V, FLF2V, TI2V, Fun-Control, CogVideoX I2V, SVD); otherwise it is another frame of the video. None: as it was
+    trained here; of a published FLF2V, TI2V or Fun-Control base, or with a last frame, yes."""
     vae: str = "auto"
     """`auto`: the base's own VAE if it has one; `none`: pixels; otherwise a folder or hub name."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -143,7 +143,7 @@ accumulate only the product counts: the batches of an update."""
 ADDED = (
     "train.drop.text", "train.drop.reference", "train.drop.pose", "train.timesteps", "train.timesteps_mean",
     "train.timesteps_spread", "train.min_snr", "train.optimizer", "data.text", "model.expert",
-    "model.vae_dtype", "model.skeleton", "model.last_frame", "model.attention",
+    "model.vae_dtype", "model.skeleton", "model.last_frame", "model.first_frame", "model.attention",
     "train.face_weight", "train.hand_weight",
 )  # fmt: skip
 """Settings that are younger than runs that may still be resumed: at its default, one is no part of what decides."""

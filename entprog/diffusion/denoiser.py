@@ -63,6 +63,9 @@ class Denoiser(Protocol):
     last: bool
     """Whether the network sees the clip's last frame."""
 
+    first: bool
+    """Whether in training its reference is each clip's own first frame."""
+
     native: bool
     """Whether it sees all that its base's pipeline shows it, where earlier versions left something out."""
 

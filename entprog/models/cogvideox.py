@@ -113,6 +113,10 @@ class CogVideoXDenoiser(VideoDenoiser):
         return "conditions" not in trained  # else an earlier version saved it
 
     @classmethod
+    def begins(cls, form: str, native: bool, last: bool) -> bool | None:
+        return False if native else None
+
+    @classmethod
     def text_tokens(cls, network: Any) -> int:
         return network.max_text_seq_length
 

@@ -62,6 +62,8 @@ class VideoDenoiser(Family):
     """Points of the poses that its base was trained on, 33 or 133."""
     last: bool = False
     """Whether it sees the clip's last frame beside its first one."""
+    first: bool = False
+    """Whether in training its reference is each clip's own first frame."""
     native: bool = False
     """Whether it sees all that its base's pipeline shows it, where earlier versions left something out."""
     expert: experts.Expert | None = None
@@ -147,9 +149,10 @@ class VideoDenoiser(Family):
         """Clips → latents and conditions on the network's device, no gradient."""
         video = yuv420_to_rgb(clips.video.to(self.device, non_blocking=True))
         clean = self.latents(video.transpose(1, 2))
+        reference = _bytes(video[:, 0]) if self.first else clips.reference
         last = _bytes(video[:, -1]) if self.last else None
         faces = Faces(video, clips.pose) if self.faces else None
-        conditions = self.condition(clips.reference, clips.pose, last, faces)
+        conditions = self.condition(reference, clips.pose, last, faces)
         if self.replaces and clips.mask is not None:
             around = _bytes(video).masked_fill_(clips.mask.to(self.device)[..., None], 0)
             conditions |= self.background(around, clips.mask, clips.pose)
@@ -264,6 +267,7 @@ class VideoDenoiser(Family):
             "skeleton": self.skeleton,
             "points": points or self.points,
             **({"last_frame": True} if self.last else {}),
+            **({"first_frame": True} if self.first else {}),
             **({"native": True} if self.native else {}),
             **({"texts": self.texts.model_dump()} if self.texts else {}),
             "provenance": self.provenance | record,

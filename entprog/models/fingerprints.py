@@ -75,6 +75,7 @@ def held_out(experiment: Experiment, dataset: "Dataset") -> str:
         *([between] if between != ALL else []),
         *([source.form] if source and source.form == GIVEN_FRAME else []),  # losses of fewer frames
         *(["last frame"] if source and source.last else []),
+        *(["own first frame"] if source and source.first else []),
         *(["native"] if source and source.native else []),
         *([experiment.model.vae_dtype] if experiment.model.vae_dtype != "float32" else []),
     )

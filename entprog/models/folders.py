@@ -86,6 +86,8 @@ class Record(config.Part):
     """Points of the poses that it was trained on."""
     last_frame: bool = False
     """Whether it sees the clip's last frame beside its first one."""
+    first_frame: bool = False
+    """Whether its reference was in training each clip's own first frame."""
     native: bool = False
     """Whether it sees all that its base's pipeline shows it, where an earlier version left something out."""
     texts: Texts | None = None

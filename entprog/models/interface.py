@@ -199,6 +199,13 @@ class Family:
         return False
 
     @classmethod
+    def begins(cls, form: str, native: bool, last: bool) -> bool | None:
+        """Whether in training the reference of a published base is each clip's own first frame (`model.first_frame`).
+        None: networks like this one do not take it for what a clip begins with. form: as `form_of` gives it; native,
+        last: as `VideoDenoiser`'s."""
+        return None
+
+    @classmethod
     def check_values(cls, values: Mapping[str, Any], given: str) -> None:
         """Raises UserError for a config.json that is not diffusers', though its class's name is."""
 

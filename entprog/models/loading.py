@@ -154,6 +154,7 @@ def _with_parts(
         skeleton=source.skeleton,
         points=source.points,
         last=source.last,
+        first=source.first,
         native=source.native,
         expert=source.expert,
         base_index=whole.index_of(source.root),

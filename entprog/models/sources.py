@@ -74,6 +74,8 @@ class Source:
     """Points of the poses that it was trained on here: 33 of a base of others."""
     last: bool
     """Whether it sees the clip's last frame."""
+    first: bool
+    """As a denoiser's."""
     native: bool
     """As a denoiser's."""
     faces: bool
@@ -169,17 +171,18 @@ def inspect(
         native = cls.sees_native(network.config, {**about, **of_adapter}, settings, there)
         more = places.more(cls.needs(network.config, form, native), settings, root, about)
     last = cls.sees_last(network.config, of_adapter or about, form, settings)
+    first = _first(cls.begins(form, native, last), of_adapter or about, settings)
     process = process_of(cls, root, about)
     expert = None
     if name and weights:
-        expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton, last)
+        expert = _expert(cls, settings, root, about, name, conditions, channels, skeleton, last, first)
     rest = {"vae": vae, "conditions": conditions, "process": process, **tensors}
     outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors,
         texts.trained(settings, root, of_adapter or about), more, process,
-        skeleton, points, last, native, native and cls.FACES, cls.sees_around(native, vae is not None), expert, outside,
-        partial(geometry.stream, network.get_submodule(cls.INPUT)),
+        skeleton, points, last, first, native, native and cls.FACES, cls.sees_around(native, vae is not None), expert,
+        outside, partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip
 
 
@@ -197,6 +200,21 @@ def _remembered(about: Mapping[str, Any], of_adapter: Mapping[str, Any]) -> conf
     return trained.get("skeleton", styles.LIMBS) if trained else None
 
 
+def _first(usual: bool | None, trained: Mapping[str, Any], settings: config.Model) -> bool:
+    """Whether in training the reference is each clip's own first frame. usual: as `begins` says; trained:
+    `entprog.json` of the adapter or the base, {} where neither was trained here. Raises UserError where that is wanted
+    of a network that does not take the reference for it."""
+    if usual is None and settings.first_frame:
+        raise UserError(
+            f"model.first_frame: {settings.base or 'a new network'} does not take the reference for what a clip begins "
+            "with: leave it out; Wan's image-to-video and Fun-Control bases, CogVideoX's image-to-video ones and SVD "
+            "do, with reference in model.conditions"
+        )
+    if usual is None or settings.first_frame is not None:
+        return bool(settings.first_frame)
+    return trained.get("first_frame", False) if "reference" in trained.get("conditions", ()) else usual
+
+
 def _expert(
     cls: type[VideoDenoiser],
     settings: config.Model,
@@ -207,12 +225,13 @@ def _expert(
     channels: int,
     skeleton: config.Skeleton,
     last: bool,
+    first: bool,
 ) -> experts.Expert:
     """The expert that is trained, with what is known of the other one. conditions: that it sees; channels: of latents;
-    skeleton: how poses are drawn for it; last: whether it sees the last frame.
+    skeleton: how poses are drawn for it; last, first: as its source's.
 
     Raises UserError if the other one cannot be loaded, by plain diffusers too, sees what this one does not, or is shown
-    poses or the last frame otherwise."""
+    poses, the first or the last frame otherwise."""
     other = experts.OTHER[name]
     folder = places.network(cls, settings, root, about, other)
     found = weight_files.of(folder, "model.base", settings.trust_pickle)
@@ -236,11 +255,12 @@ def _expert(
             f"model.skeleton: the {other} expert of {settings.base} was trained with {drawn}, this one is to have "
             f"{skeleton}: both are shown the same, set model.skeleton={drawn}"
         )
-    if about and "reference" in seen and (shown := about.get("last_frame", False)) != last:
-        raise UserError(
-            f"model.last_frame: {settings.base} was trained with {str(shown).lower()}, this expert is to have "
-            f"{str(last).lower()}: both are shown the same, set model.last_frame={str(shown).lower()}"
-        )
+    for setting, own in (("last_frame", last), ("first_frame", first)):
+        if about and "reference" in seen and (shown := about.get(setting, False)) != own:
+            raise UserError(
+                f"model.{setting}: {settings.base} was trained with {str(shown).lower()}, this expert is to have "
+                f"{str(own).lower()}: both are shown the same, set model.{setting}={str(shown).lower()}"
+            )
     splits = tuple(kept.get("input_channels", (network.in_channels,)))
     return experts.Expert(name, experts.boundary(root, str(settings.base)), folder, seen, splits, settings.attention)
 

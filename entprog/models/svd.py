@@ -165,6 +165,10 @@ class SvdDenoiser(VideoDenoiser):
         return native
 
     @classmethod
+    def begins(cls, form: str, native: bool, last: bool) -> bool | None:
+        return False if native else None
+
+    @classmethod
     def left_out(cls, native: bool) -> str | None:
         if native:
             return None

@@ -138,6 +138,11 @@ class WanDenoiser(VideoDenoiser):
         )
 
     @classmethod
+    def begins(cls, form: str, native: bool, last: bool) -> bool | None:
+        # Samples keep a given frame exactly; VideoX-Fun trains Fun-Control without the picture where it is another one.
+        return {FIRST_FRAME: last, GIVEN_FRAME: True, CONTROL: True}.get(form)
+
+    @classmethod
     def check_values(cls, values: Mapping[str, Any], given: str) -> None:
         if values.get("add_ref_conv") or values.get("has_ref_conv"):
             raise UserError(

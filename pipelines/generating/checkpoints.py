@@ -39,6 +39,11 @@ class Checkpoint:
         return self.about.get("last_frame", False)
 
     @property
+    def first(self) -> bool:
+        """Whether in training its reference was each clip's own first frame."""
+        return self.about.get("first_frame", False)
+
+    @property
     def texts(self) -> "folders.Texts | None":
         """Which texts it was trained with; None: one fixed text."""
         from entprog.models import folders
@@ -87,6 +92,15 @@ class Checkpoint:
     def points(self) -> int:
         """Points of the poses that it was trained on."""
         return self.about.get("points", len(wholebody.BLAZEPOSE))
+
+    def begins(self, motions) -> str:
+        """How motions should begin that are no clips of shards, in words; empty where that does not matter."""
+        if not self.first or all(motion.has_truth for motion in motions):
+            return ""
+        return (
+            f"{self.root} was trained with each clip's own first frame as its reference (model.first_frame): motions "
+            "should begin in the picture's pose"
+        )
 
     def unlike(self, points: int) -> str:
         """What it is shown of poses of so many points that it was not trained on, in words; empty where that is the

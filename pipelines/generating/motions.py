@@ -71,10 +71,19 @@ class Motion:
     """What it is shown as text, as fields of a denoiser, [1, …] each; None: the network's own."""
 
     @property
+    def has_truth(self) -> bool:
+        """Whether `video` is the very clip to be made."""
+        return self.video is not None and self.video_title == TRUTH
+
+    @property
     def last_frame(self) -> np.ndarray | None:
         """What a network sees that is shown the last frame; None: nothing says it."""
-        truth = self.video is not None and self.video_title == TRUTH
-        return self.video[-1] if self.last is None and truth else self.last
+        return self.video[-1] if self.last is None and self.has_truth else self.last
+
+    def seen(self, first: bool) -> "Motion":
+        """This one as a network sees it. first: whether its reference was in training each clip's own first frame: it
+        is the truth's, where that is there."""
+        return replace(self, reference=self.video[0]) if first and self.has_truth else self
 
     def replacing(self, person: np.ndarray) -> "Motion":
         """This one, put into its own video in place of who is in it: person bool [F, H, W], where that is."""

@@ -47,15 +47,22 @@ def how_made(maker: Checkpoint, settings: Evaluation, dataset: Dataset, texts: s
 
 
 def of_shards(
-    made: dict[str, Any], maker: Checkpoint, dataset: Dataset, split: str | None, last: bool = True
+    made: dict[str, Any],
+    maker: Checkpoint,
+    dataset: Dataset,
+    split: str | None,
+    *,
+    first: bool = True,
+    last: bool = True,
 ) -> dict[str, Any]:
     """How clips of shards are made: `how_sampled`, which shards, and what of each clip's truth the network is shown.
-    split: None for clips that were named; last: whether a network that sees the last frame is shown the truth's."""
+    split: None for clips that were named; first, last: whether a network that was trained with each clip's first frame
+    as reference, or sees the last one, is shown the truth's."""
     made = made | {"dataset": dataset.fingerprint, "split": split}
     if dataset.masks and maker.replaces:  # what is drawn is then no whole clip
         made["guidance"] += ", put into clips with masks"
-    if last and maker.last:
-        made["of the truth"] = "the last frame"
+    if frames := ["the first frame"] * (first and maker.first) + ["the last frame"] * (last and maker.last):
+        made["of the truth"] = " and ".join(frames)
     return made
 
 

@@ -48,6 +48,7 @@ def make(
     shape: of the clips that the network was trained on; longer poses are made in windows of it. without: a condition
     that is zeroed.
     """
+    motions = [motion.seen(denoiser.first) for motion in motions]
     given = [_stacked(motion.reference for motion in motions), _stacked(motion.pose for motion in motions)]
     last = _stacked(motion.last_frame for motion in motions) if denoiser.last else None
     conditions = denoiser.condition(*given, last, _faces(motions) if denoiser.faces else None)
@@ -134,7 +135,7 @@ def render(
 def _make_all(
     denoiser: Denoiser, todo: Sequence["Files"], shape: ClipShape, settings: Generate, without: str | None
 ) -> None:
-    todo = [replace(clip, motion=fitting(denoiser, clip.motion, shape)) for clip in todo]
+    todo = [replace(clip, motion=fitting(denoiser, clip.motion.seen(denoiser.first), shape)) for clip in todo]
     most = settings.max_bytes // (3 * shape.height * shape.width)
     with terminal.advancing("generating", len(todo)) as advance:
         for batch in _batches(todo, settings.batch_size, most):

@@ -24,7 +24,7 @@ from pipelines.stream import batches
 from pipelines.tracking import store
 from pipelines.training import footprint
 
-SHOWN = ("model.skeleton", "model.last_frame")
+SHOWN = ("model.skeleton", "model.last_frame", "model.first_frame")
 """Settings that are younger than what they set, which a base or an adapter may say too."""
 IDLE = {
     name: name != "cei"  # tables, which are found by what they are of, whoever made them
@@ -157,36 +157,34 @@ def parts(experiment: Experiment, output: Where) -> Parts:
 
 
 def _shown_alike(phases: Mapping[str, Experiment]) -> None:
-    """Raises UserError where a base's two experts would be shown poses, or the last frame, otherwise than each other:
-    of a folder that is there `sources.inspect` does, the one that a phase starts from is not there yet."""
+    """Raises UserError where a base's two experts would be shown poses, the first or the last frame otherwise than each
+    other: of a folder that is there `sources.inspect` does, the one that a phase starts from is not there yet."""
     first, before = next(iter(phases.values())), ""
     source = models.family(first.model.family).inspect(first.model)
     if source.expert is None:
         return
-    expert, skeleton, last = source.expert.name, source.skeleton, source.last
+    expert = source.expert.name
+    shown = {"skeleton": source.skeleton, "last_frame": source.last, "first_frame": source.first}
     saw = {experts.OTHER[expert]: source.expert.conditions}
     for name, phase in phases.items():
         own, expert = phase.model, phase.model.expert or expert
         other = experts.OTHER[expert]
-        for condition, setting, wanted, shown in (
-            ("pose", "skeleton", own.skeleton, skeleton),
-            ("reference", "last_frame", own.last_frame, last),
-        ):
-            if before and wanted not in (None, shown) and condition in saw[other]:
-                value = str(shown).lower()
+        for setting, known in shown.items():
+            condition, wanted = "pose" if setting == "skeleton" else "reference", getattr(own, setting)
+            if before and wanted not in (None, known) and condition in saw[other]:
+                value = str(known).lower()
                 raise UserError(
                     f"phase {name}: model.{setting}={str(wanted).lower()}, and phase {before} leaves a model of "
                     f"{value}, whose {other} expert sees the {condition} too: both are shown the same, set "
                     f"model.{setting}={value} in both"
                 )
-        skeleton = skeleton if own.skeleton is None else own.skeleton
-        last = last if own.last_frame is None else own.last_frame
+        shown |= {setting: value for setting in shown if (value := getattr(own, setting)) is not None}
         saw[expert], before = own.conditions, name
 
 
 def stand_in(phase: Experiment, first: Experiment) -> config.Model:
     """The network of a phase whose base is not there yet: it will be the first phase's, widened."""
-    own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame", "attention")
+    own = ("conditions", "text_encoder", "expert", "skeleton", "last_frame", "first_frame", "attention")
     return first.model.model_copy(update={name: getattr(phase.model, name) for name in own})
 
 
@@ -245,19 +243,22 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, after: Experime
 
 
 def _shown(model: config.Model, source: sources.Source) -> dict[str, Any]:
-    """By name what SHOWN is for a network, whether a setting, its base or an adapter says so; nothing where poses are
-    drawn, and the last frame is unknown, as in runs of before those settings, which are resumed."""
+    """By name what SHOWN is for a network, whether a setting, its base or an adapter says so; nothing where it is as in
+    runs of before those settings, which are resumed: poses as then, neither the first nor the last frame shown."""
     remembered = sources.remembered_skeleton(models.family(model.family).load.args[0], model)
     skeleton = model.skeleton or (None if remembered else source.skeleton)
     as_before = skeleton == styles.LIMBS == (remembered or styles.LIMBS)
-    return _given(None if as_before else skeleton, source.last or None)
+    return _given(None if as_before else skeleton, source.last or None, source.first or None)
 
 
 def _shown_after(model: config.Model, before: config.Model) -> dict[str, Any]:
     """As `_shown`, of a phase whose base is not there yet: as far as its settings and those of the phase before say."""
     as_before = model.skeleton == before.skeleton == styles.LIMBS
-    unknown = model.last_frame is before.last_frame is False
-    return _given(None if as_before else model.skeleton, None if unknown else model.last_frame)
+    frames = [
+        None if own is was is False else own
+        for own, was in ((model.last_frame, before.last_frame), (model.first_frame, before.first_frame))
+    ]
+    return _given(None if as_before else model.skeleton, *frames)
 
 
 def _given(*values: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ A {family} network, fine-tuned{conditions}. Trained on {clip}, whose data set ha
 
 It needs torch, diffusers, transformers and safetensors, and for the mp4 imageio with imageio-ffmpeg.
 `trust_remote_code` runs pipeline.py of this folder: look at it first. The clips that it makes well are those of the
-shape that it was trained on.
+shape that it was trained on.{begins}
 {poses}
 ## Where it comes from
 
@@ -62,6 +62,8 @@ from skeleton import draw
 frames = draw(points, {height}, {width})
 ```
 """
+
+BEGINS = " Its reference was each clip's own first frame: begin the motion in the picture's pose."
 
 WHOLE = "whole-body points, float [F, 133, 3] (COCO-WholeBody's 133"
 POINTS = {
@@ -125,6 +127,7 @@ def card(
         data=result.get("data", "unknown"),
         figures=_figures(experiment, result),
         code=code,
+        begins=BEGINS if about.get("first_frame") else "",
         poses=POSES.format(**shape, points=points) if "pose" in conditions and shape else "",
         base=f"[{base}](https://huggingface.co/{base})" if hub else _base(base),
         licence=licence.get("license_name", licence.get("license", UNKNOWN)),

@@ -47,7 +47,8 @@ def _loaded(
     model = model.model_copy(update={"text_encoder": encoder})  # what texts were encoded with is what is saved
     if settings and model.adapter:  # then an adapter to start from is not merged: it goes on
         source = models.family(model.family).inspect(model)  # as the adapter has seen clips
-        model = model.model_copy(update={"adapter": None, "skeleton": source.skeleton, "last_frame": source.last})
+        shown = {"skeleton": source.skeleton, "last_frame": source.last, "first_frame": source.first}
+        model = model.model_copy(update={"adapter": None, **shown})
 
     def adapt(network: nn.Module) -> None:
         if settings:
@@ -121,6 +122,7 @@ def leave_adapter(denoiser: Denoiser, experiment: Experiment, folder: Path, poin
         "shape": experiment.data.shape.model_dump(),
         "dtype": experiment.model.dtype,
         **({"last_frame": True} if denoiser.last else {}),
+        **({"first_frame": True} if denoiser.first else {}),
         **({"native": True} if denoiser.native else {}),
         **({"texts": denoiser.texts.model_dump()} if denoiser.texts else {}),
         **({"expert": denoiser.expert.name} if denoiser.expert else {}),

@@ -71,6 +71,15 @@ def withheld(experiment: Experiment, source: Source) -> str | None:
     return f"Without a condition (share of the clips): {', '.join(shares)}." if shares else None
 
 
+def begins(experiment: Experiment, source: Source) -> str | None:
+    """Which picture a network gets that takes the reference for what a clip begins with, in words; None of others."""
+    family = models.family(experiment.model.family).load.args[0]
+    if family.begins(source.form, source.native, source.last) is None:
+        return None
+    which = "each clip's own first frame" if source.first else "another frame of the video than the clip's first"
+    return f"The reference is in training {which} (model.first_frame={str(source.first).lower()})."
+
+
 def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]:
     """Settings that will not do what they say, each in words."""
     data, train, out = experiment.data, experiment.train, []
