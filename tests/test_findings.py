@@ -72,6 +72,22 @@ def test_noise_alone_is_no_finding(seed):
     assert "no worse beyond seed noise" in said["recommendation"][0]
 
 
+def test_the_best_of_few_equal_trials_is_seldom_called_better_than_noise():
+    """Of two trials of two seeds each the noise itself is hardly known: two standard deviations are 17 % of sweeps."""
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for losses in 0.1 + 0.01 * rng.normal(size=(1000, 2, 2)):
+        trials = [
+            {"id": f"t{n}", "status": "finished", "held_out_loss": mean, "held_out_loss_std": std, "seeds": [{}, {}]}
+            for n, (mean, std) in enumerate(zip(losses.mean(1), losses.std(1, ddof=1), strict=True))
+        ]
+        best = min(trials, key=lambda row: row["held_out_loss"])
+        claimed += ", beyond seed noise" in findings._headline(best, trials, findings.seed_noise(trials), 2)
+    assert 0.03 < claimed / 1000 < 0.07
+    same = [row | {"held_out_loss_std": 0.0} for row in trials]
+    assert findings.seed_noise(same) == 0.0, "known, and none"
+
+
 def test_few_trials_or_one_seed_are_said():
     trials = rows(lambda v: 0.1, count=4)
     assert any("too few" in line for line in found(trials)["recommendation"])
@@ -79,6 +95,10 @@ def test_few_trials_or_one_seed_are_said():
         row["held_out_loss_std"] = None
     said = found(trials)
     assert said["seed_noise"] is None and "may be chance" in said["recommendation"][0]
+    worse = {"value": "absolute", "excess": 0.005, "low": 0.001, "high": 0.01}
+    response = {"alike": ["signed"], "worse": [worse], "failed": []}
+    line = findings.in_words("priority.sign", response, SPACE, None, known_noise=False)
+    assert "absolute in this one seed seems to cost 0.005 more loss" in line
     for row in trials:
         row["seeds"][0]["steps"] = 3
     assert any("too short" in line for line in found(rows(lambda v: 0.1, count=12) + trials)["recommendation"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from ray.tune.search.sample import Categorical, Domain
+from scipy.special import stdtrit
 
 from entprog.config import Tune
 from entprog.training import curves
@@ -110,9 +111,13 @@ def evidence(rows: Sequence[Row], space: Space, budget_s: float, settings: Tune)
 
 def seed_noise(rows: Sequence[Row]) -> float | None:
     """Standard deviation of the loss between seeds, pooled over trials; None where no trial had two."""
-    return pooled(
-        [(row["held_out_loss_std"] ** 2, len(row["seeds"]) - 1) for row in rows if row.get("held_out_loss_std")]
-    )
+    return pooled(_spreads(rows))
+
+
+def _spreads(rows: Sequence[Row]) -> list[tuple[float, int]]:
+    """(variance of the loss between seeds, degrees of freedom) of each trial that has several."""
+    several = [row for row in rows if row.get("held_out_loss_std") is not None]
+    return [(row["held_out_loss_std"] ** 2, len(row["seeds"]) - 1) for row in several]
 
 
 def pooled(found: Sequence[tuple[float, int]]) -> float | None:
@@ -263,7 +268,8 @@ def findings(evidence: Evidence, space: Space, best: Row, rows: Sequence[Row], s
 
 
 def _headline(best: Row, rows: Sequence[Row], noise: float | None, seeds: int) -> str:
-    """The best trial against the runner-up."""
+    """The best trial against the runner-up: beyond seed noise is what 19 of 20 pairs of equal trials differ by less
+    than, by Student's t, for the noise itself is known from few trials."""
     others = [r for r in rows if r["status"] == "finished" and r["id"] != best["id"]]
     said = f"Best: trial {best['id']}, held-out loss {best['held_out_loss']:.5g}"
     if not others:
@@ -274,7 +280,8 @@ def _headline(best: Row, rows: Sequence[Row], noise: float | None, seeds: int) -
         return f"{said}, best in the first objective; trial {second['id']} has a loss {-gap:.2g} lower."
     if noise is None:
         return f"{said}, {gap:.2g} below the next ({second['id']}); with one seed that may be chance."
-    alike = [r for r in others if r["held_out_loss"] - best["held_out_loss"] <= 2 * noise * math.sqrt(2 / seeds)]
+    within = stdtrit(sum(freedom for _, freedom in _spreads(rows)), 0.975) * noise * math.sqrt(2 / seeds)
+    alike = [r for r in others if r["held_out_loss"] - best["held_out_loss"] <= within]
     if alike:
         return f"{said}; {len(alike)} of {len(others)} other finished trials are no worse beyond seed noise."
     return f"{said}, {gap:.2g} below the next ({second['id']}), beyond seed noise."
@@ -301,7 +308,8 @@ def in_words(name: str, response: Mapping[str, Any], space: Space, share: float 
     if worse:
         most = max(worse, key=lambda item: item["excess"])
         interval = f"{most['low']:.2g} to {most['high']:.2g}"
-        said.append(f"{_text(most['value'])} costs {most['excess']:.2g} more loss ({interval})")
+        costs = "costs" if known_noise else "in this one seed seems to cost"
+        said.append(f"{_text(most['value'])} {costs} {most['excess']:.2g} more loss ({interval})")
     if failed:
         said.append(f"not judged: {' and '.join(lost)}")
     return "; ".join(said) + "."
