@@ -1,5 +1,6 @@
 """Addresses of others: what is asked, what is followed, and what is seen of them."""
 
+import contextlib
 import gzip
 import http.server
 import json
@@ -283,6 +284,43 @@ def test_a_listing_is_not_unpacked(endless, monkeypatch):
     monkeypatch.setattr(listings, "MOST_BYTES", 1 << 20)
     assert len(inputs.find(f"{endless[0]}/packed/", config.Prepare(hosts=("127.0.0.1",))).rows) == 1, "no page of links"
     assert set(endless[1]) == {"identity"}
+
+
+class Generous(servers.Quiet):
+    """A file of a megabyte, of which more comes than is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    packed: bool
+
+    def do_HEAD(self):  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self):  # noqa: N802
+        body = gzip.compress(bytes(8 << 20)) if self.packed else bytes(4 << 20)
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-999999/1000000")
+        if self.packed:
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_a_file_no_more_is_taken_than_is_asked_for(packed):
+    kind = type("Handler", (Generous,), {"packed": packed})
+    with servers.answering(kind) as address:
+        files, path = addresses.filesystem(f"{address}/a.mp4", ("127.0.0.1",))
+        with files.open(path) as stream:
+            if packed:
+                assert len(stream.read(1_000_000)) < 100_000, "as it was sent"
+            else:
+                with pytest.raises(addresses.AddressError, match="sends more than it is asked for"):
+                    stream.read(1_000_000)
 
 
 class Folders(servers.Quiet):

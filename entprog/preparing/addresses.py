@@ -179,8 +179,8 @@ def _not_asked(shown: str, name: str, why: str) -> str:
 
 
 async def _client(shown: str, hosts: tuple[str, ...], bounds: "listings.Bounds | None", **settings):
-    """aiohttp's session, which asks no host that it should not: neither by number, nor by name, nor redirected; and no
-    more than a listing's bounds allow."""
+    """aiohttp's session, which asks no host that it should not: neither by number, nor by name, nor redirected; and
+    takes no more than a listing's bounds allow, or of a file than the range that it asks for."""
     import aiohttp
     import yarl
 
@@ -212,7 +212,28 @@ async def _client(shown: str, hosts: tuple[str, ...], bounds: "listings.Bounds |
     trace.on_request_start.append(started)
     trace.on_request_redirect.append(redirected)
     connector = aiohttp.TCPConnector(resolver=Resolver())
-    if bounds is not None:  # nothing is unpacked: a page of a few bytes could fill the memory
-        settings |= {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}
-        settings |= {"response_class": listings.response(bounds)}
+    # Nothing is unpacked: an answer of a few bytes could fill the memory.
+    settings |= {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}
+    settings |= {"response_class": _response(shown) if bounds is None else listings.response(bounds)}
     return aiohttp.ClientSession(connector=connector, trace_configs=[trace], **settings)
+
+
+def _response(shown: str):
+    """aiohttp's response, of which no more is read than was asked for, whatever a server sends."""
+    import aiohttp
+
+    class Response(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            first, _, last = self.request_info.headers.get("Range", "").removeprefix("bytes=").partition("-")
+            if not (first.isdecimal() and last.isdecimal()):
+                return await super().read()
+            pieces, left = [], int(last) - int(first) + 1
+            async for piece in self.content.iter_any():
+                pieces.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    self.close()
+                    raise AddressError(f"{shown}: its server sends more than it is asked for")
+            return b"".join(pieces)
+
+    return Response
