@@ -12,6 +12,7 @@ import threading
 import pytest
 import torch
 import yaml
+from PIL import Image, ImageOps
 from pyarrow import fs
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -451,4 +452,14 @@ def test_the_card_has_figures_data_base_and_its_licence(front, licence, output, 
     for said in ("| held-out loss | 0.25 |", "`abc123`", "entprog, blocks trained by stage: 2", "2 frames of 16x16"):
         assert said in text
     assert str(tmp_path) not in text, "a machine's folders are nobody's business"
-    compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "card", "exec")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    compile(code, "card", "exec")
+    phone = Image.new("RGB", (16, 16), "red")
+    phone.paste("blue", (0, 0, 8, 16))  # stored on its side: blue is below
+    phone.getexif()[0x0112] = 8
+    phone.save(tmp_path / "person.png", exif=phone.getexif())
+    example = re.search(r"reference=(.*?), (?:pose=|num_inference)", code)[1].replace(
+        "person.png", f"{tmp_path}/person.png"
+    )
+    upright = eval(example, {"Image": Image, "ImageOps": ImageOps})
+    assert [upright.getpixel((8, y)) for y in (2, 13)] == [(255, 0, 0), (0, 0, 255)]

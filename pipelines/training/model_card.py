@@ -106,7 +106,7 @@ def card(
     front = {"library_name": "diffusers", "pipeline_tag": "image-to-video", "tags": ["diffusers", "pose-to-video"]}
     front |= {"base_model": base} if hub else {}
     size = "{frames} frames of {width}x{height} at {fps:g} fps".format(**shape) if shape else "clips of unknown shape"
-    picture = 'Image.open("{}")'
+    picture = 'ImageOps.exif_transpose(Image.open("{}"))'  # phones store pictures on their side
     if shape:  # ordinary pictures have other sizes
         picture = f"ImageOps.fit({picture}, ({shape['width']}, {shape['height']}))"
     given = {"reference": f"reference={picture.format('person.png')}, ", "pose": "pose=frames, "}
