@@ -106,6 +106,7 @@ def test_help_names_the_words_that_settings_take_and_explains_what_lies_in_parts
         (["schedule.memory_budget_bytes=much"], "setting schedule.memory_budget_bytes"),
         (["schedule.memory_budget_bytes=12 elephants"], "must be a size, as 24GB: there is no byte unit elephants"),
         (["schedule.memory_budget_bytes=0GB"], "schedule.memory_budget_bytes: must be more than 0, given"),
+        (["schedule.memory_budget_bytes=9GB", "train.frozen_state=keep"], "in no plan's memory"),
         (["train.steps=soon"], "setting train.steps: must be a whole number, given 'soon'"),
         (["data.latents=perhaps"], "setting data.latents: must be 'auto'"),
         (["train.drop=4"], "setting train.drop: must be a mapping of settings, given"),

@@ -305,9 +305,13 @@ def test_every_step_says_what_moments_are_on_the_device(monkeypatch):
     monkeypatch.setattr(optimizer, "state_bytes", on_device)
     for seed in range(3):
         away.clear()
-        run = Run(tiny_experiment(schedule={"stages": 3}, train={"steps": 24, "seed": seed}))
+        schedule = {"stages": 3, "memory_budget_bytes": 10**9 if seed == 2 else None}
+        run = Run(tiny_experiment(schedule=schedule, train={"steps": 24, "seed": seed}))
         ends = 0
         for step in run.steps():
+            if seed == 2:
+                foreseen = 2 * run.state.models[step.plan.shape].trained_bytes(step.plan.trainable)
+                assert step.optimizer_bytes == pytest.approx(foreseen, rel=0.01) or step.decision, "one plan's alone"
             ends += step.phase == "search" and step.decision is not None and step.plan == step.decision.plan
             assert step.optimizer_bytes == on_device(run.state.optimizer, run.denoiser.device)
     assert ends

@@ -287,6 +287,15 @@ class Experiment(Part):
         return self
 
     @model_validator(mode="after")
+    def _moments_are_foreseen(self):
+        if self.schedule.memory_budget_bytes and self.train.frozen_state == "keep" and self.uses("train.frozen_state"):
+            raise ValueError(
+                "train.frozen_state=keep leaves moments of frozen blocks on the device, which are in no plan's memory: "
+                "with schedule.memory_budget_bytes set it to host or drop"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attention_can_be_kept(self):
         if self.model.gradient_checkpointing == "keep_attention" and self.model.compile_blocks:
             raise ValueError(

@@ -399,8 +399,10 @@ class _Fit:
             return False
         for name in plan.trainable:
             self.state.begun.setdefault(name, self.state.step)
-        # A block may have been frozen for stages: its moments have to be where it is before the next update.
-        optimizer.follow(self.state.optimizer, self.freeze.trained, "keep")
+        # A block may have been frozen for stages: its moments have to be where it is before the next update. Under a
+        # memory budget those of others make room: each candidate of a search was found to fit alone.
+        others = "host" if self.experiment.schedule.memory_budget_bytes else "keep"
+        optimizer.follow(self.state.optimizer, self.freeze.trained, others)
         averages.catch_up(self.state.ema, self.state.ema_gaps, self.denoiser.network, plan.trainable)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
