@@ -236,7 +236,7 @@ def test_clips_of_generate_are_taken_with_what_is_known_of_them(made, tmp_path):
     assert "made for shards of fingerprint others" in CliRunner().invoke(evaluate.app, [str(a) for a in args]).output
     clip = min((moved / "videos").glob("*_result.mp4"))
     said = [judgement.other_rate(clip, SHAPE.model_copy(update={"fps": fps})) for fps in (SHAPE.fps, 24.0)]
-    assert said == ["", "has 8 frames a second, its truth 24: they are compared frame by frame"]
+    assert said == ["", "has 12 frames a second, its truth 24: they are compared frame by frame"]
 
 
 def test_clips_of_an_earlier_evaluate_are_taken(made, tmp_path):
