@@ -7,13 +7,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from ray import cloudpickle
 from ray._private.node import Node
 from ray.train import ControllerError, WorkerGroupError
+from ray.train._internal.storage import StorageContext
 from ray.train.torch import config as torch_backend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.tune.execution.tune_controller import TuneController
 
 from entprog.blocks import fp8
 from pipelines.cluster import launch, ray_internals, stopping
@@ -101,6 +104,15 @@ def test_ray_train_says_that_its_workers_found_no_room():
     assert ray_internals.found_no_room(ControllerError(late))
     for other in (late, ControllerError(ValueError("x")), WorkerGroupError("x", {0: late}), RuntimeError("x")):
         assert not ray_internals.found_no_room(other)
+
+
+def test_ray_tune_writes_its_state_between_callbacks_where_it_is_looked_for():
+    """Whole, before a thread copies it: `pipelines.sweeping.keeping`; in a sweep: test_tune."""
+    assert isinstance(StorageContext.experiment_driver_staging_path, property)
+    written = inspect.getsource(TuneController.save_to_dir)
+    assert "experiment_driver_staging_path" in written and "self._search_alg.save_to_dir" in written
+    assert inspect.getsource(TuneController.step).count("self.checkpoint()") == 1
+    assert ray_internals.state_of_tune(SimpleNamespace(storage=None)) is None
 
 
 def test_mlflow_measures_this_machine(tmp_path):

@@ -1,9 +1,10 @@
-"""A sweep's state that was cut off by a kill, as Ray Tune writes it."""
+"""A sweep's state that was cut off by a kill, as Ray Tune copies it."""
 
 import json
 import pickle
 
 from pipelines.sweeping import keeping
+from pipelines.sweeping.keeping import Keeper, mend
 
 FIRST, SECOND = "2026-11-28_08-44-38", "2026-11-28_08-45-36"
 
@@ -26,29 +27,34 @@ def there(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*state-*")}
 
 
-def test_the_last_whole_state_takes_the_place_of_one_that_was_cut_off(tmp_path):
-    folder = tmp_path / "tune"
-    assert keeping.mend(folder), "nothing was begun"
-    first = write(folder, FIRST, [1])
+def test_what_is_kept_takes_the_place_of_what_was_cut_off_or_mixed(tmp_path):
+    written, folder = tmp_path / "written", tmp_path / "tune"
+    assert mend(folder), "nothing was begun"
+    first = write(written, FIRST, [1])
+    keeper = Keeper(folder)
+    write(folder, FIRST, [1])
+    assert mend(folder) and there(folder) == first, "it was ended before it was kept"
+    keeper.keep(written)
     for name in first:
-        keeping.keep(folder)
-        for cut in (b"", first[name][:1], first[name][:-1]):
-            (folder / name).write_bytes(cut)
-            keeping.keep(folder)
-            assert keeping.mend(folder) and there(folder) == first, (name, cut)
+        for wrong in (b"", first[name][:1], first[name][:-1], pickle.dumps("of another moment")):
+            (folder / name).write_bytes(wrong)
+            assert mend(folder) and there(folder) == first, (name, wrong)
 
-    second = write(folder, SECOND, [1, 2])
-    assert keeping.mend(folder) and there(folder) == first | second
-    (folder / f"searcher-state-{SECOND}.pkl").unlink()
-    (folder / f"experiment_state-{SECOND}.json").write_bytes(b"")
-    assert keeping.mend(folder) and there(folder) == first, "of the start before: the newest has none that is whole"
+    second = write(written, SECOND, [1, 2])
     write(folder, SECOND, [1, 2])
-    keeping.keep(folder)
-    (folder / f"experiment_state-{SECOND}.json").write_bytes(b"{")
-    assert keeping.mend(folder) and there(folder) == first | second
+    assert mend(folder) and there(folder) == first, "of the start before: the newest was not kept"
+    keeper.keep(written)
+    write(folder, SECOND, [1])
+    assert mend(folder) and there(folder) == first | second
+    kept = (tmp_path / keeping.KEPT).stat().st_ino
+    keeper.keep(written)
+    assert (tmp_path / keeping.KEPT).stat().st_ino == kept, "the same is not written again"
+    (written / f"experiment_state-{SECOND}.json").write_bytes(b"{")
+    keeper.keep(written)  # its disk is full
+    assert mend(folder) and there(folder) == first | second
 
 
 def test_a_state_that_was_never_whole_is_told(tmp_path):
     write(tmp_path / "tune", FIRST, [1])
     (tmp_path / "tune" / f"experiment_state-{FIRST}.json").write_bytes(b"")
-    assert not keeping.mend(tmp_path / "tune") and not there(tmp_path / "tune")
+    assert not mend(tmp_path / "tune") and not there(tmp_path / "tune")

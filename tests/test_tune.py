@@ -1,5 +1,6 @@
 """Sweeps through the real command: real clips, real Ray Tune and Train, real MLflow, a real kill."""
 
+import base64
 import csv
 import errno
 import json
@@ -33,8 +34,9 @@ from helpers.families import TINY
 from helpers.networks import tiny_experiment
 from helpers.people import two_people
 from pipelines import train, tune
-from pipelines.cluster import room
+from pipelines.cluster import ray_internals, room
 from pipelines.sweeping import checking, spaces, state, sweep, trial
+from pipelines.sweeping.keeping import KEPT
 from pipelines.training import footprint, steplog
 
 TRIALS = {
@@ -249,12 +251,18 @@ def test_seeds_objectives_and_chance(place):
     assert (place / "seeds" / "pareto.png").stat().st_size > 0
 
 
-def test_a_grid_is_walked_whole_into_a_bucket_and_a_loss_that_is_no_number_is_told(place):
+def test_a_grid_is_walked_whole_into_a_bucket_and_a_loss_that_is_no_number_is_told(place, monkeypatch):
     with servers.s3() as endpoint:
         output = storage.Place.at(servers.address(endpoint, "sweeps/grid"))
         output.system.create_dir("sweeps")
         before = {path.name for path in place.iterdir()}
+        written, where = [], ray_internals.state_of_tune
+        monkeypatch.setattr(ray_internals, "state_of_tune", lambda one: written.append(where(one)) or written[-1])
         _walk_a_grid(place, output)
+        assert all(folder.is_dir() for folder in written)
+        folder = state.read(output).folder / sweep.NAME
+        kept = {name: base64.b64decode(it) for name, it in json.loads((folder.parent / KEPT).read_text()).items()}
+        assert kept == {name: (folder / name).read_bytes() for name in kept}, "the last one of all"
         new = {path.name for path in place.iterdir()} - before
         assert {name for name in new if not name.startswith("ml")} - {"state"} == {"grid.yaml"}, "else MLflow's own"
         assert (place / "state").is_dir(), "of this sweep, or of an earlier one too"

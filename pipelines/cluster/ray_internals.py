@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pipelines
 from entprog.errors import UserError
@@ -252,3 +253,10 @@ def _on_its_device():
     from ray.train.torch import config
 
     return config.TorchConfigContextManager()
+
+
+def state_of_tune(trial) -> Path | None:
+    """Where Ray Tune writes its state, by any of its trials, before a thread of its own copies it elsewhere. It does so
+    between callbacks: what one of them reads there is of one moment. None where this version of Ray does not say it."""
+    folder = getattr(getattr(trial, "storage", None), "experiment_driver_staging_path", None)
+    return Path(folder) if folder else None

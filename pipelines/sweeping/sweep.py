@@ -21,7 +21,7 @@ from entprog.config import Experiment, Tune
 from entprog.errors import UserError
 from entprog.storage import Where
 from pipelines import terminal
-from pipelines.cluster import joining, room
+from pipelines.cluster import joining, ray_internals, room
 from pipelines.sweeping import keeping, spaces
 from pipelines.sweeping.trial import Report, Spec, folder_of, reports, trainable, waiting
 
@@ -204,6 +204,7 @@ def run(
             trial_dirname_creator=lambda one: one.trial_id,
             verbose=0,
         )
+        watch.keep(state / NAME)  # the last one: nothing is written any more
     ray.get(ray.put(None))  # a lost cluster is told here, not by what comes after
     statuses = {trial.trial_id: trial.status for trial in analysis.trials}
     if any(status not in ("TERMINATED", "ERROR") for status in statuses.values()):
@@ -216,11 +217,10 @@ class Watch(Callback):
     Ray Tune's state in a folder is kept (`keeping`)."""
 
     def __init__(self, trials: int, objective: str, output: Where, state: Path):
-        self.trials, self.objective, self.output, self.state = trials, objective, output, state
-        self.kept_s = 0.0
-        """When the state was kept, on a clock of its own."""
+        self.trials, self.objective, self.output = trials, objective, output
+        self.keeper = keeping.Keeper(state)
         self.looked_s = 0.0
-        """When it was last looked at what trials wait for, on the same clock."""
+        """When it was last looked at what trials wait for, on a clock of its own."""
         self.waited: set[tuple[str, str]] = set()
         """Trials, and what they were last seen to wait for."""
         self.best = math.inf
@@ -243,13 +243,16 @@ class Watch(Callback):
         self.started = time.time()
 
     def on_step_end(self, iteration: int, trials: Sequence[Any], **_) -> None:
-        if time.monotonic() - self.kept_s > STATE_EVERY_S:
-            self.kept_s = time.monotonic()
-            with suppress(OSError):  # as it was before: the next one may be kept
-                keeping.keep(self.state)
+        if trials:
+            self.keep(ray_internals.state_of_tune(trials[0]) or self.keeper.folder)
         if time.monotonic() - self.looked_s > WAITING_EVERY_S:
             self.looked_s = time.monotonic()
             self._tell_waiting()
+
+    def keep(self, written: Path) -> None:
+        """Keep Ray Tune's state as it lies there."""
+        with suppress(OSError):  # as it was before: the next one may be kept
+            self.keeper.keep(written)
 
     def _tell_waiting(self) -> None:
         now = {(name, why) for name in self.running if (why := waiting(folder_of(self.output, name)))}
