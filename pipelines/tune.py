@@ -27,7 +27,7 @@ from pipelines.sweeping import charts, checking, findings, spaces, state, sweep,
 from pipelines.tracking import stages
 from pipelines.tracking.store import how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
-from pipelines.training import steplog
+from pipelines.training import checks, outline, steplog
 
 app = usage.app("Search for settings: many trainings at equal seconds, the best ones reported with their uncertainty.")
 
@@ -102,7 +102,8 @@ def main(
 
 def claimed(wanted: Sweep, space: spaces.Space, output: Where) -> None:
     """Check everything, and make the output this sweep's. Raises UserError."""
-    identity, _ = checked(wanted, space, output)
+    identity, begun = checked(wanted, space, output)
+    capacity.gpus_here(as_begun(wanted.experiment(), begun))
     claim.take(output, "tune", identity)
 
 
@@ -116,6 +117,10 @@ def checked(wanted: Sweep, space: spaces.Space, output: Where) -> tuple[dict[str
             checking.check_together(wanted, space, dataset, terminal.console.print)
     else:
         checking.check_runs_as_before(wanted.experiment(), begun.share)
+    experiment = wanted.experiment()
+    one = trial.checkpoints(experiment, trial.folder_of(output, "any") / "seed-0")
+    train = experiment.train.model_copy(update={"checkpoints": one})
+    checks.check_reach({"": (experiment.model_copy(update={"train": train}), dataset)})
     return identity, begun
 
 
@@ -141,6 +146,8 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
     terminal.show("Space", rows, ("setting", "values", "without the sweep"))
     terminal.show("Search", [(k, v) for k, v in config.settings(wanted).items() if k.startswith("tune.")], ("", ""))
     share = sweep.share(experiment, settings, resources(experiment, settings), session.cores())
+    if not (lacking := outline.lacks_gpu(experiment)):
+        capacity.gpus_here(experiment)
     trials = len(spaces.grid(space, settings.grid_points)) if settings.search == "grid" else settings.trials
     least, most = sweep.estimate_s(settings.model_copy(update={"trials": trials}), experiment.train.seconds,
                                    share.concurrent)  # fmt: skip
@@ -154,6 +161,9 @@ def explain(wanted: Sweep, space: spaces.Space, output: Where) -> dict[str, Any]
         f"{share.threads} thread(s) each): about {takes} with start-up."
         + ("" if sweep.stops_early(settings) else " No trial is ended early.")
     )
+    terminal.console.print(outline.not_looked_at(experiment, output))
+    if lacking:
+        terminal.console.print(lacking)
     return {"trials": trials, "concurrent": share.concurrent, "seconds_low": least, "seconds_high": most}
 
 

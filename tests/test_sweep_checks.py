@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pipelines.tune
@@ -52,6 +53,20 @@ def test_how_many_values_were_looked_at_is_said(tmp_path):
     assert "Would run 6 trials" in result.output
     space += "train.weight_decay: {loguniform: [1e-5, 1e-3]}\ntrain.warmup_steps: {choice: [0, 1, 2, 3]}\n"
     assert "each alone; a trial whose values do not go together will fail." in dry(tmp_path, space).output
+
+
+def test_a_dry_run_asks_who_must_answer_and_notes_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+    """As that of `train` does: the sweep would begin to fail, a trial after another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    space = "train.learning_rate: {loguniform: [1e-5, 1e-3]}\n"
+    result = dry(tmp_path, space, "--set", "train.gpus=yes", "--set", f"train.checkpoints={tmp_path / 'kept'}")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0 and "Note: train.gpus=yes, and neither this machine has a GPU" in said, said
+    assert "Not looked at: whether MLflow's store and train.checkpoints can be written" in said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    result = dry(tmp_path, space)
+    assert result.exit_code == 2 and "MLflow at http://127.0.0.1:1 cannot be used" in result.stderr, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 PAIR = "schedule.efficiency: {choice: [paired, paper]}\nschedule.search_steps: {choice: [1, 2]}\n"
