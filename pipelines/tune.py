@@ -4,6 +4,7 @@ python -m pipelines.tune --preset demo --space cei,convergence --trials 20 --sec
     --base out/base --output out/sweep
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -229,9 +230,9 @@ def run(
     try:
         statuses = sweep.run(spec, settings, space, first, concurrent, begun.folder, verbose=verbose)
         rows = [_row(output, name, status) for name, status in statuses.items()]
-        for row in rows:
-            if _cut_short(folder := trial.folder_of(output, row["id"])):
-                _close(folder, row)
+        for folder in trial.folders(output):  # one that Tune does not know it drew just before its driver was killed
+            if _cut_short(folder):
+                _close(folder, _row(output, folder.name, statuses.get(folder.name, "ERROR")))
             for place in _trainings(folder):  # nobody goes on from them, however the trial ended
                 trial.remove_checkpoints(place, experiment)
         if not any(row["status"] == "finished" for row in rows):
@@ -239,7 +240,11 @@ def run(
             raise RuntimeError(f"no trial finished; the first one's reason: {(reasons or ['unknown'])[0]}")
         result = _leave(wanted, space, rows, output, tracker)
     except BaseException as error:
-        tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        ended = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        with contextlib.suppress(OSError):  # what went wrong first is what is said
+            for folder in filter(_cut_short, trial.folders(output)):
+                _end_runs(folder, ended)
+        tracker.end(ended)
         raise
     tracker.end("FINISHED")
     _show(result, output)
@@ -315,17 +320,24 @@ def _cut_short(folder: Where) -> bool:
 
 
 def _close(folder: Where, row: Mapping[str, Any]) -> None:
-    """End the MLflow runs of a trial that was cut short. row: what `_row` says of it."""
-    failed = row["status"] == "failed"
-    how = row["reason"] if failed else "stopped early: not among the best at equal seconds"
-    ended = "FAILED" if failed else "KILLED"
+    """End the MLflow runs of a trial that was cut short and is over. row: what `_row` says of it."""
+    if row["status"] == "failed":
+        _end_runs(folder, "FAILED", row["reason"])
+    else:
+        _end_runs(folder, "KILLED", "stopped early: not among the best at equal seconds")
+
+
+def _end_runs(folder: Where, ended: str, why: str | None = None) -> None:
+    """End the MLflow runs of a trial that have not ended; one that goes on later is running again. ended: KILLED or
+    FAILED. why: in words, None where it is to go on."""
     for place in [*_trainings(folder), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
         known = json.loads((place / RUN_FILE).read_text())
         tracker = Tracker.attach({"uri": tracking_uri(), "run_id": known["run_id"], "output": storage.address(place)})
         stages.log(tracker, steplog.steps_of(place), ended)
-        tracker.tags({"entprog.ended": how})
+        if why is not None:
+            tracker.tags({"entprog.ended": why})
         tracker.end(ended)
 
 

@@ -25,7 +25,7 @@ from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.utils.serialization import TuneFunctionDecoder
 from typer.testing import CliRunner
 
-from entprog import config, models, storage
+from entprog import config, files, models, storage
 from entprog.data.shards import read_dataset
 from entprog.errors import UnreachableError, UserError
 from helpers import servers, stores
@@ -37,6 +37,7 @@ from pipelines import train, tune
 from pipelines.cluster import ray_internals, room
 from pipelines.sweeping import checking, spaces, state, sweep, trial
 from pipelines.sweeping.keeping import KEPT
+from pipelines.tracking.tracker import Tracker
 from pipelines.training import footprint, steplog
 
 TRIALS = {
@@ -314,6 +315,31 @@ def test_trainings_that_cannot_be_ranked_are_not_swept(place):
     (place / "vaes.yaml").write_text(f"model.vae: {{choice: [none, {place / 'vae'}]}}\n")
     with pytest.raises(UserError, match="values of this space change the VAE"):
         checking.check(wanted(place), spaces.read(str(place / "vaes.yaml")))
+
+
+def test_an_interrupted_sweep_leaves_no_training_of_its_trials_running(place, monkeypatch):
+    """In MLflow; one that goes on does."""
+    output, begun = place / "interrupted", []
+
+    def interrupted(spec, *_, **__):
+        for name, status in (("a", "running"), ("b", "finished")):
+            folder = trial.folder_of(output, name)
+            files.write_json(folder / trial.RECORD, {"status": status})
+            begun.append(Tracker.start(folder / "seed-0", "entprog", name, params={}, tags={}).run_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(wanted(place, schedule={"kind": "full"}), spaces.read(str(place / "rates.yaml")), output)
+    from mlflow import MlflowClient
+
+    def statuses():
+        client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        return [client.get_run(run_id).info.status for run_id in begun]
+
+    assert statuses() == ["KILLED", "RUNNING"], "the other one's own"
+    Tracker.start(trial.folder_of(output, "a") / "seed-0", "entprog", "a", params={}, tags={})
+    assert statuses() == ["RUNNING", "RUNNING"]
 
 
 def steps_of(output: Path) -> dict[str, int]:

@@ -60,6 +60,11 @@ def folder_of(output: Where, trial_id: str) -> Where:
     return output / "trials" / trial_id
 
 
+def folders(output: Where) -> list[Where]:
+    """Those of all trials that have begun, whether Ray Tune's state knows them or not."""
+    return list((output / "trials").iterdir()) if (output / "trials").exists() else []
+
+
 def trainable(spec: Spec) -> Callable[[dict[str, Any]], None]:
     """The function that Ray Tune runs for every trial, on next to no resources: the workers hold those."""
 
@@ -227,10 +232,9 @@ def _keep(folder: Where, record: Mapping[str, Any]) -> None:
 
 def reports(output: Where) -> list[Report]:
     """What trials of a sweep have reported so far of the shares of their budgets, in the order in which they did."""
-    folders = (output / "trials").iterdir() if (output / "trials").exists() else ()
     found = [
         (said["time"], folder.name, int(tick), math.inf if said["held_out_loss"] is None else said["held_out_loss"])
-        for folder in folders
+        for folder in folders(output)
         for tick, said in _kept(folder)["reports"].items()
     ]
     return [(name, {"tick": tick, "held_out_loss": loss}) for _, name, tick, loss in sorted(found)]
