@@ -121,6 +121,30 @@ def test_no_dataset_is_said_in_one_line(tmp_path, dataset):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *(({"file": value}, "is damaged") for value in (5, ["a"], None, "a\0b")),
+        *(({"clips": value}, "is damaged") for value in (-1, 1.5, "many", {}, None)),
+        ({"clips": 10**8}, "claims 100000000 clips"),
+        *(({"bytes": value}, "is damaged") for value in (-1, "x")),
+        ({"sha256": 5}, "is damaged"),
+        ("settings", "is damaged"),
+    ],
+)
+def test_a_description_of_other_types_is_one_line(change, said, dataset):
+    path = dataset.folder / "dataset.json"
+    values = json.loads(path.read_text())
+    if change == "settings":
+        values["settings"] = 5
+    else:
+        values["splits"]["train"][0] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=said) as error:
+        shards.read_dataset(dataset.folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_description_cannot_name_files_outside(dataset):
     description = dataset.folder / "dataset.json"
     good = json.loads(description.read_text())

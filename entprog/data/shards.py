@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import NativeFile
-from pydantic import ValidationError
+from pydantic import NonNegativeInt
 
 from entprog import files, masking, storage
 from entprog.config import ClipShape, digest
 from entprog.errors import UnreachableError, UserError
 from entprog.media import limits, parquet_pages, wholebody
+from entprog.records import Record
 from entprog.storage import Place, Where, tensors
 from entprog.storage.ranges import Ranged
 
@@ -78,13 +79,13 @@ class DamagedShardError(UserError):
 
 
 @dataclass(frozen=True)
-class ShardInfo:
+class ShardInfo(Record):
     """One shard file as `dataset.json` lists it."""
 
     file: str
     """Path inside the dataset's folder, with '/'."""
-    clips: int
-    bytes: int
+    clips: NonNegativeInt
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -221,15 +222,20 @@ def read_dataset(folder: str | Where) -> Dataset:
         if points not in wholebody.LAYOUTS.values():
             known = " or ".join(map(str, wholebody.LAYOUTS.values()))
             raise UserError(f"{folder} holds poses of {points} points, this version reads {known}: {again} again")
-        splits = {name: tuple(ShardInfo(**shard) for shard in shards) for name, shards in record["splits"].items()}
+        splits = {name: tuple(map(ShardInfo.from_json, shards)) for name, shards in record["splits"].items()}
         shape = ClipShape(**record["shape"])
-        settings = record["settings"]
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        settings = dict(record["settings"])
+        for shard in (shard for shards in splits.values() for shard in shards):
+            if not storage.inside(folder, shard.file):
+                what = f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}"
+                raise UserError(f"{what}; {again} again")
+            if shard.clips > shard.bytes:  # before a list is made of so many
+                raise UserError(f"{folder}/dataset.json claims {shard.clips} clips of {shard.file!r}: {again} again")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = masking.reason(error)
         raise UserError(f"{folder}/dataset.json is damaged ({reason}): {again} again") from None
-    for shard in (shard for shards in splits.values() for shard in shards):
-        if not storage.inside(folder, shard.file):
-            raise UserError(f"{folder}/dataset.json names a shard outside the folder: {shard.file!r}; {again} again")
     fingerprint = digest({name: [shard.sha256 for shard in shards] for name, shards in splits.items()})
     return Dataset(folder, shape, splits, settings, fingerprint, points, "mask" in record)
 
