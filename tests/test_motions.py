@@ -13,8 +13,8 @@ from entprog.config import ClipShape, Generate, Generation, Prepare
 from entprog.data import shards
 from entprog.errors import UserError
 from entprog.media import assets, h264, video
-from helpers import families, real_clips
-from pipelines.generating import driving, judging, motions, rendering
+from helpers import families, real_clips, wholebodies
+from pipelines.generating import driving, judging, motions, rendering, retargeting
 from pipelines.preparing import contact_sheet
 
 SHAPE = ClipShape(frames=5, height=48, width=32, fps=10)
@@ -76,7 +76,19 @@ def test_several_people_are_told(tmp_path, capsys):
     motions.reference_image(tmp_path / "both.png", SHAPE, CROP)
     assert "several people are in" in capsys.readouterr().out
     driving.clip(tmp_path / "one.mp4", SHAPE, CROP)
-    assert "several" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "several" not in said and "visible" not in said
+    driving.clip(assets.clip("woman"), SHAPE, CROP)
+    assert "of the body's points are visible in" in capsys.readouterr().out
+
+
+def test_a_retargeting_by_far_is_told(capsys):
+    pose = wholebodies.moving(SHAPE.frames)
+    motion = motions.Motion("one", np.zeros((48, 32, 3), np.uint8), pose, None)
+    small = pose[0] * [0.1, 0.1, 1]
+    for own, told in ((pose[0], False), (small, True)):
+        retargeting.retargeted([motion], [own])
+        assert ("more than 4 times as large in one of them" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("ending", [".png", ".webp", ".tif"])

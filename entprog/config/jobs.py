@@ -178,7 +178,7 @@ class Generation(Part):
     generate: Generate = Generate()
     prepare: Prepare = Prepare()
     """`margin` and `point_visibility` are used, for the crop around the person in a driving video or reference image,
-    and `pose`, for the motion of a driving video."""
+    and `pose`, for the motion of a driving video, of which a warning says that less than `min_visibility` is seen."""
 
 
 class Compare(Part):

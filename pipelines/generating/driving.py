@@ -8,7 +8,7 @@ import numpy as np
 
 from entprog.config import ClipShape, Prepare
 from entprog.errors import UserError
-from entprog.media import limits
+from entprog.media import limits, wholebody
 from entprog.media import pose as poses
 from entprog.media import video as videos
 from entprog.media.pictures import BACKGROUND, Color
@@ -67,6 +67,12 @@ def followed(path: Path, shape: ClipShape, crop: Prepare, start_s: float = 0.0, 
             raise UserError(f"--video: nobody was found in {path} from {start_s:g} s on")
         if not found.all():
             warn(f"the person is lost in {(~found).sum()} of {len(found)} frames of {path}")
+        visible = windows.share_visible(wholebody.body(track[found]), crop.point_visibility).mean()
+        if visible < crop.min_visibility:
+            warn(
+                f"{visible:.0%} of the body's points are visible in {path}: prepare takes clips with "
+                f"{crop.min_visibility:.0%} or more, a network has hardly learned from less"
+            )
         if np.mean(several) >= cutting.PEOPLE_SHARE:
             warn(f"several people are in {path}: the foremost is followed")
     except videos.VideoError as error:

@@ -20,6 +20,8 @@ SHOWN = 8
 """Motions on the preview."""
 TOLD = ("body", "torso", "upper arms", "forearms", "thighs", "shins")
 """Ratios that a person is told."""
+FAR = 4
+"""Ratio of bodies, or one over it, from which a person is told: hardly more than a limb of one is seen."""
 INSIDE = 0.9
 """Share of a motion's visible points below which a person is told that they leave the picture."""
 
@@ -65,6 +67,11 @@ def retargeted(made: Sequence[Motion], own: Sequence[np.ndarray]) -> list[Motion
             ) from None
         said = ", ".join(f"{name} {by[name]:.2f}" for name in TOLD)
         terminal.console.print(f"{motion.name}: retargeted by {said}")
+        if not 1 / FAR < by["body"] < FAR:
+            terminal.console.print(
+                f"warning: {motion.name}: what is visible in both is more than {FAR} times as large in one of them: "
+                "give a video and a picture that show as much of a person"
+            )
         inside = windows.share_inside(wholebody.body(moved), retarget.MIN_VISIBILITY)
         if inside < INSIDE:
             terminal.console.print(
