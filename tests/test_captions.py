@@ -17,7 +17,7 @@ from diffusers.utils import is_ftfy_available
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from entprog import config, models
+from entprog import config, files, models
 from entprog.blocks import blocks
 from entprog.config import ClipShape, Drop, Generate, Model
 from entprog.data import clip_stream, shards
@@ -387,21 +387,27 @@ def _ranks(rank, world, folder, base, sound):
         settings = wan(base, text_encoder=str(folder / "odd"))
         with pytest.raises(UserError, match="cannot load the text encoder"):
             captions.prepared(settings, shards.read_dataset(folder / "shards"), "empty")
+        settings = wan(base, text_encoder=str(folder / ("other" if rank else "sound")))
+        with pytest.raises(UserError, match="other, or whether ftfy is there, is not here"):
+            captions.prepared(settings, shards.read_dataset(folder / "shards"), "caption")
     else:
-        hashed, of = [], fingerprints.file
-        fingerprints.file = lambda path: hashed.append(path) or of(path)  # in a process of the test's own
+        hashed, of = [], files.sha256
+        files.sha256 = lambda path: hashed.append(path) or of(path)  # in a process of the test's own
         found = captions.prepared(wan(base), shards.read_dataset(folder / "shards"), "caption")
         assert all(found.of(text)["text"].any() for text in ("", *SAID, *HELD_OUT))
-        assert bool(hashed) == (rank == 0), "files of gigabytes"
+        assert rank == 0 or not hashed, "files of gigabytes are read once a machine"
     leave()
 
 
 @pytest.mark.parametrize("sound", [True, False])
 def test_every_rank_encodes_its_share_and_none_waits_for_one_that_cannot(sound, base, dataset, tmp_path):
     shutil.copytree(dataset.folder, tmp_path / "shards", ignore=shutil.ignore_patterns(captions.FOLDER))
-    encoders.encoder(tmp_path / "odd")
+    for name in ("odd", "sound", "other"):
+        encoders.encoder(tmp_path / name)
     weights = tmp_path / "odd" / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
+    weights = tmp_path / "other" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     run_ranks(_ranks, 2, tmp_path, base, sound)
 
 

@@ -18,8 +18,9 @@ from entprog.config import Experiment, Model
 from entprog.data import shards
 from entprog.distributed import agree
 from entprog.errors import UserError
+from entprog.models import fingerprints
 from helpers import bases
-from helpers.networks import tiny_experiment
+from helpers.networks import tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
 from pipelines.training import worker
 
@@ -27,12 +28,13 @@ SHARDS = Path(pipelines.__file__).parent / "demo_person"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def told(experiment: Experiment) -> list[dict]:
-    """What this rank tells the driver of a run that must not begin."""
+def told(experiment: Experiment, base: Model) -> list[dict]:
+    """What this rank tells the driver of a run that must not begin. base: that the driver found."""
     posted = []
     board = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
     settings = {"experiment": experiment.model_dump(mode="json"), "data": shards.read_dataset(SHARDS).fingerprint}
-    worker._reporting_mistakes({**settings, "board": board}, lambda *_: pytest.fail("it began"))
+    settings |= {"weights": fingerprints.base(base), "board": board}
+    worker._reporting_mistakes(settings, lambda *_: pytest.fail("it began"))
     return posted
 
 
@@ -42,17 +44,23 @@ def _mistaken_rank(rank, world, folder):
     join(rank, world, folder, timeout_s=60)
     platform.node = lambda: f"machine {rank}"
     ray.train.torch.get_device = lambda: torch.device("cpu")  # which a worker of Ray Train asks
-    ray.train.get_context = lambda: SimpleNamespace(get_local_world_size=lambda: 1)
+    ray.train.get_context = lambda: SimpleNamespace(get_local_world_size=lambda: 1, get_local_rank=lambda: 0)
     out = {}
     for part in ("transformer", "vae"):
         base = folder / (f"damaged {part}" if rank == 1 else "whole")
         with pytest.raises(UserError) as met:
             models.family("wan_animate").load(Model(family="wan_animate", base=str(base)), sharded=1)
         out[part] = str(met.value)
-    data = {"shards": str(SHARDS if rank == 0 else folder / "not mounted")}
-    for more in ({"train": {"parallel": "fsdp", "workers": 2}}, {"model": {"init": {}, "base": "…"}}):
-        parts = {"data": data | ({} if "train" in more else {"text": "empty"}), **more}
-        out[f"shards {[*more]}"] = told(tiny_experiment(**parts))
+    here = {"model": {"init": {}, "base": str(folder / ("other" if rank == 1 else "first"))}}
+    lacking = {"shards": str(folder / "not mounted" if rank == 1 else SHARDS)}
+    ways = {
+        "not mounted, sharded": {"data": lacking, "train": {"parallel": "fsdp", "workers": 2}},
+        "not mounted, with texts": {"data": {**lacking, "text": "empty"}},
+        "other": {"data": {"shards": str(SHARDS)}},
+    }
+    found = tiny_experiment(model={"init": {}, "base": str(folder / "first")}).model
+    for lack, parts in ways.items():
+        out[lack] = told(tiny_experiment(**here, **parts), found)
     (folder / f"{rank}.json").write_text(json.dumps(out))
     leave()
 
@@ -60,6 +68,8 @@ def _mistaken_rank(rank, world, folder):
 def test_a_mistake_that_one_rank_alone_meets_is_told_on_all_of_them(tmp_path):
     """Wherever it lies between what ranks do together: Wan-Animate's bring its motion encoder together while they load,
     all encode texts each its share, and load a sharded network in step."""
+    for seed, name in enumerate(("first", "other")):
+        tiny_denoiser(tiny_experiment(), seed).save(tmp_path / name)
     bases.animate(tmp_path / "whole")
     for part in ("transformer", "vae"):
         shutil.copytree(tmp_path / "whole", tmp_path / f"damaged {part}")
@@ -71,7 +81,7 @@ def test_a_mistake_that_one_rank_alone_meets_is_told_on_all_of_them(tmp_path):
         line = first.pop(part)
         assert line == second.pop(part) and line.endswith(" (on machine 1)") and "\n" not in line
         assert line.startswith("model.") and str(tmp_path / f"damaged {part}") in line
-    assert len(first) == 2
-    for (posted,), none in zip(first.values(), second.values(), strict=True):
-        assert not none and str(tmp_path / "not mounted") in posted["user_error"]
+    assert len(first) == 3
+    for lack, (posted,) in first.items():
+        assert not second[lack] and str(tmp_path / lack.partition(",")[0]) in posted["user_error"]
         assert posted["user_error"].endswith(" (on machine 1)")

@@ -276,6 +276,12 @@ def _share(
     due = missing(due, folder)
     names = found.family.text_names()
     if due:
+        if source(settings).key != key:  # its files are about to be read here anyway
+            name = settings.text_encoder or settings.base
+            raise UserError(
+                f"model.text_encoder: text encoder or tokenizer of {name}, or whether ftfy is there, is not here as "
+                "it is where rank 0 works: texts would be of two encoders; make all machines alike"
+            )
         encode = encoder(found, network, device)
         for first in range(0, len(due), AT_ONCE):
             part = due[first : first + AT_ONCE]

@@ -9,7 +9,7 @@ from torch import nn
 
 from entprog import models
 from entprog.blocks import blocks, full_state, leave_out, let_wait, round_frozen, store_frozen
-from entprog.config import Experiment
+from entprog.config import Experiment, Model
 from entprog.diffusion.denoiser import Denoiser
 from entprog.distributed import agree, fsdp
 from entprog.errors import UserError
@@ -19,6 +19,18 @@ from entprog.schedule.freezing import outside
 from entprog.schedule.state import RunState
 from entprog.training import averages
 from entprog.training.fit import DivergedError
+
+
+def check_start(model: Model, weights: str) -> None:
+    """Raises UserError unless what a training starts from (network, VAE, adapter) is on this machine what the driver
+    found, `fingerprints.base`: ranks that start from others average gradients of unlike networks."""
+    if fingerprints.base(model) != weights:
+        given = {name: value for name in ("base", "weights", "vae", "adapter") if (value := getattr(model, name))}
+        places = ", ".join(f"model.{name}={value}" for name, value in given.items() if value not in ("auto", "none"))
+        raise UserError(
+            f"{places or 'model.init'}: these files are not what this command found when it began, so workers would "
+            "train unlike networks: give all machines the same, or, where they were replaced meanwhile, begin anew"
+        )
 
 
 def load(experiment: Experiment, device: torch.device) -> Denoiser:

@@ -66,6 +66,8 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
                 f"data.shards: {experiment.data.shards} has got other clips since this command began: the positions of "
                 "the run's clips, and which are held out, would change under way; give a copy as it was, or begin anew"
             )
+        if ray.train.get_context().get_local_rank() == 0:  # once a machine: there may be many gigabytes to read
+            networks.check_start(experiment.model, settings["weights"])
         if experiment.data.text == "empty":  # every clip has it already: there is none to drop
             experiment = config.build(config.merge(experiment.model_dump(), {"train": {"drop": {"text": 0.0}}}))
         device = ray.train.torch.get_device()
