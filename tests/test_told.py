@@ -20,21 +20,33 @@ from entprog.distributed import agree
 from entprog.errors import UserError
 from entprog.models import fingerprints
 from helpers import bases
-from helpers.networks import tiny_denoiser, tiny_experiment
+from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
-from pipelines.training import worker
+from pipelines.training import setup, worker
 
 SHARDS = Path(pipelines.__file__).parent / "demo_person"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+class BegunError(Exception):
+    """All is open."""
+
+
+def begun(opened, _):
+    raise BegunError([*map(str, opened.caches)])
+
+
 def told(experiment: Experiment, base: Model) -> list[dict]:
-    """What this rank tells the driver of a run that must not begin. base: that the driver found."""
+    """What this rank tells the driver of a run that must not begin; with which caches one does. base: that the driver
+    found."""
     posted = []
     board = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
     settings = {"experiment": experiment.model_dump(mode="json"), "data": shards.read_dataset(SHARDS).fingerprint}
     settings |= {"weights": fingerprints.base(base), "board": board}
-    worker._reporting_mistakes(settings, lambda *_: pytest.fail("it began"))
+    try:
+        worker._reporting_mistakes(settings, begun)
+    except BegunError as error:
+        posted += error.args
     return posted
 
 
@@ -61,6 +73,9 @@ def _mistaken_rank(rank, world, folder):
     found = tiny_experiment(model={"init": {}, "base": str(folder / "first")}).model
     for lack, parts in ways.items():
         out[lack] = told(tiny_experiment(**here, **parts), found)
+    late = SHAPE.model_copy(update={"frames": 3})
+    setup.caches = lambda *_: dict.fromkeys([SHAPE] if rank == 1 else [SHAPE, late])
+    out["late"] = told(tiny_experiment(model={"init": {}, "base": found.base}, **ways["other"]), found)
     (folder / f"{rank}.json").write_text(json.dumps(out))
     leave()
 
@@ -81,6 +96,7 @@ def test_a_mistake_that_one_rank_alone_meets_is_told_on_all_of_them(tmp_path):
         line = first.pop(part)
         assert line == second.pop(part) and line.endswith(" (on machine 1)") and "\n" not in line
         assert line.startswith("model.") and str(tmp_path / f"damaged {part}") in line
+    assert first.pop("late") == second.pop("late") == [[str(SHAPE)]], "a cache that rank 1 does not see yet is not used"
     assert len(first) == 3
     for lack, (posted,) in first.items():
         assert not second[lack] and str(tmp_path / lack.partition(",")[0]) in posted["user_error"]

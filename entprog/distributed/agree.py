@@ -154,6 +154,11 @@ def mistakes_of_all() -> Iterator[None]:
         raise _EverybodysError(f"{line} (on {machine})" if elsewhere else line)
 
 
+def common(own: Iterable[T]) -> set[T]:
+    """Those of a rank's values (plain data) that every rank has."""
+    return set.intersection(*map(set, gathered([*own])))
+
+
 def filled_by_first(tensors: Iterable[torch.Tensor], fill: Callable[[], None]) -> None:
     """Rank 0 fills the tensors, which each rank has alike, and the others get their values. What `fill` raises is
     raised on every rank."""

@@ -170,9 +170,8 @@ def caches(
 ) -> dict[ClipShape, latents.Cache]:
     """The finished caches that `data.latents` lets a run use, by clip shape.
 
-    Every rank looks for itself, rank 0 at every byte if `data.verify` says so: one that found less would give the same
-    batches, so nothing has to be agreed on. Raises UserError where a cache is required and there is none, or where one
-    is damaged.
+    Every rank looks for itself, rank 0 at every byte if `data.verify` says so. Raises UserError where one is required
+    and there is none, or one is damaged.
     """
     found, data = {}, experiment.data
     if data.latents == "never":

@@ -121,7 +121,10 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
         whole = functools.partial(cei.blocks_in_order, [], denoiser.predict, sample)
         if line := expectation.twins(twins.share(found[0], whole, Meter(True, device))):
             post({"warning": line})
-    cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
+    with agree.mistakes_of_all():
+        cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
+    seen = agree.common(cached)  # one that is finished just now some may not see yet, and what a step costs hangs on it
+    cached = {shape: cache for shape, cache in cached.items() if shape in seen}
     if denoiser.vae is not None and data.shape not in cached:
         costs = encoding.get_total_flops() / len(sample.position), forward.get_total_flops()
         if line := expectation.encoding(experiment, dataset.clips("train"), *costs):
