@@ -27,7 +27,7 @@ from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
 from pipelines.stream import batches, decoding
 from pipelines.tracking import registry, stages, store
-from pipelines.tracking.tracker import Tracker, deliver_pending
+from pipelines.tracking.tracker import RUN_FILE, Tracker, deliver_pending
 from pipelines.training import (
     checks,
     expectation,
@@ -91,6 +91,8 @@ def main(
             schedule={"kind": schedule, "memory_budget_bytes": memory_budget},
         )
         folder = cli.output_of(output)
+        if not (folder / "finished.json").exists():
+            store.check_goes_on(folder / RUN_FILE)
         if dry_run:
             return explain(experiment, folder)
         score_tables.check(tables)

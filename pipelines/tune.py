@@ -26,7 +26,7 @@ from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
 from pipelines.sweeping import charts, checking, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
-from pipelines.tracking.store import how_to_open, tracking_uri
+from pipelines.tracking.store import check_goes_on, how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
 from pipelines.training import checks, outline, steplog
 
@@ -91,6 +91,7 @@ def main(
         )
         found = spaces.read(space)
         folder = cli.output_of(output)
+        check_goes_on(folder / RUN_FILE)
         if dry_run:
             return explain(wanted, found, folder)
         score_tables.check(tables)

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from entprog import config, masking
 from entprog.errors import UserError
 from entprog.models import wan
-from helpers import bases
+from helpers import bases, stores
 from helpers.networks import SHAPE, tiny_denoiser, tiny_experiment
 from helpers.runs import Run
 from helpers.servers import Server
+from pipelines import train, tune
 from pipelines.tracking import registry, stages, tracker
 from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.tracker import PARAM_LENGTH, Tracker
@@ -129,6 +131,33 @@ def test_a_deleted_run_is_replaced(uri, tmp_path):
     second = begin(tmp_path)
     second.end("FINISHED")
     assert second.run_id != first.run_id
+
+
+def test_a_run_is_not_cut_in_two_by_another_store(uri, tmp_path, monkeypatch):
+    """As the default one is of another working directory."""
+    output = tmp_path / "run"
+    first = begin(output)
+    first.end("KILLED")
+    mlflow_store.check_goes_on(output / tracker.RUN_FILE)
+    (tmp_path / "b").mkdir()
+    for other in ("new", "b/mlflow"):  # not made by the look; there, without the run
+        if other != "new":
+            stores.made(tmp_path / "b")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/{other}.db")
+        with pytest.raises(UserError, match=rf"does not have it: set MLFLOW_TRACKING_URI={uri} "):
+            mlflow_store.check_goes_on(output / tracker.RUN_FILE)
+        assert (tmp_path / "b" / "mlflow.db").exists() == (other != "new") and not (tmp_path / "new.db").exists()
+    for job, more in ((train, []), (tune, ["--space", "optimizer"])):
+        done = CliRunner().invoke(job.app, ["--preset", "demo", "--output", str(output), *more])
+        assert done.exit_code == 2 and "does not have it" in done.stderr, done.output
+    assert [path.name for path in output.iterdir()] == [tracker.RUN_FILE]
+    (tmp_path / "copy.db").write_bytes(mlflow_store.database_file(uri).read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy.db")
+    mlflow_store.check_goes_on(output / tracker.RUN_FILE)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/b/mlflow.db")
+    warned = []
+    assert begin(output, warn=warned.append).run_id != first.run_id
+    assert len(warned) == 1 and f"which is at {uri}: it gets a new one" in warned[0]
 
 
 def test_params_tags_parent_and_artifacts(uri, tmp_path):

@@ -16,6 +16,7 @@ from filelock import FileLock
 from entprog import files
 from entprog.errors import UnreachableError, UserError
 from entprog.masking import masked, reason
+from entprog.storage import Where
 
 
 def tracking_uri() -> str:
@@ -160,3 +161,32 @@ def open_run(client, experiment_id: str, run_name: str, known: str | None) -> st
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
     return client.create_run(experiment_id, run_name=run_name).info.run_id
+
+
+def check_goes_on(record: Where) -> None:
+    """Raises UserError where a run lies in a SQLite store that is there still, and would go on in another store, which
+    does not have it: each would hold a part of its curves. record: file of the run's id and store, in its output."""
+    uri = tracking_uri()
+    known = files.from_json(record.read_text()) if record.exists() else {}
+    before = known.get("uri", "")
+    file = database_file(before)
+    if before == masked(uri) or file is None or not file.exists() or _has(uri, known["run_id"]):
+        return
+    raise UserError(
+        f"the MLflow run of {record.parent} is in {before}, and {masked(uri)}, where it would go on, does not have it: "
+        f"set MLFLOW_TRACKING_URI={before} (the default is of the working directory)"
+    )
+
+
+def _has(uri: str, run_id: str) -> bool:
+    """Whether a store, which is not made for that, has a run. Raises UnreachableError where it does not answer."""
+    if (file := database_file(uri)) is not None and not file.exists():
+        return False
+    try:
+        with alone(uri):
+            connect(uri).get_run(run_id)
+    except Exception as error:  # whatever store, network or disk raise
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise unusable(uri, error) from None
+    return True

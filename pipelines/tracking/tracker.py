@@ -85,7 +85,8 @@ class Tracker:
         """
         uri, experiment, run_name = tracking_uri(), masked(experiment), masked(run_name)
         record = output / RUN_FILE
-        known = json.loads(record.read_text())["run_id"] if record.exists() else None
+        before = json.loads(record.read_text()) if record.exists() else {}
+        known = before.get("run_id")
         try:
             with alone(uri):
                 client = connect(uri)
@@ -94,6 +95,9 @@ class Tracker:
             raise
         except Exception as error:
             raise unusable(uri, error) from None
+        if known not in (None, run_id) and before.get("uri") != masked(uri):
+            there = f"MLflow at {masked(uri)} does not have the run of {output}, which is at {before.get('uri')}"
+            warn(f"{there}: it gets a new one, of what is to come")
         files.write_json(record, {"run_id": run_id, "experiment": experiment, "uri": masked(uri)})
         tracker = Tracker(uri, run_id, output, warn)
         tracker._client_made = client
