@@ -94,6 +94,23 @@ def test_folders_of_others_stay_and_checkpoints_of_others_are_refused_before(tmp
         checkpoint.check_owner(tmp_path, "another")
 
 
+def test_what_another_saves_meanwhile_stays(tmp_path):
+    """Of the same settings; or of a run whose lost node still writes, while others have begun in its place."""
+    run = Trained(layers=1)
+    with closing(checkpoint.Saver(tmp_path, "id", keep=1, warn=pytest.fail)) as saver:
+        saver.save(run.network, run.state)
+        run.state.step = 1
+        checkpoint.save(tmp_path, run.network, run.state, "id", keep=2)
+        under_way = tmp_path / ".step-00000003.0123abcd.partial"
+        under_way.mkdir()
+        run.state.step = 9
+        saver.save(run.network, run.state)
+    assert checkpoint.found(tmp_path) == ["step-00000001", "step-00000009"] and under_way.is_dir()
+    run.state.step = 10
+    checkpoint.save(tmp_path, run.network, run.state, "id", keep=1)  # who begins anew finds leftovers
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
 @pytest.mark.parametrize("cut", ["a shard in the middle", "a shard missing", "the last file", "the last file missing"])
 def test_a_checkpoint_cut_short_is_not_used_the_one_before_is(tmp_path, cut):
     run = Trained()

@@ -44,13 +44,20 @@ PARTIAL = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.partial")
 class Saver:
     """Saves a run's checkpoints in a thread; training waits for the copy to the host alone, and for a save before that
     has not ended. A save that fails for want of space, memory or network is a warning: the run goes on, the checkpoint
-    before it stays. What is not finite is not saved, so that the checkpoints kept can be trained on."""
+    before it stays. What is not finite is not saved, so that the checkpoints kept can be trained on. What was not there
+    when it was made, and it has not saved, it does not remove."""
 
     def __init__(
         self, folder: str | Path, experiment_hash: str, keep: int, warn: Callable[[str], None] = lambda line: None
     ):
         self.place, self.experiment_hash, self.keep, self.warn = Place.at(folder), experiment_hash, keep, warn
         self.rank, self.ranks = agree.world()
+        self.own: set[str] = set()
+        """Names of folders that may be removed. What else comes is another command's of the same settings, or is being
+        written by a worker of before that nobody reaches any more."""
+        if self.rank == 0:
+            with suppress(OSError):  # what lies in a bucket that is away stays; each save tells of that
+                self.own.update(self.place.folders())
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
         self.group: dist.ProcessGroup | None = None
@@ -89,6 +96,7 @@ class Saver:
         step = values["step"]
         target, word = self.place / f"step-{step:08d}", self._shared(uuid.uuid4().hex[:8])
         written = self.place / f".{target.name}.{word}.partial" if self.place.local else target
+        self.own.add(target.name)
         failure = None
         try:
             if name := not_finite(tensors):
@@ -135,13 +143,14 @@ class Saver:
         try:
             self.leftovers = [place for place in self.leftovers if not _is_complete(place)]
             self._clear_away()
-            kept = _complete_names(self.place)[-self.keep :]
-            for name in itertools.takewhile(lambda name: name not in kept, _names(self.place) if kept else ()):
+            own = [name for name in self.place.folders() if name in self.own]
+            checkpoints = list(filter(NAME.fullmatch, own))
+            kept = [name for name in checkpoints if _is_complete(self.place / name)][-self.keep :]
+            for name in itertools.takewhile(lambda name: name not in kept, checkpoints if kept else ()):
                 if self._is_own(self.place / name):
                     (self.place / name).remove()
-            for name in self.place.folders():
-                if PARTIAL.fullmatch(name):
-                    (self.place / name).remove()
+            for name in filter(PARTIAL.fullmatch, own):
+                (self.place / name).remove()
         except OSError as error:
             return f"old checkpoints in {self.place} could not be removed: {_reason(error)}; training goes on"
         return None
