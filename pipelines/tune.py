@@ -17,6 +17,7 @@ import yaml
 from entprog import config, files, storage
 from entprog.config import Sweep
 from entprog.data import shards as datasets
+from entprog.models import fingerprints
 from entprog.names import cell
 from entprog.storage import Where
 from pipelines import cli, terminal
@@ -24,7 +25,7 @@ from pipelines.cluster import capacity, joining, launch, room, session
 from pipelines.command import usage
 from pipelines.outputs import claim
 from pipelines.outputs import tables as score_tables
-from pipelines.sweeping import charts, checking, findings, spaces, state, sweep, trial
+from pipelines.sweeping import alike, charts, checking, findings, spaces, state, sweep, trial
 from pipelines.tracking import stages
 from pipelines.tracking.store import check_goes_on, how_to_open, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE, Tracker
@@ -118,7 +119,7 @@ def checked(wanted: Sweep, space: spaces.Space, output: Where) -> tuple[dict[str
         with terminal.console.status("looking at combinations of values"):
             checking.check_together(wanted, space, dataset, terminal.console.print)
     else:
-        checking.check_runs_as_before(wanted.experiment(), begun.share)
+        alike.check(wanted.experiment(), begun.share)
     experiment = wanted.experiment()
     one = trial.checkpoints(experiment, trial.folder_of(output, "any") / "seed-0")
     train = experiment.train.model_copy(update={"checkpoints": one})
@@ -201,8 +202,11 @@ def run(
         terminal.console.print("No trial is ended early: that needs held_out_loss as the only objective.")
     now = sweep.share(experiment, settings, ray.cluster_resources(), session.cores())
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
-    begun = begun or state.begin(output, {**vars(now), "gpus": gpus, "runs": checking.runs(experiment)})
+    commit = cli.commit()
+    begun = begun or state.begin(output, vars(now) | alike.kept(experiment, gpus, commit))
     given = begun.share
+    if line := alike.other_code(given, commit):
+        terminal.complain("note", line)
     concurrent = min(given["concurrent"], now.concurrent)  # the cluster may have shrunk since
     of_clips = {"decode_cpus": given["decode_cpus"], "verify": "size"}  # the sweep has read every byte of them once
     if gpus == "no" and experiment.data.decode == "auto":
@@ -215,7 +219,7 @@ def run(
         experiment.tracking.experiment,
         experiment.tracking.run_name or f"sweep-{output.name}",
         params={**config.settings(wanted), **{f"space/{k}": v for k, v in spaces.described(space)}},
-        tags={"entprog.kind": "sweep", "entprog.commit": cli.commit()},
+        tags={"entprog.kind": "sweep", "entprog.commit": commit},
     )
     spec = trial.Spec(
         experiment=shared,
@@ -226,6 +230,7 @@ def run(
         cluster=cluster(),
         sweep_run_id=tracker.run_id,
         data=datasets.read_dataset(experiment.data.shards).fingerprint,
+        weights=fingerprints.base(experiment.model),
     )
     first = {} if settings.search == "grid" else spaces.own_values(space, experiment)
     try:

@@ -506,7 +506,7 @@ def test_a_trial_knows_its_drivers_cluster(nodes):
     grows, and refuse what it should wait for."""
     nodes.are(1)
     spec = trial.Spec(experiment={}, tune={}, output="", tables="", tracking_uri="http://127.0.0.1:1",
-                      cluster=tune.cluster(), sweep_run_id="", data="")  # fmt: skip
+                      cluster=tune.cluster(), sweep_run_id="", data="", weights="")  # fmt: skip
 
     def there(spec, experiment):
         os.environ.pop("RAY_ADDRESS", None)  # as under `ray job submit`

@@ -12,6 +12,8 @@ from ray import tune
 
 import pipelines.tune
 from entprog import config, files
+from entprog.data import shards
+from entprog.models import fingerprints
 from entprog.training import curves
 from helpers.networks import tiny_experiment
 from pipelines.sweeping import findings, sweep, trial
@@ -298,16 +300,17 @@ def test_a_sweep_that_goes_on_judges_as_one_that_was_never_ended(tmp_path):
     assert trial.reports(tmp_path) == said
 
 
-@pytest.mark.parametrize("before", ["of fewer clips", ""])
-def test_a_trial_on_other_clips_than_the_sweep_began_with_has_failed(before, tmp_path):
+@pytest.mark.parametrize(("other", "said"), [("data", "other clips"), ("weights", "other weights")])
+def test_a_trial_on_other_inputs_than_the_sweep_began_with_has_failed(other, said, tmp_path):
     place = Path(pipelines.tune.__file__).parent / "demo_person"
-    experiment = tiny_experiment(data={"shards": str(place)}).model_dump(mode="json")
+    experiment = tiny_experiment(data={"shards": str(place)})
     about = {"tables": "", "tracking_uri": "", "cluster": "local", "sweep_run_id": ""}
-    spec = trial.Spec(experiment=experiment, tune=config.Tune().model_dump(mode="json"), output=str(tmp_path),
-                      data=before, **about)  # fmt: skip
+    about |= {"data": shards.read_dataset(place).fingerprint, "weights": fingerprints.base(experiment.model)}
+    spec = trial.Spec(experiment=experiment.model_dump(mode="json"), tune=config.Tune().model_dump(mode="json"),
+                      output=str(tmp_path), **about | {other: "another"})  # fmt: skip
     assert trial.run({}, spec, "a", pytest.fail)["held_out_loss"] == math.inf
     row = pipelines.tune._row(tmp_path, "a", "TERMINATED")
-    assert row["status"] == "failed" and "has got other clips since this sweep began" in row["reason"]
+    assert row["status"] == "failed" and f"has got {said} since this sweep began" in row["reason"]
     assert [path.name for path in trial.folder_of(tmp_path, "a").iterdir()] == [trial.RECORD], "nothing was begun"
 
 

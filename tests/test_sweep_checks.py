@@ -11,7 +11,7 @@ from entprog.config import Sweep
 from entprog.errors import UserError
 from pipelines import cli
 from pipelines.outputs import claim
-from pipelines.sweeping import checking, spaces, state
+from pipelines.sweeping import alike, checking, spaces, state
 
 DEMO = Path(pipelines.tune.__file__).parent
 SWEEP = ["--preset", "demo", "--seconds", "20", "--shards", DEMO / "demo_person", "--base", DEMO / "demo_base"]
@@ -93,16 +93,18 @@ def settings(*pairs: str) -> Sweep:
 
 def test_trials_to_come_run_as_those_before():
     """A training that goes on may run otherwise; trials of which some do cannot be ranked at equal seconds."""
-    share = {"gpus": "no", "runs": checking.runs(settings().experiment())}
+    known = alike.kept(settings().experiment(), "no", "c1")
     for same in ((), ("train.gpus=no", "data.verify=size")):
-        checking.check_runs_as_before(settings(*same).experiment(), share)
+        alike.check(settings(*same).experiment(), known)
     for other, said in {
         "data.decode=cluster": "data.decode was auto, now cluster",
         "train.workers=3": "train.workers was 2, now 3",
         "train.gpus=yes": "train.gpus was no, now yes",
     }.items():
         with pytest.raises(UserError, match=said):
-            checking.check_runs_as_before(settings(other).experiment(), share)
+            alike.check(settings(other).experiment(), known)
+    assert alike.other_code(known, "c1") == "" == alike.other_code({}, "c1")
+    assert "other code than those to come (commit was c1, now c2)" in alike.other_code(known, "c2")
     with pytest.raises(UserError, match="some would run on fewer than 2 workers"):
         checking.check(settings("train.workers=2", "train.min_workers=1"), {})
 
@@ -119,6 +121,6 @@ def test_a_grid_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     claim.take(output, "tune", identity)
     state.begin(output, {})
     pipelines.tune.claimed(wanted, space, output)
-    state.begin(output, {"runs": checking.runs(wanted.experiment())})
+    state.begin(output, alike.kept(wanted.experiment(), "no", "c1"))
     with pytest.raises(UserError, match="trials of this sweep have run otherwise"):
         pipelines.tune.claimed(settings("tune.search=grid", "data.decode=cluster"), space, output)

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from entprog import config, files, models, storage
 from entprog.data.shards import read_dataset
 from entprog.errors import UnreachableError, UserError
+from entprog.models import fingerprints
 from helpers import servers, stores
 from helpers.commands import PATIENCE_S, SETTINGS
 from helpers.families import TINY
@@ -189,7 +190,8 @@ def test_a_trial_waits_for_an_mlflow_that_is_away(tmp_path, monkeypatch):
     experiment = tiny_experiment(data={"shards": shards}).model_dump(mode="json")
     about = {"tables": "", "tracking_uri": "", "cluster": "local", "sweep_run_id": ""}
     spec = trial.Spec(experiment=experiment, tune=config.Tune(seeds=2).model_dump(mode="json"), output=str(tmp_path),
-                      data=read_dataset(shards).fingerprint, **about)  # fmt: skip
+                      data=read_dataset(shards).fingerprint, weights=fingerprints.base(tiny_experiment().model),
+                      **about)  # fmt: skip
     watch = sweep.Watch(1, "held_out_loss", tmp_path, tmp_path)
     watch.running.add("a")
     tries = iter((spec, spec, replace(spec, data="others")))
@@ -228,7 +230,7 @@ def of_a_worker(error):
     ],
 )
 def test_what_is_away_for_a_while_is_no_fault_of_a_trial(error, output, away):
-    about = dict.fromkeys(("tables", "tracking_uri", "cluster", "sweep_run_id", "data"), "")
+    about = dict.fromkeys(("tables", "tracking_uri", "cluster", "sweep_run_id", "data", "weights"), "")
     spec = trial.Spec(experiment=tiny_experiment().model_dump(mode="json"), tune={}, output=output, **about)
     assert trial.is_away(error, spec) == away
 

@@ -12,15 +12,11 @@ from entprog.errors import UserError
 from entprog.models import fingerprints
 from entprog.schedule import plans
 from pipelines.sweeping import spaces
-from pipelines.tracking import ways
 from pipelines.tracking.store import tracking_uri
 from pipelines.training import checks
 
 FREE = ("tune.retries",)
 """Settings that a resumed sweep may change."""
-RUNS = (*ways.SPEED, "train.workers")
-"""Settings that a training may change when it goes on, a sweep may not: they decide what is done in a second, and its
-trials are ranked at equal seconds."""
 MOST_TOGETHER = {"grid": 256, "optuna": 64, "random": 64}
 """Combinations of a space's values, by `tune.search`, up to which each is looked at: one takes 0.04 s, of a network of
 14B 0.4 s. A grid trains them all."""
@@ -74,26 +70,6 @@ def check(wanted: Sweep, space: spaces.Space) -> tuple[dict[str, Any], shards.Da
     }
     drawn = {f"space of {name}": domain for name, domain in spaces.described(space)}
     return checks.deciding(experiment, dataset) | of_search | drawn, dataset
-
-
-def runs(experiment: Experiment) -> dict[str, Any]:
-    """The settings of RUNS, to be kept beside a sweep that begins."""
-    return {name: value for name, value in config.settings(experiment).items() if name in RUNS}
-
-
-def check_runs_as_before(experiment: Experiment, share: Mapping[str, Any]) -> None:
-    """Raises UserError where trials to come would run otherwise than those of the sweep so far. share: what its trials
-    got, `runs` among it, and whether GPUs (of an earlier version's sweep nothing of these is known)."""
-    now, before = runs(experiment), dict(share.get("runs", {}))
-    if experiment.train.gpus != "auto" and "gpus" in share:
-        now["train.gpus"], before["train.gpus"] = experiment.train.gpus, share["gpus"]
-    other = [f"{name} was {ways.text(value)}, now {ways.text(now[name])}" for name, value in before.items()
-             if now.get(name) != value]  # fmt: skip
-    if other:
-        raise UserError(
-            f"trials of this sweep have run otherwise ({', '.join(other)}), and all are to run alike, for they are "
-            "ranked at equal seconds: go on as it was begun, or choose another --output"
-        )
 
 
 def combinations(space: spaces.Space, settings: Tune) -> list[dict[str, Any]]:

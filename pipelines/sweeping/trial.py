@@ -21,6 +21,7 @@ from entprog import config, files, masking, storage
 from entprog.config import Experiment
 from entprog.data import shards
 from entprog.errors import LastingError, UnreachableError, UserError
+from entprog.models import fingerprints
 from entprog.storage import Where
 from entprog.training import curves
 from pipelines.cluster import failures
@@ -53,6 +54,8 @@ class Spec:
     sweep_run_id: str
     data: str
     """Fingerprint of the clips that all trials are trained on and judged by."""
+    weights: str
+    """Fingerprint of the base that they start from, unless the space has others."""
 
 
 def folder_of(output: Where, trial_id: str) -> Where:
@@ -131,12 +134,8 @@ def run(
     )
     results, parent, tracker = [], spec.sweep_run_id, None
     try:
+        _check_inputs(experiment, spec)
         experiment = spaces.applied(experiment, values)
-        if shards.read_dataset(experiment.data.shards).fingerprint != spec.data:
-            raise UserError(
-                f"data.shards: {experiment.data.shards} has got other clips since this sweep began, and trials on "
-                "unlike clips cannot be compared: give a copy as it was, or begin anew"
-            )
         if settings.seeds > 1:
             tracker = _group(spec, experiment, trial_id, folder, values)
             parent = tracker.run_id
@@ -180,6 +179,20 @@ def run(
             tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
     files.write_json(folder / RECORD, record)
     return last | {"tick": ticks.of}
+
+
+def _check_inputs(experiment: Experiment, spec: Spec) -> None:
+    """Raises UserError where what lies in the sweep's files is not what it began with."""
+    wrong = None
+    if shards.read_dataset(experiment.data.shards).fingerprint != spec.data:
+        wrong = f"data.shards: {experiment.data.shards} has got other clips"
+    elif fingerprints.base(experiment.model) != spec.weights:
+        wrong = f"model.base: {experiment.model.base} has got other weights"
+    if wrong:
+        raise UserError(
+            f"{wrong} since this sweep began, and trials on unlike ones cannot be compared: give a copy as it was, or "
+            "begin anew"
+        )
 
 
 def heard(settings: config.Tune, report: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
