@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from entprog.blocks import blocks, unfreeze
-from entprog.config import Priority
+from entprog.blocks import blocks, trainable, unfreeze
+from entprog.config import Lora, Priority
 from entprog.cost import counting
 from entprog.data import hashing
 from entprog.diffusion import objectives
+from entprog.models import lora
 from entprog.scoring import cei, priorities, tables
 from helpers.networks import latents, tiny_denoiser, tiny_experiment
 from helpers.processes import join, leave, run_ranks
@@ -75,6 +76,20 @@ def test_fisher_is_the_mean_squared_gradient_of_single_draws(denoiser, found):
     losses = torch.cat([losses_of_condition(denoiser, number, settings) for number in range(4)])
     squares = [gradient_of(loss, denoiser, found[2]).square().sum().item() / weights for loss in losses]
     assert scored(denoiser, found, "fisher").blocks[2].score == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+def test_under_adapters_gradients_are_those_of_the_adapters():
+    denoiser = tiny_denoiser(tiny_experiment())
+    found, settings = blocks(denoiser.network), Priority(conditions=2, draws=4)
+    lora.add(denoiser.network, found, Lora(rank=2), 0)
+    own, norms, squares = trainable(found[2].module), [], []
+    for number in range(2):
+        losses = losses_of_condition(denoiser, number, settings)
+        each = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, own, retain_graph=True)]) for loss in losses]
+        norms.append(torch.stack(each).mean(0).norm().item())
+        squares.append(torch.stack(each).square().mean().item())
+    for kind, values in {"gradient": norms, "fisher": squares}.items():
+        assert scored(denoiser, found, kind, conditions=2).blocks[2].score == pytest.approx(np.mean(values), rel=1e-4)
 
 
 def test_loss_increase_is_ceis(denoiser, found):

@@ -9,7 +9,7 @@ from entprog.cost.holding import held
 from entprog.distributed import agree, fsdp
 from entprog.models import adapters, fingerprints, saving
 from entprog.schedule import freezing
-from entprog.scoring import cei
+from entprog.scoring import cei, priorities
 from entprog.training import checkpoint
 from entprog.training.fit import fit, start
 from helpers.networks import batches, latents, tiny_denoiser, tiny_experiment
@@ -46,6 +46,10 @@ def trained(settings, folder, rank, world, resumed=False):
     found = cei.blocks_in_order(blocks(network), denoiser.predict, latents([0]))
     table = cei.cei(denoiser, found, [latents(range(2))], settings.priority)
     state, out["scores"] = start(network, settings), table.scores()
+    if settings.model.dtype == "float32":
+        by_gradient = settings.priority.model_copy(update={"kind": "gradient"})
+        scored = priorities.score(denoiser, found, [latents(range(2))], by_gradient).scores()
+        out["scores"] |= {f"gradient of {name}": value for name, value in scored.items()}
     plan = held(network, found, [b.name for b in found], freezing.outside(denoiser, settings), settings)
     out["held"] = sum(fsdp.held(p).nbytes for p in network.parameters()), plan.weights
     if resumed:

@@ -252,8 +252,8 @@ class Experiment(Part):
                 raise ValueError(f"{setting}: no block is ever frozen here: set train.lora, or another schedule.kind")
             if schedule.needs_scores and self.priority.kind in ("gradient", "fisher"):
                 raise ValueError(
-                    f"{setting}: priority.kind={self.priority.kind} needs gradients to all weights, at once on the "
-                    "device: set it to cei, or another one"
+                    f"{setting}: priority.kind={self.priority.kind} needs gradients through all blocks, with their "
+                    "weights on the device: set it to cei, or another one"
                 )
         if precision in PACKED and self.model.compile_blocks and not self.model.gradient_checkpointing:
             raise ValueError(
@@ -271,8 +271,8 @@ class Experiment(Part):
     def _gradients_are_of_one_type(self):
         if self.rounds_base and self.schedule.needs_scores and self.priority.kind in ("gradient", "fisher"):
             raise ValueError(
-                f"priority.kind={self.priority.kind} needs gradients to all weights, which train.lora with "
-                "train.parallel=fsdp and model.dtype=bfloat16 holds in two types: set it to cei, or another one, or "
+                f"priority.kind={self.priority.kind} needs gradients in one type, and train.lora with "
+                "train.parallel=fsdp and model.dtype=bfloat16 holds weights in two: set it to cei, or another one, or "
                 "schedule.frozen_precision=full"
             )
         return self

@@ -108,7 +108,8 @@ def _key(
     rest += [train.seed, law.shift, *([model.vae_dtype] if model.vae_dtype != "float32" else [])]
     rest += styles.version(denoiser.skeleton) if "pose" in model.conditions else []
     rest += [asdict(law)] if replace(law, shift=1.0) != Timesteps() else []
-    rest += [train.lora.model_dump(mode="json")] if train.lora else []  # gradients are those of the adapters then
+    rest += [train.lora.model_dump(mode="json")] if train.lora else []
+    rest += ["of adapters"] * (train.lora is not None and experiment.priority.kind in ("gradient", "fisher"))
     rest += [experiment.frozen_form] if experiment.frozen_form != "bfloat16" else []  # predictions are others then
     rest += [model.attention] if model.attention != "native" else []
     rest += [experiment.data.text, texts.folder.name] if texts else []

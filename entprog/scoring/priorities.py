@@ -2,7 +2,7 @@
 
 loss_increase   how much the loss grows when the block is skipped (CEI's own passes)
 reverse_cei     CEI, lowest first
-gradient        norm of the loss's gradient to the block's weights
+gradient        norm of the loss's gradient to what of the block may be trained: its weights, or its adapters
 fisher          diagonal of the empirical Fisher information: mean squared gradient of single draws
 random          a seeded order
 depth_first     the network's first blocks first; depth_last: its last blocks first
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from entprog.blocks import Block, replaced
+from entprog.blocks import Block, replaced, trainable
 from entprog.config import Priority, Timesteps
 from entprog.cost import counting
 from entprog.data.clips import Latents
@@ -76,6 +76,7 @@ def gradient(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ScoreTable:
     """Mean over conditions of ‖∂ℓ_c/∂ω_b‖, or (`settings.kind` "fisher") the mean over draws and weights of (∂ℓ/∂w)².
+    Of a block with adapters ω_b is these alone.
 
     ℓ_c is the mean loss over a condition's draws. Gradient crosses every block exactly, whatever is frozen now. Each
     rank takes its share of the conditions, and all get the mean over all of them: what is summed over a condition's
@@ -113,9 +114,9 @@ def gradient(
 
 @contextmanager
 def _differentiable(network: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
-    """Every block with its own forward and weights that require gradient, of a sharded network no others; on leaving,
-    everything is as it was, but blocks in parts are brought together in every backward pass until a plan is put in
-    force."""
+    """Every block with its own forward and what is trained of it requiring gradient, of a sharded network nothing else;
+    on leaving, everything is as it was, but blocks in parts are brought together in every backward pass until a plan is
+    put in force."""
     fsdp.in_parts(network)
     before = [(p, p.requires_grad) for block in blocks for p in block.module.parameters()]
     if fsdp.is_sharded(network):
@@ -124,7 +125,7 @@ def _differentiable(network: nn.Module, blocks: Sequence[Block]) -> Iterator[Non
         fsdp.spare_frozen(blocks, [block.name for block in blocks], "exact")
     own = {block.module: type(block.module).forward.__get__(block.module) for block in blocks}
     try:
-        for parameter in (p for block in blocks for p in block.module.parameters()):
+        for parameter in (p for block in blocks for p in trainable(block.module)):
             parameter.requires_grad_(True)
         fsdp.notice_thawed(blocks)
         with replaced(own), torch.enable_grad():
@@ -148,7 +149,7 @@ def _gradients_of_condition(
     measure: str,
 ) -> Row:
     """One condition's gradient norms, or its mean squared gradients, [mark, block]. One draw at a time."""
-    weights = [list(block.module.parameters()) for block in blocks]
+    weights = [trainable(block.module) for block in blocks]
     sizes = torch.tensor([sum(p.numel() for p in group) for group in weights], dtype=torch.float64)
     summed: list[torch.Tensor | None] = [None] * sum(map(len, weights))
     squares = torch.zeros(len(blocks), dtype=torch.float64)
