@@ -167,10 +167,18 @@ def check_goes_on(record: Where) -> None:
     """Raises UserError where a run lies in a SQLite store that is there still, and would go on in another store, which
     does not have it: each would hold a part of its curves. record: file of the run's id and store, in its output."""
     uri = tracking_uri()
-    known = files.from_json(record.read_text()) if record.exists() else {}
-    before = known.get("uri", "")
+    try:
+        known = files.from_json(record.read_text())
+        before, run_id = str(known["uri"]), str(known["run_id"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # none was begun; or it is not ours: who takes the output says so
+        return
     file = database_file(before)
-    if before == masked(uri) or file is None or not file.exists() or _has(uri, known["run_id"]):
+    if before == masked(uri) or file is None or not file.exists() or _has(uri, run_id):
         return
     raise UserError(
         f"the MLflow run of {record.parent} is in {before}, and {masked(uri)}, where it would go on, does not have it: "
