@@ -85,7 +85,8 @@ class Schedule(Part):
     search_until_clear: bool = True
     """Search beyond `search_steps` while the intervals of the best two overlap and `search_share` allows."""
     search_clips: int = Field(default=8, ge=1)
-    """Held-out clips of a search's evaluations, at most `data.held_out_clips`."""
+    """Held-out clips of a search's evaluations, at most `data.held_out_clips`; each at one timestep, so that few
+    see little of the law of timesteps."""
     search_share: float = Field(default=0.05, ge=0, le=1)
     """Largest share of a stage's budget spent on its search."""
     efficiency: Literal["paired", "paper"] = "paired"

@@ -34,10 +34,11 @@ def held_out_loss(
 ) -> float:
     """ℓ: mean loss over all ranks' held-out clips at fixed timesteps and noise.
 
-    Timesteps are quantiles of training's law, spread evenly over it: `draws` strata per clip, moved on from clip to
-    clip by the golden ratio. What counts is the loss that training minimises, without weights of faces and hands.
-    own: which of a clip's draws are this rank's. spare: any batch, where the network is sharded and ranks may have no
-    held-out clip: all of them take part in every forward pass, each in equally many.
+    Timesteps are quantiles of training's law: `draws` strata per clip, moved on from clip to clip by the golden ratio.
+    The first clip has the lower end of each, so that their mean is below the law's: less, the more draws and clips
+    there are, and the same for all runs. What counts is the loss that training minimises, without weights of faces
+    and hands. own: which of a clip's draws are this rank's. spare: any batch, where the network is sharded and ranks
+    may have no held-out clip: all of them take part in every forward pass, each in equally many.
     """
     summed, clips, between = 0.0, 0, denoiser.time_range
     begin, end = between
