@@ -204,6 +204,7 @@ def run(
     # What a trial gets stays as it was: threads decide what is computed, and equal seconds want equal cores.
     commit = cli.commit()
     begun = begun or state.begin(output, vars(now) | alike.kept(experiment, gpus, commit))
+    state.take(begun, output)
     given = begun.share
     if line := alike.other_code(given, commit):
         terminal.complain("note", line)

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -394,6 +396,25 @@ def test_the_state_of_a_sweep_is_its_users_alone(states, place):
     begun = state.begin(place / "out", share)
     assert state.read(place / "out") == begun and begun.share == share and begun.folder.parent == states
     assert {path.stat().st_mode & 0o777 for path in (states, begun.folder)} == {0o700}
+
+
+def test_a_copy_of_a_sweep_does_not_go_on_in_its_state(states, place, monkeypatch):
+    """A moved one does; nor do two commands in one state, whose bucket has no locks."""
+    first, copied = place / "out", place / "copied"
+    begun = state.begin(first, {})
+    state.take(begun, first)
+    shutil.copytree(first, copied)
+    assert state.read(first) == begun
+    with pytest.raises(UserError, match=rf"is a copy of that in {first}, and both would go on in one state"):
+        state.read(copied)
+    shutil.rmtree(first)
+    with claim.alone():
+        with FileLock(begun.folder / claim.LOCK), pytest.raises(UserError, match="another command is at work in "):
+            state.take(state.read(copied), copied)
+        state.take(state.read(copied), copied)
+    (place / "out").mkdir()
+    state.begin(place / "out", {})  # another one
+    assert state.read(copied) == begun
 
 
 def _another(folder):

@@ -100,7 +100,7 @@ def take(
     """Make the folder this job's. Raises UserError as `check` does, or if the folder cannot be written."""
     check(output, job, identity, earlier=earlier, idle=idle)
     writable(output)
-    _hold(output)
+    hold(output)
     check(output, job, identity, earlier=earlier, idle=idle)  # who held it a moment ago may have begun to work
     if _was_idle(output, idle) and _differing(output, identity):
         for name in (RESULT, *(name for name, goes in idle.items() if goes)):
@@ -133,12 +133,13 @@ def _remove(path: Where) -> None:
         path.unlink(missing_ok=True)
 
 
-def _hold(output: Where) -> None:
-    """Raises UserError where another command works. Storage without locks, as a bucket is, tells nobody of another."""
-    locks = _holding.get()
-    if locks is None or isinstance(output, Place):
+def hold(folder: Where, of: Where | None = None) -> None:
+    """Raises UserError where another command works in a folder. Storage without locks, as a bucket is, tells nobody of
+    another. of: the output that the folder is part of, where that is another one."""
+    locks, output = _holding.get(), of or folder
+    if locks is None or isinstance(folder, Place):
         return
-    lock = FileLock(output / LOCK, timeout=0, is_singleton=True)  # one for all that this process does in a folder
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)  # one for all that this process does in a folder
     try:
         locks.enter_context(lock)
     except Timeout:

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entprog import files
+from entprog import files, storage
 from entprog.errors import UserError
+from entprog.masking import masked
 from entprog.storage import Where
+from pipelines.outputs import claim
 
 RECORD = "sweep.json"
 """In OUTPUT: the sweep's id, and what each of its trials gets."""
+
+WHERE = "output.json"
+"""In the state's folder: where the output is."""
 
 
 def home() -> Path:
@@ -47,7 +52,8 @@ def begin(output: Where, share: dict[str, Any]) -> State:
 def read(output: Where) -> State | None:
     """The state of the sweep that was begun in an output, None if none was. Nothing is unpickled here.
 
-    Raises UserError if it was begun by somebody else or on another machine, or if somebody else could have written it.
+    Raises UserError if it was begun by somebody else or on another machine, if somebody else could have written it, or
+    if the output is a copy of one that is there still: both would go on in one state.
     """
     path = output / RECORD
     if not path.exists():
@@ -67,7 +73,30 @@ def read(output: Where) -> State | None:
             "on where it was begun, or choose another --output"
         )
     _own(home())
-    return State(share, _own(folder))
+    begun = State(share, _own(folder))
+    there = files.from_json((folder / WHERE).read_text())["output"] if (folder / WHERE).exists() else None
+    if there not in (None, _address(output)) and _names(storage.at(there, "the output") / RECORD, name):
+        raise UserError(
+            f"the sweep in {output} is a copy of that in {masked(there)}, and both would go on in one state: go on "
+            "there, remove it, or choose another --output"
+        )
+    return begun
+
+
+def take(begun: State, output: Where) -> None:
+    """Make the state this output's, which may have been moved, and this command's alone. Raises UserError where another
+    one goes on in it."""
+    claim.hold(begun.folder, output)
+    files.write_json(begun.folder / WHERE, {"output": _address(output)})
+
+
+def _names(record: Where, name: str) -> bool:
+    """Whether the sweep of a record has this id."""
+    return record.exists() and files.from_json(record.read_text()).get("id") == name
+
+
+def _address(output: Where) -> str:
+    return storage.address(output.resolve())
 
 
 def _own(folder: Path, make: bool = False) -> Path:

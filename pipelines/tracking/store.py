@@ -170,12 +170,7 @@ def check_goes_on(record: Where) -> None:
     try:
         known = files.from_json(record.read_text())
         before, run_id = str(known["uri"]), str(known["run_id"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # none was begun; or it is not ours: who takes the output says so
+    except (OSError, ValueError, KeyError, TypeError):  # none was begun, or it is not ours: `claim` says so
         return
     file = database_file(before)
     if before == masked(uri) or file is None or not file.exists() or _has(uri, run_id):
