@@ -20,9 +20,13 @@ SHAPE = families.FIVE
 MODEL = {"init": {}, "vae": "auto", "conditions": ["reference", "pose"]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def other_device():
+    lazy.init()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    lazy.init()
     folder = tmp_path_factory.mktemp("base")
     bases.image_to_video(folder, clip=True)
     return {**MODEL, "base": str(folder)}
@@ -80,6 +84,18 @@ def test_who_needs_them_brings_them(model, denoiser, tmp_path):
     (drawn, seen), (drawn_again, seen_again) = made
     assert drawn == drawn_again and torch.equal(seen.clean, seen_again.clean)
     assert all(torch.equal(seen.conditions[name], value) for name, value in seen_again.conditions.items())
+
+
+def test_a_network_that_is_shown_grey_brings_the_vae_once(tmp_path):
+    """A training from cached latents, whose first step shows VACE that no video is kept."""
+    bases.vace(tmp_path)
+    denoiser = models.family("wan_vace").load(config.Model(family="wan_vace", base=str(tmp_path)))
+    batch = denoiser.encode(families.clips(1, config.ClipShape(frames=5, height=32, width=32, fps=12)))
+    for module in beside.modules(denoiser):
+        module.to("lazy")
+    with torch.no_grad():
+        assert denoiser.predict(batch.clean, torch.ones(1), batch.conditions).isfinite().all()
+    assert places(denoiser) == {"lazy"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from entprog.diffusion import beside
 from entprog.diffusion.objectives import noise_like
 from entprog.models.geometry import Geometry
 from entprog.models.wan import WanDenoiser
@@ -52,7 +53,8 @@ class ReferenceFrameDenoiser(WanDenoiser):
         frames, spatial = 1 + (like.shape[2] - 1) * self._geometry.temporal, self._geometry.spatial
         size = (1, 3, frames, like.shape[3] * spatial, like.shape[4] * spatial)
         if size not in self.grey:
-            self.grey[size] = self.latents(torch.zeros(size, device=like.device))
+            with beside.at_hand(self):  # where every batch is cached the VAE waits on the host
+                self.grey[size] = self.latents(torch.zeros(size, device=like.device))
         return self.grey[size].expand(len(like), -1, -1, -1, -1)
 
     @classmethod
