@@ -1,5 +1,6 @@
 """Wan VACE: the network sees at training what its diffusers pipeline shows it at inference."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -126,10 +127,36 @@ def test_the_reference_s_frame_is_where_the_clip_is(made):
         (ours,) = calls(denoiser.network, lambda t=times: denoiser.predict(encoded.clean, t, encoded.conditions))
         first, reference = ours["hidden_states"][:, :, :1], encoded.conditions["reference"][:, :, :1]
         assert torch.equal(first, reference) == (t == 0) and torch.equal(first[0], first[1]) == (t == 1)
-    dropped = dropping.dropped(denoiser, encoded, Drop(pose=1.0), 0).conditions
-    (ours,) = calls(denoiser.network, lambda: denoiser.predict(encoded.clean, times, dropped))
-    control = ours["control_hidden_states"]
-    assert not control[:, 4:8].any() and torch.equal(control[:, :4, :1], encoded.conditions["reference"][:, :, :1])
+
+
+@pytest.mark.parametrize("name", ["pose", "reference"])
+def test_what_is_withheld_is_as_in_the_pipeline_without_it(made, name, tmp_path):
+    """A network of an earlier version sees zeros there."""
+    pipe, folder = made
+    denoiser, batch = load(Model(family="wan_vace", base=str(folder), skeleton="limbs")), clips(1, SHAPE)
+    given = {"video": draw(batch.pose, 32, 32) / 2 + 0.5} if name == "reference" else {}
+    given |= {"reference_images": Image.fromarray(batch.reference[0].numpy())} if name == "pose" else {}
+    (told,) = calls(pipe.transformer, lambda: pipe(
+        **given, height=32, width=32, num_frames=9, num_inference_steps=1, guidance_scale=1.0, output_type="latent",
+        prompt_embeds=torch.zeros(1, 512, 8),
+    ))  # fmt: skip
+    encoded = denoiser.encode(batch)
+    dropped = dropping.dropped(denoiser, encoded, Drop(**{name: 1.0}), 0).conditions
+    seen = lambda one: calls(one.network, lambda: one.predict(encoded.clean, torch.ones(1), dropped))[0]  # noqa: E731
+    ours = seen(denoiser)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(ours["control_hidden_states"], told["control_hidden_states"], **close)
+    assert ours["hidden_states"].shape == told["hidden_states"].shape
+    denoiser.save(tmp_path, shape=SHAPE)
+    again = seen(load(Model(family="wan_vace", base=str(tmp_path))))
+    torch.testing.assert_close(again["control_hidden_states"], told["control_hidden_states"], **close)
+    about = json.loads((tmp_path / "entprog.json").read_text())
+    assert about.pop("native") is True
+    (tmp_path / "entprog.json").write_text(json.dumps(about))
+    old = seen(load(Model(family="wan_vace", base=str(tmp_path))))
+    control = old["control_hidden_states"]
+    assert old["hidden_states"].shape[2] == 4
+    assert not (control[:, 4:8] if name == "pose" else control[:, :, 0]).any()
 
 
 def test_the_control_branch_alone_is_trained(made):
@@ -316,7 +343,10 @@ def test_the_saved_pipeline_takes_them_too(made, tmp_path):
     video, person = scene()
     conditions = denoiser.condition(batch.reference, batch.pose) | denoiser.background(video, person, batch.pose)
     conditions["reference"] = denoiser.with_others(conditions["reference"], scribbles(1))
-    size, settings = (1, *denoiser.latent_shape(SHAPE)), Generate(steps=2, seed=5, pose_guidance=2.0)
+    size, settings = (
+        (1, *denoiser.latent_shape(SHAPE)),
+        Generate(steps=2, seed=5, reference_guidance=3.0, pose_guidance=2.0),
+    )
     ours = sampling.sample(denoiser, conditions, size, settings, [0])
     assert sampling.sample(denoiser, conditions, size, settings, [0], window=2).isfinite().all()
     denoiser.save(tmp_path / "model", shape=SHAPE)
@@ -325,7 +355,8 @@ def test_the_saved_pipeline_takes_them_too(made, tmp_path):
     )
     pipe.set_progress_bar_config(disable=True)
     noise = noise_like(torch.empty(size), torch.tensor([0]), 5)
-    run = {"pose": draw(batch.pose, 32, 32)[0], "latents": noise, "num_inference_steps": 2, "pose_guidance": 2.0}
+    run = {"pose": draw(batch.pose, 32, 32)[0], "latents": noise, "num_inference_steps": 2}
+    run |= {"reference_guidance": 3.0, "pose_guidance": 2.0}
     run |= {"background": video[0], "mask": person[0], "output_type": "latent"}
     both = [batch.reference[0], scribbles(1)[0, 0]]
     torch.testing.assert_close(pipe(reference=both, **run).frames, ours, rtol=1e-3, atol=1e-3)

@@ -9,10 +9,15 @@ before the clip's, in the control too, where the mask is black (`entprog.models.
 which `generate` alone gives, the first one is next to the clip, as there. Without `reference` in `model.conditions`
 there is no such frame. Nothing is widened.
 
+A clip from which the pose is withheld (`diffusion.dropping`: zeros) is shown grey, and a batch from which all
+references are has no frame before its clips, as that pipeline has it without `video` and without `reference_images`.
+Networks that an earlier version trained see zeros in both places.
+
 VACE's blocks run before the others and make what is added to some of those: without such a block nothing is, and the
 control passes by. The first takes the control in (`proj_in`), which is no part of what it adds to it.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +76,16 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
         return conditions
 
     @classmethod
+    def sees_native(
+        cls, network: Any, trained: Mapping[str, Any], settings: config.Model, there: Collection[str]
+    ) -> bool:
+        return bool(trained.get("native", not trained))
+
+    @property
+    def index_entries(self) -> dict[str, Any]:
+        return super().index_entries | ({"withheld_as_without": True} if self.native else {})
+
+    @classmethod
     def sees_around(cls, native: bool, vae: bool) -> bool:
         return vae
 
@@ -96,16 +111,20 @@ class WanVaceDenoiser(ReferenceFrameDenoiser):
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         pose, latents, channels = conditions["pose"], noisy, noisy.shape[1]
+        first = conditions["reference"][:, :, 0] if "reference" in self.conditions else None
+        if self.native:  # zeros are what is withheld: latents of a picture never are
+            pose = torch.where(pose.flatten(1).any(1).view(-1, 1, 1, 1, 1), pose, self.nothing(pose))
+            first = first if first is not None and first.any() else None
         around = conditions.get("background")
         if around is None:
             around = torch.cat([self.nothing(noisy), pose.new_ones(1).expand(_mask(pose))], dim=1)
         control = torch.cat([around[:, :channels], pose, around[:, channels:]], dim=1)
-        if "reference" in self.conditions:
-            reference = conditions["reference"][:, :, 0].unflatten(1, (-1, channels)).flip(1).transpose(1, 2)
+        if first is not None:
+            reference = first.unflatten(1, (-1, channels)).flip(1).transpose(1, 2)
             latents = self.led(noisy, reference, t)
             zeros = reference.new_zeros(1)
-            first = [reference, zeros.expand_as(reference), zeros.expand(_mask(reference))]
-            control = torch.cat([torch.cat(first, dim=1), control], dim=2)
+            before = [reference, zeros.expand_as(reference), zeros.expand(_mask(reference))]
+            control = torch.cat([torch.cat(before, dim=1), control], dim=2)
         with self.in_its_type():
             (velocity,) = self.network(
                 hidden_states=latents,

@@ -107,6 +107,7 @@ class ReferencePosePipeline(DiffusionPipeline):
         boundary_ratio=None,
         expand_timesteps=False,
         empty_text=False,
+        withheld_as_without=False,
     ):
         """form: how the network sees its conditions, if not as further channels alike. compression: clip frames to a
         latent frame, and pixels to a latent row. text_shape: of what cross-attention sees. encodes: the pipeline of
@@ -116,7 +117,8 @@ class ReferencePosePipeline(DiffusionPipeline):
         networks the conditions that each sees, by part; transformer is in charge from boundary_ratio · 1000 up.
         expand_timesteps: whether tokens of the network can have timesteps of their own, as the base's pipeline says.
         empty_text: whether the text in prompt_embeds.safetensors is the empty one, which it was shown for none; without
-        it zeros are."""
+        it zeros are. withheld_as_without: whether VACE's networks were shown a withheld pose as grey, and no frame for
+        a withheld reference; otherwise both as zeros."""
         super().__init__()
         vae = vae or fetched("vae", elsewhere)
         if experts:
@@ -138,7 +140,7 @@ class ReferencePosePipeline(DiffusionPipeline):
             family=family, conditions=list(conditions), form=form, latent_channels=latent_channels,
             compression=list(compression), text_shape=list(text_shape), encodes=encodes, prompt=prompt, clip=clip,
             elsewhere=elsewhere, experts=experts, boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps,
-            empty_text=empty_text,
+            empty_text=empty_text, withheld_as_without=withheld_as_without,
         )  # fmt: skip
 
     def register_to_config(self, **values):
@@ -406,6 +408,9 @@ class ReferencePosePipeline(DiffusionPipeline):
         """The control is the pose, followed all over or where the mask beside a background is white; references are
         frames before the clip's, the first one next to it."""
         latents, around, channels = noisy, more.get("background"), noisy.shape[1]
+        if self.config.withheld_as_without:
+            pose = pose if pose.any() else self.nothing(pose).to(pose)
+            reference = reference if reference is not None and reference.any() else None
         if around is None:
             around = torch.cat([self.nothing(noisy), vace_mask(pose, 1)], dim=1)
         control = torch.cat([around[:, :channels], pose, around[:, channels:]], dim=1)
