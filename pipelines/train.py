@@ -6,7 +6,7 @@ python -m pipelines.train --preset demo --shards out/demo/real/shards --base pip
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +43,9 @@ from pipelines.training import (
 from pipelines.training.checks import Parts
 from pipelines.training.display import Display
 from pipelines.training.startup import Startup
+
+HOW_LONG = ("train.steps", "train.seconds", "train.flops", "schedule.")
+"""Beginnings of names of what a finished run may be trained on with: budgets, and which blocks they go to."""
 
 app = usage.app("Fine-tune a human-video diffusion model: progressively, by Ent-Prog's search or plainly.")
 
@@ -97,6 +100,8 @@ def main(
             return explain(experiment, folder)
         score_tables.check(tables)
         parts = claimed(experiment, folder)
+        if (result := _finished(folder)) is not None:
+            return result
         clock.over("checks")
         startup.beside(store.make_ready)  # MLflow's seconds pass while Ray's processes start
         with session.ray_cluster(capacity.LOCAL_CPUS, verbose=verbose):
@@ -121,15 +126,30 @@ def claimed(experiment: Experiment, output: Where) -> Parts:
     parts = checks.parts(experiment, output)
     if not (output / "finished.json").exists():
         checks.check_room(parts)
-    claim.take(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
+    with _going_on_told(output):
+        claim.take(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
     return parts
+
+
+@contextlib.contextmanager
+def _going_on_told(output: Where) -> Iterator[None]:
+    """Of a finished run that is to be trained for longer, or otherwise, the refusal says how."""
+    try:
+        yield
+    except claim.OtherSettingsError as error:
+        if not all(name.startswith(HOW_LONG) for name in error.names) or not (output / "finished.json").exists():
+            raise
+        raise UserError(
+            f"{error}; --base {output / 'model'} there goes on from its weights (optimizer and schedule begin anew)"
+        ) from None
 
 
 def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
     """Print the resolved experiment and the plan of work."""
     parts = checks.parts(experiment, output)
-    claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
-    if not (lacking := outline.lacks_gpu(experiment)):
+    with _going_on_told(output):
+        claim.check(output, "train", checks.whole_identity(parts), idle=checks.IDLE)
+    if not (lacking := outline.lacks_gpu(experiment)) and not (output / "finished.json").exists():
         checks.check_room(parts)
     checks.check_reach(parts)
     nodes = decoding.nodes_there()
@@ -155,7 +175,7 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
     terminal.console.print(outline.not_looked_at(experiment, output))
-    terminal.console.print(lacking or "Checked: nothing else is in the way; the same command without --dry-run begins.")
+    terminal.console.print(lacking or _prospect(experiment, output))
     return {"settings": config.settings(experiment)}
 
 
@@ -228,11 +248,8 @@ def run(
         return phases.run(experiment, output, run, tables=tables, parent=parent, tags=tags, listen=listen)
     ((_, dataset),) = parts.values()
     key = checks.identity(experiment, dataset)
-    finished = output / "finished.json"
-    if finished.exists():
-        deliver_pending(output)
-        terminal.console.print(f"Already finished: {output} (another --output for a new run).")
-        return json.loads(finished.read_text())["result"]
+    if (result := _finished(output)) is not None:
+        return result
     expectation.tell(experiment)
     source = models.family(experiment.model.family).inspect(experiment.model)
     said = (outline.poses(dataset, source), outline.masks(dataset, source))
@@ -330,9 +347,32 @@ def run(
         raise
     stages.log(tracker, steps, "FINISHED")
     tracker.end("FINISHED")
-    files.write_json(finished, {"identity": key, "result": result})
+    files.write_json(output / "finished.json", {"identity": key, "result": result})
     report.show(result, output, uri)
     return result
+
+
+def _finished(output: Where) -> dict[str, Any] | None:
+    """The figures of a run that is finished, which is said; None: it is not."""
+    if not (output / "finished.json").exists():
+        return None
+    deliver_pending(output)
+    terminal.console.print(_already(output))
+    return json.loads((output / "finished.json").read_text())["result"]
+
+
+def _already(output: Where) -> str:
+    return f"Already finished: {output} (another --output for a new run)."
+
+
+def _prospect(experiment: Experiment, output: Where) -> str:
+    """What the command does without --dry-run, in words."""
+    if (output / "finished.json").exists():
+        return _already(output)
+    does = "begins"
+    if claim.is_of(output, "train"):
+        does = f"goes on {'where it stopped' if experiment.parts else _resumes(experiment, output)}"
+    return f"Checked: nothing else is in the way; the same command without --dry-run {does}."
 
 
 def _resumes(experiment: Experiment, output: Where) -> str:

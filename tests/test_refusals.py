@@ -178,15 +178,15 @@ def test_what_this_machine_lacks_is_refused_before_ray_starts(settings, message,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_run_is_not_asked_for_the_room_that_it_had(given, tmp_path):
-    """It may have been made on a larger machine."""
+def test_a_finished_run_is_not_asked_for_the_room_that_it_had(given, tmp_path, monkeypatch):
+    """It may have been made on a larger machine. It says that it is finished, and how it is trained on."""
 
-    def claimed(workers, accumulate):
+    def claimed(workers, accumulate, *more):
         experiment = cli.settings(
             config.Experiment,
             None,
             [given / "tiny.yaml"],
-            [f"train.workers={workers}", f"train.accumulate={accumulate}", "train.gpus=no"],
+            [f"train.workers={workers}", f"train.accumulate={accumulate}", "train.gpus=no", *more],
             data={"shards": str(given / "shards")},
         )
         train.claimed(experiment, tmp_path / "out")
@@ -194,8 +194,23 @@ def test_a_finished_run_is_not_asked_for_the_room_that_it_had(given, tmp_path):
     claimed(1, 9999)
     with pytest.raises(UserError, match="needs 10000 CPUs"):
         claimed(9999, 1)
-    (tmp_path / "out" / "finished.json").write_text("{}")
+    (tmp_path / "out" / "steps.jsonl").touch()
+    with pytest.raises(UserError, match=r"--output$"):
+        claimed(1, 9999, "train.steps=77")
+    command = ["--config", given / "tiny.yaml", "--shards", given / "shards", "--output", tmp_path / "out"]
+    command += ["--set", "train.accumulate=9999", "--set", "train.gpus=no"]
+    dry = CliRunner().invoke(train.app, [*map(str, command), "--dry-run"], env=WIDE)
+    assert "without --dry-run goes on from the start: there is no checkpoint yet" in dry.output
+    (tmp_path / "out" / "finished.json").write_text('{"result": {"steps": 3}}')
     claimed(9999, 1)
+    with pytest.raises(UserError, match=r"now 77.*; --base .*out/model there goes on from its weights"):
+        claimed(1, 9999, "train.steps=77")
+    with pytest.raises(UserError, match=r"--output$"):
+        claimed(1, 9999, "train.steps=77", "train.learning_rate=0.5")
+    monkeypatch.setattr(train, "session", None)  # no Ray is started for it
+    for words in (command, [*command, "--dry-run"]):
+        done = CliRunner().invoke(train.app, [*map(str, words)], env=WIDE)
+        assert done.exit_code == 0 and f"Already finished: {tmp_path / 'out'}" in done.output, done.output
 
 
 def test_a_dry_run_asks_who_must_answer_and_says_what_it_did_not_look_at(given, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ OUTPUT/.entprog.lock, so that the same command, begun twice, does not work there
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -34,6 +34,15 @@ _holding: ContextVar[ExitStack | None] = ContextVar("_holding", default=None)
 """Where `alone` keeps the locks of the folders that were taken inside it."""
 
 
+class OtherSettingsError(UserError):
+    """The folder holds the same job's work, of other settings."""
+
+    def __init__(self, message: str, names: Collection[str]):
+        super().__init__(message)
+        self.names = names
+        """Of what differs."""
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, this process holds every folder of a disk that it takes: another command is refused there. Locks end with
@@ -49,7 +58,8 @@ def alone() -> Iterator[None]:
 def check(
     output: Where, job: str, identity: Mapping[str, Any], *, earlier: bool = False, idle: Mapping[str, bool] = {}
 ) -> None:
-    """Raises UserError unless `output` is new, empty, or this job's with this identity. Changes nothing.
+    """Raises UserError unless `output` is new, empty, or this job's with this identity (OtherSettingsError: with
+    another). Changes nothing.
 
     identity: {setting, or what else decides: JSON value}. earlier: the job has recognised an unmarked folder by records
     of its own, which a version without marks wrote. idle: {name of what the job leaves before it has done any work:
@@ -83,7 +93,7 @@ def check(
     differing = _differing(output, identity)
     if differing and not _was_idle(output, idle):
         message = _some([f"{name} was {before}, now {now}" for name, (before, now) in differing.items()], "; ")
-        raise UserError(f"{output} holds {_a(job)} job of other settings ({message}): {another}")
+        raise OtherSettingsError(f"{output} holds {_a(job)} job of other settings ({message}): {another}", differing)
 
 
 def _differing(output: Where, identity: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
