@@ -36,7 +36,10 @@ def main(
     experiment: Annotated[str, typer.Option(help="MLflow experiment of the runs.")] = "entprog",
     runs: Annotated[
         str | None,
-        typer.Option(metavar="ID,NAME,…", help="Only these runs: ids, names, or a sweep's run for all its trials."),
+        typer.Option(
+            metavar="ID,NAME,OUTPUT,…",
+            help="Only these runs: ids, names, outputs of trainings, or a sweep's run or output for all its trials.",
+        ),
     ] = None,
     output: Annotated[str, typer.Option(help="Folder of the page, also s3:// or gs://.")] = "out/compare",
     target_loss: Annotated[
@@ -82,7 +85,8 @@ def run(
 ) -> dict[str, Any]:
     """Compare; returns the figures of result.json: `runs`, `groups`, `target_loss`, `time_to_target_ratio`, `page`, ….
 
-    wanted: run ids and names, none for all of the experiment. Raises UserError if the runs are unlike and not `force`.
+    wanted: run ids, names and outputs, none for all of the experiment. Raises UserError if the runs are unlike and not
+    `force`.
     """
     chosen, output = (settings or Comparison()).compare, storage.at(output, "the output")
     # A page is drawn anew from the store: to what target, and against which baseline, may change in the same output.
@@ -94,7 +98,8 @@ def run(
         if unlike and not force:
             more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
             raise UserError(
-                f"{unlike[0]}{more}: choose runs that are alike with --runs, or mark it in the page with --force"
+                f"{unlike[0]}{more}: choose runs that are alike with --runs (outputs, names or ids), or mark it in "
+                "the page with --force"
             )
         found = grouping.grouped(trainings, chosen.baseline, unlike)
         if dry_run:
@@ -175,6 +180,11 @@ def _show(verdict: Verdict, unlike: Sequence[Difference], path: Where) -> None:
         kept = [names.index(name) for name in ("Runs", "Held-out loss", "Time to target", "Net speed-up")]
         columns = ("group", *(names[place] for place in kept))
         rows = [(label, *(row[place] for place in kept)) for label, row in zip(labels, cells, strict=True)]
+    compared = [judged.group for judged in verdict.judged]
+    if len(compared) <= GROUPS_BESIDE and any(group.is_named for group in compared):
+        differing = page.settings_table(compared)
+        settings = zip(differing["names"], *(row["cells"] for row in differing["rows"]), strict=True)
+        terminal.show("What the groups differ in", list(settings), ("setting", *labels))
     terminal.console.print(f"\n{words.headline(verdict)}", style="bold")
     for line in words.remarks(verdict):
         terminal.console.print(line)

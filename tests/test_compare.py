@@ -472,7 +472,7 @@ def test_a_sweep_stands_for_its_trials(store, tmp_path):
         for name, status in (("trial-1", "FINISHED"), ("trial-2", "KILLED"))
     ]  # fmt: skip
     train(tmp_path / "other", "other", "swept", **short)
-    status, said = invoke("--experiment", "swept", "--runs", "sweep-a", "--output", tmp_path / "out")
+    status, said = invoke("--experiment", "swept", "--runs", tmp_path / "sweep", "--output", tmp_path / "out")
     assert status == 0, said
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert [run["run_id"] for run in result["runs"]] == trials
@@ -648,6 +648,36 @@ def test_a_baseline_is_a_label_else_a_name_else_the_beginning_of_an_id():
         first("ab")
     with pytest.raises(UserError, match=r"'twin' to be the baseline fits .* 'entprog', 'lisa'"):
         first("twin")
+
+
+def test_low_rank_training_is_not_plain_training():
+    """Nor does a name say what it is: the settings are shown beside it."""
+    named = {f"model.init.a_name_that_is_long_{n}": n for n in range(4)}
+    low = dataclasses.replace(training("lora", 0, straight(5), "full"), run_id="low")
+    low = dataclasses.replace(low, settings={**low.settings, "train.lora.rank": 4, **named})
+    ours, plain = training("ours", 1, straight(5)), training("plain", 2, straight(5), "full")
+    known = dict.fromkeys(["train.lora"])
+    plain = dataclasses.replace(plain, settings={**plain.settings, **known})
+    first, *others = groups.grouped([low, ours, plain])
+    assert first.runs == (plain,) and groups.grouped([ours, low])[0].runs == (ours,)
+    assert all(group.is_named for group in (first, *others))
+    assert not any(group.is_named for group in groups.grouped([plain, ours]))
+
+
+def test_code_in_which_groups_are_unlike_is_named():
+    old, new = (
+        {"entprog.commit": "a" * 40, "version.torch": "2.5"},
+        {"entprog.commit": "b" * 40, "version.torch": "2.5"},
+    )
+
+    def said(*tags):
+        kinds = ("full", "full", "ours")
+        each = enumerate(zip(kinds, tags, strict=True))
+        runs = [dataclasses.replace(training(kind, n, straight(5), kind), tags=of) for n, (kind, of) in each]
+        return "\n".join(words.warnings(verdict.judge(groups.grouped(runs), None, 0.95)))
+
+    assert "unlike code or versions (commit aaaaaaaaaaaa, bbbbbbbbbbbb)" in said(old, old, new)
+    assert "unlike code" not in said(old, old, old) and "unlike code" not in said(old, old, {})
 
 
 def test_no_finished_baseline_is_told():

@@ -73,6 +73,11 @@ class Group:
     runs: tuple[Training, ...]
 
     @property
+    def is_named(self) -> bool:
+        """Whether its label is a mere name, which does not say its settings."""
+        return not any(all(text(value, digits) in self.label for value in self.settings.values()) for digits in (3, 6))
+
+    @property
     def counted(self) -> tuple[Training, ...]:
         """The runs whose figures count."""
         return tuple(run for run in self.runs if run.counts)
@@ -121,7 +126,7 @@ def grouped(
     """Groups of runs that differ only in their seed; the baseline first, the others as they were begun.
 
     baseline: a group's label, or a run's name or id (`SHORTEST_ID` characters of it, or more), sought in this order.
-    None: plain training if there is any with a held-out loss, else the oldest group that has one.
+    None: plain training of all weights if there is any with a held-out loss, else the oldest group that has one.
     unlike: differences that are compared by force; they set groups apart too.
     Raises UserError if no group answers to `baseline`, or several do.
     """
@@ -145,7 +150,7 @@ def grouped(
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
         measured = [group for group in groups if any(run.curve for run in group.runs)] or list(groups)
-        plain = (group for group in measured if group.runs[0].settings.get("schedule.kind") == "full")
+        plain = (group for group in measured if _is_plain(group.runs[0].settings))
         return next(plain, measured[0])
     ways: tuple[Callable[[Group], bool], ...] = (
         lambda group: group.label == wanted,
@@ -166,6 +171,12 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
         f"no run or group {wanted!r} to be the baseline{close_to(wanted, known)}; there are: "
         f"{', '.join(dict.fromkeys(known))}"
     )
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether all blocks are trained all the time, and their own weights."""
+    low_rank = any(config.is_part_of(name, ["train.lora"]) and value is not None for name, value in settings.items())
+    return settings.get("schedule.kind") == "full" and not low_rank
 
 
 def _labels(parts: Sequence[tuple[dict[str, Any], tuple[Training, ...]]]) -> list[str]:

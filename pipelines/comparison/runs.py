@@ -16,11 +16,12 @@ import numpy as np
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from entprog import masking
+from entprog import masking, storage
 from entprog.config import close_to
 from entprog.errors import UserError
 from entprog.masking import masked, reason
 from pipelines.tracking.store import connect, database_file, tracking_uri
+from pipelines.tracking.tracker import RUN_FILE
 
 ABOVE = ("mlflow.parentRunId", "entprog.sweep")
 """Tags that hold the run which a training is a part of."""
@@ -181,8 +182,8 @@ def read(
 ) -> Iterator[list[Training]]:
     """The trainings of an MLflow experiment, oldest first. Their files can be read while the context is open.
 
-    wanted: run ids (or beginnings of 6 characters and more) and run names; a sweep's run stands for its trials. None
-    given: all trainings. warn: told of runs that are left out because what MLflow has of them is damaged.
+    wanted: run ids (or beginnings of 6 characters and more), run names, outputs of jobs; a sweep's stands for its
+    trials. None given: all trainings. warn: told of runs that are left out because what MLflow has of them is damaged.
     Raises UserError if store, experiment or a wanted run is not there, or if none is left.
     """
     uri = tracking_uri()
@@ -241,16 +242,24 @@ def _chosen(runs: list, wanted: Sequence[str], experiment: str) -> list:
         hits = [
             r for r in runs if word == r.info.run_name or (len(word) >= SHORTEST_ID and r.info.run_id.startswith(word))
         ]
+        of_output = None if hits else _run_of(word)
+        hits = hits or [r for r in runs if r.info.run_id == of_output]
         below = {r.info.run_id for r in hits}
         mine = [r for r in trainings if below & {r.info.run_id, *(r.data.tags.get(tag) for tag in ABOVE)}]
         if not mine:
             names = list(dict.fromkeys(r.info.run_name for r in trainings))
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise UserError(
-                f"experiment {experiment!r} has no training run {word!r}{close_to(word, names)}; there are: {shown}"
-            )
+            kept = f", which is run {of_output[:8]}" if of_output else close_to(word, names)
+            raise UserError(f"experiment {experiment!r} has no training run {word!r}{kept}; there are: {shown}")
         chosen |= {r.info.run_id: r for r in mine}
     return list(chosen.values())
+
+
+def _run_of(output: str) -> str | None:
+    """The id of the run that a job has left its output's name with; None where that is no such output."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
+        return str(json.loads((storage.at(output, "--runs") / RUN_FILE).read_text())["run_id"])
+    return None
 
 
 def _trainings(client, chosen: list, scratch: Path, warn: Callable[[str], None]) -> list[Training]:

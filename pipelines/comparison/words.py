@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from pipelines.comparison.verdict import Estimate, Judged, Verdict
+from pipelines.tracking.tracker import VERSIONS
 
 
 def headline(verdict: Verdict) -> str:
@@ -105,7 +106,22 @@ def warnings(verdict: Verdict) -> list[str]:
     few = {len(j.group.counted) for j in verdict.judged if j.group.counted}
     if len(few) > 1:
         out.append("The groups have unlike numbers of seeds: " + _numbers(verdict.judged))
-    return out
+    return [*out, *_unlike_code(verdict)]
+
+
+def _unlike_code(verdict: Verdict) -> list[str]:
+    """In what code and versions the groups are unlike; what was not recorded is not known to be."""
+    said = []
+    for name, tag in {"commit": "entprog.commit", **{name: f"version.{name}" for name in VERSIONS}}.items():
+        of_groups = [{run.tags[tag] for run in j.group.counted if tag in run.tags} for j in verdict.judged]
+        known = [values for values in of_groups if values]
+        if any(values != known[0] for values in known):
+            values = sorted(set.union(*known))
+            more = f" and {len(values) - 3} more" if len(values) > 3 else ""
+            said.append(f"{name} {', '.join(value[:12] for value in values[:3])}{more}")
+    if not said:
+        return []
+    return [f"The groups are of unlike code or versions ({'; '.join(said)}): a difference may come from these alone"]
 
 
 STATUS_WORDS = {
