@@ -18,6 +18,7 @@ from entprog.training import checkpoint
 from entprog.training.fit import DivergedError, fit
 from helpers.networks import batches, latents, tiny_experiment
 from helpers.runs import Run, comparable, course, differing
+from pipelines.training import expectation
 
 
 @pytest.mark.parametrize("backward", ["exact", "residual"])
@@ -154,8 +155,11 @@ def test_a_seconds_budget_ends_the_run():
     assert all(step.charged_s < 1.5 for step in steps[:-1]), "the first step past the budget is the last"
 
 
-def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told():
-    experiment = tiny_experiment(priority={"rescore": True})
+@pytest.mark.parametrize("schedule", [{}, {"kind": "linear", "stages": 3}], ids=["search", "linear"])
+def test_rescoring_at_a_stages_start_is_charged_and_its_drift_told(schedule):
+    """The last stage of three trains all blocks: nothing is ranked for it."""
+    experiment = tiny_experiment(priority={"rescore": True}, schedule=schedule)
+    assert expectation.scoring_forwards(experiment, 6) == 2 * expectation.scoring_forwards(tiny_experiment(), 6) > 0
     run = Run(experiment)
     steps = list(run.steps())
     message = [(s.stage, s.drift) for s in steps if s.drift is not None]

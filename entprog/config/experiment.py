@@ -87,7 +87,8 @@ class Priority(Part):
     """End scoring once Kendall's τ between the rankings from two halves of the draws has reached this, looked at after
     4, 8, 16, … conditions; at most `conditions`. None: all conditions."""
     rescore: bool = False
-    """Score again at the start of every stage but the first and rank by the new table; charged to the run."""
+    """Score again at the start of every stage that ranks blocks, but the first, and rank by the new table; charged to
+    the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws, and of the random order."""
 

@@ -99,6 +99,11 @@ def _growing(schedule: Schedule, stage: int) -> Smaller:
     return steps[-(-(stage + 1) * len(steps) // schedule.stages) - 1]
 
 
+def ranks(schedule: Schedule, stage: int) -> bool:
+    """Whether stage `stage` (0-based) needs to know which blocks matter most: in a search, or by its row."""
+    return schedule.needs_scores and (schedule.kind == "entprog" or rows(schedule)[stage].ranks)
+
+
 def stage_at(schedule: Schedule, progress: float) -> int:
     """The stage (0-based) in which a run is that has used this share of its budget."""
     ends = [row.until for row in rows(schedule)]

@@ -185,7 +185,7 @@ class _Fit:
         if stage == state.stage and self.search.redraw():
             self.train_plan(state.plan)
         if stage > state.stage or (state.waits and state.step >= self.experiment.train.warmup_steps):
-            if stage > max(0, state.stage) and self.scores is not None and self.experiment.priority.rescore:
+            if stage > max(0, state.stage) and self.experiment.priority.rescore and plans.ranks(schedule, stage):
                 self.rescore(stage)
             started = self.now()
             self.search.open(stage)

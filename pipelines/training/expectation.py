@@ -132,9 +132,10 @@ def least_step(experiment: Experiment, row: Row, stage: int, blocks: int, others
 
 def scoring_forwards(experiment: Experiment, blocks: int) -> float:
     """Forward passes of one clip that scoring takes: the whole network, and with replay half of one a block."""
-    priority = experiment.priority
-    if not experiment.schedule.needs_scores or priority.kind in priorities.WITHOUT_DATA:
+    priority, schedule = experiment.priority, experiment.schedule
+    if not schedule.needs_scores or priority.kind in priorities.WITHOUT_DATA:
         return 0.0
     passes = 3.0 if priority.kind in ("gradient", "fisher") else 1 + blocks / 2
-    rounds = experiment.schedule.stages if priority.rescore else 1
+    later = sum(plans.ranks(schedule, stage) for stage in range(1, len(plans.rows(schedule))))
+    rounds = 1 + later if priority.rescore else 1
     return priority.conditions * priority.draws * passes * rounds
