@@ -13,6 +13,7 @@ import torch
 import torchmetrics.functional.image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -231,22 +232,31 @@ def test_networks_give_what_their_authors_code_gives():
 
 
 def test_the_usual_networks_load_from_files(tmp_path):
-    from entprog.quality.resnet3d import ResNet3d50
+    from entprog.quality import resnet3d
 
     torch.manual_seed(0)
-    network = ResNet3d50().eval()
+    network = resnet3d.ResNet3d50().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state | {"module.fc.weight": torch.zeros(400, 2048)}}, tmp_path / "r.pth")
     loaded = networks.load("resnet3d", Evaluate(resnet3d=str(tmp_path / "r.pth")))
-    frames = wave(5, 32, 32, 0.0)
-    assert loaded.judge(frames).shape == (1, 2048) and len(loaded.sha256) == 64
+    large, side = wave(2, 300, 200, 0.0) // 128 * 255, resnet3d.SIZE  # with edges, beyond which bicubic goes
+    channels = [[Image.fromarray(c.numpy().astype(np.float32)) for c in frame] for frame in large]
+    pillow = torch.tensor(np.array([[c.resize((side, side), Image.BICUBIC) for c in frame] for frame in channels]))
+    assert pillow.min() < 0 and pillow.max() > 255
+    with torch.no_grad():
+        direct = network(pillow[[0, *[1] * (resnet3d.FRAMES - 1)]].transpose(0, 1)[None])
+    assert direct.shape == (1, 2048) and len(loaded.sha256) == 64
+    torch.testing.assert_close(loaded.judge(large), direct, rtol=1e-3, atol=1e-4)
 
     class Script(torch.nn.Module):
         def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
             return x.mean((2, 3, 4)) if return_features else x
 
     torch.jit.script(Script()).save(str(tmp_path / "i3d.pt"))
-    script = networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt"), trust_torchscript=True))
+    script, frames = (
+        networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt"), trust_torchscript=True)),
+        wave(5, 32, 32, 0.0),
+    )
     assert script.judge(frames)[0].tolist() == pytest.approx((frames / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=0.02)
 
 
@@ -431,6 +441,24 @@ def test_cosines():
     assert consistency.identity(one, one[0]) < 1 == pytest.approx(consistency.identity(one[:1], one[0]))
     assert np.isnan(consistency.temporal(one[:1]))
     assert consistency.temporal(np.repeat(one[:1], 3, 0)) == pytest.approx(1)
+
+
+def test_identity_is_no_face_similarity(meter):
+    """What docs/quality.md says of it."""
+    reference, frame = real_clip(0.0, (240, 160))[[0, 4]]
+    (points,) = PoseEstimator().track(frame[None])
+    seen = (points[:, 1::-1] * frame.shape[:2]).round().astype(int)  # row, column
+
+    def within(points: np.ndarray, room: int) -> tuple[slice, slice]:
+        return tuple(map(slice, np.maximum(points.min(0) - room, 0), points.max(0) + room))
+
+    faceless, elsewhere = frame.copy(), np.full_like(frame, 120)
+    faceless[within(seen[:11], 8)] = frame[within(seen[:11], 8)].mean((0, 1))
+    elsewhere[within(seen, 0)] = frame[within(seen, 0)]
+    made = torch.from_numpy(np.stack([reference, frame, faceless, elsewhere])).permute(0, 3, 1, 2)
+    features = meter.networks["efficientnet_lite0"].judge(made).numpy()
+    same, erased, moved = (consistency.identity(each[None], features[0]) for each in features[1:])
+    assert abs(same - erased) < 0.5 * (same - moved)
 
 
 @settings(max_examples=20, deadline=None)

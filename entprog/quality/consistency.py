@@ -1,4 +1,6 @@
-"""Whether it stays the same person, and the same from frame to frame: cosines of features."""
+"""Whether frames stay like the reference image, and like each other: cosines of features of whole frames, which are
+mostly of the background where the person is small.
+"""
 
 import numpy as np
 

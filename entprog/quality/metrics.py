@@ -50,7 +50,11 @@ METRICS = {
     "frechet_transnetv2": Metric(
         "Fréchet distance on TransNet V2's features of clips (not FVD)", "lower", "transnetv2", "set"
     ),
-    "identity": Metric("cosine of frame and reference image, EfficientNet-Lite0", "higher", "efficientnet_lite0"),
+    "identity": Metric(
+        "cosine of whole frame and reference image, EfficientNet-Lite0 (not face similarity)",
+        "higher",
+        "efficientnet_lite0",
+    ),
     "temporal": Metric(
         "cosine of neighbouring frames, EfficientNet-Lite0", "higher", "efficientnet_lite0", least_frames=2
     ),

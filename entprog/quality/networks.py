@@ -49,9 +49,13 @@ def by_frames(network: Callable[..., torch.Tensor], *clips: torch.Tensor) -> tor
     return torch.cat([network(*part) for part in parts]).float().cpu()
 
 
-def resized(frames: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
-    """uint8 [F, 3, H, W] → float [F, 3, height, width] in 0..255, antialiased."""
-    return F.interpolate(frames.float(), (height, width), mode=mode, antialias=True).clamp(0, 255)
+def resized(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 [F, 3, H, W] → float [F, 3, height, width] in 0..255, bicubic, antialiased."""
+    return _bicubic(frames, height, width).clamp(0, 255)
+
+
+def _bicubic(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return F.interpolate(frames.float(), (height, width), mode="bicubic", antialias=True)
 
 
 def load(name: str, settings: Evaluate, device: str | torch.device = "cpu") -> Network:
@@ -189,7 +193,8 @@ def _library_i3d(path: Path | None) -> nn.Module:
 
 
 def _resnet3d(settings: Evaluate, device: torch.device) -> Network:
-    """FID-VID's 3-D ResNet-50, from a person's file."""
+    """FID-VID's 3-D ResNet-50, from a person's file; frames resized as by Pillow in DisCo's tool/metrics/utils.py
+    (github.com/Wangt-CN/DisCo), whole videos as its DatasetFVDVideoResize cuts them."""
     path = _given(settings.resnet3d, "resnet3d")
     if path is None:
         raise UserError("metric fid_vid needs resnet-50-kinetics.pth: give it as evaluate.resnet3d=FILE")
@@ -202,13 +207,13 @@ def _resnet3d(settings: Evaluate, device: torch.device) -> Network:
 
     @torch.no_grad()
     def features(frames: torch.Tensor) -> torch.Tensor:
-        clip = F.interpolate(frames.to(device).float(), (size, size), mode="bilinear", align_corners=False)
+        clip = _bicubic(frames.to(device), size, size)  # beyond 0..255 at edges, as there
         missing = -len(clip) % length
         clip = torch.cat([clip, clip[-1:].expand(missing, -1, -1, -1)])
         parts = clip.unflatten(0, (-1, length)).transpose(1, 2)
         return network(parts).mean(0, keepdim=True).float().cpu()
 
-    resize = f"bilinear {size}x{size}, parts of {length} frames (last one repeated), averaged"
+    resize = f"bicubic {size}x{size}, antialiased, parts of {length} frames (last one repeated), averaged"
     return Network("resnet3d-50 kinetics", files.sha256(path), resize, features)
 
 
