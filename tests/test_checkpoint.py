@@ -254,16 +254,36 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
     assert checkpoint.found(tmp_path) == ["step-00000002", "step-00000004"] and len(message) == 1
 
 
+def test_want_of_memory_for_a_save_is_told_and_the_run_goes_on(tmp_path):
+    run, message = Trained(), []
+    with closing(checkpoint.Saver(tmp_path, "id", keep=2, warn=message.append)) as saver:
+        saver.save(run.network, run.state)
+        saver.wait()
+        run.update()
+        run.state.ema["patch_embedding.bias"] = torch.zeros(2**26)  # more than is free
+        little_memory(lambda: saver.save(run.network, run.state))
+    assert len(message) == 1 and "after step 3 was not saved" in message[0] and "can't allocate memory" in message[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def _sharded_rank(rank, world, folder, how):
     join(rank, world, folder)
     if how == "save":
         listed = Place.files  # on a shared disk a listing may lack what another machine has just written
         Place.files = lambda place: {name: size for name, size in listed(place).items() if "part-00002" not in name}
-        run = Trained(sharded=True)
-        with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=pytest.fail)) as saver:
+        run, message = Trained(sharded=True), []
+        with closing(checkpoint.Saver(folder / "checkpoints", "id", keep=1, warn=message.append)) as saver:
             saver.save(run.network, run.state)
             expected = run.tensors()
             run.update()
+            if rank == 1:
+                run.state.ema["patch_embedding.bias"] = torch.zeros(2**26)  # more than is free there
+                saver.wait()
+                little_memory(lambda: saver.save(run.network, run.state))
+            else:
+                saver.wait()
+                saver.save(run.network, run.state)
+        assert ["can't allocate memory" in line for line in message] == [True] * (rank == 0)
         sizes = [path.stat().st_size for path in (folder / "checkpoints" / "step-00000002").glob("*.safetensors")]
         assert len(sizes) == world and max(sizes) < 1.3 * min(sizes), "each rank its part"
     else:

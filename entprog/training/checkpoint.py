@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from entprog.schedule.state import RunState
 from entprog.storage import Place, slices
 from entprog.training import averages
 
+T = TypeVar("T")
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8,}")
 PARTIAL = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.partial")
@@ -75,9 +76,10 @@ class Saver:
         if sharded or self.rank == 0:
             tensors = contents(network, state)
             kept = {name: tensors.pop(f"network/{name}") for name in lasting(network)}
-            tensors = _on_host(tensors) | {f"network/{name}": tensor for name, tensor in kept.items()}
+            copies, failure = _tried(lambda: _on_host(tensors))
+            copies = (copies or {}) | {f"network/{name}": tensor for name, tensor in kept.items()}
             values = {"experiment": self.experiment_hash, **state.as_json()}
-            self.pending = self.thread.submit(self._write, tensors, values)
+            self.pending = self.thread.submit(self._write, copies, values, failure)
         return time.perf_counter() - started
 
     def wait(self) -> None:
@@ -91,25 +93,20 @@ class Saver:
         self.wait()
         self.thread.shutdown()
 
-    def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> str | None:
-        """Runs in the saving thread; returns why it failed, equal on every rank, or None."""
+    def _write(self, tensors: dict[str, torch.Tensor], values: dict[str, Any], failure: str | None) -> str | None:
+        """Runs in the saving thread; returns why it failed, equal on every rank, or None. failure: why tensors lack
+        some on this rank."""
         step = values["step"]
         target, word = self.place / f"step-{step:08d}", self._shared(uuid.uuid4().hex[:8])
         written = self.place / f".{target.name}.{word}.partial" if self.place.local else target
         self.own.add(target.name)
-        failure = None
-        try:
-            if name := not_finite(tensors):
-                failure = f"{name} is not finite"
-        except FAILURES as error:
-            failure = _reason(error)
+        if failure is None:
+            odd, failure = _tried(lambda: not_finite(tensors))
+            failure = failure or (odd and f"{odd} is not finite")
         failure = self._of_any_rank(failure)
         if failure is None:
             writer = slices.Writer(written, word)
-            try:
-                _save(tensors, writer, self.group)
-            except FAILURES as error:
-                failure = _reason(error)
+            _, failure = _tried(lambda: _save(tensors, writer, self.group))
             failure = self._of_any_rank(failure)
             if self.rank == 0:
                 failure = failure or self._complete(written, target, writer.files, values)
@@ -310,11 +307,23 @@ def _told(damaged: Callable[[str], str]):
         raise UserError(damaged(type(error).__name__)) from None
 
 
-FAILURES = (OSError, MemoryError)
-"""For want of space, memory, disk or network."""
+def _lacks(error: BaseException) -> bool:
+    """Whether something failed for want of space, memory, disk or network."""
+    none_free = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's, of the host
+    return none_free or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError))
 
 
-def _reason(error: OSError | MemoryError) -> str:
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what work gives, why it failed if it did: for want of something)."""
+    try:
+        return work(), None
+    except Exception as error:
+        if not _lacks(error):
+            raise
+        return None, _reason(error)
+
+
+def _reason(error: BaseException) -> str:
     """One line."""
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
 
@@ -360,12 +369,12 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(tensors: dict[str, torch.Tensor], writer: slices.Writer, group: dist.ProcessGroup | None) -> None:
-    """Write one rank's tensors. Raises OSError or MemoryError."""
+    """Write one rank's tensors. Raises what any rank lacked (`_lacks`)."""
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise next((cause for cause in causes if not isinstance(cause, FAILURES)), causes[0]) from None
+        raise next((cause for cause in causes if not _lacks(cause)), causes[0]) from None
 
 
 def _load(place: Place, chunks: slices.Chunks, network: nn.Module, state: RunState) -> None:
