@@ -158,8 +158,8 @@ class Train(Part):
     """Metrics of a preview's clips against their own frames (`psnr`, `ssim`, `stlpips`, `pck`, …: those of `evaluate`
     that a clip alone has): on the page, and in MLflow as `preview/NAME`."""
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group after a crash, each from the newest checkpoint; counted anew once a run has got
-    further than before."""
+    """Restarts of the worker group after a crash, each from the newest checkpoint, one at most where a GPU had no room;
+    counted anew once a run has got further than before."""
 
     @property
     def weighs_parts(self) -> bool:
