@@ -29,6 +29,12 @@ COGVIDEOX = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+WAN = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 DDPM = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "linear",
@@ -38,6 +44,7 @@ DDPM = {
 }
 PROCESSES = {
     "flow": Flow(3.0),
+    "solver": Flow.of(WAN),
     "epsilon": Diffusion.of(DDPM),
     "v": Diffusion.of(COGVIDEOX),
     "edm": Edm.of(SVD),
@@ -141,6 +148,9 @@ def test_a_saved_scheduler_gives_the_process_again(tmp_path):
         (Diffusion, {"_class_name": "Evil"}, "no discrete steps"),
         (Diffusion, {}, "of unknown class"),
         (Diffusion, {**DDPM, "prediction_type": "sample"}, "epsilon or v_prediction"),
+        (Flow, {"shift": [1]}, r"the scheduler's shift is \[1\]: it must be a number above 0"),
+        (Flow, {"flow_shift": -3.0}, "must be a number above 0"),
+        (Flow, {**WAN, "solver_order": "x", "solver_type": "y"}, "scheduler UniPCMultistepScheduler cannot be made"),
         (Edm, DDPM, "trains on EulerDiscreteScheduler, v_prediction, continuous"),
     ],
 )
@@ -150,7 +160,8 @@ def test_a_foreign_scheduler_is_one_line(kind, values, message):
 
 
 def test_only_flow_matching_has_a_shift():
-    assert Flow.of(diffusers.UniPCMultistepScheduler(flow_shift=5.0).config).scheduler().config.shift == 5.0
+    of_noise = diffusers.UniPCMultistepScheduler(flow_shift=5.0)  # its sigmas are not a flow's
+    assert Flow.of(dict(of_noise.config)) == Flow(5.0) and Flow(5.0).scheduler().config.shift == 5.0
     assert Flow().scheduler(3.0).config.shift == 3.0
     for name in ("epsilon", "edm"):
         PROCESSES[name].scheduler(1.0)

@@ -13,7 +13,7 @@ squared error of v is EDM's weighted loss.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -22,9 +22,13 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from entprog.errors import UserError
+from entprog.masking import cut, one_line
 
 CLASS = "_class_name"
 """Entry of a scheduler's configuration that names its class."""
+EULER = "FlowMatchEulerDiscreteScheduler"
+SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+"""Of higher order, and walk a flow back where their configuration says so; published Wans have the first."""
 STEPS_PLAINLY = {"CogVideoXDPMScheduler": "CogVideoXDDIMScheduler"}
 """Scheduler whose steps take more than a prediction, its timestep and the sample → one that takes no more and has the
 same entries and ᾱ."""
@@ -62,14 +66,29 @@ class Flow:
     """Flow matching (arXiv 2210.02747, 2209.03003)."""
 
     shift: float = 1.0
+    name: str = EULER
+    """diffusers class of the scheduler: EULER or one of SOLVERS."""
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    """Of one of SOLVERS, but for its shift."""
 
     STEPS = 1000
     """Network timesteps are t·1000."""
 
     @classmethod
     def of(cls, configuration: Mapping[str, Any]) -> "Flow":
-        """The process that a scheduler's configuration describes."""
-        return cls(float(configuration.get("flow_shift") or configuration.get("shift") or 1.0))
+        """The process that a scheduler's configuration describes. Raises UserError for a shift that is none, and a
+        scheduler that diffusers does not make of it."""
+        shift = configuration.get("flow_shift") or configuration.get("shift") or 1.0
+        if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+            raise UserError(f"the scheduler's shift is {cut(repr(shift), 60)}: it must be a number above 0")
+        name = configuration.get(CLASS)
+        if name not in SOLVERS or not configuration.get("use_flow_sigmas"):
+            return cls(float(shift))
+        try:
+            own = _settings(cls(float(shift), name, _settings(configuration)).scheduler().config)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"scheduler {name} cannot be made of its configuration: {one_line(error)}") from None
+        return cls(float(shift), name, {key: value for key, value in own.items() if key != "flow_shift"})
 
     def pair(self, clean, noise, t):
         t = _beside(clean, t)
@@ -89,7 +108,10 @@ class Flow:
         raise UserError(f"train.min_snr={most:g} weights losses of ε or v: this network predicts a flow's velocity")
 
     def scheduler(self, shift=None):
-        return FlowMatchEulerDiscreteScheduler(shift=self.shift if shift is None else shift)
+        shift = self.shift if shift is None else shift
+        if self.name == EULER:
+            return FlowMatchEulerDiscreteScheduler(shift=shift)
+        return getattr(diffusers, self.name).from_config({**self.configuration, "flow_shift": shift})
 
 
 @dataclass(frozen=True)
