@@ -16,6 +16,8 @@ from entprog.config import Lora
 from entprog.errors import UserError
 from entprog.models import adapters, folders, lora
 from entprog.models.adapters import Adapter, Pair
+from helpers import families
+from helpers.families import TINY
 from helpers.networks import SHAPE, latents, tiny_denoiser, tiny_experiment
 from pipelines import adapter as job
 from pipelines.training import networks
@@ -95,6 +97,15 @@ def test_diffusers_takes_it_to_the_bit(saved):
     assert torch.equal(prediction(other), prediction(denoiser)), "alpha over rank is the same too"
     said = (folder / "README.md").read_text()
     assert "half of what was trained" in said and "patch_embedding.weight" in said
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_card_names_diffusers_where_its_pipeline_takes_adapters(name, tmp_path):
+    denoiser, settings = families.load(name), Lora(rank=2)
+    lora.add(denoiser.network, blocks(denoiser.network), settings, 0)
+    lora.save(denoiser.network, settings, [], tmp_path / "a", denoiser.PART, {"family": TINY[name]["family"]})
+    taken = hasattr(denoiser.NETWORK, "load_lora_adapter")
+    assert ("`pipe.load_lora_weights(" in (tmp_path / "a" / "README.md").read_text()) == taken
 
 
 def test_what_diffusers_saves_is_taken_to_the_bit(saved, tmp_path):

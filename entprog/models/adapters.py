@@ -53,6 +53,8 @@ TO_COMFYUI = (
     (".attn2.to_", ".cross_attn."), (".ffn.net.0.proj", ".ffn.0"), (".ffn.net.2", ".ffn.2"),
 )  # fmt: skip
 """Wan's layers in diffusers, and in its original code, which ComfyUI's names follow; longer ones first."""
+NOT_BY_DIFFUSERS = ("latte", "svd")
+"""Families whose pipelines in diffusers load no adapters."""
 COMFYUI_FAMILIES = ("wan", "wan_animate")
 NOT_IN_COMFYUI = "face_adapter."
 """Before the names of layers that ComfyUI's file leaves out: the original has their keys and values in one layer."""
@@ -142,9 +144,10 @@ def _readme(adapter: Adapter, config: Mapping[str, Any]) -> str:
         "# A low-rank adapter\n",
         f"Rank {config['r']}, alpha {config['lora_alpha']:g}, {len(adapter.pairs)} layers of a "
         f"{adapter.about.get('family', '')} network{f', over {Path(bare(str(base))).name}' if base else ''}.{of}\n",
-        f'- diffusers: `pipe.load_lora_weights("THIS FOLDER"{second})` takes {DIFFUSERS}',
         f"- peft: `PeftModel.from_pretrained(network, FOLDER)` takes {PEFT}",
     ]
+    if adapter.about.get("family") not in NOT_BY_DIFFUSERS:
+        lines.append(f'- diffusers: `pipe.load_lora_weights("THIS FOLDER"{second})` takes {DIFFUSERS}')
     if kept := _in_comfyui(adapter):
         left_out = [name for name in adapter.pairs if name not in kept]
         without = f", without {len(left_out)} layers that its network has in another form: {_some(left_out)}"
