@@ -1,6 +1,7 @@
 """Image-to-video CogVideoX: the network sees at training what its diffusers pipeline shows it at inference."""
 
 import json
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -16,8 +17,10 @@ from entprog.models import adapters
 from entprog.models.cogvideox import inspect, load
 from helpers import bases
 from helpers.families import TINY, clips
+from helpers.networks import tiny_experiment
 from helpers.recording import calls
 from pipelines import adapter
+from pipelines.training import checks
 
 SHAPE = ClipShape(frames=9, height=64, width=64, fps=8)
 
@@ -42,22 +45,42 @@ def test_inputs_at_training_are_those_of_the_pipeline(made):
         guidance_scale=1.0, prompt_embeds=denoiser.text, output_type="latent",
     ))  # fmt: skip
     assert len(theirs) == 2
-    encoded, extra = denoiser.encode(batch), int(of_pairs)  # 3 latent frames, of 1.5 one more before them
+    conditions = denoiser.condition(batch.reference, batch.pose)
+    extra = int(of_pairs)  # 3 latent frames, of 1.5 one more before them
     for told in theirs:
         hidden = told["hidden_states"].transpose(1, 2)
         t = denoiser.process.t(told["timestep"].float())
-        (ours,) = calls(
-            denoiser.network, lambda n=hidden[:, :4, extra:], t=t: denoiser.predict(n, t, encoded.conditions)
-        )
+        (ours,) = calls(denoiser.network, lambda n=hidden[:, :4, extra:], t=t: denoiser.predict(n, t, conditions))
         seen = ours["hidden_states"].transpose(1, 2)
         assert seen.shape == (1, 12, 3 + extra, 8, 8) and hidden[:, 4:8, 0].any() and not hidden[:, 4:8, 1:].any()
         torch.testing.assert_close(seen[:, 4:8], hidden[:, 4:8], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(seen[:, :4, extra:], hidden[:, :4, extra:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(seen[:, 8:, extra:], encoded.conditions["pose"])
+        torch.testing.assert_close(seen[:, 8:, extra:], conditions["pose"])
         assert (told["ofs"] is not None) == of_pairs
         for name in ("timestep", "ofs", "image_rotary_emb", "encoder_hidden_states"):
             for one, other in zip(_tensors(ours[name]), _tensors(told[name]), strict=True):
                 torch.testing.assert_close(one, other.to(one), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_in_training_the_image_has_a_little_noise_of_its_own(made):
+    _, folder, of_pairs = made
+    denoiser, batch = load(of(folder)), clips(2, SHAPE)
+    seen, clean = denoiser.encode(batch).conditions, denoiser.condition(batch.reference, batch.pose)
+    assert torch.equal(seen["pose"], clean["pose"]) and not seen["reference"][:, :, 1:].any()
+    alone = denoiser.encode(batch.part(slice(1, 2))).conditions["reference"]
+    torch.testing.assert_close(alone, seen["reference"][1:], rtol=1e-4, atol=1e-4)
+    picture = batch.reference.permute(0, 3, 1, 2).unsqueeze(2) / 127.5 - 1
+    seeds = [torch.Generator().manual_seed(int(one.long().sum())) for one in batch.reference]
+    noise = torch.stack([torch.empty(3, 1, 64, 64).normal_(generator=seed) for seed in seeds])
+    scale = denoiser.vae.config.scaling_factor
+    noisy = denoiser.latents(picture + 0.05 * noise) / (scale**2 if of_pairs else 1)
+    torch.testing.assert_close(seen["reference"][:, :, :1], noisy, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen["reference"], clean["reference"], atol=1e-3)
+    shards = SimpleNamespace(fingerprint="")
+    model = {"family": "cogvideox", "init": {}, "vae": "auto", "base": str(folder)}
+    said = checks.deciding(tiny_experiment(model=model), shards)["inputs of model.base"]
+    assert said == "all, noise on the image"
 
 
 def _tensors(value):

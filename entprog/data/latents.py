@@ -133,6 +133,7 @@ def key(denoiser, family: str, shape: ClipShape, masks: bool = False) -> str:
         if isinstance(module, nn.Module)
     }
     form = [denoiser.form] if denoiser.form else []
+    form += [denoiser.trained_with] if denoiser.trained_with else []
     form += ["own first frame"] if denoiser.first else []
     form += [str(denoiser.vae_autocast)] if denoiser.vae_autocast else []
     form += styles.version(denoiser.skeleton) if "pose" in denoiser.conditions else []

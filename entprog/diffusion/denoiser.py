@@ -69,6 +69,9 @@ class Denoiser(Protocol):
     native: bool
     """Whether it sees all that its base's pipeline shows it, where earlier versions left something out."""
 
+    trained_with: str
+    """What it is shown in training alone, in words."""
+
     faces: bool
     """Whether it sees faces."""
 

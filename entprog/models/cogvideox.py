@@ -4,12 +4,16 @@ Reference and pose enter through new input channels. An image-to-video checkpoin
 channels, has the reference where its pipeline has the image: as latents of a first frame, with zeros after it. Networks
 that an earlier version trained from one are fed zeros there, and have the reference in new channels.
 
+In training that image has a little noise, added to its pixels, each picture its own, so that latents can be cached: the
+base was trained with it (log strength of mean -3, spread 0.5: `image_noise_sigma` in CogVideo's
+`finetune/models/cogvideox_i2v/lora_trainer.py`), lest clips stand still. Samples are made from a clean one, as there.
+
 Text and video share one attention, so the number of text tokens matters: `model.prompt_embeds`, or zeros, is filled up
 with zeros to the network's own number.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,16 +27,19 @@ from torch.nn import functional
 
 from entprog import config
 from entprog.blocks import bypass
+from entprog.data.clips import Clips, Latents
 from entprog.diffusion.processes import Diffusion
 from entprog.errors import UserError
 from entprog.models import loading, sources, texts
-from entprog.models.denoising import VideoDenoiser
+from entprog.models.denoising import VideoDenoiser, own_noise
 from entprog.models.geometry import Geometry
 
 CLASS = "CogVideoXTransformer3DModel"
 
 FIRST_LATENT = "first latent frame"
 """Form of a reference as an image-to-video checkpoint sees it."""
+IMAGE_NOISE = 0.05
+"""Deviation of the image's noise in training, of pixels in -1..1."""
 OFS = 2.0
 """What CogVideoX 1.5's image-to-video networks get beside the timestep: a constant of diffusers' pipeline."""
 
@@ -52,6 +59,7 @@ class CogVideoXDenoiser(VideoDenoiser):
     INPUT = "patch_embed.proj"
     PROCESS = Diffusion
     TEXT_PIPELINE = "CogVideoXPipeline"
+    TRAINED_WITH = "noise on the image"
     SCHEDULER: ClassVar[dict[str, Any]] = {
         "_class_name": "CogVideoXDDIMScheduler",
         "prediction_type": "v_prediction",
@@ -64,14 +72,20 @@ class CogVideoXDenoiser(VideoDenoiser):
         "clip_sample": False,
     }
 
+    noised: bool = False
+    """Whether the image has its noise."""
+
     @property
     def form(self) -> str:
         return FIRST_LATENT if self.native else ""
 
+    def encode(self, clips: Clips) -> Latents:
+        return VideoDenoiser.encode(replace(self, noised=True), clips)
+
     def reference(self, image: torch.Tensor, frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
         if not self.native:
             return super().reference(image, frames)
-        latents = self.latents(image)
+        latents = self.latents(image + IMAGE_NOISE * own_noise(image) if self.noised else image)
         if self.vae.config.invert_scale_latents:  # of 1.5: the image was divided by the factor in training
             latents = latents / self.vae.config.scaling_factor**2
         return functional.pad(latents, (0, 0, 0, 0, 0, self._geometry.latent_frames(frames) - 1))

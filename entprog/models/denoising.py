@@ -124,6 +124,11 @@ class VideoDenoiser(Family):
         return self.FACES and self.native
 
     @property
+    def trained_with(self) -> str:
+        """What it is shown in training alone, in words; part of what cached latents and runs belong to."""
+        return self.TRAINED_WITH if self.native else ""
+
+    @property
     def replaces(self) -> bool:
         """Whether it sees a video that a person is put into (condition `background`)."""
         return self.sees_around(self.native, self.vae is not None)
@@ -324,6 +329,15 @@ class VideoDenoiser(Family):
 def _bytes(pixels: torch.Tensor) -> torch.Tensor:
     """float [..., 3, H, W] in -1..1 → uint8 [..., H, W, 3]."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
+
+
+def own_noise(pictures: torch.Tensor) -> torch.Tensor:
+    """Noise for pictures [B, 3, 1, H, W] in -1..1, of each by the sum of its levels: the same wherever a picture is
+    encoded. Drawn on the CPU, whose generator differs from a GPU's."""
+    sums = ((pictures + 1) * 127.5).round().long().flatten(1).sum(1).tolist()
+    size = pictures.shape[1:]
+    drawn = [torch.empty(size).normal_(generator=torch.Generator().manual_seed(seed)) for seed in sums]
+    return torch.stack(drawn).to(pictures)
 
 
 def process_of(cls: type[VideoDenoiser], root: Path | None, about: dict[str, Any]) -> Process:

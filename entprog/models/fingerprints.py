@@ -77,6 +77,7 @@ def held_out(experiment: Experiment, dataset: "Dataset") -> str:
         *(["last frame"] if source and source.last else []),
         *(["own first frame"] if source and source.first else []),
         *(["native"] if source and source.native else []),
+        *([source.trained_with] if source and source.trained_with else []),
         *([experiment.model.vae_dtype] if experiment.model.vae_dtype != "float32" else []),
     )
 

@@ -49,6 +49,8 @@ class Family:
     """Whether its networks' attention is given a mask, which not all kernels take (`model.attention`)."""
     FACES: ClassVar[bool] = False
     """Whether networks that see all that their pipeline shows them (`VideoDenoiser.native`) see faces."""
+    TRAINED_WITH: ClassVar[str] = ""
+    """What such networks are shown in training alone, in words."""
     SEVERAL: ClassVar[bool] = False
     """Whether its networks have a place for several reference pictures."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS

@@ -78,6 +78,8 @@ class Source:
     """As a denoiser's."""
     native: bool
     """As a denoiser's."""
+    trained_with: str
+    """As a denoiser's."""
     faces: bool
     """As a denoiser's."""
     replaces: bool
@@ -181,7 +183,8 @@ def inspect(
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors,
         texts.trained(settings, root, of_adapter or about), more, process,
-        skeleton, points, last, first, native, native and cls.FACES, cls.sees_around(native, vae is not None), expert,
+        skeleton, points, last, first, native, cls.TRAINED_WITH if native else "",
+        native and cls.FACES, cls.sees_around(native, vae is not None), expert,
         outside, partial(geometry.stream, network.get_submodule(cls.INPUT)),
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ from entprog.errors import UserError
 from entprog.media.faces import Faces
 from entprog.models import loading, sources, texts, vision
 from entprog.models import units as units  # registers its block classes
-from entprog.models.denoising import VideoDenoiser
+from entprog.models.denoising import VideoDenoiser, own_noise
 from entprog.models.geometry import Geometry
 
 CLASS = "UNetSpatioTemporalConditionModel"
@@ -127,7 +127,7 @@ class SvdDenoiser(VideoDenoiser):
         return out
 
     def reference(self, image: torch.Tensor, frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
-        return super().reference(image + REFERENCE_NOISE * _noise(image) if self.native else image, frames)
+        return super().reference(image + REFERENCE_NOISE * own_noise(image) if self.native else image, frames)
 
     @torch.no_grad()
     def _embedding(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -210,15 +210,6 @@ def antialiased(pictures: torch.Tensor, side: int) -> torch.Tensor:
         padded = functional.pad(pictures, (wide // 2, wide // 2, high // 2, high // 2), mode="reflect")
         pictures = functional.conv2d(padded, weights.view(1, 1, high, wide).expand(3, -1, -1, -1), groups=3)
     return functional.interpolate(pictures, (side, side), mode="bicubic", align_corners=True)
-
-
-def _noise(pictures: torch.Tensor) -> torch.Tensor:
-    """Noise for pictures [B, 3, 1, H, W] in -1..1, of each by the sum of its levels: the same wherever a picture is
-    encoded. Drawn on the CPU, whose generator differs from a GPU's."""
-    sums = ((pictures + 1) * 127.5).round().long().flatten(1).sum(1).tolist()
-    size = pictures.shape[1:]
-    drawn = [torch.empty(size).normal_(generator=torch.Generator().manual_seed(seed)) for seed in sums]
-    return torch.stack(drawn).to(pictures)
 
 
 inspect = partial(sources.inspect, SvdDenoiser)

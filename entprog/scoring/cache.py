@@ -114,7 +114,7 @@ def _key(
     rest += [model.attention] if model.attention != "native" else []
     rest += [experiment.data.text, texts.folder.name] if texts else []
     rest += ["last frame"] * denoiser.last + ["native"] * denoiser.native
-    rest += ["own first frame"] * denoiser.first
+    rest += ["own first frame"] * denoiser.first + [denoiser.trained_with] * bool(denoiser.trained_with)
     device = next(denoiser.network.parameters()).device
     rest += [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     return table_key(weights, dataset.fingerprint, experiment.priority, rest)

@@ -231,7 +231,7 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, after: Experime
     values = {name: value for name, value in values.items() if name not in SHOWN}
     values |= _shown_after(model, after.model) if source is None else _shown(model, source)
     if source and source.native:
-        values["inputs of model.base"] = "all"
+        values["inputs of model.base"] = f"all, {source.trained_with}" if source.trained_with else "all"
     if experiment.data.text != "fixed":
         values["text encoder"] = captions.source(model).key
     return values | {
