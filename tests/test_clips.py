@@ -4,6 +4,7 @@ import io
 import itertools
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -320,12 +321,42 @@ def test_nothing_global_is_changed_and_closing_frees_the_cpus(local_ray, dataset
     assert not options.preserve_order and options.resource_limits.cpu in (None, float("inf"))
     stream.close()
     stream.close()
-    deadline = time.time() + 60
-    while local_ray.available_resources().get("CPU", 0) < local_ray.cluster_resources()["CPU"]:
-        assert time.time() < deadline, f"CPUs still held: {local_ray.available_resources()}"
-        time.sleep(0.05)
+    all_free(local_ray)
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def all_free(ray):
+    deadline = time.time() + 60
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.time() < deadline, f"CPUs still held: {ray.available_resources()}"
+        time.sleep(0.05)
+
+
+def test_a_reader_that_ends_waits_for_no_execution_that_cannot_begin(local_ray, dataset, monkeypatch):
+    """As where another job has taken the CPUs meanwhile; once they are free nothing of it is left."""
+    monkeypatch.setattr(feed, "TASKS", 2)
+    monkeypatch.setattr(feed, "TASK_BATCHES", 1)
+    monkeypatch.setattr(feed, "CLOSING_S", 0.1)
+    stream = ray_stream(dataset)
+    next(stream)
+
+    class Other:
+        def has_begun(self):
+            return True
+
+    other = local_ray.remote(num_cpus=int(local_ray.cluster_resources()["CPU"]))(Other).remote()
+    assert local_ray.get(other.has_begun.remote())
+    next(stream)  # the last of this execution: the next one is asked for
+    (starting,) = [thread for thread in threading.enumerate() if thread.name == "next-execution"]
+    closing = threading.Thread(target=stream.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive() and starting.is_alive()
+    local_ray.kill(other)
+    starting.join(60)
+    assert not starting.is_alive()
+    all_free(local_ray)
 
 
 def test_tasks_do_not_run_far_ahead_of_a_slow_reader(local_ray, dataset, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +52,9 @@ THREADS = 16
 """Most threads that decode for one reader: beyond it they wait for Python's lock."""
 BATCHES_AHEAD = 2, 4
 """Batches that are decoded at once: at least and, where they hold fewer clips than threads decode, at most."""
+CLOSING_S = 10.0
+"""How long a reader that ends waits for an execution that is about to begin, to end it: who fails, or is told to end
+while none can begin, has to say so."""
 NODE = "ray.io/node-id"
 """Label of a node that Ray gives each."""
 Decode = Callable[[Arrays, Callable[..., Iterable]], tuple[object, float]]
@@ -236,9 +239,7 @@ def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip
         inputs = [{"first": i * rows, "count": rows} for i in range(number * tasks, (number + 1) * tasks)]
         return _execute(task, inputs, order.batch_size, ahead_bytes, work, collate)
 
-    # The thread waits for Ray alone: starting takes a second or two.
-    starter = ThreadPoolExecutor(1, "next-execution")
-    ahead: Future | None = starter.submit(_begun, execution(0))
+    ahead: Future | None = _begun(execution(0))
     current: Iterator = iter(())
     try:
         for number in itertools.count(1):
@@ -246,19 +247,34 @@ def _batches(read: Read, collate: Callable[[Arrays], object], order: Order, clip
             ahead = None
             for done, batch in enumerate(itertools.chain([first], current)):
                 if done == int(tasks * batches * BEGUN_AT):
-                    ahead = starter.submit(_begun, execution(number))
+                    ahead = _begun(execution(number))
                 yield batch
     finally:
         _close(current)
-        with suppress(Exception):  # nobody will read it
-            if ahead is not None:
-                _close(ahead.result()[1])
-        starter.shutdown()
+        if ahead is not None:
+            wait([ahead], CLOSING_S)
+            ahead.add_done_callback(_unread)
 
 
-def _begun(batches: Iterator) -> tuple[object, Iterator]:
-    """(first batch, the others): asking for it starts the execution."""
-    return next(batches), batches
+def _begun(batches: Iterator) -> Future:
+    """(first batch, the others), once they are there. Asking for the first starts an execution, which takes a second or
+    two, or for ever where no CPU is free: its thread waits for Ray alone, and nobody for it when the process ends."""
+    future: Future = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result((next(batches), batches))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=ask, name="next-execution", daemon=True).start()
+    return future
+
+
+def _unread(begun: Future) -> None:
+    """End an execution that nobody will read."""
+    with suppress(Exception):
+        _close(begun.result()[1])
 
 
 def _close(batches: Iterator) -> None:
