@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -167,7 +169,9 @@ def test_two_commands_are_not_at_work_in_one_folder(inputs, place):
     try:
         other.stdout.readline()
         before = everything(output)
-        assert "another command is at work in" in refused("train", *inputs["train"], "--output", output)
+        said = refused("train", *inputs["train"], "--output", output)
+        assert f"another command is at work in {output} (process {os.getpid()} on {socket.gethostname()}): " in said
+        assert said.strip().endswith(f"if its machine is gone, remove {path}")
         assert everything(output) == before
     finally:
         other.kill()

@@ -8,6 +8,8 @@ OUTPUT/.entprog.lock, so that the same command, begun twice, does not work there
 
 import contextlib
 import json
+import os
+import socket
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from entprog import files, masking, storage
 from entprog.errors import UserError
+from entprog.names import plain
 from entprog.storage import PROBE, Place, Where
 
 MARK = "entprog-job.json"
@@ -149,15 +152,30 @@ def hold(folder: Where, of: Where | None = None) -> None:
     locks, output = _holding.get(), of or folder
     if locks is None or isinstance(folder, Place):
         return
-    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)  # one for all that this process does in a folder
+    path = folder / LOCK
+    holder = _holder(path)  # older filelock empties what it tries to lock
+    lock = FileLock(path, timeout=0, is_singleton=True)  # one for all that this process does in a folder
     try:
         locks.enter_context(lock)
+        with files.opened(path, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
+        # NFS 3 keeps the lock of a machine that never comes back for good, NFS 4 for a minute or two.
         raise UserError(
-            f"another command is at work in {output}: wait for its end (`entprog status {output}`), or end it"
+            f"another command is at work in {output}{holder}: wait for its end (`entprog status {output}`), or end it; "
+            f"if its machine is gone, remove {path}"
         ) from None
     except (NotImplementedError, OSError):
         return
+
+
+def _holder(lock: Path) -> str:
+    """Who has taken a lock last, in brackets; empty where that is not known."""
+    try:
+        said = plain(masking.one_line(lock.read_text(errors="replace"), most=100))
+    except OSError:
+        return ""
+    return f" ({said})" if said else ""
 
 
 def writable(folder: Where) -> None:
