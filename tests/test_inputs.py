@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -588,3 +589,14 @@ def test_a_remote_folder_and_a_remote_manifest(server, folder):
     assert {file: row["reason"] for file, row in probed.items()} == {"a/cam01.mp4@0,0,134,120": "", "00001/images": ""}
     with pytest.raises(UserError, match="cannot read input http"):
         inputs.find("http://127.0.0.1:9/", HERE)
+
+
+def test_columns_that_are_not_read_take_no_memory(tmp_path):
+    """Tables of video sets have dozens."""
+    path = tmp_path / "list.csv"
+    path.write_text("path," + ",".join(f"c{i}" for i in range(300)) + "\n" + ("a.mp4" + "," * 300 + "\n") * 2000)
+    tracemalloc.start()
+    entries, unread = manifest.read(path, path.name)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(entries) == 2000 and len(unread) == 300 and taken < 8 << 20

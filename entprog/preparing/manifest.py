@@ -48,9 +48,11 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
     Raises UserError naming the row that is wrong, the columns that are missing, or a size over the limits.
     """
     suffix, most = path.suffix.lower(), most or Limits()
+    rows: list[dict[str, Any]] = []
+    unread: set[str] = set()
     try:
         if suffix == ".parquet":
-            rows = _parquet(path, most)
+            _take(_parquet(path, most), rows, unread)
         else:
             if path.stat().st_size > most.max_decoded_bytes:
                 raise UserError(limits.too_many_bytes(path.stat().st_size, most))
@@ -60,15 +62,20 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
                     _check_count(lines)
                     return [Entry(line) for line in lines if line and not line.startswith("#")], []
                 kinds = {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
-                rows = list(islice(kinds[suffix](text), MAX_ROWS + 1))
+                _take(kinds[suffix](text), rows, unread)
         _check_count(rows)
-        rows = [_named(row) for row in rows]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         message = str(error).replace(f"{path}: ", "").replace(str(path), name)
         raise UserError(f"cannot read manifest {name}: {one_line(message)}") from None
     entries = [_entry(row, f"manifest {name}, row {number}") for number, row in enumerate(rows, 1)]
-    unread = {column for row in rows for column in row} - set(COLUMNS)
     return entries, [f"{column}{close_to(column, COLUMNS)}" for column in sorted(unread)]
+
+
+def _take(found: Iterable[dict[str, Any]], rows: list[dict[str, Any]], unread: set[str]) -> None:
+    """Add what is read of each row, and the names of what is not: a table may have many columns more."""
+    for row in islice(map(_named, found), MAX_ROWS + 1):
+        unread.update(row.keys() - COLUMNS)
+        rows.append({column: row[column] for column in COLUMNS if column in row})
 
 
 def _check_count(rows: list[Any]) -> None:
