@@ -241,6 +241,8 @@ def test_blocks_that_are_drawn_anew_before_they_have_warmed_up_are_said(warmup, 
     dataset, source = SimpleNamespace(clips=lambda split: 100), SimpleNamespace(root=None)
     lines = outline.notes(config.build(values), dataset, source)
     assert [line.startswith(f"Note: train.block_warmup_steps is {warmup}, ") for line in lines] == [True] * said
+    searched = outline.notes(config.build(values | {"schedule": {"kind": "entprog"}}), dataset, source)
+    assert ["a search tries blocks that are new" in line for line in searched] == [True]
 
 
 def test_the_timestep_shift_follows_the_number_of_pixels():

@@ -211,6 +211,7 @@ def search_between_two(**schedule):
         evaluation=lambda: 0.5,
         full=full,
         memory=lambda plan: plan.m,
+        model=lambda shape: None,
     )
     state = RunState(optimizer=None, stage=0, candidates=(half, full))
     return Search(names, dict.fromkeys(names, 0.0), prices, experiment, state), state
@@ -236,6 +237,22 @@ def test_a_later_search_or_scoring_is_to_be_paid_back_too():
     search.note(Trial(candidate=0, loss_before=1.0, loss=0.9, cost=0.5), 1.5)
     assert state.break_even_step is None, "a run may end here"
     assert [*train(3)] == [None, 8, 8]
+
+
+def test_plans_do_not_shrink_after_a_search_that_its_stage_cut_off():
+    """No plan is in force then: what binds is what the stage before it trained. A plan that a stage waits with binds it
+    to nothing."""
+    search, state = search_between_two(monotone=True)
+
+    def sizes(stage):
+        search.open(stage)
+        return [plan.m for plan in state.candidates]
+
+    assert sizes(0) == [2, 4, 6, 8]
+    state.decisions.append(replace(search.decide(), plan=state.candidates[1]))
+    assert sizes(0) == [2, 4, 6, 8], "after the warm-up"
+    assert sizes(1) == [4, 6, 8] and state.plan is None
+    assert sizes(2) == [4, 6, 8]
 
 
 @pytest.mark.parametrize(("m", "full_cost"), [(8, 3.0), (6, 2.0)])

@@ -24,7 +24,8 @@ class Trial:
     loss: float
     """ℓ after it."""
     cost: float
-    """T: seconds (slowest rank) or FLOPs of the step, evaluation not included."""
+    """T: seconds (slowest rank) or FLOPs of the step; neither evaluation nor what its clips cost before it (reading,
+    decoding, encoding), which smaller clips need not lower: trials cut them from whole ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

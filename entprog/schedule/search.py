@@ -65,7 +65,7 @@ class Search:
         """Begin a stage: its candidates, and what foresees their costs. Raises UserError if no plan fits the memory
         budget."""
         state, schedule, shape = self.state, self.schedule, self.experiment.data.shape
-        before = state.plan
+        before = next((each.plan for each in reversed(state.decisions) if each.stage < stage), None)
         if stage != state.stage:
             state.search_cost, state.stage_step, state.draw = 0.0, state.step, 0
         state.stage, state.plan, state.trials, state.loss_now, state.waits = stage, None, [], None, False

@@ -102,6 +102,11 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
             f"train.block_warmup_steps is {train.block_warmup_steps}, schedule.table draws blocks anew every "
             f"{min(redraws)} steps: most never come to train.learning_rate"
         )
+    if experiment.schedule.kind == "entprog" and train.block_warmup_steps:
+        out.append(
+            f"train.block_warmup_steps is {train.block_warmup_steps}: a search tries blocks that are new at a part of "
+            "the learning rate, beside those of the plan before at all of it, so that they look worse than they are"
+        )
     if train.drop.text and not _has_text(experiment, source):
         out.append(f"train.drop.text={train.drop.text:g} withholds nothing: data.text={data.text} shows no text")
     if experiment.in_fp8 and not experiment.model.compile_blocks:
