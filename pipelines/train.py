@@ -269,7 +269,7 @@ def run(
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
-        experiment.tracking.run_name or f"{experiment.name}-{experiment.schedule.kind}",
+        experiment.tracking.run_name or output.resolve().name,
         params=config.settings(experiment),
         tags={
             "entprog.commit": cli.commit(),

@@ -259,7 +259,7 @@ def test_phases_are_the_common_settings_with_their_own_over_them(tmp_path):
     a, b = config.phases(experiment, tmp_path).values()
     assert (a.train.steps, b.train.steps, a.data.shape.frames, b.data.shape.frames) == (3, 24, 2, 1)
     assert a.model == experiment.model and b.model.base == str(tmp_path / "a" / "model") and not b.model.init
-    assert not a.phases and a.name == "experiment-a"
+    assert not a.phases and a.name == "experiment-a" and a.tracking.run_name == f"{tmp_path.name}-a"
     with pytest.raises(UserError, match="family"):
         config.phases(tiny_experiment(phases={"a": {}, "b": {"model": {"family": "other"}}}), tmp_path)
 

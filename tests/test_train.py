@@ -142,9 +142,10 @@ def test_a_run_that_diverged_leaves_no_model_however_often_it_is_tried(place, sh
 
 
 def test_mlflow_has_the_run(undisturbed, place):
-    result, _ = undisturbed
+    result, output = undisturbed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = client.get_run(result["mlflow_run_id"])
+    assert run.info.run_name == output.name
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.candidates"] == "[0.34, 1.0]" and run.data.params["train.steps"] == "16"
     for name in ("data", "held_out", "base", "scores", "device", "way", "commit"):

@@ -107,7 +107,7 @@ class Tracking(Part):
     experiment: str = "entprog"
     """Experiment name."""
     run_name: str | None = None
-    """Run name. None: preset and schedule."""
+    """Run name. None: that of the output folder."""
     model_name: str | None = None
     """Name in MLflow's model registry under which the result becomes a new version. None: not registered."""
     system_every_s: float | None = Field(default=10.0, gt=0)

@@ -30,8 +30,9 @@ def phases(experiment: Experiment, output: Where) -> dict[str, Experiment]:
                 "other from the one before"
             )
         values = merge(common, own) | {"name": f"{experiment.name}-{name}"}
-        if experiment.tracking.run_name and "run_name" not in own.get("tracking", {}):
-            values = merge(values, {"tracking": {"run_name": f"{experiment.tracking.run_name}-{name}"}})
+        if "run_name" not in own.get("tracking", {}):
+            whole = experiment.tracking.run_name or output.resolve().name
+            values = merge(values, {"tracking": {"run_name": f"{whole}-{name}"}})
         if experiment.train.checkpoints and "checkpoints" not in own.get("train", {}):
             values = merge(values, {"train": {"checkpoints": within(experiment.train.checkpoints, name)}})
         if out:

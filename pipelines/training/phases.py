@@ -42,7 +42,7 @@ def run(
     tracker = Tracker.start(
         output,
         experiment.tracking.experiment,
-        experiment.tracking.run_name or experiment.name,
+        experiment.tracking.run_name or output.resolve().name,
         params=config.settings(experiment),
         tags={"entprog.commit": cli.commit(), "entprog.kind": "phases", **(tags or {})},
         parent=parent,

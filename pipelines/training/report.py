@@ -77,6 +77,7 @@ def show(result: dict[str, Any], output: Where, uri: str) -> None:
             *_break_even(result),
             ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
             ("model", str(output / "model")),
+            ("MLflow run", result["mlflow_run_id"]),
         ],
         ("figure", "value"),
     )

@@ -57,7 +57,7 @@ class Command:
     def __init__(self, place, shards, name):
         self.place, self.output = place, place / name
         self.words = [sys.executable, "-m", "pipelines.train", "--config", "tiny.yaml", "--shards", str(shards)]
-        self.words += ["--output", str(self.output), "--set", f"tracking.run_name={name}"]
+        self.words += ["--output", str(self.output)]
         self.env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
     def killed(self, *settings, **acts):
