@@ -86,6 +86,13 @@ def test_a_verb_is_its_job(tmp_path):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+def test_generate_tells_wrong_arguments_without_loading_torch(tmp_path):
+    asked = ("--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"))
+    done = entprog("generate", *asked, and_then="print('torch' in sys.modules)")
+    assert done.returncode == 2 and done.stdout == "False\n", done.stderr
+    assert done.stderr.startswith("error: ")
+
+
 def test_a_command_is_recorded_as_it_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/opt/bin/entprog", "train", "--set", "tracking.run_name=a b"])
     assert cli.command() == "entprog train --set 'tracking.run_name=a b'"

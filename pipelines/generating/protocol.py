@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entprog import files
 from entprog.config import Evaluation, Generate
@@ -11,13 +11,16 @@ from entprog.data.shards import Dataset
 from entprog.errors import UserError
 from entprog.media import h264
 from entprog.media import video as videos
-from entprog.models import fingerprints
 from entprog.preparing.cutting import FILES
 from entprog.quality.card import ProtocolCard
-from entprog.quality.metrics import METRICS, Meter
 from entprog.storage import Where
 from pipelines.generating import checkpoints
 from pipelines.generating.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from entprog.quality.metrics import Meter
+
+# torch is imported where it is needed: `generate` tells wrong arguments at once, not after seconds.
 
 FILE = "protocol.json"
 """The file in a folder of generated clips that records how they were made."""
@@ -25,6 +28,8 @@ FILE = "protocol.json"
 
 def how_sampled(maker: Checkpoint, chosen: Generate, gpu: bool) -> dict[str, Any]:
     """All that decides what a checkpoint makes of a motion, on a GPU or without."""
+    from entprog.models import fingerprints
+
     text = {}
     if chosen.text is not None:
         text = {"text": chosen.text, "text encoder": checkpoints.text_source(maker, chosen).key}
@@ -77,9 +82,11 @@ def leave(folder: Where, made: dict[str, Any]) -> None:
 
 
 def card(
-    name: str, meter: Meter, settings: Evaluation, dataset: Dataset, clips: int, made: dict[str, Any], file: Path
+    name: str, meter: "Meter", settings: Evaluation, dataset: Dataset, clips: int, made: dict[str, Any], file: Path
 ) -> ProtocolCard:
     """The card of one metric's figure. made: of `how_made` or `how_given`; file: one of the clips."""
+    from entprog.quality.metrics import METRICS
+
     network, sha256, resize = meter.judge(name)
     shape = dataset.shape
     prepared = dataset.settings.get("prepare", {})
@@ -128,6 +135,8 @@ def shown(made: dict[str, Any]) -> list[str]:
 def judged(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: Sequence[str]) -> str:
     """What a metric's figure depends on beside its network, in words. made_by: where the shards' poses come from;
     datasets of earlier versions do not say it."""
+    from entprog.quality.metrics import METRICS
+
     if METRICS[name].network == "rtmw":
         known = made_by or ["rtmlib" if prepared.get("pose") == "rtmlib" else FILES]
         return f"wanted pose by {' and '.join(known)}"
