@@ -331,6 +331,7 @@ def _edit(path, **values):
         ({"init": {"in_channels": 2}}, "computed"),
         ({"init": {**NETWORK, "out_channels": 16}}, "16 output channels"),
         ({"init": {**NETWORK, "num_layers": "many"}}, "model.init does not describe a WanTransformer3DModel"),
+        ({"init": {**NETWORK, "attention_head_dim": 15}}, "model.init does not describe a WanTransformer3DModel"),
         ({"init": {**NETWORK, "patch_size": []}}, "patch_size needs 3 numbers"),
     ],
 )

@@ -411,6 +411,6 @@ def _on_meta(cls: type, values: dict[str, Any], setting: str):
     try:
         with torch.device("meta"):
             return cls.from_config(values)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+    except weight_files.UNFIT as error:
         reason = one_line(error)
         raise UserError(f"{setting} does not describe a {cls.__name__}: {type(error).__name__}: {reason}") from None

@@ -25,6 +25,8 @@ from entprog.storage import answered
 
 OLDER = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 """How older names of weights end, which diffusers changes as it reads them."""
+UNFIT = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AssertionError, AttributeError)
+"""What diffusers raises for a configuration that is none of the class's, by the entry that is wrong."""
 VARIANTS = ("", "fp32", "bf16", "fp16")
 """Variants of the same weights, the most exact first; others come after them."""
 
@@ -155,7 +157,7 @@ def pretrained(cls: type, folder: Path, setting: str, trust_pickle: bool = False
                 torch_dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *UNFIT) as error:
         cause = _first_cause(error)
         answered(found.files[-1], cause)
         said, _, _ = str(cause).partition(" If you want to instead")  # what one who programs might pass
