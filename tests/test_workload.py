@@ -43,12 +43,15 @@ def test_a_runs_clips_and_flops_are_those_of_its_stages(capsys):
     assert "encodes its clips, 420 times each" in expectation.encoding(experiment, 100, 1.0, 1.0)
     plain = workload.denoiser(experiment, source)
     small, whole = (workload.forward_flops(plain, shape) for _, shape, _ in workload.stages(experiment))
-    counted = 3 * (500 * 48 * small + 1500 * 12 * whole)
-    assert workload.run_flops(experiment, source) == counted and small < whole
+    by_stage = [3 * 500 * 48 * small, 3 * 1500 * 12 * whole]
+    counted = sum(by_stage)
+    assert workload.stage_flops(experiment, source) == by_stage and small < whole
     adapters, _ = of("wan", train=train | {"lora": {"rank": 1}}, schedule={**STAGES, "tokens": "constant"})
-    assert workload.run_flops(adapters, source) == counted * 2 / 3
+    assert sum(workload.stage_flops(adapters, source)) == counted * 2 / 3
     expectation.tell(experiment)
-    assert f"up to {counted / 1e15:.3g} PFLOP" in (said := capsys.readouterr().out) and " on 2 of them" in said
+    shares = f"{by_stage[0] / counted:.0%}, {by_stage[1] / counted:.0%} of it in the table's rows"
+    told = f"up to {counted / 1e15:.3g} PFLOP ({shares})"
+    assert told in (said := " ".join(capsys.readouterr().out.split())) and " on 2 of them" in said
     in_seconds, _ = of("wan", train={"steps": None, "seconds": 9}, schedule={"clock": "seconds"})
     assert workload.epochs(in_seconds, 100) is workload.line(in_seconds, source) is None
 

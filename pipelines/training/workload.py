@@ -49,22 +49,25 @@ def line(experiment: Experiment, source: Source) -> str | None:
     """What the run computes, and what that means on a card, in words; None where its budget is not in steps."""
     if experiment.train.steps is None:
         return None
-    flops, each = run_flops(experiment, source), SHARE * FLOPS_PER_S
-    workers = experiment.train.workers
+    by_stage, each = stage_flops(experiment, source), SHARE * FLOPS_PER_S
+    flops, workers, shares = sum(by_stage), experiment.train.workers, ""
+    if experiment.schedule.kind == "progressive" and experiment.schedule.has_smaller_clips:  # small steps are cheap
+        shares = f" ({', '.join(f'{part / flops:.0%}' for part in by_stage)} of it in the table's rows)"
     return (
-        f"Work, counted: up to {flops / 1e15:.3g} PFLOP, all blocks in every step; clips' encoding and what ranks or "
-        f"searches comes on top. At {each / 1e12:.0f} TFLOP/s, {SHARE:.0%} of an {GPU}'s in bfloat16, that is "
+        f"Work, counted: up to {flops / 1e15:.3g} PFLOP{shares}, all blocks in every step; clips' encoding and what "
+        f"ranks or searches comes on top. At {each / 1e12:.0f} TFLOP/s, {SHARE:.0%} of an {GPU}'s in bfloat16, that is "
         f"{terminal.duration(flops / each / workers)}{f' on {workers} of them' if workers > 1 else ''}, elsewhere in "
         "proportion: a forecast, not a measurement."
     )
 
 
-def run_flops(experiment: Experiment, source: Source) -> float:
-    """FLOPs of all workers over `train.steps`, each of which trains all blocks: two forward passes' worth for gradients
-    of what blocks are given and of their weights, which adapters spare, and one for what checkpointing recomputes."""
+def stage_flops(experiment: Experiment, source: Source) -> list[float]:
+    """FLOPs of all workers in each stage of `train.steps`, all of which train all blocks: two forward passes' worth for
+    gradients of what blocks are given and of their weights, which adapters spare, and one for what checkpointing
+    recomputes."""
     plain = denoiser(experiment, source)
     passes = 3 + bool(experiment.model.gradient_checkpointing) - (experiment.train.lora is not None)
-    return sum(steps * clips * passes * forward_flops(plain, shape) for steps, shape, clips in stages(experiment))
+    return [steps * clips * passes * forward_flops(plain, shape) for steps, shape, clips in stages(experiment)]
 
 
 def denoiser(experiment: Experiment, source: Source) -> VideoDenoiser:
