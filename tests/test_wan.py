@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from entprog import blocks
 from entprog.config import ClipShape, Model
 from entprog.errors import UserError
-from entprog.models import families, family
+from entprog.models import families, family, fingerprints
 from entprog.models.folders import saved
 from entprog.models.wan import inspect, load
 from helpers.families import FIVE as SHAPE
@@ -256,6 +256,27 @@ def test_prompt_embeds_are_seen_and_kept(tmp_path):
     assert not torch.equal(denoiser.predict(*given), without.predict(*given))
     denoiser.save(tmp_path / "model")
     assert torch.equal(load(Model(base=str(tmp_path / "model"))).predict(*given), denoiser.predict(*given))
+
+
+@torch.no_grad()
+def test_prompt_embeds_are_filled_up_as_the_base_has_seen_texts(tmp_path):
+    """What lies with a network that an earlier version trained is left as it was."""
+    embeds = torch.randn(6, 8)
+    kept, hashes = {}, set()
+    for name, tokens in {"short": embeds, "whole": torch.nn.functional.pad(embeds, (0, 0, 0, 506))}.items():
+        save_file({"prompt_embeds": tokens}, tmp_path / name)
+        model = {"init": NETWORK, "vae": "none", "prompt_embeds": str(tmp_path / name)}
+        kept[name] = new(prompt_embeds=str(tmp_path / name))
+        source = inspect(Model(**model))
+        assert source.filled is (name == "short") and source.tensors["text"].shape == (1, 512, 8)
+        hashes.add(fingerprints.base(Model(**model)))
+    given = draws(kept["short"])
+    assert torch.equal(*(denoiser.predict(*given) for denoiser in kept.values())) and len(hashes) == 2
+    kept["short"].save(tmp_path / "model")
+    save_file({"prompt_embeds": embeds}, tmp_path / "model" / "prompt_embeds.safetensors")
+    old = inspect(Model(base=str(tmp_path / "model"), vae="none"))
+    assert not old.filled and old.tensors["text"].shape == (1, 6, 8)
+    assert inspect(Model(init=NETWORK, vae="none")).tensors["text"].shape == (1, 1, 8), "zeros are as many as one"
 
 
 @torch.no_grad()

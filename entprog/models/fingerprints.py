@@ -34,6 +34,8 @@ def base(model: Model) -> str:
     parts = {name: _json(path) if path.suffix == ".json" else file(path) for name, path in found.items()}
     if folders.INDEX in found:
         parts[folders.INDEX] = whole.deciding(found[folders.INDEX].parent)
+    if folders.PROMPT in found and models.family(model.family).inspect(model, weights=False).filled:
+        parts["text"] = "filled up"
     return digest(parts) if model.base else f"new-{digest(model.init, parts)}"
 
 

@@ -55,6 +55,8 @@ class Family:
     """Whether its networks have a place for several reference pictures."""
     SKELETON: ClassVar[config.Skeleton] = styles.LIMBS
     """How poses are drawn for its published networks, which have seen no others; `limbs` where they have seen none."""
+    FILLED: ClassVar[bool] = False
+    """Whether its networks have seen every text filled up with zeros to `text_tokens`, without a mask."""
     FIXED: ClassVar[dict[str, str]] = {}
     """Fields that belong to the text beside `text` (the pooled one) → their names in the file of `model.prompt_embeds`,
     with which they are saved."""

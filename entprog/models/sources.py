@@ -63,6 +63,8 @@ class Source:
     form: str
     """As a denoiser's."""
     tensors: dict[str, torch.Tensor | None]
+    filled: bool
+    """Whether zeros were put after the tokens of `model.prompt_embeds`."""
     texts: folders.Texts | None
     """As a denoiser's."""
     more: dict[str, Path]
@@ -167,6 +169,11 @@ def inspect(
     if points not in wholebody.LAYOUTS.values():
         raise UserError(f"model.adapter: {settings.adapter} was trained on poses of {points!r} points, unknown here")
     tensors = cls.tensors(network.config, settings, root)
+    filled = cls.FILLED and _is_new_text(settings, root, of_adapter or about)
+    if filled:
+        tokens = tensors["text"].shape[1]
+        tensors["text"] = texts.padded(tensors["text"], cls.text_tokens(network.config))
+        filled = tensors["text"].shape[1] > tokens
     more, native = {}, False
     if root is not None:
         there = [name for name in cls.MORE if name in whole.parts(index) or (root / name).is_dir()]
@@ -182,7 +189,7 @@ def inspect(
     outside = cls(network=network, autocast=None, shape=None, **rest).outside
     return Source(
         root, part, about, network, vae, vae_folder, setting, conditions, splits, form, tensors,
-        texts.trained(settings, root, of_adapter or about), more, process,
+        filled, texts.trained(settings, root, of_adapter or about), more, process,
         skeleton, points, last, first, native, cls.TRAINED_WITH if native else "",
         native and cls.FACES, cls.sees_around(native, vae is not None), expert,
         outside, partial(geometry.stream, network.get_submodule(cls.INPUT)),
@@ -201,6 +208,12 @@ def _remembered(about: Mapping[str, Any], of_adapter: Mapping[str, Any]) -> conf
     say it is older than other drawings than `limbs`."""
     trained = of_adapter or about
     return trained.get("skeleton", styles.LIMBS) if trained else None
+
+
+def _is_new_text(settings: config.Model, root: Path | None, trained: Mapping[str, Any]) -> bool:
+    """Whether there is a file of the text, and the network was not trained here with what lies in it. trained:
+    `entprog.json` of the adapter or the base."""
+    return texts.file_of(settings, root) is not None and (settings.prompt_embeds is not None or not trained)
 
 
 def _first(usual: bool | None, trained: Mapping[str, Any], settings: config.Model) -> bool:

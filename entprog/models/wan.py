@@ -22,7 +22,8 @@ github.com/aigc-apps/VideoX-Fun. Nothing is widened.
 Where the base's pipeline has `expand_timesteps` (2.2's TI2V-5B), the reference is the clip's first latent frame itself,
 at timestep 0 in all its tokens; loss is on the other frames. Without a reference that network has a frame there as any.
 
-Text cross-attention sees `model.prompt_embeds`, or zeros.
+Text cross-attention sees `model.prompt_embeds`, filled up with zeros to the pipeline's number of tokens, or zeros.
+Networks that an earlier version trained see the tokens alone that lie with them.
 """
 
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ class WanDenoiser(VideoDenoiser):
     EXPERTS = True
     TEXT_PIPELINE = "WanPipeline"  # WanVACEPipeline and WanAnimatePipeline encode alike, but never without ftfy
     TEXT_MENDED = True
+    FILLED = True
     MORE = IMAGE_PARTS
 
     image: torch.Tensor | None
