@@ -33,6 +33,7 @@ from entprog.masking import one_line
 from entprog.models import fingerprints, folders, texts
 from entprog.models.denoising import VideoDenoiser
 from entprog.models.quiet import quiet
+from entprog.storage import answered
 
 if TYPE_CHECKING:
     from entprog.data import shards  # pyarrow with it, which networks alone do not need
@@ -349,6 +350,7 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
         except UserError:
             raise
         except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
+            answered(folder, error)
             what = "tokenizer" if part.startswith("tokenizer") else "text encoder"
             unfit = "its weights are not those of its config.json" if "mismatched" in str(error) else error
             raise UserError(f"cannot load the {what} {folder}: {one_line(unfit)}") from None

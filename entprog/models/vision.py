@@ -10,6 +10,7 @@ from entprog.errors import UserError
 from entprog.masking import one_line
 from entprog.models import folders
 from entprog.models.quiet import quiet
+from entprog.storage import answered
 
 ENCODER = "image_encoder"
 """Its folder in a pipeline; the other one, with what makes its inputs, has a name of each family's own."""
@@ -30,6 +31,7 @@ def load(parts: Mapping[str, Path], kinds: Mapping[str, tuple[str, str]]) -> tup
                 cls = getattr(transformers, kind)
                 loaded[name] = cls.from_pretrained(parts[name], local_files_only=True, **own)
     except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
+        answered(parts[ENCODER], error)
         raise UserError(f"cannot load the image encoder {parts[ENCODER]}: {one_line(error)}") from None
     encoder = loaded.pop(ENCODER).float().eval()
     return loaded.popitem()[1], encoder
