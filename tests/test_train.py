@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import re
 import shutil
 import threading
@@ -30,7 +31,7 @@ from helpers.people import two_people
 from helpers.processes import running
 from helpers.servers import Server
 from pipelines import cli, score, status, train
-from pipelines.cluster import message_board, ray_internals
+from pipelines.cluster import message_board, ray_internals, silence
 from pipelines.tracking import store as mlflow_store
 from pipelines.training import steplog
 
@@ -128,6 +129,22 @@ def test_what_comes_after_a_message_that_cannot_be_kept_is_heard(local_ray):
         assert listener.last == {"result": {"steps": 3}} and listener.step == 1
         assert [*told[0], *told[1], told[2]] == ["step", "warning", {"warning": "a"}]
         assert "no space left on device" in told[1]["warning"]
+    finally:
+        listener.close()
+
+
+def test_that_nothing_is_heard_of_workers_is_told(local_ray, monkeypatch):
+    quiet = silence.Silence(heard_s=0.0)
+    assert [now for now in range(0, 5000, 100) if quiet.to_tell(now)] == [600, 1200, 2400, 4800]
+    quiet.heard(5000.0)
+    assert quiet.to_tell(14_900.0) is None and quiet.to_tell(15_100.0), "longer than any before"
+    monkeypatch.setattr(silence, "QUIET_S", 0.5)
+    told: queue.Queue = queue.Queue()
+    listener = message_board.Listener(told.put)
+    try:
+        local_ray.get(listener.board.post.remote({"step": {"step": 7}}))
+        assert "step" in told.get(timeout=60), "before its first step a group is silent"
+        assert "no word from the workers for 0 min, since step 7" in told.get(timeout=60)["warning"]
     finally:
         listener.close()
 

@@ -112,6 +112,7 @@ def run_workers(
                     boarded = {**settings, "board": listener.board}
                     failure = _attempt(worker, boarded, experiment, workers, each, storage, stop)
                 listener.read()
+                listener.begun.clear()  # that nobody trains while room is waited for is no silence
                 last = listener.last
                 if last.pop("grows", None) is not None:
                     continue

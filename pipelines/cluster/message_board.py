@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from entprog.masking import one_line
-from pipelines.cluster import ray_internals
+from pipelines.cluster import ray_internals, silence
 
 LAST_WORDS = ("result", "user_error", "failure", "stopped", "grows")
 """Items with which a group of workers ends."""
@@ -83,6 +84,7 @@ class Listener:
         """The furthest step heard of."""
         self.begun = threading.Event()
         """A group of workers has made a step; whoever starts one clears it."""
+        self.silence = silence.Silence(time.monotonic())
         self._reading = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -97,17 +99,24 @@ class Listener:
             for item in items:  # first: they are taken off the board, and handing on may fail
                 if item.keys() & set(LAST_WORDS):
                     self.last |= item
+            if items:
+                self.silence.heard(time.monotonic())
             for item in items:
                 if item.keys() & set(LAST_WORDS):
                     continue
                 if "step" in item:
                     self.step = max(self.step, item["step"]["step"])
+                    if not self.begun.is_set():
+                        self.silence = silence.Silence(time.monotonic())
                     self.begun.set()
-                try:
-                    self.on_item(item)
-                except OSError as error:  # a disk or bucket that is away now; what comes after is heard
-                    with suppress(OSError):
-                        self.on_item({"warning": f"a worker's message could not be kept: {one_line(error)}"})
+                self._hand_on(item)
+
+    def _hand_on(self, item: dict[str, Any]) -> None:
+        try:
+            self.on_item(item)
+        except OSError as error:  # a disk or bucket that is away now; what comes after is heard
+            with suppress(OSError):
+                self.on_item({"warning": f"a worker's message could not be kept: {one_line(error)}"})
 
     def _listen(self) -> None:
         from ray.exceptions import RayError
@@ -115,6 +124,9 @@ class Listener:
         while not self._done.wait(0.3):
             with suppress(RayError):  # a board that does not answer now may do so later
                 self.read()
+            if self.begun.is_set() and (silent_s := self.silence.to_tell(time.monotonic())):
+                with suppress(Exception):  # nor may Ray say what is free
+                    self._hand_on({"warning": silence.line(silent_s, self.step)})
 
     def close(self) -> None:
         import ray
