@@ -22,6 +22,7 @@ from entprog.data import shards
 from entprog.errors import UserError
 from entprog.masking import masked
 from entprog.media import pose
+from entprog.names import counted
 from entprog.preparing import attempts, beside, cutting, inputs, ledger, probing
 from entprog.preparing.inputs import Inputs
 from entprog.preparing.rows import Line, Source, is_video
@@ -232,7 +233,7 @@ def plan(given: str | Path, output: Where, settings: Preparation) -> dict[str, A
     for note in (*work.found.notes, *beside.bad_poses(rows, settings.prepare)):
         say(note)
     if work.before is not None:
-        say(f"{output} is a finished dataset: {len(work.to_do)} inputs would be added to it")
+        say(f"{output} is a finished dataset: {counted(len(work.to_do), 'input')} would be added to it")
     clips = f"clips of {settings.data.shape}, one every {cutting.stride(settings)} frames"
     say(f"to be written to {output}: {clips}")
     ratio = f"{settings.prepare.held_out_ratio:g} of the sources kept"
@@ -260,7 +261,7 @@ def run(given: str | Path, output: Where, settings: Preparation, *, verbose: boo
         terminal.console.print(f"nothing to do: {output} is finished, with the same input and settings")
         return _report(output, work.before.lines)
     if work.before is not None:
-        terminal.console.print(f"adding {len(work.to_do)} inputs to the dataset in {output}")
+        terminal.console.print(f"adding {counted(len(work.to_do), 'input')} to the dataset in {output}")
     keys = packing.part_keys(work.to_do, settings)
     parts = output / "parts"
     done = packing.finished(parts, work.to_do, keys, settings)
@@ -368,7 +369,9 @@ def _pack(ray, work: Work, output: Where, parts: Where, keys: dict[str, str], se
     new = [{**line, "split": splits[line["file"]] if line["kept"] else ""} for line in new]
     new = packing.with_twins(new, old)
     if twins := sum(line["kept"] and bool(line["message"]) for line in new):
-        terminal.console.print(f"{twins} inputs have the content of another one, as their messages in the ledger say")
+        terminal.console.print(
+            f"{counted(twins, 'input')} with the content of another one, as the ledger's messages say"
+        )
     listed = before.dataset.splits if before else {}
     first = {name: 1 + max((int(Path(info.file).stem) for info in infos), default=-1) for name, infos in listed.items()}
     of_kept = [records[file] for file in kept]
@@ -404,7 +407,8 @@ def _report(output: Where, lines: Sequence[Line]) -> Row:
     for name, infos in dataset.splits.items():
         size = sum(shard.bytes for shard in infos)
         splits[name] = {"clips": dataset.clips(name), "shards": len(infos), "bytes": size}
-        terminal.console.print(f"{name}: {dataset.clips(name)} clips in {len(infos)} shards, {size / 1e6:.2f} MB")
+        there = f"{counted(dataset.clips(name), 'clip')} in {counted(len(infos), 'shard')}"
+        terminal.console.print(f"{name}: {there}, {size / 1e6:.2f} MB")
     if not dataset.clips("held_out"):
         alone = "; one source alone cannot be both, add another" if figures["inputs"]["kept"] == 1 else ""
         terminal.console.print(

@@ -144,6 +144,10 @@ def run(
     )
     for line in table.warnings(experiment.priority.sign):
         terminal.console.print(f"warning: {line}")
+    terminal.console.print(
+        f"{output / 'cei.json'}, {output / 'cei.png'}; the table lies in {folder}, where a training of this base, "
+        "data and priority finds it (--tables)"
+    )
     return {
         "table": str(output / "cei.json"),
         "chart": str(output / "cei.png"),

@@ -109,7 +109,7 @@ def test_help_names_the_words_that_settings_take_and_explains_what_lies_in_parts
         (["schedule.memory_budget_bytes=9GB", "train.frozen_state=keep"], "in no plan's memory"),
         (["train.steps=soon"], "setting train.steps: must be a whole number, given 'soon'"),
         (["data.latents=perhaps"], "setting data.latents: must be 'auto'"),
-        (["train.drop=4"], "setting train.drop: must be a mapping of settings, given"),
+        (["train.drop=4"], "setting train.drop: must be a mapping of settings (--help-settings names them), given"),
         (["train.cooldown_share=2"], "setting train.cooldown_share: must be 1 or less, given 2"),
         (["schedule.table=[{share: 1}]"], "setting schedule.table.0.until: is missing, given {'share': 1}"),
         (["train.lora.rank=x"], "setting train.lora.rank: must be a whole number, given 'x'"),

@@ -384,7 +384,7 @@ def test_the_command_a_kill_in_the_middle_and_training_from_them(place, rows, ba
     killed.wait()
     first = {path: path.stat().st_mtime_ns for path in written}
 
-    prepare_latents(*arguments)
+    assert f"done: {dataset.folder / 'latents'}" in "".join(prepare_latents(*arguments).output.splitlines())
     assert {path: path.stat().st_mtime_ns for path in written} == first
     record = json.loads((dataset.folder / "result.json").read_text())["latents"]
     assert sum(made["done_before"] for made in record) > 0

@@ -33,7 +33,7 @@ from helpers.servers import Server
 from pipelines import cli, score, status, train
 from pipelines.cluster import message_board, ray_internals, silence
 from pipelines.tracking import store as mlflow_store
-from pipelines.training import steplog
+from pipelines.training import report, steplog
 
 WIDE = {"COLUMNS": "400"}
 
@@ -210,6 +210,9 @@ def test_the_same_again_is_finished(undisturbed, shards, place, capsys):
     result, output = undisturbed
     assert train.run(whole(shards), output, tables=place / "tables") == result
     assert "Already finished" in capsys.readouterr().out
+    report.show(result, output, "")
+    said = capsys.readouterr().out
+    assert "previews" in said and "adapter" not in said
 
 
 def test_another_experiment_in_the_same_folder_is_refused_and_changes_nothing(undisturbed, shards, place):
@@ -242,11 +245,12 @@ def test_sigkill_of_the_worker_resumes_to_the_bit(undisturbed, shards, place):
     assert plans[0] == plans[1]
 
 
-def test_score_uses_the_table_that_training_made(undisturbed, shards, place):
+def test_score_uses_the_table_that_training_made(undisturbed, shards, place, capsys):
     before = list((place / "tables").iterdir())
     result = score.run(experiment(shards), place / "score", tables=place / "tables")
     assert list((place / "tables").iterdir()) == before
     assert sorted(result["ranking"]) == [f"blocks.{i}" for i in range(6)]
+    assert f"{place / 'score' / 'cei.json'}, " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -252,7 +252,10 @@ WANTED = {
     "string_type": "must be a text",
     "literal_error": "must be {expected}",
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list, as in [1, 2]"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping of settings"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"),
+        "must be a mapping of settings (--help-settings names them)",
+    ),
     "missing": "is missing",
     "byte_size": "must be a size, as 24GB",
     "byte_size_unit": "must be a size, as 24GB: there is no byte unit {unit}",

@@ -150,6 +150,7 @@ def _entry(row: dict[str, Any], where: str) -> Entry:
         if "path" in row:
             raise UserError(f"{where}: no path")
         found = ", ".join(row) or "none"
+        found += " (the first line, or each object, names them)"
         raise UserError(f"{where}: no column 'path'{close_to('path', row)}; columns found: {found}")
     caption = given.get("caption", "")
     if caption != caption:  # NaN, which pandas writes where there is none

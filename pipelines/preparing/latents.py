@@ -207,6 +207,7 @@ def run(*folders: Where, encoding: Encoding, dry_run: bool = False, verbose: boo
             work.finish(encoding.model.family)
             bytes_ = sum(file.bytes for file in work.files.values())
             figures[work.folder] |= {"bytes": bytes_, "seconds": round(time.time() - started, 3)}
+            terminal.console.print(f"done: {work.folder}: training on clips of this shape reads them")
         return list(figures.values())
 
 

@@ -63,6 +63,7 @@ def leave_charts(
 
 def show(result: dict[str, Any], output: Where, uri: str) -> None:
     """Print the headline figures."""
+    left = {"adapter": output / "adapter", "previews": output / "previews" / "index.html"}
     terminal.show(
         "Training",
         [
@@ -77,6 +78,7 @@ def show(result: dict[str, Any], output: Where, uri: str) -> None:
             *_break_even(result),
             ("trained blocks by stage", ", ".join(str(len(d["plan"]["trainable"])) for d in result["decisions"])),
             ("model", str(output / "model")),
+            *((name, str(path)) for name, path in left.items() if path.exists()),
             ("MLflow run", result["mlflow_run_id"]),
         ],
         ("figure", "value"),
