@@ -146,7 +146,7 @@ def row(preset: str) -> dict[str, Any]:
 def denoiser(preset: str, experiment: Experiment) -> VideoDenoiser:
     """A preset's network, widened for its conditions, on the meta device."""
     base, model = PUBLISHED[preset], experiment.model
-    cls, (kind, sizes) = models.family(model.family).load.args[0], base.vae
+    cls, (kind, sizes) = models.family(model.family).DENOISER, base.vae
     with torch.device("meta"):
         vae, network = kind(**sizes), cls.NETWORK(**base.network)
     given = network.config, {}, vaes.channels(vae), model, base.index

@@ -69,7 +69,7 @@ def merge(
             conditions=tuple(about.get("conditions", ())),
         )  # fmt: skip
         kind = models.family(chosen.family)
-        if not chosen.expert and kind.load.args[0].EXPERTS and experts.are_in(root, saved):
+        if not chosen.expert and kind.DENOISER.EXPERTS and experts.are_in(root, saved):
             raise UserError(
                 f"--expert: {bare(base)} has two networks, and {bare(adapter)} does not say which one it is for: give "
                 "--expert high or --expert low"
@@ -182,7 +182,7 @@ def _own_conditions(kind: Any, chosen: Any) -> tuple[str, ...]:
 
     both = chosen.model_copy(update={"conditions": inputs.CONDITIONS, "adapter": None})
     source = kind.inspect(both, weights=False)
-    family, channels = kind.load.args[0], 3 if source.vae is None else vaes.channels(source.vae)
+    family, channels = kind.DENOISER, 3 if source.vae is None else vaes.channels(source.vae)
     if issubclass(family, ReferenceFrameDenoiser):  # beside the clip, in places of their own
         return source.conditions
     return family.own_conditions(source.network.config, channels)

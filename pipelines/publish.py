@@ -93,7 +93,7 @@ def run(
         raise UserError(f"--checkpoint: {root} is not whole, it lacks {', '.join(lost)}: {whole.remedy(root)}")
     _check(to, where, root, about)
     _check_links(root)
-    sources.check_saved(models.family(about["family"]).load.args[0], root, "--checkpoint")
+    sources.check_saved(models.family(about["family"]).DENOISER, root, "--checkpoint")
     if kept is not None and not fetched:
         training.check_weights(kept, _of_step(step))
     if re.fullmatch(REPOSITORY, to) and not Path(to).parent.exists():

@@ -66,7 +66,7 @@ def test_a_family_is_trained_generated_with_judged_and_shown(place, name):
     assert trained["steps"] == 3 and len(trained["decisions"]) == 2 and np.isfinite(trained["losses"]).all()
     assert 0 < len(trained["decisions"][0]["plan"]["trainable"]) <= len(trained["blocks"])
     family = models.family(tiny["family"])
-    network, part = getattr(diffusers, family.CLASS), family.load.args[0].PART
+    network, part = getattr(diffusers, family.CLASS), family.DENOISER.PART
     network.from_pretrained(folder / "run" / "model" / part)
 
     how = ["--checkpoint", folder / "run", "--shards", place / "shards"]

@@ -28,7 +28,7 @@ def test_a_tenth_of_the_clips_is_shown_without_a_condition_where_one_fine_tunes(
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_fits_the_published_network(name):
     experiment = cli.settings(config.Experiment, name, None, None)
-    cls = models.family(experiment.model.family).load.args[0]
+    cls = models.family(experiment.model.family).DENOISER
     base = PUBLISHED[name]
     kind, sizes = base.vae
     with torch.device("meta"):

@@ -264,7 +264,7 @@ def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_p
     for preset, style in {"wan21_vace_1_3b": "dwpose", "wan_animate_14b": "wan_animate"}.items():
         experiment = cli.settings(config.Experiment, preset, None, None)
         assert experiment.model.skeleton is None
-        assert style == models.family(experiment.model.family).load.args[0].SKELETON
+        assert style == models.family(experiment.model.family).DENOISER.SKELETON
 
 
 # ---- a video that is kept around the person, and several pictures ----

@@ -1,6 +1,7 @@
 """Model families. One file a family, named as `model.family` names it; a file is a family when it has
 
     CLASS: str                                    the diffusers class of its network (config.json `_class_name`)
+    DENOISER: type[VideoDenoiser]                 its class, of which what is asked without a network is asked
     inspect(settings: config.Model, shape: ClipShape | None = None, *, weights=True)
                                                   UserError for whatever can be known to be wrong without weights;
                                                   weights: whether there are to be any of the network
@@ -38,7 +39,7 @@ for _name in ("diffusers.quantizers.torchao", "torchao", "torch.utils._pytree"):
 def families() -> tuple[str, ...]:
     """Names of the families there are."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return tuple(name for name in names if {"CLASS", "load"} <= vars(_family(name)).keys())
+    return tuple(name for name in names if {"CLASS", "DENOISER", "load"} <= vars(_family(name)).keys())
 
 
 def family(name: str) -> ModuleType:

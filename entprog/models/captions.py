@@ -70,7 +70,7 @@ def source(settings: config.Model, key: str | None = None) -> Source:
 
     Raises UserError, in one line, for a family without captions, and for what is missing.
     """
-    family = models.family(settings.family).load.args[0]
+    family = models.family(settings.family).DENOISER
     if family.TEXT_PIPELINE is None:
         raise UserError(f"data.text: family {settings.family} takes no captions: use data.text=fixed")
     name = settings.text_encoder or settings.base
@@ -101,7 +101,7 @@ def unmended(family: str, some: Iterable[str]) -> str:
     """How many of some texts are not mended, as the makers of a family's bases did, in words; empty where none has to
     be. Of plain ASCII ftfy leaves the words as they are."""
     left = sum(not text.isascii() for text in {*some})
-    if not left or is_ftfy_available() or not models.family(family).load.args[0].TEXT_MENDED:
+    if not left or is_ftfy_available() or not models.family(family).DENOISER.TEXT_MENDED:
         return ""
     return (
         f"texts of more than ASCII (typographic quotes and the like), {left} here, are encoded as they stand: the "

@@ -172,7 +172,8 @@ def _fitted(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, in
     return first, tuple(start + size for start, size in zip(first, sizes, strict=True))
 
 
-inspect = partial(sources.inspect, CogVideoXDenoiser)
-files = partial(sources.files, CogVideoXDenoiser)
-load = partial(loading.load, CogVideoXDenoiser)
-encoder = partial(loading.encoder, CogVideoXDenoiser)
+DENOISER = CogVideoXDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

@@ -109,7 +109,8 @@ class HunyuanVideoDenoiser(VideoDenoiser):
             )
 
 
-inspect = partial(sources.inspect, HunyuanVideoDenoiser)
-files = partial(sources.files, HunyuanVideoDenoiser)
-load = partial(loading.load, HunyuanVideoDenoiser)
-encoder = partial(loading.encoder, HunyuanVideoDenoiser)
+DENOISER = HunyuanVideoDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

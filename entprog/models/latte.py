@@ -109,7 +109,8 @@ def _own_tokens(text: torch.Tensor, frames: int) -> torch.Tensor | None:
     return None if used.shape[1] == 1 or used.all() else used[:, None].repeat_interleave(frames, dim=0)
 
 
-inspect = partial(sources.inspect, LatteDenoiser)
-files = partial(sources.files, LatteDenoiser)
-load = partial(loading.load, LatteDenoiser)
-encoder = partial(loading.encoder, LatteDenoiser)
+DENOISER = LatteDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

@@ -88,7 +88,8 @@ class MotionUnetDenoiser(VideoDenoiser):
                 raise UserError(f"UNetMotionModel with {name}={getattr(network, name)} (SDXL) is not supported")
 
 
-inspect = partial(sources.inspect, MotionUnetDenoiser)
-files = partial(sources.files, MotionUnetDenoiser)
-load = partial(loading.load, MotionUnetDenoiser)
-encoder = partial(loading.encoder, MotionUnetDenoiser)
+DENOISER = MotionUnetDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

@@ -212,7 +212,8 @@ def antialiased(pictures: torch.Tensor, side: int) -> torch.Tensor:
     return functional.interpolate(pictures, (side, side), mode="bicubic", align_corners=True)
 
 
-inspect = partial(sources.inspect, SvdDenoiser)
-files = partial(sources.files, SvdDenoiser)
-load = partial(loading.load, SvdDenoiser)
-encoder = partial(loading.encoder, SvdDenoiser)
+DENOISER = SvdDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

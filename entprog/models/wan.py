@@ -335,7 +335,8 @@ def _is_given_frame(inputs: int, channels: int, conditions: tuple[str, ...]) -> 
     return "reference" in conditions and inputs == channels * len(conditions)
 
 
-inspect = partial(sources.inspect, WanDenoiser)
-files = partial(sources.files, WanDenoiser)
-load = partial(loading.load, WanDenoiser)
-encoder = partial(loading.encoder, WanDenoiser)
+DENOISER = WanDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

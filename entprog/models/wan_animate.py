@@ -241,7 +241,8 @@ def _mask(latents: torch.Tensor) -> tuple[int, ...]:
     return len(latents), MASK_CHANNELS, *latents.shape[2:]
 
 
-inspect = partial(sources.inspect, WanAnimateDenoiser)
-files = partial(sources.files, WanAnimateDenoiser)
-load = partial(loading.load, WanAnimateDenoiser)
-encoder = partial(loading.encoder, WanAnimateDenoiser)
+DENOISER = WanAnimateDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

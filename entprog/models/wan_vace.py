@@ -169,7 +169,8 @@ def _mask(latents: torch.Tensor) -> tuple[int, ...]:
     return len(latents), MASK_CHANNELS, *latents.shape[2:]
 
 
-inspect = partial(sources.inspect, WanVaceDenoiser)
-files = partial(sources.files, WanVaceDenoiser)
-load = partial(loading.load, WanVaceDenoiser)
-encoder = partial(loading.encoder, WanVaceDenoiser)
+DENOISER = WanVaceDenoiser
+inspect = partial(sources.inspect, DENOISER)
+files = partial(sources.files, DENOISER)
+load = partial(loading.load, DENOISER)
+encoder = partial(loading.encoder, DENOISER)

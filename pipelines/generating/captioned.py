@@ -31,7 +31,7 @@ def shown(maker: Checkpoint, settings: Generate, shards: Where, captions: Sequen
     from entprog.models import captions as encoded
 
     family = models.family(maker.about["family"])
-    if settings.text is not None or family.load.args[0].TEXT_PIPELINE is None:
+    if settings.text is not None or family.DENOISER.TEXT_PIPELINE is None:
         return Shown(None, "")
     one = "every clip is made with {} (generate.text gives another one)"
     begins = "Captions of the clips are not shown to the network: "
@@ -41,7 +41,7 @@ def shown(maker: Checkpoint, settings: Generate, shards: Where, captions: Sequen
         return Shown(None, "", "the empty text")
     network = family.inspect(maker.model()).network.config
     folder = encoded.folder_of(shards, maker.texts.key)
-    if texts := encoded.there(folder, family.load.args[0], network, captions):
+    if texts := encoded.there(folder, family.DENOISER, network, captions):
         return Shown(texts, "Clips are shown with their own captions.", "each clip's caption")
     line = begins + one.format("the empty text")
     why = f"not all of them lie encoded in {folder}, as a training with data.text=caption leaves them"

@@ -61,7 +61,7 @@ class Checkpoint:
         """Whether it has a place for a video that a person is put into."""
         from entprog import models
 
-        family = models.family(self.about["family"]).load.args[0]
+        family = models.family(self.about["family"]).DENOISER
         return family.sees_around(self.about.get("native", False), self.about["vae"])
 
     @property
@@ -69,14 +69,14 @@ class Checkpoint:
         """Whether it sees faces."""
         from entprog import models
 
-        return self.about.get("native", False) and models.family(self.about["family"]).load.args[0].FACES
+        return self.about.get("native", False) and models.family(self.about["family"]).DENOISER.FACES
 
     @property
     def several(self) -> bool:
         """Whether it has a place for several reference pictures."""
         from entprog import models
 
-        return models.family(self.about["family"]).load.args[0].SEVERAL and "reference" in self.conditions
+        return models.family(self.about["family"]).DENOISER.SEVERAL and "reference" in self.conditions
 
     def faceless(self, motions) -> str:
         """What it is shown no face in, in words; empty where it sees one in every motion, or none at all."""
@@ -133,7 +133,7 @@ def text_source(checkpoint: Checkpoint, settings: Generate):
     from entprog.models import captions, folders
 
     family, elsewhere = checkpoint.about["family"], checkpoint.about.get("elsewhere", {}).get("text_encoder")
-    cls = models.family(family).load.args[0]
+    cls = models.family(family).DENOISER
     if cls.TEXT_PIPELINE is None:
         raise UserError(f"--text: networks of family {family} are shown no text here")
     name, revision = settings.text_encoder or str(checkpoint.root), None
@@ -191,7 +191,7 @@ def check_text_guidance(checkpoint: Checkpoint, settings: Generate, given: str, 
     if settings.text_guidance == 1:
         return
     family, option = checkpoint.about["family"], "--text-guidance (generate.text_guidance)"
-    if models.family(family).load.args[0].TEXT_PIPELINE is None:
+    if models.family(family).DENOISER.TEXT_PIPELINE is None:
         raise UserError(f"{option}: networks of family {family} are shown no text here: leave it out")
     # Without --text it is the one that lies there, which is the empty one where captions were shown.
     own = not checkpoint.texts and (settings.text == "" or (checkpoint.root / folders.PROMPT).is_file())

@@ -245,7 +245,7 @@ def deciding(experiment: Experiment, dataset: shards.Dataset, *, after: Experime
 def _shown(model: config.Model, source: sources.Source) -> dict[str, Any]:
     """By name what SHOWN is for a network, whether a setting, its base or an adapter says so; nothing where it is as in
     runs of before those settings, which are resumed: poses as then, neither the first nor the last frame shown."""
-    remembered = sources.remembered_skeleton(models.family(model.family).load.args[0], model)
+    remembered = sources.remembered_skeleton(models.family(model.family).DENOISER, model)
     skeleton = model.skeleton or (None if remembered else source.skeleton)
     as_before = skeleton == styles.LIMBS == (remembered or styles.LIMBS)
     return _given(None if as_before else skeleton, source.last or None, source.first or None)

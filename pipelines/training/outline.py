@@ -73,7 +73,7 @@ def withheld(experiment: Experiment, source: Source) -> str | None:
 
 def begins(experiment: Experiment, source: Source) -> str | None:
     """Which picture a network gets that takes the reference for what a clip begins with, in words; None of others."""
-    family = models.family(experiment.model.family).load.args[0]
+    family = models.family(experiment.model.family).DENOISER
     if family.begins(source.form, source.native, source.last) is None:
         return None
     which = "each clip's own first frame" if source.first else "another frame of the video than the clip's first"
@@ -115,7 +115,7 @@ def notes(experiment: Experiment, dataset: Dataset, source: Source) -> list[str]
             "its speed, 0.55 with gradient checkpointing), and saves no memory: leave it out, or time both"
         )
     out += _uneven(experiment, source)
-    lost = source.root and models.family(experiment.model.family).load.args[0].left_out(source.native)
+    lost = source.root and models.family(experiment.model.family).DENOISER.left_out(source.native)
     out += [f"{experiment.model.base} {lost}"] if lost else []
     if train.save == "whole" and source.root is not None:
         named = whole.named_folders(source.root, source.about).items()
@@ -193,7 +193,7 @@ def captions_left_out(experiment: Experiment, dataset: Dataset) -> str | None:
     """That training clips have captions which a network that takes them is not shown, in words; None where it is shown
     them, none are there, or another text was asked for."""
     model, shards_there = experiment.model, dataset.splits.get("train", ())
-    takes = models.family(model.family).load.args[0].TEXT_PIPELINE
+    takes = models.family(model.family).DENOISER.TEXT_PIPELINE
     if experiment.data.text != "fixed" or model.prompt_embeds or not takes:
         return None
     some = shards_there[:: ceil(len(shards_there) / CAPTIONS_OF) or 1]

@@ -72,7 +72,7 @@ def stage_flops(experiment: Experiment, source: Source) -> list[float]:
 
 def denoiser(experiment: Experiment, source: Source) -> VideoDenoiser:
     """The network that will be trained, widened for its conditions, on the meta device; without image encoders."""
-    cls, network = models.family(experiment.model.family).load.args[0], deepcopy(source.network).eval().to("meta")
+    cls, network = models.family(experiment.model.family).DENOISER, deepcopy(source.network).eval().to("meta")
     if len(source.splits) > 1:
         inputs.widen(network, cls.INPUT, source.splits)
     tensors = {name: None if tensor is None else tensor.to("meta") for name, tensor in source.tensors.items()}

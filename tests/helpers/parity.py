@@ -37,7 +37,7 @@ def opened(name, folder, cls=None, conditions=(), **init):
     says.
     """
     tiny = TINY[name]
-    cls = cls or models.family(tiny["family"]).load.args[0]
+    cls = cls or models.family(tiny["family"]).DENOISER
     torch.manual_seed(0)
     kind, sizes = tiny["vae"]
     network = cls.NETWORK(**{**tiny["init"], "in_channels": 4, "out_channels": 4, **init}).eval()
