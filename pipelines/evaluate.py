@@ -183,7 +183,7 @@ def plan(
         sampled = ("sampler", "steps", "guidance", "seed", "dtype", "text", "text encoder", "texts")
         identity |= {name: made[name] for name in sampled if name in made}
     claim.check(output, "evaluate", identity)
-    names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points)
+    names, left_out = choose(chosen.metrics, dataset.shape, len(places), dataset.points, chosen.window_frames)
     run_id = _mlflow_run(maker, run_id)
     meter = Meter(names, chosen)
     return Task(settings, dataset, maker, folder, places, made, identity, names, left_out, text, meter, run_id)

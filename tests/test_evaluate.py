@@ -196,6 +196,9 @@ def test_clips_of_another_text_are_not_judged_as_these(made, tmp_path):
         evaluate.protocol.card("psnr", t.meter, t.settings, t.dataset, 3, t.made, given) for t in (one, plain, half)
     ]
     assert [card.details for card in cards] == ['text "a man walks"', "", "network in bfloat16"]
+    windows = Evaluation.model_validate({"evaluate": {"window_frames": 16}})
+    said = [evaluate.protocol.judged(name, windows, {}, ()) for name in ("fvd", "fid", "fid_vid")]
+    assert said == ["every 16 frames in a row a sample", "", "every 16 frames in a row a sample"]
 
 
 def test_the_dtype_is_that_of_the_actors_and_not_of_the_machine_that_plans(made, local_ray, tmp_path, monkeypatch):

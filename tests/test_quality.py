@@ -257,6 +257,14 @@ def test_the_usual_networks_load_from_files(tmp_path):
         networks.load("i3d", Evaluate(i3d=str(tmp_path / "i3d.pt"), trust_torchscript=True)),
         wave(5, 32, 32, 0.0),
     )
+    found = {}
+    for length in (None, 10):
+        given = {"i3d": str(tmp_path / "i3d.pt"), "trust_torchscript": True, "window_frames": length}
+        clip = wave(12, 32, 32, 0.0).permute(0, 2, 3, 1).numpy()
+        meter = Meter(("fvd",), Evaluate(**given))
+        found[length] = meter.measure(clip, clip, clip[0], np.zeros((12, 33, 3))).features["fvd"][1]
+    assert [each.shape for each in found.values()] == [(1, 3), (3, 3)]
+    assert found[10][1].tolist() == pytest.approx((clip[1:11] / 127.5 - 1).mean((0, 1, 2)).tolist(), abs=0.02)
     assert script.judge(frames)[0].tolist() == pytest.approx((frames / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=0.02)
 
 
@@ -426,6 +434,9 @@ def test_metrics_that_fit_are_chosen_and_those_that_do_not_are_told():
     assert "psnr" in names and "fid" not in names and set(left_out) == {"ms_ssim"}
     assert "ms_ssim" in choose((), large, 4)[0] and choose(("fvd", "psnr"), large, 4)[0] == ["psnr", "fvd"]
     assert set(choose((), small, 1)[1]) == {"ms_ssim", "frechet_efficientnet_lite0", "frechet_transnetv2"}
+    assert choose(("fid_vid", "psnr"), large, 4, 33, 16)[0] == ["psnr", "fid_vid"]
+    with pytest.raises(UserError, match="fid_vid needs clips of 17 frames, these have 16"):
+        choose(("fid_vid",), large, 4, 33, 17)
     for wanted, shape, clips, message in (
         (("psrn",), large, 4, "no metric 'psrn' .did you mean psnr"),
         (("fvd",), small, 4, "fvd needs clips of 10 frames, these have 9"),

@@ -36,6 +36,9 @@ class Evaluate(Part):
     connections. Only where you trust who made it all the same."""
     resnet3d: str | None = None
     """File of FID-VID's 3-D ResNet, resnet-50-kinetics.pth (metric `fid_vid`)."""
+    window_frames: int | None = Field(default=None, ge=10)
+    """Metrics `fid_vid` and `fvd` take every so many frames in a row as a sample of their own; the TikTok protocol: 16.
+    None: a clip is one sample. Of a clip of 49 frames, 16 cost 34 samples."""
     lpips_trunk: Literal["alex", "vgg"] = "alex"
     """Trunk of metric `lpips`, which torchvision fetches."""
     workers: int | None = Field(default=None, ge=1)

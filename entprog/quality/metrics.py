@@ -33,6 +33,8 @@ class Metric:
     least_frames: int = 1
     points: int = len(wholebody.BLAZEPOSE)
     """Fewest points of the wanted poses."""
+    windowed: bool = False
+    """Whether `evaluate.window_frames` cuts its samples out of clips."""
     offline: bool = True
     """Its weights are among the assets (or there are none): measured unless a person asks for others."""
 
@@ -69,37 +71,42 @@ METRICS = {
     ),
     "lpips": Metric("LPIPS", "lower", "lpips", least_side=32, offline=False),
     "fid": Metric("FID of all frames", "lower", "inception", "set", offline=False),
-    "fid_vid": Metric("FID-VID", "lower", "resnet3d", "set", offline=False),
-    "fvd": Metric("FVD", "lower", "i3d", "set", least_frames=networks.I3D_FRAMES, offline=False),
+    "fid_vid": Metric("FID-VID", "lower", "resnet3d", "set", windowed=True, offline=False),
+    "fvd": Metric("FVD", "lower", "i3d", "set", least_frames=networks.I3D_FRAMES, windowed=True, offline=False),
 }
 LEAST_CLIPS = 2
 """Clips that a Fréchet distance needs: with one there is no covariance."""
 
 
 def choose(
-    wanted: Sequence[str], shape: ClipShape, clips: int, points: int = wholebody.POINTS
+    wanted: Sequence[str],
+    shape: ClipShape,
+    clips: int,
+    points: int = wholebody.POINTS,
+    window_frames: int | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """(names in the table's order, {name: why it is left out}).
 
     Nothing wanted: all offline metrics that fit. Raises UserError for a wrong name, or for one that is wanted and does
-    not fit clips of this shape and number, with poses of so many points.
+    not fit clips of this shape and number, with poses of so many points. window_frames: `evaluate.window_frames`.
     """
     for name in wanted:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}{close_to(name, METRICS)}; there are: {', '.join(METRICS)}")
     names = [name for name, metric in METRICS.items() if (name in wanted if wanted else metric.offline)]
-    unfit = {name: why for name in names if (why := _unfit(METRICS[name], shape, clips, points))}
+    unfit = {name: why for name in names if (why := _unfit(METRICS[name], shape, clips, points, window_frames))}
     if wanted and unfit:
         name, why = next(iter(unfit.items()))
         raise UserError(f"metric {name} {why}: leave it out")
     return [name for name in names if name not in unfit], unfit
 
 
-def _unfit(metric: Metric, shape: ClipShape, clips: int, points: int) -> str | None:
+def _unfit(metric: Metric, shape: ClipShape, clips: int, points: int, window_frames: int | None) -> str | None:
+    frames = max(metric.least_frames, (metric.windowed and window_frames) or 0)
     if min(shape.height, shape.width) < metric.least_side:
         return f"needs frames of {metric.least_side} pixels a side, these are {shape.width}x{shape.height}"
-    if shape.frames < metric.least_frames:
-        return f"needs clips of {metric.least_frames} frames, these have {shape.frames}"
+    if shape.frames < frames:
+        return f"needs clips of {frames} frames, these have {shape.frames}"
     if points < metric.points:
         return f"needs wanted poses of {metric.points} points, face and hands among them, these shards have {points}"
     if metric.of == "set" and clips < LEAST_CLIPS:
@@ -155,7 +162,7 @@ class Meter:
             """Features that several metrics share, computed once."""
             if (network, which) not in features:
                 frames = {"made": made, "real": real, "reference": _frames(reference[None])}[which]
-                features[network, which] = self.networks[network].judge(frames).numpy()
+                features[network, which] = self._samples(network, frames).numpy()
             return features[network, which]
 
         values, sets = {}, {}
@@ -179,6 +186,15 @@ class Meter:
             found = posing.part_values(pose, self._whole_bodies.track(result), *result.shape[1:3])
             values |= {name: value for name, value in found.items() if name in self._names}
         return Measured(values, sets)
+
+    def _samples(self, network: str, frames: torch.Tensor) -> torch.Tensor:
+        """Features [rows, D] of frames uint8 [F, 3, H, W]: a row a window, where the network's metric has such."""
+        judge, length = self.networks[network].judge, self._settings.window_frames
+        if length is None or not any(
+            METRICS[name].network == network and METRICS[name].windowed for name in self._names
+        ):
+            return judge(frames)
+        return torch.cat([judge(frames[start : start + length]) for start in range(len(frames) - length + 1)])
 
     def judge(self, name: str) -> tuple[str | None, str | None, str]:
         """(network, its weights' sha256, resize) of a metric, for its card."""

@@ -137,6 +137,8 @@ def judged(name: str, settings: Evaluation, prepared: dict[str, Any], made_by: S
     datasets of earlier versions do not say it."""
     from entprog.quality.metrics import METRICS
 
+    if METRICS[name].windowed and settings.evaluate.window_frames:
+        return f"every {settings.evaluate.window_frames} frames in a row a sample"
     if METRICS[name].network == "rtmw":
         known = made_by or ["rtmlib" if prepared.get("pose") == "rtmlib" else FILES]
         return f"wanted pose by {' and '.join(known)}"
