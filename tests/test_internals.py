@@ -4,6 +4,7 @@ import ast
 import base64
 import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.tune.execution.tune_controller import TuneController
 
 from entprog.blocks import fp8
+from helpers import stores
 from pipelines.cluster import launch, ray_internals, stopping
+from pipelines.tracking import mlflow_internals, store
 from pipelines.tracking.mlflow_internals import Machine
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +32,13 @@ HOMES = {
     "torchao": ("entprog/blocks/fp8.py", "entprog/optimizers/eight_bit.py"),
 }
 """Where private names may stand, and all of torchao's: its own are no public API yet."""
+KNOWN = {
+    "_replace",  # of named tuples, and public
+    "_modules", "_dynamo", "_name_or_path",  # torch's and diffusers', which their own documents use
+    "_to_copy", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_client_made",
+}  # fmt: skip
+"""Private names of values anywhere: torch's operations; and one of the tracker's own, made in another function."""
 PRIVATE = ("_", "system_metrics_monitor", "SCRIPT_MODE")
 
 
@@ -56,6 +66,29 @@ def test_private_names_lie_in_their_files():
                     assert place in HOMES[library], f"{place}:{line}: {name}"
                     found.add(library)
     assert found == set(HOMES)
+
+
+def test_private_names_of_values_lie_there_too():
+    """Of what a library gives, whatever it is called here: those that are not of the same file."""
+    homes = {place for places in HOMES.values() for place in places}
+    for folder in ("entprog", "pipelines", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            place, tree = path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
+            own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+            for node in ast.walk(tree):
+                if place in homes or not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
+                    continue
+                mine = ast.unparse(node.value) in ("self", "cls", "super()") or node.attr in own
+                assert mine or node.attr in KNOWN, f"{place}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_a_run_s_last_metric_is_known(tmp_path):
+    client = store.connect(stores.made(tmp_path))
+    run = client.create_run(client.create_experiment("x")).info.run_id
+    assert mlflow_internals.latest_ms(client.get_run(run).data) is None
+    client.log_metric(run, "a", 1.0, timestamp=5000)
+    client.log_metric(run, "b", 1.0, timestamp=7000)
+    assert mlflow_internals.latest_ms(client.get_run(run).data) == 7000
 
 
 def test_ray_train_calls_a_backends_start_on_its_workers():

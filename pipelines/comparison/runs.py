@@ -20,6 +20,7 @@ from entprog import masking, storage
 from entprog.config import close_to
 from entprog.errors import UserError
 from entprog.masking import masked, reason
+from pipelines.tracking.mlflow_internals import latest_ms
 from pipelines.tracking.store import connect, database_file, tracking_uri
 from pipelines.tracking.tracker import RUN_FILE
 
@@ -311,7 +312,7 @@ def _training(client, run, scratch: Path) -> Training:
         place = folder / path
         return (place if place.exists() else Path(client.download_artifacts(info.run_id, path, folder))).read_bytes()
 
-    last_ms = info.end_time or max((m.timestamp for m in data._metric_objs), default=info.start_time)
+    last_ms = info.end_time or latest_ms(data) or info.start_time
     settings = {name: _value(text) for name, text in {**data.params, **changed}.items()}
     int(settings.get("train.seed", 0))  # raises for what is no seed
     return Training(

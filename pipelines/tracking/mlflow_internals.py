@@ -4,6 +4,17 @@ An upgrade may change any of them without notice: `tests/test_internals.py` then
 MLflow's version until it passes.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities import RunData
+
+
+def latest_ms(data: "RunData") -> int | None:
+    """When a run's last metric was written, in milliseconds since 1970; None without any. To ask for each metric's
+    history instead would be a request each."""
+    return max((metric.timestamp for metric in data._metric_objs), default=None)
+
 
 class Machine:
     """MLflow's measurements of this machine (CPU, memory, disk, network, GPU if any), without its thread."""
