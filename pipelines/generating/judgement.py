@@ -70,7 +70,8 @@ class Earlier:
 
 
 def earlier(output: Where, clips: Sequence[Mapping[str, Any]]) -> Earlier:
-    """What lies in `output` of the clips of `values`. A file that is not there, or damaged, says nothing."""
+    """What lies in `output` of the clips of `values`. A file that is not there, or damaged, says nothing. Raises
+    OSError where a bucket does not answer."""
     own = {row["clip"]: row["sha256"] for row in clips}
     before = _read(output / CLIPS, list)
     same = {
@@ -87,9 +88,11 @@ def key(clips: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read(path: Where, kind: type) -> Any:
+    if not path.is_file():
+        return kind()
     try:
         found = files.from_json(path.read_text())
-    except (OSError, ValueError):
+    except ValueError:
         return kind()
     return found if isinstance(found, kind) else kind()
 
