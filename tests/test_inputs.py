@@ -350,7 +350,11 @@ def test_a_rate_that_never_ends_is_refused(fps):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("file,caption\na.mp4,x\n", "no column 'path'"),
+        ("file,caption\na.mp4,x\n", "no column 'path'; columns found: caption, file"),
+        (
+            "paths,text,caption\na.mp4,x,y\n",
+            "no column 'path' (did you mean paths?); columns found: caption, paths, text",
+        ),
         ("path,split\na.mp4,test\n", "split is 'test', give train or held_out"),
         ("path,crop\na.mp4,1 2 3\n", "crop is '1 2 3', give left,top,width,height"),
         ("path,crop\na.mp4,0 0 0 5\n", "crop is '0 0 0 5'"),

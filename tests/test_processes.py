@@ -160,6 +160,9 @@ def test_a_foreign_scheduler_is_one_line(kind, values, message):
 
 
 def test_only_flow_matching_has_a_shift():
+    for other in ({"prediction_type": "epsilon"}, {"num_train_timesteps": 100}, {"use_flow_sigmas": False}):
+        assert Flow.of({**WAN, **other}) == Flow(3.0)
+    assert str(Flow.of(WAN)) == str(Flow(3.0)), "by which score tables are found"
     of_noise = diffusers.UniPCMultistepScheduler(flow_shift=5.0)  # its sigmas are not a flow's
     assert Flow.of(dict(of_noise.config)) == Flow(5.0) and Flow(5.0).scheduler().config.shift == 5.0
     assert Flow().scheduler(3.0).config.shift == 3.0

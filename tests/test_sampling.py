@@ -3,6 +3,7 @@
 import itertools
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -106,6 +107,8 @@ def test_a_base_is_sampled_by_its_own_solver():
     assert float(euler.config.shift) == 3.0 and own != Flow(3.0)
     assert spread(Flow(3.0)) < 0.45 < 0.47 < spread(own) < 0.5
     assert spread(own, 50) == pytest.approx(0.5, abs=0.02)
+    # Its timesteps are whole numbers: with this shift and so many steps the first two are equal.
+    assert spread(replace(own, shift=12.0), 100) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.0])

@@ -22,7 +22,7 @@ from entprog.errors import UserError
 from entprog.media import h264, styles
 from entprog.media.color import yuv420_to_rgb
 from entprog.media.skeleton import draw
-from entprog.models import adapters
+from entprog.models import adapters, lora
 from entprog.models.reference_frame import _fixed_noise
 from entprog.models.wan_vace import inspect, load
 from entprog.schedule import plans
@@ -33,7 +33,7 @@ from helpers.networks import tiny_experiment
 from helpers.recording import calls
 from pipelines import adapter, cli, generate
 from pipelines.generating import motions
-from pipelines.training import checks
+from pipelines.training import checks, networks
 
 SHAPE = ClipShape(frames=9, height=32, width=32, fps=12)
 
@@ -220,6 +220,18 @@ def test_the_reference_s_noise_comes_of_no_device_s_own_generator():
     here = _fixed_noise(torch.zeros(2, 3, 1, 4, 4))
     assert torch.equal(here[0], here[1]) and here[0].std() > 0.5
     assert _fixed_noise(torch.zeros(2, 3, 1, 4, 4, device="meta")).shape == here.shape  # which has no generator at all
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_adapter_goes_on_as_it_has_seen_what_is_withheld(native, made, tmp_path):
+    """One of before has no mark, and has seen zeros."""
+    model = {"family": "wan_vace", "base": str(made[1]), "conditions": ("reference", "pose"), "init": {}, "vae": "auto"}
+    wanted = tiny_experiment(model=model | {"adapter": str(tmp_path / "a")}, train={"lora": {"rank": 2}})
+    denoiser = load(Model(**model))
+    lora.add(denoiser.network, blocks(denoiser.network), wanted.train.lora, 0)
+    about = {"family": "wan_vace", "conditions": denoiser.conditions} | ({"native": True} if native else {})
+    lora.save(denoiser.network, wanted.train.lora, [], tmp_path / "a", "transformer", about)
+    assert networks.load(wanted, torch.device("cpu")).native == native
 
 
 def test_poses_are_drawn_as_the_setting_says_then_adapter_then_folder_then_the_published_networks(made, tmp_path):

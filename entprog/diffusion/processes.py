@@ -66,9 +66,9 @@ class Flow:
     """Flow matching (arXiv 2210.02747, 2209.03003)."""
 
     shift: float = 1.0
-    name: str = EULER
-    """diffusers class of the scheduler: EULER or one of SOLVERS."""
-    configuration: Mapping[str, Any] = field(default_factory=dict)
+    name: str = field(default=EULER, repr=False)
+    """diffusers class of the scheduler, EULER or one of SOLVERS: of no matter for anything but sampling."""
+    configuration: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Of one of SOLVERS, but for its shift."""
 
     STEPS = 1000
@@ -82,7 +82,9 @@ class Flow:
         if not isinstance(shift, int | float) or not 0 < shift < math.inf:
             raise UserError(f"the scheduler's shift is {cut(repr(shift), 60)}: it must be a number above 0")
         name = configuration.get(CLASS)
-        if name not in SOLVERS or not configuration.get("use_flow_sigmas"):
+        due = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "num_train_timesteps": cls.STEPS}
+        said = {"num_train_timesteps": cls.STEPS, **configuration}
+        if name not in SOLVERS or any(said.get(entry) != value for entry, value in due.items()):
             return cls(float(shift))
         try:
             own = _settings(cls(float(shift), name, _settings(configuration)).scheduler().config)

@@ -103,6 +103,10 @@ def set_steps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> No
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
+    if hasattr(
+        scheduler, "set_begin_index"
+    ):  # timesteps in whole numbers may begin with equal ones, and the first is it
+        scheduler.set_begin_index(0)
 
 
 def _steps_plainly(kind: Any) -> bool:

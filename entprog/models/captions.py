@@ -347,7 +347,7 @@ def encoder(found: Source, network, device: torch.device | str) -> Callable[[lis
                 return transformers.AutoTokenizer.from_pretrained(folder, **own)
             kind = getattr(transformers, _kind(folder))
             network = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
-        except UserError:
+        except (UserError, MemoryError):
             raise
         except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
             answered(folder, error)

@@ -30,6 +30,8 @@ def load(parts: Mapping[str, Path], kinds: Mapping[str, tuple[str, str]]) -> tup
                 own = {"use_safetensors": True} if name == ENCODER else {}
                 cls = getattr(transformers, kind)
                 loaded[name] = cls.from_pretrained(parts[name], local_files_only=True, **own)
+    except MemoryError:
+        raise
     except Exception as error:  # files that are damaged, or not of each other, make transformers raise anything
         answered(parts[ENCODER], error)
         raise UserError(f"cannot load the image encoder {parts[ENCODER]}: {one_line(error)}") from None

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ MAX_ROWS = 5_000_000
 """More would take gigabytes."""
 SHOWN = 60
 """Characters of a value that a message shows."""
+MOST_NAMES = 20
+"""Names of columns that a message shows."""
 COLUMNS = ("path", "caption", "split", "crop", "fps")
 
 
@@ -67,7 +69,7 @@ def read(path: Path, name: str, most: Limits | None = None) -> tuple[list[Entry]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         message = str(error).replace(f"{path}: ", "").replace(str(path), name)
         raise UserError(f"cannot read manifest {name}: {one_line(message)}") from None
-    entries = [_entry(row, f"manifest {name}, row {number}") for number, row in enumerate(rows, 1)]
+    entries = [_entry(row, f"manifest {name}, row {number}", unread) for number, row in enumerate(rows, 1)]
     return entries, [f"{column}{close_to(column, COLUMNS)}" for column in sorted(unread)]
 
 
@@ -144,14 +146,17 @@ def _plain(column: Any) -> str:
     return str(column).strip().lower()
 
 
-def _entry(row: dict[str, Any], where: str) -> Entry:
-    given = {name: value for name, value in row.items() if value not in (None, "") and name in COLUMNS}
+def _entry(row: dict[str, Any], where: str, others: Collection[str]) -> Entry:
+    """others: names of columns that are not read."""
+    given = {name: value for name, value in row.items() if value not in (None, "")}
     if not isinstance(given.get("path"), str):
         if "path" in row:
             raise UserError(f"{where}: no path")
-        found = ", ".join(row) or "none"
+        names = [*row, *sorted(others)]
+        found = ", ".join(names[:MOST_NAMES]) or "none"
+        found += f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         found += " (the first line, or each object, names them)"
-        raise UserError(f"{where}: no column 'path'{close_to('path', row)}; columns found: {found}")
+        raise UserError(f"{where}: no column 'path'{close_to('path', names)}; columns found: {found}")
     caption = given.get("caption", "")
     if caption != caption:  # NaN, which pandas writes where there is none
         caption = ""

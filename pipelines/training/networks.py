@@ -57,6 +57,7 @@ def _loaded(
     model, settings = experiment.model, experiment.train.lora
     encoder = None if experiment.data.text == "fixed" else model.text_encoder or model.base
     model = model.model_copy(update={"text_encoder": encoder})  # what texts were encoded with is what is saved
+    source = None
     if settings and model.adapter:  # then an adapter to start from is not merged: it goes on
         source = models.family(model.family).inspect(model)  # as the adapter has seen clips
         shown = {"skeleton": source.skeleton, "last_frame": source.last, "first_frame": source.first}
@@ -77,7 +78,8 @@ def _loaded(
 
     sharded = experiment.train.replicas if experiment.train.parallel == "fsdp" else 0
     family = models.family(model.family)
-    return family.load(model, device, experiment.train.seed, prepared, adapt=adapt, sharded=sharded)
+    loaded = family.load(model, device, experiment.train.seed, prepared, adapt=adapt, sharded=sharded)
+    return loaded if source is None else replace(loaded, native=source.native)
 
 
 def final(denoiser: Denoiser, experiment: Experiment, state: RunState) -> Denoiser:

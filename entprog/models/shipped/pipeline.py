@@ -281,6 +281,8 @@ class ReferencePosePipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=evenly, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):  # timesteps in whole numbers may begin with equal ones
+            self.scheduler.set_begin_index(0)
         latents = latents.to(device).float() * getattr(self.scheduler, "init_noise_sigma", 1)  # known only now
         takes = inspect.signature(self.scheduler.step).parameters  # some add noise on the way
         extra = {"generator": generator} if "generator" in takes else {}
