@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
-from entprog import config, models
+from entprog import config, files, models
 from entprog.errors import UserError
 from entprog.media import assets
 from entprog.preparing import ledger
@@ -409,6 +409,14 @@ def test_a_copy_of_a_sweep_does_not_go_on_in_its_state(states, place, monkeypatc
     state.take(begun, first)
     shutil.copytree(first, copied)
     assert state.read(first) == begun
+    (place / "mounted").symlink_to(first)
+    files.write_json(begun.folder / state.WHERE, {"output": str(place / "mounted")})
+    assert state.read(first) == begun, "the same folder by another name"
+    away = place / ("a" * 300)  # raises OSError, as a bucket does
+    files.write_json(begun.folder / state.WHERE, {"output": str(away)})
+    with pytest.raises(UserError, match=f"still lies in {away} too"):
+        state.read(first)
+    state.take(begun, first)
     with pytest.raises(UserError, match=rf"is a copy of that in {first}, and both would go on in one state"):
         state.read(copied)
     shutil.rmtree(first)

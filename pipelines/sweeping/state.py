@@ -14,7 +14,7 @@ from typing import Any
 
 from entprog import files, storage
 from entprog.errors import UserError
-from entprog.masking import masked
+from entprog.masking import masked, reason
 from entprog.storage import Where
 from pipelines.outputs import claim
 
@@ -53,7 +53,7 @@ def read(output: Where) -> State | None:
     """The state of the sweep that was begun in an output, None if none was. Nothing is unpickled here.
 
     Raises UserError if it was begun by somebody else or on another machine, if somebody else could have written it, or
-    if the output is a copy of one that is there still: both would go on in one state.
+    if the output is a copy of one that is there still, or may be: both would go on in one state.
     """
     path = output / RECORD
     if not path.exists():
@@ -74,8 +74,18 @@ def read(output: Where) -> State | None:
         )
     _own(home())
     begun = State(share, _own(folder))
-    there = files.from_json((folder / WHERE).read_text())["output"] if (folder / WHERE).exists() else None
-    if there not in (None, _address(output)) and _names(storage.at(there, "the output") / RECORD, name):
+    where = folder / WHERE
+    there = files.from_json(where.read_text())["output"] if where.exists() else None
+    if there in (None, _address(output)):
+        return begun
+    try:
+        is_copy = _lies_in(there, name, output)
+    except OSError as error:
+        raise UserError(
+            f"cannot look whether the sweep in {output} still lies in {masked(there)} too: {reason(error, there)}; try "
+            f"again once that answers, or remove {where} if it was moved"
+        ) from None
+    if is_copy:
         raise UserError(
             f"the sweep in {output} is a copy of that in {masked(there)}, and both would go on in one state: go on "
             "there, remove it, or choose another --output"
@@ -90,9 +100,14 @@ def take(begun: State, output: Where) -> None:
     files.write_json(begun.folder / WHERE, {"output": _address(output)})
 
 
-def _names(record: Where, name: str) -> bool:
-    """Whether the sweep of a record has this id."""
-    return record.exists() and files.from_json(record.read_text()).get("id") == name
+def _lies_in(there: str, name: str, output: Where) -> bool:
+    """Whether the sweep of this id lies there as well, which may be the output by another name of it (a mount, say).
+    Raises OSError where that does not answer."""
+    other = storage.at(storage.quickly(there), "the output")
+    record = other / RECORD
+    if not record.exists() or files.from_json(record.read_text()).get("id") != name:
+        return False
+    return not (isinstance(other, Path) and isinstance(output, Path) and other.samefile(output))
 
 
 def _address(output: Where) -> str:
