@@ -226,6 +226,7 @@ def of_a_worker(error):
         (OSError("AWS Error NETWORK_CONNECTION"), "s3://a/b", True),
         (OSError("AWS Error NETWORK_CONNECTION"), "out", False),
         (FileNotFoundError("gone"), "s3://a/b", False),
+        (OSError(errno.ENOSPC, "of this machine's disk"), "s3://a/b", False),
         (UserError("wrong"), "s3://a/b", False),
     ],
 )

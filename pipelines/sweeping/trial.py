@@ -101,7 +101,8 @@ def is_away(error: BaseException, spec: Spec) -> bool:
     if of_workers := failures.of_workers(error.__cause__):
         return any(is_away(each, spec) for each in of_workers)
     in_bucket = "://" in spec.output or "://" in (spec.experiment["train"]["checkpoints"] or "")
-    return in_bucket and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    by_bucket = isinstance(error, OSError) and error.errno is None  # a disk's has a number, pyarrow's of a network none
+    return in_bucket and by_bucket and not isinstance(error, FileNotFoundError)
 
 
 def here(spec: Spec) -> None:
