@@ -677,6 +677,8 @@ def test_code_in_which_groups_are_unlike_is_named():
         return "\n".join(words.warnings(verdict.judge(groups.grouped(runs), None, 0.95)))
 
     assert "unlike code or versions (commit aaaaaaaaaaaa, bbbbbbbbbbbb)" in said(old, old, new)
+    changed = {"entprog.commit": "a" * 40 + "+", "version.torch": "2.5"}
+    assert "unlike code or versions (commit aaaaaaaaaaaa, aaaaaaaaaaaa+)" in said(old, old, changed)
     assert "unlike code" not in said(old, old, old) and "unlike code" not in said(old, old, {})
 
 

@@ -1,6 +1,7 @@
 """The verdict in sentences that are true: a difference is one only beyond the noise of seeds."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from pipelines.comparison.verdict import Estimate, Judged, Verdict
@@ -118,10 +119,15 @@ def _unlike_code(verdict: Verdict) -> list[str]:
         if any(values != known[0] for values in known):
             values = sorted(set.union(*known))
             more = f" and {len(values) - 3} more" if len(values) > 3 else ""
-            said.append(f"{name} {', '.join(value[:12] for value in values[:3])}{more}")
+            said.append(f"{name} {', '.join(map(_short, values[:3]))}{more}")
     if not said:
         return []
     return [f"The groups are of unlike code or versions ({'; '.join(said)}): a difference may come from these alone"]
+
+
+def _short(version: str) -> str:
+    """With 12 digits of a commit, and what follows it: the + of changes."""
+    return re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", version)
 
 
 STATUS_WORDS = {
