@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 from pipelines.sweeping import keeping
 from pipelines.sweeping.keeping import Keeper, mend
@@ -52,6 +53,8 @@ def test_what_is_kept_takes_the_place_of_what_was_cut_off_or_mixed(tmp_path):
     (written / f"experiment_state-{SECOND}.json").write_bytes(b"{")
     keeper.keep(written)  # its disk is full
     assert mend(folder) and there(folder) == first | second
+    shutil.rmtree(folder)  # by a person
+    assert mend(folder) and there(folder) == second
 
 
 def test_a_state_that_was_never_whole_is_told(tmp_path):

@@ -48,6 +48,7 @@ def mend(folder: Path) -> bool:
         return True
     for path in paths:
         path.unlink()
+    folder.mkdir(exist_ok=True)
     for name, content in (files.from_json(kept.read_text()) if kept.exists() else {}).items():
         (folder / name).write_bytes(base64.b64decode(content))
     return kept.exists() or not paths
