@@ -248,10 +248,8 @@ def run(
         result = _leave(wanted, space, rows, output, tracker)
     except BaseException as error:
         ended = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        with contextlib.suppress(OSError):  # what went wrong first is what is said
-            for folder in filter(_cut_short, trial.folders(output)):
-                _end_runs(folder, ended)
-        tracker.end(ended)
+        if tracker.end(ended):
+            _end_trials(output)
         raise
     tracker.end("FINISHED")
     _show(result, output)
@@ -326,6 +324,15 @@ def _cut_short(folder: Where) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "running"
 
 
+def _end_trials(output: Where) -> None:
+    """End the MLflow runs of trials that were cut short, as far as MLflow and the output answer: each trial would wait
+    for them anew. All are KILLED, whatever ended the sweep: it was none of their own."""
+    with contextlib.suppress(OSError):  # what went wrong first is what is said
+        for folder in filter(_cut_short, trial.folders(output)):
+            if not _end_runs(folder, "KILLED"):
+                return
+
+
 def _close(folder: Where, row: Mapping[str, Any]) -> None:
     """End the MLflow runs of a trial that was cut short and is over. row: what `_row` says of it."""
     if row["status"] == "failed":
@@ -334,9 +341,9 @@ def _close(folder: Where, row: Mapping[str, Any]) -> None:
         _end_runs(folder, "KILLED", "stopped early: not among the best at equal seconds")
 
 
-def _end_runs(folder: Where, ended: str, why: str | None = None) -> None:
-    """End the MLflow runs of a trial that have not ended; one that goes on later is running again. ended: KILLED or
-    FAILED. why: in words, None where it is to go on."""
+def _end_runs(folder: Where, ended: str, why: str | None = None) -> bool:
+    """End the MLflow runs of a trial that have not ended; one that goes on later is running again. Whether MLflow has
+    taken that. ended: KILLED or FAILED. why: in words, None where it is to go on."""
     for place in [*_trainings(folder), folder]:
         if not (place / RUN_FILE).exists() or (place / "finished.json").exists():
             continue
@@ -345,7 +352,9 @@ def _end_runs(folder: Where, ended: str, why: str | None = None) -> None:
         stages.log(tracker, steplog.steps_of(place), ended)
         if why is not None:
             tracker.tags({"entprog.ended": why})
-        tracker.end(ended)
+        if not tracker.end(ended):
+            return False
+    return True
 
 
 # ---- what it leaves ----

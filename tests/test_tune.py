@@ -38,6 +38,7 @@ from pipelines import train, tune
 from pipelines.cluster import ray_internals, room
 from pipelines.sweeping import checking, spaces, state, sweep, trial
 from pipelines.sweeping.keeping import KEPT
+from pipelines.tracking import tracker
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import footprint, steplog
 
@@ -343,6 +344,13 @@ def test_an_interrupted_sweep_leaves_no_training_of_its_trials_running(place, mo
     assert statuses() == ["KILLED", "RUNNING"], "the other one's own"
     Tracker.start(trial.folder_of(output, "a") / "seed-0", "entprog", "a", params={}, tags={})
     assert statuses() == ["RUNNING", "RUNNING"]
+    files.write_json(trial.folder_of(output, "b") / trial.RECORD, {"status": "running"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracker, "RETRY_S", (0.0,))
+    with pytest.warns(UserWarning) as told:
+        tune._end_trials(output)
+    assert len(told) == 1 and "the run was not marked KILLED" in str(told[0].message), "not once a trial"
 
 
 def steps_of(output: Path) -> dict[str, int]:

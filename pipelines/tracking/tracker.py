@@ -219,11 +219,14 @@ class Tracker:
                 f"MLflow at {masked(self.uri)} does not answer: {len(self._points)} points are kept in {self._pending}"
             )
 
-    def end(self, status: str) -> None:
-        """Close, with what a worker may have left undelivered, and end the run: FINISHED, FAILED or KILLED."""
+    def end(self, status: str) -> bool:
+        """Close, with what a worker may have left undelivered, and end the run: FINISHED, FAILED or KILLED; whether
+        MLflow has taken that."""
         self._adopt_pending()
         self.close()
-        self._patiently(lambda client: client.set_terminated(self.run_id, status), f"the run was not marked {status}")
+        return self._patiently(
+            lambda client: client.set_terminated(self.run_id, status), f"the run was not marked {status}"
+        )
 
     # ---- inside ----
 
@@ -264,8 +267,9 @@ class Tracker:
 
         self._patiently(log, "parameters and tags are not complete")
 
-    def _patiently(self, act: Callable[[Any], None], otherwise: str) -> None:
-        """Do it, again after a while if MLflow does not answer; a warning in the end, never an error.
+    def _patiently(self, act: Callable[[Any], None], otherwise: str) -> bool:
+        """Do it, again after a while if MLflow does not answer; whether it was done: a warning in the end, never an
+        error.
 
         Once a whole round was in vain the next ones are short: ten charts must not wait for a dead server ten times.
         """
@@ -274,13 +278,14 @@ class Tracker:
             try:
                 act(self._client())
                 self._failing = False
-                return
+                return True
             except Exception as error:  # whatever store, network or disk raise: tracking must not stop a run
                 if wait_s is None:
                     self._failing = True
                     self._warn(f"MLflow: {otherwise}: {reason(error, self.uri)}")
                 else:
                     time.sleep(wait_s)
+        return False
 
     def _wake(self) -> None:
         with self._change:
