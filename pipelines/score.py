@@ -146,7 +146,7 @@ def run(
         terminal.console.print(f"warning: {line}")
     terminal.console.print(
         f"{output / 'cei.json'}, {output / 'cei.png'}; the table lies in {folder}, where a training of this base, "
-        "data and priority finds it (--tables)"
+        f"data and priority finds it{'' if folder == cli.TABLES else f' with --tables {folder}'}"
     )
     return {
         "table": str(output / "cei.json"),

@@ -175,7 +175,8 @@ def explain(experiment: Experiment, output: Where) -> dict[str, Any]:
         f"Would leave {output / 'model'}, which plain diffusers runs: network, {beside[experiment.train.save]}, card."
     )
     terminal.console.print(outline.not_looked_at(experiment, output))
-    terminal.console.print(lacking or _prospect(experiment, output))
+    finished = (output / "finished.json").exists()
+    terminal.console.print(_prospect(experiment, output) if finished or not lacking else lacking)
     return {"settings": config.settings(experiment)}
 
 

@@ -535,6 +535,7 @@ TESTED = {
     ),
     "MLflow does not answer": (STRAINED,),
     "Ray's object store is full": (STRAINED,),
+    "nothing is heard of the workers": ("test_train.test_that_nothing_is_heard_of_workers_is_told",),
     "a machine is slower than the others": ("test_train.test_a_straggler_is_named_and_every_step_has_its_spread",),
 }
 """How the rows of docs/cluster.md's "When machines fail" begin, and the tests that do just that."""

@@ -624,12 +624,13 @@ def test_a_device_without_room_is_asked_once_more(nodes, tmp_path):
     nodes.are(1)
 
     def starved(settings):
+        ray.get(settings["board"].post.remote({"step": {"step": 5}}))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     heard = []
     with pytest.raises(LastingError, match="CUDA out of memory"):
         launch.run_workers(starved, {}, wanting(workers=1, gpus="no"), tmp_path, heard.append)
-    assert [*map(next, map(iter, heard))] == ["warning"]
+    assert [*map(next, map(iter, heard))] == ["step", "warning", "step"]
 
 
 def test_before_the_first_step_ctrl_c_has_nothing_to_save():

@@ -222,7 +222,7 @@ def test_clips_of_latents_keep_a_step_s_tokens_or_it_is_said():
     values = {"train": {"steps": 1}, "data": {"shape": whole}, "schedule": {"tokens": "constant", "table": table}}
     layer = torch.nn.Conv3d(16, 8, (1, 2, 2), (1, 2, 2), device="meta")
     source = SimpleNamespace(stream=partial(Geometry(4, 4, 8, (1, 2, 2)).stream, layer), root=None)
-    dataset = SimpleNamespace(clips=lambda split: 100)
+    dataset = SimpleNamespace(clips=lambda split: 1000)
 
     def said(clips):
         wanted = config.build(config.merge(values, {"data": {"batch_size": clips}}))

@@ -1,5 +1,6 @@
 """What a worker keeps on disk, and what is no model: without Ray."""
 
+import contextlib
 import json
 import math
 import os
@@ -88,6 +89,19 @@ def test_lines_for_which_there_is_no_room_come_once_there_is(tmp_path):
     log.add({"step": 5, "loss": 1 / 5})
     log.close()
     assert steplog.steps_of(tmp_path) == [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError()])
+def test_lines_for_which_there_was_no_room_are_kept_where_the_worker_ends(error, tmp_path):
+    """Told to, or by a failure: the checkpoint may have their steps."""
+    path = tmp_path / "steps.jsonl"
+    logged(path, 1, 2)
+    with contextlib.suppress(RuntimeError), steplog.StepLog(path, 2) as log:
+        with disks.full(path.stat().st_size + 10):
+            log.add({"step": 3})
+        if error:
+            raise error
+    assert [step["step"] for step in steplog.steps_of(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("end", [b'{"step": 3, "lo', b"\0\0\0\0\n", b"[]\n", b'{"step": 9}\n', b"\xff\xfe\n"])

@@ -131,7 +131,7 @@ def run_workers(
                 starved = failure is not None and failures.lacks_memory(failure)
                 if listener.step > furthest:
                     tries, furthest = train.max_failures, listener.step
-                elif starved:  # memory of a process that has just ended may not have been free
+                if starved:  # memory of a process that has just ended may not have been free
                     tries = min(tries, 1)
                 lasts = "failure" in last or (starved and not tries)
                 if lasts or not tries:

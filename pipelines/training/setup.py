@@ -124,6 +124,8 @@ def opened(settings: dict[str, Any], post: Callable[[dict[str, Any]], None], clo
     with agree.mistakes_of_all():
         cached = caches(experiment, dataset, denoiser, lambda line: post({"warning": line}))
     seen = agree.common(cached)  # one that is finished just now some may not see yet, and what a step costs hangs on it
+    for shape in cached.keys() - seen:
+        post({"warning": f"latents of clips of {shape} are not seen by every machine: they are encoded anew"})
     cached = {shape: cache for shape, cache in cached.items() if shape in seen}
     if denoiser.vae is not None and data.shape not in cached:
         costs = encoding.get_total_flops() / len(sample.position), forward.get_total_flops()

@@ -100,7 +100,10 @@ class StepLog:
                 self.warn(f"{self.path} is not up to date: {one_line(error)}; tried again at every step")
 
     def keep(self) -> None:
-        """What was added so far must not be lost with this machine. A bucket that does not answer is a warning."""
+        """What was added so far must not be lost with this process or machine. A bucket that does not answer is a
+        warning."""
+        with contextlib.suppress(OSError):  # of a full disk it was told
+            self._write()
         if self.sender:
             self.sender.tried()
 
@@ -120,10 +123,10 @@ class StepLog:
     def __enter__(self) -> "StepLog":
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, *_) -> None:
         if self.sender:
             self.sender.stop()  # whoever goes on may have begun already
-        if kind is not None:
+        if not self.file.closed:  # the worker failed, or was told to end
             self.keep()
 
 
