@@ -253,7 +253,7 @@ def run(task: Task, output: Where, *, verbose: bool = False) -> dict[str, Any]:
         cards = {name: _card(task, name, clip) for name in figures}
         if line := judgement.other_rate(clip, task.dataset.shape):
             terminal.console.print(f"{task.places[0].file} {line}")
-    evaluation = judgement.evaluation(figures, cards, judgement.key(values), before.evaluation)
+    evaluation = judgement.evaluation(figures, cards, judgement.key(values), before.evaluation, settings.evaluate)
     files.write_json(output / judgement.EVALUATION, evaluation)
     picture = judgement.sheet(task.places, task.dataset.shape, output)
     if task.run_id:

@@ -99,7 +99,7 @@ def test_the_truth_itself_is_perfect_and_says_how_it_was_measured(made, local_ra
     assert "ms_ssim" in result["left_out"] and result["clips"] == 3
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for name, figure in evaluation["figures"].items():
-        assert set(figure) == {"value", "low", "high", "clips", "sources", "card"} and figure["clips"] == 3
+        assert set(figure) == {"value", "low", "high", "clips", "sources", "card", "interval"} and figure["clips"] == 3
         card = evaluation["cards"][figure["card"]]
         assert card["metric"] == name and card["steps"] is None and card["split"] == "held_out"
         assert card["codec"].startswith("truth h264, result h264") and card["frames"] == SHAPE.frames
@@ -166,10 +166,14 @@ def test_generates_what_is_missing_agrees_with_the_library_and_tells_the_trainin
     # One metric alone: what was measured of the same clips stays, of other frames it goes.
     rows = {clip: {k: v for k, v in row.items() if k in ("sha256", "value/psnr")} for clip, row in judged[-1].items()}
     monkeypatch.setattr(judging, "judge", lambda *given: rows)
-    only = Evaluation.model_validate({**how().model_dump(), "evaluate": {"metrics": ["psnr"], **alone}})
+    only = Evaluation.model_validate(
+        {**how().model_dump(), "evaluate": {"metrics": ["psnr"], "confidence": 0.5, **alone}}
+    )
     clips = json.loads((out / "clips.json").read_text())
     assert evaluated(run / "model", made / "shards", out, only)["figures"].keys() == evaluation["figures"].keys()
-    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+    now = json.loads((out / "evaluation.json").read_text())["figures"]
+    assert now == evaluation["figures"] | {"psnr": now["psnr"]} and now["psnr"]["interval"]["confidence"] == 0.5
+    assert now["ssim"]["interval"]["confidence"] == 0.95 and "(95 %)" in capsys.readouterr().out
     assert json.loads((out / "clips.json").read_text()) == clips
     rows[min(rows)]["sha256"] = "0"
     assert evaluated(run / "model", made / "shards", out, only)["figures"].keys() == {"psnr"}

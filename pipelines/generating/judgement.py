@@ -98,11 +98,21 @@ def _read(path: Where, kind: type) -> Any:
 
 
 def evaluation(
-    found: Mapping[str, Figure], cards: Mapping[str, ProtocolCard], key: str, before: Mapping[str, Any]
+    found: Mapping[str, Figure],
+    cards: Mapping[str, ProtocolCard],
+    key: str,
+    before: Mapping[str, Any],
+    chosen: Evaluate,
 ) -> dict[str, Any]:
     """Content of evaluation.json. before: that of an earlier command on the same clips, whose figures stay where a
-    metric was not measured now."""
-    new = {name: asdict(figure) | {"card": cards[name].id} for name, figure in found.items()}
+    metric was not measured now; chosen: how the intervals of those that were are drawn, which it may have had else."""
+
+    def interval(name: str) -> dict[str, Any]:
+        replicates = chosen.frechet_bootstrap if METRICS[name].of == "set" else chosen.bootstrap
+        return {"confidence": chosen.confidence, "replicates": replicates, "seed": chosen.bootstrap_seed}
+
+    new = {name: asdict(figure) | {"card": cards[name].id, "interval": interval(name)}
+           for name, figure in found.items()}  # fmt: skip
     every = {**before.get("figures", {}), **new}
     known = {**before.get("cards", {}), **{card.id: asdict(card) for card in cards.values()}}
     kept = {name: every[name] for name in METRICS if name in every}
@@ -129,7 +139,11 @@ def show(evaluation: Mapping[str, Any], clips: int) -> None:
     """Print the figures."""
 
     def interval(figure: Mapping[str, Any]) -> str:
-        return "" if figure["low"] is None else f"{figure['low']:.4g} … {figure['high']:.4g}"
+        if figure["low"] is None:
+            return ""
+        drawn = figure.get("interval")  # of an earlier version not known
+        share = f" ({100 * drawn['confidence']:.4g} %)" if drawn else ""
+        return f"{figure['low']:.4g} … {figure['high']:.4g}{share}"
 
     rows = [
         (
