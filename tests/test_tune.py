@@ -209,6 +209,30 @@ def test_a_trial_waits_for_an_mlflow_that_is_away(tmp_path, monkeypatch):
     assert re.match("trial a waits, and is tried again: .*MLflow at http://127.0.0.1:1 cannot be used", line)
     assert "other clips" in json.loads((trial.folder_of(tmp_path, "a") / trial.RECORD).read_text())["reason"]
     assert trial.waiting(trial.folder_of(tmp_path, "a")) is None
+    (trial.folder_of(tmp_path, "a") / trial.RECORD).unlink()
+    (trial.folder_of(tmp_path, "a") / trial.RECORD).mkdir()  # raises OSError, as a bucket that is away
+    before = watch.waited = {("a", "MLflow")}
+    watch.on_step_end(0, [])
+    assert watch.waited is before, "it is not known, and not told anew"
+
+
+def test_a_trial_that_waits_has_not_failed_in_mlflow(place, monkeypatch):
+    def away(*_, **__):
+        raise UnreachableError("a hub")
+
+    monkeypatch.setattr(train, "run", away)
+    experiment = wanted(place).experiment()
+    about = {"tables": "", "tracking_uri": "", "cluster": "local", "sweep_run_id": ""}
+    spec = trial.Spec(experiment=experiment.model_dump(mode="json"), tune=config.Tune(seeds=2).model_dump(mode="json"),
+                      output=str(place / "waits"), data=read_dataset(experiment.data.shards).fingerprint,
+                      weights=fingerprints.base(experiment.model), **about)  # fmt: skip
+    with pytest.raises(UnreachableError):
+        trial.run({}, spec, "a", pytest.fail)
+    from mlflow import MlflowClient
+
+    (record,) = (place / "waits").rglob(tracker.RUN_FILE)
+    run_id = json.loads(record.read_text())["run_id"]
+    assert MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(run_id).info.status == "RUNNING"
 
 
 def of_a_worker(error):

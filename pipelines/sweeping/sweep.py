@@ -255,7 +255,10 @@ class Watch(Callback):
             self.keeper.keep(written)
 
     def _tell_waiting(self) -> None:
-        now = {(name, why) for name in self.running if (why := waiting(folder_of(self.output, name)))}
+        try:
+            now = {(name, why) for name in self.running if (why := waiting(folder_of(self.output, name)))}
+        except OSError:  # a bucket that is away: all trials would wait while each record is tried
+            return
         for name, why in sorted(now - self.waited):
             self.bar.console.print(f"trial {name} waits, and is tried again: {why}", soft_wrap=True)
         self.waited = now

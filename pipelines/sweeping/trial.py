@@ -175,7 +175,7 @@ def run(
             raise
         last = dict.fromkeys(config.OBJECTIVES, math.inf)
     finally:
-        if tracker is not None:
+        if tracker is not None and record["status"] != "running":  # one that waits goes on in it
             tracker.summary({k: v for k, v in record.items() if isinstance(v, float)})
             tracker.end("FINISHED" if record["status"] == "finished" else "FAILED")
     files.write_json(folder / RECORD, record)
@@ -255,10 +255,10 @@ def reports(output: Where) -> list[Report]:
 
 
 def waiting(folder: Where) -> str | None:
-    """What a trial waits for, in words; None where it does not, or that cannot be read now."""
+    """What a trial waits for, in words; None where it does not. Raises OSError where a disk or bucket does not say."""
     try:
         return files.from_json((folder / RECORD).read_text()).get("waiting")
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
