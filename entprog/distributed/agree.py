@@ -150,9 +150,8 @@ def mistakes_of_all() -> Iterator[None]:
     every = gathered((platform.node(), mistake))
     if met := [(machine, line) for machine, line in every if line]:
         machine, line = met[0]
-        elsewhere = {each for each, _ in every} - {
-            each for each, _ in met
-        }  # not all ranks of a machine need have looked
+        # Of a machine some ranks may not have looked.
+        elsewhere = {each for each, _ in every} - {each for each, _ in met}
         raise _EverybodysError(f"{line} (on {machine})" if elsewhere else line)
 
 
