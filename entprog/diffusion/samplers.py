@@ -103,9 +103,8 @@ def set_steps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> No
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
-    if hasattr(
-        scheduler, "set_begin_index"
-    ):  # timesteps in whole numbers may begin with equal ones, and the first is it
+    # Timesteps in whole numbers may begin with equal ones, of which diffusers would take the second.
+    if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 
 
